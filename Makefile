@@ -1,0 +1,55 @@
+# Everything runs from one virtual environment with locked dependencies; `make demo` and `make test` are the two
+# commands a newcomer needs. PYTHON may name another interpreter (>= 3.11).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint format bench bench-full lock system-packages guest-image clean
+
+help:
+	@echo "make demo             set up, then show co-location on this machine's own cgroups (about two minutes)"
+	@echo "make test             set up, then run every test suite whose prerequisites exist"
+	@echo "make lint             ruff, mypy --strict, import-linter"
+	@echo "make bench            a subset of the benchmarks (at most 40 minutes); bench-full runs all"
+	@echo "make system-packages  the Debian packages of the guest, browser and benchmark suites (root)"
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "colocate needs Python >= 3.11: $(PYTHON) is older; try make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 -m venv failed: on Debian and Ubuntu install it with: apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing locked dependencies into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/colocate demo
+
+test: $(STAMP)
+	@$(BIN)/python -m tests.run
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks
+
+bench-full: $(STAMP)
+	@$(BIN)/python -m benchmarks --full
+
+system-packages:
+	@sh tools/system-packages.sh
+
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+	  --group dev --all-extras pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build

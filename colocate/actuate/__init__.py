@@ -1,0 +1,1 @@
+"""Plan to Outcomes, and back: the tier, the writer, the journal of before-values, and the undo."""

@@ -1,0 +1,144 @@
+"""What was there before us, on disk before we change it: identity, file, value found, value wanted, reason, boot id.
+
+The file is preallocated, so that a full disk cannot stop an entry, and every entry is synced before the write that it
+covers. A line is `crc32 json`; the first line that fails its checksum ends the journal, so a torn one is harmless. Each
+cgroup belongs to one boot: entries of another boot are dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from colocate.errors import JournalBroken, StateTooNew
+
+JOURNAL_VERSION = 1
+PREALLOCATED_BYTES = 1 << 20
+NAME = "journal"
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One fact to undo.
+
+    `value`: a file of a directory that is not ours; `made`: a directory of ours (inode 0: about to be made);
+    `moved`: a process.
+    """
+
+    kind: Literal["value", "made", "moved"]
+    boot_id: str
+    hierarchy: str
+    path: str
+    inode: int = 0
+    file: str = ""
+    found: str = ""
+    wanted: str = ""
+    reason: str = ""
+    pid: int = 0
+    start_time: int = 0
+    version: int = JOURNAL_VERSION
+
+
+def boot_id() -> str:
+    """This boot's id, from /proc/sys/kernel/random/boot_id."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _line(entry: Entry) -> bytes:
+    body = msgspec.json.encode(entry)
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def read_entries(path: Path) -> tuple[list[Entry], int]:
+    """The intact entries of a journal file and the offset after the last one. Raises StateTooNew."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    entries, offset = [], 0
+    while (end := content.find(b"\n", offset)) >= 0:
+        checksum, _, body = content[offset:end].partition(b" ")
+        with contextlib.suppress(ValueError):
+            if int(checksum, 16) != zlib.crc32(body):
+                break
+        try:
+            entry = msgspec.json.decode(body, type=Entry)
+        except msgspec.DecodeError:
+            break
+        if entry.version > JOURNAL_VERSION:
+            raise StateTooNew(f"{path} was written by a newer colocate (journal version {entry.version})")
+        entries.append(entry)
+        offset = end + 1
+    return entries, offset
+
+
+class Journal:
+    """The journal of one state directory."""
+
+    def __init__(self, directory: Path, boot: str) -> None:
+        self.path = directory / NAME
+        self.boot_id = boot
+        self.broken = ""
+        entries, self._offset = read_entries(self.path)
+        self.entries = [e for e in entries if e.boot_id == boot]
+        self._fd = -1
+
+    def _open(self) -> None:
+        """Rewrite the file with the entries that still count, preallocated, and put it in place atomically."""
+        fresh = self.path.with_suffix(".new")
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            body = b"".join(_line(e) for e in self.entries)
+            os.posix_fallocate(fd, 0, max(PREALLOCATED_BYTES, 2 * len(body)))
+            os.pwrite(fd, body, 0)
+            os.fsync(fd)
+            os.replace(fresh, self.path)
+            directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError:
+            os.close(fd)
+            raise
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._offset = fd, len(body)
+
+    def add(self, entry: Entry) -> None:
+        """Append an entry and sync it. Raises JournalBroken; then the change must not be made."""
+        line = _line(entry)
+        try:
+            if self._fd < 0 or self._offset + len(line) > os.fstat(self._fd).st_size:
+                self._open()
+            os.pwrite(self._fd, line, self._offset)
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self.broken = f"{self.path}: {error.strerror}"
+            raise JournalBroken(f"the journal {self.path} cannot be written: {error.strerror}") from error
+        self.broken = ""
+        self._offset += len(line)
+        self.entries.append(entry)
+
+    def replace(self, entries: Iterable[Entry]) -> None:
+        """Keep only these entries."""
+        self.entries = list(entries)
+        try:
+            self._open()
+        except OSError as error:
+            self.broken = f"{self.path}: {error.strerror}"
+            raise JournalBroken(f"the journal {self.path} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file; an empty journal is removed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if not self.entries:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)

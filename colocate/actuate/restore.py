@@ -1,0 +1,212 @@
+"""The undo: thaw, put back what was found, and remove what we made.
+
+A value is put back only while it is still ours; what somebody else wrote since is left and reported. A directory of
+ours that is occupied stays at the least weight, thawed and without limits, so that an upgrade never lifts running batch
+to the weight of a service. Clearing cpu.idle leaves weight 100 (shares 1024), so the weight is written after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import msgspec
+
+from colocate.actuate.journal import Entry, Journal
+from colocate.cgroupfs import CgroupGone, FilePort, joined, processes, processes_below, start_time
+from colocate.knobs import read_knob, same, write_knob
+
+_ORDER = {"freezer.state": 0, "cgroup.freeze": 0, "cpu.idle": 1, "cpu.shares": 2, "cpu.weight": 2}
+PASSES = 3
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What the undo did and what it left."""
+
+    restored: list[str] = []
+    left_to_others: list[str] = []
+    occupied: list[str] = []
+    removed: list[str] = []
+    failed: list[str] = []
+
+    @property
+    def clean(self) -> bool:
+        """Nothing of ours is left."""
+        return not (self.occupied or self.failed)
+
+
+def _where(entry: Entry) -> str:
+    return f"{entry.hierarchy}:{entry.path}" + (f"/{entry.file}" if entry.file else "")
+
+
+def thaw_all(port: FilePort, journal: Journal) -> None:
+    """Thaw every directory of ours with all below it, first of all."""
+    for path in dict.fromkeys(e.path for e in journal.entries if e.kind == "made"):
+        thaw_below(port, path)
+
+
+def thaw_below(port: FilePort, path: str) -> None:
+    """Thaw a cgroup and its descendants in whichever freezer they are frozen."""
+    inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, path)) is not None}
+    if inodes and read_knob(port, path, "cgroup.freeze", inodes) == "1":
+        write_knob(port, path, "cgroup.freeze", "0", inodes)
+    children = {c for h in inodes for c in port.children(h, path)}
+    for child in sorted(children):
+        thaw_below(port, joined(path, child))
+
+
+def _restore_values(port: FilePort, entries: list[Entry], report: Report) -> list[Entry]:
+    """Put found values back; the entries that could not be resolved are returned."""
+    first: dict[tuple[str, str, int, str], Entry] = {}
+    ours: dict[tuple[str, str, int, str], list[str]] = {}
+    for entry in entries:
+        key = (entry.hierarchy, entry.path, entry.inode, entry.file)
+        first.setdefault(key, entry)
+        ours.setdefault(key, []).append(entry.wanted)
+    waiting = sorted(first, key=lambda k: (_ORDER.get(k[3], 3), k[1].count("/")))
+    for attempt in range(PASSES):
+        again = []
+        for key in waiting:
+            entry = first[key]
+            outcome = _restore_one(port, entry, ours[key], report)
+            if outcome == errno.EINVAL and attempt + 1 < PASSES:
+                again.append(key)  # a parent or child that is still to come is in the way
+            elif outcome:
+                report.failed.append(f"{_where(entry)}: errno {outcome} ({errno.errorcode.get(outcome, '?')})")
+        waiting = again
+    return [e for e in entries if any(_where(e) == f.partition(": ")[0] for f in report.failed)]
+
+
+def _restore_one(port: FilePort, entry: Entry, ours: list[str], report: Report) -> int:
+    current = port.read(entry.hierarchy, entry.path, entry.file, entry.inode)
+    if current is None or current.strip() == entry.found.strip():
+        return 0
+    if entry.file == "cgroup.subtree_control":
+        return _drop_controllers(port, entry, current, report)
+    if not any(same(entry.file, wanted, current) for wanted in ours):
+        report.left_to_others.append(f"{_where(entry)}: now {current.strip()}, found {entry.found.strip()}")
+        return 0
+    try:
+        port.write(entry.hierarchy, entry.path, entry.file, entry.found, entry.inode)
+    except CgroupGone:
+        return 0
+    except OSError as error:
+        return error.errno or errno.EIO
+    report.restored.append(f"{_where(entry)} = {entry.found.strip()}")
+    return 0
+
+
+def _drop_controllers(port: FilePort, entry: Entry, current: str, report: Report) -> int:
+    added = [c for c in current.split() if c not in entry.found.split()]
+    if not added:
+        return 0
+    try:
+        text = " ".join(f"-{c}" for c in added)
+        port.write(entry.hierarchy, entry.path, entry.file, text, entry.inode)
+    except CgroupGone:
+        return 0
+    except OSError as error:
+        # A child of somebody else may use the controller by now; it is then theirs.
+        if error.errno == errno.EBUSY:
+            report.left_to_others.append(f"{_where(entry)}: {' '.join(added)} is in use")
+            return 0
+        return error.errno or errno.EIO
+    report.restored.append(f"{_where(entry)} = {entry.found.strip()}")
+    return 0
+
+
+def open_tier(port: FilePort, path: str) -> None:
+    """The open state of a directory of ours: no limit of ours in force, least weight."""
+    inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, path)) is not None}
+    parent = path.rpartition("/")[0] or "/"
+    opened = [("cpu.idle", "0"), ("cpu.weight", "1"), ("cpu.max", "max 100000")]
+    opened += [("memory.high", "max"), ("memory.max", "max")]
+    for knob, value in opened:
+        current = read_knob(port, path, knob, inodes)
+        if current is not None and current != value:
+            write_knob(port, path, knob, value, inodes)
+    parent_inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, parent)) is not None}
+    cpus = read_knob(port, parent, "cpuset.cpus", parent_inodes)
+    if cpus and read_knob(port, path, "cpuset.cpus", inodes) not in (None, cpus, ""):
+        write_knob(port, path, "cpuset.cpus", cpus, inodes)
+
+
+def _remove_tree(port: FilePort, hierarchy: str, path: str) -> bool:
+    """Remove an empty tree, children first; False if a process is in it."""
+    for child in port.children(hierarchy, path):
+        _remove_tree(port, hierarchy, joined(path, child))
+    return port.rmdir(hierarchy, path)
+
+
+def _remove_made(port: FilePort, entries: list[Entry], report: Report) -> list[Entry]:
+    left = []
+    ordered = sorted(entries, key=lambda e: -e.path.count("/"))
+    for entry in ordered:
+        if entry.inode not in (0, port.inode(entry.hierarchy, entry.path)):
+            continue
+        if port.inode(entry.hierarchy, entry.path) is None:
+            continue
+        if processes_below(port, entry.hierarchy, entry.path) or not _remove_tree(port, entry.hierarchy, entry.path):
+            left.append(entry)
+        else:
+            report.removed.append(_where(entry))
+    left = [e for e in left if e.inode]
+    for path in sorted({e.path for e in left}):
+        open_tier(port, path)
+        report.occupied.append(path)
+    return left
+
+
+def _move_back(port: FilePort, entries: list[Entry], made: list[Entry]) -> None:
+    ours = {(e.hierarchy, e.path) for e in made}
+    for entry in entries:
+        if start_time(port, entry.pid) != entry.start_time:
+            continue
+        inside = any(h == entry.hierarchy and entry.pid in processes(port, h, p) for h, p in ours)
+        if inside and port.inode(entry.hierarchy, entry.path) is not None:
+            try:
+                port.write(entry.hierarchy, entry.path, "cgroup.procs", str(entry.pid))
+            except OSError:
+                continue
+
+
+def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Report:
+    """Undo everything the journal knows; what cannot be undone yet (occupied directories) stays in it.
+
+    With `move_back`, processes that `colocate run` moved return to their former cgroups first.
+    """
+    report = Report()
+    thaw_all(port, journal)
+    values = [e for e in journal.entries if e.kind == "value"]
+    made = [e for e in journal.entries if e.kind == "made"]
+    moved = [e for e in journal.entries if e.kind == "moved"]
+    unresolved = _restore_values(port, values, report)
+    if move_back:
+        _move_back(port, moved, made)
+    left = _remove_made(port, made, report)
+    # Controllers can be dropped only when the directories below are gone, so they get a second chance.
+    if unresolved:
+        report.failed.clear()
+        unresolved = _restore_values(port, unresolved, report)
+    alive = [e for e in moved if left and start_time(port, e.pid) == e.start_time]
+    remaining = [*unresolved, *left, *alive]
+    if remaining != journal.entries:
+        journal.replace(remaining)
+    return report
+
+
+def kill_below(port: FilePort, path: str, inodes: dict[str, int]) -> int:
+    """SIGKILL every process below a cgroup, thawed, by cgroup.kill where the kernel has it; how many were there."""
+    hierarchies = [h for h in port.layout.mounts if port.inode(h, path) is not None]
+    pids = {p for h in hierarchies for p in processes_below(port, h, path)}
+    thaw_below(port, path)
+    kill_hierarchy = port.layout.hierarchy("kill")
+    if kill_hierarchy in inodes and kill_hierarchy is not None:
+        try:
+            port.write(kill_hierarchy, path, "cgroup.kill", "1", inodes[kill_hierarchy])
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
+                raise
+    for pid in pids:
+        port.kill(pid, signal.SIGKILL)
+    return len(pids)

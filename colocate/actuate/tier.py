@@ -1,0 +1,211 @@
+"""Makes the batch tier and the jobs' directories in it, in every hierarchy, at the least weight before anything enters.
+
+A new cgroup has weight 100 (shares 1024), more than BestEffort: so the weight is written at once, and only then is the
+directory told to anybody. On v2 every controller is enabled from the node root down; on v1 a cpuset directory must get
+its CPUs and memory nodes before it accepts a process. designs/0004-tier.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+
+import msgspec
+
+from colocate.actuate.journal import Entry, Journal
+from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, start_time
+from colocate.errors import BadInput, HostUnfit, JournalBroken, PermissionMissing
+from colocate.knobs import file_writes, write_knob
+from colocate.observe.workloads import Tree, cgroup_of
+
+WANTED_CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
+SKIPPED_V1 = ("devices", "hugetlb", "net_cls")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """A directory of ours: its path and its inode in each hierarchy."""
+
+    path: str
+    inodes: dict[str, int]
+
+
+def check_job_name(name: str) -> str:
+    """The name, if it can be a directory in the tier. Raises BadInput."""
+    if not _NAME.fullmatch(name) or "pod" in name:
+        raise BadInput(
+            f"--name {name!r}: use at most 63 lower-case letters, digits, '-' and '.', starting and ending with a "
+            "letter or digit, without 'pod' (kubelet removes such directories)"
+        )
+    return name
+
+
+class TierMaker:
+    """Makes and removes directories of ours below the node root."""
+
+    def __init__(self, port: FilePort, journal: Journal, tree: Tree) -> None:
+        self._port, self._journal, self.tree = port, journal, tree
+
+    def hierarchies(self) -> list[str]:
+        """Those that a directory is made in: all whose controllers we use or read."""
+        return [h for h in self._port.layout.mounts if h not in SKIPPED_V1 and not h.startswith("name=")]
+
+    def ensure_tier(self) -> Placement:
+        """The tier, made if it is not there. Raises PermissionMissing, HostUnfit."""
+        if "cpu" not in self._port.layout.controllers:
+            raise HostUnfit(
+                "no CPU controller is offered in any cgroup hierarchy", "mount cgroup v2, or v1's cpu controller"
+            )
+        if self._port.layout.version == 2:
+            self._enable_controllers(self.tree.tier_path)
+        placement = self._ensure(self.tree.tier_path)
+        write_knob(self._port, placement.path, "cpu.weight", "1", placement.inodes)
+        if self._port.layout.version == 2:
+            self._enable_in(placement.path)
+        return placement
+
+    def ensure_job(self, name: str) -> Placement:
+        """A job's directory in the tier. Raises BadInput if the name is taken by a running job."""
+        path = joined(self.tree.tier_path, check_job_name(name))
+        self.ensure_tier()
+        return self._ensure(path)
+
+    def _ensure(self, path: str) -> Placement:
+        inodes = {}
+        noted = {(e.hierarchy, e.path, e.inode) for e in self._journal.entries if e.kind == "made"}
+        for hierarchy in self.hierarchies():
+            if self._port.inode(hierarchy, path) is None:
+                self._note_made(hierarchy, path, 0)
+            try:
+                inode = self._port.mkdir(hierarchy, path)
+            except FileExistsError:
+                found = self._port.inode(hierarchy, path)
+                if found is None:
+                    continue
+                inode = found
+                if (hierarchy, path, inode) not in noted:  # the name is ours: adopted, so that it will be removed
+                    self._note_made(hierarchy, path, inode)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise PermissionMissing(
+                        f"{path} cannot be made in the {hierarchy} hierarchy: {error.strerror}",
+                        "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- ...",
+                    ) from error
+                if error.errno == errno.ENOENT:
+                    continue  # the parent does not exist in this hierarchy
+                raise HostUnfit(f"{path} cannot be made in the {hierarchy} hierarchy: {error.strerror}") from error
+            else:
+                self._note_made(hierarchy, path, inode)
+                self._inherit_cpuset(hierarchy, path)
+            inodes[hierarchy] = inode
+        return Placement(path, inodes)
+
+    def _note_made(self, hierarchy: str, path: str, inode: int) -> None:
+        with contextlib.suppress(JournalBroken):  # our own directories may be used without a journal (rule 4)
+            self._journal.add(
+                Entry(kind="made", boot_id=self._journal.boot_id, hierarchy=hierarchy, path=path, inode=inode)
+            )
+
+    def _inherit_cpuset(self, hierarchy: str, path: str) -> None:
+        if hierarchy == UNIFIED or self._port.layout.hierarchy("cpuset") != hierarchy:
+            return
+        parent = path.rpartition("/")[0] or "/"
+        for file in ("cpuset.mems", "cpuset.cpus"):
+            value = self._port.read(hierarchy, parent, file)
+            if value and value.strip():
+                self._port.write(hierarchy, path, file, value.strip())
+
+    def _enable_controllers(self, path: str) -> None:
+        """Enable what is offered in every ancestor, journaled: those directories are not ours."""
+        parts = [p for p in path.split("/") if p][:-1]
+        for depth in range(len(parts) + 1):
+            self._enable_in(joined(*parts[:depth]))
+
+    def _enable_in(self, path: str) -> None:
+        port = self._port
+        offered = (port.read(UNIFIED, path, "cgroup.controllers") or "").split()
+        enabled = port.read(UNIFIED, path, "cgroup.subtree_control")
+        if enabled is None:
+            return
+        missing = [c for c in WANTED_CONTROLLERS if c in offered and c not in enabled.split()]
+        inode = port.inode(UNIFIED, path)
+        if not missing or inode is None:
+            return
+        made = {(e.hierarchy, e.path) for e in self._journal.entries if e.kind == "made"}
+        if (UNIFIED, path) not in made:
+            self._journal.add(
+                Entry(
+                    kind="value",
+                    boot_id=self._journal.boot_id,
+                    hierarchy=UNIFIED,
+                    path=path,
+                    inode=inode,
+                    file="cgroup.subtree_control",
+                    found=enabled,
+                    wanted=" ".join([*enabled.split(), *missing]),
+                    reason="EnableControllers",
+                )
+            )
+        for controller in missing:
+            try:
+                port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}", inode)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise PermissionMissing(
+                        f"{path}/cgroup.subtree_control cannot be written: {error.strerror}",
+                        "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- ...",
+                    ) from error
+                if error.errno == errno.EBUSY:
+                    raise HostUnfit(
+                        f"{path} has processes of its own, so its children cannot get controllers (no internal "
+                        "process constraint of cgroup v2)",
+                        "start the agent in a child cgroup, or name another nodeRoot",
+                    ) from error
+                raise
+
+    def move(self, pid: int, placement: Placement) -> None:
+        """Move a process into a directory of ours, its former cgroups journaled. Raises CgroupGone if it has ended."""
+        start = start_time(self._port, pid)
+        if start is None:
+            raise CgroupGone(errno.ESRCH, f"process {pid} has ended")
+        for hierarchy, inode in placement.inodes.items():
+            former = cgroup_of(self._port, pid, hierarchy)
+            if former is not None and former != placement.path:
+                with contextlib.suppress(JournalBroken):
+                    self._journal.add(
+                        Entry(
+                            kind="moved",
+                            boot_id=self._journal.boot_id,
+                            hierarchy=hierarchy,
+                            path=former,
+                            pid=pid,
+                            start_time=start,
+                        )
+                    )
+            try:
+                self._port.write(hierarchy, placement.path, "cgroup.procs", str(pid), inode)
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    raise CgroupGone(errno.ESRCH, f"process {pid} has ended") from error
+                raise
+
+    def set_job_knob(self, placement: Placement, knob: str, value: str) -> None:
+        """Write a job's own limit. Raises OSError with the kernel's errno."""
+        for write in file_writes(self._port.layout, knob, value, placement.inodes):
+            if write.hierarchy in placement.inodes:
+                self._port.write(
+                    write.hierarchy, placement.path, write.file, write.value, placement.inodes[write.hierarchy]
+                )
+
+    def remove_job(self, path: str) -> bool:
+        """Remove a job's directory, with what the job made below it, in every hierarchy; False if it is occupied."""
+        done = True
+        for hierarchy in self._port.layout.mounts:
+            done = self._remove(hierarchy, path) and done
+        return done
+
+    def _remove(self, hierarchy: str, path: str) -> bool:
+        for child in self._port.children(hierarchy, path):
+            self._remove(hierarchy, joined(path, child))
+        return self._port.rmdir(hierarchy, path)

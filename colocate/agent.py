@@ -1,0 +1,223 @@
+"""The node manager: the loop that joins the five verbs, and the order in which it starts and stops.
+
+Start: lock, undo what a predecessor left, make the tier. Each tick: observe, model, decide, actuate, record. Stop: undo,
+or with `handover` leave the grants to the successor. Killed at any instant, the guardian undoes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from colocate.actuate.guardian import Guardian
+from colocate.actuate.journal import Journal
+from colocate.actuate.restore import Report, restore
+from colocate.actuate.statedir import StateDirectory
+from colocate.actuate.tier import TierMaker
+from colocate.actuate.writer import Drift, Writer
+from colocate.cgroupfs import UNIFIED, FilePort
+from colocate.config import Calibration, ColocationPolicy
+from colocate.decide.pipeline import LawState, decide
+from colocate.errors import StateTooNew
+from colocate.jobs.registry import Job, Registry
+from colocate.model.forecast import Forecast, ModelState, forecast
+from colocate.model.kernels import Kernels
+from colocate.model.state import from_builtins, to_builtins
+from colocate.observe.latency import LatencyScraper
+from colocate.observe.observer import Observer
+from colocate.observe.pressure import PressureWatch
+from colocate.plan import Outcome, Plan
+from colocate.report.record import Recorder
+from colocate.snapshot import NodeSnapshot
+
+log = structlog.get_logger()
+MODEL_FILE = "model.json"
+SAVE_MODEL_EVERY_SECONDS = 300.0
+SCRAPE_WAIT_RATIO = 0.15
+
+
+class Clock(Protocol):
+    """The `time` module, or a model's clock."""
+
+    def time(self) -> float:
+        """Wall clock, seconds."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """What the last tick saw and did."""
+
+    snapshot: NodeSnapshot
+    forecast: Forecast
+    plan: Plan
+    outcomes: list[Outcome]
+    drifts: list[Drift]
+    seconds: float
+
+
+class Agent:
+    """One node's manager. `port`, `clock` and `kernels` may be the kernel model's, a model's clock and numpy twins."""
+
+    def __init__(
+        self,
+        port: FilePort,
+        policy: ColocationPolicy,
+        kernels: Kernels,
+        journal: Journal,
+        *,
+        state: StateDirectory | None = None,
+        calibration: Calibration | None = None,
+        recorder: Recorder | None = None,
+        guardian: Guardian | None = None,
+        shadow: bool = False,
+        clock: Clock = time,
+    ) -> None:
+        self.port, self.policy, self.kernels, self.journal, self.clock = port, policy, kernels, journal, clock
+        self.state, self.shadow, self.guardian = state, shadow, guardian
+        self.calibration = calibration or Calibration()
+        self.registry = Registry(state)
+        self.scraper = LatencyScraper()
+        self.observer = Observer(port, policy, self.registry.known, self.scraper)
+        self.writer = Writer(port, journal, shadow=shadow)
+        self.tier = TierMaker(port, journal, self.observer.tree)
+        self.recorder = recorder or Recorder(None, policy.spec.records, "none")
+        self.watch: PressureWatch | None = None
+        self.model = ModelState()
+        self.laws = LawState()
+        self.last: Tick | None = None
+        self.counts: dict[tuple[str, str], int] = {}
+        self.on_tick: list[Callable[[Tick], None]] = []
+        self.on_evicted: list[Callable[[Job], None]] = []
+        self._wake = asyncio.Event()
+        self._model_saved = 0.0
+
+    def open(self, *, handover: bool = False) -> Report:
+        """Undo what a predecessor left (unless it handed over) and make the tier. Raises HostUnfit, StateTooNew."""
+        if self.state is not None and (data := self.state.load(MODEL_FILE)) is not None:
+            try:
+                model = from_builtins(data, str(self.state.path / MODEL_FILE))
+                # Times of another boot or process cannot be compared; what was learnt of the workloads stays.
+                self.model = msgspec.structs.replace(model, previous=None, windows={})
+            except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+                log.warning("model_state_unusable", error=str(error))
+        report = Report() if handover or self.shadow else restore(self.port, self.journal)
+        if not self.shadow:
+            self.tier.ensure_tier()
+            if self.guardian is not None:
+                self.guardian.ensure()
+        return report
+
+    def set_policy(self, policy: ColocationPolicy) -> None:
+        """Put another policy in force with the next tick."""
+        self.policy = self.observer.policy = policy
+        self._wake.set()
+
+    def wake(self, why: str) -> None:
+        """Tick now: a service stalls."""
+        log.debug("woken", why=why)
+        self._wake.set()
+
+    async def tick(self) -> Tick:
+        """Observe, model, decide, actuate, record: once."""
+        started = time.perf_counter()
+        spec = self.policy.spec
+        objectives = {s.name: s.slo for s in spec.services if s.slo is not None}
+        await self.scraper.scrape(objectives, min(SCRAPE_WAIT_RATIO * spec.tick, 0.1))
+        snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
+        kubernetes = self.observer.tree.kubepods is not None
+        drifts = self.writer.drifts(snapshot, yields=spec.drift == "yield", kubernetes=kubernetes)
+        for drift in drifts:
+            log.warning("drift", **msgspec.to_builtins(drift), policy=spec.drift)
+        model_before, laws_before = self.model, self.laws
+        self.model, seen = forecast(snapshot, self.model, spec, self.kernels)
+        self.laws, plan = decide(snapshot, seen, spec, self.calibration, self.laws)
+        outcomes = await self.writer.apply(plan, snapshot)
+        for job in self.registry.note(plan, snapshot.time_seconds):
+            for told in self.on_evicted:
+                told(job)
+        for outcome in outcomes:
+            key = (outcome.reason, outcome.status)
+            self.counts[key] = self.counts.get(key, 0) + 1
+        self.recorder.write(snapshot, seen, plan, outcomes, model_before, laws_before, self.policy, self.calibration)
+        self._housekeep(snapshot)
+        self.last = Tick(snapshot, seen, plan, outcomes, drifts, time.perf_counter() - started)
+        for told_tick in self.on_tick:
+            told_tick(self.last)
+        return self.last
+
+    def _housekeep(self, snapshot: NodeSnapshot) -> None:
+        if self.watch is not None:
+            services = {w.id: (w.path, w.inodes[UNIFIED]) for w in snapshot.of("service") if UNIFIED in w.inodes}
+            self.watch.watch(services)
+        if self.guardian is not None and not self.shadow:
+            self.guardian.ensure()
+        if not self.shadow and snapshot.tier is None:
+            self.tier.ensure_tier()
+        if self.state is not None and snapshot.monotonic_seconds - self._model_saved > SAVE_MODEL_EVERY_SECONDS:
+            self._model_saved = snapshot.monotonic_seconds
+            self.state.save(MODEL_FILE, to_builtins(self.model))
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Tick until told to stop; at once when a service stalls on memory."""
+        spec = self.policy.spec
+        self.watch = PressureWatch(self.port, self.wake, spec.memory.pressure / 100, spec.memory.poll)
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self.watch.run())
+            stopping = tasks.create_task(stop.wait())
+            following = time.monotonic()
+            while not stop.is_set():
+                await self.tick()
+                following = max(following + self.policy.spec.tick, time.monotonic() + 0.01)
+                woken = tasks.create_task(self._wake.wait())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait(
+                        {woken, stopping},
+                        timeout=max(following - time.monotonic(), 0.0),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                woken.cancel()
+                self._wake.clear()
+            watching.cancel()
+
+    async def close(self, *, handover: bool = False) -> Report:
+        """Stop in order: undo, or leave the grants to a successor."""
+        await self.writer.settle()
+        await self.scraper.close()
+        self.recorder.close()
+        report = Report()
+        try:
+            if not self.shadow and not handover:
+                report = restore(self.port, self.journal)
+        finally:
+            if self.state is not None:
+                with contextlib.suppress(StateTooNew):
+                    self.state.save(MODEL_FILE, to_builtins(self.model))
+            if self.guardian is not None:
+                self.guardian.dismiss(b"handover" if handover else b"done")
+            self.journal.close()
+        return report
+
+    def explain(self) -> dict[str, Any]:
+        """The last tick as plain data, for the socket and /debug/plan."""
+        if self.last is None:
+            return {}
+        return {
+            "plan": msgspec.to_builtins(self.last.plan),
+            "forecast": msgspec.to_builtins(self.last.forecast),
+            "snapshot": msgspec.to_builtins(self.last.snapshot, str_keys=True),
+            "outcomes": msgspec.to_builtins(self.last.outcomes),
+            "drifts": msgspec.to_builtins(self.last.drifts),
+            "laws": msgspec.to_builtins(self.laws),
+            "calibration": msgspec.to_builtins(self.calibration),
+            "problems": {**self.observer.problems, **self.scraper.problems},
+            "shadow": self.shadow,
+            "tick_seconds": self.last.seconds,
+        }

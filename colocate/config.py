@@ -1,0 +1,249 @@
+"""The ColocationPolicy: one schema for the policy file and, later, for Kubernetes. Loading it is the shell's.
+
+Fields are camelCase on the wire. Quantities are the types of `units`; the defaults are meant to be right.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from colocate.errors import ConfigError
+from colocate.units import Bytes, Cores, Duration, Percent
+
+API_VERSION = "colocate.io/v1alpha1"
+KIND = "ColocationPolicy"
+
+
+def encode_quantity(value: object) -> float | int:
+    """msgspec's enc_hook for the quantity types."""
+    if isinstance(value, Bytes):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    raise NotImplementedError(type(value))
+
+
+class Spec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, kw_only=True):
+    """Base of all configuration structs: frozen, camelCase, unknown fields are errors."""
+
+
+class Selector(Spec, frozen=True):
+    """Which workload is meant: exactly one field."""
+
+    systemd_unit: str | None = None
+    """A unit name, e.g. `nginx.service`."""
+    cgroup: str | None = None
+    """A cgroup path below the node root, e.g. `/kubepods/burstable/pod123`; `*` matches within one component."""
+    command: str | None = None
+    """A process whose command line contains this text; its cgroup is meant."""
+    pod_selector: dict[str, str] | None = None
+    """Labels of pods (needs a Kubernetes node)."""
+
+
+class ServiceLevelObjective(Spec, frozen=True):
+    """What the service promises, measured by its own Prometheus histogram."""
+
+    p99: Duration
+    """The target of the 99th percentile."""
+    url: str
+    """Where the service exposes its metrics, e.g. `http://127.0.0.1:9100/metrics`."""
+    metric: str
+    """The histogram's name without `_bucket`, in seconds, e.g. `http_request_duration_seconds`."""
+    labels: dict[str, str] = {}
+    """Only series with these labels are added up."""
+    minimum_samples: int = 100
+    """A quantile of fewer requests is not believed."""
+    window: Duration = Duration(5.0)
+    """Requests of this long are judged together."""
+    scrape_timeout: Duration = Duration(0.5)
+
+
+class ServicePolicy(Spec, frozen=True):
+    """A latency-sensitive service that must not be hurt."""
+
+    name: str
+    selector: Selector
+    slo: ServiceLevelObjective | None = None
+
+
+class BatchPolicy(Spec, frozen=True):
+    """Batch work that is already running somewhere: governed in place, never moved."""
+
+    name: str
+    selector: Selector
+    priority: int = 0
+    checkpoint_signal: str | None = None
+    gang: str = ""
+
+
+class CpuPolicy(Spec, frozen=True):
+    """The CPU law (designs/0001-cpu.md)."""
+
+    reserve: Percent = Percent(5.0)
+    """Of the node, never granted while a grant is in force."""
+    floor: Cores = Cores(0.01)
+    """The least grant: what batch keeps when a service suffers."""
+    growth: Percent = Percent(10.0)
+    """Of the node, the most a grant grows in one tick."""
+    hold_down: Duration = Duration(10.0)
+    """How long at least the floor or its replacement stands after a violation; doubles with each, to 5 minutes."""
+    no_growth_below: Percent = Percent(10.0)
+    growth_above: Percent = Percent(20.0)
+    trial_ticks: int = 3
+    trial_requests: int = 400
+    pressure: Percent = Percent(20.0)
+    """Without an SLO: the share of time in which some task of a service may wait for a CPU before it counts as hurt."""
+    best_effort_waits: Percent = Percent(5.0)
+    """The share of time in which a BestEffort task may wait for a CPU before batch makes room."""
+
+
+class MemoryPolicy(Spec, frozen=True):
+    """The memory law (designs/0002-memory.md)."""
+
+    reserve: Percent = Percent(5.0)
+    pressure: Percent = Percent(5.0)
+    """The share of time in which some task of a service may stall on memory before the ladder starts."""
+    poll: Duration = Duration(0.075)
+    """How often pressure totals are read where triggers are not allowed."""
+    rung: Duration = Duration(0.5)
+    """How long a rung is given to work before the next is taken."""
+    calm: Duration = Duration(10.0)
+    """How long without pressure before a rung is undone."""
+    checkpoint_deadline: Duration = Duration(10.0)
+    termination_grace: Duration = Duration(5.0)
+
+
+class FreezePolicy(Spec, frozen=True):
+    """The freeze law (designs/0003-freeze.md)."""
+
+    max_frozen: Duration = Duration(30.0)
+    """A job frozen longer than this is evicted: a frozen job holds memory and does no work."""
+
+
+class StalenessPolicy(Spec, frozen=True):
+    """What happens when readings are old."""
+
+    stop_tightening_after: int = 3
+    """Ticks."""
+    open_after: int = 10
+    """Ticks until the tier is left open."""
+
+
+class RecordPolicy(Spec, frozen=True):
+    """Where records go and how large they may grow."""
+
+    max_bytes: Bytes = Bytes(200 << 20)
+    segment_bytes: Bytes = Bytes(8 << 20)
+    keyframe_every: int = 300
+    """Ticks."""
+
+
+class HttpPolicy(Spec, frozen=True):
+    """Where /metrics, /healthz, /readyz and /debug/plan are served; port 0 takes any free port."""
+
+    host: str = "127.0.0.1"
+    port: int = 9464
+    enabled: bool = True
+
+
+class PolicySpec(Spec, frozen=True):
+    """The whole policy."""
+
+    node_root: str = "/"
+    """The cgroup that is taken as the node; `/` is the machine."""
+    tick: Duration = Duration(1.0)
+    services: tuple[ServicePolicy, ...] = ()
+    batch: tuple[BatchPolicy, ...] = ()
+    cpu: CpuPolicy = CpuPolicy()
+    memory: MemoryPolicy = MemoryPolicy()
+    freeze: FreezePolicy = FreezePolicy()
+    staleness: StalenessPolicy = StalenessPolicy()
+    records: RecordPolicy = RecordPolicy()
+    http: HttpPolicy = HttpPolicy()
+    drift: Literal["reassert", "yield"] = "reassert"
+    """When somebody else writes one of our knobs: write it again, or leave it to them."""
+    calibrate: bool = True
+    """Measure the CPU levers once at start, if nothing is known of this kernel and the node is at least 30 % idle."""
+
+
+class Metadata(Spec, frozen=True):
+    """The name of the policy."""
+
+    name: str = "default"
+
+
+class ColocationPolicy(Spec, frozen=True):
+    """`apiVersion: colocate.io/v1alpha1`, `kind: ColocationPolicy`."""
+
+    api_version: str = API_VERSION
+    kind: str = KIND
+    metadata: Metadata = Metadata()
+    spec: PolicySpec = PolicySpec()
+
+
+class Calibration(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What was measured of this kernel's CPU levers (calibrate.py); the default is what holds without measuring."""
+
+    lever: Literal["weight", "idle"] = "weight"
+    rungs: tuple[Literal["cpuset", "quota", "freeze"], ...] = ("cpuset", "quota", "freeze")
+    """The order in which replacements of the floor are tried."""
+    kernel: str = ""
+    machine: dict[str, str] = {}
+    """HZ, preemption model, CPU model: a calibration of another machine is not used."""
+    measured_seconds: float = 0.0
+    """Wall clock of the measurement; 0 if never."""
+    evidence: dict[str, dict[str, float]] = {}
+    """Per arm: p99_ms, work, and the paired ratio to weight 1 with its 95 % interval."""
+
+
+def _check_range(path: str, value: float, low: float, high: float, unit: str = "") -> None:
+    if not low <= value <= high:
+        raise ConfigError(path, f"{value:g}{unit} is impossible", f"write a value between {low:g} and {high:g}{unit}")
+
+
+def check(policy: ColocationPolicy) -> ColocationPolicy:
+    """The policy itself, if its numbers and selectors are possible. Raises ConfigError with the exact path."""
+    if policy.api_version != API_VERSION:
+        raise ConfigError("$.apiVersion", f"unknown version {policy.api_version!r}", f"write {API_VERSION}")
+    if policy.kind != KIND:
+        raise ConfigError("$.kind", f"unknown kind {policy.kind!r}", f"write {KIND}")
+    spec = policy.spec
+    if not spec.node_root.startswith("/"):
+        raise ConfigError("$.spec.nodeRoot", f"{spec.node_root!r} is not absolute", "start it with /")
+    _check_range("$.spec.tick", spec.tick, 0.05, 60, "s")
+    _check_range("$.spec.cpu.growth", spec.cpu.growth, 0.1, 100, "%")
+    _check_range("$.spec.cpu.floor", spec.cpu.floor, 0.01, 1024)
+    _check_range("$.spec.cpu.trialTicks", spec.cpu.trial_ticks, 1, 1000)
+    _check_range("$.spec.cpu.trialRequests", spec.cpu.trial_requests, 0, 10**6)
+    _check_range("$.spec.memory.poll", spec.memory.poll, 0.01, 10, "s")
+    _check_range("$.spec.http.port", spec.http.port, 0, 65535)
+    _check_range("$.spec.records.maxBytes", spec.records.max_bytes, 1 << 20, 1 << 40)
+    _check_range("$.spec.records.keyframeEvery", spec.records.keyframe_every, 1, 10**6)
+    if spec.cpu.growth_above < spec.cpu.no_growth_below:
+        raise ConfigError("$.spec.cpu.growthAbove", "is below noGrowthBelow", "write growthAbove >= noGrowthBelow")
+    names: dict[str, str] = {}
+    entries: list[tuple[str, ServicePolicy | BatchPolicy]] = [
+        *((f"$.spec.services[{i}]", s) for i, s in enumerate(spec.services)),
+        *((f"$.spec.batch[{i}]", b) for i, b in enumerate(spec.batch)),
+    ]
+    for path, entry in entries:
+        _check_entry(path, entry, names)
+    return policy
+
+
+def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str, str]) -> None:
+    if entry.name in names:
+        raise ConfigError(f"{path}.name", f"{entry.name!r} is also the name of {names[entry.name]}", "rename one")
+    names[entry.name] = path
+    chosen = [f for f in entry.selector.__struct_fields__ if getattr(entry.selector, f) is not None]
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"{path}.selector",
+            f"needs exactly one of systemdUnit, cgroup, command, podSelector; {len(chosen)} are set",
+        )
+    if isinstance(entry, ServicePolicy) and entry.slo is not None:
+        _check_range(f"{path}.slo.p99", entry.slo.p99, 1e-6, 3600, "s")
+        if not entry.slo.url.startswith(("http://", "https://")):
+            raise ConfigError(f"{path}.slo.url", f"{entry.slo.url!r} is no URL", "start it with http://")

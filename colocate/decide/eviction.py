@@ -1,0 +1,89 @@
+"""The eviction law: owner of SIGTERM and kill. Thaw, SIGTERM, the grace period, then every process of the cgroup.
+
+A frozen task runs no handler and v1's freezer holds back even SIGKILL, so the order is signal first, thaw before it.
+Jobs past their declared maximum runtime are evicted by the same steps. designs/0003-freeze.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from colocate.config import PolicySpec
+from colocate.plan import Action, Rejected, Request, Verdict
+from colocate.snapshot import NodeSnapshot
+
+LAW = "eviction"
+
+
+class Eviction(msgspec.Struct, frozen=True, kw_only=True):
+    """One job on its way out."""
+
+    deadline: float
+    """Monotonic seconds; then it is killed."""
+    reason: str
+    message: str
+
+
+class EvictionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Jobs that were told to go."""
+
+    under_way: dict[str, Eviction] = {}
+
+
+class Decision(NamedTuple):
+    """What the law wants this tick; `requests` are thaws."""
+
+    state: EvictionState
+    actions: list[Action]
+    verdict: Verdict
+    rejected: list[Rejected]
+    requests: list[Request]
+
+
+def decide_eviction(
+    snapshot: NodeSnapshot, spec: PolicySpec, requests: Sequence[Request], state: EvictionState
+) -> Decision:
+    """The eviction law for one tick."""
+    now = snapshot.monotonic_seconds
+    jobs = {w.id: w for w in snapshot.of("batch")}
+    wishes = {r.workload: r for r in requests if r.verb == "evict" and r.workload in jobs}
+    for job in jobs.values():
+        limit = job.max_runtime_seconds
+        if limit is not None and job.started_seconds and snapshot.time_seconds - job.started_seconds > limit:
+            message = f"{job.name} ran longer than its --max-runtime of {limit:g} s"
+            wishes.setdefault(
+                job.id, Request(verb="evict", workload=job.id, law=LAW, reason="MaxRuntime", message=message)
+            )
+    under_way = {id_: e for id_, e in state.under_way.items() if id_ in jobs and _alive(snapshot, id_)}
+    actions: list[Action] = []
+    for id_, wish in wishes.items():
+        if id_ in under_way or not _alive(snapshot, id_):
+            continue
+        deadline = now + spec.memory.termination_grace
+        under_way[id_] = Eviction(deadline=deadline, reason=wish.reason, message=wish.message)
+        actions.append(_action(id_, jobs[id_].path, "signal", "SIGTERM", wish.reason, wish.message))
+    thaws = []
+    for id_, eviction in under_way.items():
+        if jobs[id_].frozen or id_ in wishes:
+            thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=eviction.message))
+        if now >= eviction.deadline:
+            actions.append(_action(id_, jobs[id_].path, "cgroup.kill", "1", eviction.reason, eviction.message))
+    if under_way:
+        names = ", ".join(jobs[i].name for i in under_way)
+        first = next(iter(under_way.values()))
+        verdict = Verdict(law=LAW, state="evicting", reason=first.reason, message=f"{names}: {first.message}")
+    else:
+        verdict = Verdict(law=LAW, state="none", reason="NothingToEvict", message="no law asks for an eviction")
+    return Decision(EvictionState(under_way=under_way), actions, verdict, [], thaws)
+
+
+def _alive(snapshot: NodeSnapshot, id_: str) -> bool:
+    processes = snapshot.workloads[id_].processes
+    return processes is None or processes > 0
+
+
+def _action(workload: str, path: str, knob: str, value: str, reason: str, message: str) -> Action:
+    return Action(workload=workload, path=path, knob=knob, value=value, reason=reason, message=message, law=LAW)

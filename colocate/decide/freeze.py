@@ -1,0 +1,82 @@
+"""The freeze law: owner of cgroup.freeze. Other laws ask; it freezes, thaws, and limits how long a job may be frozen.
+
+A frozen job holds its memory and runs no signal handler, so after `maxFrozen` it is evicted, and a job that is being
+evicted or signalled is thawed first. designs/0003-freeze.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from colocate.config import PolicySpec
+from colocate.plan import Action, Rejected, Request, Verdict
+from colocate.snapshot import NodeSnapshot
+
+LAW = "freeze"
+
+
+class FreezeState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Since when (monotonic seconds) each workload has been frozen by us."""
+
+    since: dict[str, float] = {}
+
+
+class Decision(NamedTuple):
+    """What the law wants this tick; `requests` are evictions for the next one."""
+
+    state: FreezeState
+    actions: list[Action]
+    verdict: Verdict
+    rejected: list[Rejected]
+    requests: list[Request]
+
+
+def decide_freeze(
+    snapshot: NodeSnapshot, spec: PolicySpec, requests: Sequence[Request], state: FreezeState
+) -> Decision:
+    """The freeze law for one tick. A thaw request beats a freeze request: a job that must end must run."""
+    now = snapshot.monotonic_seconds
+    freeze = {r.workload: r for r in requests if r.verb == "freeze"}
+    thaw = {r.workload: r for r in requests if r.verb == "thaw"}
+    actions: list[Action] = []
+    rejected: list[Rejected] = []
+    follow: list[Request] = []
+    since: dict[str, float] = {}
+    for job in snapshot.of("batch"):
+        wish = freeze.get(job.id)
+        if wish is not None and job.id in thaw:
+            why = f"{thaw[job.id].law}: {thaw[job.id].message}"
+            rejected.append(Rejected(law=LAW, considered=f"freezing {job.name} for {wish.law}", why=why))
+            wish = None
+        if wish is not None:
+            since[job.id] = state.since.get(job.id, now)
+            frozen_for = now - since[job.id]
+            if frozen_for > spec.freeze.max_frozen:
+                message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {spec.freeze.max_frozen:g} s)"
+                follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
+        wanted = "1" if wish is not None else "0"
+        if job.frozen != (wanted == "1"):
+            reason = wish.reason if wish is not None else "Thaw"
+            message = wish.message if wish is not None else "nothing asks for a freeze any more"
+            actions.append(
+                Action(
+                    workload=job.id,
+                    path=job.path,
+                    knob="cgroup.freeze",
+                    value=wanted,
+                    reason=reason,
+                    message=message,
+                    law=LAW,
+                )
+            )
+    state = FreezeState(since=since)
+    if since:
+        longest = max(now - t for t in since.values())
+        message = f"{len(since)} job(s) frozen, the longest for {longest:.1f} s of at most {spec.freeze.max_frozen:g} s"
+        verdict = Verdict(law=LAW, state="frozen", reason="FreezeRequested", message=message)
+    else:
+        verdict = Verdict(law=LAW, state="thawed", reason="NothingFrozen", message="no law asks for a freeze")
+    return Decision(state, actions, verdict, rejected, follow)

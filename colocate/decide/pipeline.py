@@ -1,0 +1,106 @@
+"""Joins the laws: runs them in order, hands requests on, drops what is already so, and orders what is left.
+
+The order of writing is the kernel's demand: thaw before signals, `cpu.idle` off before a weight, limits widened from
+parent to child and then tightened from child to parent, freezing last. Sources: cgroup-v2.rst; the nested rule is
+KEP-1287's and koordinator's updater.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from colocate.config import Calibration, PolicySpec
+from colocate.decide.cpu import CpuState, decide_cpu
+from colocate.decide.eviction import EvictionState, decide_eviction
+from colocate.decide.freeze import FreezeState, decide_freeze
+from colocate.decide.memory import MemoryState, decide_memory
+from colocate.model.forecast import Forecast
+from colocate.plan import Action, Plan, Request
+from colocate.snapshot import NodeSnapshot, Workload
+from colocate.units import cores_of_cpu_max, parse_cpulist
+
+_ONCE = ("signal", "cgroup.kill", "memory.reclaim")
+
+
+class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The memory of all laws, handed in and out."""
+
+    cpu: CpuState = CpuState()
+    memory: MemoryState = MemoryState()
+    freeze: FreezeState = FreezeState()
+    eviction: EvictionState = EvictionState()
+    pending: tuple[Request, ...] = ()
+    """Evictions that the freeze law asked for in the last tick."""
+
+
+def already(knob: str, wanted: str, found: str | None) -> bool:
+    """Whether the value on disk means what is wanted."""
+    if found is None or knob in _ONCE:
+        return False
+    if knob == "cpuset.cpus":
+        return parse_cpulist(found) == parse_cpulist(wanted)
+    if knob == "cpu.max":
+        return cores_of_cpu_max(found) == cores_of_cpu_max(wanted)
+    return found == wanted
+
+
+def _size(knob: str, value: str) -> float:
+    """How wide a limit is; larger is wider."""
+    if knob == "cpuset.cpus":
+        return float(len(parse_cpulist(value)))
+    if value.startswith("max"):
+        return float("inf")
+    if knob == "cpu.max":
+        return cores_of_cpu_max(value) or 0.0
+    return float(value)
+
+
+def order(actions: list[Action], workloads: dict[str, Workload]) -> list[Action]:
+    """The same actions in an order in which every intermediate state is allowed by the kernel."""
+
+    def key(action: Action) -> tuple[int, int, str, str]:
+        depth = action.path.count("/")
+        knob, value = action.knob, action.value
+        place = {"signal": 1, "memory.reclaim": 7, "cgroup.kill": 9}.get(knob, 4)
+        if knob == "cgroup.freeze":
+            place = 0 if value == "0" else 8
+        elif knob == "cpu.idle":
+            place = 2 if value == "0" else 5
+        elif knob == "cpu.weight":
+            place = 3
+        elif place == 4:
+            found = workloads[action.workload].knobs.get(knob) if action.workload in workloads else None
+            tightens = found is None or _size(knob, value) < _size(knob, found)
+            place, depth = (6, -depth) if tightens else (4, depth)
+        return place, depth, action.workload, knob
+
+    return sorted(actions, key=key)
+
+
+def decide(
+    snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, calibration: Calibration, state: LawState
+) -> tuple[LawState, Plan]:
+    """The next state of all laws and this tick's plan."""
+    cpu = decide_cpu(snapshot, forecast, spec, calibration, state.cpu)
+    memory = decide_memory(snapshot, forecast, spec, state.memory)
+    wishes = [*state.pending, *cpu.requests, *memory.requests]
+    eviction = decide_eviction(snapshot, spec, wishes, state.eviction)
+    freeze = decide_freeze(snapshot, spec, [*wishes, *eviction.requests], state.freeze)
+    known = dict(snapshot.workloads)
+    if snapshot.tier is not None:
+        known[snapshot.tier.id] = snapshot.tier
+    actions = [
+        a
+        for a in (*cpu.actions, *memory.actions, *eviction.actions, *freeze.actions)
+        if not already(a.knob, a.value, known[a.workload].knobs.get(a.knob))
+    ]
+    following = LawState(
+        cpu=cpu.state, memory=memory.state, freeze=freeze.state, eviction=eviction.state, pending=tuple(freeze.requests)
+    )
+    plan = Plan(
+        sequence=snapshot.sequence,
+        actions=tuple(order(actions, known)),
+        verdicts=(cpu.verdict, memory.verdict, eviction.verdict, freeze.verdict),
+        rejected=(*cpu.rejected, *memory.rejected, *eviction.rejected, *freeze.rejected),
+    )
+    return following, plan

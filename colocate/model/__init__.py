@@ -1,0 +1,1 @@
+"""Snapshot to Forecast: pure functions over arrays of all workloads at once."""

@@ -1,0 +1,73 @@
+"""The model's memory as JSON: sparse, versioned, exact to the bit (floats in their shortest round-trip form)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from colocate.errors import StateTooNew
+from colocate.model.forecast import MODEL_VERSION, SLOTS, ModelState
+from colocate.model.histogram import CPU_BOUNDS_CORES, MEMORY_BOUNDS_BYTES
+from colocate.model.reference import Floats
+from colocate.snapshot import Latency, NodeSnapshot
+
+
+def _sparse(array: Floats) -> list[list[list[float]]]:
+    """Per row the [column, value] pairs that are neither 0 nor NaN."""
+    rows = []
+    for row in array:
+        columns = np.flatnonzero((row != 0.0) & ~np.isnan(row))
+        rows.append([[int(c), float(row[c])] for c in columns])
+    return rows
+
+
+def _dense(rows: list[list[list[float]]], width: int, fill: float) -> Floats:
+    result = np.full((len(rows), width), fill)
+    for i, row in enumerate(rows):
+        for column, value in row:
+            result[i, int(column)] = value
+    return result
+
+
+def _vector(array: Floats) -> list[float | None]:
+    return [None if np.isnan(v) else float(v) for v in array]
+
+
+def to_builtins(state: ModelState) -> dict[str, Any]:
+    """Plain lists and dictionaries for a keyframe or the state file."""
+    return {
+        "version": MODEL_VERSION,
+        "ids": list(state.ids),
+        "cpu_weights": _sparse(state.cpu_weights),
+        "memory_weights": _sparse(state.memory_weights),
+        "season_cores": _sparse(state.season_cores),
+        "smooth_cores": _vector(state.smooth_cores),
+        "smooth_waiting": _vector(state.smooth_waiting),
+        "previous": msgspec.to_builtins(state.previous),
+        "windows": msgspec.to_builtins(state.windows),
+    }
+
+
+def from_builtins(data: dict[str, Any], source: str) -> ModelState:
+    """The state again. Raises StateTooNew naming `source` if a newer version wrote it."""
+    if data["version"] > MODEL_VERSION:
+        raise StateTooNew(
+            f"{source} has model version {data['version']}, this colocate knows up to {MODEL_VERSION}: "
+            "install the newer version again, or give another --state-dir"
+        )
+
+    def vector(values: list[float | None]) -> Floats:
+        return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+
+    return ModelState(
+        ids=tuple(data["ids"]),
+        cpu_weights=_dense(data["cpu_weights"], CPU_BOUNDS_CORES.size, 0.0),
+        memory_weights=_dense(data["memory_weights"], MEMORY_BOUNDS_BYTES.size, 0.0),
+        season_cores=_dense(data["season_cores"], SLOTS, np.nan),
+        smooth_cores=vector(data["smooth_cores"]),
+        smooth_waiting=vector(data["smooth_waiting"]),
+        previous=msgspec.convert(data["previous"], NodeSnapshot | None),
+        windows=msgspec.convert(data["windows"], dict[str, tuple[Latency, ...]]),
+    )

@@ -1,0 +1,1 @@
+"""World to NodeSnapshot: the only package besides `actuate` that looks at the kernel."""

@@ -1,0 +1,107 @@
+"""One cgroup's figures, the same on v1 and v2.
+
+Sources: Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/{cpuacct,memory}.rst, accounting/psi.rst. The working set is
+kubelet's: usage less inactive file pages. On v1, PSI comes from the unified hierarchy if the cgroup exists there too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colocate.cgroupfs import UNIFIED, FilePort, processes_below
+from colocate.knobs import read_knob
+from colocate.snapshot import Tier, Workload
+
+GOVERNED_KNOBS = ("cpu.weight", "cpu.idle", "cpu.max", "cpuset.cpus", "memory.high", "memory.max", "cgroup.freeze")
+
+
+def parse_pressure(text: str | None) -> tuple[int | None, int | None]:
+    """(some, full) totals in microseconds of a pressure file; None where absent."""
+    some = full = None
+    for line in (text or "").splitlines():
+        kind, _, rest = line.partition(" ")
+        total = int(rest.rpartition("total=")[2])
+        if kind == "some":
+            some = total
+        elif kind == "full":
+            full = total
+    return some, full
+
+
+def parse_flat_keyed(text: str | None, *keys: str) -> list[int | None]:
+    """The values of the wanted keys of a flat keyed file (cpu.stat, memory.stat), None where absent."""
+    found: dict[str, int] = {}
+    if text:
+        wanted = set(keys)
+        for line in text.splitlines():
+            key, _, value = line.partition(" ")
+            if key in wanted:
+                found[key] = int(value)
+                if len(found) == len(wanted):
+                    break
+    return [found.get(k) for k in keys]
+
+
+def inodes_of(port: FilePort, path: str) -> dict[str, int]:
+    """The inode of a cgroup in each hierarchy in which it exists."""
+    found = {h: port.inode(h, path) for h in port.layout.mounts}
+    return {h: i for h, i in found.items() if i is not None}
+
+
+def _cpu_v2(port: FilePort, path: str, inode: int) -> dict[str, Any]:
+    usage, throttled = parse_flat_keyed(port.read(UNIFIED, path, "cpu.stat", inode), "usage_usec", "throttled_usec")
+    return {"cpu_usage_us": usage, "throttled_us": throttled}
+
+
+def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    cpuacct, cpu = port.layout.hierarchy("cpuacct"), port.layout.hierarchy("cpu")
+    if cpuacct in inodes:
+        usage = port.read(cpuacct, path, "cpuacct.usage", inodes[cpuacct])
+        figures["cpu_usage_us"] = int(usage) // 1000 if usage else None
+    if cpu in inodes:
+        (throttled,) = parse_flat_keyed(port.read(cpu, path, "cpu.stat", inodes[cpu]), "throttled_time")
+        figures["throttled_us"] = None if throttled is None else throttled // 1000
+    return figures
+
+
+def _memory(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]:
+    hierarchy = port.layout.hierarchy("memory")
+    if hierarchy not in inodes:
+        return {}
+    inode = inodes[hierarchy]
+    v2 = hierarchy == UNIFIED
+    usage = port.read(hierarchy, path, "memory.current" if v2 else "memory.usage_in_bytes", inode)
+    if not usage:
+        return {}
+    stat = port.read(hierarchy, path, "memory.stat", inode)
+    (inactive,) = parse_flat_keyed(stat, "inactive_file" if v2 else "total_inactive_file")
+    return {"memory_bytes": int(usage), "working_set_bytes": max(int(usage) - (inactive or 0), 0)}
+
+
+def read_workload(
+    port: FilePort, *, id_: str, name: str, tier: Tier, path: str, inodes: dict[str, int], **known: Any
+) -> Workload | None:
+    """The workload's figures now; None if its cgroup is gone. `known` is passed into the Workload as it is."""
+    main = port.layout.hierarchy("cpu")
+    main = main if main in inodes else next(iter(inodes), None)
+    if main is None or port.read(main, path, "cgroup.procs", inodes[main]) is None:
+        return None
+    figures: dict[str, Any] = {}
+    if port.layout.version == 2:
+        figures.update(_cpu_v2(port, path, inodes[UNIFIED]))
+    else:
+        figures.update(_cpu_v1(port, path, inodes))
+    figures.update(_memory(port, path, inodes))
+    if UNIFIED in inodes and "psi" in port.layout.controllers:
+        inode = inodes[UNIFIED]
+        figures["cpu_pressure_us"], _ = parse_pressure(port.read(UNIFIED, path, "cpu.pressure", inode))
+        memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
+        figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
+    if tier in ("batch", "tier"):
+        knobs = {k: read_knob(port, path, k, inodes) for k in GOVERNED_KNOBS}
+        figures["knobs"] = {k: v for k, v in knobs.items() if v is not None}
+        figures["frozen"] = figures["knobs"].get("cgroup.freeze") == "1"
+        figures["processes"] = len(processes_below(port, main, path))
+    figures.update(known)
+    return Workload(id=id_, name=name, tier=tier, path=path, inodes=inodes, **figures)

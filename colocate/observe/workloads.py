@@ -1,0 +1,234 @@
+"""Who is who: which cgroups are services, which is BestEffort, which are batch, and where the tier belongs.
+
+On a Kubernetes node the tree is found wherever it is nested (kind puts it below `kubelet.slice`); Guaranteed and
+Burstable pods are services, the BestEffort group is one workload, and the tier is BestEffort's sibling. On a plain
+host the policy's selectors say it. Sources: kubelet pkg/kubelet/cm (names and levels), ../designs/0004-tier.md.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os.path
+from typing import Any
+
+import msgspec
+
+from colocate.cgroupfs import UNIFIED, FilePort, joined
+from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.observe.cgroup import inodes_of
+from colocate.snapshot import Objective
+
+MAX_SEARCH_DEPTH = 3
+PLAIN_TIER = "colocate-batch"
+
+
+class Tree(msgspec.Struct, frozen=True):
+    """Where things are on this node."""
+
+    root: str
+    kubepods: str | None
+    systemd_driver: bool
+    tier_path: str
+
+    @property
+    def besteffort(self) -> str | None:
+        """kubelet's BestEffort group."""
+        return self.kubepods and joined(self.kubepods, self._level("besteffort"))
+
+    @property
+    def burstable(self) -> str | None:
+        """kubelet's Burstable group."""
+        return self.kubepods and joined(self.kubepods, self._level("burstable"))
+
+    def _level(self, name: str) -> str:
+        if not self.systemd_driver or self.kubepods is None:
+            return name
+        return f"{self.kubepods.rpartition('/')[2].removesuffix('.slice')}-{name}.slice"
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A workload that was found, before its figures are read."""
+
+    id: str
+    name: str
+    tier: str
+    path: str
+    inodes: dict[str, int]
+    known: dict[str, Any] = {}
+    pids: tuple[int, ...] | None = None
+    """Processes whose run delay is read; None: those of the cgroup."""
+
+
+def main_hierarchy(port: FilePort) -> str:
+    """The hierarchy that is searched: the CPU controller's, else any."""
+    return port.layout.hierarchy("cpu") or next(iter(port.layout.mounts))
+
+
+def find_kubepods(port: FilePort, root: str) -> str | None:
+    """The path of kubelet's tree below the root, by its name, breadth first; None on a plain host."""
+    hierarchy = main_hierarchy(port)
+    level = [root]
+    for _ in range(MAX_SEARCH_DEPTH):
+        following = []
+        for path in level:
+            for child in port.children(hierarchy, path):
+                base = child.removesuffix(".slice")
+                if base == "kubepods" or base.endswith("-kubepods"):
+                    return joined(path, child)
+                following.append(joined(path, child))
+        level = following
+    return None
+
+
+def find_tree(port: FilePort, root: str) -> Tree:
+    """Where kubelet's groups and our tier are, or belong."""
+    kubepods = find_kubepods(port, root)
+    if kubepods is None:
+        return Tree(root, None, systemd_driver=False, tier_path=joined(root, PLAIN_TIER))
+    systemd = kubepods.endswith(".slice")
+    base = kubepods.rpartition("/")[2].removesuffix(".slice")
+    tier = joined(kubepods, f"{base}-batch.slice" if systemd else "batch")
+    return Tree(root, kubepods, systemd, tier)
+
+
+def pod_uid(name: str) -> str | None:
+    """The pod uid in a cgroup directory's name, as kubelet reads it: exactly two parts around `pod`.
+
+    `podABC` and `kubepods-burstable-podABC.slice` are pods; `batch` and `xpodypod` are not; `batchpods` would be one
+    with the uid `s`, and kubelet would kill it, which is why our tier's name must not contain `pod`.
+    """
+    base = name.removesuffix(".slice").rpartition("-pod")
+    name = f"pod{base[2]}" if base[1] else name.removesuffix(".slice")
+    parts = name.split("pod")
+    return parts[1].replace("_", "-") if len(parts) == 2 and parts[1] else None
+
+
+def _glob(port: FilePort, hierarchy: str, root: str, pattern: str) -> list[str]:
+    found = [root]
+    for part in pattern.strip("/").split("/"):
+        if any(c in part for c in "*?["):
+            found = [joined(p, c) for p in found for c in port.children(hierarchy, p) if fnmatch.fnmatch(c, part)]
+        else:
+            found = [joined(p, part) for p in found]
+    return [p for p in found if port.inode(hierarchy, p) is not None]
+
+
+def cgroup_of(port: FilePort, pid: int, hierarchy: str) -> str | None:
+    """The path of a process's cgroup in a hierarchy, from /proc/<pid>/cgroup."""
+    for line in (port.proc(f"/proc/{pid}/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if (hierarchy == UNIFIED and not controllers) or (controllers and controllers == hierarchy):
+            return os.path.normpath(path)
+    return None
+
+
+def _by_command(port: FilePort, hierarchy: str, text: str) -> tuple[list[str], list[int]]:
+    paths: dict[str, None] = {}
+    pids: list[int] = []
+    for entry in port.proc_list("/proc"):
+        if entry.isdigit() and text in (port.proc(f"/proc/{entry}/cmdline") or "").replace("\0", " "):
+            path = cgroup_of(port, int(entry), hierarchy)
+            if path is not None:
+                paths[path] = None
+                pids.append(int(entry))
+    return list(paths), pids
+
+
+def _by_unit(port: FilePort, hierarchy: str, root: str, unit: str) -> list[str]:
+    level = [root]
+    for _ in range(MAX_SEARCH_DEPTH + 1):
+        following = []
+        for path in level:
+            for child in port.children(hierarchy, path):
+                if child == unit:
+                    return [joined(path, child)]
+                following.append(joined(path, child))
+        level = following
+    return []
+
+
+def select(port: FilePort, root: str, selector: Selector) -> tuple[list[str], list[int] | None]:
+    """The cgroup paths a selector means, and the pids if it chose processes. Pod labels need a Kubernetes client."""
+    hierarchy = main_hierarchy(port)
+    if selector.cgroup is not None:
+        return _glob(port, hierarchy, root, selector.cgroup), None
+    if selector.systemd_unit is not None:
+        return _by_unit(port, hierarchy, root, selector.systemd_unit), None
+    if selector.command is not None:
+        return _by_command(port, hierarchy, selector.command)
+    return [], None
+
+
+def _configured(
+    port: FilePort, root: str, entry: ServicePolicy | BatchPolicy, claimed: dict[str, str], problems: dict[str, str]
+) -> list[Target]:
+    paths, pids = select(port, root, entry.selector)
+    if not paths:
+        problems[entry.name] = f"{entry.name}: its selector matches nothing on this node"
+    targets = []
+    service = isinstance(entry, ServicePolicy)
+    for i, path in enumerate(paths):
+        if path in claimed:
+            problems[entry.name] = f"{entry.name}: {path} is already claimed by {claimed[path]}; the first one counts"
+            continue
+        claimed[path] = entry.name
+        name = entry.name if len(paths) == 1 else f"{entry.name}-{i}"
+        known: dict[str, Any] = {}
+        if isinstance(entry, ServicePolicy):
+            if entry.slo is not None:
+                known["objective"] = Objective(entry.slo.p99, entry.slo.minimum_samples, entry.slo.window)
+        elif path == "/":
+            problems[entry.name] = f"{entry.name}: runs in the root cgroup, which has no knobs: start it in its own"
+            continue
+        else:
+            known = {
+                "priority": entry.priority,
+                "gang": entry.gang,
+                "checkpoint_signal": entry.checkpoint_signal or "",
+                "in_place": True,
+            }
+        kind = "service" if service else "batch"
+        targets.append(
+            Target(f"{kind}:{name}", name, kind, path, inodes_of(port, path), known, tuple(pids) if pids else None)
+        )
+    return targets
+
+
+def _pods(port: FilePort, tree: Tree, claimed: dict[str, str]) -> list[Target]:
+    assert tree.kubepods is not None
+    hierarchy = main_hierarchy(port)
+    targets = []
+    for level in filter(None, (tree.kubepods, tree.burstable)):
+        for child in port.children(hierarchy, level):
+            path = joined(level, child)
+            if path in (tree.tier_path, tree.besteffort, tree.burstable) or path in claimed:
+                continue
+            uid = pod_uid(child)
+            if uid is not None:
+                targets.append(Target(f"pod:{uid}", f"pod-{uid[:13]}", "service", path, inodes_of(port, path)))
+    if tree.besteffort and tree.besteffort not in claimed and port.inode(hierarchy, tree.besteffort) is not None:
+        path = tree.besteffort
+        targets.append(Target("besteffort", "besteffort", "besteffort", path, inodes_of(port, path)))
+    return targets
+
+
+def discover(
+    port: FilePort, tree: Tree, spec: PolicySpec, jobs: dict[str, dict[str, Any]]
+) -> tuple[list[Target], dict[str, str]]:
+    """All workloads of the node, and the problems met, by the name of the policy entry.
+
+    `jobs` has what is known of a job by the name of its directory in the tier.
+    """
+    problems: dict[str, str] = {}
+    claimed: dict[str, str] = {}
+    targets: list[Target] = []
+    entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
+    for entry in entries:
+        targets.extend(_configured(port, tree.root, entry, claimed, problems))
+    if tree.kubepods is not None:
+        targets.extend(_pods(port, tree, claimed))
+    for child in port.children(main_hierarchy(port), tree.tier_path):
+        path = joined(tree.tier_path, child)
+        known = jobs.get(child, {})
+        targets.append(Target(f"job:{child}", child, "batch", path, inodes_of(port, path), known))
+    return targets, problems

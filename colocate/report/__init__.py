@@ -1,0 +1,1 @@
+"""Outcomes to people: records, explanations, metrics, and the utilization evaluation report."""

@@ -1,0 +1,256 @@
+"""Records: the whole input of model and decide, and what came of it, as JSON lines that can be replayed and queried.
+
+A keyframe carries everything (snapshot, model state, law state, policy, versions, kernel backend); the lines between
+carry the snapshot and the plan as JSON merge patches (RFC 7396) against the line before. Each line has a flat `series`
+for SQL. Segments are rotated, compressed and capped in total. A full disk degrades to memory and stops nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from colocate import __version__
+from colocate.config import Calibration, ColocationPolicy, RecordPolicy, encode_quantity
+from colocate.decide.pipeline import LawState
+from colocate.errors import BadInput, StateTooNew
+from colocate.model.forecast import Forecast, ModelState
+from colocate.model.state import to_builtins
+from colocate.plan import Outcome, Plan
+from colocate.snapshot import NodeSnapshot
+
+RECORD_VERSION = 1
+MEMORY_LINES = 600
+PREFIX = "records-"
+
+
+def merge_patch(old: Any, new: Any) -> Any:
+    """The JSON merge patch that turns `old` into `new`; {} if they are equal. Neither may contain null."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    patch: dict[str, Any] = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        if key not in old:
+            patch[key] = value
+        elif old[key] != value:
+            patch[key] = merge_patch(old[key], value)
+    return patch
+
+
+def apply_patch(old: Any, patch: Any) -> Any:
+    """RFC 7396: what `old` becomes."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = apply_patch(result.get(key), value)
+    return result
+
+
+def plan_builtins(plan: Plan) -> dict[str, Any]:
+    """A plan as a dictionary whose parts are keyed, so that a patch of it is small."""
+    data: dict[str, Any] = {
+        "sequence": plan.sequence,
+        "verdicts": {v.law: msgspec.to_builtins(v) for v in plan.verdicts},
+    }
+    if plan.actions:
+        data["actions"] = msgspec.to_builtins(plan.actions)
+    if plan.rejected:
+        data["rejected"] = msgspec.to_builtins(plan.rejected)
+    return data
+
+
+def series(snapshot: NodeSnapshot, forecast: Forecast, plan: Plan) -> dict[str, Any]:
+    """The flat figures of one tick, for SQL."""
+    services = {}
+    for workload in snapshot.of("service"):
+        now = forecast.workloads[workload.id]
+        figures = {
+            "cores": now.usage_cores,
+            "p99": now.p99_seconds,
+            "requests": now.new_requests or None,
+            "slack": now.slack,
+            "waiting": now.cpu_waiting_ratio or None,
+            "stall": now.memory_pressure_ratio or None,
+        }
+        if workload.objective is not None:
+            services[workload.name] = {k: v for k, v in figures.items() if v is not None}
+    jobs = {w.name: forecast.workloads[w.id].usage_cores or 0.0 for w in snapshot.of("batch")}
+    row: dict[str, Any] = {
+        "dt": forecast.interval_seconds,
+        "cores": forecast.node_cores,
+        "services": forecast.services_cores,
+        "services_peak": forecast.services_peak_cores,
+        "besteffort": forecast.besteffort_cores,
+        "batch": forecast.batch_cores,
+        "system": forecast.system_cores,
+        "frozen": sum(w.frozen for w in snapshot.of("batch")),
+        "evictions": sum(a.knob == "cgroup.kill" for a in plan.actions),
+    }
+    if forecast.idle_cores is not None:
+        row["idle"] = forecast.idle_cores
+    if services:
+        row["service"] = services
+    if jobs:
+        row["job"] = jobs
+    return row
+
+
+class Recorder:
+    """Writes the records of one agent."""
+
+    def __init__(self, directory: Path | None, policy: RecordPolicy, backend: str) -> None:
+        self._directory, self._policy, self._backend = directory, policy, backend
+        self._file: Any = None
+        self._size = 0
+        self._since_keyframe: int | None = None
+        self._snapshot: dict[str, Any] = {}
+        self._plan: dict[str, Any] = {}
+        self.recent: deque[bytes] = deque(maxlen=MEMORY_LINES)
+        self.degraded = ""
+        self.lost_lines = 0
+        self.arm = ""
+        """Set by `evaluate`: which arm of a switchback this tick belongs to."""
+
+    def _segments(self) -> list[Path]:
+        assert self._directory is not None
+        return sorted(self._directory.glob(f"{PREFIX}*"))
+
+    def _rotate(self, time_seconds: float) -> None:
+        assert self._directory is not None
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        if self._file is not None:
+            finished = Path(self._file.name)
+            self._file.close()
+            self._file = None
+            packed = finished.with_suffix(".jsonl.gz")
+            part = finished.with_suffix(".part")
+            with finished.open("rb") as source, gzip.open(part, "wb", compresslevel=4) as target:
+                target.write(source.read())
+            part.replace(packed)
+            finished.unlink()
+        total = 0
+        for segment in reversed(self._segments()):
+            total += segment.stat().st_size
+            if total > self._policy.max_bytes - self._policy.segment_bytes:
+                segment.unlink(missing_ok=True)
+        name = f"{PREFIX}{int(time_seconds * 1000):015d}.jsonl"
+        self._file = open(self._directory / name, "ab", buffering=0)  # noqa: SIM115 - kept open across ticks
+        self._size = 0
+
+    def write(
+        self,
+        snapshot: NodeSnapshot,
+        forecast: Forecast,
+        plan: Plan,
+        outcomes: list[Outcome],
+        model_before: ModelState,
+        laws_before: LawState,
+        policy: ColocationPolicy,
+        calibration: Calibration,
+    ) -> None:
+        """Record one tick. Never raises for a disk that is full or gone."""
+        row, actions = msgspec.to_builtins(snapshot, str_keys=True), plan_builtins(plan)
+        rotate = self._directory is not None and (self._file is None or self._size > self._policy.segment_bytes)
+        key = rotate or self._since_keyframe is None or self._since_keyframe >= self._policy.keyframe_every
+        line: dict[str, Any] = {"time": snapshot.time_seconds, "sequence": snapshot.sequence}
+        if self.arm:
+            line["arm"] = self.arm
+        if key:
+            line["keyframe"] = {
+                "version": RECORD_VERSION,
+                "colocate": __version__,
+                "backend": self._backend,
+                "model": to_builtins(model_before),
+                "laws": msgspec.to_builtins(laws_before),
+                "policy": msgspec.to_builtins(policy, enc_hook=encode_quantity),
+                "calibration": msgspec.to_builtins(calibration),
+            }
+            line["snapshot"], line["plan"] = row, actions
+            self._since_keyframe = 0
+        else:
+            line["snapshot"], line["plan"] = merge_patch(self._snapshot, row), merge_patch(self._plan, actions)
+            self._since_keyframe = (self._since_keyframe or 0) + 1
+        self._snapshot, self._plan = row, actions
+        if outcomes:
+            line["outcomes"] = msgspec.to_builtins(outcomes)
+        line["series"] = series(snapshot, forecast, plan)
+        encoded = msgspec.json.encode(line) + b"\n"
+        self.recent.append(encoded)
+        if self._directory is None:
+            return
+        try:
+            if rotate:
+                self._rotate(snapshot.time_seconds)
+            written = os.write(self._file.fileno(), encoded)
+            if written != len(encoded):
+                raise OSError(28, "No space left on device")
+            self._size += written
+            self.degraded = ""
+        except OSError as error:
+            self.degraded = f"records are kept in memory only: {error.strerror}"
+            self.lost_lines += 1
+            self._since_keyframe = None  # a gap: the next line that fits must stand alone
+            with contextlib.suppress(OSError):
+                if self._file is not None:
+                    self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        """Close the segment."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def segments(path: Path) -> list[Path]:
+    """The record files of a directory (or the file itself), in time order. Raises BadInput."""
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob(f"{PREFIX}*.jsonl*")) or sorted((path / "records").glob(f"{PREFIX}*.jsonl*"))
+    if not found:
+        raise BadInput(f"no records in {path}: give a state directory of an agent, its records/, or a .jsonl file")
+    return found
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record file; a torn last one is left out."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                return
+
+
+def read_full(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines with `snapshot` and `plan` made whole again, from the first keyframe on. Raises StateTooNew."""
+    snapshot: dict[str, Any] | None = None
+    plan: dict[str, Any] = {}
+    for segment in segments(path):
+        for line in read_lines(segment):
+            frame = line.get("keyframe")
+            if frame is not None:
+                if frame["version"] > RECORD_VERSION:
+                    raise StateTooNew(
+                        f"{segment} has record version {frame['version']}: use colocate {frame['colocate']}"
+                    )
+                snapshot, plan = line["snapshot"], line["plan"]
+            elif snapshot is None:
+                continue
+            else:
+                snapshot, plan = apply_patch(snapshot, line["snapshot"]), apply_patch(plan, line["plan"])
+            yield {**line, "snapshot": snapshot, "plan": plan}

@@ -1,0 +1,100 @@
+"""What is known of one node at one instant: frozen nouns, made by `observe`, read by `model` and `decide`.
+
+Counters are cumulative as the kernel gives them; rates are the model's. `None` means that the kernel does not offer
+the figure. A workload is known by its id and by the inode of its directory in each hierarchy, never by its path alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Tier = Literal["service", "besteffort", "batch", "tier"]
+
+
+class Latency(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A service's own cumulative Prometheus histogram."""
+
+    bounds_seconds: tuple[float, ...]
+    """Upper bounds without +Inf, ascending; shape (b,)."""
+    counts: tuple[float, ...]
+    """Cumulative counts, the last one is +Inf; shape (b + 1,)."""
+    at_seconds: float
+    """Monotonic time of the reading."""
+
+
+class Objective(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The part of an SLO that the laws need."""
+
+    p99_seconds: float
+    minimum_samples: int = 100
+    window_seconds: float = 5.0
+
+
+class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One cgroup that the laws know: a service, a BestEffort group, a batch job, or the tier itself."""
+
+    id: str
+    name: str
+    tier: Tier
+    path: str
+    inodes: dict[str, int] = {}
+    cpu_usage_us: int | None = None
+    throttled_us: int | None = None
+    cpu_pressure_us: int | None = None
+    """`some total=` of cpu.pressure."""
+    memory_pressure_us: int | None = None
+    memory_pressure_full_us: int | None = None
+    io_pressure_us: int | None = None
+    run_delay_us: int | None = None
+    """Sum of the second field of /proc/<pid>/task/*/schedstat."""
+    memory_bytes: int | None = None
+    working_set_bytes: int | None = None
+    """Usage less inactive file pages, as kubelet computes it."""
+    memory_limit_bytes: int | None = None
+    processes: int | None = None
+    frozen: bool = False
+    knobs: dict[str, str] = {}
+    """Values on disk of the knobs that our laws write, in the v2 vocabulary."""
+    objective: Objective | None = None
+    latency: Latency | None = None
+    priority: int = 0
+    gang: str = ""
+    in_place: bool = False
+    """Governed where it is: the directory was there before us."""
+    checkpoint_signal: str = ""
+    started_seconds: float = 0.0
+    checkpointed_seconds: float | None = None
+    requested_cores: float | None = None
+    max_runtime_seconds: float | None = None
+
+
+class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Everything known of one node at one instant. `monotonic_seconds` orders, `time_seconds` dates."""
+
+    sequence: int
+    time_seconds: float
+    monotonic_seconds: float
+    cgroup_version: int
+    cpus: tuple[int, ...]
+    cores: tuple[tuple[int, ...], ...]
+    """CPUs that share a physical core, ordered."""
+    memory_bytes: int
+    memory_available_bytes: int | None = None
+    swap_free_bytes: int = 0
+    cpu_busy_us: int | None = None
+    """Of the node's CPUs together, user + system + irq + steal excluded idle and iowait."""
+    cpu_idle_us: int | None = None
+    cpu_idle_each_us: dict[int, int] = {}
+    """Idle time of each CPU, to see on which CPUs somebody waits in vain."""
+    workloads: dict[str, Workload] = {}
+    tier: Workload | None = None
+    stale_ticks: dict[str, int] = {}
+    """Sections whose collector failed, with the number of ticks since its last success."""
+    capabilities: tuple[str, ...] = ()
+    """Of `freeze kill memory.high memory.reclaim cpu.idle psi`: what this kernel and tier offer."""
+
+    def of(self, tier: Tier) -> list[Workload]:
+        """The workloads of one tier, in the order of their ids."""
+        return [w for _, w in sorted(self.workloads.items()) if w.tier == tier]

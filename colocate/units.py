@@ -1,0 +1,149 @@
+"""Quantities as people write them, CPU lists as the kernel writes them, and the two shares-to-weight formulas.
+
+Sources: Kubernetes resource.Quantity (`500m`, `2Gi`), Go durations (`20ms`, `1m30s`), cpuset(7) lists (`0-3,8`),
+KEP-2254 (the linear conversion) and opencontainers/cgroups ConvertCPUSharesToCgroupV2Value (the logarithmic one).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+_BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50}
+_DECIMAL = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|µs|ms|s|m|h|d)")
+
+CPU_PERIOD_US = 100_000
+"""The CFS bandwidth period we always use; kubelet's default."""
+
+CPU_QUOTA_MIN_US = 1_000
+"""`cpu.max` and `cpu.cfs_quota_us` below this are EINVAL (kernel/sched/core.c, min_cfs_quota_period)."""
+
+
+class Duration(float):
+    """Seconds, written `20ms`, `1.5s`, `1m30s`."""
+
+
+class Bytes(int):
+    """Bytes, written `512Mi`, `2G` or a plain number."""
+
+
+class Cores(float):
+    """CPU cores, written `2`, `0.5` or `500m`."""
+
+
+class Percent(float):
+    """A percentage of 0 to 100, written `65` or `65%`."""
+
+
+def parse_duration(text: str | float) -> Duration:
+    """Seconds of a duration; a bare number is seconds. Raises ValueError."""
+    if isinstance(text, int | float):
+        value = float(text)
+    else:
+        parts = _DURATION.findall(text.strip())
+        if not parts or "".join(n + u for n, u in parts) != text.strip():
+            raise ValueError(f"{text!r} is not a duration: write it like 20ms, 1.5s or 1m30s")
+        value = sum(float(n) * _SECONDS[u] for n, u in parts)
+    if not 0 <= value < 10**9:
+        raise ValueError(f"{text!r} is not a duration between 0 and 30 years")
+    return Duration(value)
+
+
+def parse_bytes(text: str | float) -> Bytes:
+    """Bytes of a Kubernetes quantity. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{0,2})", str(text).strip())
+    factor = {**_BINARY, **_DECIMAL, "": 1}.get(match[2]) if match else None
+    if not match or factor is None:
+        raise ValueError(f"{text!r} is not a quantity of bytes: write it like 512Mi, 2Gi or 1500000000")
+    return Bytes(round(float(match[1]) * factor))
+
+
+def parse_cores(text: str | float) -> Cores:
+    """Cores of a Kubernetes CPU quantity. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(text).strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a CPU quantity: write it like 2, 0.5 or 500m")
+    return Cores(float(match[1]) / (1000 if match[2] else 1))
+
+
+def parse_percent(text: str | float) -> Percent:
+    """A percentage between 0 and 100. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", str(text).strip())
+    if not match or float(match[1]) > 100:
+        raise ValueError(f"{text!r} is not a percentage between 0 and 100")
+    return Percent(float(match[1]))
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest exact-enough reading: `850 us`, `4.2 ms`, `31.0 s`, `12 min`."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def format_bytes(value: float) -> str:
+    """A binary quantity with one decimal: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def parse_cpulist(text: str) -> tuple[int, ...]:
+    """CPUs of a cpuset(7) list, sorted and unique. Raises ValueError."""
+    cpus: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, dash, last = part.partition("-")
+        cpus.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(cpus))
+
+
+def format_cpulist(cpus: Iterable[int]) -> str:
+    """The kernel's own spelling of a set of CPUs: `0-2,5`."""
+    ordered = sorted(set(cpus))
+    parts: list[str] = []
+    start = 0
+    for i, cpu in enumerate(ordered):
+        if i + 1 == len(ordered) or ordered[i + 1] != cpu + 1:
+            parts.append(str(cpu) if i == start else f"{ordered[start]}-{cpu}")
+            start = i + 1
+    return ",".join(parts)
+
+
+def weight_of_shares_linear(shares: int) -> int:
+    """cgroup v2 weight of v1 shares by KEP-2254's line through (2, 1) and (262144, 10000): 1024 gives 39."""
+    return 1 + (min(max(shares, 2), 262144) - 2) * 9999 // 262142
+
+
+def weight_of_shares(shares: int) -> int:
+    """cgroup v2 weight of v1 shares as runc >= 1.3 and crun convert: 1024 gives 100."""
+    if shares <= 2:
+        return 1
+    if shares >= 262144:
+        return 10000
+    exponent = math.log2(shares)
+    return math.ceil(10 ** ((exponent * exponent + 125 * exponent) / 612 - 7 / 34))
+
+
+def shares_of_weight(weight: int) -> int:
+    """cgroup v1 shares that the kernel's scheduler treats like this v2 weight (100 is 1024), at least 2."""
+    return max(2, weight * 1024 // 100)
+
+
+def cpu_max(cores: float | None) -> str:
+    """The content of `cpu.max` for a grant in cores; None is no quota. Never below the kernel's minimum."""
+    if cores is None:
+        return f"max {CPU_PERIOD_US}"
+    return f"{max(round(cores * CPU_PERIOD_US), CPU_QUOTA_MIN_US)} {CPU_PERIOD_US}"
+
+
+def cores_of_cpu_max(text: str) -> float | None:
+    """The grant in cores that a `cpu.max` content means; None is no quota."""
+    quota, _, period = text.strip().partition(" ")
+    return None if quota == "max" else int(quota) / int(period or CPU_PERIOD_US)
