@@ -1,7 +1,7 @@
 """The node manager: the loop that joins the five verbs, and the order in which it starts and stops.
 
-Start: lock, undo what a predecessor left, make the tier. Each tick: observe, model, decide, actuate, record. Stop: undo,
-or with `handover` leave the grants to the successor. Killed at any instant, the guardian undoes it.
+Start: lock, undo what a predecessor left, make the tier. Each tick: observe, model, decide, actuate, record. Stop:
+undo, or with `handover` leave the grants to the successor. Killed at any instant, the guardian undoes it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from colocate.actuate.restore import Report, restore
 from colocate.actuate.statedir import StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.writer import Drift, Writer
-from colocate.cgroupfs import UNIFIED, FilePort
+from colocate.cgroupfs import UNIFIED, FilePort, start_time
 from colocate.config import Calibration, ColocationPolicy
 from colocate.decide.pipeline import LawState, decide
-from colocate.errors import StateTooNew
+from colocate.errors import JournalBroken, StateTooNew
 from colocate.jobs.registry import Job, Registry
 from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
@@ -40,6 +40,7 @@ log = structlog.get_logger()
 MODEL_FILE = "model.json"
 SAVE_MODEL_EVERY_SECONDS = 300.0
 SCRAPE_WAIT_RATIO = 0.15
+FORGET_TOGETHER = 20
 
 
 class Clock(Protocol):
@@ -98,6 +99,7 @@ class Agent:
         self.on_evicted: list[Callable[[Job], None]] = []
         self._wake = asyncio.Event()
         self._model_saved = 0.0
+        self._forgotten: set[str] = set()
 
     def open(self, *, handover: bool = False) -> Report:
         """Undo what a predecessor left (unless it handed over) and make the tier. Raises HostUnfit, StateTooNew."""
@@ -138,11 +140,13 @@ class Agent:
             log.warning("drift", **msgspec.to_builtins(drift), policy=spec.drift)
         model_before, laws_before = self.model, self.laws
         self.model, seen = forecast(snapshot, self.model, spec, self.kernels)
-        self.laws, plan = decide(snapshot, seen, spec, self.calibration, self.laws)
+        self.laws, plan = decide(snapshot, seen, spec, self.calibration, self.laws, self.recorder.arm)
+        if not self.shadow:
+            # Its caller hears of an eviction before the signal arrives, and can tell it from another end.
+            for job in self.registry.note(plan, snapshot.time_seconds):
+                for told in self.on_evicted:
+                    told(job)
         outcomes = await self.writer.apply(plan, snapshot)
-        for job in self.registry.note(plan, snapshot.time_seconds):
-            for told in self.on_evicted:
-                told(job)
         for outcome in outcomes:
             key = (outcome.reason, outcome.status)
             self.counts[key] = self.counts.get(key, 0) + 1
@@ -204,6 +208,20 @@ class Agent:
                 self.guardian.dismiss(b"handover" if handover else b"done")
             self.journal.close()
         return report
+
+    def forget_made(self, path: str) -> None:
+        """Take a directory of ours that was removed out of the journal, once there are many such entries."""
+        self._forgotten.add(path)
+        if len(self._forgotten) < FORGET_TOGETHER:
+            return
+        gone, self._forgotten = self._forgotten, set()
+        with contextlib.suppress(JournalBroken):
+            self.journal.replace(
+                e
+                for e in self.journal.entries
+                if not (e.kind == "made" and e.path in gone and self.port.inode(e.hierarchy, e.path) is None)
+                and not (e.kind == "moved" and start_time(self.port, e.pid) != e.start_time)
+            )
 
     def explain(self) -> dict[str, Any]:
         """The last tick as plain data, for the socket and /debug/plan."""

@@ -110,9 +110,9 @@ class Journal:
             os.close(self._fd)
         self._fd, self._offset = fd, len(body)
 
-    def add(self, entry: Entry) -> None:
-        """Append an entry and sync it. Raises JournalBroken; then the change must not be made."""
-        line = _line(entry)
+    def add(self, *entries: Entry) -> None:
+        """Append entries and sync them once. Raises JournalBroken; then the change must not be made."""
+        line = b"".join(_line(entry) for entry in entries)
         try:
             if self._fd < 0 or self._offset + len(line) > os.fstat(self._fd).st_size:
                 self._open()
@@ -123,7 +123,7 @@ class Journal:
             raise JournalBroken(f"the journal {self.path} cannot be written: {error.strerror}") from error
         self.broken = ""
         self._offset += len(line)
-        self.entries.append(entry)
+        self.entries.extend(entries)
 
     def replace(self, entries: Iterable[Entry]) -> None:
         """Keep only these entries."""

@@ -72,11 +72,11 @@ class TierMaker:
         return self._ensure(path)
 
     def _ensure(self, path: str) -> Placement:
-        inodes = {}
+        inodes: dict[str, int] = {}
         noted = {(e.hierarchy, e.path, e.inode) for e in self._journal.entries if e.kind == "made"}
+        missing = [h for h in self.hierarchies() if self._port.inode(h, path) is None]
+        self._note_made(path, dict.fromkeys(missing, 0))
         for hierarchy in self.hierarchies():
-            if self._port.inode(hierarchy, path) is None:
-                self._note_made(hierarchy, path, 0)
             try:
                 inode = self._port.mkdir(hierarchy, path)
             except FileExistsError:
@@ -84,8 +84,6 @@ class TierMaker:
                 if found is None:
                     continue
                 inode = found
-                if (hierarchy, path, inode) not in noted:  # the name is ours: adopted, so that it will be removed
-                    self._note_made(hierarchy, path, inode)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise PermissionMissing(
@@ -96,16 +94,18 @@ class TierMaker:
                     continue  # the parent does not exist in this hierarchy
                 raise HostUnfit(f"{path} cannot be made in the {hierarchy} hierarchy: {error.strerror}") from error
             else:
-                self._note_made(hierarchy, path, inode)
                 self._inherit_cpuset(hierarchy, path)
             inodes[hierarchy] = inode
+        # One that was there already is adopted, since the name is ours: it will be removed like the others.
+        self._note_made(path, {h: i for h, i in inodes.items() if (h, path, i) not in noted})
         return Placement(path, inodes)
 
-    def _note_made(self, hierarchy: str, path: str, inode: int) -> None:
+    def _note_made(self, path: str, inodes: dict[str, int]) -> None:
+        boot = self._journal.boot_id
+        entries = [Entry(kind="made", boot_id=boot, hierarchy=h, path=path, inode=i) for h, i in inodes.items()]
         with contextlib.suppress(JournalBroken):  # our own directories may be used without a journal (rule 4)
-            self._journal.add(
-                Entry(kind="made", boot_id=self._journal.boot_id, hierarchy=hierarchy, path=path, inode=inode)
-            )
+            if entries:
+                self._journal.add(*entries)
 
     def _inherit_cpuset(self, hierarchy: str, path: str) -> None:
         if hierarchy == UNIFIED or self._port.layout.hierarchy("cpuset") != hierarchy:
@@ -169,20 +169,17 @@ class TierMaker:
         start = start_time(self._port, pid)
         if start is None:
             raise CgroupGone(errno.ESRCH, f"process {pid} has ended")
+        boot = self._journal.boot_id
+        former = {h: cgroup_of(self._port, pid, h) for h in placement.inodes}
+        entries = [
+            Entry(kind="moved", boot_id=boot, hierarchy=h, path=path, pid=pid, start_time=start)
+            for h, path in former.items()
+            if path is not None and path != placement.path
+        ]
+        with contextlib.suppress(JournalBroken):
+            if entries:
+                self._journal.add(*entries)
         for hierarchy, inode in placement.inodes.items():
-            former = cgroup_of(self._port, pid, hierarchy)
-            if former is not None and former != placement.path:
-                with contextlib.suppress(JournalBroken):
-                    self._journal.add(
-                        Entry(
-                            kind="moved",
-                            boot_id=self._journal.boot_id,
-                            hierarchy=hierarchy,
-                            path=former,
-                            pid=pid,
-                            start_time=start,
-                        )
-                    )
             try:
                 self._port.write(hierarchy, placement.path, "cgroup.procs", str(pid), inode)
             except OSError as error:

@@ -16,6 +16,8 @@ from colocate.plan import Action, Rejected, Request, Verdict
 from colocate.snapshot import NodeSnapshot
 
 LAW = "freeze"
+EVALUATE = "evaluate"
+"""The asker whose windows are bounded by the evaluation itself, so the maximum frozen time is not applied."""
 
 
 class FreezeState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -54,7 +56,7 @@ def decide_freeze(
         if wish is not None:
             since[job.id] = state.since.get(job.id, now)
             frozen_for = now - since[job.id]
-            if frozen_for > spec.freeze.max_frozen:
+            if frozen_for > spec.freeze.max_frozen and wish.law != EVALUATE:
                 message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {spec.freeze.max_frozen:g} s)"
                 follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
         wanted = "1" if wish is not None else "0"

@@ -12,12 +12,12 @@ import msgspec
 from colocate.config import Calibration, PolicySpec
 from colocate.decide.cpu import CpuState, decide_cpu
 from colocate.decide.eviction import EvictionState, decide_eviction
-from colocate.decide.freeze import FreezeState, decide_freeze
+from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.memory import MemoryState, decide_memory
 from colocate.model.forecast import Forecast
 from colocate.plan import Action, Plan, Request
 from colocate.snapshot import NodeSnapshot, Workload
-from colocate.units import cores_of_cpu_max, parse_cpulist
+from colocate.units import cores_of_cpu_max, cpu_max, parse_cpulist
 
 _ONCE = ("signal", "cgroup.kill", "memory.reclaim")
 
@@ -77,13 +77,41 @@ def order(actions: list[Action], workloads: dict[str, Workload]) -> list[Action]
     return sorted(actions, key=key)
 
 
+OFF_FROZEN, OFF_UNMANAGED = "off-frozen", "off-unmanaged"
+"""Arms of an evaluation in which co-location is off: batch frozen, or at the weight of a service without any limit."""
+
+
+def _evaluation(arm: str, snapshot: NodeSnapshot, actions: list[Action]) -> tuple[list[Action], list[Request]]:
+    """What an evaluation's off arm makes of the CPU law's actions."""
+    message = f"`colocate evaluate` is measuring the arm {arm}"
+    if arm == OFF_FROZEN:
+        return actions, [
+            Request(verb="freeze", workload=w.id, law=EVALUATE, reason="Evaluation", message=message)
+            for w in snapshot.of("batch")
+        ]
+    if arm == OFF_UNMANAGED:
+        open_values = {"cpu.weight": "100", "cpu.idle": "0", "cpu.max": cpu_max(None)}
+        return [
+            msgspec.structs.replace(a, value=open_values[a.knob], reason="Evaluation", message=message)
+            for a in actions
+            if a.knob in open_values
+        ], []
+    return actions, []
+
+
 def decide(
-    snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, calibration: Calibration, state: LawState
+    snapshot: NodeSnapshot,
+    forecast: Forecast,
+    spec: PolicySpec,
+    calibration: Calibration,
+    state: LawState,
+    arm: str = "",
 ) -> tuple[LawState, Plan]:
-    """The next state of all laws and this tick's plan."""
+    """The next state of all laws and this tick's plan. `arm` is set while an evaluation runs."""
     cpu = decide_cpu(snapshot, forecast, spec, calibration, state.cpu)
     memory = decide_memory(snapshot, forecast, spec, state.memory)
-    wishes = [*state.pending, *cpu.requests, *memory.requests]
+    cpu_actions, evaluation = _evaluation(arm, snapshot, cpu.actions)
+    wishes = [*state.pending, *cpu.requests, *memory.requests, *evaluation]
     eviction = decide_eviction(snapshot, spec, wishes, state.eviction)
     freeze = decide_freeze(snapshot, spec, [*wishes, *eviction.requests], state.freeze)
     known = dict(snapshot.workloads)
@@ -91,7 +119,7 @@ def decide(
         known[snapshot.tier.id] = snapshot.tier
     actions = [
         a
-        for a in (*cpu.actions, *memory.actions, *eviction.actions, *freeze.actions)
+        for a in (*cpu_actions, *memory.actions, *eviction.actions, *freeze.actions)
         if not already(a.knob, a.value, known[a.workload].knobs.get(a.knob))
     ]
     following = LawState(

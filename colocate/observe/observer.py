@@ -35,6 +35,8 @@ class Observer:
         self.capacity = node_figures.capacity(port, policy.spec.node_root)
         self.tree: Tree = find_tree(port, policy.spec.node_root)
         self.problems: dict[str, str] = {}
+        self.extra_problems: dict[str, str] = {}
+        """Problems of the shell (an invalid policy file), shown with the others."""
         self.vanished = 0
         self._stale: dict[str, int] = {}
         self._last: dict[str, Any] = {}
@@ -87,6 +89,7 @@ class Observer:
 
     def _workloads(self) -> dict[str, Workload]:
         targets, self.problems = discover(self._port, self.tree, self.policy.spec, self._jobs())
+        self.problems.update(self.extra_problems)
         found = (self._read(t) for t in targets if t.inodes)
         return {w.id: w for w in found if w is not None}
 

@@ -1,0 +1,154 @@
+"""A parent cgroup of our own that stands for a node: for the demo, calibration and tests.
+
+It is named `colocate-<purpose>-<pid>-<start time>`, so that the next run can tell whose owner has gone and sweep it. On
+v1 it is made at each hierarchy's root; on v2 at the root, or for an ordinary user inside its delegated cgroup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import time
+
+from colocate.actuate.restore import kill_below
+from colocate.cgroupfs import UNIFIED, FilePort, joined, processes_below, start_time
+from colocate.errors import HostUnfit, PermissionMissing
+from colocate.knobs import write_knob
+from colocate.observe.cgroup import inodes_of
+from colocate.observe.workloads import cgroup_of
+
+_NAME = re.compile(r"colocate-(?:demo|calibrate|test|bench)-(\d+)-(\d+)")
+_SKIPPED = ("devices", "hugetlb", "net_cls")
+DELEGATE = "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- colocate demo"
+CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
+
+
+def base_path(port: FilePort) -> str:
+    """Where a scratch node may be made: the root for root, else the caller's own (delegated) cgroup on v2."""
+    if os.geteuid() == 0 or port.layout.version == 1:
+        return "/"
+    own = cgroup_of(port, os.getpid(), UNIFIED) or "/"
+    return own.rpartition("/")[0] or "/" if own.endswith("/colocate-self") else own
+
+
+def sweep(port: FilePort) -> list[str]:
+    """Remove scratch nodes whose owner (pid and start time) has gone, with the processes in them; what was removed."""
+    swept = set()
+    for hierarchy in port.layout.mounts:
+        for base in {"/", base_path(port)}:
+            for name in port.children(hierarchy, base):
+                match = _NAME.fullmatch(name)
+                if match is not None and start_time(port, int(match[1])) != int(match[2]):
+                    with contextlib.suppress(OSError):
+                        remove_tree(port, joined(base, name))
+                    swept.add(joined(base, name))
+    return sorted(swept)
+
+
+def remove_tree(port: FilePort, path: str, patience_seconds: float = 5.0) -> bool:
+    """Kill what is in the tree and remove it in every hierarchy; False if something would not go."""
+    deadline = time.monotonic() + patience_seconds
+    while any(processes_below(port, h, path) for h in port.layout.mounts):
+        kill_below(port, path, inodes_of(port, path))
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+
+    def remove(hierarchy: str, where: str) -> bool:
+        for child in port.children(hierarchy, where):
+            remove(hierarchy, joined(where, child))
+        return port.rmdir(hierarchy, where)
+
+    while True:
+        left = [h for h in port.layout.mounts if not remove(h, path)]
+        if not left:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)  # the kernel lets go of a killed process's cgroup a moment later
+
+
+class ScratchNode:
+    """A parent group with children; use as a context manager."""
+
+    def __init__(self, port: FilePort, purpose: str, memory_bytes: int | None = None) -> None:
+        self._port = port
+        own = start_time(port, os.getpid())
+        self.path = joined(base_path(port), f"colocate-{purpose}-{os.getpid()}-{own}")
+        self._memory_bytes = memory_bytes
+
+    def __enter__(self) -> ScratchNode:
+        """Make the node. Raises PermissionMissing, HostUnfit."""
+        try:
+            if self._port.layout.version == 2:
+                self._enable(self.path.rpartition("/")[0] or "/")
+            self.make("/")
+            if self._memory_bytes is not None:
+                write_knob(
+                    self._port, self.path, "memory.max", str(self._memory_bytes), inodes_of(self._port, self.path)
+                )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill what is in it and remove it."""
+        remove_tree(self._port, self.path)
+
+    def _enable(self, path: str) -> None:
+        port = self._port
+        if port.read(UNIFIED, path, "cgroup.procs") and path != "/":
+            # cgroup v2 allows no processes beside child groups with controllers: step aside into a leaf of our own.
+            leaf = joined(path, "colocate-self")
+            with contextlib.suppress(FileExistsError):
+                port.mkdir(UNIFIED, leaf)
+            for pid in (port.read(UNIFIED, path, "cgroup.procs") or "").split():
+                with contextlib.suppress(OSError):
+                    port.write(UNIFIED, leaf, "cgroup.procs", pid)
+        offered = (port.read(UNIFIED, path, "cgroup.controllers") or "").split()
+        enabled = (port.read(UNIFIED, path, "cgroup.subtree_control") or "").split()
+        for controller in CONTROLLERS:
+            if controller in offered and controller not in enabled:
+                try:
+                    port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}")
+                except OSError as error:
+                    self._refuse(path, error)
+
+    @staticmethod
+    def _refuse(path: str, error: OSError) -> None:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PermissionMissing(f"the cgroup {path} cannot be written: {error.strerror}", DELEGATE) from error
+        raise HostUnfit(f"the cgroup {path} refuses: {error.strerror}", DELEGATE) from error
+
+    def make(self, child: str) -> str:
+        """Make a child group (and on v2 enable controllers for its own children); its full path."""
+        port, path = self._port, joined(self.path, child)
+        for hierarchy in port.layout.mounts:
+            if hierarchy in _SKIPPED or hierarchy.startswith("name="):
+                continue
+            try:
+                port.mkdir(hierarchy, path)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                self._refuse(path, error)
+            if port.layout.hierarchy("cpuset") == hierarchy and hierarchy != UNIFIED:
+                parent = path.rpartition("/")[0] or "/"
+                for file in ("cpuset.mems", "cpuset.cpus"):
+                    port.write(hierarchy, path, file, (port.read(hierarchy, parent, file) or "").strip())
+        return path
+
+    def make_inner(self, child: str) -> str:
+        """Make a child group that will itself have children."""
+        path = self.make(child)
+        if self._port.layout.version == 2:
+            self._enable(path)
+        return path
+
+    def enter(self, pid: int, path: str) -> None:
+        """Move a process into one of the groups, in every hierarchy."""
+        for hierarchy, inode in inodes_of(self._port, path).items():
+            self._port.write(hierarchy, path, "cgroup.procs", str(pid), inode)

@@ -1,0 +1,1 @@
+"""The commands; each is a short function that calls the rest."""

@@ -1,0 +1,158 @@
+"""doctor, agent, restore, calibrate: the commands about this host."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
+from colocate.cli.output import end_status, print_data, print_table, status
+from colocate.config import Calibration, ColocationPolicy, encode_quantity
+from colocate.errors import BadInput
+
+
+def state_dir(options: argparse.Namespace) -> Path:
+    """--state-dir, or the default."""
+    return Path(options.state_dir) if options.state_dir else default_state_dir()
+
+
+def socket_path(options: argparse.Namespace) -> Path:
+    """--socket, COLOCATE_SOCKET, or the default."""
+    given = options.socket or os.environ.get("COLOCATE_SOCKET")
+    return Path(given) if given else runtime_dir() / "agent.sock"
+
+
+def configure_logs() -> None:
+    """JSON on stderr."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.JSONRenderer(
+                serializer=lambda event, **_: msgspec.json.encode(event, enc_hook=str).decode()
+            ),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Exit 0 when a tier is possible, 1 when not."""
+    from colocate.calibrate import load_calibration
+    from colocate.cgroupfs import KernelPort
+    from colocate.observe.host import checks
+
+    port = KernelPort()
+    found = checks(port)
+    possible = all(c.ok for c in found if c.required)
+    state = default_state_dir()
+    calibration = load_calibration(StateDirectory(state), port) if state.is_dir() else Calibration()
+    if options.output in ("json", "yaml"):
+        data = {
+            "tier_possible": possible,
+            "checks": [c._asdict() for c in found],
+            "calibration": msgspec.to_builtins(calibration, enc_hook=encode_quantity),
+        }
+        print_data(data, options.output)
+        return 0 if possible else 1
+    rows = []
+    for check in found:
+        lost = "" if check.ok else check.cost + (f"; mend: {check.mend}" if check.mend else "")
+        rows.append(("✓" if check.ok else "✗", check.name, check.found, lost))
+    print_table(("", "what", "found", "without it"), rows)
+    if calibration.measured_seconds:
+        print(f"calibrated: lever {calibration.lever}, rungs {' > '.join(calibration.rungs)}")
+        if options.output == "wide":
+            print_calibration(calibration)
+    else:
+        print("not calibrated on this kernel: weight 1 is used (measure with: colocate calibrate)")
+    print("a batch tier is possible" if possible else "no batch tier is possible: mend the first lines above")
+    return 0 if possible else 1
+
+
+def print_calibration(calibration: Calibration) -> None:
+    """The measured arms as a table."""
+    rows = []
+    for arm, entry in calibration.evidence.items():
+        ratio = f"{entry['p99_ratio']:.2f} [{entry['p99_ratio_low']:.2f}, {entry['p99_ratio_high']:.2f}]"
+        work = f"{entry['work_ratio']:.2f}" if "work_ratio" in entry else "-"
+        rows.append((arm, f"{entry['p99_ms']:.2f} ms", ratio, work))
+    print_table(("arm", "service p99", "ratio to weight 1 [95 %]", "batch work ratio"), rows)
+
+
+def calibrate_command(options: argparse.Namespace) -> int:
+    """Measure and keep it."""
+    from colocate.calibrate import FILE, calibrate
+    from colocate.cgroupfs import KernelPort
+
+    state = StateDirectory(state_dir(options))
+    found = calibrate(KernelPort(), lambda done, total, arm: status(f"calibrating {done}/{total}: {arm}"))
+    end_status()
+    state.save(FILE, msgspec.to_builtins(found))
+    if options.output in ("json", "yaml"):
+        print_data(found, options.output)
+    else:
+        print_calibration(found)
+        print(f"lever: {found.lever}; rungs: {' > '.join(found.rungs)}; kept in {state.path / FILE}")
+    return 0
+
+
+def agent(options: argparse.Namespace) -> int:
+    """Run until SIGTERM."""
+    from colocate.policyfile import load_policy
+    from colocate.service import Service
+
+    configure_logs()
+    policy = load_policy(Path(options.config)) if options.config else ColocationPolicy()
+    service = Service(
+        policy,
+        state_dir(options),
+        runtime_dir(),
+        socket_path(options),
+        policy_path=Path(options.config) if options.config else None,
+        shadow=options.shadow,
+        embedded=options.embedded,
+        handover=options.handover,
+    )
+    report = asyncio.run(service.run())
+    for line in report.occupied:
+        print(f"colocate: {line} is still occupied: left at the least weight, without limits, thawed", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
+def restore_command(options: argparse.Namespace) -> int:
+    """Undo what the journal knows; refuses while an agent runs."""
+    from colocate.actuate.journal import Journal, boot_id
+    from colocate.actuate.restore import restore
+    from colocate.actuate.scratch import sweep
+    from colocate.actuate.statedir import Lock
+    from colocate.cgroupfs import KernelPort
+
+    directory = state_dir(options)
+    if not directory.is_dir():
+        raise BadInput(f"--state-dir {directory} does not exist: there is nothing to restore")
+    lock = Lock(runtime_dir(), "/", role="restore")
+    try:
+        port = KernelPort()
+        journal = Journal(directory, boot_id())
+        report = restore(port, journal, move_back=options.move_back)
+        journal.close()
+        report.removed.extend(sweep(port))
+    finally:
+        lock.release()
+    if options.output in ("json", "yaml"):
+        print_data(report, options.output)
+    else:
+        for title, lines in msgspec.to_builtins(report).items():
+            for line in lines:
+                print(f"{title.replace('_', ' ')}: {line}")
+        print("clean: nothing of ours is left" if report.clean else "not everything could be undone yet, see above")
+    return 0 if not report.failed else 1

@@ -1,0 +1,172 @@
+"""The command line: argparse, and one late import a command, because it is typed a hundred times a day."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from colocate import __version__
+from colocate.errors import BadInput, ColocateError
+from colocate.units import Duration, parse_bytes, parse_cores, parse_duration
+
+
+def _duration(text: str) -> Duration:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _cores(text: str) -> float:
+    try:
+        return parse_cores(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _form(parser: argparse.ArgumentParser, *forms: str, default: str = "table") -> None:
+    parser.add_argument("-o", "--output", choices=forms, default=default, help=f"output form (default: {default})")
+
+
+def _state(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--state-dir", help="journal, records and model state (default: /var/lib/colocate for root)")
+
+
+def _socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--socket", help="the agent's socket (default: /run/colocate/agent.sock for root)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="colocate",
+        description="Run batch and AI jobs on the nodes of latency-sensitive services, without the services noticing.",
+    )
+    parser.add_argument("--version", action="version", version=f"colocate {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, target: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(target=target)
+        return command
+
+    demo = add("demo", "demo:demo", "Show co-location on this machine's own cgroups, in one to two minutes")
+    _form(demo, "table", "json")
+    demo.add_argument("--report", default="colocate-demo-report.html", help="where the HTML report goes")
+    demo.add_argument("--seconds", type=_duration, default=parse_duration("14s"), help="length of a phase")
+    demo.add_argument("--simulate", action="store_true", help="use the kernel model even where cgroups are writable")
+    demo.add_argument("--seed", type=int, default=1, help="seed of the load (and of the model)")
+    demo.add_argument("--service-time", type=_duration, default=parse_duration("2ms"), help="CPU time of a request")
+
+    doctor = add("doctor", "host:doctor", "What this host offers, what each missing thing costs, and the mend")
+    _form(doctor, "table", "wide", "json", "yaml")
+
+    agent = add("agent", "host:agent", "The node manager")
+    agent.add_argument("--config", help="the ColocationPolicy file; read again when it changes")
+    agent.add_argument("--shadow", action="store_true", help="compute and record everything, write nothing")
+    agent.add_argument("--handover", action="store_true", help="at the end leave the grants to the successor")
+    agent.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
+    _state(agent)
+    _socket(agent)
+
+    run = add("run", "run:run", "Run a command as a batch job in the tier")
+    run.add_argument("--name", default="", help="the job's name (default: job-PID)")
+    run.add_argument("--cpus", type=_cores, help="the most CPU it may use, e.g. 2 or 500m")
+    run.add_argument("--memory", type=_bytes, help="the most memory it may use, e.g. 2Gi")
+    run.add_argument("--priority", type=int, default=0, help="lower ones are evicted first")
+    run.add_argument("--gang", default="", help="jobs of one gang are evicted together")
+    run.add_argument("--checkpoint-signal", default="", help="sent before an eviction for memory, e.g. SIGUSR1")
+    run.add_argument("--max-runtime", type=_duration, help="evicted after this long, e.g. 2h")
+    run.add_argument("--config", help="policy of the agent that is started if none runs")
+    _socket(run)
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command")
+
+    top = add("top", "watch:top", "The node live")
+    top.add_argument("--once", action="store_true", help="print once and end")
+    _form(top, "table", "json", "yaml")
+    _socket(top)
+
+    explain = add("explain", "watch:explain", "Why the node is as it is: the laws with today's numbers")
+    explain.add_argument("workload", nargs="?", help="only this service or job")
+    _form(explain, "table", "json", "yaml")
+    _socket(explain)
+
+    status = add("status", "watch:status", "Whether an agent runs, and how it is")
+    _form(status, "table", "json", "yaml")
+    _socket(status)
+
+    report = add("report", "reports:report", "The utilization evaluation report, from records")
+    report.add_argument("records", nargs="?", help="a state directory or record file (default: the agent's)")
+    report.add_argument("--since", type=_duration, help="only the last so long, e.g. 24h")
+    report.add_argument("--machines", type=_positive, default=1, help="nodes like this one, for machines saved")
+    report.add_argument("--file", help="where -o html goes (default: colocate-report.html)")
+    _form(report, "html", "json", "csv", default="html")
+    _state(report)
+
+    evaluate = add("evaluate", "reports:evaluate", "Measure co-location on this node by on/off windows (switchback)")
+    evaluate.add_argument("--windows", type=_positive, default=20, help="number of windows (default: 20)")
+    evaluate.add_argument("--window", type=_duration, default=parse_duration("30s"), help="length of a window")
+    evaluate.add_argument("--wash-out", type=_duration, default=parse_duration("5s"), help="start of a window left out")
+    evaluate.add_argument("--off", choices=("frozen", "unmanaged"), default="frozen", help="what `off` means")
+    evaluate.add_argument("--seed", type=int, default=1, help="seed of the order of windows")
+    evaluate.add_argument("--yes", action="store_true", help="do not ask before --off unmanaged")
+    evaluate.add_argument("--file", help="where -o html goes (default: colocate-report.html)")
+    _form(evaluate, "html", "json", "csv", default="html")
+    _state(evaluate)
+    _socket(evaluate)
+
+    replay = add("replay", "reports:replay", "Decide a recorded day again, open loop")
+    replay.add_argument("records", help="a state directory or record file")
+    replay.add_argument("--config", help="decide with another policy")
+    replay.add_argument("--diff", action="store_true", help="print the ticks whose plan differs")
+    _form(replay, "table", "json")
+
+    restore = add("restore", "host:restore_command", "Put back what was found before the agent, after a crash")
+    restore.add_argument("--move-back", action="store_true", help="also return jobs' processes to their former cgroups")
+    _form(restore, "table", "json", "yaml")
+    _state(restore)
+
+    calibrate = add("calibrate", "host:calibrate_command", "Measure the CPU levers of this kernel (at most 30 s)")
+    _form(calibrate, "table", "json", "yaml")
+    _state(calibrate)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit code. Bad input is 2."""
+    options = build_parser().parse_args(arguments)
+    module, _, function = options.target.partition(":")
+    try:
+        code = getattr(importlib.import_module(f"colocate.cli.{module}"), function)(options)
+        sys.stdout.flush()
+        return int(code or 0)
+    except BadInput as error:
+        print(f"colocate: {error}", file=sys.stderr)
+        return error.exit_code
+    except ColocateError as error:
+        print(f"colocate: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("colocate: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

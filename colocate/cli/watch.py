@@ -1,0 +1,172 @@
+"""top, explain, status: what a running agent says of itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from colocate.cli.host import socket_path
+from colocate.cli.output import print_data, print_table
+from colocate.errors import BadInput, NotAnswering
+from colocate.jobs.client import Connection
+from colocate.units import format_bytes, format_duration
+
+
+def _ask(options: argparse.Namespace, op: str) -> dict[str, Any]:
+    connection = Connection(socket_path(options))
+    try:
+        return connection.ask(op=op)
+    finally:
+        connection.close()
+
+
+def status(options: argparse.Namespace) -> int:
+    """Exit 0 if an agent answers, 1 if not."""
+    data = _ask(options, "status")
+    if options.output != "table":
+        print_data(data, options.output)
+        return 0
+    rows = [(k.replace("_", " "), str(v)) for k, v in data.items() if k != "problems"]
+    print_table(("agent", ""), rows)
+    for problem in data["problems"].values():
+        print(f"problem: {problem}")
+    return 0
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    forecasts = data["forecast"].get("workloads", {})
+    order = {"service": 0, "besteffort": 1, "batch": 2}
+    workloads = sorted(data["snapshot"].get("workloads", {}).values(), key=lambda w: (order[w["tier"]], w["id"]))
+    for workload in workloads:
+        now = forecasts.get(workload["id"], {})
+        p99 = now.get("p99_seconds")
+        slack = now.get("slack")
+        waiting = now.get("cpu_waiting_ratio")
+        memory = workload.get("working_set_bytes")
+        rows.append(
+            (
+                workload["name"],
+                workload["tier"],
+                f"{now['usage_cores']:.2f}" if "usage_cores" in now else "-",
+                f"{now['peak_cores']:.2f}" if "peak_cores" in now else "-",
+                format_bytes(memory) if memory is not None else "-",
+                f"{waiting:.1%}" if waiting is not None else "-",
+                format_duration(p99) if p99 is not None else "-",
+                f"{slack:.0%}" if slack is not None else "-",
+                "frozen" if workload.get("frozen") else "",
+            )
+        )
+    return rows
+
+
+COLUMNS = ("workload", "tier", "cores", "peak", "memory", "waits", "p99", "slack", "")
+
+
+def _laws(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [(v["law"], v["state"], v["reason"], v["message"]) for v in data["plan"]["verdicts"]]
+
+
+def top(options: argparse.Namespace) -> int:
+    """Live on a terminal; once elsewhere."""
+    data = _first(options)
+    if options.output != "table":
+        print_data(data, options.output)
+        return 0
+    if options.once or not sys.stdout.isatty():
+        _print_top(data)
+        return 0
+    from rich.console import Group
+    from rich.live import Live
+    from rich.table import Table
+
+    def draw(now: dict[str, Any]) -> Group:
+        seen = now["forecast"]
+        head = (
+            f"node {seen['node_cores']:g} CPUs: services {seen.get('services_cores', 0):.2f}, BestEffort "
+            f"{seen.get('besteffort_cores', 0):.2f}, batch {seen.get('batch_cores', 0):.2f}, idle "
+            f"{seen.get('idle_cores') or 0:.2f}   tick {now['snapshot']['sequence']} {now['tick_seconds'] * 1e3:.1f} ms"
+        )
+        table, laws = Table(), Table()
+        for column in COLUMNS:
+            table.add_column(column)
+        for row in _rows(now):
+            table.add_row(*row)
+        for column in ("law", "state", "reason", "message"):
+            laws.add_column(column)
+        for row in _laws(now):
+            laws.add_row(*row)
+        return Group(head, table, laws, *(f"problem: {p}" for p in now["problems"].values()))
+
+    with Live(draw(data), auto_refresh=False, screen=False) as live:
+        while True:
+            time.sleep(1)
+            try:
+                live.update(draw(_ask(options, "explain")), refresh=True)
+            except NotAnswering:
+                print("the agent has ended")
+                return 0
+
+
+def _first(options: argparse.Namespace) -> dict[str, Any]:
+    """The explanation, waiting a moment for an agent that has just started."""
+    for _ in range(50):
+        data = _ask(options, "explain")
+        if "plan" in data:
+            return data
+        time.sleep(0.1)
+    raise NotAnswering("the agent has not finished its first tick yet")
+
+
+def _print_top(data: dict[str, Any]) -> None:
+    print_table(COLUMNS, _rows(data))
+    print_table(("law", "state", "reason", "message"), _laws(data))
+    for problem in data["problems"].values():
+        print(f"problem: {problem}")
+
+
+def explain(options: argparse.Namespace) -> int:
+    """The laws with today's numbers, the last decisions, what was considered and rejected."""
+    data = _first(options)
+    name = options.workload
+    workloads = data["snapshot"].get("workloads", {})
+    if name is not None:
+        ids = [i for i, w in workloads.items() if name in (i, w["name"])]
+        if not ids:
+            known = ", ".join(sorted(w["name"] for w in workloads.values())) or "none"
+            raise BadInput(f"no workload {name!r}; known: {known}")
+        data = {
+            **data,
+            "workload": workloads[ids[0]],
+            "forecast_of_workload": data["forecast"]["workloads"].get(ids[0], {}),
+            "outcomes": [o for o in data["outcomes"] if o["workload"] == ids[0]],
+        }
+    if options.output != "table":
+        print_data(data, options.output)
+        return 0
+    if name is not None:
+        print(f"{data['workload']['name']} ({data['workload']['tier']}) at {data['workload']['path']}")
+        for key, value in sorted(data["forecast_of_workload"].items()):
+            print(f"  {key} = {value}")
+        for knob, value in sorted(data["workload"].get("knobs", {}).items()):
+            print(f"  {knob} = {value}")
+    for verdict in data["plan"]["verdicts"]:
+        print(f"{verdict['law']}: {verdict['reason']} ({verdict['state']})\n  {verdict['message']}")
+        numbers = verdict.get("numbers", {})
+        if numbers:
+            print("  " + ", ".join(f"{k} {v:g}" for k, v in numbers.items()))
+    for item in data["plan"].get("rejected", []):
+        print(f"rejected ({item['law']}): {item['considered']}: {item['why']}")
+    for outcome in data["outcomes"]:
+        print(
+            f"{outcome['status']}: {outcome['workload']} {outcome['knob']} = {outcome['value']} ({outcome['reason']})"
+        )
+    for drift in data["drifts"]:
+        print(f"drift: {drift['knob']} of {drift['workload']} is {drift['found']}, probably by {drift['probably']}")
+    for problem in data["problems"].values():
+        print(f"problem: {problem}")
+    calibration = data["calibration"]
+    print(f"lever: {calibration.get('lever', 'weight')} (designs/0001-cpu.md)")
+    return 0

@@ -1,0 +1,194 @@
+"""`colocate run`: the command is a child of the caller; stdio is inherited, signals and the exit code pass through.
+
+The child waits on a pipe until the agent has moved it into the tier, and only then becomes the command. Exit codes:
+the command's own, 128+n if a signal ended it, 75 (EX_TEMPFAIL of sysexits.h) if it was evicted, 125 if the agent
+refused, 126/127 as shells use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from colocate.actuate.statedir import default_state_dir
+from colocate.errors import ColocateError, NotAnswering
+
+EXIT_EVICTED = 75
+EXIT_REFUSED = 125
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
+EMBEDDED_START_SECONDS = 20.0
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+
+
+class Connection:
+    """JSON lines to and from an agent. Raises NotAnswering."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self.socket.connect(str(path))
+        except PermissionError as error:
+            self.socket.close()
+            raise NotAnswering(
+                f"no permission for the agent's socket {path}: join the group colocate (usermod -aG colocate $USER)"
+            ) from error
+        except OSError as error:
+            self.socket.close()
+            raise NotAnswering(f"no agent answers on {path}: start one with `colocate agent`") from error
+        self._buffer = b""
+
+    def read_line(self) -> dict[str, Any] | None:
+        """The next message; None if the agent has gone."""
+        while b"\n" not in self._buffer:
+            try:
+                chunk = self.socket.recv(1 << 16)
+            except OSError:
+                return None
+            if not chunk:
+                return None
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        result: dict[str, Any] = msgspec.json.decode(line)
+        return result
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer. Raises ColocateError with the agent's words."""
+        self.socket.sendall(msgspec.json.encode(message) + b"\n")
+        answer = self.read_line()
+        if answer is None:
+            raise NotAnswering("the agent closed the connection")
+        if "error" in answer:
+            raise ColocateError(str(answer["error"]))
+        return answer
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
+
+
+def connect_or_embed(path: Path, policy: str | None) -> Connection:
+    """A connection to the agent; if none runs, one is started that ends after its last job. Raises ColocateError."""
+    with contextlib.suppress(NotAnswering):
+        return Connection(path)
+    if path.exists() and not os.access(path, os.W_OK):
+        return Connection(path)  # says which group is missing
+    log_path = default_state_dir() / "embedded.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    arguments = [sys.executable, "-m", "colocate.cli.main", "agent", "--embedded", "--socket", str(path)]
+    with log_path.open("wb") as log:
+        agent = subprocess.Popen(
+            arguments + (["--config", policy] if policy else []),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )
+    deadline = time.monotonic() + EMBEDDED_START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(NotAnswering):
+            return Connection(path)
+        if agent.poll() is not None:
+            # Another `colocate run` may have won the race to start one.
+            time.sleep(0.2)
+            with contextlib.suppress(NotAnswering):
+                return Connection(path)
+            said = [
+                line for line in log_path.read_text(errors="replace").splitlines() if line and not line.startswith("{")
+            ]
+            raise ColocateError("no agent runs, and none could be started: " + (" ".join(said) or f"see {log_path}"))
+        time.sleep(0.02)
+    raise NotAnswering(f"the agent that was started does not answer; see {log_path}")
+
+
+def _fork(command: list[str]) -> tuple[int, int]:
+    """A child that becomes the command when a byte arrives on the returned descriptor; it ends if none does."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid:
+        os.close(read)
+        return pid, write
+    try:
+        os.close(write)
+        if os.read(read, 1):
+            os.execvp(command[0], command)
+    except PermissionError:
+        os._exit(EXIT_NOT_EXECUTABLE)
+    except OSError as error:
+        print(f"colocate: {command[0]}: {error.strerror}", file=sys.stderr)
+        os._exit(EXIT_NOT_EXECUTABLE)
+    os._exit(EXIT_REFUSED)
+
+
+def _pass_signals(child: int) -> None:
+    def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    # A terminal sends these to the whole foreground group, so the child has had them already.
+    from_terminal = os.isatty(0)
+    for number in _FROM_TERMINAL:
+        signal.signal(number, signal.SIG_IGN if from_terminal else forward)
+
+
+def _wait(child: int, connection: Connection) -> tuple[int, str]:
+    """The child's wait status, and why it was evicted if it was."""
+    evicted = ""
+    pidfd = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(connection.socket, select.POLLIN)
+    while True:
+        ready = dict(poll.poll())
+        if connection.socket.fileno() in ready:
+            message = connection.read_line()
+            if message is None:
+                poll.unregister(connection.socket)  # the agent has gone; the job goes on
+            elif "evicted" in message:
+                evicted = str(message["evicted"])
+        if pidfd in ready and connection.socket.fileno() not in ready:
+            _, status = os.waitpid(child, 0)
+            os.close(pidfd)
+            return status, evicted
+
+
+def run(command: list[str], connection: Connection, request: dict[str, Any]) -> int:
+    """Run the command as a batch job; the exit code to end with."""
+    if shutil.which(command[0]) is None:
+        exists = os.path.exists(command[0])
+        print(f"colocate: {command[0]}: {'not executable' if exists else 'command not found'}", file=sys.stderr)
+        return EXIT_NOT_EXECUTABLE if exists else EXIT_NOT_FOUND
+    child, go = _fork(command)
+    _pass_signals(child)
+    try:
+        connection.ask(op="run", pid=child, command=" ".join(command)[:200], **request)
+    except ColocateError as error:
+        os.close(go)
+        os.waitpid(child, 0)
+        print(f"colocate: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    os.write(go, b"g")
+    os.close(go)
+    status, evicted = _wait(child, connection)
+    connection.close()
+    if evicted:
+        print(f"colocate: evicted: {evicted}", file=sys.stderr)
+        return EXIT_EVICTED
+    if os.WIFSIGNALED(status):
+        return 128 + os.WTERMSIG(status)
+    return os.WEXITSTATUS(status)

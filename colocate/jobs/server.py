@@ -1,0 +1,255 @@
+"""The agent's socket: JSON lines. Jobs are registered, explained and told of their eviction, never started by us.
+
+Mode 0660 with the group `colocate` where it exists. A job's connection stays open as long as its caller lives; when it
+closes, what the job left behind is told to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from colocate.actuate.restore import kill_below, thaw_below
+from colocate.actuate.tier import check_job_name
+from colocate.agent import Agent, Tick
+from colocate.cgroupfs import joined, processes_below, start_time
+from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
+from colocate.errors import BadInput, ColocateError
+from colocate.jobs.peer import Peer, check_child, identify
+from colocate.jobs.registry import Job
+
+log = structlog.get_logger()
+GROUP = "colocate"
+
+
+class RunRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What `colocate run` asks for."""
+
+    op: str
+    pid: int
+    name: str = ""
+    command: str = ""
+    cores: float | None = None
+    memory_bytes: int | None = None
+    priority: int = 0
+    gang: str = ""
+    checkpoint_signal: str = ""
+    max_runtime_seconds: float | None = None
+
+
+class JobServer:
+    """Serves the socket for one agent."""
+
+    def __init__(self, agent: Agent, path: Path) -> None:
+        self._agent, self.path = agent, path
+        self._server: asyncio.Server | None = None
+        self._connections: dict[str, asyncio.StreamWriter] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._serving: set[asyncio.Task[None]] = set()
+        agent.on_evicted.append(self._tell_evicted)
+        agent.on_tick.append(self._reap)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is known or is being cleaned up."""
+        return bool(self._agent.registry.jobs or self._ending)
+
+    async def start(self) -> None:
+        """Listen. Raises BadInput if the path cannot be used."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        old = os.umask(0o117)
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, str(self.path))
+        except OSError as error:
+            raise BadInput(f"the socket {self.path} cannot be made: {error}") from error
+        finally:
+            os.umask(old)
+        with contextlib.suppress(KeyError, PermissionError):
+            os.chown(self.path, -1, grp.getgrnam(GROUP).gr_gid)
+
+    async def close(self) -> None:
+        """Stop listening; jobs go on."""
+        for task in (*self._serving, *self._ending):
+            task.cancel()
+        if self._server is not None:
+            self._server.close()
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+        await asyncio.gather(*self._serving, *self._ending, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        job = ""
+        try:
+            sock: socket.socket = writer.get_extra_info("socket")
+            peer = identify(sock, self._agent.port)
+            while line := await reader.readline():
+                try:
+                    answer = self._answer(line, peer)
+                except (ColocateError, msgspec.MsgspecError) as error:
+                    answer = {"error": str(error)}
+                except OSError as error:
+                    answer = {"error": f"the kernel refused: {error.strerror}"}
+                if answer.get("job"):
+                    job = str(answer["job"])
+                    self._connections[job] = writer
+                writer.write(msgspec.json.encode(answer) + b"\n")
+                await writer.drain()
+        except (ConnectionError, BadInput, ValueError):
+            pass
+        finally:
+            self._serving.discard(task)
+            if job:
+                self._connections.pop(job, None)
+                self._end(job)
+            writer.close()
+
+    def _answer(self, line: bytes, peer: Peer) -> dict[str, Any]:
+        request = msgspec.json.decode(line, type=dict[str, Any])
+        op = request.get("op")
+        if op == "run":
+            return self._run(msgspec.convert(request, RunRequest), peer)
+        if op == "checkpointed":
+            job = self._agent.registry.jobs.get(str(request.get("job")))
+            if job is None or peer.uid not in (0, job.uid):
+                raise BadInput(f"no job {request.get('job')!r} of yours")
+            job.checkpointed_seconds = self._agent.clock.time()
+            return {"ok": True}
+        if op == "explain":
+            return {**self._agent.explain(), "jobs": msgspec.to_builtins(list(self._agent.registry.jobs.values()))}
+        if op == "status":
+            return self._status()
+        if op == "arm":
+            return self._arm(str(request.get("arm", "")), peer)
+        raise BadInput(f"unknown op {op!r}; known: arm, run, checkpointed, explain, status")
+
+    def _status(self) -> dict[str, Any]:
+        agent = self._agent
+        last = agent.last
+        return {
+            "pid": os.getpid(),
+            "node_root": agent.policy.spec.node_root,
+            "policy": agent.policy.metadata.name,
+            "tier": agent.observer.tree.tier_path,
+            "cgroup_version": agent.port.layout.version,
+            "shadow": agent.shadow,
+            "ticks": last.snapshot.sequence if last else 0,
+            "age_seconds": agent.clock.monotonic() - last.snapshot.monotonic_seconds if last else None,
+            "jobs": len(agent.registry.jobs),
+            "problems": {**agent.observer.problems, **agent.scraper.problems},
+            "records": agent.recorder.degraded or "ok",
+            "journal": agent.journal.broken or "ok",
+        }
+
+    def _arm(self, arm: str, peer: Peer) -> dict[str, Any]:
+        """An evaluation's window begins; the empty arm ends the evaluation."""
+        if peer.uid not in (0, os.geteuid()):
+            raise BadInput("an evaluation changes the node for everybody: only root or the agent's user may start one")
+        if arm not in ("", "on", OFF_FROZEN, OFF_UNMANAGED):
+            raise BadInput(f"unknown arm {arm!r}")
+        self._agent.recorder.arm = arm
+        self._agent.wake(f"evaluation arm {arm}")
+        return {"ok": True}
+
+    def _run(self, request: RunRequest, peer: Peer) -> dict[str, Any]:
+        agent = self._agent
+        if agent.shadow:
+            raise BadInput("the agent runs with --shadow and writes nothing, so it cannot take a job")
+        name = check_job_name(request.name or f"job-{request.pid}")
+        if name in agent.registry.jobs:
+            raise BadInput(f"--name {name!r} is taken by a running job (pid {agent.registry.jobs[name].pid})")
+        if request.checkpoint_signal:
+            try:
+                signal.Signals[request.checkpoint_signal]
+            except KeyError:
+                raise BadInput(
+                    f"--checkpoint-signal {request.checkpoint_signal!r} is no signal, e.g. SIGUSR1"
+                ) from None
+        start = check_child(agent.port, peer, request.pid)
+        placement = agent.tier.ensure_job(name)
+        try:
+            if request.memory_bytes is not None:
+                agent.tier.set_job_knob(placement, "memory.max", str(request.memory_bytes))
+            agent.tier.move(request.pid, placement)
+        except OSError:
+            agent.tier.remove_job(placement.path)
+            raise
+        agent.registry.add(
+            Job(
+                name=name,
+                path=placement.path,
+                uid=peer.uid,
+                pid=request.pid,
+                start_time=start,
+                started_seconds=round(agent.clock.time(), 3),
+                command=request.command,
+                cores=request.cores,
+                memory_bytes=request.memory_bytes,
+                priority=request.priority,
+                gang=request.gang,
+                checkpoint_signal=request.checkpoint_signal,
+                max_runtime_seconds=request.max_runtime_seconds,
+            )
+        )
+        agent.wake(f"job {name}")
+        log.info("job_started", job=name, uid=peer.uid, pid=request.pid, path=placement.path, by_pidfd=peer.by_pidfd)
+        return {"job": name, "path": placement.path}
+
+    def _tell_evicted(self, job: Job) -> None:
+        writer = self._connections.get(job.name)
+        log.warning("job_evicted", job=job.name, why=job.evicted)
+        if writer is not None:
+            writer.write(msgspec.json.encode({"evicted": job.evicted}) + b"\n")
+
+    def _reap(self, _tick: Tick) -> None:
+        """End jobs that have no caller any more (their connection was to a predecessor)."""
+        for name, job in list(self._agent.registry.jobs.items()):
+            if name not in self._connections and start_time(self._agent.port, job.pid) != job.start_time:
+                self._end(name)
+
+    def _end(self, name: str) -> None:
+        job = self._agent.registry.jobs.get(name)
+        if job is not None and not any(t.get_name() == name for t in self._ending):
+            task = asyncio.create_task(self._clean(job), name=name)
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def _clean(self, job: Job) -> None:
+        """What the job left: SIGTERM, the grace period, SIGKILL; then its directories."""
+        agent, port = self._agent, self._agent.port
+
+        def left() -> set[int]:
+            return {p for h in port.layout.mounts for p in processes_below(port, h, job.path)}
+
+        if start_time(port, job.pid) == job.start_time and not left():
+            agent.registry.remove(job.name)
+            return
+        if left():
+            thaw_below(port, job.path)
+            for pid in left():
+                port.kill(pid, signal.SIGTERM)
+            deadline = agent.clock.monotonic() + agent.policy.spec.memory.termination_grace
+            while left() and agent.clock.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+        while left():
+            inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, job.path)) is not None}
+            kill_below(port, job.path, inodes)
+            await asyncio.sleep(0.05)
+        while not agent.tier.remove_job(joined(job.path)):
+            await asyncio.sleep(0.05)
+        agent.registry.remove(job.name)
+        agent.forget_made(job.path)
+        log.info("job_ended", job=job.name)

@@ -1,0 +1,197 @@
+"""doctor's probes: what this host offers, what each missing thing costs, and the mend.
+
+Nothing is changed: only reading, `access(2)`, and writing a PSI trigger, which lives as long as its descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from colocate.cgroupfs import UNIFIED, KernelPort
+from colocate.observe.workloads import find_kubepods, main_hierarchy
+
+FOREIGN_AGENTS = ("koordlet", "vc-agent", "katalyst-agent", "crane-agent", "rubik", "oomd", "systemd-oomd")
+
+
+class Check(NamedTuple):
+    """One line of the doctor."""
+
+    name: str
+    ok: bool
+    found: str
+    cost: str = ""
+    """What is lost without it."""
+    mend: str = ""
+    required: bool = False
+
+
+def _first_child(port: KernelPort, hierarchy: str) -> str:
+    """Any child cgroup: some files exist only below the root."""
+    children = port.children(hierarchy, "/")
+    return f"/{children[0]}" if children else "/"
+
+
+def _has(port: KernelPort, controller: str, *files: str) -> str:
+    hierarchy = port.layout.hierarchy(controller)
+    if hierarchy is None:
+        return ""
+    for path in ("/", _first_child(port, hierarchy)):
+        for file in files:
+            if os.path.exists(f"{port.layout.mounts[hierarchy]}{'' if path == '/' else path}/{file}"):
+                return file
+    return ""
+
+
+def _cgroup(port: KernelPort) -> list[Check]:
+    layout = port.layout
+    main = layout.mounts.get(main_hierarchy(port), "") if layout.mounts else ""
+    mounted = bool(layout.mounts)
+    driver = "none"
+    if mounted:
+        kubepods = find_kubepods(port, "/")
+        driver = "systemd" if (kubepods or "").endswith(".slice") else "cgroupfs" if kubepods else "plain host"
+    writable = bool(main) and os.access(main, os.W_OK)
+    kinds = sorted(layout.controllers)
+    return [
+        Check(
+            "cgroup version",
+            mounted,
+            f"v{layout.version}, {driver}" if mounted else "no cgroup file system is mounted",
+            "no tier is possible",
+            "mount -t cgroup2 none /sys/fs/cgroup",
+            required=True,
+        ),
+        Check(
+            "cgroups writable",
+            writable,
+            main or "-",
+            "no tier is possible for this user",
+            "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- ...",
+            required=True,
+        ),
+        Check(
+            "cpu controller",
+            "cpu" in kinds,
+            layout.controllers.get("cpu", "-"),
+            "batch cannot be held below services",
+            "boot with the cpu controller (no cgroup_disable=cpu)",
+            required=True,
+        ),
+        Check(
+            "memory controller",
+            "memory" in kinds,
+            layout.controllers.get("memory", "-"),
+            "the memory law is off",
+            "boot with cgroup_enable=memory",
+        ),
+        Check(
+            "cpuset controller",
+            "cpuset" in kinds,
+            layout.controllers.get("cpuset", "-"),
+            "the cpuset rung is skipped",
+            "enable cpuset in cgroup.subtree_control",
+        ),
+    ]
+
+
+def _cpu(port: KernelPort) -> list[Check]:
+    run_delay = port.proc("/proc/self/schedstat")
+    return [
+        Check("cpu.idle", bool(_has(port, "cpu", "cpu.idle")), _has(port, "cpu", "cpu.idle") or "-",
+              "the idle class is no lever", "Linux 5.15 or newer"),
+        Check("cfs burst", bool(_has(port, "cpu", "cpu.cfs_burst_us", "cpu.max.burst")),
+              _has(port, "cpu", "cpu.cfs_burst_us", "cpu.max.burst") or "-",
+              "quotas cost services more tail latency", "Linux 5.14 or newer"),
+        Check("run delay", bool(run_delay), "/proc/<pid>/schedstat" if run_delay else "-",
+              "waiting without PSI is invisible", "CONFIG_SCHED_INFO"),
+    ]  # fmt: skip
+
+
+def _pressure(port: KernelPort) -> list[Check]:
+    psi = port.proc("/proc/pressure/cpu") is not None
+    below = UNIFIED in port.layout.mounts and bool(_has(port, "psi", "memory.pressure"))
+    trigger = ""
+    try:
+        fd = os.open("/proc/pressure/memory", os.O_RDWR | os.O_NONBLOCK)
+    except OSError as error:
+        trigger = error.strerror or "refused"
+    else:
+        try:
+            os.write(fd, b"some 50000 500000")
+        except OSError as error:
+            trigger = f"windows below 2 s: {error.strerror}"
+        finally:
+            os.close(fd)
+    return [
+        Check("PSI", psi, "/proc/pressure" if psi else "-", "memory pressure is seen late", "boot with psi=1"),
+        Check("PSI per cgroup", below, "unified hierarchy" if below else "-",
+              "services cannot be told apart by pressure", "mount the cgroup2 hierarchy"),
+        Check("PSI triggers of 500 ms", not trigger, trigger or "allowed",
+              "pressure totals are read every 75 ms instead (under 1 us each)", "CAP_SYS_RESOURCE"),
+    ]  # fmt: skip
+
+
+def _memory_and_freeze(port: KernelPort) -> list[Check]:
+    v2 = port.layout.controllers.get("memory") == UNIFIED
+    freeze = port.layout.hierarchy("freeze")
+    swap = any(
+        line.split()[1] != "0" for line in (port.proc("/proc/meminfo") or "").splitlines() if "SwapTotal" in line
+    )
+    return [
+        Check("freeze", freeze is not None, freeze or "-", "the freeze rung is skipped", "mount the cgroup2 hierarchy"),
+        Check("cgroup.kill", "kill" in port.layout.controllers, port.layout.controllers.get("kill", "-"),
+              "jobs are killed process by process", "Linux 5.14 or newer, cgroup2 mounted"),
+        Check("memory.high", v2, "memory.high" if v2 else "cgroup v1 has none",
+              "the v1 ladder is used: limit, reclaim, checkpoint, evict", "cgroup v2"),
+        Check("memory.reclaim", (v2 and bool(_has(port, "memory", "memory.reclaim"))) or
+              bool(_has(port, "memory", "memory.force_empty")),
+              _has(port, "memory", "memory.reclaim", "memory.force_empty") or "-",
+              "the reclaim rung is skipped", "Linux 5.19 or newer"),
+        Check("swap", swap, "on" if swap else "off", "freezing frees no memory, so that rung is skipped", "swapon"),
+    ]  # fmt: skip
+
+
+def _devices(port: KernelPort) -> list[Check]:
+    io = [f for f in ("io.max", "io.weight", "io.cost.qos", "blkio.throttle.write_bps_device")
+          if _has(port, "blkio", f)]  # fmt: skip
+    htb = any("sch_htb" in (port.proc(f) or "") for f in ("/proc/modules",)) or os.path.exists("/sys/module/sch_htb")
+    nvml = any(Path(p).exists() for p in ("/dev/nvidiactl", "/proc/driver/nvidia/version"))
+    rapl = bool(port.proc_list("/sys/class/powercap"))
+    return [
+        Check("disk control", bool(io), ", ".join(io) or "-", "disk use of batch is not limited", "the io controller"),
+        Check("HTB", htb, "sch_htb" if htb else "-", "network use of batch is not limited", "modprobe sch_htb"),
+        Check("nft", shutil.which("nft") is not None, shutil.which("nft") or "-",
+              "pods cannot be classed on the network", "install nftables"),
+        Check("NVML", nvml, "NVIDIA driver" if nvml else "-", "GPU work is not governed", "install the NVIDIA driver"),
+        Check("powercap", rapl, "/sys/class/powercap" if rapl else "-", "power is not measured",
+              "modprobe intel_rapl_msr"),
+    ]  # fmt: skip
+
+
+def _neighbours(port: KernelPort) -> list[Check]:
+    names = {}
+    for entry in port.proc_list("/proc"):
+        if entry.isdigit():
+            names[(port.proc(f"/proc/{entry}/comm") or "").strip()] = entry
+    kubelet = "kubelet" in names
+    runtimes = [n for n in ("containerd", "crio", "dockerd") if n in names]
+    nri = any(os.path.exists(p) for p in ("/var/run/nri/nri.sock", "/run/nri/nri.sock"))
+    others = [f"{n} (pid {names[n]})" for n in FOREIGN_AGENTS if n in names]
+    return [
+        Check("kubelet", kubelet, f"pid {names['kubelet']}" if kubelet else "-",
+              "a plain host: services are chosen by the policy's selectors", ""),
+        Check("container runtime", bool(runtimes), ", ".join(runtimes) or "-", "no pods here", ""),
+        Check("NRI", nri, "nri.sock" if nri else "-", "pods cannot be placed into the tier at their creation",
+              "containerd 2.0 or CRI-O 1.26 with NRI enabled"),
+        Check("no other agents", not others, ", ".join(others) or "none seen",
+              "two writers of one knob: ours notices and yields or re-asserts", "stop the other agent"),
+    ]  # fmt: skip
+
+
+def checks(port: KernelPort) -> list[Check]:
+    """All lines of the doctor, in the order of the table."""
+    parts = (_cgroup, _cpu, _pressure, _memory_and_freeze, _devices, _neighbours)
+    return [check for part in parts for check in part(port)]

@@ -1,0 +1,52 @@
+"""Measuring sticks that run as processes of their own: a service-like thread and a hog, on the standard library alone.
+
+`service CPU SECONDS PERIOD WORK` wakes every PERIOD seconds, spins for WORK seconds of CPU time and prints, one per
+line, how many seconds after its due time each turn ended. `hog FILE` counts work into a memory-mapped file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import sys
+import time
+
+
+def service(cpu: int, seconds: float, period: float, work: float) -> None:
+    """Print the latency of each turn, from when it was due."""
+    if cpu >= 0:
+        os.sched_setaffinity(0, {cpu})
+    print("ready", flush=True)
+    sys.stdin.readline()
+    due = time.perf_counter() + period
+    end = due + seconds
+    latencies = []
+    while due < end:
+        time.sleep(max(due - time.perf_counter(), 0.0))
+        until = time.thread_time() + work
+        while time.thread_time() < until:
+            pass
+        latencies.append(time.perf_counter() - due)
+        due += period
+    print(" ".join(f"{v:.6f}" for v in latencies))
+
+
+def hog(path: str) -> None:
+    """Count rounds of the same arithmetic into the file's first eight bytes, for ever."""
+    with open(path, "r+b") as file:
+        counter = mmap.mmap(file.fileno(), 8)
+    done = 0
+    while True:
+        total = 0
+        for i in range(2000):
+            total += i * i
+        done += 1
+        counter[:8] = struct.pack("Q", done)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "service":
+        service(int(sys.argv[2]), *(float(a) for a in sys.argv[3:6]))
+    else:
+        hog(sys.argv[2])

@@ -1,0 +1,142 @@
+"""Prometheus metrics from the latest tick, and the small HTTP server that offers them on loopback.
+
+A custom collector has no stale series when a workload goes. /healthz is about the age of the last tick, /readyz about
+the first one, /debug/plan shows the whole last decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from colocate.model.forecast import Forecast
+from colocate.plan import Plan
+from colocate.snapshot import NodeSnapshot
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+HEALTHY_TICKS = 5
+
+
+class Status(NamedTuple):
+    """What the server needs of the agent at one instant."""
+
+    snapshot: NodeSnapshot | None
+    forecast: Forecast | None
+    plan: Plan | None
+    tick_seconds: float
+    age_seconds: float
+    period_seconds: float
+    actions: dict[tuple[str, str], int]
+    vanished: int
+    lost_records: int
+    journal_broken: bool
+    drifts: int
+    explanation: Callable[[], dict[str, Any]]
+
+
+class NodeCollector(Collector):
+    """The series of one node."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, from the latest tick."""
+        status = self._status()
+        actions = CounterMetricFamily("colocate_action", "Actions by reason and outcome", labels=("reason", "outcome"))
+        for (reason, outcome), count in sorted(status.actions.items()):
+            actions.add_metric((reason, outcome), count)
+        yield actions
+        for name, text, value in (
+            ("colocate_tick_seconds", "How long the last tick took", status.tick_seconds),
+            ("colocate_tick_age_seconds", "Age of the last tick", status.age_seconds),
+            ("colocate_journal_broken", "1 if before-values cannot be kept", float(status.journal_broken)),
+        ):
+            yield GaugeMetricFamily(name, text, value)
+        for name, text, count in (
+            ("colocate_vanished", "Cgroups that vanished between listing and reading", status.vanished),
+            ("colocate_records_lost", "Records that the disk refused", status.lost_records),
+            ("colocate_drift", "Knobs of ours that somebody else wrote", status.drifts),
+        ):
+            yield CounterMetricFamily(name, text, count)
+        if status.snapshot is not None and status.forecast is not None and status.plan is not None:
+            yield from self._of_tick(status.snapshot, status.forecast, status.plan)
+
+    def _of_tick(self, snapshot: NodeSnapshot, forecast: Forecast, plan: Plan) -> Iterator[Metric]:
+        node = GaugeMetricFamily("colocate_node_cpu_cores", "CPU use of the node by tier", labels=("tier",))
+        for tier, cores in (
+            ("service", forecast.services_cores),
+            ("besteffort", forecast.besteffort_cores),
+            ("batch", forecast.batch_cores),
+            ("system", forecast.system_cores),
+            ("idle", forecast.idle_cores),
+        ):
+            if cores is not None:
+                node.add_metric((tier,), cores)
+        yield node
+        yield GaugeMetricFamily("colocate_node_capacity_cores", "CPUs of the node", forecast.node_cores)
+        yield GaugeMetricFamily(
+            "colocate_services_peak_cores", "Forecast peak of all services", forecast.services_peak_cores
+        )
+        slack = GaugeMetricFamily("colocate_service_slack_ratio", "(target - p99) / target", labels=("service",))
+        p99 = GaugeMetricFamily("colocate_service_p99_seconds", "p99 of the window", labels=("service",))
+        waiting = GaugeMetricFamily(
+            "colocate_service_cpu_waiting_ratio", "Share of time waiting for a CPU", labels=("service",)
+        )
+        for workload in snapshot.of("service"):
+            now = forecast.workloads[workload.id]
+            for family, value in ((slack, now.slack), (p99, now.p99_seconds), (waiting, now.cpu_waiting_ratio)):
+                if value is not None:
+                    family.add_metric((workload.name,), value)
+        yield from (slack, p99, waiting)
+        jobs = GaugeMetricFamily("colocate_job_cpu_cores", "CPU use of a batch job", labels=("job",))
+        frozen = GaugeMetricFamily("colocate_job_frozen", "1 while a batch job is frozen", labels=("job",))
+        for workload in snapshot.of("batch"):
+            jobs.add_metric((workload.name,), forecast.workloads[workload.id].usage_cores or 0.0)
+            frozen.add_metric((workload.name,), float(workload.frozen))
+        yield from (jobs, frozen)
+        laws = GaugeMetricFamily("colocate_law_state", "1 for the state a law is in", labels=("law", "state", "reason"))
+        for verdict in plan.verdicts:
+            laws.add_metric((verdict.law, verdict.state, verdict.reason), 1.0)
+        yield laws
+
+
+def make_application(status: Callable[[], Status]) -> web.Application:
+    """The routes /metrics, /healthz, /readyz and /debug/plan."""
+    registry = CollectorRegistry()
+    registry.register(NodeCollector(status))
+
+    async def metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE})
+
+    async def healthz(_request: web.Request) -> web.Response:
+        now = status()
+        limit = HEALTHY_TICKS * now.period_seconds
+        healthy = now.snapshot is not None and now.age_seconds <= limit
+        text = f"last tick {now.age_seconds:.1f} s ago (healthy up to {limit:.1f} s)\n"
+        return web.Response(text=text, status=200 if healthy else 503)
+
+    async def readyz(_request: web.Request) -> web.Response:
+        ready = status().snapshot is not None
+        return web.Response(text="ready\n" if ready else "no tick yet\n", status=200 if ready else 503)
+
+    async def plan(_request: web.Request) -> web.Response:
+        body = msgspec.json.format(msgspec.json.encode(status().explanation()), indent=2)
+        return web.Response(body=body, content_type="application/json")
+
+    application = web.Application()
+    application.add_routes(
+        [
+            web.get("/metrics", metrics),
+            web.get("/healthz", healthz),
+            web.get("/readyz", readyz),
+            web.get("/debug/plan", plan),
+        ]
+    )
+    return application

@@ -1,0 +1,222 @@
+"""The agent as a long-running program: lock, socket, HTTP, signals, hot reload, and an end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from colocate.actuate.guardian import Guardian
+from colocate.actuate.journal import Journal, boot_id
+from colocate.actuate.restore import Report
+from colocate.actuate.statedir import Lock, StateDirectory
+from colocate.agent import Agent, Tick
+from colocate.calibrate import ensure_calibration, load_calibration
+from colocate.cgroupfs import KernelPort
+from colocate.config import ColocationPolicy
+from colocate.errors import BadInput, ColocateError
+from colocate.jobs.server import JobServer
+from colocate.model import kernels
+from colocate.policyfile import load_policy
+from colocate.report.metrics import Status, make_application
+from colocate.report.record import Recorder
+
+log = structlog.get_logger()
+EMBEDDED_LINGER_SECONDS = 3.0
+HANDOVER_FILE = "handover.json"
+WATCH_SECONDS = 1.0
+
+
+def use_jit() -> bool:
+    """COLOCATE_JIT=off is the lean mode: numba is not imported."""
+    return os.environ.get("COLOCATE_JIT", "on").lower() not in ("off", "0", "no", "false")
+
+
+def prepare_jit_cache(state_dir: Path) -> None:
+    """Give numba a cache of its own that only its owner can write: compiled code is loaded from it.
+
+    A read-only root file system or a missing home would make `cache=True` fail at import (numba has no locator then).
+    """
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        cache = state_dir / "numba"
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        info = cache.stat()
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            raise BadInput(
+                f"{cache} must belong to uid {os.geteuid()} alone (mode 0700): compiled code is loaded from it"
+            )
+        os.environ["NUMBA_CACHE_DIR"] = str(cache)
+
+
+def notify_systemd(message: str) -> None:
+    """sd_notify(3), when run as a unit of Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+class Service:
+    """Everything around the Agent."""
+
+    def __init__(
+        self,
+        policy: ColocationPolicy,
+        state_dir: Path,
+        runtime: Path,
+        socket_path: Path,
+        *,
+        policy_path: Path | None = None,
+        shadow: bool = False,
+        embedded: bool = False,
+        handover: bool = False,
+    ) -> None:
+        self._policy, self._policy_path, self._runtime, self._socket_path = policy, policy_path, runtime, socket_path
+        self._shadow, self._embedded, self._handover = shadow, embedded, handover
+        self._state = StateDirectory(state_dir)
+        self._lock = Lock(runtime, policy.spec.node_root)
+        self._drifts = 0
+        self.stop = asyncio.Event()
+        self.policy_error = ""
+
+    def _make_agent(self) -> Agent:
+        prepare_jit_cache(self._state.path)
+        jit = use_jit()
+        port = KernelPort()
+        policy, state = self._policy, self._state
+        recorder = Recorder(state.path / "records", policy.spec.records, "numba" if jit else "numpy")
+        root = policy.spec.node_root
+        guardian = None if self._shadow else Guardian(state.path, self._runtime, root)
+        return Agent(
+            port,
+            policy,
+            kernels.load(jit),
+            Journal(state.path, boot_id()),
+            state=state,
+            calibration=load_calibration(state, port),
+            recorder=recorder,
+            guardian=guardian,
+            shadow=self._shadow,
+        )
+
+    def _status(self, agent: Agent) -> Status:
+        last = agent.last
+        return Status(
+            snapshot=last.snapshot if last else None,
+            forecast=last.forecast if last else None,
+            plan=last.plan if last else None,
+            tick_seconds=last.seconds if last else 0.0,
+            age_seconds=agent.clock.monotonic() - last.snapshot.monotonic_seconds if last else 0.0,
+            period_seconds=agent.policy.spec.tick,
+            actions=agent.counts,
+            vanished=agent.observer.vanished,
+            lost_records=agent.recorder.lost_lines,
+            journal_broken=bool(agent.journal.broken),
+            drifts=self._drifts,
+            explanation=agent.explain,
+        )
+
+    async def _reload(self, agent: Agent) -> None:
+        """Put a changed policy file in force; an invalid one leaves the old one in force and says why."""
+        path = self._policy_path
+        if path is None:
+            return
+        seen = _stamp(path)
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            stamp = _stamp(path)
+            if stamp == seen:
+                continue
+            seen = stamp
+            try:
+                policy = load_policy(path)
+                if policy.spec.node_root != agent.policy.spec.node_root:
+                    raise BadInput("$.spec.nodeRoot cannot change while the agent runs: restart it")
+            except ColocateError as error:
+                self.policy_error = str(error)
+                agent.observer.extra_problems["policy"] = f"{path}: {error}; the old policy stays in force"
+                log.error("policy_invalid", path=str(path), error=str(error))
+            else:
+                self.policy_error = ""
+                agent.observer.extra_problems.pop("policy", None)
+                agent.set_policy(policy)
+                log.info("policy_loaded", path=str(path), name=policy.metadata.name)
+
+    async def _linger(self, server: JobServer) -> None:
+        """An embedded agent ends when nobody has needed it for a while."""
+        idle = 0.0
+        while idle < EMBEDDED_LINGER_SECONDS:
+            await asyncio.sleep(0.25)
+            idle = 0.0 if server.busy else idle + 0.25
+        self.stop.set()
+
+    async def run(self) -> Report:
+        """Until SIGTERM or SIGINT (or, embedded, until the last job has ended); the undo's report."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        try:
+            agent = self._make_agent()
+            try:
+                return await self._run(agent)
+            finally:
+                if agent.guardian is not None:
+                    agent.guardian.dismiss()
+        finally:
+            self._lock.release()
+
+    async def _run(self, agent: Agent) -> Report:
+        handed = self._state.load(HANDOVER_FILE) is not None
+        (self._state.path / HANDOVER_FILE).unlink(missing_ok=True)
+        report = agent.open(handover=handed)
+        if not report.clean or report.restored:
+            log.info("undone", restored=report.restored, occupied=report.occupied, failed=report.failed)
+        if not self._embedded and not self._shadow:
+            agent.calibration = await ensure_calibration(self._state, agent.port, self._policy)
+        agent.on_tick.append(self._count)
+        server = JobServer(agent, self._socket_path)
+        runner: web.AppRunner | None = None
+        report = Report()
+        try:
+            await server.start()
+            http = agent.policy.spec.http
+            if http.enabled and not self._embedded:
+                runner = web.AppRunner(make_application(lambda: self._status(agent)), access_log=None)
+                await runner.setup()
+                try:
+                    await web.TCPSite(runner, http.host, http.port).start()
+                except OSError as error:
+                    raise BadInput(f"$.spec.http.port: {http.host}:{http.port} cannot be used: {error}") from error
+            notify_systemd("READY=1")
+            async with asyncio.TaskGroup() as tasks:
+                others = [tasks.create_task(self._reload(agent))]
+                if self._embedded:
+                    others.append(tasks.create_task(self._linger(server)))
+                await agent.run(self.stop)
+                for task in others:
+                    task.cancel()
+        finally:
+            notify_systemd("STOPPING=1")
+            await server.close()
+            if runner is not None:
+                await runner.cleanup()
+            if self._handover:
+                self._state.save(HANDOVER_FILE, {"laws": {}})
+            report = await agent.close(handover=self._handover)
+        return report
+
+    def _count(self, tick: Tick) -> None:
+        self._drifts += len(tick.drifts)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        info = path.stat()  # follows links: Kubernetes swaps the one that a mounted ConfigMap is behind
+    except OSError:
+        return (0, 0, 0)
+    return (info.st_ino, info.st_mtime_ns, info.st_size)
