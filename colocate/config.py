@@ -16,15 +16,6 @@ API_VERSION = "colocate.io/v1alpha1"
 KIND = "ColocationPolicy"
 
 
-def encode_quantity(value: object) -> float | int:
-    """msgspec's enc_hook for the quantity types."""
-    if isinstance(value, Bytes):
-        return int(value)
-    if isinstance(value, float):
-        return float(value)
-    raise NotImplementedError(type(value))
-
-
 class Spec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, kw_only=True):
     """Base of all configuration structs: frozen, camelCase, unknown fields are errors."""
 
@@ -55,9 +46,9 @@ class ServiceLevelObjective(Spec, frozen=True):
     """Only series with these labels are added up."""
     minimum_samples: int = 100
     """A quantile of fewer requests is not believed."""
-    window: Duration = Duration(5.0)
+    window: Duration = 5.0
     """Requests of this long are judged together."""
-    scrape_timeout: Duration = Duration(0.5)
+    scrape_timeout: Duration = 0.5
 
 
 class ServicePolicy(Spec, frozen=True):
@@ -81,44 +72,44 @@ class BatchPolicy(Spec, frozen=True):
 class CpuPolicy(Spec, frozen=True):
     """The CPU law (designs/0001-cpu.md)."""
 
-    reserve: Percent = Percent(5.0)
+    reserve: Percent = 5.0
     """Of the node, never granted while a grant is in force."""
-    floor: Cores = Cores(0.01)
+    floor: Cores = 0.01
     """The least grant: what batch keeps when a service suffers."""
-    growth: Percent = Percent(10.0)
+    growth: Percent = 10.0
     """Of the node, the most a grant grows in one tick."""
-    hold_down: Duration = Duration(10.0)
+    hold_down: Duration = 10.0
     """How long at least the floor or its replacement stands after a violation; doubles with each, to 5 minutes."""
-    no_growth_below: Percent = Percent(10.0)
-    growth_above: Percent = Percent(20.0)
+    no_growth_below: Percent = 10.0
+    growth_above: Percent = 20.0
     trial_ticks: int = 3
     trial_requests: int = 400
-    pressure: Percent = Percent(20.0)
+    pressure: Percent = 20.0
     """Without an SLO: the share of time in which some task of a service may wait for a CPU before it counts as hurt."""
-    best_effort_waits: Percent = Percent(5.0)
+    best_effort_waits: Percent = 5.0
     """The share of time in which a BestEffort task may wait for a CPU before batch makes room."""
 
 
 class MemoryPolicy(Spec, frozen=True):
     """The memory law (designs/0002-memory.md)."""
 
-    reserve: Percent = Percent(5.0)
-    pressure: Percent = Percent(5.0)
+    reserve: Percent = 5.0
+    pressure: Percent = 5.0
     """The share of time in which some task of a service may stall on memory before the ladder starts."""
-    poll: Duration = Duration(0.075)
+    poll: Duration = 0.075
     """How often pressure totals are read where triggers are not allowed."""
-    rung: Duration = Duration(0.5)
+    rung: Duration = 0.5
     """How long a rung is given to work before the next is taken."""
-    calm: Duration = Duration(10.0)
+    calm: Duration = 10.0
     """How long without pressure before a rung is undone."""
-    checkpoint_deadline: Duration = Duration(10.0)
-    termination_grace: Duration = Duration(5.0)
+    checkpoint_deadline: Duration = 10.0
+    termination_grace: Duration = 5.0
 
 
 class FreezePolicy(Spec, frozen=True):
     """The freeze law (designs/0003-freeze.md)."""
 
-    max_frozen: Duration = Duration(30.0)
+    max_frozen: Duration = 30.0
     """A job frozen longer than this is evicted: a frozen job holds memory and does no work."""
 
 
@@ -134,8 +125,8 @@ class StalenessPolicy(Spec, frozen=True):
 class RecordPolicy(Spec, frozen=True):
     """Where records go and how large they may grow."""
 
-    max_bytes: Bytes = Bytes(200 << 20)
-    segment_bytes: Bytes = Bytes(8 << 20)
+    max_bytes: Bytes = 200 << 20
+    segment_bytes: Bytes = 8 << 20
     keyframe_every: int = 300
     """Ticks."""
 
@@ -153,7 +144,7 @@ class PolicySpec(Spec, frozen=True):
 
     node_root: str = "/"
     """The cgroup that is taken as the node; `/` is the machine."""
-    tick: Duration = Duration(1.0)
+    tick: Duration = 1.0
     services: tuple[ServicePolicy, ...] = ()
     batch: tuple[BatchPolicy, ...] = ()
     cpu: CpuPolicy = CpuPolicy()

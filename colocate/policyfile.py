@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 import yaml
+from msgspec import inspect
 
 from colocate.config import ColocationPolicy, check
 from colocate.errors import BadInput, ConfigError
-from colocate.units import Bytes, Cores, Duration, Percent, parse_bytes, parse_cores, parse_duration, parse_percent
+from colocate.units import parse_bytes, parse_cores, parse_duration, parse_percent
 
-_PARSERS: dict[type, Any] = {
-    Duration: parse_duration,
-    Bytes: parse_bytes,
-    Cores: parse_cores,
-    Percent: parse_percent,
+_SCHEMA = inspect.type_info(ColocationPolicy)
+_PARSERS: dict[str, Callable[[Any], float | int]] = {
+    "duration": parse_duration,
+    "bytes": parse_bytes,
+    "cores": parse_cores,
+    "percent": parse_percent,
 }
 
 
-def _decode(kind: type, value: Any) -> Any:
-    parser = _PARSERS.get(kind)
-    if parser is None:
-        raise NotImplementedError(kind)  # pragma: no cover - the schema has no other custom type
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"expected a quantity, got {type(value).__name__}")
-    return parser(value)
+def _quantities(value: Any, kind: Any, path: str) -> Any:
+    """The value with every quantity below it parsed, along the schema. Raises ConfigError with the path."""
+    if isinstance(kind, inspect.UnionType):
+        kind = next((k for k in kind.types if not isinstance(k, inspect.NoneType)), kind)
+    if isinstance(kind, inspect.Metadata) and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            return _PARSERS[(kind.extra or {})["quantity"]](value)
+        except ValueError as error:
+            raise ConfigError(path, str(error)) from error
+    if isinstance(kind, inspect.StructType) and isinstance(value, dict):
+        fields = {f.encode_name: f.type for f in kind.fields}
+        return {k: _quantities(v, fields[k], f"{path}.{k}") if k in fields else v for k, v in value.items()}
+    if isinstance(kind, inspect.VarTupleType) and isinstance(value, list):
+        return [_quantities(v, kind.item_type, f"{path}[{i}]") for i, v in enumerate(value)]
+    return value
 
 
 def _fields_at(path: str) -> list[str]:
@@ -66,7 +77,7 @@ def parse_policy(text: str, source: str) -> ColocationPolicy:
     if not isinstance(data, dict):
         raise BadInput(f"{source} must be a mapping with apiVersion, kind and spec, not a {type(data).__name__}")
     try:
-        return check(msgspec.convert(data, ColocationPolicy, dec_hook=_decode))
+        return check(msgspec.convert(_quantities(data, _SCHEMA, "$"), ColocationPolicy))
     except msgspec.ValidationError as error:
         raise _explain(error) from error
 
@@ -82,4 +93,4 @@ def load_policy(path: Path) -> ColocationPolicy:
 
 def policy_of_builtins(data: Any) -> ColocationPolicy:
     """The policy in a record's keyframe."""
-    return msgspec.convert(data, ColocationPolicy, dec_hook=_decode)
+    return msgspec.convert(data, ColocationPolicy)

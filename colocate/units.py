@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import Annotated
+
+import msgspec
 
 _BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50}
 _DECIMAL = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
@@ -22,23 +25,20 @@ CPU_QUOTA_MIN_US = 1_000
 """`cpu.max` and `cpu.cfs_quota_us` below this are EINVAL (kernel/sched/core.c, min_cfs_quota_period)."""
 
 
-class Duration(float):
-    """Seconds, written `20ms`, `1.5s`, `1m30s`."""
+Duration = Annotated[float, msgspec.Meta(extra={"quantity": "duration"})]
+"""Seconds; written `20ms`, `1.5s`, `1m30s` in a policy."""
+
+Bytes = Annotated[int, msgspec.Meta(extra={"quantity": "bytes"})]
+"""Bytes; written `512Mi`, `2G` or a plain number in a policy."""
+
+Cores = Annotated[float, msgspec.Meta(extra={"quantity": "cores"})]
+"""CPU cores; written `2`, `0.5` or `500m` in a policy."""
+
+Percent = Annotated[float, msgspec.Meta(extra={"quantity": "percent"})]
+"""A percentage of 0 to 100; written `65` or `65%` in a policy."""
 
 
-class Bytes(int):
-    """Bytes, written `512Mi`, `2G` or a plain number."""
-
-
-class Cores(float):
-    """CPU cores, written `2`, `0.5` or `500m`."""
-
-
-class Percent(float):
-    """A percentage of 0 to 100, written `65` or `65%`."""
-
-
-def parse_duration(text: str | float) -> Duration:
+def parse_duration(text: str | float) -> float:
     """Seconds of a duration; a bare number is seconds. Raises ValueError."""
     if isinstance(text, int | float):
         value = float(text)
@@ -49,32 +49,32 @@ def parse_duration(text: str | float) -> Duration:
         value = sum(float(n) * _SECONDS[u] for n, u in parts)
     if not 0 <= value < 10**9:
         raise ValueError(f"{text!r} is not a duration between 0 and 30 years")
-    return Duration(value)
+    return value
 
 
-def parse_bytes(text: str | float) -> Bytes:
+def parse_bytes(text: str | float) -> int:
     """Bytes of a Kubernetes quantity. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{0,2})", str(text).strip())
     factor = {**_BINARY, **_DECIMAL, "": 1}.get(match[2]) if match else None
     if not match or factor is None:
         raise ValueError(f"{text!r} is not a quantity of bytes: write it like 512Mi, 2Gi or 1500000000")
-    return Bytes(round(float(match[1]) * factor))
+    return round(float(match[1]) * factor)
 
 
-def parse_cores(text: str | float) -> Cores:
+def parse_cores(text: str | float) -> float:
     """Cores of a Kubernetes CPU quantity. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(text).strip())
     if not match:
         raise ValueError(f"{text!r} is not a CPU quantity: write it like 2, 0.5 or 500m")
-    return Cores(float(match[1]) / (1000 if match[2] else 1))
+    return float(match[1]) / (1000 if match[2] else 1)
 
 
-def parse_percent(text: str | float) -> Percent:
+def parse_percent(text: str | float) -> float:
     """A percentage between 0 and 100. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", str(text).strip())
     if not match or float(match[1]) > 100:
         raise ValueError(f"{text!r} is not a percentage between 0 and 100")
-    return Percent(float(match[1]))
+    return float(match[1])
 
 
 def format_duration(seconds: float) -> str:

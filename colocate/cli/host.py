@@ -14,7 +14,7 @@ import structlog
 
 from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
 from colocate.cli.output import end_status, print_data, print_table, status
-from colocate.config import Calibration, ColocationPolicy, encode_quantity
+from colocate.config import Calibration, ColocationPolicy
 from colocate.errors import BadInput
 
 
@@ -29,7 +29,7 @@ def socket_path(options: argparse.Namespace) -> Path:
     return Path(given) if given else runtime_dir() / "agent.sock"
 
 
-def configure_logs() -> None:
+def configure_logs(least: int = logging.INFO) -> None:
     """JSON on stderr."""
     structlog.configure(
         processors=[
@@ -39,7 +39,7 @@ def configure_logs() -> None:
                 serializer=lambda event, **_: msgspec.json.encode(event, enc_hook=str).decode()
             ),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 
@@ -59,7 +59,7 @@ def doctor(options: argparse.Namespace) -> int:
         data = {
             "tier_possible": possible,
             "checks": [c._asdict() for c in found],
-            "calibration": msgspec.to_builtins(calibration, enc_hook=encode_quantity),
+            "calibration": msgspec.to_builtins(calibration),
         }
         print_data(data, options.output)
         return 0 if possible else 1

@@ -8,10 +8,10 @@ import sys
 
 from colocate import __version__
 from colocate.errors import BadInput, ColocateError
-from colocate.units import Duration, parse_bytes, parse_cores, parse_duration
+from colocate.units import parse_bytes, parse_cores, parse_duration
 
 
-def _duration(text: str) -> Duration:
+def _duration(text: str) -> float:
     try:
         return parse_duration(text)
     except ValueError as error:

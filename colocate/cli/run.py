@@ -25,7 +25,4 @@ def run(options: argparse.Namespace) -> int:
         "max_runtime_seconds": options.max_runtime,
     }
     connection = connect_or_embed(socket_path(options), options.config)
-    sent = {k: (float(v) if isinstance(v, float) else v) for k, v in request.items() if v is not None}
-    if "memory_bytes" in sent:
-        sent["memory_bytes"] = int(sent["memory_bytes"])
-    return run_job(command, connection, sent)
+    return run_job(command, connection, {k: v for k, v in request.items() if v is not None})

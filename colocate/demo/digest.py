@@ -32,9 +32,8 @@ def digest(mounts: dict[str, str]) -> Digest:
             for file in sorted(KNOBS.intersection(files)):
                 try:
                     with open(os.path.join(directory, file)) as handle:
-                        values[file] = "\n".join(
-                            line for line in handle.read().splitlines() if not line.startswith(("under_oom", "oom_kill "))
-                        )
+                        lines = handle.read().splitlines()
+                        values[file] = "\n".join(v for v in lines if not v.startswith(("under_oom", "oom_kill ")))
                 except OSError:
                     continue
             found[f"{hierarchy}:{directory[len(mount) :] or '/'}"] = values
@@ -42,7 +41,7 @@ def digest(mounts: dict[str, str]) -> Digest:
 
 
 def compare(before: Digest, after: Digest) -> list[str]:
-    """What differs and may be ours: changed knobs of cgroups that were there before, and anything left with our name."""
+    """What differs and may be ours: changed knobs of cgroups that were there before, and what is left with our name."""
     changes = []
     for where, values in before.items():
         now = after.get(where)

@@ -14,7 +14,7 @@ from colocate.observe.cgroup import inodes_of, read_workload
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.schedstat import run_delay_us
 from colocate.observe.workloads import Target, Tree, discover, find_tree
-from colocate.snapshot import NodeSnapshot, Workload
+from colocate.snapshot import NodeSnapshot, Objective, Workload
 
 log = structlog.get_logger()
 REDISCOVER_TREE_EVERY = 10
@@ -35,6 +35,8 @@ class Observer:
         self.capacity = node_figures.capacity(port, policy.spec.node_root)
         self.tree: Tree = find_tree(port, policy.spec.node_root)
         self.problems: dict[str, str] = {}
+        self.objectives: dict[str, Objective] = {}
+        """Objectives of services whose readings do not come by a URL of the policy."""
         self.extra_problems: dict[str, str] = {}
         """Problems of the shell (an invalid policy file), shown with the others."""
         self.vanished = 0
@@ -71,6 +73,8 @@ class Observer:
     def _read(self, target: Target) -> Workload | None:
         known = dict(target.known)
         if target.tier == "service":
+            if target.name in self.objectives:
+                known["objective"] = self.objectives[target.name]
             if target.name in self._scraper.readings:
                 known["latency"] = self._scraper.readings[target.name]
             if target.pids is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from colocate import __version__
-from colocate.config import Calibration, ColocationPolicy, RecordPolicy, encode_quantity
+from colocate.config import Calibration, ColocationPolicy, RecordPolicy
 from colocate.decide.pipeline import LawState
 from colocate.errors import BadInput, StateTooNew
 from colocate.model.forecast import Forecast, ModelState
@@ -173,7 +173,7 @@ class Recorder:
                 "backend": self._backend,
                 "model": to_builtins(model_before),
                 "laws": msgspec.to_builtins(laws_before),
-                "policy": msgspec.to_builtins(policy, enc_hook=encode_quantity),
+                "policy": msgspec.to_builtins(policy),
                 "calibration": msgspec.to_builtins(calibration),
             }
             line["snapshot"], line["plan"] = row, actions

@@ -1,0 +1,167 @@
+"""colocate demo."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+
+from colocate.actuate.statedir import default_state_dir
+from colocate.cli.host import configure_logs
+from colocate.cli.output import print_data, print_table
+from colocate.demo.result import ARMS, TITLES, Result
+from colocate.errors import BadInput, PermissionMissing
+
+DELEGATED = "COLOCATE_DELEGATED"
+
+
+def _row(arm: str, result: Result) -> tuple[str, ...]:
+    found = result.arms[arm]
+    emu = found.effective_machine_utilization
+    return (
+        ("SIMULATED " if result.simulated else "") + TITLES[arm],
+        f"{found.p50_ms:.2f}",
+        f"{found.p99_ms:.2f}",
+        "n/a" if found.p999_ms is None else f"{found.p999_ms:.2f}",
+        f"{found.requests_per_second:.0f}",
+        f"{found.batch_work_per_second:.0f}",
+        f"{found.cpu_utilization:.0%}",
+        "n/a" if emu is None else f"{emu:.0%}",
+    )
+
+
+COLUMNS = ("arm", "p50 ms", "p99 ms", "p99.9 ms", "requests/s", "batch work/s", "CPU", "effective")
+
+
+def _delegated_scope() -> None:
+    """Start again in a delegated scope, where an ordinary user may make cgroups (systemd, cgroup v2)."""
+    run = shutil.which("systemd-run")
+    if os.geteuid() == 0 or DELEGATED in os.environ or run is None or not os.environ.get("XDG_RUNTIME_DIR"):
+        return
+    if not Path(os.environ["XDG_RUNTIME_DIR"], "systemd").exists() or not Path("/sys/fs/cgroup/cgroup.procs").exists():
+        return
+    command = [
+        run,
+        "--user",
+        "--scope",
+        "--quiet",
+        "-p",
+        "Delegate=yes",
+        "--",
+        sys.executable,
+        "-m",
+        "colocate.cli.main",
+    ]
+    os.execve(run, command + sys.argv[1:], {**os.environ, DELEGATED: "1"})
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Print the table, write the report; exit 1 if the host was not left as it was found."""
+    configure_logs(logging.ERROR)
+    if options.seconds < 3:
+        raise BadInput("--seconds: a phase needs at least 3s to say anything")
+    report = Path(options.report)
+    if not report.parent.is_dir():
+        raise BadInput(f"--report: the directory {report.parent} does not exist")
+    if options.simulate:
+        result = _simulated(options, "--simulate was given")
+    else:
+        _delegated_scope()
+        try:
+            result = _real(options)
+        except PermissionMissing as error:
+            result = _simulated(options, str(error))
+    from colocate.demo.page import sentence, write_page
+
+    write_page(result, report)
+    if options.output == "json":
+        data = {
+            "simulated": result.simulated,
+            "host_unchanged": result.host_unchanged,
+            "report": str(report.resolve()),
+            "target_p99_ms": result.target_p99_ms,
+            "lever": result.lever,
+            "changes": result.changes,
+            "arms": msgspec.to_builtins(result.arms),
+        }
+        print_data(data, "json")
+    else:
+        mark = "SIMULATED: " if result.simulated else ""
+        print_table(COLUMNS, [_row(a, result) for a in ARMS], f"{mark}one service, one training job, four ways")
+        print(f"{mark}{sentence(result)}")
+        for change in result.changes:
+            print(f"{mark}changed on the host: {change}")
+        print(f"{mark}host's cgroups as before: {'yes' if result.host_unchanged else 'NO'}")
+        print(f"{mark}report: {report.resolve()}")
+    return 0 if result.host_unchanged else 1
+
+
+def _real(options: argparse.Namespace) -> Result:
+    from colocate.actuate.statedir import StateDirectory
+    from colocate.calibrate import load_calibration
+    from colocate.cgroupfs import KernelPort
+    from colocate.demo.script import Demo
+    from colocate.service import prepare_jit_cache
+
+    port = KernelPort()
+    state = default_state_dir()
+    calibration = None
+    if state.is_dir() and os.access(state, os.R_OK):
+        found = load_calibration(StateDirectory(state), port)
+        calibration = found if found.measured_seconds else None
+    prepare_jit_cache(state)
+    with _Progress() as progress:
+        demonstration = Demo(port, options.seconds, options.seed, options.service_time, progress.show)
+        return asyncio.run(demonstration.run(calibration))
+
+
+def _simulated(options: argparse.Namespace, why: str) -> Result:
+    from colocate.demo.simulated import simulate
+
+    print(f"SIMULATED: {why}", file=sys.stderr)
+    print("SIMULATED: what follows is the same code on a model of the kernel, not this machine", file=sys.stderr)
+    return simulate(options.seconds, options.seed, options.service_time)
+
+
+class _Progress:
+    """A bar on a terminal, a line a phase elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._bar: object = None
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            bar = Progress(
+                TextColumn("{task.description:34}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+            )
+            bar.start()
+            self._task = bar.add_task("starting", total=1.0)
+            self._bar = bar
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from rich.progress import Progress
+
+        if isinstance(self._bar, Progress):
+            self._bar.update(self._task, completed=1.0)
+            self._bar.stop()
+
+    def show(self, text: str, done: float) -> None:
+        """The phase that begins, and how much is done."""
+        from rich.progress import Progress
+
+        if isinstance(self._bar, Progress):
+            self._bar.update(self._task, description=text, completed=done)
+        elif text.partition(":")[0] != self._last:
+            self._last = text.partition(":")[0]
+            print(f"[{done:4.0%}] {self._last}", file=sys.stderr, flush=True)
