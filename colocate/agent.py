@@ -230,7 +230,7 @@ class Agent:
         return {
             "plan": msgspec.to_builtins(self.last.plan),
             "forecast": msgspec.to_builtins(self.last.forecast),
-            "snapshot": msgspec.to_builtins(self.last.snapshot, str_keys=True),
+            "snapshot": msgspec.to_builtins(self.last.snapshot),
             "outcomes": msgspec.to_builtins(self.last.outcomes),
             "drifts": msgspec.to_builtins(self.last.drifts),
             "laws": msgspec.to_builtins(self.laws),

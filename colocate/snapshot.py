@@ -86,8 +86,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     cpu_busy_us: int | None = None
     """Of the node's CPUs together, user + system + irq + steal excluded idle and iowait."""
     cpu_idle_us: int | None = None
-    cpu_idle_each_us: dict[int, int] = {}
-    """Idle time of each CPU, to see on which CPUs somebody waits in vain."""
+    cpu_idle_each_us: dict[str, int] = {}
+    """Idle time of each CPU (keyed by its number as text, as in JSON), to see on which CPUs somebody waits in vain."""
     workloads: dict[str, Workload] = {}
     tier: Workload | None = None
     stale_ticks: dict[str, int] = {}

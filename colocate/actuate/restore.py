@@ -63,7 +63,7 @@ def _restore_values(port: FilePort, entries: list[Entry], report: Report) -> lis
         key = (entry.hierarchy, entry.path, entry.inode, entry.file)
         first.setdefault(key, entry)
         ours.setdefault(key, []).append(entry.wanted)
-    waiting = sorted(first, key=lambda k: (_ORDER.get(k[3], 3), k[1].count("/")))
+    waiting = sorted(first, key=lambda k: _ORDER.get(k[3], 3))
     for attempt in range(PASSES):
         again = []
         for key in waiting:
@@ -74,7 +74,7 @@ def _restore_values(port: FilePort, entries: list[Entry], report: Report) -> lis
             elif outcome:
                 report.failed.append(f"{_where(entry)}: errno {outcome} ({errno.errorcode.get(outcome, '?')})")
         waiting = again
-    return [e for e in entries if any(_where(e) == f.partition(": ")[0] for f in report.failed)]
+    return [e for e in entries if any(f.startswith(f"{_where(e)}: ") for f in report.failed)]
 
 
 def _restore_one(port: FilePort, entry: Entry, ours: list[str], report: Report) -> int:
@@ -177,17 +177,16 @@ def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Rep
     """
     report = Report()
     thaw_all(port, journal)
-    values = [e for e in journal.entries if e.kind == "value"]
+    control = [e for e in journal.entries if e.kind == "value" and e.file == "cgroup.subtree_control"]
+    values = [e for e in journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"]
     made = [e for e in journal.entries if e.kind == "made"]
     moved = [e for e in journal.entries if e.kind == "moved"]
     unresolved = _restore_values(port, values, report)
     if move_back:
         _move_back(port, moved, made)
     left = _remove_made(port, made, report)
-    # Controllers can be dropped only when the directories below are gone, so they get a second chance.
-    if unresolved:
-        report.failed.clear()
-        unresolved = _restore_values(port, unresolved, report)
+    # Controllers can be dropped only when the directories below that use them are gone.
+    unresolved += control if left else _restore_values(port, control[::-1], report)
     alive = [e for e in moved if left and start_time(port, e.pid) == e.start_time]
     remaining = [*unresolved, *left, *alive]
     if remaining != journal.entries:

@@ -12,6 +12,7 @@ import errno
 import re
 
 import msgspec
+import structlog
 
 from colocate.actuate.journal import Entry, Journal
 from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, start_time
@@ -19,6 +20,7 @@ from colocate.errors import BadInput, HostUnfit, JournalBroken, PermissionMissin
 from colocate.knobs import file_writes, write_knob
 from colocate.observe.workloads import Tree, cgroup_of
 
+log = structlog.get_logger()
 WANTED_CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
 SKIPPED_V1 = ("devices", "hugetlb", "net_cls")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
@@ -132,21 +134,8 @@ class TierMaker:
         inode = port.inode(UNIFIED, path)
         if not missing or inode is None:
             return
-        made = {(e.hierarchy, e.path) for e in self._journal.entries if e.kind == "made"}
-        if (UNIFIED, path) not in made:
-            self._journal.add(
-                Entry(
-                    kind="value",
-                    boot_id=self._journal.boot_id,
-                    hierarchy=UNIFIED,
-                    path=path,
-                    inode=inode,
-                    file="cgroup.subtree_control",
-                    found=enabled,
-                    wanted=" ".join([*enabled.split(), *missing]),
-                    reason="EnableControllers",
-                )
-            )
+        if not self._note_controllers(path, inode, enabled, missing):
+            return
         for controller in missing:
             try:
                 port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}", inode)
@@ -163,6 +152,28 @@ class TierMaker:
                         "start the agent in a child cgroup, or name another nodeRoot",
                     ) from error
                 raise
+
+    def _note_controllers(self, path: str, inode: int, enabled: str, missing: list[str]) -> bool:
+        """Journal the controllers of a directory that is not ours; False if that cannot be done."""
+        if any((e.kind, e.hierarchy, e.path) == ("made", UNIFIED, path) for e in self._journal.entries):
+            return True
+        entry = Entry(
+            kind="value",
+            boot_id=self._journal.boot_id,
+            hierarchy=UNIFIED,
+            path=path,
+            inode=inode,
+            file="cgroup.subtree_control",
+            found=enabled,
+            wanted=" ".join([*enabled.split(), *missing]),
+            reason="EnableControllers",
+        )
+        try:
+            self._journal.add(entry)
+        except JournalBroken as error:
+            log.error("journal_broken", error=str(error))
+            return False
+        return True
 
     def move(self, pid: int, placement: Placement) -> None:
         """Move a process into a directory of ours, its former cgroups journaled. Raises CgroupGone if it has ended."""

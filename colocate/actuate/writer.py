@@ -15,7 +15,7 @@ import structlog
 
 from colocate.actuate.journal import Entry, Journal
 from colocate.actuate.restore import kill_below
-from colocate.cgroupfs import CgroupGone, FilePort, processes_below
+from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, processes_below
 from colocate.decide.pipeline import already
 from colocate.errors import JournalBroken
 from colocate.knobs import WRITE_ONLY, FileWrite, file_writes, same
@@ -163,19 +163,7 @@ class Writer:
         if found is None and not write_only:
             raise CgroupGone(errno.ENOENT, f"{action.path}/{write.file} is gone")
         if workload.in_place and not write_only:
-            self._journal.add(
-                Entry(
-                    kind="value",
-                    boot_id=self._journal.boot_id,
-                    hierarchy=write.hierarchy,
-                    path=action.path,
-                    inode=inode,
-                    file=write.file,
-                    found=found or "",
-                    wanted=write.value,
-                    reason=action.reason,
-                )
-            )
+            self._journal.add(*self._before_values(write, action, inode, found or ""))
         try:
             self._port.write(write.hierarchy, action.path, write.file, write.value, inode)
         except OSError as error:
@@ -188,6 +176,30 @@ class Writer:
         if after is not None and not same(write.file, write.value, after):
             raise OSError(errno.EINVAL, f"wrote {write.value}, reads back {after.strip()}")
         return found
+
+    def _before_values(self, write: FileWrite, action: Action, inode: int, found: str) -> list[Entry]:
+        """What a write destroys: the file's own value, and for cpu.idle the weight, which comes back as the default."""
+        entry = Entry(
+            kind="value",
+            boot_id=self._journal.boot_id,
+            hierarchy=write.hierarchy,
+            path=action.path,
+            inode=inode,
+            file=write.file,
+            found=found,
+            wanted=write.value,
+            reason=action.reason,
+        )
+        if write.file != "cpu.idle" or write.value != "1":
+            return [entry]
+        weight, default, idle = (
+            ("cpu.weight", "100", "0") if write.hierarchy == UNIFIED else ("cpu.shares", "1024", "3")
+        )
+        before = self._port.read(write.hierarchy, action.path, weight, inode)
+        if before is None:
+            return [entry]
+        replace = msgspec.structs.replace
+        return [replace(entry, file=weight, found=before, wanted=w) for w in (default, idle)] + [entry]
 
     def forget(self) -> None:
         """Drop what was written, after an undo."""

@@ -161,6 +161,7 @@ class JobServer:
         if arm not in ("", "on", OFF_FROZEN, OFF_UNMANAGED):
             raise BadInput(f"unknown arm {arm!r}")
         self._agent.recorder.arm = arm
+        self._agent.recorder.window += 1
         self._agent.wake(f"evaluation arm {arm}")
         return {"ok": True}
 

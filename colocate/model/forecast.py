@@ -225,8 +225,8 @@ def _node(
         used = snapshot.tier.cpu_usage_us - (previous.tier.cpu_usage_us or 0)
         batch = max(used / 1e6 / seconds, batch) if used >= 0 else batch
     idle_cpus = tuple(
-        cpu
-        for cpu, us in sorted(snapshot.cpu_idle_each_us.items())
+        int(cpu)
+        for cpu, us in sorted(snapshot.cpu_idle_each_us.items(), key=lambda item: int(item[0]))
         if previous and cpu in previous.cpu_idle_each_us and us - previous.cpu_idle_each_us[cpu] > 0.5e6 * seconds
     )
     services, besteffort = total("service", "usage_cores"), total("besteffort", "usage_cores")

@@ -31,7 +31,7 @@ class NodeFigures(NamedTuple):
     cpu_idle_us: int | None
     memory_available_bytes: int | None
     swap_free_bytes: int
-    cpu_idle_each_us: dict[int, int]
+    cpu_idle_each_us: dict[str, int]
 
 
 def _meminfo(port: FilePort) -> dict[str, int]:
@@ -74,8 +74,8 @@ def capacity(port: FilePort, root: str) -> Capacity:
 def figures(port: FilePort, root: str, cpus: tuple[int, ...], memory_bytes: int) -> NodeFigures:
     """Busy and idle time of the node's CPUs and the memory that is left."""
     busy = 0
-    idle: dict[int, int] = {}
-    wanted = {f"cpu{c}": c for c in cpus}
+    idle: dict[str, int] = {}
+    wanted = {f"cpu{c}": str(c) for c in cpus}
     text = port.proc("/proc/stat")
     for line in (text or "").splitlines():
         name, *fields = line.split()

@@ -120,7 +120,8 @@ class Recorder:
         self.degraded = ""
         self.lost_lines = 0
         self.arm = ""
-        """Set by `evaluate`: which arm of a switchback this tick belongs to."""
+        self.window = 0
+        """Set by `evaluate`: which arm and which window of a switchback this tick belongs to."""
 
     def _segments(self) -> list[Path]:
         assert self._directory is not None
@@ -160,12 +161,12 @@ class Recorder:
         calibration: Calibration,
     ) -> None:
         """Record one tick. Never raises for a disk that is full or gone."""
-        row, actions = msgspec.to_builtins(snapshot, str_keys=True), plan_builtins(plan)
+        row, actions = msgspec.to_builtins(snapshot), plan_builtins(plan)
         rotate = self._directory is not None and (self._file is None or self._size > self._policy.segment_bytes)
         key = rotate or self._since_keyframe is None or self._since_keyframe >= self._policy.keyframe_every
         line: dict[str, Any] = {"time": snapshot.time_seconds, "sequence": snapshot.sequence}
         if self.arm:
-            line["arm"] = self.arm
+            line["arm"], line["window"] = self.arm, self.window
         if key:
             line["keyframe"] = {
                 "version": RECORD_VERSION,

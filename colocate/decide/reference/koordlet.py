@@ -74,14 +74,14 @@ def choose_cpus(wanted: int, topology: Sequence[tuple[int, int, int]]) -> list[i
         buckets.setdefault(numa, {}).setdefault(core, []).append(cpu)
     pairs = {n: [sorted(c) for _, c in sorted(cores.items(), key=lambda i: min(i[1]))] for n, cores in buckets.items()}
     chosen: list[int] = []
-    while len(chosen) < wanted:
+    progress = True
+    while progress and len(chosen) < wanted:
         progress = False
         for numa in sorted(pairs):
-            left = wanted - len(chosen)
-            if left >= 2 and pairs[numa] and len(pairs[numa][0]) >= 2:
-                chosen.extend(pairs[numa].pop(0)[:2])
+            cores = [core for core in pairs[numa] if len(core) >= 2]
+            if cores and len(chosen) < wanted:
+                pairs[numa].remove(cores[0])
+                chosen.extend(cores[0][: wanted - len(chosen)])
                 progress = True
-        if not progress:
-            break
-    singles = [cpu for numa in sorted(pairs) for core in pairs[numa] for cpu in core if cpu not in chosen]
+    singles = [cpu for numa in sorted(pairs) for core in pairs[numa] for cpu in core]
     return chosen + singles[: wanted - len(chosen)]

@@ -1,0 +1,299 @@
+"""The utilization evaluation: what co-location gained, at what cost to services, from records, with intervals.
+
+Records are queried with duckdb over their flat `series`. Arms of a switchback (`colocate evaluate`) are compared window
+by window, the wash-out at the start of each window left out; without arms the report describes and draws no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from colocate.errors import BadInput
+from colocate.model.interference import machines_saved
+from colocate.model.slack import quantile_of
+from colocate.model.statistics import Interval, difference_interval, relative_interval
+from colocate.report.record import read_full, read_lines, segments
+
+MIN_WINDOWS = 4
+P999_REQUESTS = 10_000
+OFF = ("off-frozen", "off-unmanaged")
+
+
+class Compared(msgspec.Struct, frozen=True):
+    """on against off: means of windows, and the difference or ratio with its 95 % interval."""
+
+    name: str
+    unit: str
+    on: float | None
+    off: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+    kind: str
+    """`difference` (on - off) or `ratio` (on / off)."""
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """Everything that a page, JSON or CSV shows."""
+
+    verdict: str
+    supported: bool
+    """Whether the data support a verdict at all."""
+    start_seconds: float
+    end_seconds: float
+    ticks: int
+    node_cores: float
+    arms: dict[str, int] = {}
+    """Number of windows of each arm."""
+    off: str = ""
+    compared: list[Compared] = []
+    utilization: dict[str, float] = {}
+    services: dict[str, dict[str, float]] = {}
+    jobs: dict[str, dict[str, float]] = {}
+    hours: list[dict[str, float]] = []
+    costs: dict[str, float] = {}
+    reasons: dict[str, int] = {}
+    machines: int = 1
+    machines_saved: float | None = None
+    points: list[dict[str, float]] = []
+
+
+def _load(path: Path, since_seconds: float | None) -> tuple[Any, list[dict[str, Any]]]:
+    """A duckdb connection with the table `tick`, and the lines themselves. Raises BadInput."""
+    import duckdb
+
+    files = segments(path)
+    lines = [line for file in files for line in read_lines(file)]
+    if not lines:
+        raise BadInput(f"the records in {path} have no complete line yet")
+    newest = lines[-1]["time"]
+    if since_seconds is not None:
+        lines = [line for line in lines if line["time"] >= newest - since_seconds]
+    connection = duckdb.connect()
+    connection.execute(
+        "create table tick(time double, arm varchar, win integer, dt double, cores double, services double, "
+        "services_peak double, besteffort double, batch double, system double, frozen integer, evictions integer)"
+    )
+    rows: list[tuple[Any, ...]] = []
+    window, last = -1, None
+    for line in lines:
+        arm, series = line.get("arm", ""), line["series"]
+        if (arm, line.get("window")) != last:
+            window, last = window + 1, (arm, line.get("window"))
+        line["win"] = window
+        rows.append(
+            (line["time"], arm, window, series["dt"], series["cores"], series["services"], series["services_peak"],
+             series["besteffort"], series["batch"], series["system"], series["frozen"], series["evictions"])
+        )  # fmt: skip
+    connection.executemany("insert into tick values (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+    return connection, lines
+
+
+def _windows(connection: Any, expression: str, arm_filter: str, wash_out: float) -> list[float]:
+    """One value a window, without the wash-out at its start."""
+    rows = connection.execute(
+        f"with w as (select *, time - min(time) over (partition by win) as age from tick) "
+        f"select {expression} from w where {arm_filter} and age >= ? and dt > 0 group by win order by win",
+        [wash_out],
+    ).fetchall()
+    return [float(r[0]) for r in rows if r[0] is not None]
+
+
+def _compare(name: str, unit: str, on: list[float], off: list[float], kind: str) -> Compared:
+    mean_on = sum(on) / len(on) if on else None
+    mean_off = sum(off) / len(off) if off else None
+    interval: Interval | None = None
+    if len(on) >= 2 and len(off) >= 2:
+        if kind == "difference":
+            interval = difference_interval(on, off)
+        elif mean_off:
+            interval = relative_interval(on, off)
+    if interval is None:
+        return Compared(name, unit, mean_on, mean_off, None, None, None, kind)
+    return Compared(name, unit, mean_on, mean_off, interval.value, interval.low, interval.high, kind)
+
+
+def _service_windows(lines: list[dict[str, Any]], wash_out: float) -> dict[str, dict[str, list[tuple[str, float]]]]:
+    """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window."""
+    starts: dict[int, float] = {}
+    first: dict[tuple[int, str], Any] = {}
+    latest: dict[tuple[int, str], Any] = {}
+    arms: dict[int, str] = {}
+    for line in lines:
+        window = line["win"]
+        starts.setdefault(window, line["time"])
+        arms[window] = line.get("arm", "")
+        if line["time"] - starts[window] < wash_out:
+            continue
+        for workload in line["snapshot"].get("workloads", {}).values():
+            reading = workload.get("latency")
+            if workload["tier"] == "service" and reading is not None:
+                first.setdefault((window, workload["name"]), reading)
+                latest[window, workload["name"]] = reading
+    found: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for (window, name), end in latest.items():
+        begin = first[window, name]
+        cumulative = [b - a for a, b in zip(begin["counts"], end["counts"], strict=True)]
+        if begin["bounds_seconds"] != end["bounds_seconds"] or min(cumulative) < 0 or cumulative[-1] < 100:
+            continue
+        counts = [c - p for c, p in zip(cumulative, [0.0, *cumulative[:-1]], strict=True)]
+        figures = found.setdefault(name, {})
+        for key, q, least in (("p50", 0.5, 100), ("p99", 0.99, 100), ("p99.9", 0.999, P999_REQUESTS)):
+            value = quantile_of(end["bounds_seconds"], counts, q)
+            if value is not None and cumulative[-1] >= least:
+                figures.setdefault(key, []).append((arms[window], 1e3 * value))
+    return found
+
+
+def evaluate(path: Path, *, since_seconds: float | None = None, wash_out: float = 5.0, machines: int = 1) -> Report:
+    """The report of the records. Raises BadInput."""
+    connection, flat = _load(path, since_seconds)
+    start, end = flat[0]["time"], flat[-1]["time"]
+    full = [line for line in read_full(path) if start <= line["time"] <= end]
+    windows = {line["sequence"]: line["win"] for line in flat}
+    for line in full:
+        line["win"] = windows.get(line["sequence"], -1)
+    counts = dict(connection.execute("select arm, count(distinct win) from tick group by arm").fetchall())
+    off = next((a for a in OFF if a in counts), "")
+    (cores,) = connection.execute("select avg(cores) from tick").fetchone()
+    report = Report(
+        verdict="",
+        supported=False,
+        start_seconds=start,
+        end_seconds=end,
+        ticks=len(flat),
+        node_cores=round(cores, 3),
+        arms={k or "observed": v for k, v in counts.items()},
+        off=off,
+        machines=machines,
+    )
+    _describe(connection, flat, full, report)
+    if off:
+        _switchback(connection, full, report, off, wash_out)
+    report.verdict = _verdict(report)
+    return report
+
+
+def _describe(connection: Any, flat: list[dict[str, Any]], full: list[dict[str, Any]], report: Report) -> None:
+    row = connection.execute(
+        "select sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), sum(batch*dt)/sum(cores*dt), "
+        "sum(system*dt)/sum(cores*dt), sum(services_peak*dt)/sum(cores*dt), sum(frozen*dt), sum(evictions), "
+        "sum((services > services_peak)::int) from tick where dt > 0"
+    ).fetchone()
+    keys = ("services", "besteffort", "batch", "system", "services_peak")
+    report.utilization = {k: round(v or 0.0, 4) for k, v in zip(keys, row, strict=False)}
+    report.costs = {
+        "frozen_seconds": round(row[5] or 0.0, 1),
+        "evictions": float(row[6] or 0),
+        "forecast_violations": float(row[7] or 0),
+        **_throttled(full),
+    }
+    hourly = connection.execute(
+        "select floor(time/3600)*3600, sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), "
+        "sum(batch*dt)/sum(cores*dt) from tick where dt > 0 group by 1 order by 1"
+    ).fetchall()
+    report.hours = [
+        dict(zip(("time", "services", "besteffort", "batch"), (round(v, 4) for v in h), strict=True)) for h in hourly
+    ]
+    step = max(len(flat) // 240, 1)
+    for line in flat[::step]:
+        series = line["series"]
+        report.points.append({k: series[k] for k in ("services", "besteffort", "batch", "system")})
+        report.points[-1]["time"] = line["time"] - report.start_seconds
+    for line in flat:
+        for name, values in line["series"].get("service", {}).items():
+            entry = report.services.setdefault(name, {"requests": 0.0, "worst_slack": 1.0, "stall": 0.0})
+            entry["requests"] += values.get("requests", 0)
+            entry["worst_slack"] = min(entry["worst_slack"], values.get("slack", 1.0))
+            entry["stall"] += values.get("stall", 0.0) * line["series"]["dt"]
+        for name, used in line["series"].get("job", {}).items():
+            job = report.jobs.setdefault(name, {"core_seconds": 0.0})
+            job["core_seconds"] = round(job["core_seconds"] + used * line["series"]["dt"], 3)
+        for outcome in line.get("outcomes", []):
+            report.reasons[outcome["reason"]] = report.reasons.get(outcome["reason"], 0) + 1
+
+
+def _throttled(full: list[dict[str, Any]]) -> dict[str, float]:
+    """Throttled seconds of the tier and lost work of evicted jobs."""
+    first = last = None
+    for line in full:
+        value = line["snapshot"].get("tier", {}).get("throttled_us")
+        if value is not None:
+            first = value if first is None or value < first else first
+            last = value
+    return {"throttled_seconds": round(((last or 0) - (first or 0)) / 1e6, 2)}
+
+
+def _switchback(connection: Any, full: list[dict[str, Any]], report: Report, off: str, wash_out: float) -> None:
+    on_filter, off_filter = "arm = 'on'", f"arm = '{off}'"
+
+    def both(expression: str) -> tuple[list[float], list[float]]:
+        return (
+            _windows(connection, expression, on_filter, wash_out),
+            _windows(connection, expression, off_filter, wash_out),
+        )
+
+    busy = "sum((services+besteffort+batch+system)*dt)/sum(cores*dt)*100"
+    on, without = both(busy)
+    report.compared.append(_compare("CPU utilization", "%", on, without, "difference"))
+    on_batch, off_batch = both("sum(batch*dt)/sum(dt)")
+    report.compared.append(_compare("batch work", "cores", on_batch, off_batch, "difference"))
+    for name, figures in _service_windows(full, wash_out).items():
+        for key, values in figures.items():
+            with_batch = [v for arm, v in values if arm == "on"]
+            alone = [v for arm, v in values if arm == off]
+            report.compared.append(_compare(f"{name} {key}", "ms", with_batch, alone, "ratio"))
+    if on and without and off == "off-frozen":
+        before, after = sum(without) / len(without) / 100, sum(on) / len(on) / 100
+        saved = machines_saved(report.machines, before, after)
+        report.machines_saved = None if saved is None else round(saved, 3)
+
+
+def _verdict(report: Report) -> str:
+    if not report.off:
+        return (
+            f"No on/off windows in these records, so nothing can be said of gain or cost: batch used "
+            f"{report.utilization['batch']:.1%} of the node. Measure with `colocate evaluate`."
+        )
+    fewest = min(report.arms.get("on", 0), report.arms.get(report.off, 0))
+    by_name = {c.name: c for c in report.compared}
+    gain = by_name.get("CPU utilization")
+    tails = [c for c in report.compared if c.name.endswith(" p99")]
+    if fewest < MIN_WINDOWS or gain is None or gain.change is None or gain.low is None or gain.high is None:
+        return (
+            f"Only {fewest} window(s) of one arm: the data do not support a verdict (at least {MIN_WINDOWS} of each "
+            "are needed)."
+        )
+    report.supported = True
+    used = f"CPU utilization {gain.change:+.1f} points [{gain.low:+.1f}, {gain.high:+.1f}]"
+    if not tails:
+        return f"{used}; no service has a latency histogram, so the cost to services is unknown."
+    worst = max(tails, key=lambda c: c.change or 0.0)
+    if worst.change is None or worst.low is None or worst.high is None or math.isnan(worst.change):
+        return f"{used}; too few requests to judge {worst.name}: the data do not support a verdict on services."
+    cost = f"{worst.name} {worst.change:.2f} x [{worst.low:.2f}, {worst.high:.2f}]"
+    if worst.low > 1.0:
+        return f"{used}, at a cost: {cost} of what it is with co-location off ({report.off})."
+    if worst.high <= 1.05:
+        return f"{used}, without the services noticing: {cost} of what it is with co-location off ({report.off})."
+    return f"{used}; the data do not show whether services notice: {cost} of what it is without ({report.off})."
+
+
+def to_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """The comparison as a table for CSV."""
+    columns = ["figure", "unit", "on", "off", "kind", "change", "low", "high"]
+
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.6g}"
+
+    rows = [
+        [c.name, c.unit, text(c.on), text(c.off), c.kind, text(c.change), text(c.low), text(c.high)]
+        for c in report.compared
+    ]
+    rows += [[f"utilization {k}", "ratio", text(v), "", "mean", "", "", ""] for k, v in report.utilization.items()]
+    rows += [[k.replace("_", " "), "", text(v), "", "sum", "", "", ""] for k, v in report.costs.items()]
+    return columns, rows

@@ -1,0 +1,109 @@
+"""The policy file: exact paths, nearest names, possible numbers."""
+
+import msgspec
+import pytest
+
+from colocate.config import ColocationPolicy
+from colocate.errors import BadInput, ConfigError
+from colocate.policyfile import load_policy, parse_policy, policy_of_builtins
+
+FULL = """
+apiVersion: colocate.io/v1alpha1
+kind: ColocationPolicy
+metadata: {name: web-node}
+spec:
+  tick: 500ms
+  services:
+  - name: web
+    selector: {cgroup: /system.slice/web.service}
+    slo: {p99: 20ms, url: "http://127.0.0.1:9100/metrics", metric: http_request_duration_seconds}
+  - name: db
+    selector: {systemdUnit: postgresql.service}
+  batch:
+  - name: nightly
+    selector: {cgroup: /nightly}
+    checkpointSignal: SIGUSR1
+  cpu: {growth: 5%, floor: 100m}
+  records: {maxBytes: 64Mi}
+"""
+
+
+def test_a_full_policy_is_read_with_its_quantities():
+    spec = parse_policy(FULL, "policy.yaml").spec
+    assert (spec.tick, spec.cpu.growth, spec.cpu.floor, spec.records.max_bytes) == (0.5, 5.0, 0.1, 64 << 20)
+    assert spec.services[0].slo is not None
+    assert spec.services[0].slo.p99 == 0.02
+
+
+def test_an_empty_file_is_the_default_policy():
+    assert parse_policy("", "policy.yaml") == ColocationPolicy()
+
+
+def test_a_policy_survives_a_record():
+    policy = parse_policy(FULL, "policy.yaml")
+    assert policy_of_builtins(msgspec.json.decode(msgspec.json.encode(policy))) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "hint"),
+    [
+        pytest.param("spec: {cpu: {grwoth: 3}}", "$.spec.cpu.grwoth", "growth", id="a misspelt field"),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgrop: x}}]}",
+            "$.spec.services[0].selector.cgrop",
+            "cgroup",
+            id="also inside a list",
+        ),
+        pytest.param("spce: {}", "$.spce", "spec", id="also at the top"),
+        pytest.param("spec: {tick: soon}", "$.spec.tick", "20ms", id="no duration"),
+        pytest.param("spec: {tick: 0}", "$.spec.tick", "between", id="an impossible number"),
+        pytest.param(
+            "spec: {cpu: {growth: 110%}}", "$.spec.cpu.growth", "between 0 and 100", id="a percentage over 100"
+        ),
+        pytest.param("spec: {drift: fight}", "$.spec.drift", "", id="a word that is none of the choices"),
+        pytest.param("kind: Pod", "$.kind", "ColocationPolicy", id="another kind"),
+        pytest.param("apiVersion: v1", "$.apiVersion", "colocate.io", id="another version"),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {}}]}",
+            "$.spec.services[0].selector",
+            "exactly one",
+            id="a selector that selects nothing",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgroup: /x, command: y}}]}",
+            "$.spec.services[0].selector",
+            "exactly one",
+            id="a selector with two meanings",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgroup: /x}}], batch: [{name: a, selector: {cgroup: /y}}]}",
+            "$.spec.batch[0].name",
+            "services[0]",
+            id="one name for two workloads",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgroup: /x}, slo: {p99: 1ms, url: ftp://x, metric: m}}]}",
+            "$.spec.services[0].slo.url",
+            "http",
+            id="a URL that is none",
+        ),
+        pytest.param("spec: {nodeRoot: kubepods}", "$.spec.nodeRoot", "start it with /", id="a relative root"),
+    ],
+)
+def test_a_wrong_policy_names_the_field_and_the_mend(text, path, hint):
+    with pytest.raises(ConfigError) as caught:
+        parse_policy(text, "policy.yaml")
+    assert caught.value.path == path
+    assert hint in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["[1", "- a\n- b", "just words"])
+def test_what_is_no_mapping_is_refused(text):
+    with pytest.raises(BadInput, match=r"policy\.yaml"):
+        parse_policy(text, "policy.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(BadInput, match=r"nowhere\.yaml"):
+        load_policy(tmp_path / "nowhere.yaml")

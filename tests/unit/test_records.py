@@ -1,0 +1,202 @@
+"""Records: merge patches, rotation, a full disk, torn lines, and replay byte for byte."""
+
+import asyncio
+import gzip
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colocate.actuate.journal import Journal
+from colocate.agent import Agent
+from colocate.config import BatchPolicy, ColocationPolicy, PolicySpec, RecordPolicy, Selector, ServicePolicy
+from colocate.errors import BadInput, StateTooNew
+from colocate.kernelmodel import ModelKernel
+from colocate.model import kernels
+from colocate.report.evaluate import evaluate, to_rows
+from colocate.report.page import write_report
+from colocate.report.record import Recorder, apply_patch, merge_patch, read_full, read_lines, segments
+from colocate.report.replay import replay
+from colocate.snapshot import Latency, Objective
+
+JSON = st.recursive(
+    st.one_of(st.booleans(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=3)),
+    lambda children: st.dictionaries(st.text(max_size=3), children, max_size=4),
+    max_leaves=20,
+)
+OBJECTS = st.dictionaries(st.text(max_size=3), JSON, max_size=6)
+
+
+@given(OBJECTS, OBJECTS)
+def test_a_patch_turns_the_old_into_the_new(old, new):
+    assert apply_patch(old, merge_patch(old, new)) == new
+
+
+@given(OBJECTS)
+def test_nothing_changed_is_an_empty_patch(value):
+    assert merge_patch(value, value) == {}
+
+
+def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None):
+    """An agent's life on the kernel model, recorded."""
+    kernel = ModelKernel(version=2)
+    for path in ("/web", "/nightly"):
+        kernel.mkdir("unified", path)
+    kernel.write("unified", "/", "cgroup.subtree_control", "+cpu +cpuset +memory")
+    kernel.spawn("hog", "/nightly", command="nightly")
+    spec = PolicySpec(
+        services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
+        batch=(BatchPolicy(name="nightly", selector=Selector(cgroup="/nightly")),),
+        records=policy or RecordPolicy(keyframe_every=7),
+    )
+    (directory / "journal").mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(directory / "records", spec.records, backend)
+    agent = Agent(
+        kernel,
+        ColocationPolicy(spec=spec),
+        kernels.load(jit=backend == "numba"),
+        Journal(directory / "journal", "boot"),
+        recorder=recorder,
+        clock=kernel,
+    )
+    agent.observer.objectives["web"] = Objective(0.02, 10, 3.0)
+    agent.open()
+
+    async def run():
+        good = bad = 0.0
+        for i in range(ticks):
+            if arms:
+                arm = arms[i * len(arms) // ticks]
+                changed = i * len(arms) // ticks != (i - 1) * len(arms) // ticks
+                recorder.arm, recorder.window = arm, recorder.window + changed
+            good += 300
+            bad += 30 if i % 9 == 4 else 0
+            counts = (good, good + bad, good + bad)
+            agent.scraper.readings["web"] = Latency((0.01, 0.05), counts, kernel.monotonic())
+            await agent.tick()
+            if on_tick is not None:
+                on_tick(i, recorder)
+            kernel.advance(0.25)
+        await agent.close()
+
+    asyncio.run(run())
+    return recorder
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_replay_reproduces_the_recorded_plans_byte_for_byte(tmp_path, backend):
+    live(tmp_path, backend=backend)
+    ticks = list(replay(tmp_path / "records"))
+    assert len(ticks) == 30
+    assert [t.sequence for t in ticks if not t.same] == []
+
+
+def test_replay_can_start_at_any_keyframe(tmp_path):
+    live(tmp_path)
+    (segment,) = segments(tmp_path / "records")
+    lines = segment.read_bytes().splitlines(keepends=True)
+    segment.write_bytes(b"".join(lines[10:]))
+    ticks = list(replay(segment))
+    assert ticks[0].sequence == 17
+    assert all(t.same for t in ticks)
+
+
+def test_another_policy_decides_otherwise(tmp_path):
+    live(tmp_path)
+    other = ColocationPolicy(spec=PolicySpec())
+    assert not all(t.same for t in replay(tmp_path / "records", other))
+
+
+def test_a_torn_last_line_is_tolerated(tmp_path):
+    live(tmp_path)
+    (segment,) = segments(tmp_path / "records")
+    segment.write_bytes(segment.read_bytes()[:-40])
+    assert len(list(read_lines(segment))) == 29
+    assert len(list(replay(tmp_path / "records"))) == 29
+
+
+def test_segments_are_rotated_compressed_and_capped(tmp_path):
+    policy = RecordPolicy(max_bytes=60_000, segment_bytes=15_000, keyframe_every=10**6)
+    live(tmp_path, ticks=300, policy=policy)
+    found = segments(tmp_path)
+    assert any(s.suffix == ".gz" for s in found)
+    assert sum(s.stat().st_size for s in found) <= 60_000
+    with gzip.open(found[0]) as first:
+        assert b'"keyframe"' in first.readline()
+    assert all(t.same for t in replay(tmp_path))
+
+
+def test_a_full_disk_degrades_to_memory_and_heals(tmp_path):
+    def full(i, recorder):
+        target = tmp_path / "records"
+        if i == 10:
+            recorder._file.close()
+            target.rename(tmp_path / "away")
+            target.write_text("in the way")
+            recorder._size = 10**9
+        if i == 20:
+            target.unlink()
+            (tmp_path / "away").rename(target)
+
+    recorder = live(tmp_path, on_tick=full)
+    assert recorder.lost_lines >= 9
+    assert len(recorder.recent) == 30
+    assert recorder.degraded == ""
+    assert all(t.same for t in replay(tmp_path))
+
+
+def test_records_of_a_newer_version_are_refused_by_name(tmp_path):
+    live(tmp_path)
+    (segment,) = segments(tmp_path)
+    segment.write_bytes(segment.read_bytes().replace(b'"version":1,"colocate"', b'"version":99,"colocate"'))
+    with pytest.raises(StateTooNew, match="records-"):
+        list(read_full(segment))
+
+
+def test_a_directory_without_records_is_named(tmp_path):
+    with pytest.raises(BadInput, match="no records"):
+        segments(tmp_path)
+
+
+# -- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_without_windows_there_is_no_verdict(tmp_path):
+    live(tmp_path)
+    report = evaluate(tmp_path)
+    assert not report.supported
+    assert "nothing can be said" in report.verdict
+
+
+def test_a_switchback_compares_windows_with_intervals(tmp_path):
+    arms = ["on", "off-frozen"] * 6
+    live(tmp_path, ticks=240, arms=arms)
+    report = evaluate(tmp_path, wash_out=1.0, machines=100)
+    assert report.arms == {"on": 6, "off-frozen": 6}
+    gain = report.compared[0]
+    assert gain.name == "CPU utilization"
+    assert gain.low is not None
+    assert gain.low > 20
+    assert {c.name for c in report.compared} >= {"batch work", "web p50", "web p99"}
+    assert report.machines_saved is not None
+    assert report.supported
+
+
+def test_too_few_windows_support_no_verdict(tmp_path):
+    live(tmp_path, ticks=80, arms=["on", "off-frozen"])
+    report = evaluate(tmp_path, wash_out=1.0)
+    assert not report.supported
+    assert "do not support a verdict" in report.verdict
+
+
+def test_the_report_goes_out_as_page_json_and_csv(tmp_path):
+    live(tmp_path, ticks=120, arms=["on", "off-frozen"] * 4)
+    report = evaluate(tmp_path, wash_out=1.0)
+    write_report(report, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert report.verdict.split(";")[0][:40] in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert msgspec.json.decode(msgspec.json.encode(report))["ticks"] == 120
+    columns, rows = to_rows(report)
+    assert all(len(row) == len(columns) for row in rows)

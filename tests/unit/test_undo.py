@@ -1,0 +1,320 @@
+"""The undo on the kernel model: a SIGKILL at every write index, and what the journal survives."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colocate.actuate.journal import Entry, Journal, read_entries
+from colocate.actuate.restore import restore
+from colocate.actuate.statedir import Lock, StateDirectory
+from colocate.agent import Agent
+from colocate.cgroupfs import UNIFIED
+from colocate.config import (
+    BatchPolicy,
+    Calibration,
+    ColocationPolicy,
+    FreezePolicy,
+    PolicySpec,
+    Selector,
+    ServicePolicy,
+)
+from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
+from colocate.kernelmodel import ModelKernel
+from colocate.kernelmodel.actors import KubeletActor
+from colocate.model import reference
+from colocate.snapshot import Latency, Objective
+
+GIB = 1 << 30
+
+
+KNOB_FILES = (
+    *("cpu.weight", "cpu.shares", "cpu.idle", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpuset.cpus"),
+    *("memory.max", "memory.high", "memory.limit_in_bytes", "cgroup.freeze", "freezer.state"),
+    "cgroup.subtree_control",
+)
+
+
+class Killed(BaseException):
+    """The SIGKILL."""
+
+
+def knobs(kernel):
+    """Every file of every cgroup that is not ours: its exact text."""
+    found = {}
+
+    def walk(hierarchy, path):
+        for file in KNOB_FILES:
+            text = kernel.read(hierarchy, path, file)
+            if text is not None:
+                found[hierarchy, path, file] = text
+        for child in kernel.children(hierarchy, path):
+            if not child.startswith(("batch", "colocate")):
+                walk(hierarchy, f"{path.rstrip('/')}/{child}")
+
+    for hierarchy in kernel.layout.mounts:
+        walk(hierarchy, "/")
+    return found
+
+
+def make_node(version, kubernetes):
+    kernel = ModelKernel(version=version, memory_bytes=GIB)
+    paths = ["/web", "/nightly"]
+    if kubernetes:
+        paths += ["/kubepods", "/kubepods/besteffort", "/kubepods/burstable"]
+    for hierarchy in kernel.layout.mounts:
+        for path in paths:
+            kernel.mkdir(hierarchy, path)
+            if hierarchy == "cpuset":
+                kernel.write("cpuset", path, "cpuset.cpus", "0-1")
+                kernel.write("cpuset", path, "cpuset.mems", "0")
+    if version == 2:
+        kernel.write(UNIFIED, "/", "cgroup.subtree_control", "+cpu +memory")
+        kernel.write(UNIFIED, "/nightly", "cpu.weight", "37")
+        kernel.write(UNIFIED, "/nightly", "cpu.max", "150000 100000")
+    else:
+        kernel.write("cpu", "/nightly", "cpu.shares", "777")
+        kernel.write("cpu", "/nightly", "cpu.cfs_quota_us", "150000")
+    kernel.spawn("queue", "/web", command="web")
+    kernel.spawn("hog", "/nightly", command="nightly")
+    if kubernetes:
+        kernel.actors.append(KubeletActor(kernel, "/kubepods"))
+    return kernel
+
+
+def make_agent(kernel, directory, calibration):
+    spec = PolicySpec(
+        tick=1.0,
+        services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
+        batch=(BatchPolicy(name="nightly", selector=Selector(cgroup="/nightly")),),
+        freeze=FreezePolicy(max_frozen=3.0),
+    )
+    agent = Agent(
+        kernel,
+        ColocationPolicy(spec=spec),
+        reference,
+        Journal(directory, "boot"),
+        calibration=calibration,
+        clock=kernel,
+    )
+    agent.observer.objectives["web"] = Objective(0.02, 10, 3.0)
+    return agent
+
+
+async def live(kernel, agent, ticks=16):
+    """A life with a violation, a trial of every rung, a job, and an end in order."""
+    agent.open()
+    placement = agent.tier.ensure_job("train")
+    task = kernel.spawn("hog", command="train")
+    agent.tier.move(task.pid, placement)
+    good = bad = 0.0
+    for i in range(ticks):
+        bad += 100.0 if i == 2 or i % 5 == 4 else 0.0
+        good += 200.0
+        agent.scraper.readings["web"] = Latency((0.01, 0.05), (good, good + bad, good + bad), kernel.monotonic())
+        await agent.tick()
+        kernel.advance(1.0) if i % 4 == 0 else setattr(kernel.machine, "now", kernel.machine.now + 1.0)
+    kernel.kill(task.pid, 9)
+    await agent.close()
+
+
+SCENARIOS = [
+    pytest.param(2, False, Calibration(rungs=("freeze", "cpuset", "quota")), id="v2 plain host"),
+    pytest.param(1, False, Calibration(rungs=("freeze", "quota")), id="v1 plain host"),
+    pytest.param(
+        2, True, Calibration(lever="idle", rungs=("cpuset", "freeze")), id="v2 Kubernetes with the idle class"
+    ),
+    pytest.param(1, True, Calibration(lever="idle", rungs=("freeze",)), id="v1 Kubernetes with the idle class"),
+]
+
+
+@pytest.mark.parametrize(("version", "kubernetes", "calibration"), SCENARIOS)
+def test_an_end_in_order_leaves_every_knob_as_it_was_found(version, kubernetes, calibration, tmp_path):
+    kernel = make_node(version, kubernetes)
+    before = knobs(kernel)
+    asyncio.run(live(kernel, make_agent(kernel, tmp_path, calibration)))
+    assert knobs(kernel) == before
+    assert kernel.writes > 20
+    assert not any("batch" in name for h in kernel.layout.mounts for name in kernel.children(h, "/"))
+
+
+@pytest.mark.parametrize(("version", "kubernetes", "calibration"), SCENARIOS)
+def test_a_sigkill_at_every_write_index_is_undone_by_the_next_start(version, kubernetes, calibration, tmp_path):
+    dry = make_node(version, kubernetes)
+    (tmp_path / "dry").mkdir()
+    start = dry.writes
+    asyncio.run(live(dry, make_agent(dry, tmp_path / "dry", calibration)))
+    indices = range(start + 1, dry.writes + 1)
+    assert len(indices) > 20
+    for index in indices:
+        kernel = make_node(version, kubernetes)
+        before = knobs(kernel)
+
+        def kill_here(number, *_, at=index):
+            if number == at:
+                raise Killed
+
+        kernel.hook = kill_here
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        with pytest.raises(Killed):
+            asyncio.run(live(kernel, make_agent(kernel, directory, calibration)))
+        kernel.hook = lambda *_: None
+        for task in [t for t in kernel.machine.tasks.values() if t.command == "train"]:
+            kernel.kill(task.pid, 9)
+        restore(kernel, Journal(directory, "boot"))
+        assert knobs(kernel) == before, f"killed at write {index}"
+        assert not any(kernel.frozen(t) for t in kernel.machine.tasks.values())
+
+
+def test_an_occupied_tier_stays_at_the_least_weight_without_limits_and_thawed(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    placement = agent.tier.ensure_job("train")
+    task = kernel.spawn("hog", command="train")
+    agent.tier.move(task.pid, placement)
+    kernel.write(UNIFIED, "/colocate-batch", "cpu.max", "1000 100000")
+    kernel.write(UNIFIED, placement.path, "cgroup.freeze", "1")
+    report = restore(kernel, agent.journal)
+    assert not report.clean
+    assert kernel.read(UNIFIED, "/colocate-batch", "cpu.weight") == "1\n"
+    assert kernel.read(UNIFIED, "/colocate-batch", "cpu.max") == "max 100000\n"
+    assert not kernel.frozen(task)
+    kernel.kill(task.pid, 9)
+    assert restore(kernel, agent.journal).clean
+    assert kernel.children(UNIFIED, "/") == ["nightly", "web"]
+
+
+def test_what_somebody_else_wrote_since_is_left_to_them(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    asyncio.run(agent.tick())
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n"
+    kernel.write(UNIFIED, "/nightly", "cpu.weight", "55")
+    report = asyncio.run(agent.close())
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "55\n"
+    assert len(report.left_to_others) == 1
+
+
+def test_drift_is_noticed_and_asserted_again_or_yielded(tmp_path):
+    async def drifted(policy, directory):
+        directory.mkdir()
+        kernel = make_node(2, False)
+        agent = make_agent(kernel, directory, Calibration())
+        agent.policy = ColocationPolicy(spec=PolicySpec(batch=agent.policy.spec.batch, drift=policy))
+        agent.set_policy(agent.policy)
+        agent.open()
+        await agent.tick()
+        kernel.write(UNIFIED, "/nightly", "cpu.weight", "55")
+        kernel.machine.now += 1
+        tick = await agent.tick()
+        return kernel.read(UNIFIED, "/nightly", "cpu.weight"), tick.drifts
+
+    again, drifts = asyncio.run(drifted("reassert", tmp_path / "a"))
+    assert again == "1\n"
+    assert [(d.knob, d.ours, d.found) for d in drifts] == [("cpu.weight", "1", "55")]
+    assert asyncio.run(drifted("yield", tmp_path / "b"))[0] == "55\n"
+
+
+def test_without_a_journal_only_our_own_directories_are_touched(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+
+    def refuse(*_):
+        raise JournalBroken("no space")
+
+    agent.journal.add = refuse
+    kernel.write(UNIFIED, "/", "cgroup.subtree_control", "+cpuset +io +pids")
+    agent.open()
+    outcomes = asyncio.run(agent.tick()).outcomes
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "37\n"
+    assert kernel.read(UNIFIED, "/colocate-batch", "cpu.weight") == "1\n"
+    assert "skipped" in {o.status for o in outcomes}
+
+
+def test_shadow_writes_nothing(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.shadow = agent.writer._shadow = True
+    before, writes = knobs(kernel), kernel.writes
+    agent.open()
+    tick = asyncio.run(agent.tick())
+    asyncio.run(agent.close())
+    assert kernel.writes == writes
+    assert knobs(kernel) == before
+    assert {o.status for o in tick.outcomes} == {"shadow"}
+
+
+# -- the journal itself -------------------------------------------------------------------------------------------
+
+
+def entry(i=0):
+    return Entry(kind="value", boot_id="boot", hierarchy="cpu", path=f"/x{i}", inode=i, file="cpu.shares", found="1024")
+
+
+def test_a_journal_reads_back_what_was_added(tmp_path):
+    journal = Journal(tmp_path, "boot")
+    for i in range(50):
+        journal.add(entry(i))
+    assert Journal(tmp_path, "boot").entries == [entry(i) for i in range(50)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(cut=st.integers(1, 400), noise=st.binary(max_size=30))
+def test_a_torn_end_loses_only_the_entries_that_were_torn(tmp_path_factory, cut, noise):
+    directory = tmp_path_factory.mktemp("journal")
+    journal = Journal(directory, "boot")
+    for i in range(5):
+        journal.add(entry(i))
+    _, size = read_entries(journal.path)
+    whole = journal.path.read_bytes()[:size]
+    journal.path.write_bytes(whole[: max(size - cut, 0)] + noise.replace(b"\n", b""))
+    entries, _ = read_entries(journal.path)
+    assert entries == [entry(i) for i in range(5)][: len(entries)]
+    assert len(entries) >= 5 - 1 - cut // 100
+
+
+def test_entries_of_another_boot_are_dropped(tmp_path):
+    Journal(tmp_path, "boot").add(entry())
+    assert Journal(tmp_path, "another boot").entries == []
+
+
+def test_a_journal_of_a_newer_version_is_refused(tmp_path):
+    import msgspec
+
+    Journal(tmp_path, "boot").add(msgspec.structs.replace(entry(), version=99))
+    with pytest.raises(StateTooNew, match="newer"):
+        Journal(tmp_path, "boot")
+
+
+def test_a_journal_that_cannot_be_written_says_so(tmp_path):
+    journal = Journal(tmp_path / "missing", "boot")
+    with pytest.raises(JournalBroken, match="cannot be written"):
+        journal.add(entry())
+    assert journal.broken
+
+
+def test_a_half_written_state_file_is_set_aside(tmp_path):
+    state = StateDirectory(tmp_path)
+    (tmp_path / "model.json").write_text('{"version": 1, "ids": [')
+    assert state.load("model.json") is None
+    assert (tmp_path / "model.broken").exists()
+
+
+def test_state_of_a_newer_version_is_refused_by_name(tmp_path):
+    (tmp_path / "jobs.json").write_text('{"stateVersion": 99}')
+    with pytest.raises(StateTooNew, match=r"jobs\.json"):
+        StateDirectory(tmp_path).load("jobs.json")
+
+
+def test_a_second_agent_is_refused_with_the_pid_of_the_first(tmp_path):
+    import os
+
+    lock = Lock(tmp_path, "/")
+    with pytest.raises(AlreadyRunning, match=str(os.getpid())):
+        Lock(tmp_path, "/")
+    lock.release()
+    Lock(tmp_path, "/").release()
