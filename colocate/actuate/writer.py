@@ -53,7 +53,7 @@ class Writer:
         self._written: dict[tuple[str, str], tuple[dict[str, int], str]] = {}
         self._yielded: dict[tuple[str, str], float] = {}
         self._blocking: dict[tuple[str, str], asyncio.Task[Outcome]] = {}
-        self.tier_path = ""
+        self._complained: dict[tuple[str, str], tuple[str, int | None]] = {}
 
     def drifts(self, snapshot: NodeSnapshot, *, yields: bool, kubernetes: bool) -> list[Drift]:
         """Knobs whose value on disk is not the one that we wrote last; with `yields` they are left alone a while."""
@@ -146,9 +146,16 @@ class Writer:
         except JournalBroken as error:
             return self._outcome(action, "skipped", error=str(error))
         except OSError as error:
+            self._complain(action, error)
+            return self._outcome(action, "failed", error=f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}")
+
+    def _complain(self, action: Action, error: OSError) -> None:
+        """Log a failure once, not every tick until it is mended."""
+        key, said = (action.path, action.knob), (action.value, error.errno)
+        if self._complained.get(key) != said:
+            self._complained[key] = said
             loud = log.error if error.errno in (errno.EINVAL, errno.EBUSY) else log.warning
             loud("write_failed", path=action.path, knob=action.knob, value=action.value, error=error.strerror)
-            return self._outcome(action, "failed", error=f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}")
 
     def _pids(self, workload: Workload) -> list[int]:
         return sorted({p for h in workload.inodes for p in processes_below(self._port, h, workload.path)})

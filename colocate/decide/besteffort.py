@@ -15,6 +15,7 @@ import msgspec
 from colocate.config import PolicySpec
 from colocate.model.forecast import Forecast
 from colocate.snapshot import NodeSnapshot
+from colocate.units import parse_cpulist
 
 SETTLE_TICKS = 2
 ELSEWHERE_SECONDS = 30.0
@@ -32,6 +33,19 @@ class BestEffortState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=T
     seconds: float = 0.0
     reason: str = ""
     message: str = ""
+
+
+def _can_confine(snapshot: NodeSnapshot) -> bool:
+    """Whether all batch work can be kept to chosen CPUs: work governed in place keeps its own cpuset."""
+    in_place = any(w.in_place for w in snapshot.of("batch"))
+    return snapshot.tier is not None and "cpuset.cpus" in snapshot.tier.knobs and not in_place
+
+
+def _confined(snapshot: NodeSnapshot, cpus: tuple[int, ...] | None, ticks: int) -> bool:
+    """Whether the tier really is where it was sent, one tick later."""
+    if ticks <= 1 or cpus is None or snapshot.tier is None:
+        return True
+    return set(parse_cpulist(snapshot.tier.knobs.get("cpuset.cpus", ""))) <= set(cpus)
 
 
 def step(state: BestEffortState, snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec) -> BestEffortState:
@@ -55,7 +69,7 @@ def step(state: BestEffortState, snapshot: NodeSnapshot, forecast: Forecast, spe
             return BestEffortState(
                 mode="growing", grant_cores=spec.cpu.floor, reason="BestEffortSatisfied", message=f"{text}: batch grows"
             )
-        if ticks >= SETTLE_TICKS and forecast.idle_cpus:
+        if ticks >= SETTLE_TICKS and forecast.idle_cpus and _can_confine(snapshot):
             seconds = min(max(state.seconds * 2, ELSEWHERE_SECONDS), MAX_ELSEWHERE_SECONDS)
             return BestEffortState(
                 mode="elsewhere",
@@ -69,7 +83,9 @@ def step(state: BestEffortState, snapshot: NodeSnapshot, forecast: Forecast, spe
     if state.mode == "elsewhere":
         if not waits:
             return BestEffortState()
-        return floor if now >= state.until else state
+        if now >= state.until or not _confined(snapshot, state.cpus, ticks):
+            return floor
+        return msgspec.structs.replace(state, ticks=ticks)
     if waits:
         return floor
     grant = round((state.grant_cores or 0.0) + forecast.node_cores * spec.cpu.growth / 100, 4)

@@ -326,18 +326,28 @@ def _actions(
                     workload=workload.id, path=workload.path, knob=knob, value=value, reason=why, message=text, law=LAW
                 )
             )
+    return actions + _job_actions(snapshot, grant, cpus)
+
+
+def _job_actions(snapshot: NodeSnapshot, grant: float | None, cpus: tuple[int, ...]) -> list[Action]:
+    """v1 refuses a child's quota above its parent's, and a parent's CPUs less its child's: jobs move with the tier."""
+    actions = []
     for job in snapshot.of("batch"):
-        # v1 refuses a child's quota above its parent's, so a job's own limit moves with the tier's grant.
-        if job.requested_cores is not None and not job.in_place:
-            value = cpu_max(job.requested_cores if grant is None else min(job.requested_cores, grant))
+        wanted = {}
+        if job.requested_cores is not None:
+            wanted["cpu.max"] = cpu_max(job.requested_cores if grant is None else min(job.requested_cores, grant))
+        if job.knobs.get("cpuset.cpus"):  # on v2 an empty one follows the tier by itself
+            wanted["cpuset.cpus"] = format_cpulist(cpus)
+        for knob, value in () if job.in_place else wanted.items():
+            message = "a job has at most what it asked for, within the tier"
             actions.append(
                 Action(
                     workload=job.id,
                     path=job.path,
-                    knob="cpu.max",
+                    knob=knob,
                     value=value,
-                    reason="RequestedCpus",
-                    message=f"--cpus {job.requested_cores:g}, within the tier's grant",
+                    reason="WithinTier",
+                    message=message,
                     law=LAW,
                 )
             )

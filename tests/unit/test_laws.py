@@ -16,7 +16,7 @@ from colocate.decide.memory import MemoryState, allowance_bytes, decide_memory, 
 from colocate.decide.pipeline import LawState, decide, order
 from colocate.model.forecast import WorkloadForecast
 from colocate.plan import Action, Request
-from colocate.units import cores_of_cpu_max, cpu_max
+from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist
 from tests import make
 from tests.make import GIB, SPEC
 
@@ -230,12 +230,13 @@ def test_no_sequence_of_evidence_makes_an_impossible_plan(events):
 # -- below BestEffort ---------------------------------------------------------------------------------------------
 
 
-def below(*ratios, idle_cpus=(), batch=1.0):
+def below(*ratios, idle_cpus=(), batch=1.0, confines=True):
     state, modes = besteffort.BestEffortState(), []
     for i, ratio in enumerate(ratios):
         idle = idle_cpus if state.mode == "floor" else ()
         seen = make.forecast(besteffort_waiting_ratio=ratio, batch_cores=batch, idle_cpus=idle)
-        state = besteffort.step(state, make.snapshot(at=100.0 + i), seen, SPEC)
+        knobs = {**make.OPEN_KNOBS, "cpuset.cpus": format_cpulist(state.cpus or (0, 1)) if confines else "0-1"}
+        state = besteffort.step(state, make.snapshot(at=100.0 + i, tier=make.tier(knobs=knobs)), seen, SPEC)
         modes.append(state.mode)
     return modes, state
 
@@ -252,6 +253,10 @@ def below(*ratios, idle_cpus=(), batch=1.0):
 )
 def test_batch_makes_room_for_best_effort(ratios, idle_cpus, modes):
     assert below(*ratios, idle_cpus=idle_cpus)[0] == modes
+
+
+def test_a_tier_that_does_not_go_where_it_was_sent_goes_back_to_its_floor():
+    assert below(*[0.5] * 5, idle_cpus=(1,), confines=False)[0][2:] == ["elsewhere", "elsewhere", "floor"][:3]
 
 
 def test_hogs_that_wait_only_for_each_other_are_tested_ever_less_often():

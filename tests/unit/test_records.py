@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from colocate.actuate.journal import Journal
 from colocate.agent import Agent
-from colocate.config import BatchPolicy, ColocationPolicy, PolicySpec, RecordPolicy, Selector, ServicePolicy
+from colocate.config import BatchPolicy, ColocationPolicy, CpuPolicy, PolicySpec, RecordPolicy, Selector, ServicePolicy
 from colocate.errors import BadInput, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.model import kernels
@@ -104,7 +104,7 @@ def test_replay_can_start_at_any_keyframe(tmp_path):
 
 def test_another_policy_decides_otherwise(tmp_path):
     live(tmp_path)
-    other = ColocationPolicy(spec=PolicySpec())
+    other = ColocationPolicy(spec=PolicySpec(cpu=CpuPolicy(floor=0.5)))
     assert not all(t.same for t in replay(tmp_path / "records", other))
 
 

@@ -121,7 +121,7 @@ async def live(kernel, agent, ticks=16):
 
 SCENARIOS = [
     pytest.param(2, False, Calibration(rungs=("freeze", "cpuset", "quota")), id="v2 plain host"),
-    pytest.param(1, False, Calibration(rungs=("freeze", "quota")), id="v1 plain host"),
+    pytest.param(1, False, Calibration(rungs=("cpuset", "freeze", "quota")), id="v1 plain host"),
     pytest.param(
         2, True, Calibration(lever="idle", rungs=("cpuset", "freeze")), id="v2 Kubernetes with the idle class"
     ),

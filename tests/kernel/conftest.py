@@ -1,0 +1,118 @@
+"""Fixtures of the suite on this machine's own cgroups: scratch nodes that are gone after each test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colocate.actuate.scratch import ScratchNode, sweep
+from colocate.cgroupfs import KernelPort, joined
+from colocate.knobs import write_knob
+from colocate.observe.cgroup import inodes_of
+
+HOG = "while True: pass"
+DUTY = """
+import sys, time
+busy, period = float(sys.argv[1]), 0.01
+late = []
+due = time.perf_counter()
+end = due + float(sys.argv[2])
+while due < end:
+    until = time.thread_time() + busy * period
+    while time.thread_time() < until: pass
+    late.append(time.perf_counter() - due)
+    due += period
+    time.sleep(max(due - time.perf_counter(), 0))
+late.sort()
+print(late[len(late) // 2], late[int(0.99 * len(late))])
+"""
+
+
+@pytest.fixture
+def port() -> Iterator[KernelPort]:
+    made = KernelPort()
+    yield made
+    made.close()
+
+
+class Node:
+    """A scratch node with helpers to put real processes into its cgroups."""
+
+    def __init__(self, port: KernelPort, scratch: ScratchNode) -> None:
+        self.port, self.scratch, self.path = port, scratch, scratch.path
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def make(self, child: str, *, inner: bool = False) -> str:
+        return (self.scratch.make_inner if inner else self.scratch.make)(child)
+
+    def knob(self, child: str, knob: str, value: str) -> None:
+        path = joined(self.path, child)
+        write_knob(self.port, path, knob, value, inodes_of(self.port, path))
+
+    def start(self, child: str, code: str, *arguments: str, cpu: int | None = None) -> subprocess.Popen[str]:
+        prefix = f"import os; os.sched_setaffinity(0, {{{cpu}}})\n" if cpu is not None else ""
+        process = subprocess.Popen(
+            [sys.executable, "-ISc", f"import sys; sys.stdin.readline()\n{prefix}{code}", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        self.scratch.enter(process.pid, joined(self.path, child))
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process
+
+    def cpu_seconds(self, process: subprocess.Popen[str]) -> float:
+        stat = self.port.proc(f"/proc/{process.pid}/stat") or ""
+        fields = stat.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def node(port: KernelPort) -> Iterator[Node]:
+    sweep(port)
+    with ScratchNode(port, "test", 1 << 30) as scratch:
+        made = Node(port, scratch)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture
+def dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state and runtime directory of the test's own, also for the processes it starts."""
+    monkeypatch.setenv("COLOCATE_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("COLOCATE_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("COLOCATE_JIT", "off")
+    return tmp_path
+
+
+def colocate(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line."""
+    command = [sys.executable, "-m", "colocate.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def wait_for(condition: object, seconds: float = 10.0) -> bool:
+    """Poll a condition."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return bool(condition())

@@ -1,0 +1,380 @@
+"""The agent on this machine's own cgroups, and its command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from colocate.cgroupfs import UNIFIED, joined, processes_below
+from colocate.knobs import read_knob
+from colocate.observe.cgroup import inodes_of
+from tests.kernel.conftest import DUTY, HOG, colocate, wait_for
+
+POLICY = """
+apiVersion: colocate.io/v1alpha1
+kind: ColocationPolicy
+metadata: {{name: test}}
+spec:
+  nodeRoot: {root}
+  tick: {tick}
+  calibrate: false
+  services: [{{name: web, selector: {{cgroup: /web}}}}]
+  {more}
+  http: {{port: 0, enabled: false}}
+"""
+
+
+class AgentProcess:
+    """A real `colocate agent`."""
+
+    def __init__(self, node, directory, tick="250ms", more="", options=()):
+        self.node, self.directory = node, directory
+        self.config = directory / "policy.yaml"
+        self.config.write_text(POLICY.format(root=node.path, tick=tick, more=more))
+        command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(self.config), *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.socket = directory / "run" / "agent.sock"
+        assert wait_for(self.socket.exists, 20), self.process.stderr.read() if self.process.stderr else ""
+
+    def ask(self, command, *arguments):
+        found = colocate(command, "-o", "json", *arguments)
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout)
+
+    def stop(self, number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        assert self.process.stderr is not None
+        said = self.process.stderr.read()
+        self.process.wait(20)
+        self.process.stderr.close()
+        return said
+
+
+@pytest.fixture
+def agent(node, dirs):
+    node.make("web")
+    made = []
+
+    def start(**options):
+        made.append(AgentProcess(node, dirs, **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        if one.process.returncode is None:
+            one.stop(signal.SIGKILL)
+
+
+def tier_of(node):
+    return joined(node.path, "colocate-batch")
+
+
+def test_the_tier_is_made_at_the_least_weight_and_gone_after_sigterm(node, agent):
+    running = agent()
+    path = tier_of(node)
+    assert read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == "1"
+    assert {"cpu", "memory"} <= {c.partition(",")[0] for c in inodes_of(node.port, path)} or UNIFIED in inodes_of(
+        node.port, path
+    )
+    running.stop()
+    assert running.process.returncode == 0
+    assert inodes_of(node.port, path) == {}
+
+
+def test_a_second_agent_is_refused_with_the_pid_of_the_first(agent, dirs):
+    running = agent()
+    found = colocate("agent", "--config", str(running.config))
+    assert found.returncode == 1
+    assert f"(pid {running.process.pid})" in found.stderr
+    running.stop()
+
+
+def test_status_top_explain_and_metrics_answer(node, agent):
+    running = agent(more="cpu: {reserve: 7%}")
+    node.start("web", HOG, cpu=0)
+    time.sleep(1)
+    assert running.ask("status")["pid"] == running.process.pid
+    verdicts = running.ask("top")["plan"]["verdicts"]
+    assert {v["law"] for v in verdicts} == {"cpu", "memory", "eviction", "freeze"}
+    shown = colocate("explain", "web").stdout
+    assert "guard_rail_cores" in shown
+    assert colocate("explain", "nobody").returncode == 2
+    running.stop()
+
+
+def test_the_http_server_tells_health_and_metrics(node, dirs):
+    node.make("web")
+    running = AgentProcess(node, dirs)
+    running.config.write_text(running.config.read_text().replace("enabled: false", "enabled: true"))
+    running.stop()
+    with open(dirs / "policy.yaml") as file:
+        text = file.read().replace("port: 0", "port: 19464")
+    (dirs / "policy.yaml").write_text(text)
+    command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(dirs / "policy.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+
+        def get(path):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:19464{path}", timeout=2) as answer:
+                    return answer.read().decode()
+            except OSError:
+                return ""
+
+        assert wait_for(lambda: get("/readyz"), 20)
+        assert "last tick" in get("/healthz")
+        assert 'colocate_node_cpu_cores{tier="batch"}' in get("/metrics")
+        assert json.loads(get("/debug/plan"))["plan"]["verdicts"]
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_an_invalid_policy_keeps_the_old_one_in_force_and_says_why(agent):
+    running = agent()
+    good = running.config.read_text()
+    running.config.write_text(good.replace("tick: 250ms", "tik: 250ms"))
+    assert wait_for(lambda: "did you mean tick" in str(running.ask("status")["problems"]), 10)
+    running.config.write_text(good)
+    assert wait_for(lambda: "policy" not in running.ask("status")["problems"], 10)
+    running.stop()
+
+
+def test_a_service_that_matches_nothing_is_a_problem_not_an_error(node, dirs):
+    running = AgentProcess(node, dirs)
+    assert wait_for(lambda: "matches nothing" in str(running.ask("status")["problems"]))
+    running.stop()
+
+
+def test_shadow_makes_no_cgroup(node, agent):
+    running = agent(options=("--shadow",))
+    time.sleep(1)
+    assert running.ask("status")["shadow"] is True
+    assert inodes_of(node.port, tier_of(node)) == {}
+    running.stop()
+
+
+def test_batch_in_place_is_governed_and_put_back_byte_for_byte(node, agent):
+    path = node.make("nightly")
+    node.knob("nightly", "cpu.weight", "50")
+    hierarchy = node.port.layout.controllers["cpu"]
+    file = "cpu.weight" if hierarchy == UNIFIED else "cpu.shares"
+    before = node.port.read(hierarchy, path, file)
+    running = agent(more="batch: [{name: nightly, selector: {cgroup: /nightly}}]")
+    inodes = inodes_of(node.port, path)
+    assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes) == "1")
+    running.stop()
+    assert node.port.read(hierarchy, path, file) == before
+
+
+# -- colocate run -------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, **options):
+    return colocate("run", *arguments, **options)
+
+
+def test_run_passes_output_and_exit_code_through(agent):
+    running = agent()
+    found = run("--name", "hello", "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (found.stdout, found.stderr, found.returncode) == ("out\n", "err\n", 7)
+    running.stop()
+
+
+def test_run_puts_the_command_into_the_tier_in_every_hierarchy(node, agent):
+    running = agent()
+    found = run("--name", "where", "--", "cat", "/proc/self/cgroup")
+    tier = tier_of(node)
+    inside = [line for line in found.stdout.splitlines() if line.endswith(f"{tier}/where")]
+    assert len(inside) >= min(len(node.port.layout.mounts), 4) or (
+        UNIFIED in node.port.layout.mounts and len(inside) == 1
+    )
+    assert wait_for(lambda: node.port.children(node.port.layout.controllers["cpu"], tier) == [])
+    running.stop()
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        pytest.param(["sh", "-c", "kill -TERM $$"], 143, id="128+n for a signal"),
+        pytest.param(["no-such-command"], 127, id="127 for a command that does not exist"),
+        pytest.param(["/etc/hostname"], 126, id="126 for one that cannot be executed"),
+        pytest.param(["true"], 0, id="0 for success"),
+    ],
+)
+def test_run_ends_as_shells_do(agent, command, code):
+    running = agent()
+    assert run("--", *command).returncode == code
+    running.stop()
+
+
+def test_run_without_a_command_is_bad_input(dirs):
+    assert run("--name", "x").returncode == 2
+    assert run("--cpus", "many", "--", "true").returncode == 2
+
+
+def test_a_taken_name_is_refused(agent):
+    running = agent()
+    first = subprocess.Popen([sys.executable, "-m", "colocate.cli.main", "run", "--name", "one", "--", "sleep", "5"])
+    assert wait_for(lambda: running.ask("status")["jobs"] == 1)
+    second = run("--name", "one", "--", "true")
+    assert second.returncode == 125
+    assert "taken" in second.stderr
+    first.terminate()
+    first.wait(10)
+    running.stop()
+
+
+def test_an_evicted_job_has_its_own_exit_code_and_a_reason(agent):
+    running = agent()
+    found = run("--max-runtime", "500ms", "--", "sleep", "30")
+    assert found.returncode == 75
+    assert "evicted: MaxRuntime" in found.stderr
+    running.stop()
+
+
+def test_a_job_that_ignores_sigterm_and_forks_out_leaves_nothing(node, agent):
+    running = agent(more="memory: {terminationGrace: 500ms}")
+    found = run("--name", "stubborn", "--", "sh", "-c", "trap '' TERM; (trap '' TERM; sleep 60) & exit 3")
+    assert found.returncode == 3
+    tier, hierarchy = tier_of(node), node.port.layout.controllers["cpu"]
+    assert wait_for(lambda: processes_below(node.port, hierarchy, tier) == [])
+    assert wait_for(lambda: node.port.children(hierarchy, tier) == [])
+    running.stop()
+
+
+def test_signals_are_passed_to_the_command(agent, dirs):
+    running = agent()
+    script = f"trap 'echo got > {dirs}/usr1' USR1; touch {dirs}/ready; while :; do sleep 0.05; done"
+    job = subprocess.Popen([sys.executable, "-m", "colocate.cli.main", "run", "--", "sh", "-c", script])
+    assert wait_for((dirs / "ready").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert wait_for((dirs / "usr1").exists)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(10) == 143
+    running.stop()
+
+
+def test_without_an_agent_run_brings_one_that_ends_after_its_last_job(dirs, node):
+    config = dirs / "embedded.yaml"
+    config.write_text(f"spec: {{nodeRoot: {node.path}}}")
+    found = run("--config", str(config), "--", "sh", "-c", "exit 4")
+    assert found.returncode == 4, found.stderr
+    assert wait_for(lambda: not (dirs / "run" / "agent.sock").exists(), 15)
+    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}, 10)
+
+
+# -- crashes ------------------------------------------------------------------------------------------------------
+
+
+def frozen(node):
+    tier = tier_of(node)
+    paths = [tier] + [joined(tier, c) for c in node.port.children(UNIFIED, tier)]
+    return any(read_knob(node.port, p, "cgroup.freeze", inodes_of(node.port, p)) == "1" for p in paths)
+
+
+def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, agent):
+    running = agent()
+    job = subprocess.Popen([sys.executable, "-m", "colocate.cli.main", "run", "--name", "ice", "--", "sleep", "60"])
+    assert wait_for(lambda: running.ask("status")["jobs"] == 1)
+    tier = tier_of(node)
+    path = joined(tier, "ice")
+    running.process.send_signal(signal.SIGSTOP)
+    node.knob(path.removeprefix(node.path), "cgroup.freeze", "1")
+    assert frozen(node)
+    running.stop(signal.SIGKILL)
+    started = time.monotonic()
+    assert wait_for(lambda: not frozen(node), 5)
+    assert time.monotonic() - started < 5
+    assert read_knob(node.port, tier, "cpu.weight", inodes_of(node.port, tier)) == "1"
+    job.terminate()
+    job.wait(10)
+
+
+def test_the_next_start_undoes_a_crash_and_removes_what_is_empty(node, agent):
+    path = node.make("nightly")
+    node.knob("nightly", "cpu.weight", "50")
+    before = read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path))
+    running = agent(more="batch: [{name: nightly, selector: {cgroup: /nightly}}]")
+    assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == "1")
+    running.stop(signal.SIGKILL)
+    assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == before, 8)
+    assert colocate("restore").returncode == 0
+    assert inodes_of(node.port, tier_of(node)) == {}
+
+
+# -- below BestEffort ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_batch_is_strictly_below_best_effort(node, dirs):
+    """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s."""
+    node.knob("/", "cpuset.cpus", "0")
+    for path in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
+        node.make(path, inner=True)
+    node.make("kubepods/burstable/podservice")
+    node.make("kubepods/besteffort/podhog")
+    node.make("web")
+    node.knob("kubepods/besteffort", "cpu.weight", "1")
+    seconds = 30.0
+    alone = node.start("kubepods/burstable/podservice", DUTY, "0.6", "5", cpu=0)
+    alone_median = float(alone.communicate(timeout=30)[0].split()[0])
+    running = AgentProcess(node, dirs, tick="200ms")
+    tier = joined(node.path, "kubepods", "batch")
+    assert inodes_of(node.port, tier), "the tier is BestEffort's sibling"
+    service = node.start("kubepods/burstable/podservice", DUTY, "0.6", str(seconds), cpu=0)
+    best_effort = node.start("kubepods/besteffort/podhog", HOG, cpu=0)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG]
+    )
+    median = float(service.communicate(timeout=60)[0].split()[0])
+    assert wait_for(lambda: running.ask("status")["jobs"] == 1)
+    hierarchy = node.port.layout.controllers["cpu"]
+    pids = processes_below(node.port, hierarchy, tier)
+    batch = sum(
+        sum(int(f) for f in (node.port.proc(f"/proc/{p}/stat") or "").rpartition(")")[2].split()[11:13]) for p in pids
+    ) / os.sysconf("SC_CLK_TCK")
+    got = node.cpu_seconds(best_effort)
+    job.terminate()
+    job.wait(10)
+    running.stop()
+    assert got / (got + batch) >= 0.95, f"BestEffort {got:.2f} s, batch {batch:.2f} s"
+    assert median <= 1.25 * alone_median
+
+
+def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
+    for path in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
+        node.make(path, inner=True)
+    node.make("kubepods/besteffort/podhog")
+    node.make("web")
+    node.knob("kubepods/besteffort", "cpu.weight", "1")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs")
+    running = AgentProcess(node, dirs, tick="200ms")
+    for _ in range(2):
+        node.start("kubepods/besteffort/podhog", HOG, cpu=0)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG]
+    )
+    tier = joined(node.path, "kubepods", "batch")
+    inodes = {}
+
+    def elsewhere():
+        inodes.update(inodes_of(node.port, tier))
+        return read_knob(node.port, tier, "cpuset.cpus", inodes) == "1" and str(
+            read_knob(node.port, tier, "cpu.max", inodes)
+        ).startswith("max")
+
+    moved = wait_for(elsewhere, 15)
+    job.terminate()
+    job.wait(10)
+    running.stop()
+    assert moved
