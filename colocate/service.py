@@ -126,7 +126,7 @@ class Service:
         path = self._policy_path
         if path is None:
             return
-        seen = _stamp(path)
+        seen = (0, 0, 0)  # the file may have changed between its loading and now
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             stamp = _stamp(path)
@@ -141,9 +141,10 @@ class Service:
                 self.policy_error = str(error)
                 agent.observer.extra_problems["policy"] = f"{path}: {error}; the old policy stays in force"
                 log.error("policy_invalid", path=str(path), error=str(error))
-            else:
-                self.policy_error = ""
-                agent.observer.extra_problems.pop("policy", None)
+                continue
+            self.policy_error = ""
+            agent.observer.extra_problems.pop("policy", None)
+            if policy != agent.policy:
                 agent.set_policy(policy)
                 log.info("policy_loaded", path=str(path), name=policy.metadata.name)
 

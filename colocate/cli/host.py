@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import logging
 import os
 import sys
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
 from colocate.cli.output import end_status, print_data, print_table, status
@@ -29,8 +26,10 @@ def socket_path(options: argparse.Namespace) -> Path:
     return Path(given) if given else runtime_dir() / "agent.sock"
 
 
-def configure_logs(least: int = logging.INFO) -> None:
-    """JSON on stderr."""
+def configure_logs(least: int = 20) -> None:
+    """JSON on stderr, from this level of `logging` on (20 is INFO)."""
+    import structlog  # late: the commands that only ask an agent are typed a hundred times a day
+
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -107,6 +106,8 @@ def calibrate_command(options: argparse.Namespace) -> int:
 
 def agent(options: argparse.Namespace) -> int:
     """Run until SIGTERM."""
+    import asyncio
+
     from colocate.policyfile import load_policy
     from colocate.service import Service
 

@@ -197,6 +197,8 @@ class ModelFiles:
         if not self._exists(hierarchy, group, file):
             raise FileNotFoundError(errno.ENOENT, f"{path}/{file}")
         self._count(path, file, value)
+        if not value:
+            return  # a write of no bytes never reaches the file's handler
         if file == "cgroup.procs":
             self._attach(hierarchy, path, group, value)
         elif file == "cgroup.subtree_control":

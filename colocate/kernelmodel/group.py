@@ -157,7 +157,7 @@ class Group:
         while root.parent is not None:
             root = root.parent
         if any(c not in root.cpus for c in cpus):
-            raise refuse(errno.EINVAL, "no such CPU")
+            raise refuse(errno.ERANGE, "no such CPU")
         if self.parent is None:
             raise refuse(errno.EACCES, "the root's CPUs are fixed")
         if not self.unified:

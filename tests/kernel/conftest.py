@@ -16,6 +16,7 @@ from colocate.cgroupfs import KernelPort, joined
 from colocate.knobs import write_knob
 from colocate.observe.cgroup import inodes_of
 
+PATIENCE = float(os.environ.get("COLOCATE_TEST_PATIENCE", "1"))
 HOG = "while True: pass"
 DUTY = """
 import sys, time
@@ -104,13 +105,13 @@ def dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def colocate(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     command = [sys.executable, "-m", "colocate.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120 * PATIENCE, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def wait_for(condition: object, seconds: float = 10.0) -> bool:
-    """Poll a condition."""
+    """Poll a condition; an emulated machine is given more time."""
     assert callable(condition)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while time.monotonic() < deadline:
         if condition():
             return True

@@ -15,7 +15,7 @@ import pytest
 from colocate.cgroupfs import UNIFIED, joined, processes_below
 from colocate.knobs import read_knob
 from colocate.observe.cgroup import inodes_of
-from tests.kernel.conftest import DUTY, HOG, colocate, wait_for
+from tests.kernel.conftest import DUTY, HOG, PATIENCE, colocate, wait_for
 
 POLICY = """
 apiVersion: colocate.io/v1alpha1
@@ -53,7 +53,7 @@ class AgentProcess:
             self.process.send_signal(number)
         assert self.process.stderr is not None
         said = self.process.stderr.read()
-        self.process.wait(20)
+        self.process.wait(20 * PATIENCE)
         self.process.stderr.close()
         return said
 
@@ -135,7 +135,7 @@ def test_the_http_server_tells_health_and_metrics(node, dirs):
         assert json.loads(get("/debug/plan"))["plan"]["verdicts"]
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(20 * PATIENCE)
 
 
 def test_an_invalid_policy_keeps_the_old_one_in_force_and_says_why(agent):
@@ -229,7 +229,7 @@ def test_a_taken_name_is_refused(agent):
     assert second.returncode == 125
     assert "taken" in second.stderr
     first.terminate()
-    first.wait(10)
+    first.wait(10 * PATIENCE)
     running.stop()
 
 
@@ -259,7 +259,7 @@ def test_signals_are_passed_to_the_command(agent, dirs):
     job.send_signal(signal.SIGUSR1)
     assert wait_for((dirs / "usr1").exists)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(10) == 143
+    assert job.wait(10 * PATIENCE) == 143
     running.stop()
 
 
@@ -296,7 +296,7 @@ def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, a
     assert time.monotonic() - started < 5
     assert read_knob(node.port, tier, "cpu.weight", inodes_of(node.port, tier)) == "1"
     job.terminate()
-    job.wait(10)
+    job.wait(10 * PATIENCE)
 
 
 def test_the_next_start_undoes_a_crash_and_removes_what_is_empty(node, agent):
@@ -326,7 +326,7 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     node.knob("kubepods/besteffort", "cpu.weight", "1")
     seconds = 30.0
     alone = node.start("kubepods/burstable/podservice", DUTY, "0.6", "5", cpu=0)
-    alone_median = float(alone.communicate(timeout=30)[0].split()[0])
+    alone_median = float(alone.communicate(timeout=30 * PATIENCE)[0].split()[0])
     running = AgentProcess(node, dirs, tick="200ms")
     tier = joined(node.path, "kubepods", "batch")
     assert inodes_of(node.port, tier), "the tier is BestEffort's sibling"
@@ -335,7 +335,7 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     job = subprocess.Popen(
         [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG]
     )
-    median = float(service.communicate(timeout=60)[0].split()[0])
+    median = float(service.communicate(timeout=60 * PATIENCE)[0].split()[0])
     assert wait_for(lambda: running.ask("status")["jobs"] == 1)
     hierarchy = node.port.layout.controllers["cpu"]
     pids = processes_below(node.port, hierarchy, tier)
@@ -344,7 +344,7 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     ) / os.sysconf("SC_CLK_TCK")
     got = node.cpu_seconds(best_effort)
     job.terminate()
-    job.wait(10)
+    job.wait(10 * PATIENCE)
     running.stop()
     assert got / (got + batch) >= 0.95, f"BestEffort {got:.2f} s, batch {batch:.2f} s"
     assert median <= 1.25 * alone_median
@@ -375,6 +375,6 @@ def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
 
     moved = wait_for(elsewhere, 15)
     job.terminate()
-    job.wait(10)
+    job.wait(10 * PATIENCE)
     running.stop()
     assert moved

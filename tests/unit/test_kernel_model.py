@@ -32,13 +32,13 @@ def v2():
         ),
         pytest.param(v2, [(UNIFIED, "cpu.weight", "0")], errno.ERANGE, id="v2 weight 0"),
         pytest.param(v2, [(UNIFIED, "cpu.max", "999 100000")], errno.EINVAL, id="v2 quota below 1 ms"),
-        pytest.param(v2, [(UNIFIED, "cpuset.cpus", "9")], errno.EINVAL, id="v2 no such CPU"),
+        pytest.param(v2, [(UNIFIED, "cpuset.cpus", "9")], errno.ERANGE, id="v2 no such CPU"),
         pytest.param(v2, [(UNIFIED, "cgroup.freeze", "2")], errno.ERANGE, id="v2 freeze 2"),
         pytest.param(v2, [(UNIFIED, "cgroup.subtree_control", "+rdma")], errno.ENOENT, id="v2 a controller it has not"),
         pytest.param(
             v1, [("cpu", "cpu.idle", "1"), ("cpu", "cpu.shares", "5")], errno.EINVAL, id="v1 shares while idle"
         ),
-        pytest.param(v1, [("cpuset", "cpuset.cpus", "7")], errno.EINVAL, id="v1 no such CPU"),
+        pytest.param(v1, [("cpuset", "cpuset.cpus", "7")], errno.ERANGE, id="v1 no such CPU"),
         pytest.param(v1, [("freezer", "freezer.state", "COLD")], errno.EINVAL, id="v1 an unknown freezer state"),
     ],
 )

@@ -1,0 +1,61 @@
+"""The kernel suite, and what needs full cgroup v2, inside a virtual machine with Debian's kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tools.guest import Guest, lacks
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(lacks()), reason=f"a guest lacks {lacks()}"),
+]
+PYTEST = "cd /opt/project && python3 -m pytest -q -p no:cacheprovider -x"
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[Guest]:
+    with Guest() as running:
+        yield running
+
+
+def passes(guest: Guest, selection: str, seconds: float) -> None:
+    code, output = guest.run(f"{PYTEST} {selection} > /tmp/out 2>&1; rc=$?; tail -60 /tmp/out; exit $rc", seconds)
+    assert code == 0, output[-6000:]
+    assert " passed" in output, output[-6000:]
+
+
+def test_the_guest_offers_full_cgroup_v2(guest):
+    code, output = guest.run("cat /sys/fs/cgroup/cgroup.controllers")
+    assert code == 0
+    assert {"cpu", "cpuset", "io", "memory", "pids"} <= set(output.split())
+
+
+def test_doctor_finds_a_tier_possible(guest):
+    code, output = guest.run("cd /opt/project && COLOCATE_JIT=off python3 -m colocate.cli.main doctor")
+    assert code == 0, output
+    assert "v2" in output
+
+
+def test_the_model_answers_as_this_kernel_does(guest):
+    passes(guest, "tests/kernel/test_model_differential.py", 600)
+
+
+def test_a_sigkill_at_twenty_moments_leaves_the_node_as_it_was_found(guest):
+    passes(guest, "tests/kernel/test_crash.py", 900)
+
+
+def test_memory_is_given_back_on_v2(guest):
+    passes(guest, "tests/kernel/test_memory.py", 600)
+
+
+def test_batch_is_below_best_effort_on_v2(guest):
+    passes(guest, "tests/kernel/test_agent_on_a_kernel.py -k 'strictly or starve'", 900)
+
+
+def test_jobs_and_crashes_on_v2(guest):
+    passes(
+        guest, "tests/kernel/test_agent_on_a_kernel.py -k 'sigterm or killed or forks or hierarchy or in_place'", 900
+    )

@@ -1,0 +1,102 @@
+"""The memory law on this very kernel: a service that stalls gets memory back, by the ladder of this cgroup version."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from colocate.actuate.journal import Journal, boot_id
+from colocate.agent import Agent
+from colocate.cgroupfs import UNIFIED
+from colocate.config import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.model import reference
+from colocate.observe.pressure import PressureWatch
+from tests.kernel.conftest import PATIENCE
+
+GROW = """
+import time
+held = []
+while True:
+    block = bytearray(4 << 20)
+    block[::4096] = b"1" * len(block[::4096])
+    held.append(block)
+    time.sleep(0.01)
+"""
+READ = """
+import os, sys, time
+path = sys.argv[1]
+with open(path, "wb") as file:
+    for _ in range(160): file.write(os.urandom(1 << 20))
+while True:
+    with open(path, "rb") as file:
+        while file.read(1 << 20): pass
+"""
+
+
+def test_a_growing_job_is_stopped_before_the_node_is_full(node, tmp_path):
+    node.knob("/", "memory.max", str(320 << 20))
+    node.make("web")
+    node.start(
+        "web", "import time\nheld = bytearray(40 << 20)\nheld[::4096] = b'1' * 10240\nwhile True: time.sleep(0.05)"
+    )
+    spec = PolicySpec(
+        node_root=node.path,
+        tick=0.1,
+        services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
+        memory=MemoryPolicy(rung=0.1, termination_grace=1.0),
+    )
+    agent = Agent(node.port, ColocationPolicy(spec=spec), reference, Journal(tmp_path, boot_id()))
+    states: list[str] = []
+
+    async def live():
+        agent.open()
+        job = node.start("web", GROW)
+        agent.tier.move(job.pid, agent.tier.ensure_job("grow"))
+        agent.on_tick.append(lambda tick: states.append(tick.plan.verdicts[1].state))
+        stop = asyncio.Event()
+        running = asyncio.create_task(agent.run(stop))
+        end = time.monotonic() + 6 * PATIENCE
+        while time.monotonic() < end and job.poll() is None:
+            await asyncio.sleep(0.1)
+        stop.set()
+        await running
+        held = agent.last.snapshot.tier.memory_bytes if agent.last and agent.last.snapshot.tier else 0
+        job.kill()
+        job.communicate()
+        await agent.close()
+        return held
+
+    held = asyncio.run(live())
+    service = node.processes[0]
+    assert service.poll() is None, "the service was killed"
+    assert held < 300 << 20
+    if node.port.layout.version == 2:
+        assert agent.laws.memory.allowance_bytes < 300 << 20
+    assert states
+
+
+def test_a_stalling_service_wakes_the_loop(node, tmp_path):
+    if "psi" not in node.port.layout.controllers:
+        pytest.skip("needs PSI in the unified hierarchy")
+    path = node.make("web")
+    node.knob("web", "memory.max", str(48 << 20))
+    woken: list[float] = []
+
+    async def watch():
+        watcher = PressureWatch(node.port, lambda _: woken.append(time.monotonic()), 0.02, 0.075)
+        inode = node.port.inode(UNIFIED, path)
+        running = asyncio.create_task(watcher.run())
+        watcher.watch({"service:web": (path, inode)})
+        node.start("web", READ, str(tmp_path / "file"))
+        end = time.monotonic() + 15 * PATIENCE
+        while not woken and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return watcher.mode
+
+    mode = asyncio.run(watch())
+    assert mode in ("poll", "trigger")
+    assert woken, "reading a file larger than its memory did not stall the service"
