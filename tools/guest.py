@@ -283,7 +283,7 @@ class Guest:
              "-drive", f"file={project},if=virtio,format=raw,readonly=on",
              "-serial", f"file:{self._directory / 'console'}",
              "-serial", f"unix:{self._directory / 'channel'},server=on,wait=on", "-monitor", "none"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(self._directory / "qemu").open("wb"),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self._qemu.poll() is None:
@@ -297,7 +297,6 @@ class Guest:
         said = (
             (self._directory / "console").read_text(errors="replace") if (self._directory / "console").exists() else ""
         )
-        said += (self._directory / "qemu").read_text(errors="replace")
         self.__exit__()
         raise RuntimeError(f"the guest did not start: {said[-2000:]}")
 

@@ -78,6 +78,8 @@ class ScratchNode:
         own = start_time(port, os.getpid())
         self.path = joined(base_path(port), f"colocate-{purpose}-{os.getpid()}-{own}")
         self._memory_bytes = memory_bytes
+        self._enabled: dict[str, list[str]] = {}
+        """Controllers that we enabled in directories that are not ours."""
 
     def __enter__(self) -> ScratchNode:
         """Make the node. Raises PermissionMissing, HostUnfit."""
@@ -85,6 +87,8 @@ class ScratchNode:
             if self._port.layout.version == 2:
                 self._enable(self.path.rpartition("/")[0] or "/")
             self.make("/")
+            if self._port.layout.version == 2:
+                self._enable(self.path)
             if self._memory_bytes is not None:
                 write_knob(
                     self._port, self.path, "memory.max", str(self._memory_bytes), inodes_of(self._port, self.path)
@@ -95,8 +99,12 @@ class ScratchNode:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill what is in it and remove it."""
+        """Kill what is in it, remove it, and give back the controllers that were enabled for it."""
         remove_tree(self._port, self.path)
+        for path, controllers in self._enabled.items():
+            for controller in controllers:
+                with contextlib.suppress(OSError):  # by now somebody else may use it
+                    self._port.write(UNIFIED, path, "cgroup.subtree_control", f"-{controller}")
 
     def _enable(self, path: str) -> None:
         port = self._port
@@ -116,6 +124,8 @@ class ScratchNode:
                     port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}")
                 except OSError as error:
                     self._refuse(path, error)
+                if not path.startswith(self.path):
+                    self._enabled.setdefault(path, []).append(controller)
 
     @staticmethod
     def _refuse(path: str, error: OSError) -> None:

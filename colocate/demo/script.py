@@ -162,12 +162,15 @@ class Demo:
         workers = [await self._worker(cpu) for cpu in self._cpus]
         try:
             await self._references()
-            for i, arm in enumerate(ARMS):
-                self._progress(TITLES[arm], 0.3 + 0.7 * i / len(ARMS))
-                await self._arm(arm, calibration)
+            await self._arms(calibration)
         finally:
             for worker in workers:
                 await worker.end()
+
+    async def _arms(self, calibration: Calibration) -> None:
+        for i, arm in enumerate(ARMS):
+            self._progress(TITLES[arm], 0.3 + 0.7 * i / len(ARMS))
+            await self._arm(arm, calibration)
 
     def _knob(self, group: str, knob: str, value: str) -> None:
         path = joined(self._node.path, group)

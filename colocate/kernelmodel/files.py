@@ -13,6 +13,7 @@ from colocate.kernelmodel.group import PAGE, Group, refuse
 from colocate.kernelmodel.machine import Machine, Task
 
 V1_HIERARCHIES = ("cpu", "cpuacct", "cpuset", "memory", "freezer", "blkio", "pids")
+KNOWN_CONTROLLERS = ("cpuset", "cpu", "io", "memory", "pids", "rdma", "hugetlb", "misc")
 V2_CONTROLLERS = ("cpuset", "cpu", "io", "memory", "pids")
 _V2_FILES = {
     "cpu": ("cpu.weight", "cpu.idle", "cpu.max"),
@@ -244,8 +245,10 @@ class ModelFiles:
         offered = V2_CONTROLLERS if group.parent is None else group.parent.controllers
         wanted = set(group.controllers)
         for word in value.split():
-            if word[0] not in "+-" or (word[0] == "+" and word[1:] not in offered):
-                raise refuse(errno.ENOENT, word)
+            if word[0] not in "+-" or word[1:] not in KNOWN_CONTROLLERS:
+                raise refuse(errno.EINVAL, f"{word}: no controller")
+            if word[0] == "+" and word[1:] not in offered:
+                raise refuse(errno.ENOENT, f"{word}: not offered here")
             if word[0] == "-" and any(word[1:] in c.controllers for c in group.children.values()):
                 raise refuse(errno.EBUSY, "a child uses it")
             (wanted.add if word[0] == "+" else wanted.discard)(word[1:])

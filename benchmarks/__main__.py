@@ -1,0 +1,35 @@
+"""`make bench` (a subset) and `make bench-full`: run what is missing, print each bar as pass, fail or undecided."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import agent, isolation
+from benchmarks.common import RESULTS
+from colocate.errors import ColocateError
+
+SUITES = {"agent": agent.run, "isolation": isolation.run}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the suites named (default: all); 0 whatever the bars say, for a missed bar is a finding."""
+    full = "--full" in arguments
+    names = [a for a in arguments if not a.startswith("-")] or list(SUITES)
+    unknown = [n for n in names if n not in SUITES]
+    if unknown:
+        print(f"unknown benchmark {unknown[0]!r}; known: {', '.join(SUITES)}", file=sys.stderr)
+        return 2
+    lines = []
+    try:
+        for name in names:
+            lines += SUITES[name](full)
+    except ColocateError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return error.exit_code
+    print(*lines, sep="\n")
+    (RESULTS / "summary.txt").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

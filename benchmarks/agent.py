@@ -1,0 +1,144 @@
+"""What the agent costs: CPU a second and memory with 110 pods of 3 containers at 1 Hz, the first tick, 10,000 cgroups.
+
+CPU time and memory are absolute; the first tick is wall clock and stands beside the reference loop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.common import Runs, bar, reference_loop
+from colocate.actuate.scratch import ScratchNode, sweep
+from colocate.cgroupfs import KernelPort
+from colocate.jobs.client import Connection
+
+ROUNDS = 3
+SECONDS = 20
+MODES = ("on", "off")
+BARS = {"cpu_ms": 15.0, "rss_on": 160.0, "rss_off": 90.0, "first_tick": 1.0}
+
+
+@contextmanager
+def _agent(node: ScratchNode, jit: str, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    config = directory / "policy.yaml"
+    config.write_text(f"spec: {{nodeRoot: {node.path}, calibrate: false, http: {{enabled: false}}}}")
+    environment = {
+        **os.environ,
+        "COLOCATE_JIT": jit,
+        "COLOCATE_STATE_DIR": str(directory / "state"),
+        "COLOCATE_RUNTIME_DIR": str(directory / "run"),
+    }
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(config)]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stderr=log)
+    records = directory / "state" / "records"
+    try:
+        while not list(records.glob("*.jsonl")) or not any(f.stat().st_size for f in records.glob("*.jsonl")):
+            if process.poll() is not None or time.perf_counter() - started > 60:
+                raise RuntimeError((directory / "log").read_text())
+            time.sleep(0.005)
+        yield process, time.perf_counter() - started
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _pods(node: ScratchNode, pods: int, containers: int) -> None:
+    for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
+        node.make_inner(inner)
+    for i in range(pods):
+        pod = f"kubepods/burstable/pod{i:08d}-0000-0000-0000-000000000000"
+        node.make_inner(pod)
+        for c in range(containers):
+            node.make(f"{pod}/c{c}")
+
+
+def _measure(node: ScratchNode, jit: str, seconds: float) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with _agent(node, jit, directory):
+            pass  # fills the compiled cache
+        with _agent(node, jit, directory) as (process, first_tick):
+            time.sleep(3)
+            before, started = _cpu_seconds(process.pid), time.perf_counter()
+            time.sleep(seconds)
+            cpu = (_cpu_seconds(process.pid) - before) / (time.perf_counter() - started)
+            rss = _rss_mib(process.pid)
+            records = sum(f.stat().st_size for f in (directory / "state" / "records").iterdir())
+            connection = Connection(directory / "run" / "agent.sock")
+            tick = connection.ask(op="explain")["tick_seconds"]
+            connection.close()
+    return {
+        "cpu_ms": 1e3 * cpu,
+        "rss_mib": rss,
+        "first_tick": first_tick,
+        "tick_ms": 1e3 * tick,
+        "record_bytes": float(records),
+    }
+
+
+def run(full: bool) -> list[str]:
+    """Run what is missing; the summary."""
+    runs, port = Runs("agent"), KernelPort()
+    sweep(port)
+    with ScratchNode(port, "bench") as node:
+        _pods(node, 110, 3)
+        for round_ in range(ROUNDS):
+            for jit in MODES if round_ % 2 == 0 else MODES[::-1]:
+                if not runs.has(kind="330 containers", jit=jit, round=round_):
+                    found = _measure(node, jit, SECONDS)
+                    runs.add(kind="330 containers", jit=jit, round=round_, reference=reference_loop(), **found)
+    count = 10_000 if full else 2_000
+    if not runs.has(kind=f"{count} cgroups"):
+        with ScratchNode(port, "bench") as node:
+            _pods(node, count // 4, 3)
+            found = _measure(node, "on", 10)
+            runs.add(kind=f"{count} cgroups", jit="on", round=0, reference=reference_loop(), **found)
+    return summary(runs, count)
+
+
+def _worst(runs: Runs, field: str, **key: object) -> float:
+    return float(max(r[field] for r in runs.runs if all(r.get(k) == v for k, v in key.items())))
+
+
+def summary(runs: Runs, count: int) -> list[str]:
+    """Each figure is the worst of all rounds, against its bar."""
+    lines = []
+    kind = "330 containers"
+    for jit in MODES:
+        name = "numba" if jit == "on" else "lean"
+        cpu, rss = _worst(runs, "cpu_ms", kind=kind, jit=jit), _worst(runs, "rss_mib", kind=kind, jit=jit)
+        first = _worst(runs, "first_tick", kind=kind, jit=jit)
+        bound = BARS[f"rss_{jit}"]
+        lines.append(bar(f"agent, {name}: CPU a second", _judge(cpu, BARS["cpu_ms"]), cpu, BARS["cpu_ms"], "ms"))
+        lines.append(bar(f"agent, {name}: resident memory", _judge(rss, bound), rss, bound, "MiB"))
+        judged = _judge(first, BARS["first_tick"])
+        lines.append(bar(f"agent, {name}: start to first tick", judged, first, BARS["first_tick"], "s"))
+    many = next(r for r in runs.runs if r.get("kind") == f"{count} cgroups")
+    lines.append(f"reported  agent, {count} cgroups: {many['cpu_ms']:.0f} ms CPU a second, {many['rss_mib']:.0f} MiB")
+    return lines
+
+
+def _judge(value: float, bound: float) -> str:
+    return "pass" if value <= bound else "fail"

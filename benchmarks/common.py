@@ -1,0 +1,66 @@
+"""What every benchmark needs: the machine's facts, a reference loop, and results that are kept run by run."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from colocate.calibrate import machine_facts
+from colocate.cgroupfs import KernelPort
+from colocate.model.statistics import Interval
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def reference_loop() -> float:
+    """Seconds of CPU that a fixed loop takes now: the measure beside every wall-clock figure."""
+    best = float("inf")
+    for _ in range(3):
+        started = time.thread_time()
+        total = 0
+        for i in range(300_000):
+            total += i * i
+        best = min(best, time.thread_time() - started)
+    return best
+
+
+class Runs:
+    """A JSON-lines file of runs; what is in it is not run again, so a benchmark can be resumed."""
+
+    def __init__(self, name: str) -> None:
+        self.path = RESULTS / f"{name}.jsonl"
+        RESULTS.mkdir(exist_ok=True)
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        self.runs: list[dict[str, Any]] = [msgspec.json.decode(line) for line in lines if line]
+        if not any("machine" in r for r in self.runs):
+            self.add(machine={**machine_facts(KernelPort()), "memory": _memory()})
+
+    def has(self, **key: Any) -> bool:
+        """Whether a run with these fields is there."""
+        return any(all(r.get(k) == v for k, v in key.items()) for r in self.runs)
+
+    def add(self, **run: Any) -> None:
+        """Keep a run."""
+        run = {"at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), **run}
+        self.runs.append(run)
+        with self.path.open("ab") as file:
+            file.write(msgspec.json.encode(run) + b"\n")
+
+
+def _memory() -> str:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{pages / (1 << 30):.0f} GiB"
+
+
+def bar(name: str, judged: str, found: Interval | float, bound: float, unit: str = "x") -> str:
+    """One line of the summary: pass, fail or undecided."""
+    if isinstance(found, Interval):
+        shown = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] {unit}"
+    else:
+        shown = f"{found:.3f} {unit}"
+    return f"{judged:9s} {name}: {shown} (bar {bound:g})"
