@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import agent, isolation
+from benchmarks import agent, isolation, reaction
 from benchmarks.common import RESULTS
 from colocate.errors import ColocateError
 
-SUITES = {"agent": agent.run, "isolation": isolation.run}
+SUITES = {"agent": agent.run, "reaction": reaction.run, "isolation": isolation.run}
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from colocate.cgroupfs import KernelPort
+from tools.guest import lacks as guest_lacks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,17 +24,6 @@ def kernel_lacks() -> str:
     if not os.access(layout.mounts[layout.controllers["cpu"]], os.W_OK):
         return "writable cgroups (this looks like a container)"
     return ""
-
-
-def guest_lacks() -> str:
-    """What the suite in a virtual machine lacks."""
-    needed = {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static", "mke2fs": "e2fsprogs"}
-    missing = [package for program, package in needed.items() if not _which(program)]
-    return f"the Debian packages {', '.join(missing)} (make system-packages)" if missing else ""
-
-
-def _which(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path="/sbin:/usr/sbin")
 
 
 def browser_lacks() -> str:

@@ -1,20 +1,41 @@
 #!/bin/sh
-# The Debian packages of the guest, browser and benchmark suites; idempotent. Run as root.
+# The Debian packages of the guest, browser and benchmark suites, and the guest's kernel; idempotent. Run as root.
 set -eu
-PACKAGES="python3-venv make qemu-system-x86 busybox-static e2fsprogs chromium nginx-light redis-server redis-tools"
+cd "$(dirname "$0")/.."
+PACKAGES="python3-venv make qemu-system-x86 busybox-static e2fsprogs chromium"
+KERNEL=build/guest/kernel
+
 missing=""
 for package in $PACKAGES; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q "install ok installed" || missing="$missing $package"
 done
-[ -n "$missing" ] || { echo "system packages: all there"; exit 0; }
-[ "$(id -u)" = 0 ] || { echo "system packages: run as root to install:$missing" >&2; exit 2; }
-echo "system packages: installing$missing"
+if [ -z "$missing" ] && [ -d "$KERNEL/boot" ]; then
+  echo "system packages: all there"
+  exit 0
+fi
+if [ -n "$missing" ] && [ "$(id -u)" != 0 ]; then
+  echo "system packages: run as root to install:$missing" >&2
+  exit 2
+fi
 export DEBIAN_FRONTEND=noninteractive
-# No service may start by itself: the benchmarks start their own on loopback.
-printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d.colocate
-had=""; [ -e /usr/sbin/policy-rc.d ] && had=yes || mv /usr/sbin/policy-rc.d.colocate /usr/sbin/policy-rc.d
-chmod +x /usr/sbin/policy-rc.d
-trap 'rm -f /usr/sbin/policy-rc.d.colocate; [ -n "$had" ] || rm -f /usr/sbin/policy-rc.d' EXIT
-apt-get -qq update
-# shellcheck disable=SC2086
-apt-get -qq install -y --no-install-recommends $missing > /dev/null
+[ "$(id -u)" != 0 ] || apt-get -qq update
+if [ -n "$missing" ]; then
+  echo "system packages: installing$missing"
+  # shellcheck disable=SC2086
+  apt-get -qq install -y --no-install-recommends $missing > /dev/null
+fi
+if [ ! -d "$KERNEL/boot" ]; then
+  image=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
+  [ -n "$image" ] || image=$(apt-cache depends linux-image-virtual 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')
+  if [ -z "$image" ]; then
+    echo "system packages: no kernel image for the guest is offered here; the guest suite will not run" >&2
+    exit 0
+  fi
+  echo "system packages: unpacking $image for the guest (it is not installed)"
+  work=$(mktemp -d)
+  chmod 755 "$work"
+  trap 'rm -rf "$work"' EXIT
+  (cd "$work" && apt-get -qq download "$image" 2>/dev/null)
+  mkdir -p "$KERNEL"
+  dpkg-deb -x "$work"/*.deb "$KERNEL"
+fi

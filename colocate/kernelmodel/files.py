@@ -155,13 +155,13 @@ class ModelFiles:
             return "".join(f"{t.pid}\n" for t in self.tasks_in(hierarchy, path))
         if file == "cgroup.controllers":
             if self.layout.version == 1:
-                return "\n"
+                return ""
             offered = (
                 V2_CONTROLLERS if group.parent is None else [c for c in V2_CONTROLLERS if c in group.parent.controllers]
             )
-            return " ".join(offered) + "\n"
+            return f"{' '.join(offered)}\n" if offered else ""
         if file == "cgroup.subtree_control":
-            return " ".join(c for c in V2_CONTROLLERS if c in group.controllers) + "\n"
+            return f"{' '.join(c for c in V2_CONTROLLERS if c in group.controllers)}\n" if group.controllers else ""
         counter = self._read_counter(hierarchy, path, file)
         return counter if counter is not None else group.read_setting(file)
 

@@ -1,0 +1,210 @@
+"""How soon the agent acts: a violation visible in the service's histogram, and a service that stalls on memory.
+
+Real parts: an HTTP endpoint with a histogram, real cgroups, real stalls (a service that touches a file larger than its
+memory). The clock starts when the violation is visible (the endpoint serves it; PSI `total=` has passed the threshold,
+as a reader every 5 ms sees it) and stops at the agent's first write. Wall clock, beside a reference loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from aiohttp import web
+
+from benchmarks.common import Runs, bar, reference_loop
+from colocate.actuate.journal import Journal, boot_id
+from colocate.actuate.scratch import ScratchNode, sweep
+from colocate.agent import Agent, Tick
+from colocate.calibrate import PROBE
+from colocate.cgroupfs import UNIFIED, KernelPort, joined
+from colocate.config import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
+from colocate.knobs import write_knob
+from colocate.model import reference
+from colocate.observe.cgroup import inodes_of, parse_pressure
+
+ROUNDS = 12
+"""They fall on as many different phases of the tick."""
+TICK_SECONDS = 0.5
+MEMORY_BAR_SECONDS = 0.3
+SERVICE_BYTES = 48 << 20
+THRASH = """
+import mmap, os, random, sys
+path, size = sys.argv[1], 96 << 20
+if not os.path.exists(path):
+    with open(path, "wb") as file:
+        for _ in range(size >> 20): file.write(os.urandom(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+sys.stdin.readline()
+with open(path, "rb") as file:
+    pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+    pages.madvise(mmap.MADV_RANDOM)
+    while True: pages[random.randrange(size)]
+"""
+
+
+class Endpoint:
+    """A histogram that turns bad on demand."""
+
+    def __init__(self) -> None:
+        self.good = self.bad = 0.0
+        self.violated = False
+        self.first_bad_answer = 0.0
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        """Prometheus text."""
+        self.good += 300
+        if self.violated:
+            self.bad += 300
+            self.first_bad_answer = self.first_bad_answer or time.perf_counter()
+        total = self.good + self.bad
+        rows = {"0.01": self.good, "0.05": total, "+Inf": total}
+        lines = ["# TYPE lat histogram", *(f'lat_bucket{{le="{le}"}} {count}' for le, count in rows.items())]
+        return web.Response(text="\n".join([*lines, "lat_sum 1", f"lat_count {total}", ""]))
+
+
+def _hog(agent: Agent, directory: Path) -> subprocess.Popen[bytes]:
+    counter = directory / "counter"
+    counter.write_bytes(b"\0" * 8)
+    hog = subprocess.Popen([sys.executable, "-IS", str(PROBE), "hog", str(counter)])
+    agent.tier.move(hog.pid, agent.tier.ensure_job("hog"))
+    return hog
+
+
+async def _violation(port: KernelPort, node: ScratchNode, directory: Path, phase: float) -> float:
+    """Seconds from the violation's first moment at the endpoint to the narrowed grant."""
+    endpoint = Endpoint()
+    app = web.Application()
+    app.add_routes([web.get("/metrics", endpoint.metrics)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
+    slo = ServiceLevelObjective(p99=0.02, url=url, metric="lat", window=1.0)
+    spec = PolicySpec(
+        node_root=node.path,
+        tick=TICK_SECONDS,
+        services=(ServicePolicy(name="web", selector=Selector(cgroup="/web"), slo=slo),),
+    )
+    agent = Agent(port, ColocationPolicy(spec=spec), reference, Journal(directory, boot_id()))
+    agent.open()
+    hog = _hog(agent, directory)
+    narrowed = asyncio.Event()
+    at: list[float] = []
+
+    def see(tick: Tick) -> None:
+        if any(o.knob == "cpu.max" and o.status == "applied" and not o.value.startswith("max") for o in tick.outcomes):
+            at.append(time.perf_counter())
+            narrowed.set()
+
+    agent.on_tick.append(see)
+    stop = asyncio.Event()
+    running = asyncio.create_task(agent.run(stop))
+    await asyncio.sleep(2.2 + phase * TICK_SECONDS)
+    started = time.perf_counter()
+    endpoint.violated = True
+    await asyncio.wait_for(narrowed.wait(), 20)
+    stop.set()
+    await running
+    hog.kill()
+    hog.wait()
+    await agent.close()
+    await runner.cleanup()
+    return at[0] - started
+
+
+async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: float) -> float:
+    """Seconds from a visible stall to the first rung."""
+    service = joined(node.path, "web")
+    inodes = inodes_of(port, service)
+    write_knob(port, service, "memory.max", str(SERVICE_BYTES), inodes)
+    spec = PolicySpec(
+        node_root=node.path,
+        tick=1.0,
+        services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
+        memory=MemoryPolicy(),
+    )
+    agent = Agent(port, ColocationPolicy(spec=spec), reference, Journal(directory, boot_id()))
+    agent.open()
+    grow = "held = bytearray(96 << 20); held[::4096] = b'1' * (96 << 8)\nimport time\nwhile True: time.sleep(1)"
+    batch = subprocess.Popen(
+        [sys.executable, "-ISc", f"import sys; sys.stdin.readline()\n{grow}"], stdin=subprocess.PIPE
+    )
+    agent.tier.move(batch.pid, agent.tier.ensure_job("batch"))
+    assert batch.stdin is not None
+    batch.stdin.write(b"\n")
+    batch.stdin.flush()
+    at: list[float] = []
+    rung = asyncio.Event()
+
+    def see(tick: Tick) -> None:
+        if tick.plan.verdicts[1].state != "calm" and not at:
+            at.append(time.perf_counter())
+            rung.set()
+
+    agent.on_tick.append(see)
+    stop = asyncio.Event()
+    running = asyncio.create_task(agent.run(stop))
+    await asyncio.sleep(1.5 + phase)
+    reader = subprocess.Popen([sys.executable, "-ISc", THRASH, str(directory / "file")], stdin=subprocess.PIPE)
+    node.enter(reader.pid, service)
+    assert reader.stdin is not None
+    reader.stdin.write(b"\n")
+    reader.stdin.flush()
+    visible = await asyncio.wait_for(_visible(port, service, inodes[UNIFIED]), 30)
+    await asyncio.wait_for(rung.wait(), 20)
+    stop.set()
+    await running
+    for process in (reader, batch):
+        process.kill()
+        process.communicate()
+    await agent.close()
+    return max(at[0] - visible, 0.0)
+
+
+async def _visible(port: KernelPort, path: str, inode: int) -> float:
+    """When a reader every 5 ms sees more than 5 % of the last 75 ms stalled."""
+    seen: list[tuple[float, int]] = []
+    while True:
+        now = time.perf_counter()
+        total, _ = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
+        seen = [*[s for s in seen if now - s[0] < 0.075], (now, total or 0)]
+        if seen[-1][1] - seen[0][1] > 0.05 * 75_000:
+            return now
+        await asyncio.sleep(0.005)
+
+
+def run(full: bool) -> list[str]:
+    """Run what is missing; the summary."""
+    runs, port = Runs("reaction"), KernelPort()
+    sweep(port)
+    rounds = ROUNDS if not full else 4 * ROUNDS
+    for round_ in range(rounds):
+        for kind, measure in (("violation", _violation), ("stall", _stall)):
+            if runs.has(kind=kind, round=round_):
+                continue
+            with tempfile.TemporaryDirectory(dir="/var/tmp") as name, ScratchNode(port, "bench", 1 << 30) as node:
+                directory = Path(name)
+                node.make("web")
+                seconds = asyncio.run(measure(port, node, directory, round_ / rounds))
+            runs.add(kind=kind, round=round_, seconds=seconds, reference=reference_loop())
+    return summary(runs)
+
+
+def summary(runs: Runs) -> list[str]:
+    """The slowest of all rounds (fewer than 100, so it stands for the p99) against the bar."""
+    lines = []
+    for kind, bound in (("violation", TICK_SECONDS + 0.1), ("stall", MEMORY_BAR_SECONDS)):
+        values = sorted(r["seconds"] for r in runs.runs if r.get("kind") == kind)
+        worst, median = values[-1], values[len(values) // 2]
+        judged = "pass" if worst <= bound else "fail"
+        lines.append(
+            bar(f"reaction, {kind}: slowest of {len(values)} (median {median:.3f})", judged, worst, bound, "s")
+        )
+    return lines
