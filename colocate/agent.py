@@ -17,14 +17,14 @@ import structlog
 
 from colocate.actuate.guardian import Guardian
 from colocate.actuate.journal import Journal
-from colocate.actuate.restore import Report, restore
+from colocate.actuate.restore import Report, restore, restore_paths
 from colocate.actuate.statedir import StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.writer import Drift, Writer
-from colocate.cgroupfs import UNIFIED, FilePort, start_time
+from colocate.cgroupfs import FilePort, start_time
 from colocate.config import Calibration, ColocationPolicy
 from colocate.decide.pipeline import LawState, decide
-from colocate.errors import JournalBroken, StateTooNew
+from colocate.errors import JournalBroken
 from colocate.jobs.registry import Job, Registry
 from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
@@ -38,6 +38,7 @@ from colocate.snapshot import NodeSnapshot
 
 log = structlog.get_logger()
 MODEL_FILE = "model.json"
+HANDOVER_FILE = "handover.json"
 SAVE_MODEL_EVERY_SECONDS = 300.0
 SCRAPE_WAIT_RATIO = 0.15
 FORGET_TOGETHER = 20
@@ -101,7 +102,20 @@ class Agent:
         self._model_saved = 0.0
         self._forgotten: set[str] = set()
 
-    def open(self, *, handover: bool = False) -> Report:
+    def _take_over(self) -> bool:
+        """Whether a predecessor handed its grants over; then its laws' memory is ours."""
+        data = self.state.load(HANDOVER_FILE) if self.state is not None else None
+        if self.state is None or data is None:
+            return False
+        (self.state.path / HANDOVER_FILE).unlink(missing_ok=True)
+        try:
+            self.laws = msgspec.convert(data["laws"], LawState)
+        except (KeyError, msgspec.ValidationError) as error:
+            log.warning("handover_unusable", error=str(error))
+            return False
+        return True
+
+    def open(self) -> Report:
         """Undo what a predecessor left (unless it handed over) and make the tier. Raises HostUnfit, StateTooNew."""
         if self.state is not None and (data := self.state.load(MODEL_FILE)) is not None:
             try:
@@ -110,6 +124,7 @@ class Agent:
                 self.model = msgspec.structs.replace(model, previous=None, windows={})
             except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
                 log.warning("model_state_unusable", error=str(error))
+        handover = not self.shadow and self._take_over()
         report = Report() if handover or self.shadow else restore(self.port, self.journal)
         if not self.shadow:
             self.tier.ensure_tier()
@@ -134,6 +149,7 @@ class Agent:
         objectives = {s.name: s.slo for s in spec.services if s.slo is not None}
         await self.scraper.scrape(objectives, min(SCRAPE_WAIT_RATIO * spec.tick, 0.1))
         snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
+        self.tier.tree = self.observer.tree
         kubernetes = self.observer.tree.kubepods is not None
         drifts = self.writer.drifts(snapshot, yields=spec.drift == "yield", kubernetes=kubernetes)
         for drift in drifts:
@@ -146,6 +162,7 @@ class Agent:
             for job in self.registry.note(plan, snapshot.time_seconds):
                 for told in self.on_evicted:
                     told(job)
+            self._release(snapshot)
         outcomes = await self.writer.apply(plan, snapshot)
         for outcome in outcomes:
             key = (outcome.reason, outcome.status)
@@ -157,10 +174,18 @@ class Agent:
             told_tick(self.last)
         return self.last
 
+    def _release(self, snapshot: NodeSnapshot) -> None:
+        """Put back what was found in a cgroup that is no longer batch in place: the policy or its selector changed."""
+        governed = {w.path for w in snapshot.of("batch") if w.in_place}
+        left = {e.path for e in self.journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"}
+        if snapshot.stale_ticks or not (left - governed):
+            return
+        report = restore_paths(self.port, self.journal, left - governed)
+        log.info("released", paths=sorted(left - governed), restored=report.restored, failed=report.failed)
+
     def _housekeep(self, snapshot: NodeSnapshot) -> None:
         if self.watch is not None:
-            services = {w.id: (w.path, w.inodes[UNIFIED]) for w in snapshot.of("service") if UNIFIED in w.inodes}
-            self.watch.watch(services)
+            self.watch.watch(self.observer.watched(snapshot))
         if self.guardian is not None and not self.shadow:
             self.guardian.ensure()
         if not self.shadow and snapshot.tier is None:
@@ -179,7 +204,8 @@ class Agent:
             following = time.monotonic()
             while not stop.is_set():
                 await self.tick()
-                following = max(following + self.policy.spec.tick, time.monotonic() + 0.01)
+                now = time.monotonic()  # a tick that was woken early must not put off the next ones
+                following = max(min(following, now) + self.policy.spec.tick, now + 0.01)
                 woken = tasks.create_task(self._wake.wait())
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait(
@@ -193,20 +219,23 @@ class Agent:
 
     async def close(self, *, handover: bool = False) -> Report:
         """Stop in order: undo, or leave the grants to a successor."""
-        await self.writer.settle()
-        await self.scraper.close()
-        self.recorder.close()
         report = Report()
+        word = b""  # without a word the guardian undoes what could not be undone here
         try:
+            await self.writer.settle()
             if not self.shadow and not handover:
                 report = restore(self.port, self.journal)
+            word = b"handover" if handover else b"done"
         finally:
-            if self.state is not None:
-                with contextlib.suppress(StateTooNew):
-                    self.state.save(MODEL_FILE, to_builtins(self.model))
             if self.guardian is not None:
-                self.guardian.dismiss(b"handover" if handover else b"done")
+                self.guardian.dismiss(word)
+            if self.state is not None:
+                self.state.save(MODEL_FILE, to_builtins(self.model))
+                if handover:
+                    self.state.save(HANDOVER_FILE, {"laws": msgspec.to_builtins(self.laws)})
             self.journal.close()
+            self.recorder.close()
+            await self.scraper.close()
         return report
 
     def forget_made(self, path: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 from collections import OrderedDict
 from typing import Protocol
 
@@ -169,7 +170,10 @@ class KernelPort:
         if hierarchy not in self.layout.mounts:
             return None
         try:
-            found = os.stat(self._real(hierarchy, path)).st_ino
+            info = os.stat(self._real(hierarchy, path))
+            if not stat.S_ISDIR(info.st_mode):
+                return None
+            found = info.st_ino
         except OSError:
             self._forget(hierarchy, path)
             return None

@@ -14,6 +14,8 @@ from colocate.units import Bytes, Cores, Duration, Percent
 
 API_VERSION = "colocate.io/v1alpha1"
 KIND = "ColocationPolicy"
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT", "SIGTERM", "SIGQUIT", "SIGALRM", "SIGWINCH")
+"""What a job may handle as its checkpoint signal."""
 
 
 class Spec(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, kw_only=True):
@@ -206,6 +208,8 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.tick", spec.tick, 0.05, 60, "s")
     _check_range("$.spec.cpu.growth", spec.cpu.growth, 0.1, 100, "%")
     _check_range("$.spec.cpu.floor", spec.cpu.floor, 0.01, 1024)
+    _check_range("$.spec.cpu.pressure", spec.cpu.pressure, 0.1, 100, "%")
+    _check_range("$.spec.memory.pressure", spec.memory.pressure, 0.1, 100, "%")
     _check_range("$.spec.cpu.trialTicks", spec.cpu.trial_ticks, 1, 1000)
     _check_range("$.spec.cpu.trialRequests", spec.cpu.trial_requests, 0, 10**6)
     _check_range("$.spec.memory.poll", spec.memory.poll, 0.01, 10, "s")
@@ -233,6 +237,12 @@ def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str,
         raise ConfigError(
             f"{path}.selector",
             f"needs exactly one of systemdUnit, cgroup, command, podSelector; {len(chosen)} are set",
+        )
+    if isinstance(entry, BatchPolicy) and entry.checkpoint_signal not in (None, *SIGNALS):
+        raise ConfigError(
+            f"{path}.checkpointSignal",
+            f"{entry.checkpoint_signal!r} is no signal",
+            f"write one of {', '.join(SIGNALS)}",
         )
     if isinstance(entry, ServicePolicy) and entry.slo is not None:
         _check_range(f"{path}.slo.p99", entry.slo.p99, 1e-6, 3600, "s")

@@ -19,7 +19,7 @@ from colocate.agent import Agent, Tick
 from colocate.calibrate import ensure_calibration, load_calibration
 from colocate.cgroupfs import KernelPort
 from colocate.config import ColocationPolicy
-from colocate.errors import BadInput, ColocateError
+from colocate.errors import AlreadyRunning, BadInput, ColocateError
 from colocate.jobs.server import JobServer
 from colocate.model import kernels
 from colocate.policyfile import load_policy
@@ -28,7 +28,6 @@ from colocate.report.record import Recorder
 
 log = structlog.get_logger()
 EMBEDDED_LINGER_SECONDS = 3.0
-HANDOVER_FILE = "handover.json"
 WATCH_SECONDS = 1.0
 
 
@@ -79,7 +78,12 @@ class Service:
         self._policy, self._policy_path, self._runtime, self._socket_path = policy, policy_path, runtime, socket_path
         self._shadow, self._embedded, self._handover = shadow, embedded, handover
         self._state = StateDirectory(state_dir)
-        self._lock = Lock(runtime, policy.spec.node_root)
+        self._state_lock = Lock(state_dir, "state")
+        try:
+            self._lock = Lock(runtime, policy.spec.node_root)
+        except AlreadyRunning:
+            self._state_lock.release()
+            raise
         self._drifts = 0
         self.stop = asyncio.Event()
         self.policy_error = ""
@@ -163,18 +167,13 @@ class Service:
             loop.add_signal_handler(number, self.stop.set)
         try:
             agent = self._make_agent()
-            try:
-                return await self._run(agent)
-            finally:
-                if agent.guardian is not None:
-                    agent.guardian.dismiss()
+            return await self._run(agent)
         finally:
+            self._state_lock.release()
             self._lock.release()
 
     async def _run(self, agent: Agent) -> Report:
-        handed = self._state.load(HANDOVER_FILE) is not None
-        (self._state.path / HANDOVER_FILE).unlink(missing_ok=True)
-        report = agent.open(handover=handed)
+        report = agent.open()
         if not report.clean or report.restored:
             log.info("undone", restored=report.restored, occupied=report.occupied, failed=report.failed)
         if not self._embedded and not self._shadow:
@@ -203,12 +202,13 @@ class Service:
                     task.cancel()
         finally:
             notify_systemd("STOPPING=1")
-            await server.close()
-            if runner is not None:
-                await runner.cleanup()
-            if self._handover:
-                self._state.save(HANDOVER_FILE, {"laws": {}})
-            report = await agent.close(handover=self._handover)
+            try:
+                await server.close()
+                if runner is not None:
+                    await runner.cleanup()
+            finally:
+                # Only an end that was asked for is a handover; a crash must be undone.
+                report = await agent.close(handover=self._handover and self.stop.is_set())
         return report
 
     def _count(self, tick: Tick) -> None:

@@ -62,18 +62,27 @@ def main(state_dir: str, lock_dir: str, node_root: str) -> int:
     # Imported only now: until then the guardian should cost next to nothing.
     from colocate.actuate.journal import Journal, boot_id
     from colocate.actuate.restore import restore
+    from colocate.actuate.scratch import sweep
     from colocate.actuate.statedir import Lock
     from colocate.cgroupfs import KernelPort
     from colocate.errors import AlreadyRunning
 
     try:
-        lock = Lock(Path(lock_dir), node_root, role="guardian")
+        state_lock = Lock(Path(state_dir), "state", role="guardian")
     except AlreadyRunning:
         return 0  # a successor is there already and has undone it
     try:
-        report = restore(KernelPort(), Journal(Path(state_dir), boot_id()))
+        lock = Lock(Path(lock_dir), node_root, role="guardian")
+    except AlreadyRunning:
+        state_lock.release()
+        return 0
+    try:
+        port = KernelPort()
+        report = restore(port, Journal(Path(state_dir), boot_id()))
+        sweep(port)
     finally:
         lock.release()
+        state_lock.release()
     return 0 if not report.failed else 1
 
 

@@ -7,6 +7,7 @@ to the weight of a service. Clearing cpu.idle leaves weight 100 (shares 1024), s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import signal
 
@@ -14,6 +15,7 @@ import msgspec
 
 from colocate.actuate.journal import Entry, Journal
 from colocate.cgroupfs import CgroupGone, FilePort, joined, processes, processes_below, start_time
+from colocate.errors import JournalBroken
 from colocate.knobs import read_knob, same, write_knob
 
 _ORDER = {"freezer.state": 0, "cgroup.freeze": 0, "cpu.idle": 1, "cpu.shares": 2, "cpu.weight": 2}
@@ -39,10 +41,13 @@ def _where(entry: Entry) -> str:
     return f"{entry.hierarchy}:{entry.path}" + (f"/{entry.file}" if entry.file else "")
 
 
-def thaw_all(port: FilePort, journal: Journal) -> None:
-    """Thaw every directory of ours with all below it, first of all."""
+def thaw_all(port: FilePort, journal: Journal, report: Report) -> None:
+    """Thaw every directory of ours with all below it, first of all; one that refuses does not stop the others."""
     for path in dict.fromkeys(e.path for e in journal.entries if e.kind == "made"):
-        thaw_below(port, path)
+        try:
+            thaw_below(port, path)
+        except OSError as error:
+            report.failed.append(f"{path}: thaw: {error.strerror}")
 
 
 def thaw_below(port: FilePort, path: str) -> None:
@@ -78,7 +83,10 @@ def _restore_values(port: FilePort, entries: list[Entry], report: Report) -> lis
 
 
 def _restore_one(port: FilePort, entry: Entry, ours: list[str], report: Report) -> int:
-    current = port.read(entry.hierarchy, entry.path, entry.file, entry.inode)
+    try:
+        current = port.read(entry.hierarchy, entry.path, entry.file, entry.inode)
+    except OSError as error:
+        return error.errno or errno.EIO
     if current is None or current.strip() == entry.found.strip():
         return 0
     if entry.file == "cgroup.subtree_control":
@@ -115,20 +123,25 @@ def _drop_controllers(port: FilePort, entry: Entry, current: str, report: Report
     return 0
 
 
-def open_tier(port: FilePort, path: str) -> None:
-    """The open state of a directory of ours: no limit of ours in force, least weight."""
+def open_tier(port: FilePort, path: str, *, is_tier: bool) -> None:
+    """The open state of a directory of ours: no limit of ours in force, the tier at the least weight."""
     inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, path)) is not None}
     parent = path.rpartition("/")[0] or "/"
-    opened = [("cpu.idle", "0"), ("cpu.weight", "1"), ("cpu.max", "max 100000")]
-    opened += [("memory.high", "max"), ("memory.max", "max")]
+    opened = [("cpu.idle", "0"), ("cpu.max", "max 100000"), ("memory.high", "max")]
+    if is_tier:  # a job's own weight and --memory stay as they were asked for
+        opened += [("cpu.weight", "1"), ("memory.max", "max")]
     for knob, value in opened:
         current = read_knob(port, path, knob, inodes)
         if current is not None and current != value:
             write_knob(port, path, knob, value, inodes)
-    parent_inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, parent)) is not None}
-    cpus = read_knob(port, parent, "cpuset.cpus", parent_inodes)
-    if cpus and read_knob(port, path, "cpuset.cpus", inodes) not in (None, cpus, ""):
-        write_knob(port, path, "cpuset.cpus", cpus, inodes)
+    if read_knob(port, path, "cpuset.cpus", inodes):
+        if port.layout.version == 2:
+            cpus = "\n"  # an empty cpuset follows the parent; a write of no bytes would do nothing
+        else:
+            parent_inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, parent)) is not None}
+            cpus = read_knob(port, parent, "cpuset.cpus", parent_inodes) or ""
+        if cpus:
+            write_knob(port, path, "cpuset.cpus", cpus, inodes)
 
 
 def _remove_tree(port: FilePort, hierarchy: str, path: str) -> bool:
@@ -146,14 +159,25 @@ def _remove_made(port: FilePort, entries: list[Entry], report: Report) -> list[E
             continue
         if port.inode(entry.hierarchy, entry.path) is None:
             continue
-        if processes_below(port, entry.hierarchy, entry.path) or not _remove_tree(port, entry.hierarchy, entry.path):
+        try:
+            occupied = processes_below(port, entry.hierarchy, entry.path)
+            removed = not occupied and _remove_tree(port, entry.hierarchy, entry.path)
+        except OSError as error:
+            report.failed.append(f"{_where(entry)}: {error.strerror}")
             left.append(entry)
-        else:
+            continue
+        if removed:
             report.removed.append(_where(entry))
+        else:
+            left.append(entry)
     left = [e for e in left if e.inode]
-    for path in sorted({e.path for e in left}):
-        open_tier(port, path)
+    paths = sorted({e.path for e in left})
+    for path in paths:  # parents first, so that a child's limits may be widened after its parent's
         report.occupied.append(path)
+        try:
+            open_tier(port, path, is_tier=not any(path.startswith(f"{p}/") for p in paths))
+        except OSError as error:
+            report.failed.append(f"{path}: {error.strerror}")
     return left
 
 
@@ -176,7 +200,7 @@ def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Rep
     With `move_back`, processes that `colocate run` moved return to their former cgroups first.
     """
     report = Report()
-    thaw_all(port, journal)
+    thaw_all(port, journal, report)
     control = [e for e in journal.entries if e.kind == "value" and e.file == "cgroup.subtree_control"]
     values = [e for e in journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"]
     made = [e for e in journal.entries if e.kind == "made"]
@@ -191,6 +215,17 @@ def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Rep
     remaining = [*unresolved, *left, *alive]
     if remaining != journal.entries:
         journal.replace(remaining)
+    return report
+
+
+def restore_paths(port: FilePort, journal: Journal, paths: set[str]) -> Report:
+    """Put back what was found in these cgroups, which are no longer governed, and forget them."""
+    report = Report()
+    mine = [e for e in journal.entries if e.kind == "value" and e.path in paths]
+    unresolved = _restore_values(port, mine, report)
+    kept = [e for e in journal.entries if e not in mine or e in unresolved]
+    with contextlib.suppress(JournalBroken):
+        journal.replace(kept)
     return report
 
 

@@ -104,7 +104,8 @@ class Lock:
                 pid, owner = self._owner()
                 if owner != "guardian" or role == "guardian" or time.monotonic() > deadline:
                     os.close(self._fd)
-                    raise AlreadyRunning(pid, f"the node {node_root} of this host") from None
+                    what = f"the node {node_root}" if node_root.startswith("/") else f"the state directory {directory}"
+                    raise AlreadyRunning(pid, what) from None
                 time.sleep(0.05)  # the guardian of an agent that died is just putting things back
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()} {role}\n".encode(), 0)

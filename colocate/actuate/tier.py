@@ -23,6 +23,8 @@ from colocate.observe.workloads import Tree, cgroup_of
 log = structlog.get_logger()
 WANTED_CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
 SKIPPED_V1 = ("devices", "hugetlb", "net_cls")
+_FILE_FAMILIES = {"cgroup", "cpu", "cpuacct", "cpuset", "memory", "io", "blkio", "pids", "freezer", "hugetlb", "tasks"}
+_FILE_FAMILIES |= {"notify_on_release", "release_agent", "rdma", "misc", "devices", "net_cls", "net_prio", "irq"}
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 
 
@@ -35,10 +37,10 @@ class Placement(msgspec.Struct, frozen=True):
 
 def check_job_name(name: str) -> str:
     """The name, if it can be a directory in the tier. Raises BadInput."""
-    if not _NAME.fullmatch(name) or "pod" in name:
+    if not _NAME.fullmatch(name) or "pod" in name or name.split(".")[0] in _FILE_FAMILIES:
         raise BadInput(
             f"--name {name!r}: use at most 63 lower-case letters, digits, '-' and '.', starting and ending with a "
-            "letter or digit, without 'pod' (kubelet removes such directories)"
+            "letter or digit, without 'pod' (kubelet removes such directories), and not like a control file"
         )
     return name
 

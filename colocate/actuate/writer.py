@@ -143,8 +143,8 @@ class Writer:
             return self._outcome(action, "applied" if changed else "unchanged", found=before)
         except CgroupGone:
             return self._outcome(action, "skipped", error="the cgroup is gone")
-        except JournalBroken as error:
-            return self._outcome(action, "skipped", error=str(error))
+        except (JournalBroken, KeyError, ValueError) as error:
+            return self._outcome(action, "skipped", error=f"{type(error).__name__}: {error}")
         except OSError as error:
             self._complain(action, error)
             return self._outcome(action, "failed", error=f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}")

@@ -140,7 +140,7 @@ def restore_command(options: argparse.Namespace) -> int:
     directory = state_dir(options)
     if not directory.is_dir():
         raise BadInput(f"--state-dir {directory} does not exist: there is nothing to restore")
-    lock = Lock(runtime_dir(), "/", role="restore")
+    lock = Lock(directory, "state", role="restore")
     try:
         port = KernelPort()
         journal = Journal(directory, boot_id())

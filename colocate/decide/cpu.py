@@ -46,6 +46,8 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The service's requests in this trial."""
     used_before_cores: float = 0.0
     waited_before_ratio: float = 0.0
+    exonerated: str = ""
+    """The service whose waiting batch did not cause."""
     exonerated_until: float = 0.0
     exonerated_seconds: float = 0.0
     besteffort: besteffort.BestEffortState = besteffort.BestEffortState()
@@ -72,12 +74,14 @@ class Decision(NamedTuple):
     requests: list[Request]
 
 
-def worst_service(snapshot: NodeSnapshot, forecast: Forecast) -> Evidence | None:
-    """The least slack of all services; None if none can be judged."""
+def worst_service(snapshot: NodeSnapshot, forecast: Forecast, exonerated: str = "") -> Evidence | None:
+    """The least slack of all services; None if none can be judged. The waiting of the exonerated one does not count."""
     found: Evidence | None = None
     for workload in snapshot.of("service"):
         now = forecast.workloads[workload.id]
         if now.slack is None or (found is not None and now.slack >= found.slack):
+            continue
+        if workload.name == exonerated and now.evidence == "waiting":
             continue
         waiting = now.cpu_waiting_ratio or 0.0
         if now.evidence == "latency" and workload.objective is not None and now.p99_seconds is not None:
@@ -168,6 +172,8 @@ def _step(
     now, replace = snapshot.monotonic_seconds, msgspec.structs.replace
     state = replace(state, ticks=state.ticks + 1)
     if seen is None:
+        if state.mode == "open" and now < state.exonerated_until:
+            return state, "NotCausedByBatch", f"{state.exonerated} waits as much with batch at its floor"
         if state.mode == "open":
             return state, "NoServices", "no service can be judged: the calibrated class alone protects"
         if now < state.hold_until:
@@ -177,8 +183,6 @@ def _step(
     if state.mode == "open":
         if not violated:
             return state, "SlackEnough", f"slack {seen.slack:.0%} ({seen.text}): no grant is needed"
-        if seen.kind == "waiting" and now < state.exonerated_until:
-            return state, "NotCausedByBatch", f"{seen.text}, as much as with batch at its floor"
         if forecast.batch_cores < 2 * spec.cpu.floor:
             return state, "BatchIdle", f"slack {seen.slack:.0%} ({seen.text}), but batch does not run"
         return _to_floor(state, seen, forecast, now, spec), "SlackNegative", f"slack {seen.slack:.0%} ({seen.text})"
@@ -193,6 +197,9 @@ def _step(
         if state.ticks >= spec.cpu.trial_ticks and enough:
             return replace(state, mode="granted", ticks=0), "TrialHeld", f"slack {seen.slack:.0%} held ({seen.text})"
         return state, "Trial", f"{state.ticks} ticks and {requests} requests so far, slack {seen.slack:.0%}"
+    if state.freeze and state.ticks * forecast.interval_seconds > spec.freeze.max_frozen / 2:
+        grown = _grown(state, snapshot, forecast, spec)
+        return grown, "FrozenLongEnough", "a freeze as a rung ends at half of maxFrozen: back to the floor"
     if seen.slack > spec.cpu.growth_above / 100 and now >= state.hold_until:
         return _grown(state, snapshot, forecast, spec), "SlackAmple", f"slack {seen.slack:.0%} ({seen.text}): grow"
     return state, "HoldGrant", f"slack {seen.slack:.0%} ({seen.text}): no growth before {spec.cpu.growth_above:g} %"
@@ -211,7 +218,12 @@ def _at_floor(
         settled = state.ticks >= spec.cpu.trial_ticks
         if seen.kind == "waiting" and settled and seen.waiting_ratio >= NOT_HELPED_RATIO * state.waited_before_ratio:
             seconds = min(max(state.exonerated_seconds * 2, EXONERATION_SECONDS), MAX_EXONERATION_SECONDS)
-            freed = CpuState(besteffort=state.besteffort, exonerated_until=now + seconds, exonerated_seconds=seconds)
+            freed = CpuState(
+                besteffort=state.besteffort,
+                exonerated=seen.service,
+                exonerated_until=now + seconds,
+                exonerated_seconds=seconds,
+            )
             return freed, "NotCausedByBatch", f"{seen.text}, before the floor {state.waited_before_ratio:.1%}"
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}) with batch at its floor"
     if state.ticks < spec.cpu.trial_ticks:
@@ -252,7 +264,8 @@ def decide_cpu(
     snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, calibration: Calibration, state: CpuState
 ) -> Decision:
     """The CPU law for one tick."""
-    seen = worst_service(snapshot, forecast)
+    doubted = state.exonerated if snapshot.monotonic_seconds < state.exonerated_until else ""
+    seen = worst_service(snapshot, forecast, doubted)
     stale = max(snapshot.stale_ticks.get("workloads", 0), snapshot.stale_ticks.get("node", 0))
     if stale >= spec.staleness.open_after:
         state, reason, message = CpuState(), "ReadingsTooOld", f"readings are {stale} ticks old: the tier is left open"

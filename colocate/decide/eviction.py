@@ -67,8 +67,7 @@ def decide_eviction(
         actions.append(_action(id_, jobs[id_].path, "signal", "SIGTERM", wish.reason, wish.message))
     thaws = []
     for id_, eviction in under_way.items():
-        if jobs[id_].frozen or id_ in wishes:
-            thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=eviction.message))
+        thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=eviction.message))
         if now >= eviction.deadline:
             actions.append(_action(id_, jobs[id_].path, "cgroup.kill", "1", eviction.reason, eviction.message))
     if under_way:

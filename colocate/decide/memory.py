@@ -93,8 +93,9 @@ def _advance(
     now, replace = snapshot.monotonic_seconds, msgspec.structs.replace
     if not stalls:
         if state.rung >= 0 and now - state.pressed >= spec.memory.calm:
-            calmer = replace(state, rung=state.rung - 1, since=now, pressed=now)
-            return calmer if calmer.rung >= 0 else MemoryState(allowance_bytes=state.allowance_bytes)
+            # Down to the first rung, then calm: the rungs between are acts, not limits to be held.
+            calmer = replace(state, rung=0, since=now, pressed=now)
+            return calmer if state.rung > 0 else MemoryState(allowance_bytes=state.allowance_bytes)
         return state
     state = replace(state, pressed=now)
     if state.rung < 0:
@@ -148,7 +149,7 @@ def decide_memory(snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, 
             if job.checkpoint_signal and job.id not in signalled:
                 signalled[job.id] = now + spec.memory.checkpoint_deadline
                 actions.append(_action(job, "signal", job.checkpoint_signal, "CheckpointSignal", message))
-    if state.rung >= 0 and rung == "freeze":
+    if why and rung == "freeze":
         requests = [_request("freeze", w, message) for w in snapshot.of("batch")]
     if why and rung == "evict" and snapshot.of("batch"):
         victim = least_loss(snapshot, forecast)
@@ -203,7 +204,7 @@ def _limits(
             actions.append(_action(tier, "memory.max", "max", reason, message))
         elif not current.isdigit() or int(current) < least or abs(int(current) - value) > HYSTERESIS_RATIO * value:
             actions.append(_action(tier, "memory.max", str(value), reason, message))
-        if rung == "reclaim" and state.since == snapshot.monotonic_seconds:
+        if rung == "reclaim" and state.since == state.pressed == snapshot.monotonic_seconds:
             actions.append(_action(tier, "memory.reclaim", str(used // 4), reason, message))
         return actions
     if left_open or rung == "checkpoint":
@@ -216,7 +217,7 @@ def _limits(
     else:
         value_text = str(allowed)
     actions.append(_action(tier, "memory.high", value_text, reason, message))
-    if rung == "reclaim" and state.since == snapshot.monotonic_seconds:
+    if rung == "reclaim" and state.since == state.pressed == snapshot.monotonic_seconds:
         actions.append(_action(tier, "memory.reclaim", str(max(used // 4, GRAIN_BYTES)), reason, message))
     return actions
 

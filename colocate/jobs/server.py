@@ -22,6 +22,7 @@ from colocate.actuate.restore import kill_below, thaw_below
 from colocate.actuate.tier import check_job_name
 from colocate.agent import Agent, Tick
 from colocate.cgroupfs import joined, processes_below, start_time
+from colocate.config import SIGNALS
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.peer import Peer, check_child, identify
@@ -55,6 +56,8 @@ class JobServer:
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._serving: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._evaluating: asyncio.StreamWriter | None = None
         agent.on_evicted.append(self._tell_evicted)
         agent.on_tick.append(self._reap)
 
@@ -80,6 +83,7 @@ class JobServer:
 
     async def close(self) -> None:
         """Stop listening; jobs go on."""
+        self._closing = True
         for task in (*self._serving, *self._ending):
             task.cancel()
         if self._server is not None:
@@ -98,7 +102,7 @@ class JobServer:
             peer = identify(sock, self._agent.port)
             while line := await reader.readline():
                 try:
-                    answer = self._answer(line, peer)
+                    answer = self._answer(line, peer, writer)
                 except (ColocateError, msgspec.MsgspecError) as error:
                     answer = {"error": str(error)}
                 except OSError as error:
@@ -112,12 +116,14 @@ class JobServer:
             pass
         finally:
             self._serving.discard(task)
+            if self._evaluating is writer:
+                self._set_arm("", None)  # an evaluation ends with its caller, however that ended
             if job:
                 self._connections.pop(job, None)
                 self._end(job)
             writer.close()
 
-    def _answer(self, line: bytes, peer: Peer) -> dict[str, Any]:
+    def _answer(self, line: bytes, peer: Peer, writer: asyncio.StreamWriter) -> dict[str, Any]:
         request = msgspec.json.decode(line, type=dict[str, Any])
         op = request.get("op")
         if op == "run":
@@ -133,7 +139,7 @@ class JobServer:
         if op == "status":
             return self._status()
         if op == "arm":
-            return self._arm(str(request.get("arm", "")), peer)
+            return self._arm(str(request.get("arm", "")), peer, writer)
         raise BadInput(f"unknown op {op!r}; known: arm, run, checkpointed, explain, status")
 
     def _status(self) -> dict[str, Any]:
@@ -154,16 +160,22 @@ class JobServer:
             "journal": agent.journal.broken or "ok",
         }
 
-    def _arm(self, arm: str, peer: Peer) -> dict[str, Any]:
+    def _arm(self, arm: str, peer: Peer, writer: asyncio.StreamWriter) -> dict[str, Any]:
         """An evaluation's window begins; the empty arm ends the evaluation."""
         if peer.uid not in (0, os.geteuid()):
             raise BadInput("an evaluation changes the node for everybody: only root or the agent's user may start one")
         if arm not in ("", "on", OFF_FROZEN, OFF_UNMANAGED):
             raise BadInput(f"unknown arm {arm!r}")
+        if self._evaluating not in (None, writer):
+            raise BadInput("another evaluation is running")
+        self._set_arm(arm, writer if arm else None)
+        return {"ok": True}
+
+    def _set_arm(self, arm: str, writer: asyncio.StreamWriter | None) -> None:
+        self._evaluating = writer
         self._agent.recorder.arm = arm
         self._agent.recorder.window += 1
         self._agent.wake(f"evaluation arm {arm}")
-        return {"ok": True}
 
     def _run(self, request: RunRequest, peer: Peer) -> dict[str, Any]:
         agent = self._agent
@@ -172,13 +184,9 @@ class JobServer:
         name = check_job_name(request.name or f"job-{request.pid}")
         if name in agent.registry.jobs:
             raise BadInput(f"--name {name!r} is taken by a running job (pid {agent.registry.jobs[name].pid})")
-        if request.checkpoint_signal:
-            try:
-                signal.Signals[request.checkpoint_signal]
-            except KeyError:
-                raise BadInput(
-                    f"--checkpoint-signal {request.checkpoint_signal!r} is no signal, e.g. SIGUSR1"
-                ) from None
+        if request.checkpoint_signal not in ("", *SIGNALS):
+            what = f"--checkpoint-signal {request.checkpoint_signal!r}"
+            raise BadInput(f"{what} is no signal that a job can handle; known: {', '.join(SIGNALS)}")
         start = check_child(agent.port, peer, request.pid)
         placement = agent.tier.ensure_job(name)
         try:
@@ -223,6 +231,8 @@ class JobServer:
 
     def _end(self, name: str) -> None:
         job = self._agent.registry.jobs.get(name)
+        if self._closing:
+            return  # the connection closed because we end, not because the job's caller did
         if job is not None and not any(t.get_name() == name for t in self._ending):
             task = asyncio.create_task(self._clean(job), name=name)
             self._ending.add(task)

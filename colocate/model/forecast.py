@@ -180,7 +180,7 @@ def forecast(
         figures: dict[str, Any] = {}
         if workload.tier == "service":
             windows[workload.id], figures = _latency(state, workload)
-            if "slack" not in figures and workload.objective is None and not np.isnan(smooth_waiting[i]):
+            if "slack" not in figures and not np.isnan(smooth_waiting[i]):
                 figures["slack"] = slack_of_waiting(spec.cpu.pressure / 100, float(smooth_waiting[i]))
                 figures["evidence"] = "waiting"
         result[workload.id] = WorkloadForecast(

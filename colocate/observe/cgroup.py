@@ -30,16 +30,17 @@ def parse_pressure(text: str | None) -> tuple[int | None, int | None]:
 
 def parse_flat_keyed(text: str | None, *keys: str) -> list[int | None]:
     """The values of the wanted keys of a flat keyed file (cpu.stat, memory.stat), None where absent."""
-    found: dict[str, int] = {}
-    if text:
-        wanted = set(keys)
-        for line in text.splitlines():
-            key, _, value = line.partition(" ")
-            if key in wanted:
-                found[key] = int(value)
-                if len(found) == len(wanted):
-                    break
-    return [found.get(k) for k in keys]
+    found: list[int | None] = []
+    padded = f"\n{text or ''}"
+    for key in keys:
+        at = padded.find(f"\n{key} ")
+        if at < 0:
+            found.append(None)
+            continue
+        start = at + len(key) + 2
+        end = padded.find("\n", start)
+        found.append(int(padded[start : end if end >= 0 else None]))
+    return found
 
 
 def inodes_of(port: FilePort, path: str) -> dict[str, int]:

@@ -18,6 +18,7 @@ from colocate.config import ServiceLevelObjective
 from colocate.snapshot import Latency
 
 MAX_BODY_BYTES = 8 << 20
+STALE_SECONDS = 5.0
 
 
 class ScrapeFailed(Exception):  # noqa: N818 - an expected event of a loop, shown as a problem
@@ -96,6 +97,11 @@ class LatencyScraper:
             self.problems.pop(name, None)
         if self._running:
             await asyncio.wait(self._running.values(), timeout=wait_seconds)
+        now = time.monotonic()
+        for name, slo in objectives.items():
+            reading = self.readings.get(name)
+            if reading is not None and now - reading.at_seconds > max(STALE_SECONDS, slo.window):
+                del self.readings[name]  # an old quantile is no evidence; the law falls back to waiting
 
     async def close(self) -> None:
         """Cancel what is under way and close the connections."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import structlog
 
-from colocate.cgroupfs import FilePort, processes
+from colocate.cgroupfs import UNIFIED, FilePort, processes
 from colocate.config import ColocationPolicy
 from colocate.observe import node as node_figures
 from colocate.observe.cgroup import inodes_of, read_workload
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.schedstat import run_delay_us
-from colocate.observe.workloads import Target, Tree, discover, find_tree
+from colocate.observe.workloads import Target, Tree, discover, find_tree, main_hierarchy
 from colocate.snapshot import NodeSnapshot, Objective, Workload
 
 log = structlog.get_logger()
@@ -43,6 +43,7 @@ class Observer:
         self._stale: dict[str, int] = {}
         self._last: dict[str, Any] = {}
         self._sequence = 0
+        self._inodes: dict[str, dict[str, int]] = {}
 
     def _section(self, name: str, collect: Callable[[], Any], otherwise: Any) -> Any:
         try:
@@ -92,10 +93,37 @@ class Observer:
         return workload
 
     def _workloads(self) -> dict[str, Workload]:
-        targets, self.problems = discover(self._port, self.tree, self.policy.spec, self._jobs())
+        targets, self.problems = discover(self._port, self.tree, self.policy.spec, self._jobs(), self._known_inodes)
+        self._inodes = {t.path: t.inodes for t in targets}
         self.problems.update(self.extra_problems)
         found = (self._read(t) for t in targets if t.inodes)
         return {w.id: w for w in found if w is not None}
+
+    def _known_inodes(self, path: str) -> dict[str, int]:
+        """The inodes of a cgroup, looked up anew only if its main one is another: ten stat calls a cgroup add up."""
+        known = self._inodes.get(path)
+        main = main_hierarchy(self._port)
+        if known and main in known and self._port.inode(main, path) == known[main]:
+            return known
+        return inodes_of(self._port, path)
+
+    def watched(self, snapshot: NodeSnapshot) -> dict[str, tuple[str, int]]:
+        """The few cgroups whose memory pressure is looked at between ticks: id -> (path, inode in the unified one).
+
+        Services of the policy and Guaranteed pods each by itself, all Burstable pods by their common group.
+        """
+        burstable = self.tree.burstable
+        found = {}
+        for workload in snapshot.of("service"):
+            if UNIFIED in workload.inodes and not (
+                workload.id.startswith("pod:") and burstable and workload.path.startswith(f"{burstable}/")
+            ):
+                found[workload.id] = (workload.path, workload.inodes[UNIFIED])
+        if burstable and UNIFIED in self._port.layout.mounts:
+            inode = self._port.inode(UNIFIED, burstable)
+            if inode is not None:
+                found["burstable"] = (burstable, inode)
+        return found
 
     def _tier(self) -> Workload | None:
         inodes = inodes_of(self._port, self.tree.tier_path)

@@ -8,14 +8,15 @@ host the policy's selectors say it. Sources: kubelet pkg/kubelet/cm (names and l
 from __future__ import annotations
 
 import fnmatch
+import os
 import os.path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from colocate.cgroupfs import UNIFIED, FilePort, joined
 from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
-from colocate.observe.cgroup import inodes_of
 from colocate.snapshot import Objective
 
 MAX_SEARCH_DEPTH = 3
@@ -126,7 +127,11 @@ def _by_command(port: FilePort, hierarchy: str, text: str) -> tuple[list[str], l
     paths: dict[str, None] = {}
     pids: list[int] = []
     for entry in port.proc_list("/proc"):
-        if entry.isdigit() and text in (port.proc(f"/proc/{entry}/cmdline") or "").replace("\0", " "):
+        if (
+            entry.isdigit()
+            and int(entry) != os.getpid()
+            and text in (port.proc(f"/proc/{entry}/cmdline") or "").replace("\0", " ")
+        ):
             path = cgroup_of(port, int(entry), hierarchy)
             if path is not None:
                 paths[path] = None
@@ -159,9 +164,26 @@ def select(port: FilePort, root: str, selector: Selector) -> tuple[list[str], li
     return [], None
 
 
+def _not_ours_to_govern(path: str, claimed: dict[str, str], own: set[str]) -> str:
+    """Why a cgroup may not be governed in place; empty if it may. Freezing it would freeze us or a service as well."""
+    if path == "/":
+        return "runs in the root cgroup, which has no knobs: start it in its own"
+    inside = f"{path.rstrip('/')}/"
+    if any(where == path or where.startswith(inside) for where in own):
+        return f"{path} also holds this agent: start it in a cgroup of its own (colocate run, systemd-run)"
+    services = [name for where, name in claimed.items() if where.startswith(inside)]
+    return f"{path} also holds {services[0]}: choose a cgroup of its own" if services else ""
+
+
 def _configured(
-    port: FilePort, root: str, entry: ServicePolicy | BatchPolicy, claimed: dict[str, str], problems: dict[str, str]
+    port: FilePort,
+    root: str,
+    entry: ServicePolicy | BatchPolicy,
+    claimed: dict[str, str],
+    problems: dict[str, str],
+    inodes: Callable[[str], dict[str, int]],
 ) -> list[Target]:
+    own = {p for h in port.layout.mounts if (p := cgroup_of(port, os.getpid(), h)) is not None} - {"/"}
     paths, pids = select(port, root, entry.selector)
     if not paths:
         problems[entry.name] = f"{entry.name}: its selector matches nothing on this node"
@@ -177,8 +199,8 @@ def _configured(
         if isinstance(entry, ServicePolicy):
             if entry.slo is not None:
                 known["objective"] = Objective(entry.slo.p99, entry.slo.minimum_samples, entry.slo.window)
-        elif path == "/":
-            problems[entry.name] = f"{entry.name}: runs in the root cgroup, which has no knobs: start it in its own"
+        elif why := _not_ours_to_govern(path, claimed, own):
+            problems[entry.name] = f"{entry.name}: {why}"
             continue
         else:
             known = {
@@ -188,13 +210,11 @@ def _configured(
                 "in_place": True,
             }
         kind = "service" if service else "batch"
-        targets.append(
-            Target(f"{kind}:{name}", name, kind, path, inodes_of(port, path), known, tuple(pids) if pids else None)
-        )
+        targets.append(Target(f"{kind}:{name}", name, kind, path, inodes(path), known, tuple(pids) if pids else None))
     return targets
 
 
-def _pods(port: FilePort, tree: Tree, claimed: dict[str, str]) -> list[Target]:
+def _pods(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Callable[[str], dict[str, int]]) -> list[Target]:
     assert tree.kubepods is not None
     hierarchy = main_hierarchy(port)
     targets = []
@@ -205,30 +225,34 @@ def _pods(port: FilePort, tree: Tree, claimed: dict[str, str]) -> list[Target]:
                 continue
             uid = pod_uid(child)
             if uid is not None:
-                targets.append(Target(f"pod:{uid}", f"pod-{uid[:13]}", "service", path, inodes_of(port, path)))
+                targets.append(Target(f"pod:{uid}", f"pod-{uid[:13]}", "service", path, inodes(path)))
     if tree.besteffort and tree.besteffort not in claimed and port.inode(hierarchy, tree.besteffort) is not None:
         path = tree.besteffort
-        targets.append(Target("besteffort", "besteffort", "besteffort", path, inodes_of(port, path)))
+        targets.append(Target("besteffort", "besteffort", "besteffort", path, inodes(path)))
     return targets
 
 
 def discover(
-    port: FilePort, tree: Tree, spec: PolicySpec, jobs: dict[str, dict[str, Any]]
+    port: FilePort,
+    tree: Tree,
+    spec: PolicySpec,
+    jobs: dict[str, dict[str, Any]],
+    inodes: Callable[[str], dict[str, int]],
 ) -> tuple[list[Target], dict[str, str]]:
     """All workloads of the node, and the problems met, by the name of the policy entry.
 
-    `jobs` has what is known of a job by the name of its directory in the tier.
+    `jobs` has what is known of a job by the name of its directory in the tier; `inodes` looks a path's inodes up.
     """
     problems: dict[str, str] = {}
     claimed: dict[str, str] = {}
     targets: list[Target] = []
     entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
     for entry in entries:
-        targets.extend(_configured(port, tree.root, entry, claimed, problems))
+        targets.extend(_configured(port, tree.root, entry, claimed, problems, inodes))
     if tree.kubepods is not None:
-        targets.extend(_pods(port, tree, claimed))
+        targets.extend(_pods(port, tree, claimed, inodes))
     for child in port.children(main_hierarchy(port), tree.tier_path):
         path = joined(tree.tier_path, child)
         known = jobs.get(child, {})
-        targets.append(Target(f"job:{child}", child, "batch", path, inodes_of(port, path), known))
+        targets.append(Target(f"job:{child}", child, "batch", path, inodes(path), known))
     return targets, problems
