@@ -6,6 +6,7 @@ CPU time and memory are absolute; the first tick is wall clock and stands beside
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def _agent(node: ScratchNode, jit: str, directory: Path) -> Iterator[tuple[subpr
         "COLOCATE_STATE_DIR": str(directory / "state"),
         "COLOCATE_RUNTIME_DIR": str(directory / "run"),
     }
+    shutil.rmtree(directory / "state" / "records", ignore_errors=True)
     started = time.perf_counter()
     command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(config)]
     with (directory / "log").open("wb") as log:

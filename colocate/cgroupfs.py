@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import stat
+import threading
 from collections import OrderedDict
 from typing import Protocol
 
@@ -21,6 +23,10 @@ UNIFIED = "unified"
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ESTALE)
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENXIO)
 _KEPT_DIRECTORIES = 4096
+_KEPT_FILES = 4096
+_HOT = frozenset({"cpuacct.usage", "cpu.stat", "memory.usage_in_bytes", "memory.current", "memory.stat"})
+_HOT |= {"cpu.pressure", "memory.pressure"}
+"""Read every tick: their descriptors are kept, which saves two of three system calls."""
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -138,14 +144,25 @@ class KernelPort:
                 layout = discover_layout(mounts.read())
         self.layout = layout
         self._directories: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()
+        self._lock = (
+            threading.RLock()
+        )  # writes that may block run in threads; a descriptor must not be closed under them
+        self._files: OrderedDict[tuple[str, str, str], tuple[int, int]] = OrderedDict()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _KEPT_DIRECTORIES + _KEPT_FILES + 1024
+        if soft < wanted:
+            soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self._most_kept = max(min(_KEPT_FILES, (soft - 512) // 2), 16)
 
     def _real(self, hierarchy: str, path: str) -> str:
         return self.layout.mounts[hierarchy] + ("" if path == "/" else path)
 
     def _forget(self, hierarchy: str, path: str) -> None:
-        kept = self._directories.pop((hierarchy, path), None)
-        if kept is not None:
-            os.close(kept[0])
+        with self._lock:
+            kept = self._directories.pop((hierarchy, path), None)
+            if kept is not None:
+                os.close(kept[0])
 
     def _directory(self, hierarchy: str, path: str, inode: int | None = None) -> int:
         """A descriptor of the directory, whose inode is the wanted one. Raises CgroupGone."""
@@ -157,7 +174,7 @@ class KernelPort:
             except OSError as error:
                 raise CgroupGone(error.errno, f"no cgroup {path} in {hierarchy}") from error
             kept = self._directories[key] = (fd, os.fstat(fd).st_ino)
-            if len(self._directories) > _KEPT_DIRECTORIES:
+            if len(self._directories) > self._most_kept:
                 _, (old, _) = self._directories.popitem(last=False)
                 os.close(old)
         if inode is not None and kept[1] != inode:
@@ -184,6 +201,34 @@ class KernelPort:
 
     def read(self, hierarchy: str, path: str, file: str, inode: int | None = None) -> str | None:
         """See FilePort."""
+        with self._lock:
+            return (
+                self._read_kept(hierarchy, path, file, inode)
+                if file in _HOT
+                else self._read(hierarchy, path, file, inode)
+            )
+
+    def _read_kept(self, hierarchy: str, path: str, file: str, inode: int | None) -> str | None:
+        kept = self._files.get((hierarchy, path, file))
+        if kept is not None and inode in (None, kept[1]):
+            try:
+                content = os.pread(kept[0], 65536, 0)
+                if len(content) < 65536:
+                    return content.decode()
+            except OSError:
+                pass  # the cgroup is gone, or its name belongs to another: the slow way will tell
+        if kept is not None:
+            os.close(self._files.pop((hierarchy, path, file))[0])
+        return self._read(hierarchy, path, file, inode)
+
+    def _keep(self, hierarchy: str, path: str, file: str, fd: int) -> None:
+        """Keep the descriptor of a hot file, with the inode of its directory."""
+        self._files[hierarchy, path, file] = (fd, self._directories[hierarchy, path][1])
+        if len(self._files) > self._most_kept:
+            _, (old, _) = self._files.popitem(last=False)
+            os.close(old)
+
+    def _read(self, hierarchy: str, path: str, file: str, inode: int | None) -> str | None:
         for attempt in (0, 1):
             try:
                 fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory(hierarchy, path, inode))
@@ -197,24 +242,30 @@ class KernelPort:
                         continue
                     return None
                 raise
+            keep = False
             try:
                 content = os.read(fd, 65536)
                 if len(content) == 65536:
                     while more := os.read(fd, 65536):
                         content += more
+                keep = file in _HOT
                 return content.decode()
             except OSError as error:
                 if error.errno in _GONE or error.errno in _NOT_OFFERED:
                     return None
                 raise
             finally:
-                os.close(fd)
+                if keep:
+                    self._keep(hierarchy, path, file, fd)
+                else:
+                    os.close(fd)
         return None
 
     def write(self, hierarchy: str, path: str, file: str, value: str, inode: int | None = None) -> None:
         """See FilePort."""
         try:
-            fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._directory(hierarchy, path, inode))
+            with self._lock:
+                fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._directory(hierarchy, path, inode))
         except OSError as error:
             if error.errno in _GONE and self.inode(hierarchy, path) is None:
                 raise CgroupGone(error.errno, f"{path} in {hierarchy} is gone") from error
@@ -287,6 +338,8 @@ class KernelPort:
 
     def close(self) -> None:
         """Close the kept descriptors."""
+        while self._files:
+            os.close(self._files.popitem()[1][0])
         for hierarchy, path in list(self._directories):
             self._forget(hierarchy, path)
 

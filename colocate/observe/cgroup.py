@@ -54,13 +54,13 @@ def _cpu_v2(port: FilePort, path: str, inode: int) -> dict[str, Any]:
     return {"cpu_usage_us": usage, "throttled_us": throttled}
 
 
-def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]:
+def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int], throttling: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     cpuacct, cpu = port.layout.hierarchy("cpuacct"), port.layout.hierarchy("cpu")
     if cpuacct in inodes:
         usage = port.read(cpuacct, path, "cpuacct.usage", inodes[cpuacct])
         figures["cpu_usage_us"] = int(usage) // 1000 if usage else None
-    if cpu in inodes:
+    if throttling and cpu in inodes:
         (throttled,) = parse_flat_keyed(port.read(cpu, path, "cpu.stat", inodes[cpu]), "throttled_time")
         figures["throttled_us"] = None if throttled is None else throttled // 1000
     return figures
@@ -86,20 +86,20 @@ def read_workload(
     """The workload's figures now; None if its cgroup is gone. `known` is passed into the Workload as it is."""
     main = port.layout.hierarchy("cpu")
     main = main if main in inodes else next(iter(inodes), None)
-    if main is None or port.read(main, path, "cgroup.procs", inodes[main]) is None:
+    if main is None:
         return None
-    figures: dict[str, Any] = {}
-    if port.layout.version == 2:
-        figures.update(_cpu_v2(port, path, inodes[UNIFIED]))
-    else:
-        figures.update(_cpu_v1(port, path, inodes))
+    governed = tier in ("batch", "tier")
+    v2 = port.layout.version == 2
+    figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes, governed)
+    if figures.get("cpu_usage_us") is None and port.read(main, path, "cgroup.procs", inodes[main]) is None:
+        return None
     figures.update(_memory(port, path, inodes))
     if UNIFIED in inodes and "psi" in port.layout.controllers:
         inode = inodes[UNIFIED]
         figures["cpu_pressure_us"], _ = parse_pressure(port.read(UNIFIED, path, "cpu.pressure", inode))
         memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
         figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
-    if tier in ("batch", "tier"):
+    if governed:
         knobs = {k: read_knob(port, path, k, inodes) for k in GOVERNED_KNOBS}
         figures["knobs"] = {k: v for k, v in knobs.items() if v is not None}
         figures["frozen"] = figures["knobs"].get("cgroup.freeze") == "1"

@@ -98,8 +98,8 @@ def pod_uid(name: str) -> str | None:
     `podABC` and `kubepods-burstable-podABC.slice` are pods; `batch` and `xpodypod` are not; `batchpods` would be one
     with the uid `s`, and kubelet would kill it, which is why our tier's name must not contain `pod`.
     """
-    base = name.removesuffix(".slice").rpartition("-pod")
-    name = f"pod{base[2]}" if base[1] else name.removesuffix(".slice")
+    if name.endswith(".slice"):
+        name = name.removesuffix(".slice").rpartition("-")[2]  # the last part of a slice's name is its own
     parts = name.split("pod")
     return parts[1].replace("_", "-") if len(parts) == 2 and parts[1] else None
 

@@ -165,6 +165,28 @@ def test_waiting_that_falls_at_the_floor_was():
     assert node.tick(make.waiting_evidence(0.05)) == "Trial"
 
 
+def test_an_exonerated_service_does_not_hide_another_ones_violation():
+    node = Node()
+    node.tick(make.waiting_evidence(0.9))
+    for _ in range(4):
+        node.tick(make.waiting_evidence(0.9))
+    assert node.state.exonerated == "web"
+    now = make.snapshot(make.service(), make.service("db", objective=make.OBJECTIVE), at=node.now + 1)
+    seen = make.forecast({"service:web": make.waiting_evidence(0.9), "service:db": make.latency_evidence(-0.2)})
+    found = decide_cpu(now, seen, SPEC, Calibration(), node.state)
+    assert found.verdict.reason == "SlackNegative"
+    assert "db" in found.verdict.message
+
+
+def test_a_freeze_as_a_rung_ends_before_it_would_evict():
+    node = Node(calibration=Calibration(rungs=("freeze",)))
+    node.tick(make.latency_evidence(-0.1))
+    held(node, ticks=4)
+    assert node.state.freeze
+    held(node, slack=0.15, ticks=25)
+    assert not node.state.freeze
+
+
 def test_old_readings_stop_tightening_and_then_open_the_tier():
     def reason(ticks):
         now = make.snapshot(make.service(objective=make.OBJECTIVE), stale_ticks={"workloads": ticks})
@@ -342,6 +364,17 @@ def test_calm_undoes_the_rungs_one_by_one():
     seen = [law.tick(0.0, seconds=10.1) for _ in range(6)]
     assert seen[-1] == "calm"
     assert law.state.rung == -1
+
+
+def test_on_the_way_down_nothing_is_frozen_or_reclaimed():
+    law = Memory(swap_free_bytes=GIB)
+    while law.tick(0.2) != "evict":
+        pass
+    for _ in range(4):
+        state = law.tick(0.0, seconds=10.1)
+        assert state in ("evict", "high", "calm")
+        assert law.decision.requests == []
+        assert "memory.reclaim" not in law.knobs
 
 
 def test_page_cache_is_not_pressure():

@@ -61,6 +61,13 @@ def test_a_policy_survives_a_record():
             "spec: {cpu: {growth: 110%}}", "$.spec.cpu.growth", "between 0 and 100", id="a percentage over 100"
         ),
         pytest.param("spec: {drift: fight}", "$.spec.drift", "", id="a word that is none of the choices"),
+        pytest.param("spec: {cpu: {pressure: 0}}", "$.spec.cpu.pressure", "between", id="a threshold of nothing"),
+        pytest.param(
+            "spec: {batch: [{name: a, selector: {cgroup: /x}, checkpointSignal: USR1}]}",
+            "$.spec.batch[0].checkpointSignal",
+            "SIGUSR1",
+            id="a signal that is none",
+        ),
         pytest.param("kind: Pod", "$.kind", "ColocationPolicy", id="another kind"),
         pytest.param("apiVersion: v1", "$.apiVersion", "colocate.io", id="another version"),
         pytest.param(

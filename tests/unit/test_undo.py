@@ -1,6 +1,7 @@
 """The undo on the kernel model: a SIGKILL at every write index, and what the journal survives."""
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -246,6 +247,72 @@ def test_shadow_writes_nothing(tmp_path):
     assert kernel.writes == writes
     assert knobs(kernel) == before
     assert {o.status for o in tick.outcomes} == {"shadow"}
+
+
+def test_a_cgroup_that_leaves_the_policy_gets_its_values_back_at_once(tmp_path):
+    kernel = make_node(2, False)
+    before = knobs(kernel)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    asyncio.run(agent.tick())
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n"
+    agent.set_policy(ColocationPolicy(spec=PolicySpec(services=agent.policy.spec.services)))
+    kernel.machine.now += 1
+    asyncio.run(agent.tick())
+    found = knobs(kernel)
+    assert {k: v for k, v in found.items() if k[1] == "/nightly" and k in before} == {
+        k: v for k, v in before.items() if k[1] == "/nightly"
+    }
+
+
+def test_a_handover_leaves_the_grants_and_the_laws_memory_to_the_successor(tmp_path):
+    async def first():
+        agent = make_agent(kernel, tmp_path, Calibration())
+        agent.state = StateDirectory(tmp_path)
+        agent.open()
+        for i in range(3):
+            agent.scraper.readings["web"] = Latency((0.01, 0.05), (0.0, 900.0 * i, 900.0 * i), kernel.monotonic())
+            await agent.tick()
+            kernel.advance(1.0)
+        await agent.close(handover=True)
+        return agent.laws
+
+    kernel = make_node(2, False)
+    laws = asyncio.run(first())
+    assert laws.cpu.mode == "floor"
+    assert kernel.read(UNIFIED, "/colocate-batch", "cpu.max") != "max 100000\n"
+    successor = make_agent(kernel, tmp_path, Calibration())
+    successor.state = StateDirectory(tmp_path)
+    successor.open()
+    assert successor.laws == laws
+    assert kernel.read(UNIFIED, "/colocate-batch", "cpu.max") != "max 100000\n"
+    asyncio.run(successor.close())
+    assert kernel.children(UNIFIED, "/") == ["nightly", "web"]
+
+
+def test_waking_early_does_not_put_off_the_next_ticks(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.policy = agent.observer.policy = ColocationPolicy(spec=PolicySpec(tick=0.2))
+    agent.clock = time
+    ticks = []
+    agent.on_tick.append(lambda _: ticks.append(time.monotonic()))
+
+    async def live_shortly():
+        agent.open()
+        stop = asyncio.Event()
+        running = asyncio.create_task(agent.run(stop))
+        for _ in range(20):
+            agent.wake("test")
+            await asyncio.sleep(0.01)
+        woken = len(ticks)
+        await asyncio.sleep(0.7)
+        stop.set()
+        await running
+        await agent.close()
+        return len(ticks) - woken
+
+    assert asyncio.run(live_shortly()) >= 2
 
 
 # -- the journal itself -------------------------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""Names of jobs and pods, kubelet's tree wherever it is nested, and what may be governed in place (case M)."""
+
+import pytest
+
+from colocate.actuate.tier import check_job_name
+from colocate.cgroupfs import UNIFIED, parse_mounts
+from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.errors import BadInput
+from colocate.kernelmodel import ModelKernel
+from colocate.observe.cgroup import inodes_of
+from colocate.observe.workloads import discover, find_tree, pod_uid
+
+
+@pytest.mark.parametrize("name", ["train", "a", "job-1", "x.y"])
+def test_a_job_name_can_be_a_directory(name):
+    assert check_job_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Train", "a/b", "..", "-x", "batchpods", "cpu.max", "cgroup.procs", "tasks", "x" * 64]
+)
+def test_a_job_name_that_would_break_the_tree_is_refused(name):
+    with pytest.raises(BadInput, match="--name"):
+        check_job_name(name)
+
+
+@pytest.mark.parametrize(
+    ("directory", "uid"),
+    [
+        pytest.param("podABC", "ABC", id="a pod of the cgroupfs driver"),
+        pytest.param("kubepods-burstable-pod1_2.slice", "1-2", id="a pod of the systemd driver"),
+        pytest.param("batch", None, id="our tier is none"),
+        pytest.param("kubepods-batch.slice", None, id="also with systemd"),
+        pytest.param("batchpods", "s", id="a bad name would be the pod s"),
+        pytest.param("xpodypod", None, id="three parts are none"),
+    ],
+)
+def test_pods_are_told_as_kubelet_tells_them(directory, uid):
+    assert pod_uid(directory) == uid
+
+
+def make(*paths):
+    kernel = ModelKernel(version=2)
+    for path in paths:
+        kernel.mkdir(UNIFIED, path)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("paths", "tier"),
+    [
+        pytest.param([], "/colocate-batch", id="a plain host"),
+        pytest.param(["/kubepods"], "/kubepods/batch", id="the cgroupfs driver"),
+        pytest.param(["/kubepods.slice"], "/kubepods.slice/kubepods-batch.slice", id="the systemd driver"),
+        pytest.param(
+            ["/kubelet.slice", "/kubelet.slice/kubelet-kubepods.slice"],
+            "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-batch.slice",
+            id="nested, as kind nests it",
+        ),
+    ],
+)
+def test_the_tier_is_best_efforts_sibling_wherever_the_tree_is(paths, tier):
+    assert find_tree(make(*paths), "/").tier_path == tier
+
+
+def problems(kernel, *entries):
+    services = tuple(e for e in entries if isinstance(e, ServicePolicy))
+    batch = tuple(e for e in entries if isinstance(e, BatchPolicy))
+    spec = PolicySpec(services=services, batch=batch)
+    targets, found = discover(kernel, find_tree(kernel, "/"), spec, {}, lambda path: inodes_of(kernel, path))
+    return [t.name for t in targets], found
+
+
+def service(name, path):
+    return ServicePolicy(name=name, selector=Selector(cgroup=path))
+
+
+def batch(name, path):
+    return BatchPolicy(name=name, selector=Selector(cgroup=path))
+
+
+def test_two_entries_that_claim_one_cgroup_are_a_problem_and_the_first_counts():
+    names, found = problems(make("/a"), service("one", "/a"), service("two", "/a"))
+    assert names == ["one"]
+    assert "already claimed by one" in found["two"]
+
+
+def test_what_matches_nothing_is_a_problem():
+    assert "matches nothing" in problems(make("/a"), service("web", "/b"))[1]["web"]
+
+
+def test_a_pattern_may_match_many():
+    assert problems(make("/a", "/a/x1", "/a/x2"), service("web", "/a/x*"))[0] == ["web-0", "web-1"]
+
+
+def test_batch_that_also_holds_a_service_is_not_governed():
+    names, found = problems(make("/app", "/app/web"), service("web", "/app/web"), batch("all", "/app"))
+    assert names == ["web"]
+    assert "also holds web" in found["all"]
+
+
+def test_the_root_cannot_be_batch():
+    assert "root cgroup" in problems(make(), batch("all", "/"))[1]["all"]
+
+
+MOUNTS_V1 = """
+cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0
+cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0
+cgroup /sys/fs/cgroup/systemd cgroup rw,name=systemd 0 0
+cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+"""
+
+
+def test_mounts_are_read_with_the_controllers_they_hold():
+    layout = parse_mounts(MOUNTS_V1)
+    assert layout.controllers["cpu"] == layout.controllers["cpuacct"] == "cpu,cpuacct"
+    assert layout.mounts[UNIFIED] == "/sys/fs/cgroup/unified"
+    assert layout.version == 1
+    assert parse_mounts("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0").version == 2
