@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from pathlib import Path
 
 import structlog
@@ -43,7 +46,11 @@ def prepare_jit_cache(state_dir: Path) -> None:
     """
     if "NUMBA_CACHE_DIR" not in os.environ:
         cache = state_dir / "numba"
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:  # no home, or a read-only one: compiled anew each time, but it works
+            cache = Path(tempfile.mkdtemp(prefix="colocate-numba-"))
+            atexit.register(shutil.rmtree, cache, ignore_errors=True)
         info = cache.stat()
         if info.st_uid != os.geteuid() or info.st_mode & 0o022:
             raise BadInput(

@@ -176,6 +176,7 @@ def _root(root: Path) -> None:
         "tmp",
         "etc",
         "var/lib",
+        "var/tmp",
         "usr/bin",
         "root",
         "opt",

@@ -65,10 +65,10 @@ class Group:
     def write_weight(self, text: str) -> None:
         """cpu.weight."""
         value = _integer(text)
-        if self.idle:
-            raise refuse(errno.EINVAL, "weight of an idle group")
         if not 1 <= value <= 10000:
             raise refuse(errno.ERANGE, "cpu.weight is 1 to 10000")
+        if self.idle:
+            raise refuse(errno.EINVAL, "weight of an idle group")
         self.weight = value
 
     def write_shares(self, text: str) -> None:

@@ -120,7 +120,7 @@ def _pressure(port: KernelPort) -> list[Check]:
         trigger = error.strerror or "refused"
     else:
         try:
-            os.write(fd, b"some 50000 500000")
+            os.write(fd, b"some 50000 500000\n")  # the last byte is cut off there
         except OSError as error:
             trigger = f"windows below 2 s: {error.strerror}"
         finally:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import select
+import threading
 from collections.abc import Callable
 
 from colocate.cgroupfs import UNIFIED, FilePort
@@ -30,6 +31,9 @@ class PressureWatch:
         self._totals: dict[str, int] = {}
         self._triggers: dict[str, int] = {}
         self._epoll: select.epoll | None = None
+        self._thread: threading.Thread | None = None
+        self._stop_read = self._stop_write = -1
+        self._loop: asyncio.AbstractEventLoop
         self.mode = "poll"
 
     def watch(self, cgroups: dict[str, tuple[str, int]]) -> None:
@@ -59,8 +63,8 @@ class PressureWatch:
             os.close(fd)
             return
         if self._epoll is None:
-            self._epoll = select.epoll()
-            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._on_trigger)
+            self._start_waiting()
+        assert self._epoll is not None
         self._epoll.register(fd, select.EPOLLPRI)
         self._triggers[id_] = fd
         self.mode = "trigger"
@@ -73,17 +77,41 @@ class PressureWatch:
                     self._epoll.unregister(fd)
             os.close(fd)
 
-    def _on_trigger(self) -> None:
+    def _start_waiting(self) -> None:
+        """A thread waits for triggers: looking at one consumes its event, so an epoll within the loop loses it."""
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._epoll.register(self._stop_read, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._wait, name="colocate-psi", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
         assert self._epoll is not None
-        by_fd = {fd: id_ for id_, fd in self._triggers.items()}
-        for fd, event in self._epoll.poll(0):
-            id_ = by_fd.get(fd)
-            if id_ is None:
-                continue
-            if event & select.EPOLLERR:
-                self._close_trigger(id_)
-            else:
-                self._wake(id_)
+        while True:
+            for fd, event in self._epoll.poll():
+                if fd == self._stop_read:
+                    return
+                self._loop.call_soon_threadsafe(self._on_trigger, fd, event)
+
+    def _stop_waiting(self) -> None:
+        if self._epoll is None or self._thread is None:
+            return
+        os.write(self._stop_write, b"x")
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+        self._epoll = None
+
+    def _on_trigger(self, fd: int, event: int) -> None:
+        id_ = next((i for i, kept in self._triggers.items() if kept == fd), None)
+        if id_ is None:
+            return
+        if event & select.EPOLLERR:
+            self._close_trigger(id_)
+        else:
+            self._wake(id_)
 
     def look(self, elapsed_seconds: float) -> None:
         """One round of reading those without a trigger."""
@@ -111,6 +139,4 @@ class PressureWatch:
         finally:
             for id_ in list(self._triggers):
                 self._close_trigger(id_)
-            if self._epoll is not None:
-                loop.remove_reader(self._epoll.fileno())
-                self._epoll.close()
+            self._stop_waiting()
