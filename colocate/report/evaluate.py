@@ -149,9 +149,16 @@ def _service_windows(lines: list[dict[str, Any]], wash_out: float) -> dict[str, 
     return found
 
 
-def evaluate(path: Path, *, since_seconds: float | None = None, wash_out: float = 5.0, machines: int = 1) -> Report:
-    """The report of the records. Raises BadInput."""
+def evaluate(
+    path: Path, *, since_seconds: float | None = None, wash_out: float | None = None, machines: int = 1
+) -> Report:
+    """The report of the records; `wash_out` is a quarter of a window, at most 5 s, unless given. Raises BadInput."""
     connection, flat = _load(path, since_seconds)
+    if wash_out is None:
+        (length,) = connection.execute(
+            "select median(l) from (select max(time) - min(time) as l from tick where arm <> '' group by win)"
+        ).fetchone()
+        wash_out = min(5.0, (length or 0.0) / 4)
     start, end = flat[0]["time"], flat[-1]["time"]
     full = [line for line in read_full(path) if start <= line["time"] <= end]
     windows = {line["sequence"]: line["win"] for line in flat}
@@ -263,7 +270,9 @@ def _verdict(report: Report) -> str:
     by_name = {c.name: c for c in report.compared}
     gain = by_name.get("CPU utilization")
     tails = [c for c in report.compared if c.name.endswith(" p99")]
-    if fewest < MIN_WINDOWS or gain is None or gain.change is None or gain.low is None or gain.high is None:
+    if fewest >= MIN_WINDOWS and (gain is None or gain.change is None):
+        return "Nothing of the windows is left after the wash-out: the data do not support a verdict."
+    if gain is None or gain.change is None or gain.low is None or gain.high is None or fewest < MIN_WINDOWS:
         return (
             f"Only {fewest} window(s) of one arm: the data do not support a verdict (at least {MIN_WINDOWS} of each "
             "are needed)."
