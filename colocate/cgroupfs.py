@@ -363,6 +363,18 @@ def processes_below(port: FilePort, hierarchy: str, path: str) -> list[int]:
     return found
 
 
+def processes_anywhere(port: FilePort, path: str) -> set[int]:
+    """The processes below a path in any hierarchy: a job may have left one of them by itself."""
+    return {pid for hierarchy in port.layout.mounts for pid in processes_below(port, hierarchy, path)}
+
+
+def rmdir_tree(port: FilePort, hierarchy: str, path: str) -> bool:
+    """Remove a tree without processes, children first; False if it is occupied. True also if it is gone."""
+    for child in port.children(hierarchy, path):
+        rmdir_tree(port, hierarchy, joined(path, child))
+    return port.rmdir(hierarchy, path)
+
+
 def start_time(port: FilePort, pid: int) -> int | None:
     """A process's start in clock ticks since boot (field 22 of /proc/<pid>/stat): with the pid, its identity."""
     stat = port.proc(f"/proc/{pid}/stat")

@@ -19,8 +19,6 @@ _CPUS = CommaDashSetFile("")
 _PAGE_BYTES = 4096
 _UNLIMITED_V1 = 0x7FFFFFFFFFFFF000
 
-CPU_KNOBS = ("cpu.weight", "cpu.idle", "cpu.max", "cpuset.cpus")
-MEMORY_KNOBS = ("memory.high", "memory.max")
 WRITE_ONLY = ("memory.reclaim", "cgroup.kill", "memory.force_empty")
 
 

@@ -93,7 +93,6 @@ class Service:
             raise
         self._drifts = 0
         self.stop = asyncio.Event()
-        self.policy_error = ""
 
     def _make_agent(self) -> Agent:
         prepare_jit_cache(self._state.path)
@@ -149,11 +148,9 @@ class Service:
                 if policy.spec.node_root != agent.policy.spec.node_root:
                     raise BadInput("$.spec.nodeRoot cannot change while the agent runs: restart it")
             except ColocateError as error:
-                self.policy_error = str(error)
                 agent.observer.extra_problems["policy"] = f"{path}: {error}; the old policy stays in force"
                 log.error("policy_invalid", path=str(path), error=str(error))
                 continue
-            self.policy_error = ""
             agent.observer.extra_problems.pop("policy", None)
             if policy != agent.policy:
                 agent.set_policy(policy)

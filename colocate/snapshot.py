@@ -46,13 +46,11 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """`some total=` of cpu.pressure."""
     memory_pressure_us: int | None = None
     memory_pressure_full_us: int | None = None
-    io_pressure_us: int | None = None
     run_delay_us: int | None = None
     """Sum of the second field of /proc/<pid>/task/*/schedstat."""
     memory_bytes: int | None = None
     working_set_bytes: int | None = None
     """Usage less inactive file pages, as kubelet computes it."""
-    memory_limit_bytes: int | None = None
     processes: int | None = None
     frozen: bool = False
     knobs: dict[str, str] = {}

@@ -14,9 +14,19 @@ import signal
 import msgspec
 
 from colocate.actuate.journal import Entry, Journal
-from colocate.cgroupfs import CgroupGone, FilePort, joined, processes, processes_below, start_time
+from colocate.cgroupfs import (
+    CgroupGone,
+    FilePort,
+    joined,
+    processes,
+    processes_anywhere,
+    processes_below,
+    rmdir_tree,
+    start_time,
+)
 from colocate.errors import JournalBroken
 from colocate.knobs import read_knob, same, write_knob
+from colocate.observe.cgroup import inodes_of
 
 _ORDER = {"freezer.state": 0, "cgroup.freeze": 0, "cpu.idle": 1, "cpu.shares": 2, "cpu.weight": 2}
 PASSES = 3
@@ -52,7 +62,7 @@ def thaw_all(port: FilePort, journal: Journal, report: Report) -> None:
 
 def thaw_below(port: FilePort, path: str) -> None:
     """Thaw a cgroup and its descendants in whichever freezer they are frozen."""
-    inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, path)) is not None}
+    inodes = inodes_of(port, path)
     if inodes and read_knob(port, path, "cgroup.freeze", inodes) == "1":
         write_knob(port, path, "cgroup.freeze", "0", inodes)
     children = {c for h in inodes for c in port.children(h, path)}
@@ -125,7 +135,7 @@ def _drop_controllers(port: FilePort, entry: Entry, current: str, report: Report
 
 def open_tier(port: FilePort, path: str, *, is_tier: bool) -> None:
     """The open state of a directory of ours: no limit of ours in force, the tier at the least weight."""
-    inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, path)) is not None}
+    inodes = inodes_of(port, path)
     parent = path.rpartition("/")[0] or "/"
     opened = [("cpu.idle", "0"), ("cpu.max", "max 100000"), ("memory.high", "max")]
     if is_tier:  # a job's own weight and --memory stay as they were asked for
@@ -138,17 +148,10 @@ def open_tier(port: FilePort, path: str, *, is_tier: bool) -> None:
         if port.layout.version == 2:
             cpus = "\n"  # an empty cpuset follows the parent; a write of no bytes would do nothing
         else:
-            parent_inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, parent)) is not None}
+            parent_inodes = inodes_of(port, parent)
             cpus = read_knob(port, parent, "cpuset.cpus", parent_inodes) or ""
         if cpus:
             write_knob(port, path, "cpuset.cpus", cpus, inodes)
-
-
-def _remove_tree(port: FilePort, hierarchy: str, path: str) -> bool:
-    """Remove an empty tree, children first; False if a process is in it."""
-    for child in port.children(hierarchy, path):
-        _remove_tree(port, hierarchy, joined(path, child))
-    return port.rmdir(hierarchy, path)
 
 
 def _remove_made(port: FilePort, entries: list[Entry], report: Report) -> list[Entry]:
@@ -161,7 +164,7 @@ def _remove_made(port: FilePort, entries: list[Entry], report: Report) -> list[E
             continue
         try:
             occupied = processes_below(port, entry.hierarchy, entry.path)
-            removed = not occupied and _remove_tree(port, entry.hierarchy, entry.path)
+            removed = not occupied and rmdir_tree(port, entry.hierarchy, entry.path)
         except OSError as error:
             report.failed.append(f"{_where(entry)}: {error.strerror}")
             left.append(entry)
@@ -231,8 +234,7 @@ def restore_paths(port: FilePort, journal: Journal, paths: set[str]) -> Report:
 
 def kill_below(port: FilePort, path: str, inodes: dict[str, int]) -> int:
     """SIGKILL every process below a cgroup, thawed, by cgroup.kill where the kernel has it; how many were there."""
-    hierarchies = [h for h in port.layout.mounts if port.inode(h, path) is not None]
-    pids = {p for h in hierarchies for p in processes_below(port, h, path)}
+    pids = processes_anywhere(port, path)
     thaw_below(port, path)
     kill_hierarchy = port.layout.hierarchy("kill")
     if kill_hierarchy in inodes and kill_hierarchy is not None:

@@ -13,7 +13,7 @@ import re
 import time
 
 from colocate.actuate.restore import kill_below
-from colocate.cgroupfs import UNIFIED, FilePort, joined, processes_below, start_time
+from colocate.cgroupfs import UNIFIED, FilePort, joined, processes_anywhere, rmdir_tree, start_time
 from colocate.errors import HostUnfit, PermissionMissing
 from colocate.knobs import write_knob
 from colocate.observe.cgroup import inodes_of
@@ -50,19 +50,14 @@ def sweep(port: FilePort) -> list[str]:
 def remove_tree(port: FilePort, path: str, patience_seconds: float = 5.0) -> bool:
     """Kill what is in the tree and remove it in every hierarchy; False if something would not go."""
     deadline = time.monotonic() + patience_seconds
-    while any(processes_below(port, h, path) for h in port.layout.mounts):
+    while processes_anywhere(port, path):
         kill_below(port, path, inodes_of(port, path))
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
 
-    def remove(hierarchy: str, where: str) -> bool:
-        for child in port.children(hierarchy, where):
-            remove(hierarchy, joined(where, child))
-        return port.rmdir(hierarchy, where)
-
     while True:
-        left = [h for h in port.layout.mounts if not remove(h, path)]
+        left = [h for h in port.layout.mounts if not rmdir_tree(port, h, path)]
         if not left:
             return True
         if time.monotonic() > deadline:

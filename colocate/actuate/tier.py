@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal
-from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, start_time
+from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, rmdir_tree, start_time
 from colocate.errors import BadInput, HostUnfit, JournalBroken, PermissionMissing
 from colocate.knobs import file_writes, write_knob
 from colocate.observe.workloads import Tree, cgroup_of
@@ -212,10 +212,5 @@ class TierMaker:
         """Remove a job's directory, with what the job made below it, in every hierarchy; False if it is occupied."""
         done = True
         for hierarchy in self._port.layout.mounts:
-            done = self._remove(hierarchy, path) and done
+            done = rmdir_tree(self._port, hierarchy, path) and done
         return done
-
-    def _remove(self, hierarchy: str, path: str) -> bool:
-        for child in self._port.children(hierarchy, path):
-            self._remove(hierarchy, joined(path, child))
-        return self._port.rmdir(hierarchy, path)

@@ -208,10 +208,6 @@ class Writer:
         replace = msgspec.structs.replace
         return [replace(entry, file=weight, found=before, wanted=w) for w in (default, idle)] + [entry]
 
-    def forget(self) -> None:
-        """Drop what was written, after an undo."""
-        self._written.clear()
-
     async def settle(self) -> None:
         """Wait for writes that are still under way, at most the deadline."""
         pending = [t for t in self._blocking.values() if not t.done()]

@@ -5,31 +5,26 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 
 from colocate import __version__
 from colocate.errors import BadInput, ColocateError
 from colocate.units import parse_bytes, parse_cores, parse_duration
 
 
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _quantity(parse: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type that says in the quantity's own words what is wrong."""
+
+    def read(text: str) -> float:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _cores(text: str) -> float:
-    try:
-        return parse_cores(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+_duration, _bytes, _cores = _quantity(parse_duration), _quantity(parse_bytes), _quantity(parse_cores)
 
 
 def _positive(text: str) -> int:

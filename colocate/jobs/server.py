@@ -21,12 +21,13 @@ import structlog
 from colocate.actuate.restore import kill_below, thaw_below
 from colocate.actuate.tier import check_job_name
 from colocate.agent import Agent, Tick
-from colocate.cgroupfs import joined, processes_below, start_time
+from colocate.cgroupfs import joined, processes_anywhere, start_time
 from colocate.config import SIGNALS
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.peer import Peer, check_child, identify
 from colocate.jobs.registry import Job
+from colocate.observe.cgroup import inodes_of
 
 log = structlog.get_logger()
 GROUP = "colocate"
@@ -243,7 +244,7 @@ class JobServer:
         agent, port = self._agent, self._agent.port
 
         def left() -> set[int]:
-            return {p for h in port.layout.mounts for p in processes_below(port, h, job.path)}
+            return processes_anywhere(port, job.path)
 
         if start_time(port, job.pid) == job.start_time and not left():
             agent.registry.remove(job.name)
@@ -256,8 +257,7 @@ class JobServer:
             while left() and agent.clock.monotonic() < deadline:
                 await asyncio.sleep(0.05)
         while left():
-            inodes = {h: i for h in port.layout.mounts if (i := port.inode(h, job.path)) is not None}
-            kill_below(port, job.path, inodes)
+            kill_below(port, job.path, inodes_of(port, job.path))
             await asyncio.sleep(0.05)
         while not agent.tier.remove_job(joined(job.path)):
             await asyncio.sleep(0.05)

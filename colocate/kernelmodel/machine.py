@@ -47,13 +47,6 @@ class Task:
         return self.demand == "hog" or (self.demand == "queue" and bool(self.queue))
 
 
-class Share:
-    """What a CPU's sharing needs to know of a cgroup; implemented by the port."""
-
-    def __init__(self, path: str, weight: float) -> None:
-        self.path, self.weight = path, weight
-
-
 class Machine:
     """CPUs and memory."""
 

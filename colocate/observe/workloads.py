@@ -182,8 +182,8 @@ def _configured(
     claimed: dict[str, str],
     problems: dict[str, str],
     inodes: Callable[[str], dict[str, int]],
+    own: set[str],
 ) -> list[Target]:
-    own = {p for h in port.layout.mounts if (p := cgroup_of(port, os.getpid(), h)) is not None} - {"/"}
     paths, pids = select(port, root, entry.selector)
     if not paths:
         problems[entry.name] = f"{entry.name}: its selector matches nothing on this node"
@@ -246,9 +246,10 @@ def discover(
     problems: dict[str, str] = {}
     claimed: dict[str, str] = {}
     targets: list[Target] = []
+    own = {p for h in port.layout.mounts if (p := cgroup_of(port, os.getpid(), h))} - {"/"} if spec.batch else set()
     entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
     for entry in entries:
-        targets.extend(_configured(port, tree.root, entry, claimed, problems, inodes))
+        targets.extend(_configured(port, tree.root, entry, claimed, problems, inodes, own))
     if tree.kubepods is not None:
         targets.extend(_pods(port, tree, claimed, inodes))
     for child in port.children(main_hierarchy(port), tree.tier_path):

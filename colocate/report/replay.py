@@ -54,7 +54,7 @@ def replay(path: Path, other: ColocationPolicy | None = None) -> Iterator[Replay
             policy = other or policy_of_builtins(frame["policy"])
             calibration = msgspec.convert(frame["calibration"], Calibration)
             kernel = kernels.load(jit=backend == "numba")
-            if other is None or not line_seen(model):
+            if other is None or model.previous is None:  # another policy keeps its own state across keyframes
                 model = from_builtins(frame["model"], str(path))
                 laws = msgspec.convert(frame["laws"], LawState)
         snapshot = msgspec.convert(line["snapshot"], NodeSnapshot, strict=False)
@@ -62,8 +62,3 @@ def replay(path: Path, other: ColocationPolicy | None = None) -> Iterator[Replay
         laws, plan = decide(snapshot, seen, policy.spec, calibration, laws, line.get("arm", ""))
         decided = msgspec.json.decode(msgspec.json.encode(plan_builtins(plan)))
         yield Replayed(snapshot.sequence, snapshot.time_seconds, line["plan"], decided, backend)
-
-
-def line_seen(model: ModelState) -> bool:
-    """Whether a tick has gone through the model: another policy keeps its own state across keyframes."""
-    return model.previous is not None
