@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from benchmarks import agent, isolation, reaction
 from benchmarks.common import RESULTS
+from colocate.cli.host import configure_logs
 from colocate.errors import ColocateError
 
 SUITES = {"agent": agent.run, "reaction": reaction.run, "isolation": isolation.run}
@@ -13,6 +15,7 @@ SUITES = {"agent": agent.run, "reaction": reaction.run, "isolation": isolation.r
 
 def main(arguments: list[str]) -> int:
     """Run the suites named (default: all); 0 whatever the bars say, for a missed bar is a finding."""
+    configure_logs(logging.ERROR)
     full = "--full" in arguments
     names = [a for a in arguments if not a.startswith("-")] or list(SUITES)
     unknown = [n for n in names if n not in SUITES]

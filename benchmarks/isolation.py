@@ -1,56 +1,137 @@
-"""What the service feels beside batch: p99, batch work and effective utilization in each arm, paired round by round.
+"""What a service feels beside batch: p99, batch work and effective utilization in each arm, paired round by round.
 
-Service: the demo's, pinned workers, open loop. Batch: training, CPU hogs, memory growth. Arms: alone, unmanaged,
-kubelet's BestEffort, koordlet's law on BestEffort, ours. The order of the arms is reversed in every second round.
+Arms: alone, unmanaged, kubelet's BestEffort, koordlet's law on BestEffort, ours; the order is reversed in every second
+round. The same cells run here and in the guest (full cgroup v2, another kernel). Rounds are fixed in `SUBSET`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import mmap
+import struct
 import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.services import WithNginx, WithPostgres, lacks
 from colocate.calibrate import PROBE
 from colocate.cgroupfs import KernelPort, joined
+from colocate.cli.host import configure_logs
 from colocate.config import Calibration
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
-from colocate.demo.result import Result
-from colocate.demo.script import SERVICE_POD, Demo
+from colocate.demo.script import SERVICE_POD, Demo, Process
 from colocate.knobs import read_knob
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import inodes_of, read_workload
 from colocate.observe.node import capacity, figures
+from tools.guest import Guest
+from tools.guest import lacks as guest_lacks
 
 ARMS = ("alone", "unmanaged", "besteffort", "koordlet", "colocate")
-BATCHES = ("training", "hogs", "growth")
-ROUNDS, FULL_ROUNDS = 4, 8
-SECONDS = 8.0
-BARS = {"p99_besteffort": 1.05, "p99_alone": 1.25, "work": 0.9, "effective": 0.9}
+BATCHES = ("training", "hogs", "growth", "stream", "cache", "beside")
+"""`beside` is CPU hogs with a plain BestEffort group of hogs beside them."""
+CPU_BATCHES = ("training", "hogs")
+SERVICES = ("inference", "postgres", "nginx")
+SUBSET = {
+    ("here", "inference", "training"): 5,
+    ("here", "inference", "hogs"): 5,
+    ("here", "inference", "growth"): 4,
+    ("here", "postgres", "hogs"): 4,
+    ("here", "nginx", "hogs"): 4,
+    ("guest", "inference", "hogs"): 4,
+}
+FULL = {("here", s, b): 8 for s in SERVICES for b in BATCHES} | {
+    ("guest", "inference", b): 6 for b in ("training", "hogs", "growth", "beside")
+}
+SECONDS = {"here": 8.0, "guest": 16.0}
+BARS = {"besteffort": 1.05, "here": 1.25, "guest": 1.1, "growth_besteffort": 0.5, "work": 0.9, "effective": 0.9}
+BATCH_PROGRAM = Path(__file__).with_name("batch.py")
 
 
 class Cell(Demo):
     """One batch kind beside the demo's service, arm by arm."""
 
-    def __init__(self, port: KernelPort, batch: str, round_: int) -> None:
-        super().__init__(port, SECONDS, 100 + round_, 0.002, lambda _text, _done: None)
+    def __init__(self, port: KernelPort, batch: str, round_: int, seconds: float) -> None:
+        super().__init__(port, seconds, 100 + round_, 0.002, lambda _text, _done: None)
         self._batch, self._round = batch, round_
+        self._serving: list[Process] = []
+        self.rows: list[dict[str, Any]] = []
+
+    async def _serve(self, serving: list[Process]) -> None:
+        self._serving = serving
+        await super()._serve(serving)
 
     def _training(self, i: int) -> list[str]:
-        if self._batch == "hogs":
-            return [sys.executable, "-IS", str(PROBE), "hog", str(self._progress_files[i])]
+        file = str(self._progress_files[i])
+        if self._batch in ("hogs", "beside"):
+            return [sys.executable, "-IS", str(PROBE), "hog", file]
+        if self._batch in ("stream", "cache"):
+            return [sys.executable, "-IS", str(BATCH_PROGRAM), self._batch, file]
         command = super()._training(i)
         if self._batch == "growth":
             command += ["--most-bytes", str(700 << 20), "--grow-bytes", str(4 << 20)]
         return command
 
     async def _arms(self, calibration: Calibration) -> None:
-        await self._arm("alone", calibration)
-        for arm in ARMS[1:] if self._round % 2 == 0 else ARMS[:0:-1]:
-            if arm == "koordlet":
-                await self._koordlet()
-            else:
-                await self._arm(arm, calibration)
+        for arm in ("alone", *(ARMS[1:] if self._round % 2 == 0 else ARMS[:0:-1])):
+            async with self._besteffort_beside(arm) as others_work:
+                before, started = others_work(), time.perf_counter()
+                await (self._koordlet() if arm == "koordlet" else self._arm(arm, calibration))
+                others = (others_work() - before) / (time.perf_counter() - started)
+            found = self._result.arms[arm]
+            lost = sum(p.process.returncode is not None for p in self._serving)
+            self.rows.append(
+                {
+                    "arm": arm,
+                    "p50_ms": found.p50_ms,
+                    "p99_ms": found.p99_ms,
+                    "work": found.batch_work_per_second,
+                    "cpu": found.cpu_utilization,
+                    "effective": found.effective_machine_utilization,
+                    "requests": found.requests,
+                    "failed": found.failed_requests,
+                    "batch_lost": found.batch_processes_lost,
+                    "service_lost": lost,
+                    "besteffort_work": round(others, 1),
+                }
+            )
+            if lost:
+                await self._serve_again()
+
+    async def _serve_again(self) -> None:
+        for process in self._serving:
+            await process.end()
+        self._serving.clear()
+        self._urls.clear()
+        await self._serve(self._serving)
+
+    @contextlib.asynccontextmanager
+    async def _besteffort_beside(self, arm: str) -> AsyncIterator[Any]:
+        """A BestEffort pod of hogs that is there in every arm but `alone`; yields its work so far."""
+        counters: list[mmap.mmap] = []
+        hogs: list[Process] = []
+        if self._batch == "beside" and arm != "alone":
+            path = joined(self._node.path, "kubepods/besteffort/podother")
+            self._node.make("kubepods/besteffort/podother")
+            for i in range(len(self._cpus)):
+                file = self._directory / f"other{i}"
+                file.write_bytes(b"\0" * 8)
+                with file.open("r+b") as opened:
+                    counters.append(mmap.mmap(opened.fileno(), 8))
+                command = [sys.executable, "-IS", str(PROBE), "hog", str(file)]
+                hogs.append(await Process.start(self._node, path, command, {}))
+        try:
+            yield lambda: sum(struct.unpack("Q", c[:8])[0] for c in counters)
+        finally:
+            for hog in hogs:
+                await hog.end()
 
     async def _koordlet(self) -> None:
         group = joined(self._node.path, "kubepods/besteffort")
@@ -93,70 +174,136 @@ class Cell(Demo):
                     self._knob("kubepods/besteffort", "cpu.max", f"{quota} 100000")
 
 
+class PostgresCell(Cell, WithPostgres):
+    """The same beside PostgreSQL."""
+
+
+class NginxCell(Cell, WithNginx):
+    """The same beside nginx."""
+
+
+CELLS: dict[str, type[Cell]] = {"inference": Cell, "postgres": PostgresCell, "nginx": NginxCell}
+
+
+def run_cell(service: str, batch: str, round_: int, seconds: float) -> list[dict[str, Any]]:
+    """All arms of one round on this kernel, one row an arm."""
+    cell = CELLS[service](KernelPort(), batch, round_, seconds)
+    result = asyncio.run(cell.run(Calibration()))
+    reference = reference_loop()
+    common = {"service": service, "batch": batch, "round": round_, "reference": reference}
+    return [{**common, **row, "host_unchanged": result.host_unchanged} for row in cell.rows]
+
+
 def run(full: bool) -> list[str]:
     """Run what is missing; the summary."""
-    runs, port = Runs("isolation"), KernelPort()
-    rounds = FULL_ROUNDS if full else ROUNDS
-    for round_ in range(rounds):
-        for batch in BATCHES if full else BATCHES[:2]:
-            if runs.has(batch=batch, round=round_, arm="colocate"):
-                continue
-            result: Result = asyncio.run(Cell(port, batch, round_).run(Calibration()))
-            for arm, found in result.arms.items():
-                runs.add(
-                    batch=batch,
-                    round=round_,
-                    arm=arm,
-                    reference=reference_loop(),
-                    host_unchanged=result.host_unchanged,
-                    p50_ms=found.p50_ms,
-                    p99_ms=found.p99_ms,
-                    work=found.batch_work_per_second,
-                    cpu=found.cpu_utilization,
-                    effective=found.effective_machine_utilization,
-                    failed=found.failed_requests,
-                    lost=found.batch_processes_lost,
+    runs = Runs("isolation")
+    cells = FULL if full else SUBSET
+    missing = [
+        (where, service, batch, round_)
+        for round_ in range(max(cells.values()))  # rounds first: what is cut short is balanced
+        for (where, service, batch), rounds in cells.items()
+        if round_ < rounds
+        and not runs.has(where=where, service=service, batch=batch, round=round_, arm="colocate")
+        and not runs.has(where=where, service=service, batch=batch, round=round_, arm="unmanaged")
+    ]
+    notes = {f"          {s}: did not run, it lacks {lacks(s)}" for _, s, _, _ in missing if lacks(s)}
+    for where, service, batch, round_ in missing:
+        if where == "here" and not lacks(service):
+            print(f"isolation: {service} beside {batch}, round {round_ + 1}", file=sys.stderr, flush=True)
+            for row in run_cell(service, batch, round_, SECONDS[where]):
+                runs.add(where=where, **row)
+    inside = [cell for cell in missing if cell[0] == "guest"]
+    if inside and guest_lacks():
+        notes.add(f"          guest: did not run, it lacks {guest_lacks()}")
+    elif inside:
+        with Guest() as guest:
+            for where, service, batch, round_ in inside:
+                print(
+                    f"isolation: {service} beside {batch} in the guest, round {round_ + 1}", file=sys.stderr, flush=True
                 )
-            print(f"isolation: {batch}, round {round_ + 1}/{rounds} done", file=sys.stderr, flush=True)
-    return summary(runs)
+                command = f"python3 -m benchmarks.isolation {service} {batch} {round_} {SECONDS[where]}"
+                code, output = guest.run(command, 900)
+                if code:
+                    raise RuntimeError(f"in the guest: {output[-2000:]}")
+                for line in output.splitlines():
+                    if line.startswith("{"):
+                        runs.add(where=where, **msgspec.json.decode(line))
+    return [*sorted(notes), *summary(runs)]
 
 
-def _column(runs: Runs, batch: str, arm: str, field: str) -> list[float]:
-    rows = sorted((r for r in runs.runs if r.get("batch") == batch and r.get("arm") == arm), key=lambda r: r["round"])
-    return [r[field] for r in rows if r[field] is not None]
+def _pairs(rows: list[dict[str, Any]], field: str, arm: str, other: str) -> tuple[list[float], list[float]]:
+    """The field in two arms, round by round, where both are known and positive."""
+    values = {(r["arm"], r["round"]): r[field] for r in rows}
+    rounds = sorted({r["round"] for r in rows})
+    found = [(values.get((arm, i)) or 0.0, values.get((other, i)) or 0.0) for i in rounds]
+    kept = [(a, b) for a, b in found if a > 0 and b > 0]
+    return [a for a, _ in kept], [b for _, b in kept]
+
+
+def _ratio(rows: list[dict[str, Any]], field: str, other: str) -> Interval:
+    ours, theirs = _pairs(rows, field, "colocate", other)
+    return ratio_interval(ours, theirs) if ours else Interval(float("nan"), float("nan"), float("nan"))
 
 
 def summary(runs: Runs) -> list[str]:
     """Each bar by the interval of paired ratios over the rounds."""
     lines = []
-    for batch in dict.fromkeys(r["batch"] for r in runs.runs if "batch" in r):
-        p99 = {arm: _column(runs, batch, arm, "p99_ms") for arm in ARMS}
-        work = {arm: _column(runs, batch, arm, "work") for arm in ARMS}
-        lines += [
-            f"          {batch}, {arm}: p99 {_median(p99[arm]):.2f} ms, work {_median(work[arm]):.0f}/s, "
-            f"medians of {len(p99[arm])}"
-            for arm in ARMS
-        ]
-        to_plain = ratio_interval(p99["colocate"], p99["besteffort"])
-        to_alone = ratio_interval(p99["colocate"], p99["alone"])
-        to_koordlet = ratio_interval(p99["colocate"], p99["koordlet"])
-        gained = ratio_interval(work["colocate"], work["besteffort"])
-        more = ratio_interval(work["colocate"], work["koordlet"])
-        effective: Interval = mean_interval(_column(runs, batch, "colocate", "effective"))
-        bound = BARS["p99_besteffort"]
-        lines += [
-            bar(f"{batch}: p99 to BestEffort's", to_plain.below(bound), to_plain, bound),
-            bar(f"{batch}: p99 to alone", to_alone.below(BARS["p99_alone"]), to_alone, BARS["p99_alone"]),
-            bar(f"{batch}: batch work to BestEffort's", gained.above(BARS["work"]), gained, BARS["work"]),
-            bar(
-                f"{batch}: effective utilization", effective.above(BARS["effective"]), effective, BARS["effective"], ""
-            ),
-            bar(f"{batch}: p99 to koordlet's law", "reported", to_koordlet, 1.0),
-            bar(f"{batch}: batch work to koordlet's law", "reported", more, 1.0),
-        ]
+    every = [r for r in runs.runs if "batch" in r]
+    for where, service, batch in dict.fromkeys((r["where"], r["service"], r["batch"]) for r in every):
+        rows = [r for r in every if (r["where"], r["service"], r["batch"]) == (where, service, batch)]
+        cell = f"{service} beside {batch}" + (" (guest)" if where == "guest" else "")
+        lines.append(f"{cell}: medians of {1 + max(r['round'] for r in rows)} rounds")
+        for arm in ARMS:
+            here = [r for r in rows if r["arm"] == arm]
+            lines.append(
+                f"          {arm:10s} p99 {_median(here, 'p99_ms'):8.2f} ms  work {_median(here, 'work'):9.0f}/s  CPU "
+                f"{_median(here, 'cpu'):4.0%}  lost: service {sum(r['service_lost'] for r in here)}, batch "
+                f"{sum(r['batch_lost'] for r in here)}, requests {sum(r['failed'] for r in here)}"
+                + (f"  BestEffort's work {_median(here, 'besteffort_work'):.0f}/s" if batch == "beside" else "")
+            )
+        lines += _bars(cell, where, batch, rows)
     return lines
 
 
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
+def _bars(cell: str, where: str, batch: str, rows: list[dict[str, Any]]) -> list[str]:
+    to_plain, to_alone = _ratio(rows, "p99_ms", "besteffort"), _ratio(rows, "p99_ms", "alone")
+    gained = _ratio(rows, "work", "besteffort")
+    lines = []
+    if batch in CPU_BATCHES:
+        effective = mean_interval([r["effective"] for r in rows if r["arm"] == "colocate" and r["effective"]] or [0.0])
+        alone = BARS[where]
+        lines = [
+            bar(f"{cell}: p99 to BestEffort's", to_plain.below(BARS["besteffort"]), to_plain, BARS["besteffort"]),
+            bar(f"{cell}: p99 to alone", to_alone.below(alone), to_alone, alone),
+            bar(f"{cell}: batch work to BestEffort's", gained.above(BARS["work"]), gained, BARS["work"]),
+            bar(f"{cell}: effective utilization", effective.above(BARS["effective"]), effective, BARS["effective"], ""),
+        ]
+    elif batch == "growth":
+        lost = sum(r["service_lost"] for r in rows if r["arm"] == "colocate")
+        half = BARS["growth_besteffort"]
+        either = "pass" if "pass" in (to_alone.below(1.1), to_plain.below(half)) else to_alone.below(1.1)
+        lines = [
+            bar(f"{cell}: p99 to alone, or", either, to_alone, 1.1),
+            bar(f"{cell}: p99 to BestEffort's", either, to_plain, half),
+            bar(f"{cell}: service processes killed", "fail" if lost else "pass", float(lost), 0, ""),
+        ]
+    else:
+        lines = [
+            bar(f"{cell}: p99 to alone", "reported", to_alone, 1.0),
+            bar(f"{cell}: p99 to BestEffort's", "reported", to_plain, 1.0),
+            bar(f"{cell}: batch work to BestEffort's", "reported", gained, 1.0),
+        ]
+    lines.append(bar(f"{cell}: p99 to koordlet's law", "reported", _ratio(rows, "p99_ms", "koordlet"), 1.0))
+    lines.append(bar(f"{cell}: batch work to koordlet's law", "reported", _ratio(rows, "work", "koordlet"), 1.0))
+    return lines
+
+
+def _median(rows: list[dict[str, Any]], field: str) -> float:
+    ordered = sorted(r[field] or 0.0 for r in rows)
     return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+if __name__ == "__main__":
+    configure_logs(logging.ERROR)
+    for row in run_cell(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])):
+        print(msgspec.json.encode(row).decode())

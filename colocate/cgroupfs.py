@@ -65,8 +65,8 @@ class FilePort(Protocol):
     def write(self, hierarchy: str, path: str, file: str, value: str, inode: int | None = None) -> None:
         """Write a control file. Raises CgroupGone, or OSError with the kernel's errno."""
 
-    def children(self, hierarchy: str, path: str) -> list[str]:
-        """Names of the child cgroups, sorted; empty if the directory is gone."""
+    def children(self, hierarchy: str, path: str) -> dict[str, int]:
+        """Names of the child cgroups, sorted, with their inodes; empty if the directory is gone."""
 
     def mkdir(self, hierarchy: str, path: str) -> int:
         """Make a cgroup; its inode. Raises FileExistsError and OSError."""
@@ -280,13 +280,13 @@ class KernelPort:
         finally:
             os.close(fd)
 
-    def children(self, hierarchy: str, path: str) -> list[str]:
-        """See FilePort."""
+    def children(self, hierarchy: str, path: str) -> dict[str, int]:
+        """See FilePort. kernfs lists the same inodes that stat(2) gives, which saves a call a child."""
         try:
             with os.scandir(self._real(hierarchy, path)) as entries:
-                return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+                return dict(sorted((e.name, e.inode()) for e in entries if e.is_dir(follow_symlinks=False)))
         except OSError:
-            return []
+            return {}
 
     def mkdir(self, hierarchy: str, path: str) -> int:
         """See FilePort."""

@@ -2,7 +2,7 @@
 # The Debian packages of the guest, browser and benchmark suites, and the guest's kernel; idempotent. Run as root.
 set -eu
 cd "$(dirname "$0")/.."
-PACKAGES="python3-venv make qemu-system-x86 busybox-static e2fsprogs chromium"
+PACKAGES="python3-venv make qemu-system-x86 busybox-static e2fsprogs chromium nginx-light postgresql"
 KERNEL=build/guest/kernel
 
 missing=""
@@ -22,7 +22,7 @@ export DEBIAN_FRONTEND=noninteractive
 if [ -n "$missing" ]; then
   echo "system packages: installing$missing"
   # shellcheck disable=SC2086
-  apt-get -qq install -y --no-install-recommends $missing > /dev/null
+  RUNLEVEL=1 apt-get -qq install -y --no-install-recommends $missing > /dev/null  # 1: starts no server (invoke-rc.d)
 fi
 if [ ! -d "$KERNEL/boot" ]; then
   image=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ {print $2; exit}')

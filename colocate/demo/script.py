@@ -63,14 +63,15 @@ _WAIT = 'read _ || exit 1; exec "$@"'
 Progress = Callable[[str, float], None]
 
 
-class _Process:
+class Process:
     """A process that becomes its command only when it is in its cgroup."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
     @classmethod
-    async def start(cls, node: ScratchNode, cgroup: str, command: list[str], env: dict[str, str]) -> _Process:
+    async def start(cls, node: ScratchNode, cgroup: str, command: list[str], env: dict[str, str]) -> Process:
+        """Start the command in this group (a full path)."""
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", _WAIT, "sh", *command,
             stdin=asyncio.subprocess.PIPE,
@@ -84,21 +85,24 @@ class _Process:
         return started
 
     async def say(self, word: str) -> None:
+        """A line to its stdin."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{word}\n".encode())
         await self.process.stdin.drain()
 
     async def line(self) -> str:
+        """The next line of its stdout; it has 30 s for it."""
         assert self.process.stdout is not None
         return (await asyncio.wait_for(self.process.stdout.readline(), 30)).decode().strip()
 
     async def end(self) -> None:
+        """SIGKILL, and wait for it."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGKILL)  # Process.kill would reap it behind asyncio's back
-        await self.process.wait()
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            self.process.stdin.close()  # its own children may hold the other end, and wait() waits for all pipes
+        await self.process.wait()
 
 
 class Demo:
@@ -159,13 +163,14 @@ class Demo:
                 lambda done, total, arm: self._progress(f"calibrating: {arm}", 0.2 * done / total),
             )
         self._result.lever = calibration.lever
-        workers = [await self._worker(cpu) for cpu in self._cpus]
+        serving: list[Process] = []
         try:
+            await self._serve(serving)
             await self._references()
             await self._arms(calibration)
         finally:
-            for worker in workers:
-                await worker.end()
+            for process in serving:
+                await process.end()
 
     async def _arms(self, calibration: Calibration) -> None:
         for i, arm in enumerate(ARMS):
@@ -176,22 +181,30 @@ class Demo:
         path = joined(self._node.path, group)
         write_knob(self._port, path, knob, value, inodes_of(self._port, path))
 
-    async def _worker(self, cpu: int) -> _Process:
+    async def _serve(self, serving: list[Process]) -> None:
+        """Start the service; its processes are appended as they start."""
+        for cpu in self._cpus:
+            serving += [await self._worker(cpu)]
+
+    async def _worker(self, cpu: int) -> Process:
         shared = self._directory / "metrics"
         shared.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "colocate.demo.service", "--cpu", str(cpu)]
         command += ["--service-seconds", str(self._service_seconds)]
         group = joined(self._node.path, SERVICE_POD)
-        worker = await _Process.start(self._node, group, command, {"PROMETHEUS_MULTIPROC_DIR": str(shared)})
+        worker = await Process.start(self._node, group, command, {"PROMETHEUS_MULTIPROC_DIR": str(shared)})
         port = await worker.line()
         if not port.isdigit():
             raise HostUnfit("the demonstration service did not start; its error is above")
         self._urls.append(f"http://127.0.0.1:{port}")
         return worker
 
-    async def _load(self, *options: str) -> list[Sample]:
-        command = [sys.executable, "-m", "colocate.demo.load", *options, *self._urls]
-        load = await _Process.start(self._node, joined(self._node.path, "client"), command, {})
+    async def _load(self, rate: float | None, seconds: float) -> list[Sample]:
+        """Requests at this mean rate, or as fast as the service answers."""
+        command = [sys.executable, "-m", "colocate.demo.load", "--seconds", str(seconds), "--seed", str(self._seed)]
+        command += ["--closed", str(4 * len(self._cpus))] if rate is None else ["--rate", str(rate)]
+        command += self._urls
+        load = await Process.start(self._node, joined(self._node.path, "client"), command, {})
         try:
             await asyncio.sleep(0.8)  # imports are done before the clock starts
             await load.say("go")
@@ -200,6 +213,11 @@ class Demo:
         finally:
             await load.end()
 
+    def _reset_work(self) -> None:
+        """Each job counts from zero, so what an earlier one left would be work undone."""
+        for counter in self._counters:
+            counter[:8] = struct.pack("Q", 0)
+
     def _work(self) -> int:
         return sum(struct.unpack("Q", c[:8])[0] for c in self._counters)
 
@@ -207,9 +225,10 @@ class Demo:
         return [sys.executable, "-m", "colocate.demo.training", "--progress", str(self._progress_files[i])]
 
     @contextlib.asynccontextmanager
-    async def _batch_in(self, group: str) -> AsyncIterator[list[_Process]]:
+    async def _batch_in(self, group: str) -> AsyncIterator[list[Process]]:
         path = joined(self._node.path, group)
-        jobs = [await _Process.start(self._node, path, self._training(i), {}) for i in range(len(self._cpus))]
+        self._reset_work()
+        jobs = [await Process.start(self._node, path, self._training(i), {}) for i in range(len(self._cpus))]
         try:
             yield jobs
         finally:
@@ -219,7 +238,7 @@ class Demo:
     async def _references(self) -> None:
         """The service's peak and the batch work of an otherwise empty node."""
         self._progress("the service's peak", 0.2)
-        samples = await self._load("--closed", str(4 * len(self._cpus)), "--seconds", str(PEAK_SECONDS))
+        samples = await self._load(None, PEAK_SECONDS)
         self._result.service_peak_per_second = round(sum(s.ok for s in samples) / PEAK_SECONDS, 1)
         self._progress("batch alone", 0.25)
         async with self._batch_in("kubepods/besteffort/podbatch"):
@@ -242,13 +261,10 @@ class Demo:
             async with self._batch_in(group) as jobs:
                 await self._measure(arm, jobs)
 
-    async def _measure(self, arm: str, jobs: list[_Process]) -> None:
+    async def _measure(self, arm: str, jobs: list[Process]) -> None:
         await asyncio.sleep(WARM_SECONDS)
         have = capacity(self._port, self._node.path)
-        rate = str(LOAD_RATIO * self._result.service_peak_per_second)
-        load = asyncio.create_task(
-            self._load("--rate", rate, "--seconds", str(self._seconds), "--seed", str(self._seed))
-        )
+        load = asyncio.create_task(self._load(LOAD_RATIO * self._result.service_peak_per_second, self._seconds))
         await asyncio.sleep(0.8)
         work, before = self._work(), figures(self._port, "/", have.cpus, have.memory_bytes)
         started = time.perf_counter()
@@ -275,9 +291,12 @@ class Demo:
         )
         self._result.details[arm] = detail
 
+    def _slo(self) -> ServiceLevelObjective | None:
+        url = f"{self._urls[0]}/metrics"
+        return ServiceLevelObjective(p99=self._target_seconds, url=url, metric=METRIC, window=3.0)
+
     def _policy(self) -> ColocationPolicy:
-        slo = ServiceLevelObjective(p99=self._target_seconds, url=f"{self._urls[0]}/metrics", metric=METRIC, window=3.0)
-        service = ServicePolicy(name="inference", selector=Selector(cgroup=SERVICE_POD), slo=slo)
+        service = ServicePolicy(name="inference", selector=Selector(cgroup=SERVICE_POD), slo=self._slo())
         spec = PolicySpec(
             node_root=self._node.path,
             tick=0.5,
@@ -312,7 +331,8 @@ class Demo:
         stop = asyncio.Event()
         await server.start()
         running = asyncio.create_task(agent.run(stop))
-        jobs: list[_Process] = []
+        jobs: list[Process] = []
+        self._reset_work()
         try:
             for i in range(len(self._cpus)):
                 command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", f"training-{i}"]
@@ -320,7 +340,9 @@ class Demo:
                 process = await asyncio.create_subprocess_exec(
                     *command, stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}
                 )
-                jobs.append(_Process(process))
+                jobs.append(Process(process))
+            while len(agent.registry.jobs) < len(jobs) and all(j.process.returncode is None for j in jobs):
+                await asyncio.sleep(0.02)  # starting them is not what is measured
             await self._measure("colocate", jobs)
         finally:
             for job in jobs:

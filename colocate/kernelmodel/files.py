@@ -94,10 +94,10 @@ class ModelFiles:
         found = self.group(hierarchy, path)
         return None if found is None else found.inode
 
-    def children(self, hierarchy: str, path: str) -> list[str]:
+    def children(self, hierarchy: str, path: str) -> dict[str, int]:
         """See FilePort."""
         found = self.group(hierarchy, path)
-        return sorted(found.children) if found is not None else []
+        return {name: child.inode for name, child in sorted(found.children.items())} if found is not None else {}
 
     def mkdir(self, hierarchy: str, path: str) -> int:
         """See FilePort."""

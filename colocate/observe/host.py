@@ -31,7 +31,7 @@ class Check(NamedTuple):
 def _first_child(port: KernelPort, hierarchy: str) -> str:
     """Any child cgroup: some files exist only below the root."""
     children = port.children(hierarchy, "/")
-    return f"/{children[0]}" if children else "/"
+    return f"/{next(iter(children))}" if children else "/"
 
 
 def _has(port: KernelPort, controller: str, *files: str) -> str:

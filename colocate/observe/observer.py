@@ -99,11 +99,11 @@ class Observer:
         found = (self._read(t) for t in targets if t.inodes)
         return {w.id: w for w in found if w is not None}
 
-    def _known_inodes(self, path: str) -> dict[str, int]:
+    def _known_inodes(self, path: str, main_inode: int | None = None) -> dict[str, int]:
         """The inodes of a cgroup, looked up anew only if its main one is another: ten stat calls a cgroup add up."""
         known = self._inodes.get(path)
         main = main_hierarchy(self._port)
-        if known and main in known and self._port.inode(main, path) == known[main]:
+        if known and main in known and (main_inode or self._port.inode(main, path)) == known[main]:
             return known
         return inodes_of(self._port, path)
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import os.path
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -58,6 +57,13 @@ class Target(msgspec.Struct, frozen=True):
     known: dict[str, Any] = {}
     pids: tuple[int, ...] | None = None
     """Processes whose run delay is read; None: those of the cgroup."""
+
+
+class Inodes(Protocol):
+    """Looks the inodes of a cgroup up; the main hierarchy's may be known from a listing."""
+
+    def __call__(self, path: str, main_inode: int | None = None) -> dict[str, int]:
+        """hierarchy -> inode."""
 
 
 def main_hierarchy(port: FilePort) -> str:
@@ -181,7 +187,7 @@ def _configured(
     entry: ServicePolicy | BatchPolicy,
     claimed: dict[str, str],
     problems: dict[str, str],
-    inodes: Callable[[str], dict[str, int]],
+    inodes: Inodes,
     own: set[str],
 ) -> list[Target]:
     paths, pids = select(port, root, entry.selector)
@@ -214,18 +220,17 @@ def _configured(
     return targets
 
 
-def _pods(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Callable[[str], dict[str, int]]) -> list[Target]:
+def _pods(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Inodes) -> list[Target]:
     assert tree.kubepods is not None
     hierarchy = main_hierarchy(port)
     targets = []
+    others = {tree.tier_path, tree.besteffort, tree.burstable, *claimed}
     for level in filter(None, (tree.kubepods, tree.burstable)):
-        for child in port.children(hierarchy, level):
-            path = joined(level, child)
-            if path in (tree.tier_path, tree.besteffort, tree.burstable) or path in claimed:
-                continue
-            uid = pod_uid(child)
+        for child, inode in port.children(hierarchy, level).items():
+            path = f"{level}/{child}"
+            uid = None if path in others else pod_uid(child)
             if uid is not None:
-                targets.append(Target(f"pod:{uid}", f"pod-{uid[:13]}", "service", path, inodes(path)))
+                targets.append(Target(f"pod:{uid}", f"pod-{uid[:13]}", "service", path, inodes(path, inode)))
     if tree.besteffort and tree.besteffort not in claimed and port.inode(hierarchy, tree.besteffort) is not None:
         path = tree.besteffort
         targets.append(Target("besteffort", "besteffort", "besteffort", path, inodes(path)))
@@ -237,11 +242,11 @@ def discover(
     tree: Tree,
     spec: PolicySpec,
     jobs: dict[str, dict[str, Any]],
-    inodes: Callable[[str], dict[str, int]],
+    inodes: Inodes,
 ) -> tuple[list[Target], dict[str, str]]:
     """All workloads of the node, and the problems met, by the name of the policy entry.
 
-    `jobs` has what is known of a job by the name of its directory in the tier; `inodes` looks a path's inodes up.
+    `jobs` has what is known of a job by the name of its directory in the tier.
     """
     problems: dict[str, str] = {}
     claimed: dict[str, str] = {}
@@ -252,8 +257,8 @@ def discover(
         targets.extend(_configured(port, tree.root, entry, claimed, problems, inodes, own))
     if tree.kubepods is not None:
         targets.extend(_pods(port, tree, claimed, inodes))
-    for child in port.children(main_hierarchy(port), tree.tier_path):
+    for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
         path = joined(tree.tier_path, child)
         known = jobs.get(child, {})
-        targets.append(Target(f"job:{child}", child, "batch", path, inodes(path), known))
+        targets.append(Target(f"job:{child}", child, "batch", path, inodes(path, inode), known))
     return targets, problems

@@ -197,7 +197,7 @@ def test_run_puts_the_command_into_the_tier_in_every_hierarchy(node, agent):
     assert len(inside) >= min(len(node.port.layout.mounts), 4) or (
         UNIFIED in node.port.layout.mounts and len(inside) == 1
     )
-    assert wait_for(lambda: node.port.children(node.port.layout.controllers["cpu"], tier) == [])
+    assert wait_for(lambda: not node.port.children(node.port.layout.controllers["cpu"], tier))
     running.stop()
 
 
@@ -247,7 +247,7 @@ def test_a_job_that_ignores_sigterm_and_forks_out_leaves_nothing(node, agent):
     assert found.returncode == 3
     tier, hierarchy = tier_of(node), node.port.layout.controllers["cpu"]
     assert wait_for(lambda: processes_below(node.port, hierarchy, tier) == [])
-    assert wait_for(lambda: node.port.children(hierarchy, tier) == [])
+    assert wait_for(lambda: not node.port.children(hierarchy, tier))
     running.stop()
 
 

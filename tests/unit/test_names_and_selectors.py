@@ -67,7 +67,11 @@ def problems(kernel, *entries):
     services = tuple(e for e in entries if isinstance(e, ServicePolicy))
     batch = tuple(e for e in entries if isinstance(e, BatchPolicy))
     spec = PolicySpec(services=services, batch=batch)
-    targets, found = discover(kernel, find_tree(kernel, "/"), spec, {}, lambda path: inodes_of(kernel, path))
+
+    def inodes(path, _main_inode=None):
+        return inodes_of(kernel, path)
+
+    targets, found = discover(kernel, find_tree(kernel, "/"), spec, {}, inodes)
     return [t.name for t in targets], found
 
 

@@ -185,7 +185,7 @@ def test_an_occupied_tier_stays_at_the_least_weight_without_limits_and_thawed(tm
     assert not kernel.frozen(task)
     kernel.kill(task.pid, 9)
     assert restore(kernel, agent.journal).clean
-    assert kernel.children(UNIFIED, "/") == ["nightly", "web"]
+    assert list(kernel.children(UNIFIED, "/")) == ["nightly", "web"]
 
 
 def test_what_somebody_else_wrote_since_is_left_to_them(tmp_path):
@@ -287,7 +287,7 @@ def test_a_handover_leaves_the_grants_and_the_laws_memory_to_the_successor(tmp_p
     assert successor.laws == laws
     assert kernel.read(UNIFIED, "/colocate-batch", "cpu.max") != "max 100000\n"
     asyncio.run(successor.close())
-    assert kernel.children(UNIFIED, "/") == ["nightly", "web"]
+    assert list(kernel.children(UNIFIED, "/")) == ["nightly", "web"]
 
 
 def test_waking_early_does_not_put_off_the_next_ticks(tmp_path):
