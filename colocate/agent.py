@@ -148,6 +148,7 @@ class Agent:
         spec = self.policy.spec
         objectives = {s.name: s.slo for s in spec.services if s.slo is not None}
         await self.scraper.scrape(objectives, min(SCRAPE_WAIT_RATIO * spec.tick, 0.1))
+        self.observer.refresh_pods()
         snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
         self.tier.tree = self.observer.tree
         kubernetes = self.observer.tree.kubepods is not None
@@ -236,6 +237,7 @@ class Agent:
             self.journal.close()
             self.recorder.close()
             await self.scraper.close()
+            await self.observer.lister.close()
         return report
 
     def forget_made(self, path: str) -> None:

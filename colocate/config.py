@@ -32,7 +32,9 @@ class Selector(Spec, frozen=True):
     command: str | None = None
     """A process whose command line contains this text; its cgroup is meant."""
     pod_selector: dict[str, str] | None = None
-    """Labels of pods (needs a Kubernetes node)."""
+    """Labels of pods, all of which must match (asks the kubelet, see `spec.kubelet`)."""
+    namespace: str | None = None
+    """Only with podSelector: pods of this namespace alone."""
 
 
 class ServiceLevelObjective(Spec, frozen=True):
@@ -133,6 +135,17 @@ class RecordPolicy(Spec, frozen=True):
     """Ticks."""
 
 
+class KubeletPolicy(Spec, frozen=True):
+    """How the kubelet of this node is asked for its pods; used only if a podSelector is."""
+
+    url: str = "https://127.0.0.1:10250"
+    token_file: str = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    ca_file: str = ""
+    """Who signed the kubelet's serving certificate; empty: the system's authorities."""
+    insecure_skip_tls_verify: bool = False
+    every: Duration = 10.0
+
+
 class HttpPolicy(Spec, frozen=True):
     """Where /metrics, /healthz, /readyz and /debug/plan are served; port 0 takes any free port."""
 
@@ -155,6 +168,7 @@ class PolicySpec(Spec, frozen=True):
     staleness: StalenessPolicy = StalenessPolicy()
     records: RecordPolicy = RecordPolicy()
     http: HttpPolicy = HttpPolicy()
+    kubelet: KubeletPolicy = KubeletPolicy()
     drift: Literal["reassert", "yield"] = "reassert"
     """When somebody else writes one of our knobs: write it again, or leave it to them."""
     calibrate: bool = True
@@ -213,6 +227,9 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.cpu.trialTicks", spec.cpu.trial_ticks, 1, 1000)
     _check_range("$.spec.cpu.trialRequests", spec.cpu.trial_requests, 0, 10**6)
     _check_range("$.spec.memory.poll", spec.memory.poll, 0.01, 10, "s")
+    _check_range("$.spec.kubelet.every", spec.kubelet.every, 1, 3600, "s")
+    if not spec.kubelet.url.startswith(("http://", "https://")):
+        raise ConfigError("$.spec.kubelet.url", f"{spec.kubelet.url!r} is no URL", "start it with https://")
     _check_range("$.spec.http.port", spec.http.port, 0, 65535)
     _check_range("$.spec.records.maxBytes", spec.records.max_bytes, 1 << 20, 1 << 40)
     _check_range("$.spec.records.keyframeEvery", spec.records.keyframe_every, 1, 10**6)
@@ -232,12 +249,19 @@ def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str,
     if entry.name in names:
         raise ConfigError(f"{path}.name", f"{entry.name!r} is also the name of {names[entry.name]}", "rename one")
     names[entry.name] = path
-    chosen = [f for f in entry.selector.__struct_fields__ if getattr(entry.selector, f) is not None]
+    how = ("systemd_unit", "cgroup", "command", "pod_selector")
+    chosen = [f for f in how if getattr(entry.selector, f) is not None]
     if len(chosen) != 1:
         raise ConfigError(
             f"{path}.selector",
             f"needs exactly one of systemdUnit, cgroup, command, podSelector; {len(chosen)} are set",
         )
+    if entry.selector.namespace is not None and entry.selector.pod_selector is None:
+        raise ConfigError(
+            f"{path}.selector.namespace", "belongs to podSelector", "choose by podSelector, or leave it out"
+        )
+    if entry.selector.pod_selector == {}:
+        raise ConfigError(f"{path}.selector.podSelector", "no labels would mean every pod", "write at least one label")
     if isinstance(entry, BatchPolicy) and entry.checkpoint_signal not in (None, *SIGNALS):
         raise ConfigError(
             f"{path}.checkpointSignal",

@@ -8,10 +8,11 @@ from typing import Any
 import structlog
 
 from colocate.cgroupfs import UNIFIED, FilePort, processes
-from colocate.config import ColocationPolicy
+from colocate.config import BatchPolicy, ColocationPolicy, ServicePolicy
 from colocate.observe import node as node_figures
 from colocate.observe.cgroup import inodes_of, read_workload
 from colocate.observe.latency import LatencyScraper
+from colocate.observe.pods import PodLister
 from colocate.observe.schedstat import run_delay_us
 from colocate.observe.workloads import Target, Tree, discover, find_tree, main_hierarchy
 from colocate.snapshot import NodeSnapshot, Objective, Workload
@@ -32,6 +33,7 @@ class Observer:
     ) -> None:
         self._port, self._jobs, self._scraper = port, jobs, scraper
         self.policy = policy
+        self.lister = PodLister()
         self.capacity = node_figures.capacity(port, policy.spec.node_root)
         self.tree: Tree = find_tree(port, policy.spec.node_root)
         self.problems: dict[str, str] = {}
@@ -93,9 +95,13 @@ class Observer:
         return workload
 
     def _workloads(self) -> dict[str, Workload]:
-        targets, self.problems = discover(self._port, self.tree, self.policy.spec, self._jobs(), self._known_inodes)
+        targets, self.problems = discover(
+            self._port, self.tree, self.policy.spec, self._jobs(), self._known_inodes, self.lister.pods
+        )
         self._inodes = {t.path: t.inodes for t in targets}
         self.problems.update(self.extra_problems)
+        if self.lister.problem:
+            self.problems["kubelet"] = self.lister.problem
         found = (self._read(t) for t in targets if t.inodes)
         return {w.id: w for w in found if w is not None}
 
@@ -130,6 +136,13 @@ class Observer:
         if not inodes:
             return None
         return read_workload(self._port, id_="tier", name="tier", tier="tier", path=self.tree.tier_path, inodes=inodes)
+
+    def refresh_pods(self) -> None:
+        """Ask the kubelet for its pods, in the background, if a selector needs them."""
+        spec = self.policy.spec
+        entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
+        if any(e.selector.pod_selector is not None for e in entries):
+            self.lister.refresh(spec.kubelet)
 
     def snapshot(self, time_seconds: float, monotonic_seconds: float) -> NodeSnapshot:
         """Everything known now. Times are given, so that a model's clock can stand in."""

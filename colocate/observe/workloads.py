@@ -10,12 +10,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import os.path
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from colocate.cgroupfs import UNIFIED, FilePort, joined
 from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.observe.pods import Pod
 from colocate.snapshot import Objective
 
 MAX_SEARCH_DEPTH = 3
@@ -158,8 +160,18 @@ def _by_unit(port: FilePort, hierarchy: str, root: str, unit: str) -> list[str]:
     return []
 
 
-def select(port: FilePort, root: str, selector: Selector) -> tuple[list[str], list[int] | None]:
-    """The cgroup paths a selector means, and the pids if it chose processes. Pod labels need a Kubernetes client."""
+def _by_labels(port: FilePort, hierarchy: str, tree: Tree, selector: Selector, pods: Mapping[str, Pod]) -> list[str]:
+    labels = selector.pod_selector or {}
+    wanted = {uid for uid, pod in pods.items() if pod.matches(labels, selector.namespace)}
+    levels = filter(None, (tree.kubepods, tree.burstable, tree.besteffort))
+    return [f"{level}/{c}" for level in levels for c in port.children(hierarchy, level) if pod_uid(c) in wanted]
+
+
+def select(
+    port: FilePort, tree: Tree, selector: Selector, pods: Mapping[str, Pod]
+) -> tuple[list[str], list[int] | None]:
+    """The cgroup paths a selector means, and the pids if it chose processes. `pods` are those of this node by uid."""
+    root = tree.root
     hierarchy = main_hierarchy(port)
     if selector.cgroup is not None:
         return _glob(port, hierarchy, root, selector.cgroup), None
@@ -167,7 +179,7 @@ def select(port: FilePort, root: str, selector: Selector) -> tuple[list[str], li
         return _by_unit(port, hierarchy, root, selector.systemd_unit), None
     if selector.command is not None:
         return _by_command(port, hierarchy, selector.command)
-    return [], None
+    return _by_labels(port, hierarchy, tree, selector, pods), None
 
 
 def _not_ours_to_govern(path: str, claimed: dict[str, str], own: set[str]) -> str:
@@ -183,16 +195,20 @@ def _not_ours_to_govern(path: str, claimed: dict[str, str], own: set[str]) -> st
 
 def _configured(
     port: FilePort,
-    root: str,
+    tree: Tree,
+    pods: Mapping[str, Pod],
     entry: ServicePolicy | BatchPolicy,
     claimed: dict[str, str],
     problems: dict[str, str],
     inodes: Inodes,
     own: set[str],
 ) -> list[Target]:
-    paths, pids = select(port, root, entry.selector)
+    paths, pids = select(port, tree, entry.selector, pods)
     if not paths:
-        problems[entry.name] = f"{entry.name}: its selector matches nothing on this node"
+        where = (
+            "on this node" if tree.kubepods or entry.selector.pod_selector is None else ": there is no kubepods tree"
+        )
+        problems[entry.name] = f"{entry.name}: its selector matches nothing {where}"
     targets = []
     service = isinstance(entry, ServicePolicy)
     for i, path in enumerate(paths):
@@ -220,7 +236,7 @@ def _configured(
     return targets
 
 
-def _pods(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Inodes) -> list[Target]:
+def _pods(port: FilePort, tree: Tree, pods: Mapping[str, Pod], claimed: dict[str, str], inodes: Inodes) -> list[Target]:
     assert tree.kubepods is not None
     hierarchy = main_hierarchy(port)
     targets = []
@@ -230,7 +246,9 @@ def _pods(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Inodes) -
             path = f"{level}/{child}"
             uid = None if path in others else pod_uid(child)
             if uid is not None:
-                targets.append(Target(f"pod:{uid}", f"pod-{uid[:13]}", "service", path, inodes(path, inode)))
+                pod = pods.get(uid)
+                name = f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
+                targets.append(Target(f"pod:{uid}", name, "service", path, inodes(path, inode)))
     if tree.besteffort and tree.besteffort not in claimed and port.inode(hierarchy, tree.besteffort) is not None:
         path = tree.besteffort
         targets.append(Target("besteffort", "besteffort", "besteffort", path, inodes(path)))
@@ -243,10 +261,11 @@ def discover(
     spec: PolicySpec,
     jobs: dict[str, dict[str, Any]],
     inodes: Inodes,
+    pods: Mapping[str, Pod],
 ) -> tuple[list[Target], dict[str, str]]:
     """All workloads of the node, and the problems met, by the name of the policy entry.
 
-    `jobs` has what is known of a job by the name of its directory in the tier.
+    `jobs` has what is known of a job by the name of its directory in the tier, `pods` of a pod by its uid.
     """
     problems: dict[str, str] = {}
     claimed: dict[str, str] = {}
@@ -254,9 +273,9 @@ def discover(
     own = {p for h in port.layout.mounts if (p := cgroup_of(port, os.getpid(), h))} - {"/"} if spec.batch else set()
     entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
     for entry in entries:
-        targets.extend(_configured(port, tree.root, entry, claimed, problems, inodes, own))
+        targets.extend(_configured(port, tree, pods, entry, claimed, problems, inodes, own))
     if tree.kubepods is not None:
-        targets.extend(_pods(port, tree, claimed, inodes))
+        targets.extend(_pods(port, tree, pods, claimed, inodes))
     for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
         path = joined(tree.tier_path, child)
         known = jobs.get(child, {})

@@ -71,7 +71,7 @@ def problems(kernel, *entries):
     def inodes(path, _main_inode=None):
         return inodes_of(kernel, path)
 
-    targets, found = discover(kernel, find_tree(kernel, "/"), spec, {}, inodes)
+    targets, found = discover(kernel, find_tree(kernel, "/"), spec, {}, inodes, {})
     return [t.name for t in targets], found
 
 

@@ -1,0 +1,109 @@
+"""Which pods run on this node, with their labels: asked of the kubelet, for `podSelector` and for readable names.
+
+GET /pods of the kubelet itself (port 10250, authorised by `nodes/proxy` or, fine-grained, `nodes/pods`)
+answers a PodList from the kubelet's memory, so it costs the API server nothing and works while that one is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from colocate.config import KubeletPolicy
+
+MAX_BODY_BYTES = 32 << 20
+
+
+class _Meta(msgspec.Struct, rename="camel"):
+    name: str
+    namespace: str
+    uid: str
+    labels: dict[str, str] = {}
+
+
+class _Pod(msgspec.Struct):
+    metadata: _Meta
+
+
+class _PodList(msgspec.Struct):
+    items: list[_Pod] | None = None
+
+
+class Pod(msgspec.Struct, frozen=True):
+    """A pod of this node."""
+
+    uid: str
+    name: str
+    namespace: str
+    labels: dict[str, str]
+
+    def matches(self, labels: dict[str, str], namespace: str | None) -> bool:
+        """Whether it has all of these labels, in this namespace (None: in any)."""
+        return namespace in (None, self.namespace) and labels.items() <= self.labels.items()
+
+
+def parse_pods(body: bytes) -> dict[str, Pod]:
+    """uid -> Pod of a PodList. Raises msgspec.MsgspecError."""
+    items = msgspec.json.decode(body, type=_PodList).items or []
+    found = (Pod(p.metadata.uid, p.metadata.name, p.metadata.namespace, p.metadata.labels) for p in items)
+    return {pod.uid: pod for pod in found}
+
+
+class PodLister:
+    """Keeps the latest answer; a slow or absent kubelet delays no tick, and what was known stays known."""
+
+    def __init__(self) -> None:
+        self.pods: dict[str, Pod] = {}
+        self.problem = ""
+        self._task: asyncio.Task[None] | None = None
+        self._asked = float("-inf")
+
+    def refresh(self, kubelet: KubeletPolicy) -> None:
+        """Ask anew, in the background, if the last answer is old."""
+        now = time.monotonic()
+        if now - self._asked >= kubelet.every and (self._task is None or self._task.done()):
+            self._asked = now
+            self._task = asyncio.create_task(self._ask(kubelet))
+
+    async def _ask(self, kubelet: KubeletPolicy) -> None:
+        import aiohttp  # late: a plain host never needs it for this
+
+        url = f"{kubelet.url.rstrip('/')}/pods"
+        try:
+            headers = {}
+            if kubelet.token_file and (token := Path(kubelet.token_file)).exists():
+                headers["Authorization"] = f"Bearer {token.read_text().strip()}"
+            options: dict[str, Any] = {"headers": headers, "ssl": _tls(kubelet)}
+            timeout = aiohttp.ClientTimeout(total=5)
+            async with (
+                aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
+                session.get(url, **options) as response,
+            ):
+                if response.status in (401, 403):
+                    raise OSError(f"HTTP {response.status}: its token may not read nodes/pods (or nodes/proxy)")
+                if response.status != 200:
+                    raise OSError(f"HTTP {response.status}")
+                self.pods = parse_pods(await response.content.read(MAX_BODY_BYTES))
+                self.problem = ""
+        except TimeoutError:
+            self.problem = f"{url} did not answer within 5 s"
+        except (aiohttp.ClientError, msgspec.MsgspecError, OSError) as error:
+            self.problem = f"{url}: {error}"
+
+    async def close(self) -> None:
+        """Cancel what is under way."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _tls(kubelet: KubeletPolicy) -> ssl.SSLContext | bool:
+    """How the kubelet's certificate is checked; it is often signed by itself, so that may be switched off by name."""
+    if kubelet.insecure_skip_tls_verify:
+        return False
+    return ssl.create_default_context(cafile=kubelet.ca_file) if kubelet.ca_file else True

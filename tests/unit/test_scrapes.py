@@ -1,0 +1,181 @@
+"""What is asked over HTTP, against real servers on loopback: a service's histogram, and the kubelet's pods."""
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+from aiohttp import web
+
+from colocate.cgroupfs import UNIFIED
+from colocate.config import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
+from colocate.kernelmodel import ModelKernel
+from colocate.observe.cgroup import inodes_of
+from colocate.observe.latency import MAX_BODY_BYTES, LatencyScraper
+from colocate.observe.pods import Pod, PodLister, parse_pods
+from colocate.observe.workloads import discover, find_tree
+
+HISTOGRAM = """# TYPE lat histogram
+lat_bucket{code="200",le="0.01"} 90
+lat_bucket{code="200",le="0.02"} 99
+lat_bucket{code="200",le="+Inf"} 100
+lat_bucket{code="500",le="0.01"} 1
+lat_bucket{code="500",le="0.02"} 1
+lat_bucket{code="500",le="+Inf"} 1
+lat_sum{code="200"} 1
+lat_count{code="200"} 100
+"""
+POD_LIST = b"""{"kind":"PodList","apiVersion":"v1","metadata":{},"items":[
+{"metadata":{"name":"web-7d4b","namespace":"shop","uid":"aaa-1","labels":{"app":"web","pod-template-hash":"7d4b"}},
+ "spec":{"containers":[{"name":"c","image":"web"}]},"status":{"phase":"Running","qosClass":"Burstable"}},
+{"metadata":{"name":"web-7d4b","namespace":"test","uid":"bbb-2","labels":{"app":"web"}},"spec":{},"status":{}},
+{"metadata":{"name":"bare","namespace":"shop","uid":"ccc-3"},"spec":{},"status":{}}]}"""
+
+
+@contextlib.asynccontextmanager
+async def serving(answer):
+    async def handle(request):
+        return await answer(request) if asyncio.iscoroutinefunction(answer) else answer
+
+    application = web.Application()
+    application.router.add_get("/{path:.*}", handle)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def scrape(url, **changes):
+    scraper = LatencyScraper()
+    slo = ServiceLevelObjective(**{"p99": 0.02, "url": f"{url}/metrics", "metric": "lat", **changes})
+    try:
+        await scraper.scrape({"web": slo}, 2.0)
+    finally:
+        await scraper.close()
+    return scraper.readings.get("web"), scraper.problems.get("web", "")
+
+
+async def test_the_series_of_a_histogram_are_added_up():
+    async with serving(web.Response(text=HISTOGRAM)) as url:
+        reading, problem = await scrape(url)
+    assert reading.counts == (91.0, 100.0, 101.0)
+    assert problem == ""
+
+
+async def test_labels_choose_the_series():
+    async with serving(web.Response(text=HISTOGRAM)) as url:
+        reading, _ = await scrape(url, labels={"code": "200"})
+    assert reading.counts == (90.0, 99.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        pytest.param(web.Response(text="<html>hello lat_bucket{</html>"), "not Prometheus text", id="HTML"),
+        pytest.param(web.Response(text="up 1\n"), "no histogram lat with labels", id="another metric"),
+        pytest.param(web.Response(text="lat 3\nlat_sum 3\n"), "no histogram lat", id="a summary, not a histogram"),
+        pytest.param(web.Response(body=b"\xff\xfe\x00lat"), "not Prometheus text", id="bytes"),
+        pytest.param(web.Response(status=500), "HTTP status 500", id="an error"),
+        pytest.param(web.Response(text="lat\n" * (MAX_BODY_BYTES // 4 + 1)), "more than 8 MiB", id="far too much"),
+    ],
+)
+async def test_what_is_no_histogram_is_a_problem_that_says_why(answer, says):
+    async with serving(answer) as url:
+        reading, problem = await scrape(url)
+    assert reading is None
+    assert url in problem
+    assert says in problem
+
+
+async def test_a_slow_endpoint_is_given_up_after_its_timeout():
+    async def never(_request):
+        await asyncio.sleep(60)
+
+    async with serving(never) as url:
+        reading, problem = await scrape(url, scrape_timeout=0.1)
+    assert reading is None
+    assert "did not answer within 0.1 s" in problem
+
+
+async def test_an_endpoint_that_is_down_is_a_problem():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        reading, problem = await scrape(f"http://127.0.0.1:{sock.getsockname()[1]}")
+    assert reading is None
+    assert "onnect" in problem
+
+
+async def test_a_target_far_from_every_bucket_boundary_is_warned_of():
+    async with serving(web.Response(text=HISTOGRAM)) as url:
+        reading, problem = await scrape(url, p99=0.5)
+    assert reading is not None
+    assert "no bucket boundary near the target 0.5 s" in problem
+
+
+async def ask(kubelet):
+    lister = PodLister()
+    lister.refresh(kubelet)
+    for _ in range(100):
+        if lister.pods or lister.problem:
+            break
+        await asyncio.sleep(0.02)
+    await lister.close()
+    return lister
+
+
+async def test_the_kubelet_is_asked_for_its_pods_with_the_token(tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+
+    async def answer(request):
+        allowed = request.headers.get("Authorization") == "Bearer secret" and request.path == "/pods"
+        return web.Response(body=POD_LIST) if allowed else web.Response(status=401)
+
+    async with serving(answer) as url:
+        lister = await ask(KubeletPolicy(url=url, token_file=str(tmp_path / "token")))
+        refused = await ask(KubeletPolicy(url=url, token_file=str(tmp_path / "none")))
+    assert lister.pods["aaa-1"].labels["app"] == "web"
+    assert lister.problem == ""
+    assert "HTTP 401: its token may not read nodes/pods" in refused.problem
+
+
+@pytest.mark.parametrize(
+    "body", [pytest.param(b"404 page not found", id="text"), pytest.param(b'{"items": 3}', id="another shape")]
+)
+async def test_an_answer_that_is_no_pod_list_is_a_problem(body):
+    async with serving(web.Response(body=body)) as url:
+        lister = await ask(KubeletPolicy(url=url))
+    assert f"{url}/pods" in lister.problem
+    assert not lister.pods
+
+
+@pytest.mark.parametrize(
+    ("labels", "namespace", "found"),
+    [
+        pytest.param({"app": "web"}, "shop", ["/kubepods/burstable/podaaa-1"], id="labels and namespace"),
+        pytest.param(
+            {"app": "web"}, None, ["/kubepods/burstable/podaaa-1", "/kubepods/besteffort/podbbb-2"], id="any namespace"
+        ),
+        pytest.param({"app": "web", "tier": "front"}, None, [], id="every label must match"),
+    ],
+)
+def test_a_pod_selector_means_the_cgroups_of_matching_pods(labels, namespace, found):
+    kernel = ModelKernel(version=2)
+    for path in ("", "/burstable", "/besteffort", "/burstable/podaaa-1", "/besteffort/podbbb-2", "/burstable/podccc-3"):
+        kernel.mkdir(UNIFIED, f"/kubepods{path}")
+
+    def inodes(path, _main_inode=None):
+        return inodes_of(kernel, path)
+
+    selector = Selector(pod_selector=labels, namespace=namespace)
+    spec = PolicySpec(services=(ServicePolicy(name="web", selector=selector),))
+    targets, problems = discover(kernel, find_tree(kernel, "/"), spec, {}, inodes, parse_pods(POD_LIST))
+    assert [t.path for t in targets if t.name.startswith("web")] == found
+    assert ("web" in problems) == (not found)
+    assert "shop/bare" in [t.name for t in targets]
+
+
+def test_pods_without_labels_match_no_selector():
+    assert not Pod("u", "n", "s", {}).matches({"app": "web"}, None)
