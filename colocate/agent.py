@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from colocate.actuate.guardian import Guardian
+from colocate.actuate.guardian import OCCUPIED, Guardian
 from colocate.actuate.journal import Journal
 from colocate.actuate.restore import Report, restore, restore_paths
 from colocate.actuate.statedir import StateDirectory
@@ -226,7 +226,7 @@ class Agent:
             await self.writer.settle()
             if not self.shadow and not handover:
                 report = restore(self.port, self.journal)
-            word = b"handover" if handover else b"done"
+            word = b"handover" if handover else OCCUPIED if report.occupied else b"done"
         finally:
             if self.guardian is not None:
                 self.guardian.dismiss(word)
@@ -254,6 +254,11 @@ class Agent:
                 and not (e.kind == "moved" and start_time(self.port, e.pid) != e.start_time)
             )
 
+    def problems(self) -> dict[str, str]:
+        """What an operator should mend, by what it is about."""
+        scraped = {f"{name} (latency)": f"{name}: {problem}" for name, problem in self.scraper.problems.items()}
+        return {**self.observer.problems, **scraped}
+
     def explain(self) -> dict[str, Any]:
         """The last tick as plain data, for the socket and /debug/plan."""
         if self.last is None:
@@ -266,7 +271,7 @@ class Agent:
             "drifts": msgspec.to_builtins(self.last.drifts),
             "laws": msgspec.to_builtins(self.laws),
             "calibration": msgspec.to_builtins(self.calibration),
-            "problems": {**self.observer.problems, **self.scraper.problems},
+            "problems": self.problems(),
             "shadow": self.shadow,
             "tick_seconds": self.last.seconds,
         }

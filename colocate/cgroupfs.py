@@ -109,15 +109,18 @@ def parse_mounts(text: str, prefix: str = "") -> Layout:
     return Layout(mounts, controllers)
 
 
-def discover_layout(mounts_text: str, prefix: str = "") -> Layout:
-    """The layout of this host, with what the unified hierarchy offers: its controllers, PSI, freeze and kill."""
-    layout = parse_mounts(mounts_text, prefix)
+def discover_layout(mounts_text: str, own_path: str = "/") -> Layout:
+    """The layout of this host, with what the unified hierarchy offers: its controllers, PSI, freeze and kill.
+
+    `own_path` is the caller's own cgroup there for an ordinary user, who has the controllers delegated to it at most.
+    """
+    layout = parse_mounts(mounts_text)
     if UNIFIED not in layout.mounts:
         return layout
     root = layout.mounts[UNIFIED]
     controllers = dict(layout.controllers)
     try:
-        with open(f"{root}/cgroup.controllers") as file:
+        with open(f"{root}{own_path.rstrip('/')}/cgroup.controllers") as file:
             offered = file.read().split()
     except OSError:
         offered = []
@@ -140,8 +143,9 @@ class KernelPort:
 
     def __init__(self, layout: Layout | None = None) -> None:
         if layout is None:
-            with open("/proc/self/mounts") as mounts:
-                layout = discover_layout(mounts.read())
+            with open("/proc/self/mounts") as mounts, open("/proc/self/cgroup") as own:
+                path = next((line.strip().split(":", 2)[2] for line in own if line.startswith("0::")), "/")
+                layout = discover_layout(mounts.read(), "/" if os.geteuid() == 0 else path)
         self.layout = layout
         self._directories: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()
         self._lock = (

@@ -217,8 +217,17 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     if policy.kind != KIND:
         raise ConfigError("$.kind", f"unknown kind {policy.kind!r}", f"write {KIND}")
     spec = policy.spec
-    if not spec.node_root.startswith("/"):
-        raise ConfigError("$.spec.nodeRoot", f"{spec.node_root!r} is not absolute", "start it with /")
+    if not spec.node_root.startswith("/") or ".." in spec.node_root.split("/"):
+        raise ConfigError("$.spec.nodeRoot", f"{spec.node_root!r} is not absolute", "start it with /, without ..")
+    if spec.staleness.open_after < spec.staleness.stop_tightening_after:
+        raise ConfigError(
+            "$.spec.staleness.openAfter", "is below stopTighteningAfter", "write a larger number of ticks"
+        )
+    _check_range("$.spec.staleness.stopTighteningAfter", spec.staleness.stop_tightening_after, 1, 10**6)
+    _check_range("$.spec.freeze.maxFrozen", spec.freeze.max_frozen, 0.1, 86400, "s")
+    _check_range("$.spec.cpu.reserve", spec.cpu.reserve, 0, 90, "%")
+    _check_range("$.spec.memory.reserve", spec.memory.reserve, 0, 90, "%")
+    _check_range("$.spec.records.segmentBytes", spec.records.segment_bytes, 1 << 16, spec.records.max_bytes)
     _check_range("$.spec.tick", spec.tick, 0.05, 60, "s")
     _check_range("$.spec.cpu.growth", spec.cpu.growth, 0.1, 100, "%")
     _check_range("$.spec.cpu.floor", spec.cpu.floor, 0.01, 1024)
@@ -248,6 +257,8 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
 def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str, str]) -> None:
     if entry.name in names:
         raise ConfigError(f"{path}.name", f"{entry.name!r} is also the name of {names[entry.name]}", "rename one")
+    if not entry.name or not entry.name.isprintable():
+        raise ConfigError(f"{path}.name", f"{entry.name!r} is no name", "write a short printable text")
     names[entry.name] = path
     how = ("systemd_unit", "cgroup", "command", "pod_selector")
     chosen = [f for f in how if getattr(entry.selector, f) is not None]
@@ -256,6 +267,13 @@ def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str,
             f"{path}.selector",
             f"needs exactly one of systemdUnit, cgroup, command, podSelector; {len(chosen)} are set",
         )
+    for field in ("systemdUnit", "command"):
+        if getattr(entry.selector, "systemd_unit" if field == "systemdUnit" else field) == "":
+            raise ConfigError(
+                f"{path}.selector.{field}", "is empty and would match everything", "write what to look for"
+            )
+    if entry.selector.cgroup is not None and not entry.selector.cgroup.startswith("/"):
+        raise ConfigError(f"{path}.selector.cgroup", f"{entry.selector.cgroup!r} is no path", "start it with /")
     if entry.selector.namespace is not None and entry.selector.pod_selector is None:
         raise ConfigError(
             f"{path}.selector.namespace", "belongs to podSelector", "choose by podSelector, or leave it out"
@@ -270,5 +288,10 @@ def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str,
         )
     if isinstance(entry, ServicePolicy) and entry.slo is not None:
         _check_range(f"{path}.slo.p99", entry.slo.p99, 1e-6, 3600, "s")
+        _check_range(f"{path}.slo.minimumSamples", entry.slo.minimum_samples, 1, 10**9)
+        _check_range(f"{path}.slo.window", entry.slo.window, 0.1, 86400, "s")
+        _check_range(f"{path}.slo.scrapeTimeout", entry.slo.scrape_timeout, 0.01, 60, "s")
+        if not entry.slo.metric:
+            raise ConfigError(f"{path}.slo.metric", "is empty", "write the histogram's name without _bucket")
         if not entry.slo.url.startswith(("http://", "https://")):
             raise ConfigError(f"{path}.slo.url", f"{entry.slo.url!r} is no URL", "start it with http://")

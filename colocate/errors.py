@@ -52,7 +52,9 @@ class AlreadyRunning(ColocateError):  # noqa: N818
 
     def __init__(self, pid: int, what: str) -> None:
         self.pid = pid
-        super().__init__(f"another colocate agent (pid {pid}) already owns {what}; stop it first: kill -TERM {pid}")
+        who = f"another colocate agent (pid {pid})" if pid else "another process"
+        mend = f"kill -TERM {pid}" if pid else "find it with fuser or lslocks"
+        super().__init__(f"{who} already owns {what}; stop it first: {mend}")
 
 
 class StateTooNew(ColocateError):  # noqa: N818

@@ -66,12 +66,25 @@ def _explain(error: msgspec.ValidationError) -> ConfigError:
     return ConfigError(path, message[:1].lower() + message[1:])
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, as the YAML specification says, and not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml.SafeLoader."""
+        keys = [str(key.value) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_policy(text: str, source: str) -> ColocationPolicy:
     """The policy in a YAML text. Raises ConfigError, and BadInput if it is no YAML."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise BadInput(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise BadInput(f"{source} is not YAML: {said}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):

@@ -117,13 +117,17 @@ class Service:
         jit = use_jit()
         port = KernelPort()
         policy, state = self._policy, self._state
+        if all(port.inode(h, policy.spec.node_root) is None for h in port.layout.mounts):
+            raise BadInput(f"$.spec.nodeRoot: there is no cgroup {policy.spec.node_root} on this host")
         recorder = Recorder(state.path / "records", policy.spec.records, "numba" if jit else "numpy")
         root = policy.spec.node_root
+        kernel = kernels.load(jit)
+        release_compiler()
         guardian = None if self._shadow else Guardian(state.path, self._runtime, root)
         return Agent(
             port,
             policy,
-            kernels.load(jit),
+            kernel,
             Journal(state.path, boot_id()),
             state=state,
             calibration=load_calibration(state, port),
@@ -165,8 +169,10 @@ class Service:
             seen = stamp
             try:
                 policy = load_policy(path)
-                if policy.spec.node_root != agent.policy.spec.node_root:
-                    raise BadInput("$.spec.nodeRoot cannot change while the agent runs: restart it")
+                for field in ("nodeRoot", "http"):
+                    attribute = "node_root" if field == "nodeRoot" else field
+                    if getattr(policy.spec, attribute) != getattr(agent.policy.spec, attribute):
+                        raise BadInput(f"$.spec.{field} cannot change while the agent runs: restart it")
             except ColocateError as error:
                 agent.observer.extra_problems["policy"] = f"{path}: {error}; the old policy stays in force"
                 log.error("policy_invalid", path=str(path), error=str(error))
@@ -189,6 +195,8 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
+        # The policy is read again by itself when it changes; a terminal that closes ends what was started on it.
+        loop.add_signal_handler(signal.SIGHUP, self.stop.set if os.isatty(0) else lambda: log.info("hangup_ignored"))
         try:
             agent = self._make_agent()
             return await self._run(agent)
@@ -209,7 +217,6 @@ class Service:
         try:
             await server.start()
             await agent.tick()  # protection first: the HTTP server's imports alone take a tenth of a second
-            release_compiler()
             if agent.policy.spec.http.enabled and not self._embedded:
                 runner = await self._serve_http(agent)
             notify_systemd("READY=1")

@@ -50,23 +50,40 @@ $B mount -t devtmpfs dev /dev; $B mount -t proc proc /proc
 for m in /mod/*.ko; do $B insmod $m || echo "insmod $m failed"; done
 for i in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; $B sleep 0.1; done
 $B mount -t ext4 -o noatime /dev/vda /newroot || exec $B sh
+case "$($B cat /proc/cmdline)" in *guest.systemd*) init=/lib/systemd/systemd;; *) init=/sbin/init;; esac
 $B mount --move /dev /newroot/dev; $B umount /proc
-exec $B switch_root /newroot /sbin/init
+exec $B switch_root /newroot $init
 """
 
 INIT = """#!/bin/sh
-export PATH=/usr/bin:/bin:/sbin:/usr/sbin HOME=/root PYTHONPATH=/opt/site:/opt/project
-export COLOCATE_TEST_PATIENCE=6 TERM=dumb
+export PATH=/usr/bin:/bin:/sbin:/usr/sbin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t cgroup2 none /sys/fs/cgroup
 mkdir -p /dev/pts /dev/shm; mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run; mount -t tmpfs tmp /tmp
 ip link set lo up; hostname guest; ln -sf /proc/self/fd /dev/fd
+exec /sbin/channel
+"""
+
+CHANNEL = """#!/bin/sh
+export PATH=/usr/bin:/bin:/sbin:/usr/sbin HOME=/root PYTHONPATH=/opt/site:/opt/project
+export COLOCATE_TEST_PATIENCE=6 TERM=dumb
 mkdir -p /opt/project; cd /opt/project; tar x -f /dev/vdb
 stty -F /dev/ttyS1 raw -echo 2>/dev/null
 exec 3<>/dev/ttyS1
 echo "READY" >&3
 while read -r line <&3; do sh -c "$line" >&3 2>&1 </dev/null; echo "__END__ $?" >&3; done
 """
+
+
+SYSTEMD_PACKAGES = ("systemd", "dbus", "dbus-daemon", "dbus-bin", "dbus-system-bus-common", "util-linux", "mount")
+MASKED = ("logind", "journal-flush", "random-seed", "update-utmp", "firstboot", "machine-id-commit", "hwdb-update",
+          "networkd", "resolved", "sysusers", "pcrphase", "pcrphase-sysinit", "repart")  # fmt: skip
+SYSTEMD_UNITS = {
+    "guest.service": "[Unit]\nRequires=dbus.service\nAfter=dbus.service\n"
+    "[Service]\nExecStart=/sbin/channel\nStandardOutput=null\n",
+    # Without PAM, which would set it, and without a login: the unit that a login starts, started by hand.
+    "user@.service.d/guest.conf": "[Service]\nPAMName=\nEnvironment=XDG_RUNTIME_DIR=/run/user/%i\n",
+}
 
 
 def kernel_files() -> tuple[Path, Path] | None:
@@ -124,6 +141,11 @@ def _busybox() -> Path:
     return Path(found)
 
 
+def _is_elf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"\x7fELF"
+
+
 def _libraries(files: list[Path]) -> set[Path]:
     """Shared libraries that these files need, by ldd."""
     found: set[Path] = set()
@@ -159,16 +181,50 @@ def _python(root: Path) -> None:
     # Emulated, compiling the imports of every process would take longer than the tests.
     for directory in (root / str(standard).lstrip("/"), site):
         subprocess.run([executable, "-m", "compileall", "-q", "-j", "2", directory], capture_output=True, check=False)
-    objects = [*root.rglob("*.so"), *root.rglob("*.so.*"), executable]
-    for library in _libraries([o for o in objects if o.is_file()]):
+    for library in _libraries([f for f in root.rglob("*") if not f.is_symlink() and f.is_file() and _is_elf(f)]):
         if not str(library).startswith(str(root)):
             _copy_file(library, root)
 
 
+def systemd_lacks() -> str:
+    """What is missing for a guest with systemd as its first process; empty if it can be started."""
+    if lack := lacks():
+        return lack
+    programs = ("/lib/systemd/systemd", "/usr/bin/dbus-daemon")
+    return (
+        "" if all(Path(p).exists() for p in programs) else "the Debian packages systemd and dbus (make system-packages)"
+    )
+
+
+def _systemd(root: Path) -> None:
+    """The host's systemd and D-Bus packages, and the units that join them to the command channel."""
+    listed = subprocess.run(["dpkg", "-L", *SYSTEMD_PACKAGES], capture_output=True, text=True, check=False).stdout
+    for name in dict.fromkeys(listed.splitlines()):
+        source, target = Path(name), root / name.lstrip("/")
+        if name.startswith(("/usr/share/doc", "/usr/share/man", "/usr/share/locale")) or source.parent == Path("/"):
+            continue
+        if source.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                target.symlink_to(os.readlink(source))
+        elif source.is_file():
+            target.unlink(missing_ok=True)  # busybox's link
+            _copy_file(source, root)
+    units = root / "etc" / "systemd" / "system"
+    for name, text in SYSTEMD_UNITS.items():
+        (units / name).parent.mkdir(parents=True, exist_ok=True)
+        (units / name).write_text(text)
+    for name in MASKED:
+        (units / f"systemd-{name}.service").symlink_to("/dev/null")
+    (root / "etc" / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+
+
 def _root(root: Path) -> None:
     for directory in (
-        "bin",
-        "sbin",
+        "usr/bin",
+        "usr/sbin",
+        "usr/lib",
+        "usr/lib64",
         "dev",
         "proc",
         "sys",
@@ -177,12 +233,13 @@ def _root(root: Path) -> None:
         "etc",
         "var/lib",
         "var/tmp",
-        "usr/bin",
         "root",
+        "home/user",
         "opt",
-        "lib64",
     ):
         (root / directory).mkdir(parents=True, exist_ok=True)
+    for name in ("bin", "sbin", "lib", "lib64"):  # as Debian merges them
+        (root / name).symlink_to(f"usr/{name}")
     shutil.copy2(_busybox(), root / "bin" / "busybox")
     applets = subprocess.run([_busybox(), "--list"], capture_output=True, text=True, check=True).stdout.split()
     for applet in applets:
@@ -191,8 +248,13 @@ def _root(root: Path) -> None:
             link.symlink_to("busybox")
     (root / "sbin" / "init").write_text(INIT)
     (root / "sbin" / "init").chmod(0o755)
-    (root / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n")
-    (root / "etc" / "group").write_text("root:x:0:\nuser:x:1000:\n")
+    (root / "sbin" / "channel").write_text(CHANNEL)
+    (root / "sbin" / "channel").chmod(0o755)
+    users = {"root": 0, "messagebus": 101, "systemd-journal": 102, "other": 1001, "user": 1000, "nobody": 65534}
+    homes = {"root": "/root", "user": "/home/user"}
+    rows = [f"{name}:x:{id_}:{id_}::{homes.get(name, '/tmp')}:/bin/sh\n" for name, id_ in users.items()]
+    (root / "etc" / "passwd").write_text("".join(rows))
+    (root / "etc" / "group").write_text("".join(f"{name}:x:{id_}:\n" for name, id_ in users.items()) + "tty:x:5:\n")
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
     (root / "etc" / "hostname").write_text("guest\n")
 
@@ -208,6 +270,7 @@ def build() -> Path:
         Path(__file__).read_bytes(),
         sys.version.encode(),
         str(vmlinuz).encode(),
+        systemd_lacks().encode(),
     ):
         key.update(part)
     image = BUILD / key.hexdigest()[:16]
@@ -229,6 +292,8 @@ def build() -> Path:
         (ram / "init").chmod(0o755)
         root = making / "root"
         _root(root)
+        if not systemd_lacks():
+            _systemd(root)
         _python(root)
         result = making / "result"
         result.mkdir()
@@ -250,8 +315,8 @@ def _made(directory: Path) -> Path:
 class Guest:
     """A running guest; use as a context manager."""
 
-    def __init__(self, cpus: int = 2) -> None:
-        self._cpus = cpus
+    def __init__(self, *, cpus: int = 2, systemd: bool = False) -> None:
+        self._cpus, self._systemd = cpus, systemd
         self._directory = Path(tempfile.mkdtemp(prefix="colocate-guest-"))
         self._qemu: subprocess.Popen[bytes] | None = None
         self._channel = socket.socket(socket.AF_UNIX)
@@ -276,6 +341,8 @@ class Guest:
         with project.open("ab") as tar:
             tar.truncate((project.stat().st_size + 511) // 512 * 512)
         line = "console=ttyS0 panic=1 rdinit=/init mitigations=off random.trust_cpu=on quiet tsc=reliable psi=1"
+        if self._systemd:
+            line += " guest.systemd systemd.unit=guest.service systemd.show_status=0"
         self._qemu = subprocess.Popen(
             ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max",
              "-smp", str(self._cpus), "-m", str(MEMORY_MIB), "-nographic", "-nodefaults", "-no-reboot",
@@ -299,7 +366,7 @@ class Guest:
             (self._directory / "console").read_text(errors="replace") if (self._directory / "console").exists() else ""
         )
         self.__exit__()
-        raise RuntimeError(f"the guest did not start: {said[-2000:]}")
+        raise RuntimeError(f"the guest did not start: {said[-4000:]}")
 
     def __exit__(self, *_: object) -> None:
         """End the guest and remove what it used."""
@@ -332,14 +399,15 @@ class Guest:
         return int(code), output
 
 
-def main(command: str) -> int:
-    """Run one command in a fresh guest."""
-    if lack := lacks():
+def main(arguments: list[str]) -> int:
+    """Run one command in a fresh guest; `--systemd` before it boots systemd there."""
+    systemd = arguments[:1] == ["--systemd"]
+    if lack := systemd_lacks() if systemd else lacks():
         print(f"a guest lacks {lack}", file=sys.stderr)
         return 2
-    with Guest() as guest:
-        return guest.run(command, 1800, show=True)[0]
+    with Guest(systemd=systemd) as guest:
+        return guest.run(" ".join(arguments[systemd:]), 1800, show=True)[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main(" ".join(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

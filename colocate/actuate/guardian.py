@@ -1,8 +1,9 @@
 """A small process that outlives the agent: when the agent dies without a word, it thaws and puts back what was found.
 
 It holds the read end of a pipe. `done` or `handover` on it means that the agent has ended in order; end of file without
-a word means that it was killed. It is started in a session of its own, outside the tier, so that neither Ctrl-C nor a
-freeze reaches it. A service manager's ExecStopPost does the same where there is one; this works everywhere.
+a word means that it was killed. Where jobs go on without an agent it stays until the last one has ended, and takes
+their directories away, unless a successor owns them by then. It is started in a session of its own, outside the tier,
+so that neither Ctrl-C nor a freeze reaches it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from colocate.actuate.restore import Report
 
 WORDS = (b"done", b"handover")
+OCCUPIED = b"occupied"
+"""The agent has ended in order, but jobs go on in the tier."""
+LOOK_AGAIN_SECONDS = 1.0
 
 
 class Guardian:
@@ -47,7 +56,9 @@ class Guardian:
                 os.write(self._write, word)
             os.close(self._write)
             self._write = -1
-        if self._process is not None:
+        if self._process is not None and word == OCCUPIED:
+            self._process.returncode = 0  # it outlives us on purpose: subprocess need not warn of it
+        elif self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
 
@@ -59,6 +70,25 @@ def main(state_dir: str, lock_dir: str, node_root: str) -> int:
         said += chunk
     if said in WORDS:
         return 0
+    if said == OCCUPIED:
+        _wait()
+    while (report := undo(Path(state_dir), Path(lock_dir), node_root)) is not None:
+        if not report.occupied:
+            return 0 if not report.failed else 1
+        _wait()
+    return 0
+
+
+def _wait() -> None:
+    """Until the next look; whoever reads the dead agent's stderr need not wait for us any longer."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    time.sleep(LOOK_AGAIN_SECONDS)
+
+
+def undo(state_dir: Path, lock_dir: Path, node_root: str) -> Report | None:
+    """Undo what the journal knows; None if a successor is there already."""
     # Imported only now: until then the guardian should cost next to nothing.
     from colocate.actuate.journal import Journal, boot_id
     from colocate.actuate.restore import restore
@@ -68,22 +98,24 @@ def main(state_dir: str, lock_dir: str, node_root: str) -> int:
     from colocate.errors import AlreadyRunning
 
     try:
-        state_lock = Lock(Path(state_dir), "state", role="guardian")
+        state_lock = Lock(state_dir, "state", role="guardian")
     except AlreadyRunning:
-        return 0  # a successor is there already and has undone it
+        return None
     try:
-        lock = Lock(Path(lock_dir), node_root, role="guardian")
+        lock = Lock(lock_dir, node_root, role="guardian")
     except AlreadyRunning:
         state_lock.release()
-        return 0
+        return None
     try:
-        port = KernelPort()
-        report = restore(port, Journal(Path(state_dir), boot_id()))
+        port, journal = KernelPort(), Journal(state_dir, boot_id())
+        report = restore(port, journal)
+        journal.close()
         sweep(port)
+        port.close()
     finally:
         lock.release()
         state_lock.release()
-    return 0 if not report.failed else 1
+    return report
 
 
 if __name__ == "__main__":

@@ -63,12 +63,11 @@ def read_entries(path: Path) -> tuple[list[Entry], int]:
     entries, offset = [], 0
     while (end := content.find(b"\n", offset)) >= 0:
         checksum, _, body = content[offset:end].partition(b" ")
-        with contextlib.suppress(ValueError):
+        try:
             if int(checksum, 16) != zlib.crc32(body):
                 break
-        try:
             entry = msgspec.json.decode(body, type=Entry)
-        except msgspec.DecodeError:
+        except (ValueError, msgspec.MsgspecError):
             break
         if entry.version > JOURNAL_VERSION:
             raise StateTooNew(f"{path} was written by a newer colocate (journal version {entry.version})")

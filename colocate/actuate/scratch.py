@@ -13,7 +13,7 @@ import re
 import time
 
 from colocate.actuate.restore import kill_below
-from colocate.cgroupfs import UNIFIED, FilePort, joined, processes_anywhere, rmdir_tree, start_time
+from colocate.cgroupfs import UNIFIED, FilePort, joined, processes, processes_anywhere, rmdir_tree, start_time
 from colocate.errors import HostUnfit, PermissionMissing
 from colocate.knobs import write_knob
 from colocate.observe.cgroup import inodes_of
@@ -75,6 +75,8 @@ class ScratchNode:
         self._memory_bytes = memory_bytes
         self._enabled: dict[str, list[str]] = {}
         """Controllers that we enabled in directories that are not ours."""
+        self._leaves: list[str] = []
+        """Where processes stepped aside to."""
 
     def __enter__(self) -> ScratchNode:
         """Make the node. Raises PermissionMissing, HostUnfit."""
@@ -95,11 +97,18 @@ class ScratchNode:
 
     def __exit__(self, *_: object) -> None:
         """Kill what is in it, remove it, and give back the controllers that were enabled for it."""
-        remove_tree(self._port, self.path)
+        port = self._port
+        remove_tree(port, self.path)
         for path, controllers in self._enabled.items():
             for controller in controllers:
                 with contextlib.suppress(OSError):  # by now somebody else may use it
-                    self._port.write(UNIFIED, path, "cgroup.subtree_control", f"-{controller}")
+                    port.write(UNIFIED, path, "cgroup.subtree_control", f"-{controller}")
+        for leaf in self._leaves:
+            for pid in processes(port, UNIFIED, leaf):
+                with contextlib.suppress(OSError):
+                    port.write(UNIFIED, leaf.rpartition("/")[0] or "/", "cgroup.procs", str(pid))
+            with contextlib.suppress(OSError):
+                port.rmdir(UNIFIED, leaf)
 
     def _enable(self, path: str) -> None:
         port = self._port
@@ -108,9 +117,10 @@ class ScratchNode:
             leaf = joined(path, "colocate-self")
             with contextlib.suppress(FileExistsError):
                 port.mkdir(UNIFIED, leaf)
-            for pid in (port.read(UNIFIED, path, "cgroup.procs") or "").split():
+                self._leaves.append(leaf)
+            for pid in processes(port, UNIFIED, path):
                 with contextlib.suppress(OSError):
-                    port.write(UNIFIED, leaf, "cgroup.procs", pid)
+                    port.write(UNIFIED, leaf, "cgroup.procs", str(pid))
         offered = (port.read(UNIFIED, path, "cgroup.controllers") or "").split()
         enabled = (port.read(UNIFIED, path, "cgroup.subtree_control") or "").split()
         for controller in CONTROLLERS:

@@ -57,17 +57,23 @@ class StateDirectory:
         except OSError:
             return None
         try:
-            data = msgspec.json.decode(content)
-        except msgspec.DecodeError:
-            with contextlib.suppress(OSError):
-                file.replace(file.with_suffix(".broken"))
+            data = msgspec.json.decode(content, type=dict[str, Any])
+            version = msgspec.convert(data.get("stateVersion", 1), int)
+        except msgspec.MsgspecError:
+            self.set_aside(name)
             return None
-        if isinstance(data, dict) and data.get("stateVersion", 1) > STATE_VERSION:
+        if version > STATE_VERSION:
             raise StateTooNew(
                 f"{file} was written by a newer colocate (state version {data['stateVersion']}, this one knows "
                 f"{STATE_VERSION}): install the newer version again, or give another --state-dir"
             )
         return data
+
+    def set_aside(self, name: str) -> None:
+        """Rename a file that cannot be used, so that it can be looked at and is not met again."""
+        file = self.path / name
+        with contextlib.suppress(OSError):
+            file.replace(file.with_suffix(".broken"))
 
     def save(self, name: str, data: dict[str, Any]) -> bool:
         """Replace a JSON file atomically; False if the disk refuses, which must not stop protection."""
@@ -90,11 +96,16 @@ class Lock:
     """One agent per node root. Raises AlreadyRunning with the owner's pid."""
 
     def __init__(self, directory: Path, node_root: str, role: str = "agent") -> None:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         name = node_root.strip("/").replace("/", "-") or "node"
         self.path = directory / f"{name}.lock"
         self.node_root = node_root
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+            # 0600: whoever may open the file may lock it, and so keep the agent or its guardian away.
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.fchmod(self._fd, 0o600)
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written: {error.strerror}") from error
         deadline = time.monotonic() + GUARDIAN_PATIENCE_SECONDS
         while True:
             try:
@@ -107,8 +118,9 @@ class Lock:
                     what = f"the node {node_root}" if node_root.startswith("/") else f"the state directory {directory}"
                     raise AlreadyRunning(pid, what) from None
                 time.sleep(0.05)  # the guardian of an agent that died is just putting things back
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()} {role}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, only namelessly
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()} {role}\n".encode(), 0)
 
     def _owner(self) -> tuple[int, str]:
         fields = os.pread(self._fd, 100, 0).decode().split()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+from typing import NoReturn
 
 import msgspec
 import structlog
@@ -64,7 +65,10 @@ class TierMaker:
         if self._port.layout.version == 2:
             self._enable_controllers(self.tree.tier_path)
         placement = self._ensure(self.tree.tier_path)
-        write_knob(self._port, placement.path, "cpu.weight", "1", placement.inodes)
+        try:
+            write_knob(self._port, placement.path, "cpu.weight", "1", placement.inodes)
+        except OSError as error:
+            self._refuse(placement.path, error)
         if self._port.layout.version == 2:
             self._enable_in(placement.path)
         return placement
@@ -89,14 +93,9 @@ class TierMaker:
                     continue
                 inode = found
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise PermissionMissing(
-                        f"{path} cannot be made in the {hierarchy} hierarchy: {error.strerror}",
-                        "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- ...",
-                    ) from error
                 if error.errno == errno.ENOENT:
                     continue  # the parent does not exist in this hierarchy
-                raise HostUnfit(f"{path} cannot be made in the {hierarchy} hierarchy: {error.strerror}") from error
+                self._refuse(f"{hierarchy}:{path}", error)
             else:
                 self._inherit_cpuset(hierarchy, path)
             inodes[hierarchy] = inode
@@ -120,11 +119,20 @@ class TierMaker:
             if value and value.strip():
                 self._port.write(hierarchy, path, file, value.strip())
 
+    @staticmethod
+    def _refuse(what: str, error: OSError) -> NoReturn:
+        """Say in a user's words what the kernel refused."""
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            mend = "run as root, with cgroups mounted for writing, or let root run an agent and join its group"
+            raise PermissionMissing(f"the cgroup {what} cannot be written: {error.strerror}", mend) from error
+        raise HostUnfit(f"the cgroup {what} refuses: {error.strerror}") from error
+
     def _enable_controllers(self, path: str) -> None:
-        """Enable what is offered in every ancestor, journaled: those directories are not ours."""
-        parts = [p for p in path.split("/") if p][:-1]
+        """Enable what is offered from the node root down, journaled: those directories are not ours."""
+        root = self.tree.root.rstrip("/")
+        parts = [p for p in path.removeprefix(root).split("/") if p][:-1]
         for depth in range(len(parts) + 1):
-            self._enable_in(joined(*parts[:depth]))
+            self._enable_in(joined(root, *parts[:depth]))
 
     def _enable_in(self, path: str) -> None:
         port = self._port
@@ -142,18 +150,13 @@ class TierMaker:
             try:
                 port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}", inode)
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise PermissionMissing(
-                        f"{path}/cgroup.subtree_control cannot be written: {error.strerror}",
-                        "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- ...",
-                    ) from error
                 if error.errno == errno.EBUSY:
                     raise HostUnfit(
                         f"{path} has processes of its own, so its children cannot get controllers (no internal "
                         "process constraint of cgroup v2)",
                         "start the agent in a child cgroup, or name another nodeRoot",
                     ) from error
-                raise
+                self._refuse(f"{path}/cgroup.subtree_control", error)
 
     def _note_controllers(self, path: str, inode: int, enabled: str, missing: list[str]) -> bool:
         """Journal the controllers of a directory that is not ours; False if that cannot be done."""

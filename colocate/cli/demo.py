@@ -14,11 +14,13 @@ import msgspec
 
 from colocate.actuate.statedir import default_state_dir
 from colocate.cli.host import configure_logs
-from colocate.cli.output import print_data, print_table
+from colocate.cli.output import check_file, print_data, print_table
 from colocate.demo.result import ARMS, TITLES, Result
 from colocate.errors import BadInput, PermissionMissing
 
 DELEGATED = "COLOCATE_DELEGATED"
+MOST_SECONDS = 3600
+LEAST_SERVICE_SECONDS = 1e-4
 
 
 def _row(arm: str, result: Result) -> tuple[str, ...]:
@@ -66,9 +68,11 @@ def demo(options: argparse.Namespace) -> int:
     configure_logs(logging.ERROR)
     if options.seconds < 3:
         raise BadInput("--seconds: a phase needs at least 3s to say anything")
-    report = Path(options.report)
-    if not report.parent.is_dir():
-        raise BadInput(f"--report: the directory {report.parent} does not exist")
+    if options.seconds > MOST_SECONDS:
+        raise BadInput(f"--seconds: at most {MOST_SECONDS} s")
+    if not LEAST_SERVICE_SECONDS <= options.service_time <= 1:
+        raise BadInput("--service-time: write a duration between 0.1ms and 1s")
+    report = check_file("--report", options.report)
     if options.simulate:
         result = _simulated(options, "--simulate was given")
     else:
@@ -112,7 +116,7 @@ def _real(options: argparse.Namespace) -> Result:
     port = KernelPort()
     state = default_state_dir()
     calibration = None
-    if state.is_dir() and os.access(state, os.R_OK):
+    if os.access(state, os.R_OK | os.X_OK):
         found = load_calibration(StateDirectory(state), port)
         calibration = found if found.measured_seconds else None
     prepare_jit_cache(state)

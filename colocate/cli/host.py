@@ -12,7 +12,7 @@ import msgspec
 from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
 from colocate.cli.output import end_status, print_data, print_table, status
 from colocate.config import Calibration, ColocationPolicy
-from colocate.errors import BadInput
+from colocate.errors import BadInput, ColocateError
 
 
 def state_dir(options: argparse.Namespace) -> Path:
@@ -53,7 +53,8 @@ def doctor(options: argparse.Namespace) -> int:
     found = checks(port)
     possible = all(c.ok for c in found if c.required)
     state = default_state_dir()
-    calibration = load_calibration(StateDirectory(state), port) if state.is_dir() else Calibration()
+    known = os.access(state, os.R_OK | os.X_OK)
+    calibration = load_calibration(StateDirectory(state), port) if known else Calibration()
     if options.output in ("json", "yaml"):
         data = {
             "tier_possible": possible,
@@ -93,9 +94,12 @@ def calibrate_command(options: argparse.Namespace) -> int:
     from colocate.cgroupfs import KernelPort
 
     state = StateDirectory(state_dir(options))
+    if not os.access(state.path, os.W_OK):
+        raise BadInput(f"--state-dir {state.path} cannot be written, so the calibration could not be kept")
     found = calibrate(KernelPort(), lambda done, total, arm: status(f"calibrating {done}/{total}: {arm}"))
     end_status()
-    state.save(FILE, msgspec.to_builtins(found))
+    if not state.save(FILE, msgspec.to_builtins(found)):
+        raise ColocateError(f"measured, but {state.path / FILE} could not be written: is the disk full?")
     if options.output in ("json", "yaml"):
         print_data(found, options.output)
     else:
@@ -125,30 +129,35 @@ def agent(options: argparse.Namespace) -> int:
     )
     report = asyncio.run(service.run())
     for line in report.occupied:
-        print(f"colocate: {line} is still occupied: left at the least weight, without limits, thawed", file=sys.stderr)
+        print(
+            f"colocate: {line} is still occupied: left at the least weight, without limits, thawed; it is removed "
+            "when its last process ends",
+            file=sys.stderr,
+        )
     return 1 if report.failed else 0
 
 
 def restore_command(options: argparse.Namespace) -> int:
     """Undo what the journal knows; refuses while an agent runs."""
     from colocate.actuate.journal import Journal, boot_id
-    from colocate.actuate.restore import restore
+    from colocate.actuate.restore import Report, restore
     from colocate.actuate.scratch import sweep
     from colocate.actuate.statedir import Lock
     from colocate.cgroupfs import KernelPort
 
     directory = state_dir(options)
     if not directory.is_dir():
-        raise BadInput(f"--state-dir {directory} does not exist: there is nothing to restore")
-    lock = Lock(directory, "state", role="restore")
-    try:
-        port = KernelPort()
-        journal = Journal(directory, boot_id())
-        report = restore(port, journal, move_back=options.move_back)
-        journal.close()
-        report.removed.extend(sweep(port))
-    finally:
-        lock.release()
+        report = Report(removed=sweep(KernelPort()))  # a demo or benchmark that was killed needs no state directory
+    else:
+        lock = Lock(directory, "state", role="restore")
+        try:
+            port = KernelPort()
+            journal = Journal(directory, boot_id())
+            report = restore(port, journal, move_back=options.move_back)
+            journal.close()
+            report.removed.extend(sweep(port))
+        finally:
+            lock.release()
     if options.output in ("json", "yaml"):
         print_data(report, options.output)
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable
 
 from colocate import __version__
-from colocate.errors import BadInput, ColocateError
+from colocate.errors import ColocateError
 from colocate.units import parse_bytes, parse_cores, parse_duration
 
 
@@ -24,7 +27,12 @@ def _quantity(parse: Callable[[str], float]) -> Callable[[str], float]:
     return read
 
 
-_duration, _bytes, _cores = _quantity(parse_duration), _quantity(parse_bytes), _quantity(parse_cores)
+def _seconds(text: str) -> float:
+    """A duration; on the command line a bare number is seconds, as for sleep(1)."""
+    return parse_duration(f"{text}s" if text.replace(".", "", 1).isdigit() else text)
+
+
+_duration, _bytes, _cores = _quantity(_seconds), _quantity(parse_bytes), _quantity(parse_cores)
 
 
 def _positive(text: str) -> int:
@@ -143,24 +151,46 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code. Bad input is 2."""
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     options = build_parser().parse_args(arguments)
     module, _, function = options.target.partition(":")
+    ended = _end_in_order()
     try:
         code = getattr(importlib.import_module(f"colocate.cli.{module}"), function)(options)
         sys.stdout.flush()
         return int(code or 0)
-    except BadInput as error:
-        print(f"colocate: {error}", file=sys.stderr)
-        return error.exit_code
     except ColocateError as error:
         print(f"colocate: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"colocate: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("colocate: interrupted", file=sys.stderr)
-        return 130
+        if not ended:
+            print("colocate: interrupted", file=sys.stderr)
+        return 128 + (ended[0] if ended else signal.SIGINT)
+
+
+def _end_in_order() -> list[int]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up; the list tells which one came.
+
+    `agent` and `run` put handlers of their own in their place.
+    """
+    ended: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        ended.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+    return ended
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from colocate.errors import BadInput
 
 
 def print_data(data: Any, form: str) -> None:
@@ -37,6 +41,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     widths = [max(len(str(r[i])) for r in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def check_file(option: str, given: str) -> Path:
+    """The path of a file that will be written at the end of long work. Raises BadInput now if it could not be."""
+    path = Path(given)
+    if not path.parent.is_dir():
+        raise BadInput(f"{option}: the directory {path.parent} does not exist")
+    if path.is_dir():
+        raise BadInput(f"{option}: {path} is a directory; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BadInput(f"{option}: {path} cannot be written")
+    return path
 
 
 def status(text: str) -> None:

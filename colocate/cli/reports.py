@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from colocate.cli.host import socket_path, state_dir
-from colocate.cli.output import end_status, print_data, print_table, status
+from colocate.cli.output import check_file, end_status, print_data, print_table, status
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
-from colocate.errors import BadInput
+from colocate.errors import BadInput, NotAnswering
 from colocate.jobs.client import Connection
 from colocate.report.evaluate import Report, to_rows
 from colocate.report.evaluate import evaluate as evaluate_records
+from colocate.report.record import segments
 
 
 def _show(report: Report, options: argparse.Namespace) -> None:
@@ -27,12 +30,14 @@ def _show(report: Report, options: argparse.Namespace) -> None:
     else:
         from colocate.report.page import write_report
 
-        path = Path(options.file or "colocate-report.html")
-        if not path.parent.is_dir():
-            raise BadInput(f"--file: the directory {path.parent} does not exist")
+        path = _file(options)
         write_report(report, path)
         print(report.verdict)
         print(f"report: {path.resolve()}")
+
+
+def _file(options: argparse.Namespace) -> Path:
+    return check_file("--file", options.file or "colocate-report.html")
 
 
 def report(options: argparse.Namespace) -> int:
@@ -61,11 +66,15 @@ def evaluate(options: argparse.Namespace) -> int:
         raise BadInput("--off unmanaged lets batch run at the weight of a service for half of the time: add --yes")
     off = OFF_FROZEN if options.off == "frozen" else OFF_UNMANAGED
     arms = order_of_windows(options.windows, off, options.seed)
+    if options.output == "html":
+        _file(options)
     connection = Connection(socket_path(options))
+    records = Path(options.state_dir or connection.ask(op="status")["state_dir"])
+    segments(records)  # says now, and not after all windows, if they cannot be read
     started = time.time()
     try:
         for i, arm in enumerate(arms):
-            connection.ask(op="arm", arm=arm)
+            _begin(connection, arm, f"window {i + 1} of {len(arms)}")
             end = time.monotonic() + options.window
             while (left := end - time.monotonic()) > 0:
                 status(
@@ -74,12 +83,34 @@ def evaluate(options: argparse.Namespace) -> int:
                 time.sleep(min(left, 1.0))
     finally:
         end_status()
-        connection.ask(op="arm", arm="")
+        with contextlib.suppress(NotAnswering):
+            connection.ask(op="arm", arm="")
         connection.close()
     time.sleep(0.2)
     since = time.time() - started
-    _show(evaluate_records(state_dir(options), since_seconds=since, wash_out=options.wash_out), options)
+    _show(evaluate_records(records, since_seconds=since, wash_out=options.wash_out), options)
     return 0
+
+
+def _differing(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
+    """Two verdicts in the words in which they differ."""
+
+    def words(verdict: dict[str, Any]) -> str:
+        return f"{verdict.get('reason')} ({verdict.get('state')})"
+
+    if words(was) != words(now):
+        return words(was), words(now)
+    if was.get("message") != now.get("message"):
+        return str(was.get("message")), str(now.get("message"))
+    keys = [k for k, v in now.get("numbers", {}).items() if was.get("numbers", {}).get(k) != v]
+    return tuple(", ".join(f"{k} {v['numbers'].get(k)}" for k in keys) for v in (was, now))  # type: ignore[return-value]
+
+
+def _begin(connection: Connection, arm: str, which: str) -> None:
+    try:
+        connection.ask(op="arm", arm=arm)
+    except NotAnswering as error:
+        raise NotAnswering(f"{error}; {which} was not measured: colocate report shows what there is") from error
 
 
 def replay(options: argparse.Namespace) -> int:
@@ -93,6 +124,8 @@ def replay(options: argparse.Namespace) -> int:
         total += 1
         if not tick.same:
             different.append(tick)
+    if not total:
+        raise BadInput(f"{options.records} has no complete line of a record, or no keyframe")
     if options.output == "json":
         rows = [{"sequence": t.sequence, "recorded": t.recorded, "decided": t.decided} for t in different]
         print_data({"open_loop": True, "ticks": total, "different": rows if options.diff else len(different)}, "json")
@@ -103,8 +136,14 @@ def replay(options: argparse.Namespace) -> int:
                 for law, verdict in tick.decided["verdicts"].items():
                     was = tick.recorded["verdicts"].get(law, {})
                     if was != verdict:
-                        before = f"{was.get('reason')} ({was.get('state')})"
-                        table.append((str(tick.sequence), law, before, f"{verdict['reason']} ({verdict['state']})"))
+                        table.append((str(tick.sequence), law, *_differing(was, verdict)))
+                for side, plan in (("recorded", tick.recorded), ("decided", tick.decided)):
+                    other_plan = tick.decided if side == "recorded" else tick.recorded
+                    for action in plan.get("actions", []):
+                        if action not in other_plan.get("actions", []):
+                            done = f"{action['workload']} {action['knob']} = {action['value']} ({action['reason']})"
+                            row = (done, "-") if side == "recorded" else ("-", done)
+                            table.append((str(tick.sequence), "action", *row))
             print_table(("tick", "law", "recorded", "decided"), table)
         print(f"open loop: {total} ticks decided again, {len(different)} differ")
         print("open loop means: what another decision would have changed on the node is not simulated")

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from colocate.cli.host import socket_path
-from colocate.errors import BadInput
-from colocate.jobs.client import connect_or_embed
+from colocate.errors import BadInput, ColocateError
+from colocate.jobs.client import EXIT_REFUSED, connect_or_embed
 from colocate.jobs.client import run as run_job
+from colocate.units import CPU_PERIOD_US, CPU_QUOTA_MIN_US
+
+LEAST_BYTES = 1 << 20
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command as a batch job; its exit code."""
-    command = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
-    if not command:
+    """Run the command as a batch job; its exit code, or 125 if no agent takes it, so that 1 and 2 are the command's."""
+    _check(options)
+    try:
+        return _run(options)
+    except ColocateError as error:
+        print(f"colocate: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises BadInput for what no agent could do."""
+    if options.argv in ([], ["--"]):
         raise BadInput("no command given: colocate run [options] -- CMD ...")
+    if options.cpus is not None and options.cpus < CPU_QUOTA_MIN_US / CPU_PERIOD_US:
+        raise BadInput(f"--cpus {options.cpus:g}: the kernel gives no less than 10m")
+    if options.memory is not None and options.memory < LEAST_BYTES:
+        raise BadInput(f"--memory {options.memory}: less than 1Mi runs no process")
+    for option in ("name", "gang"):
+        given = getattr(options, option)
+        if given is not None and not given.isprintable():
+            raise BadInput(f"--{option} {given!r}: is not printable text")
+    if options.config:
+        from colocate.policyfile import load_policy
+
+        load_policy(Path(options.config))
+
+
+def _run(options: argparse.Namespace) -> int:
+    command = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     request = {
         "name": options.name,
         "cores": options.cpus,

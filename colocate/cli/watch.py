@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from typing import Any
@@ -100,7 +101,7 @@ def top(options: argparse.Namespace) -> int:
             laws.add_row(*row)
         return Group(head, table, laws, *(f"problem: {p}" for p in now["problems"].values()))
 
-    with Live(draw(data), auto_refresh=False, screen=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(draw(data), auto_refresh=False, screen=False) as live:
         while True:
             time.sleep(1)
             try:
@@ -108,6 +109,7 @@ def top(options: argparse.Namespace) -> int:
             except NotAnswering:
                 print("the agent has ended")
                 return 0
+    return 0
 
 
 def _first(options: argparse.Namespace) -> dict[str, Any]:

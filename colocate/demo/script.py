@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -157,11 +158,7 @@ class Demo:
             with path.open("r+b") as file:
                 self._counters.append(mmap.mmap(file.fileno(), 8))
         if calibration is None:
-            calibration = await asyncio.to_thread(
-                calibrate,
-                self._port,
-                lambda done, total, arm: self._progress(f"calibrating: {arm}", 0.2 * done / total),
-            )
+            calibration = await self._calibrate()
         self._result.lever = calibration.lever
         serving: list[Process] = []
         try:
@@ -171,6 +168,19 @@ class Demo:
         finally:
             for process in serving:
                 await process.end()
+
+    async def _calibrate(self) -> Calibration:
+        stop = threading.Event()
+
+        def progress(done: int, total: int, arm: str) -> None:
+            if stop.is_set():
+                raise InterruptedError  # the thread ends at its next arm, and takes its scratch node away
+            self._progress(f"calibrating: {arm}", 0.2 * done / total)
+
+        try:
+            return await asyncio.to_thread(calibrate, self._port, progress)
+        finally:
+            stop.set()
 
     async def _arms(self, calibration: Calibration) -> None:
         for i, arm in enumerate(ARMS):

@@ -29,6 +29,7 @@ EXIT_REFUSED = 125
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 EMBEDDED_START_SECONDS = 20.0
+ANSWER_SECONDS = 10.0
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
@@ -48,28 +49,37 @@ class Connection:
         except OSError as error:
             self.socket.close()
             raise NotAnswering(f"no agent answers on {path}: start one with `colocate agent`") from error
+        self.socket.settimeout(ANSWER_SECONDS)
+        self._path = path
         self._buffer = b""
 
     def read_line(self) -> dict[str, Any] | None:
-        """The next message; None if the agent has gone."""
+        """The next message; None if the agent has gone. Raises NotAnswering if it is silent, or is no agent."""
         while b"\n" not in self._buffer:
             try:
                 chunk = self.socket.recv(1 << 16)
+            except TimeoutError as error:
+                raise NotAnswering(f"the agent on {self._path} has not answered for {ANSWER_SECONDS:g} s") from error
             except OSError:
                 return None
             if not chunk:
                 return None
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        result: dict[str, Any] = msgspec.json.decode(line)
-        return result
+        try:
+            return msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            raise NotAnswering(f"what answers on {self._path} is no colocate agent") from error
 
     def ask(self, **message: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer. Raises ColocateError with the agent's words."""
-        self.socket.sendall(msgspec.json.encode(message) + b"\n")
+        """Send a request and wait for its answer. Raises NotAnswering, and ColocateError with the agent's words."""
+        try:
+            self.socket.sendall(msgspec.json.encode(message) + b"\n")
+        except OSError as error:
+            raise NotAnswering(f"the agent on {self._path} has ended") from error
         answer = self.read_line()
         if answer is None:
-            raise NotAnswering("the agent closed the connection")
+            raise NotAnswering(f"the agent on {self._path} closed the connection")
         if "error" in answer:
             raise ColocateError(str(answer["error"]))
         return answer
@@ -82,15 +92,23 @@ class Connection:
 def connect_or_embed(path: Path, policy: str | None) -> Connection:
     """A connection to the agent; if none runs, one is started that ends after its last job. Raises ColocateError."""
     with contextlib.suppress(NotAnswering):
-        return Connection(path)
+        connection = Connection(path)
+        if policy:
+            print("colocate: an agent runs already, with its own policy: --config is not used", file=sys.stderr)
+        return connection
     if path.exists() and not os.access(path, os.W_OK):
         return Connection(path)  # says which group is missing
     log_path = default_state_dir() / "embedded.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        log = log_path.open("wb")
+    except OSError as error:
+        mend = "set COLOCATE_STATE_DIR to a directory that you can write"
+        raise ColocateError(f"no agent runs, and none can be started: {log_path}: {error.strerror}; {mend}") from error
     arguments = [sys.executable, "-m", "colocate.cli.main", "agent", "--embedded", "--socket", str(path)]
-    with log_path.open("wb") as log:
+    with log:
         agent = subprocess.Popen(
-            arguments + (["--config", policy] if policy else []),
+            arguments + (["--config", os.path.abspath(policy)] if policy else []),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -123,10 +141,13 @@ def _fork(command: list[str]) -> tuple[int, int]:
         return pid, write
     try:
         os.close(write)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a command would inherit that
+            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # until it is the command, its parent's handlers
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         if os.read(read, 1):
             os.execvp(command[0], command)
-    except PermissionError:
-        os._exit(EXIT_NOT_EXECUTABLE)
     except OSError as error:
         print(f"colocate: {command[0]}: {error.strerror}", file=sys.stderr)
         os._exit(EXIT_NOT_EXECUTABLE)
@@ -156,7 +177,9 @@ def _wait(child: int, connection: Connection) -> tuple[int, str]:
     while True:
         ready = dict(poll.poll())
         if connection.socket.fileno() in ready:
-            message = connection.read_line()
+            message = None
+            with contextlib.suppress(NotAnswering):
+                message = connection.read_line()
             if message is None:
                 poll.unregister(connection.socket)  # the agent has gone; the job goes on
             elif "evicted" in message:
@@ -167,24 +190,35 @@ def _wait(child: int, connection: Connection) -> tuple[int, str]:
             return status, evicted
 
 
+def _tell_oom(status: int, connection: Connection) -> None:
+    """Say so if the kernel's OOM killer was at work in the job's own limit: 137 alone would not tell."""
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        with contextlib.suppress(ColocateError):
+            told = connection.ask(op="ended")
+            if told.get("oom_kills"):
+                print(f"colocate: killed by the kernel: {told['why']}", file=sys.stderr)
+
+
 def run(command: list[str], connection: Connection, request: dict[str, Any]) -> int:
-    """Run the command as a batch job; the exit code to end with."""
+    """Run the command as a batch job; the exit code to end with. Raises ColocateError if the agent refuses."""
     if shutil.which(command[0]) is None:
         exists = os.path.exists(command[0])
         print(f"colocate: {command[0]}: {'not executable' if exists else 'command not found'}", file=sys.stderr)
         return EXIT_NOT_EXECUTABLE if exists else EXIT_NOT_FOUND
+    shown = os.fsencode(" ".join(command))[:200].decode(errors="replace")
     child, go = _fork(command)
-    _pass_signals(child)
     try:
-        connection.ask(op="run", pid=child, command=" ".join(command)[:200], **request)
-    except ColocateError as error:
+        # A signal in this moment ends us and so the child, which is still waiting for its go.
+        connection.ask(op="run", pid=child, command=shown, **request)
+    except ColocateError:
         os.close(go)
         os.waitpid(child, 0)
-        print(f"colocate: {error}", file=sys.stderr)
-        return EXIT_REFUSED
+        raise
+    _pass_signals(child)
     os.write(go, b"g")
     os.close(go)
     status, evicted = _wait(child, connection)
+    _tell_oom(status, connection)
     connection.close()
     if evicted:
         print(f"colocate: evicted: {evicted}", file=sys.stderr)

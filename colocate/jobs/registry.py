@@ -40,8 +40,11 @@ class Registry:
         self._state = state
         self.jobs: dict[str, Job] = {}
         data = state.load(FILE) if state is not None else None
-        if data is not None:
-            self.jobs = {j.name: j for j in msgspec.convert(data["jobs"], list[Job])}
+        if state is not None and data is not None:
+            try:
+                self.jobs = {j.name: j for j in msgspec.convert(data.get("jobs"), list[Job])}
+            except msgspec.ValidationError:
+                state.set_aside(FILE)
 
     def save(self) -> None:
         """Write the jobs down."""

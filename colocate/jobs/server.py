@@ -27,7 +27,8 @@ from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.peer import Peer, check_child, identify
 from colocate.jobs.registry import Job
-from colocate.observe.cgroup import inodes_of
+from colocate.observe.cgroup import inodes_of, oom_kills
+from colocate.units import format_bytes
 
 log = structlog.get_logger()
 GROUP = "colocate"
@@ -56,7 +57,7 @@ class JobServer:
         self._server: asyncio.Server | None = None
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._ending: set[asyncio.Task[None]] = set()
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._closing = False
         self._evaluating: asyncio.StreamWriter | None = None
         agent.on_evicted.append(self._tell_evicted)
@@ -70,8 +71,7 @@ class JobServer:
     async def start(self) -> None:
         """Listen. Raises BadInput if the path cannot be used."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        self._clear()
         old = os.umask(0o117)
         try:
             self._server = await asyncio.start_unix_server(self._serve, str(self.path))
@@ -82,10 +82,26 @@ class JobServer:
         with contextlib.suppress(KeyError, PermissionError):
             os.chown(self.path, -1, grp.getgrnam(GROUP).gr_gid)
 
+    def _clear(self) -> None:
+        """Remove a socket that nobody listens on any more. Raises BadInput if somebody does."""
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self.path))
+        except ConnectionRefusedError:
+            self.path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise BadInput(f"the socket {self.path} cannot be made: {error.strerror}") from error
+        else:
+            raise BadInput(f"another agent answers on {self.path}: stop it first, or give another --socket")
+
     async def close(self) -> None:
         """Stop listening; jobs go on."""
         self._closing = True
-        for task in (*self._serving, *self._ending):
+        for writer in self._serving.values():
+            writer.close()  # its task ends by itself then: a cancelled one would be reported by asyncio
+        for task in self._ending:
             task.cancel()
         if self._server is not None:
             self._server.close()
@@ -96,14 +112,14 @@ class JobServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._serving.add(task)
+        self._serving[task] = writer
         job = ""
         try:
             sock: socket.socket = writer.get_extra_info("socket")
             peer = identify(sock, self._agent.port)
             while line := await reader.readline():
                 try:
-                    answer = self._answer(line, peer, writer)
+                    answer = self._answer(line, peer, writer, job)
                 except (ColocateError, msgspec.MsgspecError) as error:
                     answer = {"error": str(error)}
                 except OSError as error:
@@ -116,7 +132,7 @@ class JobServer:
         except (ConnectionError, BadInput, ValueError):
             pass
         finally:
-            self._serving.discard(task)
+            self._serving.pop(task, None)
             if self._evaluating is writer:
                 self._set_arm("", None)  # an evaluation ends with its caller, however that ended
             if job:
@@ -124,24 +140,36 @@ class JobServer:
                 self._end(job)
             writer.close()
 
-    def _answer(self, line: bytes, peer: Peer, writer: asyncio.StreamWriter) -> dict[str, Any]:
+    def _answer(self, line: bytes, peer: Peer, writer: asyncio.StreamWriter, job: str) -> dict[str, Any]:
+        """The answer to one request; `job` is the one that this connection runs."""
         request = msgspec.json.decode(line, type=dict[str, Any])
         op = request.get("op")
         if op == "run":
             return self._run(msgspec.convert(request, RunRequest), peer)
         if op == "checkpointed":
-            job = self._agent.registry.jobs.get(str(request.get("job")))
-            if job is None or peer.uid not in (0, job.uid):
+            known = self._agent.registry.jobs.get(str(request.get("job")))
+            if known is None or peer.uid not in (0, known.uid):
                 raise BadInput(f"no job {request.get('job')!r} of yours")
-            job.checkpointed_seconds = self._agent.clock.time()
+            known.checkpointed_seconds = self._agent.clock.time()
             return {"ok": True}
+        if op == "ended":
+            return self._ended(job)
         if op == "explain":
             return {**self._agent.explain(), "jobs": msgspec.to_builtins(list(self._agent.registry.jobs.values()))}
         if op == "status":
             return self._status()
         if op == "arm":
             return self._arm(str(request.get("arm", "")), peer, writer)
-        raise BadInput(f"unknown op {op!r}; known: arm, run, checkpointed, explain, status")
+        raise BadInput(f"unknown op {op!r}; known: arm, run, checkpointed, ended, explain, status")
+
+    def _ended(self, name: str) -> dict[str, Any]:
+        """Whether the kernel's OOM killer was at work in a job, and by which limit."""
+        job, port = self._agent.registry.jobs.get(name), self._agent.port
+        if job is None:
+            return {"oom_kills": 0}
+        kills = oom_kills(port, job.path, inodes_of(port, job.path))
+        why = f"over its --memory of {format_bytes(job.memory_bytes)}" if job.memory_bytes else "over the tier's memory"
+        return {"oom_kills": kills, "why": why}
 
     def _status(self) -> dict[str, Any]:
         agent = self._agent
@@ -151,12 +179,13 @@ class JobServer:
             "node_root": agent.policy.spec.node_root,
             "policy": agent.policy.metadata.name,
             "tier": agent.observer.tree.tier_path,
+            "state_dir": str(agent.state.path) if agent.state is not None else "",
             "cgroup_version": agent.port.layout.version,
             "shadow": agent.shadow,
             "ticks": last.snapshot.sequence if last else 0,
             "age_seconds": agent.clock.monotonic() - last.snapshot.monotonic_seconds if last else None,
             "jobs": len(agent.registry.jobs),
-            "problems": {**agent.observer.problems, **agent.scraper.problems},
+            "problems": agent.problems(),
             "records": agent.recorder.degraded or "ok",
             "journal": agent.journal.broken or "ok",
         }

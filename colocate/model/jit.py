@@ -97,3 +97,14 @@ def rates(now: Floats, before: Floats, seconds: float) -> Floats:
         delta = now[i] - before[i]
         result[i] = delta / seconds if delta >= 0.0 else np.nan
     return result
+
+
+def warm() -> None:
+    """Compile every kernel, or load it from the cache, now: the first tick need not wait for it."""
+    rows, row, values = np.zeros((1, 2)), np.zeros(2), np.zeros(1)
+    histogram_add(rows, row, values, 1.0)
+    histogram_quantile(rows, row, 0.5)
+    smooth(values, values, 1.0, 1.0)
+    season_add(rows, 0, values, 1.0)
+    peak(values, rows, 0, 1, values, 1.0)
+    rates(values, values, 1.0)

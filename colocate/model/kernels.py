@@ -31,9 +31,10 @@ class Kernels(Protocol):
 
 
 def load(jit: bool) -> Kernels:
-    """The compiled kernels, or their numpy twins; numba is imported only for the former."""
+    """The compiled kernels, ready to run, or their numpy twins; numba is imported only for the former."""
     if not jit:
         return reference
     from colocate.model import jit as compiled
 
+    compiled.warm()
     return compiled

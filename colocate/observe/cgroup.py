@@ -49,6 +49,16 @@ def inodes_of(port: FilePort, path: str) -> dict[str, int]:
     return {h: i for h, i in found.items() if i is not None}
 
 
+def oom_kills(port: FilePort, path: str, inodes: dict[str, int]) -> int:
+    """How many processes of a cgroup the OOM killer ended (memory.events; v1: memory.oom_control, since Linux 4.13)."""
+    hierarchy = port.layout.hierarchy("memory")
+    if hierarchy not in inodes:
+        return 0
+    file = "memory.events" if hierarchy == UNIFIED else "memory.oom_control"
+    (killed,) = parse_flat_keyed(port.read(hierarchy, path, file, inodes[hierarchy]), "oom_kill")
+    return killed or 0
+
+
 def _cpu_v2(port: FilePort, path: str, inode: int) -> dict[str, Any]:
     usage, throttled = parse_flat_keyed(port.read(UNIFIED, path, "cpu.stat", inode), "usage_usec", "throttled_usec")
     return {"cpu_usage_us": usage, "throttled_us": throttled}

@@ -7,6 +7,7 @@ cumulative histogram as it is: deltas, counter resets and quantiles are the mode
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -40,12 +41,25 @@ def parse_histogram(text: str, metric: str, labels: Mapping[str, str], at_second
     for family in families:
         for sample in family.samples:
             if sample.name == f"{metric}_bucket" and wanted <= set(sample.labels.items()):
-                bound = float(sample.labels.get("le", "nan"))
+                bound = _bound(sample.labels.get("le", ""), metric)
                 counts[bound] = counts.get(bound, 0.0) + sample.value
     if math.inf not in counts or len(counts) < 2:
         raise ScrapeFailed(f"no histogram {metric} with labels {dict(labels)} (series {metric}_bucket with le)")
     bounds = sorted(counts)
+    cumulative = [0.0, *(counts[b] for b in bounds)]
+    if not all(math.isfinite(c) for c in cumulative) or any(b < a for a, b in itertools.pairwise(cumulative)):
+        raise ScrapeFailed(f"the buckets of {metric} are not cumulative counts")
     return Latency(tuple(bounds[:-1]), tuple(counts[b] for b in bounds), round(at_seconds, 6))
+
+
+def _bound(text: str, metric: str) -> float:
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = math.nan
+    if not bound >= 0:
+        raise ScrapeFailed(f"a bucket of {metric} has le={text!r}, which is no upper bound in seconds")
+    return bound
 
 
 def boundary_warning(latency: Latency, target_seconds: float) -> str:
@@ -88,7 +102,9 @@ class LatencyScraper:
         except TimeoutError:
             self.problems[name] = f"{slo.url} did not answer within {slo.scrape_timeout:g} s"
         except (aiohttp.ClientError, OSError, ScrapeFailed) as error:
-            self.problems[name] = f"{slo.url}: {error}"
+            # What a stranger's page says may end up on a terminal.
+            said = "".join(c if c.isprintable() else "?" for c in str(error)[:300])
+            self.problems[name] = f"{slo.url}: {said}"
 
     async def scrape(self, objectives: Mapping[str, ServiceLevelObjective], wait_seconds: float) -> None:
         """Start a scrape of every service that has none under way and wait a little for the answers."""

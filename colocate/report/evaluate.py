@@ -69,7 +69,7 @@ def _load(path: Path, since_seconds: float | None) -> tuple[Any, list[dict[str, 
     files = segments(path)
     lines = [line for file in files for line in read_lines(file)]
     if not lines:
-        raise BadInput(f"the records in {path} have no complete line yet")
+        raise BadInput(f"{path} has no complete line of a record (yet)")
     newest = lines[-1]["time"]
     if since_seconds is not None:
         lines = [line for line in lines if line["time"] >= newest - since_seconds]

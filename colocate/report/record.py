@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from colocate.snapshot import NodeSnapshot
 RECORD_VERSION = 1
 MEMORY_LINES = 600
 PREFIX = "records-"
+_EVERY_LINE = {"time", "sequence", "snapshot", "plan", "series"}
 
 
 def merge_patch(old: Any, new: Any) -> Any:
@@ -225,16 +227,19 @@ def segments(path: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record file; a torn last one is left out."""
+    """The lines of a record file up to the first that is none: a torn one, or a compressed file that was cut off."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                return
+        try:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                record = msgspec.json.decode(line, type=dict[str, Any])
+                if not record.keys() >= _EVERY_LINE:
+                    return
+                yield record
+        except (msgspec.MsgspecError, EOFError, OSError, zlib.error):
+            return
 
 
 def read_full(path: Path) -> Iterator[dict[str, Any]]:
