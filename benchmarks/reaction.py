@@ -32,21 +32,6 @@ ROUNDS = 12
 TICK_SECONDS = 0.5
 MEMORY_BAR_SECONDS = 0.3
 SERVICE_BYTES = 48 << 20
-THRASH = """
-import mmap, os, random, sys
-path, size = sys.argv[1], 96 << 20
-if not os.path.exists(path):
-    with open(path, "wb") as file:
-        for _ in range(size >> 20): file.write(os.urandom(1 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-sys.stdin.readline()
-with open(path, "rb") as file:
-    pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-    pages.madvise(mmap.MADV_RANDOM)
-    while True: pages[random.randrange(size)]
-"""
 
 
 class Endpoint:
@@ -152,7 +137,8 @@ async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: fl
     stop = asyncio.Event()
     running = asyncio.create_task(agent.run(stop))
     await asyncio.sleep(1.5 + phase)
-    reader = subprocess.Popen([sys.executable, "-ISc", THRASH, str(directory / "file")], stdin=subprocess.PIPE)
+    thrash = [sys.executable, "-IS", str(PROBE), "thrash", str(directory / "file")]
+    reader = subprocess.Popen(["/bin/sh", "-c", 'read _; exec "$@"', "sh", *thrash], stdin=subprocess.PIPE)
     node.enter(reader.pid, service)
     assert reader.stdin is not None
     reader.stdin.write(b"\n")

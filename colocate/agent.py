@@ -160,7 +160,7 @@ class Agent:
         self.laws, plan = decide(snapshot, seen, spec, self.calibration, self.laws, self.recorder.arm)
         if not self.shadow:
             # Its caller hears of an eviction before the signal arrives, and can tell it from another end.
-            for job in self.registry.note(plan, snapshot.time_seconds):
+            for job in self.registry.note(plan, snapshot.monotonic_seconds):
                 for told in self.on_evicted:
                     told(job)
             self._release(snapshot)

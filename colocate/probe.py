@@ -1,7 +1,8 @@
-"""Measuring sticks that run as processes of their own: a service-like thread and a hog, on the standard library alone.
+"""Measuring sticks that run as processes of their own, on the standard library alone.
 
 `service CPU SECONDS PERIOD WORK` wakes every PERIOD seconds, spins for WORK seconds of CPU time and prints, one per
-line, how many seconds after its due time each turn ended. `hog FILE` counts work into a memory-mapped file.
+line, how many seconds after its due time each turn ended. `hog FILE` counts work into a memory-mapped file. `thrash
+FILE` reads a file at random for ever: with less memory than the file has, it stalls.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import struct
 import sys
 import time
@@ -52,8 +54,25 @@ def hog(path: str) -> None:
         counter[:8] = struct.pack("Q", done)
 
 
+def thrash(path: str, size: int = 96 << 20) -> None:
+    """Make the file if it is not there, and read it at random for ever."""
+    if not os.path.exists(path):
+        with open(path, "wb") as out:
+            out.writelines(os.urandom(1 << 20) for _ in range(size >> 20))
+            out.flush()
+            os.fsync(out.fileno())
+            os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with open(path, "rb") as file:
+        pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+    pages.madvise(mmap.MADV_RANDOM)
+    while True:
+        pages[random.randrange(size)]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "service":
         service(int(sys.argv[2]), *(float(a) for a in sys.argv[3:6]))
+    elif sys.argv[1] == "thrash":
+        thrash(sys.argv[2])
     else:
         hog(sys.argv[2])

@@ -63,6 +63,7 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Governed where it is: the directory was there before us."""
     checkpoint_signal: str = ""
     started_seconds: float = 0.0
+    """Monotonic, as `checkpointed_seconds` is."""
     checkpointed_seconds: float | None = None
     requested_cores: float | None = None
     max_runtime_seconds: float | None = None

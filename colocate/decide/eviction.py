@@ -52,7 +52,7 @@ def decide_eviction(
     wishes = {r.workload: r for r in requests if r.verb == "evict" and r.workload in jobs}
     for job in jobs.values():
         limit = job.max_runtime_seconds
-        if limit is not None and job.started_seconds and snapshot.time_seconds - job.started_seconds > limit:
+        if limit is not None and job.started_seconds and now - job.started_seconds > limit:
             message = f"{job.name} ran longer than its --max-runtime of {limit:g} s"
             wishes.setdefault(
                 job.id, Request(verb="evict", workload=job.id, law=LAW, reason="MaxRuntime", message=message)

@@ -237,7 +237,7 @@ def least_loss(snapshot: NodeSnapshot, forecast: Forecast) -> list[Workload]:
             gangs.setdefault(workload.gang or workload.id, []).append(workload)
 
     def cost(members: list[Workload]) -> tuple[int, float, str]:
-        lost = sum(lost_work(w, forecast, snapshot.time_seconds) for w in members)
+        lost = sum(lost_work(w, forecast, snapshot.monotonic_seconds) for w in members)
         return max(w.priority for w in members), round(lost, 3), members[0].id
 
     return min(gangs.values(), key=cost, default=[])

@@ -21,6 +21,7 @@ class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
     pid: int
     start_time: int
     started_seconds: float
+    """Monotonic, like all times of a job: any agent of this boot reads it right, and setting the clock moves nothing."""
     command: str = ""
     cores: float | None = None
     memory_bytes: int | None = None
@@ -76,7 +77,7 @@ class Registry:
             for name, job in self.jobs.items()
         }
 
-    def note(self, plan: Plan, time_seconds: float) -> list[Job]:
+    def note(self, plan: Plan, monotonic_seconds: float) -> list[Job]:
         """Mark what a plan does to jobs; those newly evicted are returned. A sent checkpoint signal counts as one."""
         evicted = []
         for action in plan.actions:
@@ -84,7 +85,7 @@ class Registry:
             if job is None:
                 continue
             if action.knob == "signal" and action.reason == "CheckpointSignal":
-                job.checkpointed_seconds = time_seconds
+                job.checkpointed_seconds = monotonic_seconds
             elif action.knob in ("signal", "cgroup.kill") and not job.evicted:
                 job.evicted = f"{action.reason}: {action.message}"
                 evicted.append(job)

@@ -150,7 +150,7 @@ class JobServer:
             known = self._agent.registry.jobs.get(str(request.get("job")))
             if known is None or peer.uid not in (0, known.uid):
                 raise BadInput(f"no job {request.get('job')!r} of yours")
-            known.checkpointed_seconds = self._agent.clock.time()
+            known.checkpointed_seconds = round(self._agent.clock.monotonic(), 3)
             return {"ok": True}
         if op == "ended":
             return self._ended(job)
@@ -233,7 +233,7 @@ class JobServer:
                 uid=peer.uid,
                 pid=request.pid,
                 start_time=start,
-                started_seconds=round(agent.clock.time(), 3),
+                started_seconds=round(agent.clock.monotonic(), 3),
                 command=request.command,
                 cores=request.cores,
                 memory_bytes=request.memory_bytes,

@@ -66,8 +66,8 @@ def _load(path: Path, since_seconds: float | None) -> tuple[Any, list[dict[str, 
     """A duckdb connection with the table `tick`, and the lines themselves. Raises BadInput."""
     import duckdb
 
-    files = segments(path)
-    lines = [line for file in files for line in read_lines(file)]
+    kept = ("time", "arm", "window", "series", "outcomes")  # a day of whole lines would not fit into memory
+    lines = [{k: line[k] for k in kept if k in line} for file in segments(path) for line in read_lines(file)]
     if not lines:
         raise BadInput(f"{path} has no complete line of a record (yet)")
     newest = lines[-1]["time"]
@@ -117,26 +117,55 @@ def _compare(name: str, unit: str, on: list[float], off: list[float], kind: str)
     return Compared(name, unit, mean_on, mean_off, interval.value, interval.low, interval.high, kind)
 
 
-def _service_windows(lines: list[dict[str, Any]], wash_out: float) -> dict[str, dict[str, list[tuple[str, float]]]]:
-    """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window."""
-    starts: dict[int, float] = {}
-    first: dict[tuple[int, str], Any] = {}
-    latest: dict[tuple[int, str], Any] = {}
-    arms: dict[int, str] = {}
-    for line in lines:
-        window = line["win"]
-        starts.setdefault(window, line["time"])
-        arms[window] = line.get("arm", "")
-        if line["time"] - starts[window] < wash_out:
-            continue
-        for workload in line["snapshot"].get("workloads", {}).values():
+class _Seen:
+    """What only whole snapshots tell, gathered in one pass over them."""
+
+    def __init__(self, wash_out: float) -> None:
+        self._wash_out = wash_out
+        self._starts: dict[int, float] = {}
+        self.arms: dict[int, str] = {}
+        self.first: dict[tuple[int, str], Any] = {}
+        """(window, service) -> its histogram after the wash-out"""
+        self.latest: dict[tuple[int, str], Any] = {}
+        self.throttled_us = 0
+        self._throttled_before: int | None = None
+        self.lost_core_seconds = 0.0
+
+    def add(self, line: dict[str, Any]) -> None:
+        """One tick."""
+        window, snapshot = line["win"], line["snapshot"]
+        self._starts.setdefault(window, line["time"])
+        self.arms[window] = line.get("arm", "")
+        throttled = snapshot.get("tier", {}).get("throttled_us")
+        if throttled is not None:
+            before = self._throttled_before
+            self.throttled_us += throttled - before if before is not None and throttled >= before else 0
+            self._throttled_before = throttled
+        for outcome in line.get("outcomes", []):
+            if outcome["knob"] == "signal" and outcome["value"] == "SIGTERM" and outcome["status"] == "applied":
+                self._lost(snapshot, outcome["workload"], line["series"])
+        if line["time"] - self._starts[window] < self._wash_out:
+            return
+        for workload in snapshot.get("workloads", {}).values():
             reading = workload.get("latency")
             if workload["tier"] == "service" and reading is not None:
-                first.setdefault((window, workload["name"]), reading)
-                latest[window, workload["name"]] = reading
+                self.first.setdefault((window, workload["name"]), reading)
+                self.latest[window, workload["name"]] = reading
+
+    def _lost(self, snapshot: dict[str, Any], id_: str, series: dict[str, Any]) -> None:
+        """What an evicted job had not saved: its cores now times the time since its last checkpoint or its start."""
+        job = snapshot.get("workloads", {}).get(id_, {})
+        since = job.get("checkpointed_seconds") or job.get("started_seconds")
+        if since:
+            cores = job.get("requested_cores") or series.get("job", {}).get(job["name"], 0.0)
+            self.lost_core_seconds += max(snapshot["monotonic_seconds"] - since, 0.0) * cores
+
+
+def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]]]:
+    """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window."""
     found: dict[str, dict[str, list[tuple[str, float]]]] = {}
-    for (window, name), end in latest.items():
-        begin = first[window, name]
+    for (window, name), end in seen.latest.items():
+        begin = seen.first[window, name]
         cumulative = [b - a for a, b in zip(begin["counts"], end["counts"], strict=True)]
         if begin["bounds_seconds"] != end["bounds_seconds"] or min(cumulative) < 0 or cumulative[-1] < 100:
             continue
@@ -145,7 +174,7 @@ def _service_windows(lines: list[dict[str, Any]], wash_out: float) -> dict[str, 
         for key, q, least in (("p50", 0.5, 100), ("p99", 0.99, 100), ("p99.9", 0.999, P999_REQUESTS)):
             value = quantile_of(end["bounds_seconds"], counts, q)
             if value is not None and cumulative[-1] >= least:
-                figures.setdefault(key, []).append((arms[window], 1e3 * value))
+                figures.setdefault(key, []).append((seen.arms[window], 1e3 * value))
     return found
 
 
@@ -160,10 +189,11 @@ def evaluate(
         ).fetchone()
         wash_out = min(5.0, (length or 0.0) / 4)
     start, end = flat[0]["time"], flat[-1]["time"]
-    full = [line for line in read_full(path) if start <= line["time"] <= end]
-    windows = {line["sequence"]: line["win"] for line in flat}
-    for line in full:
-        line["win"] = windows.get(line["sequence"], -1)
+    windows = {line["time"]: line["win"] for line in flat}
+    seen = _Seen(wash_out)
+    for line in read_full(path):
+        if line["time"] in windows:
+            seen.add({**line, "win": windows[line["time"]]})
     counts = dict(connection.execute("select arm, count(distinct win) from tick group by arm").fetchall())
     off = next((a for a in OFF if a in counts), "")
     (cores,) = connection.execute("select avg(cores) from tick").fetchone()
@@ -178,14 +208,14 @@ def evaluate(
         off=off,
         machines=machines,
     )
-    _describe(connection, flat, full, report)
+    _describe(connection, flat, seen, report)
     if off:
-        _switchback(connection, full, report, off, wash_out)
+        _switchback(connection, seen, report, off, wash_out)
     report.verdict = _verdict(report)
     return report
 
 
-def _describe(connection: Any, flat: list[dict[str, Any]], full: list[dict[str, Any]], report: Report) -> None:
+def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: Report) -> None:
     row = connection.execute(
         "select sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), sum(batch*dt)/sum(cores*dt), "
         "sum(system*dt)/sum(cores*dt), sum(services_peak*dt)/sum(cores*dt), sum(frozen*dt), sum(evictions), "
@@ -197,7 +227,8 @@ def _describe(connection: Any, flat: list[dict[str, Any]], full: list[dict[str, 
         "frozen_seconds": round(row[5] or 0.0, 1),
         "evictions": float(row[6] or 0),
         "forecast_violations": float(row[7] or 0),
-        **_throttled(full),
+        "throttled_seconds": round(seen.throttled_us / 1e6, 2),
+        "lost_core_seconds": round(seen.lost_core_seconds, 1),
     }
     hourly = connection.execute(
         "select floor(time/3600)*3600, sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), "
@@ -224,18 +255,7 @@ def _describe(connection: Any, flat: list[dict[str, Any]], full: list[dict[str, 
             report.reasons[outcome["reason"]] = report.reasons.get(outcome["reason"], 0) + 1
 
 
-def _throttled(full: list[dict[str, Any]]) -> dict[str, float]:
-    """Throttled seconds of the tier and lost work of evicted jobs."""
-    first = last = None
-    for line in full:
-        value = line["snapshot"].get("tier", {}).get("throttled_us")
-        if value is not None:
-            first = value if first is None or value < first else first
-            last = value
-    return {"throttled_seconds": round(((last or 0) - (first or 0)) / 1e6, 2)}
-
-
-def _switchback(connection: Any, full: list[dict[str, Any]], report: Report, off: str, wash_out: float) -> None:
+def _switchback(connection: Any, seen: _Seen, report: Report, off: str, wash_out: float) -> None:
     on_filter, off_filter = "arm = 'on'", f"arm = '{off}'"
 
     def both(expression: str) -> tuple[list[float], list[float]]:
@@ -249,7 +269,7 @@ def _switchback(connection: Any, full: list[dict[str, Any]], report: Report, off
     report.compared.append(_compare("CPU utilization", "%", on, without, "difference"))
     on_batch, off_batch = both("sum(batch*dt)/sum(dt)")
     report.compared.append(_compare("batch work", "cores", on_batch, off_batch, "difference"))
-    for name, figures in _service_windows(full, wash_out).items():
+    for name, figures in _service_windows(seen).items():
         for key, values in figures.items():
             with_batch = [v for arm, v in values if arm == "on"]
             alone = [v for arm, v in values if arm == off]

@@ -11,6 +11,7 @@ import pytest
 
 from colocate.actuate.journal import Journal, boot_id
 from colocate.agent import Agent
+from colocate.calibrate import PROBE
 from colocate.cgroupfs import UNIFIED
 from colocate.config import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.model import reference
@@ -26,19 +27,10 @@ while True:
     held.append(block)
     time.sleep(0.01)
 """
-THRASH = """
-import mmap, os, random, sys
-path, size = sys.argv[1], 96 << 20
-if not os.path.exists(path):
-    with open(path, "wb") as file:
-        for _ in range(size >> 20): file.write(os.urandom(1 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-with open(path, "rb") as file:
-    pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-    pages.madvise(mmap.MADV_RANDOM)
-    while True: pages[random.randrange(size)]
+THRASH = f"""
+import runpy, sys
+sys.argv = ["probe", "thrash", sys.argv[1]]
+runpy.run_path({str(PROBE)!r}, run_name="__main__")
 """
 
 

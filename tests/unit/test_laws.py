@@ -409,7 +409,7 @@ def test_the_victim_is_the_job_with_the_least_lost_work(jobs, victims):
         make.job(name, priority=priority, gang=gang, started_seconds=start, checkpointed_seconds=saved)
         for name, priority, gang, start, saved in jobs
     ]
-    now = make.snapshot(*workloads, time_seconds=1000.0)
+    now = make.snapshot(*workloads, at=1000.0)
     seen = make.forecast({w.id: WorkloadForecast(usage_cores=1.0) for w in workloads})
     assert [w.name for w in least_loss(now, seen)] == victims
 
@@ -456,9 +456,16 @@ def test_an_eviction_is_thaw_and_sigterm_then_grace_then_kill():
 
 
 def test_a_job_past_its_maximum_runtime_is_evicted():
-    old = make.job(started_seconds=1_700_000_000.0, max_runtime_seconds=50.0)
+    old = make.job(started_seconds=1.0, max_runtime_seconds=50.0)
     found = decide_eviction(make.snapshot(old, at=100), SPEC, [], EvictionState())
     assert [a.reason for a in found.actions] == ["MaxRuntime"]
+
+
+@pytest.mark.parametrize("jump", [pytest.param(86400.0, id="forward"), pytest.param(-86400.0, id="back")])
+def test_a_clock_that_is_set_evicts_nobody(jump):
+    young = make.job(started_seconds=90.0, max_runtime_seconds=50.0)
+    now = make.snapshot(young, at=100, time_seconds=1_700_000_000.0 + jump)
+    assert decide_eviction(now, SPEC, [], EvictionState()).actions == []
 
 
 # -- the pipeline -------------------------------------------------------------------------------------------------

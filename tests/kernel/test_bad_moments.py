@@ -1,0 +1,225 @@
+"""What a user or a machine does at a bad moment: agents that end, hang or cannot start, and jobs that misbehave."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from colocate.cgroupfs import KernelPort, joined, start_time
+from colocate.errors import NotAnswering
+from colocate.jobs import client
+from colocate.observe.cgroup import inodes_of
+from tests.kernel.conftest import HOG, PATIENCE, colocate, wait_for
+from tests.kernel.test_agent_on_a_kernel import AgentProcess, agent, run, tier_of  # noqa: F401 - a fixture
+
+CLI = [sys.executable, "-m", "colocate.cli.main"]
+
+
+# -- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_in_a_job_ends_as_it_does_in_a_shell(agent):  # noqa: F811
+    running = agent()
+    found = run("--", "bash", "-c", "yes | head -1 > /dev/null; echo ${PIPESTATUS[0]}")
+    assert found.stdout == "141\n"
+    running.stop()
+
+
+def test_arguments_need_not_be_utf8(agent):  # noqa: F811
+    running = agent()
+    found = subprocess.run([*CLI, "run", "--", "printf", b"f\xe9"], capture_output=True, timeout=60 * PATIENCE)
+    assert (found.returncode, found.stdout) == (0, b"f\xe9")
+    running.stop()
+
+
+def test_a_job_over_its_memory_is_told_so(agent):  # noqa: F811
+    running = agent()
+    found = run("--memory", "40Mi", "--", sys.executable, "-ISc", "b = bytearray(200 << 20); b[::4096] = b'1' * 51200")
+    assert found.returncode == 137
+    assert "over its --memory of 40.0 MiB" in found.stderr
+    running.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        pytest.param(["--cpus", "0"], "--cpus", id="no CPU"),
+        pytest.param(["--memory", "1"], "--memory", id="one byte"),
+        pytest.param(["--name", "a\nb"], "--name", id="a name of two lines"),
+        pytest.param(["--config", "/nowhere.yaml"], "/nowhere.yaml", id="no such policy"),
+    ],
+)
+def test_what_no_job_could_be_is_bad_input(dirs, options, says):
+    found = run(*options, "--", "true")
+    assert found.returncode == 2
+    assert says in found.stderr
+
+
+def test_a_relative_policy_is_found_from_where_the_user_is(dirs, node):
+    (dirs / "mine.yaml").write_text(f"spec: {{nodeRoot: {node.path}, http: {{enabled: false}}}}")
+    found = run("--config", "mine.yaml", "--", "sh", "-c", "exit 4", cwd=dirs)
+    assert found.returncode == 4, found.stderr
+    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}, 15)
+
+
+def test_closed_output_does_not_change_a_jobs_exit_code(agent):  # noqa: F811
+    running = agent()
+    command = " ".join([*CLI, "run", "--", "sh", "-c", "'exit 6'"])
+    assert subprocess.run(f"{command} <&- >&- 2>&-", shell=True, timeout=60 * PATIENCE).returncode == 6
+    running.stop()
+
+
+def test_a_job_that_makes_cgroups_of_its_own_leaves_none(node, agent):  # noqa: F811
+    running = agent()
+    mount = node.port.layout.mounts[node.port.layout.controllers["memory"]]
+    inner = f"{mount}{tier_of(node)}/nest/inner"
+    script = f"mkdir {inner} && echo $$ > {inner}/cgroup.procs && sleep 60 & sleep 0.5; ls {inner} > /dev/null"
+    assert run("--name", "nest", "--", "sh", "-c", script).returncode == 0
+    assert wait_for(lambda: not os.path.exists(os.path.dirname(inner)))
+    running.stop()
+
+
+# -- agents -------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_without_an_agent_go_on_and_their_directories_go_with_the_last(node, agent):  # noqa: F811
+    running = agent()
+    job = subprocess.Popen([*CLI, "run", "--name", "long", "--", "sh", "-c", "sleep 4; exit 9"])
+    assert wait_for(lambda: running.ask("status")["jobs"] == 1)
+    said = running.stop()
+    assert "removed when its last process ends" in said
+    assert "Traceback" not in said
+    assert inodes_of(node.port, joined(tier_of(node), "long"))
+    assert job.wait(30 * PATIENCE) == 9
+    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}, 10)
+
+
+def test_an_agent_that_cannot_start_does_not_cut_off_the_one_that_runs(node, agent, tmp_path):  # noqa: F811
+    running = agent()
+    other = tmp_path / "other.yaml"
+    other.write_text("spec: {http: {enabled: false}, calibrate: false}")
+    found = colocate("agent", "--shadow", "--config", str(other), "--state-dir", str(tmp_path / "other"))
+    assert found.returncode == 2
+    assert "another agent answers on" in found.stderr
+    assert running.ask("status")["pid"] == running.process.pid
+    running.stop()
+
+
+def test_a_hung_agent_is_told_from_a_quick_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.3)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "agent.sock"))
+        silent.listen()
+        connection = client.Connection(tmp_path / "agent.sock")
+        with pytest.raises(NotAnswering, match="has not answered for"):
+            connection.ask(op="status")
+        connection.close()
+
+
+def test_a_job_that_no_agent_takes_is_not_a_success(tmp_path):
+    with socket.socket(socket.AF_UNIX) as rude:
+        rude.bind(str(tmp_path / "agent.sock"))
+        rude.listen()
+
+        def hang_up():
+            for _ in range(2):
+                rude.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        found = run("--socket", str(tmp_path / "agent.sock"), "--", "echo", "I ran")
+    assert found.returncode == 125
+    assert found.stdout == ""
+
+
+def test_an_evaluation_says_so_when_its_agent_ends(agent, dirs):  # noqa: F811
+    running = agent()
+    time.sleep(1)
+    command = [*CLI, "evaluate", "--windows", "8", "--window", "1s", "--wash-out", "0s", "-o", "json"]
+    evaluation = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2.5 * PATIENCE)
+    running.stop()
+    _, said = evaluation.communicate(timeout=30 * PATIENCE)
+    assert evaluation.returncode == 1
+    assert "of 8 was not measured" in said
+
+
+def test_an_agent_that_was_stopped_for_a_while_goes_on_as_before(node, agent):  # noqa: F811
+    running = agent()
+    node.start("web", HOG)
+    job = subprocess.Popen([*CLI, "run", "--name", "calm", "--", "sleep", "60"])
+    assert wait_for(lambda: running.ask("status")["jobs"] == 1)
+    running.process.send_signal(signal.SIGSTOP)  # a machine that is suspended looks the same from inside
+    time.sleep(3)
+    running.process.send_signal(signal.SIGCONT)
+    ticks = running.ask("status")["ticks"]
+    assert wait_for(lambda: running.ask("status")["ticks"] > ticks + 3)
+    assert job.poll() is None
+    job.terminate()
+    assert job.wait(20 * PATIENCE) == 143
+    running.stop()
+
+
+def test_a_lock_that_a_stranger_could_hold_is_not_readable_for_strangers(agent, dirs):  # noqa: F811
+    running = agent()
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (dirs / "run").glob("*.lock")}
+    assert set(modes.values()) == {0o600}
+    running.stop()
+
+
+def test_read_only_cgroups_are_named_with_the_mend(dirs, node):
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare(1)")
+    (dirs / "policy.yaml").write_text(f"spec: {{nodeRoot: {node.path}, http: {{enabled: false}}, calibrate: false}}")
+    mounts = " ".join(KernelPort().layout.mounts.values())
+    script = (
+        f"for m in {mounts}; do mount --bind $m $m && mount -o remount,bind,ro $m || exit 77; done; "
+        f"exec {' '.join(CLI)} agent --config {dirs}/policy.yaml"
+    )
+    found = subprocess.run(
+        ["unshare", "-m", "--propagation", "private", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60 * PATIENCE,
+    )
+    if found.returncode == 77:
+        pytest.skip(f"cannot mount in a namespace of its own: {found.stderr}")
+    assert found.returncode == 1, found.stderr
+    assert "Read-only file system" in found.stderr
+    assert "with cgroups mounted for writing" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_demo_that_is_ended_leaves_nothing(tmp_path, number):
+    port = KernelPort()
+    environment = {**os.environ, "COLOCATE_STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}
+    command = [*CLI, "demo", "--seconds", "3", "--report", str(tmp_path / "report.html")]
+    demo = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    hierarchy = port.layout.controllers["cpu"]
+    mine = f"colocate-demo-{demo.pid}-{start_time(port, demo.pid)}"
+    assert wait_for(lambda: mine in port.children(hierarchy, "/"), 30)
+    time.sleep(1)
+    demo.send_signal(number)
+    assert demo.wait(30 * PATIENCE) == 128 + number
+    left = [name for h in port.layout.mounts for name in port.children(h, "/") if f"-{demo.pid}-" in name]
+    assert left == []
+    assert not list(tmp_path.glob("colocate-*"))
+
+
+def test_state_files_of_another_shape_are_set_aside(node, dirs):
+    node.make("web")
+    (dirs / "state").mkdir()
+    for name in ("jobs.json", "model.json", "calibration.json", "handover.json"):
+        (dirs / "state" / name).write_text('{"stateVersion":"1"}' if name == "jobs.json" else "[1, 2]")
+    running = AgentProcess(node, dirs)
+    assert running.ask("status")["jobs"] == 0
+    assert (dirs / "state" / "jobs.broken").exists()
+    assert "Traceback" not in running.stop()
