@@ -21,7 +21,7 @@ class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
     pid: int
     start_time: int
     started_seconds: float
-    """Monotonic, like all times of a job: any agent of this boot reads it right, and setting the clock moves nothing."""
+    """Monotonic, like all times of a job: any agent of this boot reads it right, whatever happens to the clock."""
     command: str = ""
     cores: float | None = None
     memory_bytes: int | None = None
