@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import msgspec
 
 from colocate.calibrate import machine_facts
 from colocate.cgroupfs import KernelPort
+from colocate.errors import BadInput
 from colocate.model.statistics import Interval
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,8 +39,12 @@ class Runs:
         RESULTS.mkdir(exist_ok=True)
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         self.runs: list[dict[str, Any]] = [msgspec.json.decode(line) for line in lines if line]
-        if not any("machine" in r for r in self.runs):
-            self.add(machine={**machine_facts(KernelPort()), "memory": _memory()})
+        here = {**machine_facts(KernelPort()), "memory": _memory()}
+        known = next((r["machine"] for r in self.runs if "machine" in r), None)
+        if known is None:
+            self.add(machine=here)
+        elif known != here:
+            raise BadInput(f"{self.path} was measured on another machine: move it away, for runs are not mixed")
 
     def has(self, **key: Any) -> bool:
         """Whether a run with these fields is there."""
@@ -46,10 +52,16 @@ class Runs:
 
     def add(self, **run: Any) -> None:
         """Keep a run."""
-        run = {"at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), **run}
+        run = {"at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "commit": _commit(), **run}
         self.runs.append(run)
         with self.path.open("ab") as file:
             file.write(msgspec.json.encode(run) + b"\n")
+
+
+def _commit() -> str:
+    """Which code was measured; a `+` after it: with changes."""
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _memory() -> str:

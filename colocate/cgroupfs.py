@@ -354,9 +354,9 @@ def joined(*parts: str) -> str:
 
 
 def processes(port: FilePort, hierarchy: str, path: str, inode: int | None = None) -> list[int]:
-    """The processes directly in a cgroup, from cgroup.procs."""
+    """The processes directly in a cgroup, from cgroup.procs; not those of other pid namespaces, which are 0 there."""
     text = port.read(hierarchy, path, "cgroup.procs", inode)
-    return [int(p) for p in text.split()] if text else []
+    return [int(p) for p in text.split() if p != "0"] if text else []
 
 
 def processes_below(port: FilePort, hierarchy: str, path: str) -> list[int]:

@@ -267,8 +267,8 @@ def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str,
             f"{path}.selector",
             f"needs exactly one of systemdUnit, cgroup, command, podSelector; {len(chosen)} are set",
         )
-    for field in ("systemdUnit", "command"):
-        if getattr(entry.selector, "systemd_unit" if field == "systemdUnit" else field) == "":
+    for field, given in (("systemdUnit", entry.selector.systemd_unit), ("command", entry.selector.command)):
+        if given == "":
             raise ConfigError(
                 f"{path}.selector.{field}", "is empty and would match everything", "write what to look for"
             )

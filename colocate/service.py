@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import ctypes
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +18,10 @@ from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent import Agent, Tick
 from colocate.calibrate import ensure_calibration, load_calibration
 from colocate.cgroupfs import KernelPort
+from colocate.compiler import load_kernels
 from colocate.config import ColocationPolicy
-from colocate.errors import AlreadyRunning, BadInput, ColocateError
+from colocate.errors import BadInput, ColocateError
 from colocate.jobs.server import JobServer
-from colocate.model import kernels
 from colocate.policyfile import load_policy
 from colocate.report.record import Recorder
 
@@ -37,44 +33,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 EMBEDDED_LINGER_SECONDS = 3.0
 WATCH_SECONDS = 1.0
-MADV_PAGEOUT = 21
-
-
-def use_jit() -> bool:
-    """COLOCATE_JIT=off is the lean mode: numba is not imported."""
-    return os.environ.get("COLOCATE_JIT", "on").lower() not in ("off", "0", "no", "false")
-
-
-def prepare_jit_cache(state_dir: Path) -> None:
-    """Give numba a cache of its own that only its owner can write: compiled code is loaded from it.
-
-    A read-only root file system or a missing home would make `cache=True` fail at import (numba has no locator then).
-    """
-    if "NUMBA_CACHE_DIR" not in os.environ:
-        cache = state_dir / "numba"
-        try:
-            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:  # no home, or a read-only one: compiled anew each time, but it works
-            cache = Path(tempfile.mkdtemp(prefix="colocate-numba-"))
-            atexit.register(shutil.rmtree, cache, ignore_errors=True)
-        info = cache.stat()
-        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-            raise BadInput(
-                f"{cache} must belong to uid {os.geteuid()} alone (mode 0700): compiled code is loaded from it"
-            )
-        os.environ["NUMBA_CACHE_DIR"] = str(cache)
-
-
-def release_compiler() -> None:
-    """Let the pages of LLVM go, which the kernels needed only to be compiled or loaded: 65 MiB of resident memory.
-
-    madvise(2) MADV_PAGEOUT loses nothing: what is needed again is read from the library again.
-    """
-    libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "libllvmlite" in line:
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
 def notify_systemd(message: str) -> None:
@@ -106,28 +64,25 @@ class Service:
         self._state_lock = Lock(state_dir, "state")
         try:
             self._lock = Lock(runtime, policy.spec.node_root)
-        except AlreadyRunning:
+        except ColocateError:
             self._state_lock.release()
             raise
         self._drifts = 0
         self.stop = asyncio.Event()
 
     def _make_agent(self) -> Agent:
-        prepare_jit_cache(self._state.path)
-        jit = use_jit()
         port = KernelPort()
         policy, state = self._policy, self._state
         if all(port.inode(h, policy.spec.node_root) is None for h in port.layout.mounts):
             raise BadInput(f"$.spec.nodeRoot: there is no cgroup {policy.spec.node_root} on this host")
-        recorder = Recorder(state.path / "records", policy.spec.records, "numba" if jit else "numpy")
+        kernels, backend = load_kernels(state.path)
+        recorder = Recorder(state.path / "records", policy.spec.records, backend)
         root = policy.spec.node_root
-        kernel = kernels.load(jit)
-        release_compiler()
         guardian = None if self._shadow else Guardian(state.path, self._runtime, root)
         return Agent(
             port,
             policy,
-            kernel,
+            kernels,
             Journal(state.path, boot_id()),
             state=state,
             calibration=load_calibration(state, port),
@@ -169,8 +124,7 @@ class Service:
             seen = stamp
             try:
                 policy = load_policy(path)
-                for field in ("nodeRoot", "http"):
-                    attribute = "node_root" if field == "nodeRoot" else field
+                for field, attribute in (("nodeRoot", "node_root"), ("http", "http")):
                     if getattr(policy.spec, attribute) != getattr(agent.policy.spec, attribute):
                         raise BadInput(f"$.spec.{field} cannot change while the agent runs: restart it")
             except ColocateError as error:

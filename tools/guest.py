@@ -71,7 +71,7 @@ mkdir -p /opt/project; cd /opt/project; tar x -f /dev/vdb
 stty -F /dev/ttyS1 raw -echo 2>/dev/null
 exec 3<>/dev/ttyS1
 echo "READY" >&3
-while read -r line <&3; do sh -c "$line" >&3 2>&1 </dev/null; echo "__END__ $?" >&3; done
+while read -r number line <&3; do sh -c "$line" >&3 2>&1 </dev/null; echo "__END__$number $?" >&3; done
 """
 
 
@@ -254,7 +254,9 @@ def _root(root: Path) -> None:
     homes = {"root": "/root", "user": "/home/user"}
     rows = [f"{name}:x:{id_}:{id_}::{homes.get(name, '/tmp')}:/bin/sh\n" for name, id_ in users.items()]
     (root / "etc" / "passwd").write_text("".join(rows))
-    (root / "etc" / "group").write_text("".join(f"{name}:x:{id_}:\n" for name, id_ in users.items()) + "tty:x:5:\n")
+    (root / "etc" / "group").write_text(
+        "".join(f"{name}:x:{id_}:\n" for name, id_ in users.items()) + "tty:x:5:\ncolocate:x:900:user\n"
+    )
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
     (root / "etc" / "hostname").write_text("guest\n")
 
@@ -317,7 +319,8 @@ class Guest:
 
     def __init__(self, *, cpus: int = 2, systemd: bool = False) -> None:
         self._cpus, self._systemd = cpus, systemd
-        self._directory = Path(tempfile.mkdtemp(prefix="colocate-guest-"))
+        self._directory: Path
+        self._number = 0
         self._qemu: subprocess.Popen[bytes] | None = None
         self._channel = socket.socket(socket.AF_UNIX)
         self._buffer = b""
@@ -325,6 +328,7 @@ class Guest:
     def __enter__(self) -> Guest:
         """Boot; back when commands are accepted. Raises RuntimeError with the console's end."""
         image = build()
+        self._directory = Path(tempfile.mkdtemp(prefix="colocate-guest-"))
         project = self._directory / "project.tar"
         tracked = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -392,11 +396,14 @@ class Guest:
     def run(self, command: str, seconds: float = 120.0, *, show: bool = False) -> tuple[int, str]:
         """(exit code, output) of a shell command, shown as it comes if wanted. Raises TimeoutError."""
         assert "\n" not in command
-        self._channel.sendall(command.encode() + b"\n")
+        self._number += 1  # what a command that ran out of time still says must not answer the next one
+        self._channel.sendall(f"{self._number} {command}\n".encode())
         deadline = time.monotonic() + seconds
-        output = self._until(f"{END} ".encode(), deadline, show).decode(errors="replace").replace("\r", "")
+        output = (
+            self._until(f"{END}{self._number} ".encode(), deadline, show).decode(errors="replace").replace("\r", "")
+        )
         code = self._until(b"\n", deadline).strip()
-        return int(code), output
+        return int(code), output.decode(errors="replace").replace("\r", "")
 
 
 def main(arguments: list[str]) -> int:

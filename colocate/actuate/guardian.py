@@ -65,30 +65,23 @@ class Guardian:
 
 def main(state_dir: str, lock_dir: str, node_root: str) -> int:
     """Wait for the end of the agent; undo if it came without a word."""
+    agent = os.getppid()
     said = b""
     while chunk := os.read(0, 64):
         said += chunk
     if said in WORDS:
         return 0
-    if said == OCCUPIED:
-        _wait()
-    while (report := undo(Path(state_dir), Path(lock_dir), node_root)) is not None:
+    while True:
+        report = undo(Path(state_dir), Path(lock_dir), node_root, agent)
+        if report is None:
+            return 0
         if not report.occupied:
-            return 0 if not report.failed else 1
-        _wait()
-    return 0
+            return 1 if report.failed else 0
+        _wait_until_empty(report.occupied)
 
 
-def _wait() -> None:
-    """Until the next look; whoever reads the dead agent's stderr need not wait for us any longer."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    time.sleep(LOOK_AGAIN_SECONDS)
-
-
-def undo(state_dir: Path, lock_dir: Path, node_root: str) -> Report | None:
-    """Undo what the journal knows; None if a successor is there already."""
+def undo(state_dir: Path, lock_dir: Path, node_root: str, agent: int) -> Report | None:
+    """Undo what the journal knows, as soon as the agent has let go of its locks; None if a successor is there."""
     # Imported only now: until then the guardian should cost next to nothing.
     from colocate.actuate.journal import Journal, boot_id
     from colocate.actuate.restore import restore
@@ -97,15 +90,18 @@ def undo(state_dir: Path, lock_dir: Path, node_root: str) -> Report | None:
     from colocate.cgroupfs import KernelPort
     from colocate.errors import AlreadyRunning
 
-    try:
-        state_lock = Lock(state_dir, "state", role="guardian")
-    except AlreadyRunning:
-        return None
-    try:
-        lock = Lock(lock_dir, node_root, role="guardian")
-    except AlreadyRunning:
-        state_lock.release()
-        return None
+    locks: list[Lock] = []
+    while len(locks) < 2:
+        try:
+            locks.append(Lock(state_dir, "state", role="guardian"))
+            locks.append(Lock(lock_dir, node_root, role="guardian"))
+        except AlreadyRunning as error:
+            for lock in locks:
+                lock.release()
+            locks.clear()
+            if error.pid not in (agent, 0):
+                return None
+            time.sleep(LOOK_AGAIN_SECONDS)  # it is still saving what it has learnt
     try:
         port, journal = KernelPort(), Journal(state_dir, boot_id())
         report = restore(port, journal)
@@ -113,9 +109,23 @@ def undo(state_dir: Path, lock_dir: Path, node_root: str) -> Report | None:
         sweep(port)
         port.close()
     finally:
-        lock.release()
-        state_lock.release()
+        for lock in locks:
+            lock.release()
     return report
+
+
+def _wait_until_empty(paths: list[str]) -> None:
+    """Wait until no process is left in these cgroups; whoever reads the dead agent's stderr need not wait with us."""
+    from colocate.cgroupfs import KernelPort, processes_anywhere
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    port = KernelPort()
+    time.sleep(LOOK_AGAIN_SECONDS)
+    while any(processes_anywhere(port, path) for path in paths):
+        time.sleep(LOOK_AGAIN_SECONDS)
+    port.close()
 
 
 if __name__ == "__main__":

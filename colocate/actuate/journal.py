@@ -17,10 +17,13 @@ from typing import Literal
 import msgspec
 
 from colocate.errors import JournalBroken, StateTooNew
+from colocate.knobs import same
 
 JOURNAL_VERSION = 1
 PREALLOCATED_BYTES = 1 << 20
 NAME = "journal"
+COMPACT_FROM_ENTRIES = 1000
+KEPT_OF_A_FILE = 4
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -76,6 +79,38 @@ def read_entries(path: Path) -> tuple[list[Entry], int]:
     return entries, offset
 
 
+Key = tuple[str, str, int, str]
+
+
+def newest_found(entries: Iterable[Entry]) -> tuple[dict[Key, Entry], dict[Key, dict[str, None]]]:
+    """Per file the entry with the value to put back, and all values that we wrote, in their order.
+
+    What is found between two of our writings and is none of ours, somebody else wrote: theirs is the newest.
+    """
+    found: dict[Key, Entry] = {}
+    ours: dict[Key, dict[str, None]] = {}
+    for entry in entries:
+        key = (entry.hierarchy, entry.path, entry.inode, entry.file)
+        wanted = ours.setdefault(key, {})
+        known = entry.found.strip() in wanted or any(same(entry.file, w, entry.found) for w in reversed(wanted))
+        if key not in found or not known:
+            found[key] = entry
+        wanted[entry.wanted] = None
+    return found, ours
+
+
+def compacted(entries: list[Entry]) -> list[Entry]:
+    """The same undo in fewer entries: per file what we wrote last, each with the value to put back."""
+    found, _ = newest_found(e for e in entries if e.kind == "value")
+    last: dict[Key, list[Entry]] = {}
+    for entry in entries:
+        if entry.kind == "value":
+            last.setdefault((entry.hierarchy, entry.path, entry.inode, entry.file), []).append(entry)
+    replace = msgspec.structs.replace
+    values = [replace(e, found=found[key].found) for key, recent in last.items() for e in recent[-KEPT_OF_A_FILE:]]
+    return [e for e in entries if e.kind != "value"] + values
+
+
 class Journal:
     """The journal of one state directory."""
 
@@ -85,6 +120,8 @@ class Journal:
         self.broken = ""
         entries, self._offset = read_entries(self.path)
         self.entries = [e for e in entries if e.boot_id == boot]
+        self._compacted = 0
+        """How many entries the last compaction left."""
         self._fd = -1
 
     def _open(self) -> None:
@@ -123,6 +160,10 @@ class Journal:
         self.broken = ""
         self._offset += len(line)
         self.entries.extend(entries)
+        if len(self.entries) > max(COMPACT_FROM_ENTRIES, 2 * self._compacted):
+            with contextlib.suppress(JournalBroken):  # the entries are safe all the same, only not fewer
+                self.replace(compacted(self.entries))
+            self._compacted = len(self.entries)
 
     def replace(self, entries: Iterable[Entry]) -> None:
         """Keep only these entries."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
+from collections.abc import Iterable
 
 import msgspec
 
-from colocate.actuate.journal import Entry, Journal
+from colocate.actuate.journal import Entry, Journal, newest_found
 from colocate.cgroupfs import (
     CgroupGone,
     FilePort,
@@ -72,17 +73,12 @@ def thaw_below(port: FilePort, path: str) -> None:
 
 def _restore_values(port: FilePort, entries: list[Entry], report: Report) -> list[Entry]:
     """Put found values back; the entries that could not be resolved are returned."""
-    first: dict[tuple[str, str, int, str], Entry] = {}
-    ours: dict[tuple[str, str, int, str], list[str]] = {}
-    for entry in entries:
-        key = (entry.hierarchy, entry.path, entry.inode, entry.file)
-        first.setdefault(key, entry)
-        ours.setdefault(key, []).append(entry.wanted)
-    waiting = sorted(first, key=lambda k: _ORDER.get(k[3], 3))
+    found, ours = newest_found(entries)
+    waiting = sorted(found, key=lambda k: _ORDER.get(k[3], 3))
     for attempt in range(PASSES):
         again = []
         for key in waiting:
-            entry = first[key]
+            entry = found[key]
             outcome = _restore_one(port, entry, ours[key], report)
             if outcome == errno.EINVAL and attempt + 1 < PASSES:
                 again.append(key)  # a parent or child that is still to come is in the way
@@ -92,7 +88,7 @@ def _restore_values(port: FilePort, entries: list[Entry], report: Report) -> lis
     return [e for e in entries if any(f.startswith(f"{_where(e)}: ") for f in report.failed)]
 
 
-def _restore_one(port: FilePort, entry: Entry, ours: list[str], report: Report) -> int:
+def _restore_one(port: FilePort, entry: Entry, ours: Iterable[str], report: Report) -> int:
     try:
         current = port.read(entry.hierarchy, entry.path, entry.file, entry.inode)
     except OSError as error:
@@ -243,6 +239,6 @@ def kill_below(port: FilePort, path: str, inodes: dict[str, int]) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
                 raise
-    for pid in pids:
+    for pid in processes_anywhere(port, path):  # looked up anew: a pid of the first look may be another process by now
         port.kill(pid, signal.SIGKILL)
     return len(pids)

@@ -42,8 +42,8 @@ def sweep(port: FilePort) -> list[str]:
                 match = _NAME.fullmatch(name)
                 if match is not None and start_time(port, int(match[1])) != int(match[2]):
                     with contextlib.suppress(OSError):
-                        remove_tree(port, joined(base, name))
-                    swept.add(joined(base, name))
+                        if remove_tree(port, joined(base, name)):
+                            swept.add(joined(base, name))
     return sorted(swept)
 
 
@@ -115,9 +115,13 @@ class ScratchNode:
         if port.read(UNIFIED, path, "cgroup.procs") and path != "/":
             # cgroup v2 allows no processes beside child groups with controllers: step aside into a leaf of our own.
             leaf = joined(path, "colocate-self")
-            with contextlib.suppress(FileExistsError):
+            try:
                 port.mkdir(UNIFIED, leaf)
                 self._leaves.append(leaf)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                self._refuse(leaf, error)
             for pid in processes(port, UNIFIED, path):
                 with contextlib.suppress(OSError):
                     port.write(UNIFIED, leaf, "cgroup.procs", str(pid))

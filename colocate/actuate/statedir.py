@@ -31,12 +31,20 @@ def default_state_dir() -> Path:
 
 
 def runtime_dir() -> Path:
-    """Where the lock and the socket are: COLOCATE_RUNTIME_DIR, else /run/colocate or $XDG_RUNTIME_DIR/colocate."""
+    """Where the lock and the socket are: COLOCATE_RUNTIME_DIR, else /run/colocate or $XDG_RUNTIME_DIR/colocate.
+
+    Raises BadInput if the last resort, a directory in /tmp, is another user's.
+    """
     if given := os.environ.get("COLOCATE_RUNTIME_DIR"):
         return Path(given)
     if os.geteuid() == 0:
         return Path("/run/colocate")
-    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/colocate-{os.geteuid()}")) / "colocate"
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(given) / "colocate"
+    shared = Path(f"/tmp/colocate-{os.geteuid()}")
+    if os.path.lexists(shared) and (shared.lstat().st_uid != os.geteuid() or shared.is_symlink()):
+        raise BadInput(f"{shared} belongs to somebody else: set XDG_RUNTIME_DIR or COLOCATE_RUNTIME_DIR")
+    return shared / "colocate"
 
 
 class StateDirectory:
@@ -113,7 +121,8 @@ class Lock:
                 break
             except OSError:
                 pid, owner = self._owner()
-                if owner != "guardian" or role == "guardian" or time.monotonic() > deadline:
+                waits = owner in ("guardian", "") and role != "guardian"  # without a name: it is just being taken
+                if not waits or time.monotonic() > deadline:
                     os.close(self._fd)
                     what = f"the node {node_root}" if node_root.startswith("/") else f"the state directory {directory}"
                     raise AlreadyRunning(pid, what) from None

@@ -14,7 +14,7 @@ import msgspec
 
 from colocate.actuate.statedir import default_state_dir
 from colocate.cli.host import configure_logs
-from colocate.cli.output import check_file, print_data, print_table
+from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.demo.result import ARMS, TITLES, Result
 from colocate.errors import BadInput, PermissionMissing
 
@@ -23,7 +23,7 @@ MOST_SECONDS = 3600
 LEAST_SERVICE_SECONDS = 1e-4
 
 
-def _row(arm: str, result: Result) -> tuple[str, ...]:
+def _row(arm: str, result: Result, wide: bool) -> tuple[str, ...]:
     found = result.arms[arm]
     emu = found.effective_machine_utilization
     return (
@@ -35,10 +35,13 @@ def _row(arm: str, result: Result) -> tuple[str, ...]:
         f"{found.batch_work_per_second:.0f}",
         f"{found.cpu_utilization:.0%}",
         "n/a" if emu is None else f"{emu:.0%}",
+        *(map(str, (found.requests, found.failed_requests, found.batch_processes_lost)) if wide else ()),
     )
 
 
-COLUMNS = ("arm", "p50 ms", "p99 ms", "p99.9 ms", "requests/s", "batch work/s", "CPU", "effective")
+def _columns(wide: bool) -> tuple[str, ...]:
+    more = ("requests", "failed", "batch lost") if wide else ()
+    return ("arm", "p50 ms", "p99 ms", "p99.9 ms", "requests/s", "batch work/s", "CPU", "effective", *more)
 
 
 def _delegated_scope() -> None:
@@ -84,7 +87,7 @@ def demo(options: argparse.Namespace) -> int:
     from colocate.demo.page import sentence, write_page
 
     write_page(result, report)
-    if options.output == "json":
+    if options.output in DATA_FORMS:
         data = {
             "simulated": result.simulated,
             "host_unchanged": result.host_unchanged,
@@ -94,10 +97,13 @@ def demo(options: argparse.Namespace) -> int:
             "changes": result.changes,
             "arms": msgspec.to_builtins(result.arms),
         }
-        print_data(data, "json")
+        print_data(data, options.output)
     else:
         mark = "SIMULATED: " if result.simulated else ""
-        print_table(COLUMNS, [_row(a, result) for a in ARMS], f"{mark}one service, one training job, four ways")
+        wide = options.output == "wide"
+        print_table(
+            _columns(wide), [_row(a, result, wide) for a in ARMS], f"{mark}one service, one training job, four ways"
+        )
         print(f"{mark}{sentence(result)}")
         for change in result.changes:
             print(f"{mark}changed on the host: {change}")
@@ -110,8 +116,8 @@ def _real(options: argparse.Namespace) -> Result:
     from colocate.actuate.statedir import StateDirectory
     from colocate.calibrate import load_calibration
     from colocate.cgroupfs import KernelPort
+    from colocate.compiler import load_kernels
     from colocate.demo.script import Demo
-    from colocate.service import prepare_jit_cache
 
     port = KernelPort()
     state = default_state_dir()
@@ -119,10 +125,9 @@ def _real(options: argparse.Namespace) -> Result:
     if os.access(state, os.R_OK | os.X_OK):
         found = load_calibration(StateDirectory(state), port)
         calibration = found if found.measured_seconds else None
-    prepare_jit_cache(state)
     with _Progress() as progress:
         demonstration = Demo(port, options.seconds, options.seed, options.service_time, progress.show)
-        return asyncio.run(demonstration.run(calibration))
+        return asyncio.run(demonstration.run(calibration, load_kernels(state)[0]))
 
 
 def _simulated(options: argparse.Namespace, why: str) -> Result:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
-from colocate.cli.output import end_status, print_data, print_table, status
+from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
 from colocate.config import Calibration, ColocationPolicy
 from colocate.errors import BadInput, ColocateError
 
@@ -20,10 +20,14 @@ def state_dir(options: argparse.Namespace) -> Path:
     return Path(options.state_dir) if options.state_dir else default_state_dir()
 
 
-def socket_path(options: argparse.Namespace) -> Path:
-    """--socket, COLOCATE_SOCKET, or the default."""
+def socket_path(options: argparse.Namespace, *, own: bool = False) -> Path:
+    """--socket, COLOCATE_SOCKET, or the default: one's `own`, else root's if there is only that one."""
     given = options.socket or os.environ.get("COLOCATE_SOCKET")
-    return Path(given) if given else runtime_dir() / "agent.sock"
+    if given:
+        return Path(given)
+    mine, the_hosts = runtime_dir() / "agent.sock", Path("/run/colocate/agent.sock")
+    only_the_hosts = not mine.exists() and the_hosts.exists() and "COLOCATE_RUNTIME_DIR" not in os.environ
+    return the_hosts if only_the_hosts and not own else mine
 
 
 def configure_logs(least: int = 20) -> None:
@@ -55,7 +59,7 @@ def doctor(options: argparse.Namespace) -> int:
     state = default_state_dir()
     known = os.access(state, os.R_OK | os.X_OK)
     calibration = load_calibration(StateDirectory(state), port) if known else Calibration()
-    if options.output in ("json", "yaml"):
+    if options.output in DATA_FORMS:
         data = {
             "tier_possible": possible,
             "checks": [c._asdict() for c in found],
@@ -100,10 +104,12 @@ def calibrate_command(options: argparse.Namespace) -> int:
     end_status()
     if not state.save(FILE, msgspec.to_builtins(found)):
         raise ColocateError(f"measured, but {state.path / FILE} could not be written: is the disk full?")
-    if options.output in ("json", "yaml"):
+    if options.output in DATA_FORMS:
         print_data(found, options.output)
     else:
         print_calibration(found)
+        if options.output == "wide":
+            print_table(("machine", ""), list(found.machine.items()))
         print(f"lever: {found.lever}; rungs: {' > '.join(found.rungs)}; kept in {state.path / FILE}")
     return 0
 
@@ -121,7 +127,7 @@ def agent(options: argparse.Namespace) -> int:
         policy,
         state_dir(options),
         runtime_dir(),
-        socket_path(options),
+        socket_path(options, own=True),
         policy_path=Path(options.config) if options.config else None,
         shadow=options.shadow,
         embedded=options.embedded,
@@ -158,7 +164,7 @@ def restore_command(options: argparse.Namespace) -> int:
             report.removed.extend(sweep(port))
         finally:
             lock.release()
-    if options.output in ("json", "yaml"):
+    if options.output in DATA_FORMS:
         print_data(report, options.output)
     else:
         for title, lines in msgspec.to_builtins(report).items():

@@ -41,8 +41,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _form(parser: argparse.ArgumentParser, *forms: str, default: str = "table") -> None:
-    parser.add_argument("-o", "--output", choices=forms, default=default, help=f"output form (default: {default})")
+def _form(parser: argparse.ArgumentParser, *forms: str) -> None:
+    parser.add_argument("-o", "--output", choices=forms, default=forms[0], help=f"output form (default: {forms[0]})")
+
+
+def _table_form(parser: argparse.ArgumentParser) -> None:
+    _form(parser, "table", "wide", "json", "yaml")
 
 
 def _state(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     demo = add("demo", "demo:demo", "Show co-location on this machine's own cgroups, in one to two minutes")
-    _form(demo, "table", "json")
+    _table_form(demo)
     demo.add_argument("--report", default="colocate-demo-report.html", help="where the HTML report goes")
     demo.add_argument("--seconds", type=_duration, default=parse_duration("14s"), help="length of a phase")
     demo.add_argument("--simulate", action="store_true", help="use the kernel model even where cgroups are writable")
@@ -76,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--service-time", type=_duration, default=parse_duration("2ms"), help="CPU time of a request")
 
     doctor = add("doctor", "host:doctor", "What this host offers, what each missing thing costs, and the mend")
-    _form(doctor, "table", "wide", "json", "yaml")
+    _table_form(doctor)
 
     agent = add("agent", "host:agent", "The node manager")
     agent.add_argument("--config", help="the ColocationPolicy file; read again when it changes")
@@ -100,16 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     top = add("top", "watch:top", "The node live")
     top.add_argument("--once", action="store_true", help="print once and end")
-    _form(top, "table", "json", "yaml")
+    _table_form(top)
     _socket(top)
 
     explain = add("explain", "watch:explain", "Why the node is as it is: the laws with today's numbers")
     explain.add_argument("workload", nargs="?", help="only this service or job")
-    _form(explain, "table", "json", "yaml")
+    _table_form(explain)
     _socket(explain)
 
     status = add("status", "watch:status", "Whether an agent runs, and how it is")
-    _form(status, "table", "json", "yaml")
+    _table_form(status)
     _socket(status)
 
     report = add("report", "reports:report", "The utilization evaluation report, from records")
@@ -117,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--since", type=_duration, help="only the last so long, e.g. 24h")
     report.add_argument("--machines", type=_positive, default=1, help="nodes like this one, for machines saved")
     report.add_argument("--file", help="where -o html goes (default: colocate-report.html)")
-    _form(report, "html", "json", "csv", default="html")
+    _form(report, "html", "json", "csv")
     _state(report)
 
     evaluate = add("evaluate", "reports:evaluate", "Measure co-location on this node by on/off windows (switchback)")
@@ -128,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=1, help="seed of the order of windows")
     evaluate.add_argument("--yes", action="store_true", help="do not ask before --off unmanaged")
     evaluate.add_argument("--file", help="where -o html goes (default: colocate-report.html)")
-    _form(evaluate, "html", "json", "csv", default="html")
+    _form(evaluate, "html", "json", "csv")
     _state(evaluate)
     _socket(evaluate)
 
@@ -136,15 +140,15 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_argument("records", help="a state directory or record file")
     replay.add_argument("--config", help="decide with another policy")
     replay.add_argument("--diff", action="store_true", help="print the ticks whose plan differs")
-    _form(replay, "table", "json")
+    _table_form(replay)
 
     restore = add("restore", "host:restore_command", "Put back what was found before the agent, after a crash")
     restore.add_argument("--move-back", action="store_true", help="also return jobs' processes to their former cgroups")
-    _form(restore, "table", "json", "yaml")
+    _table_form(restore)
     _state(restore)
 
     calibrate = add("calibrate", "host:calibrate_command", "Measure the CPU levers of this kernel (at most 30 s)")
-    _form(calibrate, "table", "json", "yaml")
+    _table_form(calibrate)
     _state(calibrate)
     return parser
 

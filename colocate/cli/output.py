@@ -12,6 +12,9 @@ import msgspec
 
 from colocate.errors import BadInput
 
+DATA_FORMS = ("json", "yaml")
+"""Forms of -o for programs; the others are tables for people."""
+
 
 def print_data(data: Any, form: str) -> None:
     """Print plain data as `json` or `yaml`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colocate.cli.host import socket_path, state_dir
-from colocate.cli.output import check_file, end_status, print_data, print_table, status
+from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, NotAnswering
 from colocate.jobs.client import Connection
@@ -126,9 +126,11 @@ def replay(options: argparse.Namespace) -> int:
             different.append(tick)
     if not total:
         raise BadInput(f"{options.records} has no complete line of a record, or no keyframe")
-    if options.output == "json":
+    if options.output in DATA_FORMS:
         rows = [{"sequence": t.sequence, "recorded": t.recorded, "decided": t.decided} for t in different]
-        print_data({"open_loop": True, "ticks": total, "different": rows if options.diff else len(different)}, "json")
+        print_data(
+            {"open_loop": True, "ticks": total, "different": rows if options.diff else len(different)}, options.output
+        )
     else:
         if options.diff:
             table = []

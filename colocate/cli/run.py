@@ -16,7 +16,7 @@ LEAST_BYTES = 1 << 20
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command as a batch job; its exit code, or 125 if no agent takes it, so that 1 and 2 are the command's."""
+    """Run the command as a batch job; its exit code, or 125 if no agent takes it. Options that cannot be end with 2."""
     _check(options)
     try:
         return _run(options)
@@ -33,6 +33,8 @@ def _check(options: argparse.Namespace) -> None:
         raise BadInput(f"--cpus {options.cpus:g}: the kernel gives no less than 10m")
     if options.memory is not None and options.memory < LEAST_BYTES:
         raise BadInput(f"--memory {options.memory}: less than 1Mi runs no process")
+    if options.max_runtime == 0:
+        raise BadInput("--max-runtime 0: the job would be evicted at once")
     for option in ("name", "gang"):
         given = getattr(options, option)
         if given is not None and not given.isprintable():

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from colocate.cli.host import socket_path
-from colocate.cli.output import print_data, print_table
+from colocate.cli.output import DATA_FORMS, print_data, print_table
 from colocate.errors import BadInput, NotAnswering
 from colocate.jobs.client import Connection
 from colocate.units import format_bytes, format_duration
@@ -26,7 +26,7 @@ def _ask(options: argparse.Namespace, op: str) -> dict[str, Any]:
 def status(options: argparse.Namespace) -> int:
     """Exit 0 if an agent answers, 1 if not."""
     data = _ask(options, "status")
-    if options.output != "table":
+    if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0
     rows = [(k.replace("_", " "), str(v)) for k, v in data.items() if k != "problems"]
@@ -36,7 +36,7 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(data: dict[str, Any], wide: bool) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     forecasts = data["forecast"].get("workloads", {})
     order = {"service": 0, "besteffort": 1, "batch": 2}
@@ -57,13 +57,31 @@ def _rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{waiting:.1%}" if waiting is not None else "-",
                 format_duration(p99) if p99 is not None else "-",
                 f"{slack:.0%}" if slack is not None else "-",
+                *(_more(workload, now) if wide else ()),
                 "frozen" if workload.get("frozen") else "",
             )
         )
     return rows
 
 
-COLUMNS = ("workload", "tier", "cores", "peak", "memory", "waits", "p99", "slack", "")
+def _more(workload: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of -o wide."""
+    knobs = workload.get("knobs", {})
+    stalls = now.get("memory_pressure_ratio")
+    return (
+        f"{stalls:.1%}" if stalls is not None else "-",
+        str(now.get("window_requests", "-")),
+        knobs.get("cpu.weight", "-"),
+        knobs.get("cpu.max", "-"),
+        knobs.get("cpuset.cpus", "-"),
+        knobs.get("memory.high", knobs.get("memory.max", "-")),
+        workload["path"],
+    )
+
+
+def _columns(wide: bool) -> tuple[str, ...]:
+    more = ("stalls", "requests", "weight", "cpu.max", "cpus", "memory limit", "cgroup") if wide else ()
+    return ("workload", "tier", "cores", "peak", "memory", "waits", "p99", "slack", *more, "")
 
 
 def _laws(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -73,11 +91,12 @@ def _laws(data: dict[str, Any]) -> list[tuple[str, ...]]:
 def top(options: argparse.Namespace) -> int:
     """Live on a terminal; once elsewhere."""
     data = _first(options)
-    if options.output != "table":
+    if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0
+    wide = options.output == "wide"
     if options.once or not sys.stdout.isatty():
-        _print_top(data)
+        _print_top(data, wide)
         return 0
     from rich.console import Group
     from rich.live import Live
@@ -91,9 +110,9 @@ def top(options: argparse.Namespace) -> int:
             f"{seen.get('idle_cores') or 0:.2f}   tick {now['snapshot']['sequence']} {now['tick_seconds'] * 1e3:.1f} ms"
         )
         table, laws = Table(), Table()
-        for column in COLUMNS:
+        for column in _columns(wide):
             table.add_column(column)
-        for row in _rows(now):
+        for row in _rows(now, wide):
             table.add_row(*row)
         for column in ("law", "state", "reason", "message"):
             laws.add_column(column)
@@ -122,8 +141,8 @@ def _first(options: argparse.Namespace) -> dict[str, Any]:
     raise NotAnswering("the agent has not finished its first tick yet")
 
 
-def _print_top(data: dict[str, Any]) -> None:
-    print_table(COLUMNS, _rows(data))
+def _print_top(data: dict[str, Any], wide: bool) -> None:
+    print_table(_columns(wide), _rows(data, wide))
     print_table(("law", "state", "reason", "message"), _laws(data))
     for problem in data["problems"].values():
         print(f"problem: {problem}")
@@ -145,7 +164,7 @@ def explain(options: argparse.Namespace) -> int:
             "forecast_of_workload": data["forecast"]["workloads"].get(ids[0], {}),
             "outcomes": [o for o in data["outcomes"] if o["workload"] == ids[0]],
         }
-    if options.output != "table":
+    if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0
     if name is not None:

@@ -152,7 +152,7 @@ def _grown(state: CpuState, snapshot: NodeSnapshot, forecast: Forecast, spec: Po
             return CpuState(besteffort=state.besteffort, hold_until=state.hold_until, hold_seconds=state.hold_seconds)
         return replace(state, cpu_count=count, mode="granted", ticks=0)
     grant = round((state.grant_cores or 0.0) + step, 4)
-    # At the guard rail a grant that batch does not fill holds nothing back: the class alone is enough again.
+    # Slack has been ample at the guard rail for a while: the evidence for a grant is gone, the class alone is enough.
     at_rail = (state.grant_cores or 0.0) >= guard_rail_cores(forecast, spec)
     if grant >= forecast.node_cores or (at_rail and state.ticks >= OPEN_AFTER_TICKS_AT_RAIL):
         return CpuState(besteffort=state.besteffort, hold_until=state.hold_until, hold_seconds=state.hold_seconds)
@@ -322,7 +322,10 @@ def _actions(
     message: str,
 ) -> list[Action]:
     actions = []
+    tier_grant = grant
     for workload, share in _targets(snapshot, forecast):
+        if workload.tier == "tier" and grant is not None:
+            tier_grant = grant * share
         idle = calibration.lever == "idle" and "cpu.idle" in workload.knobs
         wanted = {} if "cpu.idle" not in workload.knobs else {"cpu.idle": "1" if idle else "0"}
         if not idle:
@@ -339,11 +342,14 @@ def _actions(
                     workload=workload.id, path=workload.path, knob=knob, value=value, reason=why, message=text, law=LAW
                 )
             )
-    return actions + _job_actions(snapshot, grant, cpus)
+    return actions + _job_actions(snapshot, tier_grant, cpus)
 
 
 def _job_actions(snapshot: NodeSnapshot, grant: float | None, cpus: tuple[int, ...]) -> list[Action]:
-    """v1 refuses a child's quota above its parent's, and a parent's CPUs less its child's: jobs move with the tier."""
+    """v1 refuses a child's quota above its parent's, and a parent's CPUs less its child's: jobs move with the tier.
+
+    `grant` is the tier's own.
+    """
     actions = []
     for job in snapshot.of("batch"):
         wanted = {}

@@ -18,6 +18,7 @@ import msgspec
 
 DAY_AMPLITUDE = 0.5
 OVERLOAD_IN_FLIGHT = 2000
+TIMEOUT_SECONDS = 10.0
 
 
 class Sample(msgspec.Struct, array_like=True):
@@ -52,7 +53,7 @@ async def open_loop(urls: list[str], rate: float, seconds: float, seed: int) -> 
     samples: list[Sample] = []
     tasks: set[asyncio.Task[None]] = set()
     connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=10)
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         start = time.perf_counter()
         due = start
@@ -70,7 +71,7 @@ async def open_loop(urls: list[str], rate: float, seconds: float, seed: int) -> 
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             else:
-                samples.append(Sample(due - start, 10.0, False))
+                samples.append(Sample(due - start, TIMEOUT_SECONDS, False))
             number += 1
         if tasks:
             await asyncio.wait(tasks)

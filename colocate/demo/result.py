@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from colocate.demo.load import Sample
+from colocate.demo.load import TIMEOUT_SECONDS, Sample
 
 ARMS = ("alone", "unmanaged", "besteffort", "colocate")
 TITLES = {
@@ -65,8 +65,8 @@ def quantile(ordered: Sequence[float], q: float) -> float:
 
 
 def summarize(samples: Sequence[Sample], seconds: float) -> tuple[dict[str, float | int | None], Detail]:
-    """Latency figures of an arm and its chart data; failed requests count with the time they took."""
-    latencies = sorted(1e3 * s.latency for s in samples)
+    """Latency figures of an arm and its chart data; a failed request counts as one that took the whole timeout."""
+    latencies = sorted(1e3 * (s.latency if s.ok else max(s.latency, TIMEOUT_SECONDS)) for s in samples)
     figures: dict[str, float | int | None] = {
         "p50_ms": round(quantile(latencies, 0.5), 3),
         "p99_ms": round(quantile(latencies, 0.99), 3),

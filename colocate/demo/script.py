@@ -46,8 +46,8 @@ from colocate.demo.service import METRIC
 from colocate.errors import HostUnfit
 from colocate.jobs.server import JobServer
 from colocate.knobs import write_knob
-from colocate.model import kernels
 from colocate.model.interference import effective_machine_utilization
+from colocate.model.kernels import Kernels
 from colocate.observe.cgroup import inodes_of
 from colocate.observe.node import capacity, figures
 
@@ -121,8 +121,9 @@ class Demo:
         self._result = Result(simulated=False, host_unchanged=False)
         self._target_seconds = 0.02
 
-    async def run(self, calibration: Calibration | None) -> Result:
+    async def run(self, calibration: Calibration | None, kernels: Kernels) -> Result:
         """All phases. Raises PermissionMissing, HostUnfit."""
+        self._kernels = kernels
         sweep(self._port)
         before = await self._digest()
         with tempfile.TemporaryDirectory(prefix="colocate-demo-") as directory:
@@ -320,7 +321,7 @@ class Demo:
         agent = Agent(
             self._port,
             self._policy(),
-            kernels.load(os.environ.get("COLOCATE_JIT", "on") != "off"),
+            self._kernels,
             Journal(state.path, boot_id()),
             state=state,
             calibration=calibration,

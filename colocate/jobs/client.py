@@ -39,6 +39,7 @@ class Connection:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.socket.settimeout(ANSWER_SECONDS)
         try:
             self.socket.connect(str(path))
         except PermissionError as error:
@@ -49,7 +50,6 @@ class Connection:
         except OSError as error:
             self.socket.close()
             raise NotAnswering(f"no agent answers on {path}: start one with `colocate agent`") from error
-        self.socket.settimeout(ANSWER_SECONDS)
         self._path = path
         self._buffer = b""
 
@@ -70,6 +70,11 @@ class Connection:
             return msgspec.json.decode(line, type=dict[str, Any])
         except msgspec.MsgspecError as error:
             raise NotAnswering(f"what answers on {self._path} is no colocate agent") from error
+
+    @property
+    def has_line(self) -> bool:
+        """Whether a message has been received already."""
+        return b"\n" in self._buffer
 
     def ask(self, **message: Any) -> dict[str, Any]:
         """Send a request and wait for its answer. Raises NotAnswering, and ColocateError with the agent's words."""
@@ -175,8 +180,8 @@ def _wait(child: int, connection: Connection) -> tuple[int, str]:
     poll.register(pidfd, select.POLLIN)
     poll.register(connection.socket, select.POLLIN)
     while True:
-        ready = dict(poll.poll())
-        if connection.socket.fileno() in ready:
+        ready = dict(poll.poll(0 if connection.has_line else None))
+        if connection.has_line or connection.socket.fileno() in ready:
             message = None
             with contextlib.suppress(NotAnswering):
                 message = connection.read_line()
@@ -184,7 +189,7 @@ def _wait(child: int, connection: Connection) -> tuple[int, str]:
                 poll.unregister(connection.socket)  # the agent has gone; the job goes on
             elif "evicted" in message:
                 evicted = str(message["evicted"])
-        if pidfd in ready and connection.socket.fileno() not in ready:
+        if pidfd in ready and connection.socket.fileno() not in ready and not connection.has_line:
             _, status = os.waitpid(child, 0)
             os.close(pidfd)
             return status, evicted
@@ -215,7 +220,8 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
         os.waitpid(child, 0)
         raise
     _pass_signals(child)
-    os.write(go, b"g")
+    with contextlib.suppress(BrokenPipeError):  # a child that has been killed meanwhile has a status of its own
+        os.write(go, b"g")
     os.close(go)
     status, evicted = _wait(child, connection)
     _tell_oom(status, connection)

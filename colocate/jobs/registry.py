@@ -12,16 +12,10 @@ from colocate.plan import Plan
 FILE = "jobs.json"
 
 
-class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One job of `colocate run`."""
+class Wanted(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What `colocate run` asks for."""
 
-    name: str
-    path: str
-    uid: int
-    pid: int
-    start_time: int
-    started_seconds: float
-    """Monotonic, like all times of a job: any agent of this boot reads it right, whatever happens to the clock."""
+    name: str = ""
     command: str = ""
     cores: float | None = None
     memory_bytes: int | None = None
@@ -29,6 +23,17 @@ class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
     gang: str = ""
     checkpoint_signal: str = ""
     max_runtime_seconds: float | None = None
+
+
+class Job(Wanted, kw_only=True, omit_defaults=True):
+    """One job in the tier."""
+
+    path: str
+    uid: int
+    pid: int
+    start_time: int
+    started_seconds: float
+    """Monotonic, like all times of a job: any agent of this boot reads it right, whatever happens to the clock."""
     checkpointed_seconds: float | None = None
     evicted: str = ""
     """Why, once it was told to go."""

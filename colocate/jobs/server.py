@@ -26,7 +26,7 @@ from colocate.config import SIGNALS
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.peer import Peer, check_child, identify
-from colocate.jobs.registry import Job
+from colocate.jobs.registry import Job, Wanted
 from colocate.observe.cgroup import inodes_of, oom_kills
 from colocate.units import format_bytes
 
@@ -34,19 +34,11 @@ log = structlog.get_logger()
 GROUP = "colocate"
 
 
-class RunRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What `colocate run` asks for."""
+class RunRequest(Wanted, kw_only=True, forbid_unknown_fields=True):
+    """The line that asks for it."""
 
     op: str
     pid: int
-    name: str = ""
-    command: str = ""
-    cores: float | None = None
-    memory_bytes: int | None = None
-    priority: int = 0
-    gang: str = ""
-    checkpoint_signal: str = ""
-    max_runtime_seconds: float | None = None
 
 
 class JobServer:
@@ -69,11 +61,11 @@ class JobServer:
         return bool(self._agent.registry.jobs or self._ending)
 
     async def start(self) -> None:
-        """Listen. Raises BadInput if the path cannot be used."""
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        self._clear()
+        """Listen; a socket that nobody listens on any more is replaced. Raises BadInput if the path cannot be used."""
+        self._refuse_if_alive()
         old = os.umask(0o117)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             self._server = await asyncio.start_unix_server(self._serve, str(self.path))
         except OSError as error:
             raise BadInput(f"the socket {self.path} cannot be made: {error}") from error
@@ -82,25 +74,24 @@ class JobServer:
         with contextlib.suppress(KeyError, PermissionError):
             os.chown(self.path, -1, grp.getgrnam(GROUP).gr_gid)
 
-    def _clear(self) -> None:
-        """Remove a socket that nobody listens on any more. Raises BadInput if somebody does."""
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
+    def _refuse_if_alive(self) -> None:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            try:
                 probe.connect(str(self.path))
-        except ConnectionRefusedError:
-            self.path.unlink()
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise BadInput(f"the socket {self.path} cannot be made: {error.strerror}") from error
-        else:
-            raise BadInput(f"another agent answers on {self.path}: stop it first, or give another --socket")
+            except (TimeoutError, BlockingIOError):
+                pass  # somebody listens, but hangs
+            except OSError:
+                return
+        raise BadInput(f"another agent answers on {self.path}: stop it first, or give another --socket")
 
     async def close(self) -> None:
         """Stop listening; jobs go on."""
         self._closing = True
         for writer in self._serving.values():
-            writer.close()  # its task ends by itself then: a cancelled one would be reported by asyncio
+            # Its task ends by itself then. Not cancel(): asyncio would report it. Not close(): a client that does not
+            # read what was sent to it would keep us from undoing.
+            writer.transport.abort()
         for task in self._ending:
             task.cancel()
         if self._server is not None:
@@ -167,8 +158,10 @@ class JobServer:
         job, port = self._agent.registry.jobs.get(name), self._agent.port
         if job is None:
             return {"oom_kills": 0}
-        kills = oom_kills(port, job.path, inodes_of(port, job.path))
-        why = f"over its --memory of {format_bytes(job.memory_bytes)}" if job.memory_bytes else "over the tier's memory"
+        kills, own_limit = oom_kills(port, job.path, inodes_of(port, job.path))
+        why = "the tier or the node was out of memory"
+        if own_limit and job.memory_bytes:
+            why = f"over its --memory of {format_bytes(job.memory_bytes)}"
         return {"oom_kills": kills, "why": why}
 
     def _status(self) -> dict[str, Any]:
@@ -228,19 +221,12 @@ class JobServer:
             raise
         agent.registry.add(
             Job(
-                name=name,
+                **{**{f: getattr(request, f) for f in Wanted.__struct_fields__}, "name": name},
                 path=placement.path,
                 uid=peer.uid,
                 pid=request.pid,
                 start_time=start,
                 started_seconds=round(agent.clock.monotonic(), 3),
-                command=request.command,
-                cores=request.cores,
-                memory_bytes=request.memory_bytes,
-                priority=request.priority,
-                gang=request.gang,
-                checkpoint_signal=request.checkpoint_signal,
-                max_runtime_seconds=request.max_runtime_seconds,
             )
         )
         agent.wake(f"job {name}")

@@ -49,14 +49,22 @@ def inodes_of(port: FilePort, path: str) -> dict[str, int]:
     return {h: i for h, i in found.items() if i is not None}
 
 
-def oom_kills(port: FilePort, path: str, inodes: dict[str, int]) -> int:
-    """How many processes of a cgroup the OOM killer ended (memory.events; v1: memory.oom_control, since Linux 4.13)."""
+def oom_kills(port: FilePort, path: str, inodes: dict[str, int]) -> tuple[int, bool]:
+    """How many processes of a cgroup the OOM killer ended, and whether the cgroup's own limit was ever reached.
+
+    memory.events and memory.events.local; on v1 memory.oom_control (since Linux 4.13) and memory.failcnt.
+    """
     hierarchy = port.layout.hierarchy("memory")
     if hierarchy not in inodes:
-        return 0
-    file = "memory.events" if hierarchy == UNIFIED else "memory.oom_control"
-    (killed,) = parse_flat_keyed(port.read(hierarchy, path, file, inodes[hierarchy]), "oom_kill")
-    return killed or 0
+        return 0, False
+    v2, inode = hierarchy == UNIFIED, inodes[hierarchy]
+    events = port.read(hierarchy, path, "memory.events" if v2 else "memory.oom_control", inode)
+    (killed,) = parse_flat_keyed(events, "oom_kill")
+    if v2:
+        (reached,) = parse_flat_keyed(port.read(hierarchy, path, "memory.events.local", inode), "oom")
+    else:
+        reached = int(port.read(hierarchy, path, "memory.failcnt", inode) or 0)
+    return killed or 0, bool(reached)
 
 
 def _cpu_v2(port: FilePort, path: str, inode: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from colocate.config import ServiceLevelObjective
+from colocate.observe.http import read_body
 from colocate.snapshot import Latency
 
 if TYPE_CHECKING:  # imported with the first scrape: a node without objectives starts 0.1 s sooner and 10 MiB smaller
@@ -89,11 +90,7 @@ class LatencyScraper:
             async with self._session.get(slo.url, timeout=timeout) as response:
                 if response.status != 200:
                     raise ScrapeFailed(f"HTTP status {response.status}")
-                body = await response.content.read(MAX_BODY_BYTES + 1)
-                while not response.content.at_eof() and len(body) <= MAX_BODY_BYTES:
-                    body += await response.content.read(MAX_BODY_BYTES + 1 - len(body))
-                if len(body) > MAX_BODY_BYTES:
-                    raise ScrapeFailed(f"more than {MAX_BODY_BYTES >> 20} MiB of text")
+                body = await read_body(response, MAX_BODY_BYTES)
             reading = parse_histogram(body.decode(errors="replace"), slo.metric, slo.labels, time.monotonic())
             self.readings[name] = reading
             self.problems.pop(name, None)

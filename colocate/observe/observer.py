@@ -143,6 +143,8 @@ class Observer:
         entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
         if any(e.selector.pod_selector is not None for e in entries):
             self.lister.refresh(spec.kubelet)
+        else:
+            self.lister.forget()
 
     def snapshot(self, time_seconds: float, monotonic_seconds: float) -> NodeSnapshot:
         """Everything known now. Times are given, so that a model's clock can stand in."""

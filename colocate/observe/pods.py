@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from colocate.config import KubeletPolicy
+from colocate.observe.http import read_body
 
 MAX_BODY_BYTES = 32 << 20
 
@@ -88,12 +89,16 @@ class PodLister:
                     raise OSError(f"HTTP {response.status}: its token may not read nodes/pods (or nodes/proxy)")
                 if response.status != 200:
                     raise OSError(f"HTTP {response.status}")
-                self.pods = parse_pods(await response.content.read(MAX_BODY_BYTES))
+                self.pods = parse_pods(await read_body(response, MAX_BODY_BYTES))
                 self.problem = ""
         except TimeoutError:
             self.problem = f"{url} did not answer within 5 s"
-        except (aiohttp.ClientError, msgspec.MsgspecError, OSError) as error:
+        except (aiohttp.ClientError, ValueError, OSError) as error:  # ValueError also: no JSON, a token of two lines
             self.problem = f"{url}: {error}"
+
+    def forget(self) -> None:
+        """No selector needs them any more."""
+        self.pods, self.problem = {}, ""
 
     async def close(self) -> None:
         """Cancel what is under way."""

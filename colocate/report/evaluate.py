@@ -76,7 +76,7 @@ def _load(path: Path, since_seconds: float | None) -> tuple[Any, list[dict[str, 
     connection = duckdb.connect()
     connection.execute(
         "create table tick(time double, arm varchar, win integer, dt double, cores double, services double, "
-        "services_peak double, besteffort double, batch double, system double, frozen integer, evictions integer)"
+        "services_peak double, besteffort double, batch double, system double, frozen integer)"
     )
     rows: list[tuple[Any, ...]] = []
     window, last = -1, None
@@ -87,9 +87,9 @@ def _load(path: Path, since_seconds: float | None) -> tuple[Any, list[dict[str, 
         line["win"] = window
         rows.append(
             (line["time"], arm, window, series["dt"], series["cores"], series["services"], series["services_peak"],
-             series["besteffort"], series["batch"], series["system"], series["frozen"], series["evictions"])
+             series["besteffort"], series["batch"], series["system"], series["frozen"])
         )  # fmt: skip
-    connection.executemany("insert into tick values (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+    connection.executemany("insert into tick values (?,?,?,?,?,?,?,?,?,?,?)", rows)
     return connection, lines
 
 
@@ -129,7 +129,10 @@ class _Seen:
         self.latest: dict[tuple[int, str], Any] = {}
         self.throttled_us = 0
         self._throttled_before: int | None = None
+        self.evictions = 0
         self.lost_core_seconds = 0.0
+        self._saved_us: dict[str, int] = {}
+        """job -> its CPU time at its last checkpoint"""
 
     def add(self, line: dict[str, Any]) -> None:
         """One tick."""
@@ -142,8 +145,8 @@ class _Seen:
             self.throttled_us += throttled - before if before is not None and throttled >= before else 0
             self._throttled_before = throttled
         for outcome in line.get("outcomes", []):
-            if outcome["knob"] == "signal" and outcome["value"] == "SIGTERM" and outcome["status"] == "applied":
-                self._lost(snapshot, outcome["workload"], line["series"])
+            if outcome["knob"] == "signal" and outcome["status"] == "applied":
+                self._signalled(snapshot.get("workloads", {}).get(outcome["workload"], {}), outcome["reason"])
         if line["time"] - self._starts[window] < self._wash_out:
             return
         for workload in snapshot.get("workloads", {}).values():
@@ -152,13 +155,14 @@ class _Seen:
                 self.first.setdefault((window, workload["name"]), reading)
                 self.latest[window, workload["name"]] = reading
 
-    def _lost(self, snapshot: dict[str, Any], id_: str, series: dict[str, Any]) -> None:
-        """What an evicted job had not saved: its cores now times the time since its last checkpoint or its start."""
-        job = snapshot.get("workloads", {}).get(id_, {})
-        since = job.get("checkpointed_seconds") or job.get("started_seconds")
-        if since:
-            cores = job.get("requested_cores") or series.get("job", {}).get(job["name"], 0.0)
-            self.lost_core_seconds += max(snapshot["monotonic_seconds"] - since, 0.0) * cores
+    def _signalled(self, job: dict[str, Any], reason: str) -> None:
+        """What an evicted job loses is the CPU time that it has used since its last checkpoint, or since its start."""
+        used = job.get("cpu_usage_us", 0)
+        if reason == "CheckpointSignal":
+            self._saved_us[job.get("id", "")] = used
+        else:
+            self.evictions += 1
+            self.lost_core_seconds += max(used - self._saved_us.pop(job.get("id", ""), 0), 0) / 1e6
 
 
 def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]]]:
@@ -166,8 +170,10 @@ def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]
     found: dict[str, dict[str, list[tuple[str, float]]]] = {}
     for (window, name), end in seen.latest.items():
         begin = seen.first[window, name]
+        if begin["bounds_seconds"] != end["bounds_seconds"]:
+            continue
         cumulative = [b - a for a, b in zip(begin["counts"], end["counts"], strict=True)]
-        if begin["bounds_seconds"] != end["bounds_seconds"] or min(cumulative) < 0 or cumulative[-1] < 100:
+        if min(cumulative) < 0 or cumulative[-1] < 100:
             continue
         counts = [c - p for c, p in zip(cumulative, [0.0, *cumulative[:-1]], strict=True)]
         figures = found.setdefault(name, {})
@@ -211,22 +217,22 @@ def evaluate(
     _describe(connection, flat, seen, report)
     if off:
         _switchback(connection, seen, report, off, wash_out)
-    report.verdict = _verdict(report)
+    report.verdict = verdict_of(report)
     return report
 
 
 def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: Report) -> None:
     row = connection.execute(
         "select sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), sum(batch*dt)/sum(cores*dt), "
-        "sum(system*dt)/sum(cores*dt), sum(services_peak*dt)/sum(cores*dt), sum(frozen*dt), sum(evictions), "
+        "sum(system*dt)/sum(cores*dt), sum(services_peak*dt)/sum(cores*dt), sum(frozen*dt), "
         "sum((services > services_peak)::int) from tick where dt > 0"
     ).fetchone()
     keys = ("services", "besteffort", "batch", "system", "services_peak")
     report.utilization = {k: round(v or 0.0, 4) for k, v in zip(keys, row, strict=False)}
     report.costs = {
         "frozen_seconds": round(row[5] or 0.0, 1),
-        "evictions": float(row[6] or 0),
-        "forecast_violations": float(row[7] or 0),
+        "evictions": float(seen.evictions),
+        "forecast_violations": float(row[6] or 0),
         "throttled_seconds": round(seen.throttled_us / 1e6, 2),
         "lost_core_seconds": round(seen.lost_core_seconds, 1),
     }
@@ -280,7 +286,8 @@ def _switchback(connection: Any, seen: _Seen, report: Report, off: str, wash_out
         report.machines_saved = None if saved is None else round(saved, 3)
 
 
-def _verdict(report: Report) -> str:
+def verdict_of(report: Report) -> str:
+    """One sentence; it says so when the data do not support one. Sets `supported`."""
     if not report.off:
         return (
             f"No on/off windows in these records, so nothing can be said of gain or cost: batch used "
@@ -301,15 +308,22 @@ def _verdict(report: Report) -> str:
     used = f"CPU utilization {gain.change:+.1f} points [{gain.low:+.1f}, {gain.high:+.1f}]"
     if not tails:
         return f"{used}; no service has a latency histogram, so the cost to services is unknown."
-    worst = max(tails, key=lambda c: c.change or 0.0)
-    if worst.change is None or worst.low is None or worst.high is None or math.isnan(worst.change):
-        return f"{used}; too few requests to judge {worst.name}: the data do not support a verdict on services."
-    cost = f"{worst.name} {worst.change:.2f} x [{worst.low:.2f}, {worst.high:.2f}]"
-    if worst.low > 1.0:
-        return f"{used}, at a cost: {cost} of what it is with co-location off ({report.off})."
-    if worst.high <= 1.05:
-        return f"{used}, without the services noticing: {cost} of what it is with co-location off ({report.off})."
-    return f"{used}; the data do not show whether services notice: {cost} of what it is without ({report.off})."
+    judged = [(c.low, c.high, c) for c in tails if c.low is not None and c.high is not None and not math.isnan(c.low)]
+    for _, _, hurt in sorted((j for j in judged if j[0] > 1.0), key=lambda j: -j[0])[:1]:
+        return f"{used}, at a cost: {_words(hurt)} of what it is without ({report.off})."
+    unjudged = [c.name for c in tails if c not in [j[2] for j in judged]]
+    if unjudged:
+        return f"{used}; too few requests to judge {unjudged[0]}: the data do not support a verdict on services."
+    _, high, worst = max(judged, key=lambda j: j[1])
+    if high <= 1.05:
+        return f"{used}, without the services noticing: {_words(worst)} of what it is without ({report.off})."
+    return (
+        f"{used}; the data do not show whether services notice: {_words(worst)} of what it is without ({report.off})."
+    )
+
+
+def _words(compared: Compared) -> str:
+    return f"{compared.name} {compared.change:.2f} x [{compared.low:.2f}, {compared.high:.2f}]"
 
 
 def to_rows(report: Report) -> tuple[list[str], list[list[str]]]:

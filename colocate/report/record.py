@@ -72,7 +72,7 @@ def plan_builtins(plan: Plan) -> dict[str, Any]:
     return data
 
 
-def series(snapshot: NodeSnapshot, forecast: Forecast, plan: Plan) -> dict[str, Any]:
+def series(snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, Any]:
     """The flat figures of one tick, for SQL."""
     services = {}
     for workload in snapshot.of("service"):
@@ -97,7 +97,6 @@ def series(snapshot: NodeSnapshot, forecast: Forecast, plan: Plan) -> dict[str, 
         "batch": forecast.batch_cores,
         "system": forecast.system_cores,
         "frozen": sum(w.frozen for w in snapshot.of("batch")),
-        "evictions": sum(a.knob == "cgroup.kill" for a in plan.actions),
     }
     if forecast.idle_cores is not None:
         row["idle"] = forecast.idle_cores
@@ -116,6 +115,8 @@ class Recorder:
         self._file: Any = None
         self._size = 0
         self._since_keyframe: int | None = None
+        self._under: tuple[ColocationPolicy, Calibration] | None = None
+        """What the last tick was decided under: another policy needs a keyframe, or replay would go on with the old."""
         self._snapshot: dict[str, Any] = {}
         self._plan: dict[str, Any] = {}
         self.recent: deque[bytes] = deque(maxlen=MEMORY_LINES)
@@ -165,7 +166,9 @@ class Recorder:
         """Record one tick. Never raises for a disk that is full or gone."""
         row, actions = msgspec.to_builtins(snapshot), plan_builtins(plan)
         rotate = self._directory is not None and (self._file is None or self._size > self._policy.segment_bytes)
-        key = rotate or self._since_keyframe is None or self._since_keyframe >= self._policy.keyframe_every
+        changed = self._under is None or self._under[0] is not policy or self._under[1] is not calibration
+        self._under = (policy, calibration)
+        key = changed or rotate or self._since_keyframe is None or self._since_keyframe >= self._policy.keyframe_every
         line: dict[str, Any] = {"time": snapshot.time_seconds, "sequence": snapshot.sequence}
         if self.arm:
             line["arm"], line["window"] = self.arm, self.window
@@ -187,7 +190,7 @@ class Recorder:
         self._snapshot, self._plan = row, actions
         if outcomes:
             line["outcomes"] = msgspec.to_builtins(outcomes)
-        line["series"] = series(snapshot, forecast, plan)
+        line["series"] = series(snapshot, forecast)
         encoded = msgspec.json.encode(line) + b"\n"
         self.recent.append(encoded)
         if self._directory is None:

@@ -50,10 +50,11 @@ def replay(path: Path, other: ColocationPolicy | None = None) -> Iterator[Replay
     for line in read_full(path):
         frame = line.get("keyframe")
         if frame is not None:
-            backend = frame["backend"]
+            if frame["backend"] != backend:
+                backend = frame["backend"]
+                kernel = kernels.load(jit=backend == "numba")
             policy = other or policy_of_builtins(frame["policy"])
             calibration = msgspec.convert(frame["calibration"], Calibration)
-            kernel = kernels.load(jit=backend == "numba")
             if other is None or model.previous is None:  # another policy keeps its own state across keyframes
                 model = from_builtins(frame["model"], str(path))
                 laws = msgspec.convert(frame["laws"], LawState)

@@ -39,23 +39,15 @@ def test_doctor_finds_a_tier_possible(guest):
     assert "v2" in output
 
 
-def test_the_model_answers_as_this_kernel_does(guest):
-    passes(guest, "tests/kernel/test_model_differential.py", 600)
-
-
-def test_a_sigkill_at_twenty_moments_leaves_the_node_as_it_was_found(guest):
-    passes(guest, "tests/kernel/test_crash.py", 900)
-
-
-def test_memory_is_given_back_on_v2(guest):
-    passes(guest, "tests/kernel/test_memory.py", 600)
-
-
-def test_batch_is_below_best_effort_on_v2(guest):
-    passes(guest, "tests/kernel/test_agent_on_a_kernel.py -k 'strictly or starve'", 900)
-
-
-def test_jobs_and_crashes_on_v2(guest):
-    passes(
-        guest, "tests/kernel/test_agent_on_a_kernel.py -k 'sigterm or killed or forks or hierarchy or in_place'", 900
-    )
+@pytest.mark.parametrize(
+    ("file", "seconds"),
+    [
+        pytest.param("test_model_differential.py", 600, id="the model answers as this kernel does"),
+        pytest.param("test_crash.py", 900, id="a SIGKILL at twenty moments leaves the node as it was found"),
+        pytest.param("test_memory.py", 600, id="memory is given back"),
+        pytest.param("test_agent_on_a_kernel.py", 1800, id="the agent and its command line"),
+        pytest.param("test_bad_moments.py", 1200, id="bad moments"),
+    ],
+)
+def test_the_kernel_suite_passes_on_v2(guest, file, seconds):
+    passes(guest, f"tests/kernel/{file}", seconds)

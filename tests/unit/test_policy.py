@@ -95,6 +95,52 @@ def test_a_policy_survives_a_record():
             id="a URL that is none",
         ),
         pytest.param("spec: {nodeRoot: kubepods}", "$.spec.nodeRoot", "start it with /", id="a relative root"),
+        pytest.param("spec: {nodeRoot: /a/../b}", "$.spec.nodeRoot", "without ..", id="a root that climbs"),
+        pytest.param(
+            "spec: {staleness: {stopTighteningAfter: 5, openAfter: 2}}",
+            "$.spec.staleness.openAfter",
+            "larger number of ticks",
+            id="open before it stops tightening",
+        ),
+        pytest.param("spec: {freeze: {maxFrozen: 0s}}", "$.spec.freeze.maxFrozen", "between", id="frozen for no time"),
+        pytest.param("spec: {cpu: {reserve: 100%}}", "$.spec.cpu.reserve", "between", id="everything in reserve"),
+        pytest.param(
+            "spec: {records: {segmentBytes: 1}}", "$.spec.records.segmentBytes", "between", id="segments of one byte"
+        ),
+        pytest.param(
+            "spec: {services: [{name: '', selector: {cgroup: /x}}]}", "$.spec.services[0].name", "name", id="no name"
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {command: ''}}]}",
+            "$.spec.services[0].selector.command",
+            "match everything",
+            id="a command that every process has",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgroup: x}}]}",
+            "$.spec.services[0].selector.cgroup",
+            "start it with /",
+            id="a cgroup that is no path",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {podSelector: {}}}]}",
+            "$.spec.services[0].selector.podSelector",
+            "at least one label",
+            id="labels that every pod has",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgroup: /x, namespace: shop}}]}",
+            "$.spec.services[0].selector.namespace",
+            "podSelector",
+            id="a namespace without labels",
+        ),
+        pytest.param(
+            "spec: {services: [{name: a, selector: {cgroup: /x}, slo: {p99: 1ms, url: 'http://x', metric: ''}}]}",
+            "$.spec.services[0].slo.metric",
+            "histogram",
+            id="no metric",
+        ),
+        pytest.param("spec: {kubelet: {url: here}}", "$.spec.kubelet.url", "https://", id="a kubelet without a scheme"),
     ],
 )
 def test_a_wrong_policy_names_the_field_and_the_mend(text, path, hint):
@@ -103,6 +149,11 @@ def test_a_wrong_policy_names_the_field_and_the_mend(text, path, hint):
     assert caught.value.path == path
     assert hint in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_key_given_twice_is_refused():
+    with pytest.raises(BadInput, match="'tick' is given twice"):
+        parse_policy("spec: {tick: 1s, tick: 2s}", "policy.yaml")
 
 
 @pytest.mark.parametrize("text", ["[1", "- a\n- b", "just words"])

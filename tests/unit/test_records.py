@@ -14,7 +14,7 @@ from colocate.config import BatchPolicy, ColocationPolicy, CpuPolicy, PolicySpec
 from colocate.errors import BadInput, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.model import kernels
-from colocate.report.evaluate import evaluate, to_rows
+from colocate.report.evaluate import Compared, Report, evaluate, to_rows, verdict_of
 from colocate.report.page import write_report
 from colocate.report.record import Recorder, apply_patch, merge_patch, read_full, read_lines, segments
 from colocate.report.replay import replay
@@ -38,7 +38,7 @@ def test_nothing_changed_is_an_empty_patch(value):
     assert merge_patch(value, value) == {}
 
 
-def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None):
+def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None):
     """An agent's life on the kernel model, recorded."""
     kernel = ModelKernel(version=2)
     for path in ("/web", "/nightly"):
@@ -74,6 +74,8 @@ def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=Non
             bad += 30 if i % 9 == 4 else 0
             counts = (good, good + bad, good + bad)
             agent.scraper.readings["web"] = Latency((0.01, 0.05), counts, kernel.monotonic())
+            if later is not None and i == ticks // 2:
+                agent.set_policy(later)
             await agent.tick()
             if on_tick is not None:
                 on_tick(i, recorder)
@@ -100,6 +102,35 @@ def test_replay_can_start_at_any_keyframe(tmp_path):
     ticks = list(replay(segment))
     assert ticks[0].sequence == 17
     assert all(t.same for t in ticks)
+
+
+def test_replay_follows_a_policy_that_was_changed_while_the_agent_ran(tmp_path):
+    web = ServicePolicy(name="web", selector=Selector(cgroup="/web"))
+    later = ColocationPolicy(spec=PolicySpec(services=(web,), cpu=CpuPolicy(floor=0.5, hold_down=1.0)))
+    live(tmp_path, policy=RecordPolicy(keyframe_every=10**6), later=later)
+    assert [t.sequence for t in replay(tmp_path / "records") if not t.same] == []
+    assert len([line for s in segments(tmp_path / "records") for line in read_lines(s) if "keyframe" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda text: gzip.compress(text)[:-200], id="a compressed file that was cut off"),
+        pytest.param(lambda _: b"no gzip at all\n" * 9, id="no compressed file"),
+        pytest.param(lambda text: gzip.compress(text + b'{"another": "shape"}\n'), id="a line of another shape"),
+        pytest.param(lambda text: gzip.compress(text + b"[1, 2]\n"), id="a line that is no object"),
+    ],
+)
+def test_a_spoilt_segment_gives_what_is_whole_in_it(tmp_path, spoil):
+    live(tmp_path)
+    (segment,) = segments(tmp_path / "records")
+    whole = list(read_lines(segment))
+    packed = segment.with_suffix(".jsonl.gz")
+    packed.write_bytes(spoil(segment.read_bytes()))
+    segment.unlink()
+    found = list(read_lines(packed))
+    assert found == whole[: len(found)]
+    assert all(t.same for t in replay(packed))
 
 
 def test_another_policy_decides_otherwise(tmp_path):
@@ -188,6 +219,29 @@ def test_too_few_windows_support_no_verdict(tmp_path):
     report = evaluate(tmp_path, wash_out=1.0)
     assert not report.supported
     assert "do not support a verdict" in report.verdict
+
+
+def tail(name, change, low, high):
+    return Compared(f"{name} p99", "ms", 10.0, 10.0, change, low, high, "ratio")
+
+
+@pytest.mark.parametrize(
+    ("tails", "says"),
+    [
+        pytest.param([tail("web", 1.01, 0.99, 1.04)], "without the services noticing: web p99 1.01", id="unhurt"),
+        pytest.param(
+            [tail("web", 1.01, 0.99, 1.04), tail("db", 1.0, 0.6, 2.5)], "do not show whether", id="one is uncertain"
+        ),
+        pytest.param([tail("web", 1.01, 0.99, 1.04), tail("db", None, None, None)], "judge db", id="one is unknown"),
+        pytest.param([tail("db", None, None, None), tail("web", 1.2, 1.1, 1.3)], "at a cost: web", id="one is hurt"),
+        pytest.param([], "cost to services is unknown", id="no histogram"),
+    ],
+)
+def test_a_verdict_speaks_of_all_services(tails, says):
+    gain = Compared("CPU utilization", "%", 60.0, 20.0, 40.0, 35.0, 45.0, "difference")
+    report = Report(verdict="", supported=False, start_seconds=0, end_seconds=1, ticks=1, node_cores=2.0)
+    report.off, report.arms, report.compared = "off-frozen", {"on": 6, "off-frozen": 6}, [gain, *tails]
+    assert says in verdict_of(report)
 
 
 def test_the_report_goes_out_as_page_json_and_csv(tmp_path):

@@ -141,6 +141,13 @@ async def test_the_kubelet_is_asked_for_its_pods_with_the_token(tmp_path):
     assert "HTTP 401: its token may not read nodes/pods" in refused.problem
 
 
+async def test_the_pods_of_a_full_node_are_read_whole():
+    pods = [{"metadata": {"name": f"p{i}", "namespace": "n", "uid": f"u{i}"}, "spec": "x" * 8000} for i in range(110)]
+    async with serving(web.json_response({"items": pods})) as url:
+        lister = await ask(KubeletPolicy(url=url))
+    assert len(lister.pods) == 110
+
+
 @pytest.mark.parametrize(
     "body", [pytest.param(b"404 page not found", id="text"), pytest.param(b'{"items": 3}', id="another shape")]
 )

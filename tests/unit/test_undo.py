@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colocate.actuate.journal import Entry, Journal, read_entries
+from colocate.actuate.journal import Entry, Journal, compacted, newest_found, read_entries
 from colocate.actuate.restore import restore
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent import Agent
@@ -200,6 +200,19 @@ def test_what_somebody_else_wrote_since_is_left_to_them(tmp_path):
     assert len(report.left_to_others) == 1
 
 
+def test_what_was_asserted_again_over_an_administrator_goes_back_to_the_administrators_value(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    asyncio.run(agent.tick())
+    kernel.write(UNIFIED, "/nightly", "cpu.weight", "55")
+    kernel.machine.now += 1
+    asyncio.run(agent.tick())
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n"
+    asyncio.run(agent.close())
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "55\n"
+
+
 def test_drift_is_noticed_and_asserted_again_or_yielded(tmp_path):
     async def drifted(policy, directory):
         directory.mkdir()
@@ -385,3 +398,40 @@ def test_a_second_agent_is_refused_with_the_pid_of_the_first(tmp_path):
         Lock(tmp_path, "/")
     lock.release()
     Lock(tmp_path, "/").release()
+
+
+def written(file, found, wanted):
+    return Entry(
+        kind="value", boot_id="boot", hierarchy=UNIFIED, path="/x", inode=7, file=file, found=found, wanted=wanted
+    )
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["cpu.weight", "cpu.max"]), st.sampled_from("abc"), st.sampled_from("1234567")),
+        max_size=60,
+    )
+)
+def test_compacting_a_journal_changes_neither_what_goes_back_nor_what_we_wrote_last(steps):
+    entries: list[Entry] = []
+    now: dict[str, str] = {}
+    for file, foreign, wanted in steps:
+        # Every third time somebody else has written since.
+        found = foreign if len(entries) % 3 == 0 else now.get(file, foreign)
+        entries.append(written(file, found, wanted))
+        now[file] = wanted
+    fewer = compacted(entries)
+    before, after = newest_found(entries), newest_found(fewer)
+    assert {k: e.found for k, e in after[0].items()} == {k: e.found for k, e in before[0].items()}
+    assert all(now[key[3]] in wanted for key, wanted in after[1].items())
+    assert len(fewer) <= 2 * 4
+
+
+def test_a_journal_of_a_long_day_stays_small(tmp_path):
+    journal = Journal(tmp_path, "boot")
+    for i in range(2500):
+        journal.add(written("cpu.max", str(i), str(i + 1)))
+    assert len(journal.entries) < 1100
+    assert newest_found(journal.entries)[0]["unified", "/x", 7, "cpu.max"].found == "0"
+    journal.close()
+    assert len(Journal(tmp_path, "boot").entries) == len(journal.entries)

@@ -1,0 +1,59 @@
+"""The model's kernels as the shell needs them: compiled or not, safely cached, and LLVM let go."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from colocate.errors import BadInput
+from colocate.model import kernels
+
+MADV_PAGEOUT = 21
+
+
+def load_kernels(state_dir: Path) -> tuple[kernels.Kernels, str]:
+    """The kernels and the name of their backend, `numba` or `numpy`; with COLOCATE_JIT=off numba is not imported.
+
+    Raises BadInput if the cache of compiled code could be written by somebody else.
+    """
+    if os.environ.get("COLOCATE_JIT", "on").lower() in ("off", "0", "no", "false"):
+        return kernels.load(jit=False), "numpy"
+    _prepare_cache(state_dir)
+    loaded = kernels.load(jit=True)
+    _let_go_of_llvm()
+    return loaded, "numba"
+
+
+def _prepare_cache(state_dir: Path) -> None:
+    """Give numba a cache of its own that only its owner can write: compiled code is loaded from it.
+
+    A read-only root file system or a missing home would make `cache=True` fail at import (numba has no locator then).
+    """
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return
+    cache = state_dir / "numba"
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:  # no home, or a read-only one: compiled anew each time, but it works
+        cache = Path(tempfile.mkdtemp(prefix="colocate-numba-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    info = cache.stat()
+    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        raise BadInput(f"{cache} must belong to uid {os.geteuid()} alone (mode 0700): compiled code is loaded from it")
+    os.environ["NUMBA_CACHE_DIR"] = str(cache)
+
+
+def _let_go_of_llvm() -> None:
+    """Let the pages of LLVM go, which the kernels needed only to be compiled or loaded: 65 MiB of resident memory.
+
+    madvise(2) MADV_PAGEOUT loses nothing: what is needed again is read from the library again.
+    """
+    libc = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libllvmlite" in line:
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
