@@ -57,11 +57,12 @@ def hog(path: str) -> None:
 def thrash(path: str, size: int = 96 << 20) -> None:
     """Make the file if it is not there, and read it at random for ever."""
     if not os.path.exists(path):
-        with open(path, "wb") as out:
-            out.writelines(os.urandom(1 << 20) for _ in range(size >> 20))
-            out.flush()
-            os.fsync(out.fileno())
-            os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        block = mmap.mmap(-1, 1 << 20)  # aligned, as O_DIRECT wants it: none of the file may be cached beforehand
+        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        for _ in range(size >> 20):
+            block[:] = os.urandom(1 << 20)
+            os.write(out, block)
+        os.close(out)
     with open(path, "rb") as file:
         pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     pages.madvise(mmap.MADV_RANDOM)

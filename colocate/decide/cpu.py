@@ -8,7 +8,7 @@ weaker evidence: if it does not fall when batch is at its floor, batch was not i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from colocate.config import Calibration, PolicySpec
 from colocate.decide import besteffort
 from colocate.model.forecast import Forecast
+from colocate.model.slack import slack_of_waiting
 from colocate.plan import Action, Rejected, Request, Verdict
 from colocate.snapshot import NodeSnapshot, Workload
 from colocate.units import cpu_max, format_cpulist
@@ -46,6 +47,8 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The service's requests in this trial."""
     used_before_cores: float = 0.0
     waited_before_ratio: float = 0.0
+    own_waiting: dict[str, float] = {}
+    """service -> how much it waits with batch at its floor: its own doing, on top of which `pressure` is judged."""
     exonerated: str = ""
     """The service whose waiting batch did not cause."""
     exonerated_until: float = 0.0
@@ -74,23 +77,38 @@ class Decision(NamedTuple):
     requests: list[Request]
 
 
-def worst_service(snapshot: NodeSnapshot, forecast: Forecast, exonerated: str = "") -> Evidence | None:
-    """The least slack of all services; None if none can be judged. The waiting of the exonerated one does not count."""
+def worst_service(
+    snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, own_waiting: Mapping[str, float], exonerated: str = ""
+) -> Evidence | None:
+    """The least slack of all services; None if none can be judged. The waiting of the exonerated one does not count.
+
+    A service without a histogram is judged by what it waits beyond its own waiting, as far as that is known.
+    """
     found: Evidence | None = None
     for workload in snapshot.of("service"):
         now = forecast.workloads[workload.id]
-        if now.slack is None or (found is not None and now.slack >= found.slack):
+        waiting = now.cpu_waiting_ratio or 0.0
+        slack, own = now.slack, own_waiting.get(workload.name)
+        if slack is not None and now.evidence == "waiting" and own is not None:
+            slack = slack_of_waiting(spec.cpu.pressure / 100, max(waiting - own, 0.0))
+        if slack is None or (found is not None and slack >= found.slack):
             continue
         if workload.name == exonerated and now.evidence == "waiting":
             continue
-        waiting = now.cpu_waiting_ratio or 0.0
         if now.evidence == "latency" and workload.objective is not None and now.p99_seconds is not None:
             target = workload.objective.p99_seconds
             text = f"{workload.name}: p99 {now.p99_seconds * 1e3:.2f} ms of target {target * 1e3:.2f} ms"
         else:
             text = f"{workload.name}: waits for a CPU {waiting:.1%} of the time"
-        found = Evidence(workload.name, now.slack, now.evidence, waiting, now.new_requests, text)
+            text += f", {own:.1%} by itself" if own is not None else ""
+        found = Evidence(workload.name, slack, now.evidence, waiting, now.new_requests, text)
     return found
+
+
+def _still_own(own_waiting: Mapping[str, float], snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, float]:
+    """What a service waits by itself is never more than what it waits now: its load has fallen since."""
+    now = {w.name: forecast.workloads[w.id].cpu_waiting_ratio for w in snapshot.of("service")}
+    return {name: min(own, waits) for name, own in own_waiting.items() if (waits := now.get(name)) is not None}
 
 
 def guard_rail_cores(forecast: Forecast, spec: PolicySpec) -> float:
@@ -138,6 +156,16 @@ def _start_trial(
     return replace(state, mode="trial", grant_cores=spec.cpu.floor, freeze=True, ticks=0, requests=0)
 
 
+def _opened(state: CpuState) -> CpuState:
+    """No grant any more; what was learnt stays."""
+    return CpuState(
+        besteffort=state.besteffort,
+        hold_until=state.hold_until,
+        hold_seconds=state.hold_seconds,
+        own_waiting=state.own_waiting,
+    )
+
+
 def _grown(state: CpuState, snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec) -> CpuState:
     """One tick's growth: at most `growth` of the node, whole cores for a cpuset; open once nothing is held back."""
     replace = msgspec.structs.replace
@@ -149,13 +177,13 @@ def _grown(state: CpuState, snapshot: NodeSnapshot, forecast: Forecast, spec: Po
         per_core = max(len(snapshot.cpus) // max(cores, 1), 1)
         count = state.cpu_count + max(int(step) // per_core * per_core, per_core)
         if count >= len(snapshot.cpus):
-            return CpuState(besteffort=state.besteffort, hold_until=state.hold_until, hold_seconds=state.hold_seconds)
+            return _opened(state)
         return replace(state, cpu_count=count, mode="granted", ticks=0)
     grant = round((state.grant_cores or 0.0) + step, 4)
     # Slack has been ample at the guard rail for a while: the evidence for a grant is gone, the class alone is enough.
     at_rail = (state.grant_cores or 0.0) >= guard_rail_cores(forecast, spec)
     if grant >= forecast.node_cores or (at_rail and state.ticks >= OPEN_AFTER_TICKS_AT_RAIL):
-        return CpuState(besteffort=state.besteffort, hold_until=state.hold_until, hold_seconds=state.hold_seconds)
+        return _opened(state)
     grant = min(grant, guard_rail_cores(forecast, spec))
     return replace(state, grant_cores=grant, mode="granted", ticks=state.ticks if at_rail else 0)
 
@@ -220,11 +248,15 @@ def _at_floor(
             seconds = min(max(state.exonerated_seconds * 2, EXONERATION_SECONDS), MAX_EXONERATION_SECONDS)
             freed = CpuState(
                 besteffort=state.besteffort,
+                own_waiting=state.own_waiting,
                 exonerated=seen.service,
                 exonerated_until=now + seconds,
                 exonerated_seconds=seconds,
             )
             return freed, "NotCausedByBatch", f"{seen.text}, before the floor {state.waited_before_ratio:.1%}"
+        if seen.kind == "waiting" and settled:
+            own = {**state.own_waiting, seen.service: round(seen.waiting_ratio, 4)}
+            return replace(state, own_waiting=own), "OwnWaiting", f"{seen.text} with batch at its floor: its own doing"
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}) with batch at its floor"
     if state.ticks < spec.cpu.trial_ticks:
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}): recovering"
@@ -264,8 +296,10 @@ def decide_cpu(
     snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, calibration: Calibration, state: CpuState
 ) -> Decision:
     """The CPU law for one tick."""
+    if state.own_waiting:
+        state = msgspec.structs.replace(state, own_waiting=_still_own(state.own_waiting, snapshot, forecast))
     doubted = state.exonerated if snapshot.monotonic_seconds < state.exonerated_until else ""
-    seen = worst_service(snapshot, forecast, doubted)
+    seen = worst_service(snapshot, forecast, spec, state.own_waiting, doubted)
     stale = max(snapshot.stale_ticks.get("workloads", 0), snapshot.stale_ticks.get("node", 0))
     if stale >= spec.staleness.open_after:
         state, reason, message = CpuState(), "ReadingsTooOld", f"readings are {stale} ticks old: the tier is left open"

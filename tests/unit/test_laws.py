@@ -165,6 +165,25 @@ def test_waiting_that_falls_at_the_floor_was():
     assert node.tick(make.waiting_evidence(0.05)) == "Trial"
 
 
+def test_what_a_service_waits_by_itself_does_not_keep_batch_at_its_floor():
+    node = Node()
+    assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
+    reasons = [node.tick(make.waiting_evidence(0.4)) for _ in range(3)]
+    assert reasons == ["FloorInForce", "FloorInForce", "OwnWaiting"]
+    assert node.tick(make.waiting_evidence(0.4)) == "Trial"
+    assert [node.tick(make.waiting_evidence(0.5)) for _ in range(3)][-1] == "TrialHeld"
+    assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
+
+
+def test_waiting_that_was_a_services_own_is_forgotten_as_its_load_falls():
+    node = Node()
+    node.tick(make.waiting_evidence(0.7))
+    for _ in range(4):
+        node.tick(make.waiting_evidence(0.4))
+    node.tick(make.waiting_evidence(0.0))
+    assert node.state.own_waiting == {"web": 0.0}
+
+
 def test_an_exonerated_service_does_not_hide_another_ones_violation():
     node = Node()
     node.tick(make.waiting_evidence(0.9))
