@@ -399,9 +399,7 @@ class Guest:
         self._number += 1  # what a command that ran out of time still says must not answer the next one
         self._channel.sendall(f"{self._number} {command}\n".encode())
         deadline = time.monotonic() + seconds
-        output = (
-            self._until(f"{END}{self._number} ".encode(), deadline, show).decode(errors="replace").replace("\r", "")
-        )
+        output = self._until(f"{END}{self._number} ".encode(), deadline, show)
         code = self._until(b"\n", deadline).strip()
         return int(code), output.decode(errors="replace").replace("\r", "")
 

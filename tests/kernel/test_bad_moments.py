@@ -125,6 +125,7 @@ def test_a_client_that_never_reads_does_not_keep_the_agent_from_ending(node, age
             pass  # its answers fill every buffer
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(15 * PATIENCE) == 0
+    running.stop()
     assert inodes_of(node.port, tier_of(node)) == {}
 
 
