@@ -76,7 +76,7 @@ def generate() -> str:
         done.add(cls)
         parts.append(f"\n## `{path}`\n{' '.join((cls.__doc__ or '').split())}\n\n")
         parts.append("| field | type | default | |\n|---|---|---|---|\n")
-        for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[union-attr]
+        for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
             kind, struct = _kind(field.type)
             meaning = meanings.get((cls.__name__, field.name), "")
             parts.append(f"| `{field.encode_name}` | {kind} | {_default(field, struct)} | {meaning} |\n")
