@@ -49,24 +49,20 @@ def test_an_ordinary_user_gets_the_real_demonstration_in_a_delegated_scope(guest
 @pytest.fixture(scope="module")
 def agent(guest: Guest) -> Iterator[None]:
     config = "spec: {http: {enabled: false}, calibrate: false, tick: 500ms}"
-    guest.run(
-        f"echo '{config}' > /tmp/p.yaml; "
-        f"(COLOCATE_JIT=off nohup {COLOCATE} agent --config /tmp/p.yaml > /tmp/log 2>&1 &)"
-    )
+    unit = "systemd-run -q --unit=agent -p KillMode=process -p StandardError=file:/tmp/log -E COLOCATE_JIT=off"
+    guest.run(f"echo '{config}' > /tmp/p.yaml; {unit} {COLOCATE} agent --config /tmp/p.yaml")
     code, _ = guest.run("for i in $(seq 150); do [ -S /run/colocate/agent.sock ] && exit 0; sleep 0.2; done; exit 1")
     _, log = guest.run("cat /tmp/log")
     assert code == 0, log
     yield
-    guest.run(
-        "pkill -TERM -f 'agen[t] --config'; "
-        "for i in $(seq 50); do pgrep -f 'agen[t] --config' || break; sleep 0.2; done"
-    )
+    guest.run("systemctl stop agent.service")
     _, left = guest.run(f"ls -d {TIER} 2>/dev/null")
-    assert left.strip() == ""
+    _, log = guest.run("tail -5 /tmp/log")
+    assert left.strip() == "", log
 
 
 def as_uid(uid: int, groups: str, command: str) -> str:
-    who = f"setpriv --reuid={uid} --regid={uid} --groups={groups}"
+    who = f"/usr/bin/setpriv --reuid={uid} --regid={uid} --groups={groups}"
     return f"cd /tmp; {who} env HOME=/tmp XDG_RUNTIME_DIR=/tmp/none {COLOCATE} {command}"
 
 
@@ -85,7 +81,7 @@ def test_strangers_are_told_which_group_they_need(guest, agent):
 
 
 def test_systemd_reloading_and_starting_units_leaves_the_tier_as_it_is(guest, agent):
-    job = f"(nohup {COLOCATE} run --name hog -- sh -c 'while :; do :; done' > /tmp/job.log 2>&1 &)"
+    job = f"systemd-run -q --unit=job {COLOCATE} run --name hog -- sh -c 'while :; do :; done'"
     guest.run(f"{job}; for i in $(seq 100); do [ -s {TIER}/hog/cgroup.procs ] && break; sleep 0.2; done")
     code, output = guest.run(
         "systemctl daemon-reload && systemd-run -q --unit=web -p CPUWeight=200 sleep 300 && "
@@ -102,6 +98,4 @@ def test_systemd_reloading_and_starting_units_leaves_the_tier_as_it_is(guest, ag
     assert {"cpu", "memory", "cpuset"} <= set(controllers.split())
     assert '"event":"drift"' not in log, log
     assert "Traceback" not in log, log
-    guest.run(
-        "pkill -TERM -f 'ru[n] --name hog'; for i in $(seq 50); do pgrep -f 'nam[e] hog' || break; sleep 0.2; done"
-    )
+    guest.run(f"systemctl stop job.service; for i in $(seq 100); do [ -d {TIER}/hog ] || break; sleep 0.2; done")
