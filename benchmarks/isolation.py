@@ -42,8 +42,8 @@ BATCHES = ("training", "hogs", "growth", "stream", "cache", "beside")
 CPU_BATCHES = ("training", "hogs")
 SERVICES = ("inference", "postgres", "nginx")
 SUBSET = {
-    ("here", "inference", "training"): 5,
-    ("here", "inference", "hogs"): 5,
+    ("here", "inference", "training"): 4,
+    ("here", "inference", "hogs"): 4,
     ("here", "inference", "growth"): 4,
     ("here", "postgres", "hogs"): 4,
     ("here", "nginx", "hogs"): 4,

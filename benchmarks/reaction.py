@@ -38,6 +38,7 @@ from tools.guest import lacks as guest_lacks
 ROUNDS = 12
 """They fall on as many different phases of the tick."""
 GUEST_ROUNDS = 8
+READERS = 6
 TICK_SECONDS = 0.5
 MEMORY_BAR_SECONDS = 0.3
 SERVICE_BYTES = 48 << 20
@@ -114,6 +115,16 @@ async def _violation(port: KernelPort, node: ScratchNode, directory: Path, phase
     return at[0] - started
 
 
+def _reader(node: ScratchNode, service: str, directory: Path) -> subprocess.Popen[bytes]:
+    thrash = [sys.executable, "-IS", str(PROBE), "thrash", str(directory / "file")]
+    reader = subprocess.Popen(["/bin/sh", "-c", 'read _; exec "$@"', "sh", *thrash], stdin=subprocess.PIPE)
+    node.enter(reader.pid, service)
+    assert reader.stdin is not None
+    reader.stdin.write(b"\n")
+    reader.stdin.flush()
+    return reader
+
+
 async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: float) -> float:
     """Seconds from a visible stall to the first rung."""
     service = joined(node.path, "web")
@@ -125,6 +136,8 @@ async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: fl
         services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
         memory=MemoryPolicy(),
     )
+    readers = [_reader(node, service, directory)]  # one alone makes the file, and stalls less than the policy's 5 %
+    await asyncio.sleep(1.5)
     agent = Agent(port, ColocationPolicy(spec=spec), reference, Journal(directory, boot_id()))
     agent.open()
     grow = "held = bytearray(96 << 20); held[::4096] = b'1' * (96 << 8)\nimport time\nwhile True: time.sleep(1)"
@@ -149,17 +162,12 @@ async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: fl
     await asyncio.sleep(1.5 + phase)
     if at:
         raise RuntimeError("the memory law was not calm before the stall began")
-    thrash = [sys.executable, "-IS", str(PROBE), "thrash", str(directory / "file")]
-    reader = subprocess.Popen(["/bin/sh", "-c", 'read _; exec "$@"', "sh", *thrash], stdin=subprocess.PIPE)
-    node.enter(reader.pid, service)
-    assert reader.stdin is not None
-    reader.stdin.write(b"\n")
-    reader.stdin.flush()
+    readers += [_reader(node, service, directory) for _ in range(READERS - 1)]
     visible = await asyncio.wait_for(_visible(port, service, inodes[UNIFIED]), 30)
     await asyncio.wait_for(rung.wait(), 20)
     stop.set()
     await running
-    for process in (reader, batch):
+    for process in (*readers, batch):
         process.kill()
         process.communicate()
     await agent.close()
