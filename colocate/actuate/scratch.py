@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import time
+from typing import NoReturn
 
 from colocate.actuate.restore import kill_below
 from colocate.cgroupfs import UNIFIED, FilePort, joined, processes, processes_anywhere, rmdir_tree, start_time
@@ -31,6 +32,32 @@ def base_path(port: FilePort) -> str:
         return "/"
     own = cgroup_of(port, os.getpid(), UNIFIED) or "/"
     return own.rpartition("/")[0] or "/" if own.endswith("/colocate-self") else own
+
+
+def step_aside(port: FilePort, path: str) -> str:
+    """Move what runs directly in a cgroup into a leaf of it; the leaf's path, empty if nothing was to be moved.
+
+    cgroup v2 allows no processes beside child groups with controllers. Raises PermissionMissing, HostUnfit.
+    """
+    if not processes(port, UNIFIED, path):
+        return ""
+    leaf = joined(path, "colocate-self")
+    try:
+        port.mkdir(UNIFIED, leaf)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        _refuse(leaf, error)
+    for pid in processes(port, UNIFIED, path):
+        with contextlib.suppress(OSError):
+            port.write(UNIFIED, leaf, "cgroup.procs", str(pid))
+    return leaf
+
+
+def _refuse(path: str, error: OSError) -> NoReturn:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        raise PermissionMissing(f"the cgroup {path} cannot be written: {error.strerror}", DELEGATE) from error
+    raise HostUnfit(f"the cgroup {path} refuses: {error.strerror}", DELEGATE) from error
 
 
 def sweep(port: FilePort) -> list[str]:
@@ -112,19 +139,8 @@ class ScratchNode:
 
     def _enable(self, path: str) -> None:
         port = self._port
-        if port.read(UNIFIED, path, "cgroup.procs") and path != "/":
-            # cgroup v2 allows no processes beside child groups with controllers: step aside into a leaf of our own.
-            leaf = joined(path, "colocate-self")
-            try:
-                port.mkdir(UNIFIED, leaf)
-                self._leaves.append(leaf)
-            except FileExistsError:
-                pass
-            except OSError as error:
-                self._refuse(leaf, error)
-            for pid in processes(port, UNIFIED, path):
-                with contextlib.suppress(OSError):
-                    port.write(UNIFIED, leaf, "cgroup.procs", str(pid))
+        if path != "/" and (leaf := step_aside(port, path)):
+            self._leaves.append(leaf)
         offered = (port.read(UNIFIED, path, "cgroup.controllers") or "").split()
         enabled = (port.read(UNIFIED, path, "cgroup.subtree_control") or "").split()
         for controller in CONTROLLERS:
@@ -132,15 +148,9 @@ class ScratchNode:
                 try:
                     port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}")
                 except OSError as error:
-                    self._refuse(path, error)
+                    _refuse(path, error)
                 if not path.startswith(self.path):
                     self._enabled.setdefault(path, []).append(controller)
-
-    @staticmethod
-    def _refuse(path: str, error: OSError) -> None:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PermissionMissing(f"the cgroup {path} cannot be written: {error.strerror}", DELEGATE) from error
-        raise HostUnfit(f"the cgroup {path} refuses: {error.strerror}", DELEGATE) from error
 
     def make(self, child: str) -> str:
         """Make a child group (and on v2 enable controllers for its own children); its full path."""
@@ -153,7 +163,7 @@ class ScratchNode:
             except FileExistsError:
                 continue
             except OSError as error:
-                self._refuse(path, error)
+                _refuse(path, error)
             if port.layout.hierarchy("cpuset") == hierarchy and hierarchy != UNIFIED:
                 parent = path.rpartition("/")[0] or "/"
                 for file in ("cpuset.mems", "cpuset.cpus"):

@@ -6,19 +6,17 @@ import argparse
 import asyncio
 import logging
 import os
-import shutil
 import sys
-from pathlib import Path
 
 import msgspec
 
 from colocate.actuate.statedir import default_state_dir
+from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.host import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.demo.result import ARMS, TITLES, Result
 from colocate.errors import BadInput, PermissionMissing
 
-DELEGATED = "COLOCATE_DELEGATED"
 MOST_SECONDS = 3600
 LEAST_SERVICE_SECONDS = 1e-4
 
@@ -44,28 +42,6 @@ def _columns(wide: bool) -> tuple[str, ...]:
     return ("arm", "p50 ms", "p99 ms", "p99.9 ms", "requests/s", "batch work/s", "CPU", "effective", *more)
 
 
-def _delegated_scope() -> None:
-    """Start again in a delegated scope, where an ordinary user may make cgroups (systemd, cgroup v2)."""
-    run = shutil.which("systemd-run")
-    if os.geteuid() == 0 or DELEGATED in os.environ or run is None or not os.environ.get("XDG_RUNTIME_DIR"):
-        return
-    if not Path(os.environ["XDG_RUNTIME_DIR"], "systemd").exists() or not Path("/sys/fs/cgroup/cgroup.procs").exists():
-        return
-    command = [
-        run,
-        "--user",
-        "--scope",
-        "--quiet",
-        "-p",
-        "Delegate=yes",
-        "--",
-        sys.executable,
-        "-m",
-        "colocate.cli.main",
-    ]
-    os.execve(run, command + sys.argv[1:], {**os.environ, DELEGATED: "1"})
-
-
 def demo(options: argparse.Namespace) -> int:
     """Print the table, write the report; exit 1 if the host was not left as it was found."""
     configure_logs(logging.ERROR)
@@ -79,7 +55,7 @@ def demo(options: argparse.Namespace) -> int:
     if options.simulate:
         result = _simulated(options, "--simulate was given")
     else:
-        _delegated_scope()
+        enter_delegated_scope()
         try:
             result = _real(options)
         except PermissionMissing as error:

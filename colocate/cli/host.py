@@ -123,6 +123,8 @@ def agent(options: argparse.Namespace) -> int:
 
     configure_logs()
     policy = load_policy(Path(options.config)) if options.config else ColocationPolicy()
+    if not options.config and os.geteuid() != 0:
+        policy = _in_own_scope(policy)
     service = Service(
         policy,
         state_dir(options),
@@ -141,6 +143,18 @@ def agent(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if report.failed else 0
+
+
+def _in_own_scope(policy: ColocationPolicy) -> ColocationPolicy:
+    """An ordinary user's node is the cgroup that was delegated to him, if this is cgroup v2."""
+    from colocate.actuate.scratch import base_path, step_aside
+    from colocate.cgroupfs import KernelPort
+
+    port = KernelPort()
+    own = base_path(port)
+    if own != "/":
+        step_aside(port, own)
+    return msgspec.structs.replace(policy, spec=msgspec.structs.replace(policy.spec, node_root=own))
 
 
 def restore_command(options: argparse.Namespace) -> int:

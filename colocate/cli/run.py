@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.host import socket_path
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.client import EXIT_REFUSED, connect_or_embed
@@ -23,6 +24,11 @@ def run(options: argparse.Namespace) -> int:
     except ColocateError as error:
         print(f"colocate: {error}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def _is_roots(socket: Path) -> bool:
+    """Whether root's agent listens there; it may move a job from anywhere."""
+    return socket.exists() and socket.stat().st_uid == 0
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -56,5 +62,7 @@ def _run(options: argparse.Namespace) -> int:
         "checkpoint_signal": options.checkpoint_signal,
         "max_runtime_seconds": options.max_runtime,
     }
+    if not _is_roots(socket_path(options)):
+        enter_delegated_scope()
     connection = connect_or_embed(socket_path(options), options.config)
     return run_job(command, connection, {k: v for k, v in request.items() if v is not None})

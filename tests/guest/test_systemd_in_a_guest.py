@@ -46,6 +46,18 @@ def test_an_ordinary_user_gets_the_real_demonstration_in_a_delegated_scope(guest
     assert left.strip() == ""
 
 
+def test_an_ordinary_user_without_an_agent_brings_one_in_a_scope_of_his_own(guest):
+    code, output = guest.run(f"cd /home/user; {AS_USER} run --name mine -- sh -c 'cat /proc/self/cgroup; exit 6'", 200)
+    assert code == 6, output
+    assert output.strip().startswith("0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-")
+    assert output.strip().endswith(".scope/colocate-batch/mine")
+    _, left = guest.run(
+        "for i in $(seq 100); do find /sys/fs/cgroup -name '*colocate*' | grep -q . || break; sleep 0.2; done; "
+        "find /sys/fs/cgroup -name '*colocate*'"
+    )
+    assert left.strip() == ""
+
+
 @pytest.fixture(scope="module")
 def agent(guest: Guest) -> Iterator[None]:
     config = "spec: {http: {enabled: false}, calibrate: false, tick: 500ms}"
