@@ -20,6 +20,8 @@ from typing import Protocol
 import msgspec
 
 UNIFIED = "unified"
+STEPPED_ASIDE = "colocate-self"
+"""The leaf of an ordinary user's delegated cgroup into which we step aside; what is delegated is its parent."""
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ESTALE)
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENXIO)
 _KEPT_DIRECTORIES = 4096
@@ -145,6 +147,7 @@ class KernelPort:
         if layout is None:
             with open("/proc/self/mounts") as mounts, open("/proc/self/cgroup") as own:
                 path = next((line.strip().split(":", 2)[2] for line in own if line.startswith("0::")), "/")
+                path = path.removesuffix(f"/{STEPPED_ASIDE}") or "/"
                 layout = discover_layout(mounts.read(), "/" if os.geteuid() == 0 else path)
         self.layout = layout
         self._directories: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()

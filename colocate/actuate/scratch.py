@@ -14,7 +14,16 @@ import time
 from typing import NoReturn
 
 from colocate.actuate.restore import kill_below
-from colocate.cgroupfs import UNIFIED, FilePort, joined, processes, processes_anywhere, rmdir_tree, start_time
+from colocate.cgroupfs import (
+    STEPPED_ASIDE,
+    UNIFIED,
+    FilePort,
+    joined,
+    processes,
+    processes_anywhere,
+    rmdir_tree,
+    start_time,
+)
 from colocate.errors import HostUnfit, PermissionMissing
 from colocate.knobs import write_knob
 from colocate.observe.cgroup import inodes_of
@@ -31,7 +40,7 @@ def base_path(port: FilePort) -> str:
     if os.geteuid() == 0 or port.layout.version == 1:
         return "/"
     own = cgroup_of(port, os.getpid(), UNIFIED) or "/"
-    return own.rpartition("/")[0] or "/" if own.endswith("/colocate-self") else own
+    return own.rpartition("/")[0] or "/" if own.endswith(f"/{STEPPED_ASIDE}") else own
 
 
 def step_aside(port: FilePort, path: str) -> str:
@@ -41,7 +50,7 @@ def step_aside(port: FilePort, path: str) -> str:
     """
     if not processes(port, UNIFIED, path):
         return ""
-    leaf = joined(path, "colocate-self")
+    leaf = joined(path, STEPPED_ASIDE)
     try:
         port.mkdir(UNIFIED, leaf)
     except FileExistsError:
