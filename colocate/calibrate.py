@@ -155,7 +155,7 @@ def judge(results: dict[str, list[tuple[float, float]]], facts: dict[str, str], 
             "p99_ratio_low": round(p99.low, 3),
             "p99_ratio_high": round(p99.high, 3),
         }
-        if all(w > 0 for _, w in rounds):
+        if all(w > 0 for _, w in (*rounds, *base)):  # a slow machine may do no whole unit of work in a round
             work = ratio_interval([w for _, w in rounds], [w for _, w in base])
             entry |= {"work_ratio": round(work.value, 3), "work_ratio_low": round(work.low, 3)}
         evidence[arm] = entry

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from colocate.calibrate import judge
 from colocate.config import PolicySpec
 from colocate.errors import StateTooNew
 from colocate.model import kernels, reference
@@ -195,3 +196,10 @@ def test_intervals_contain_their_estimate_and_judge_by_their_ends():
 def test_impossible_ratios_are_refused(pairs):
     with pytest.raises(ValueError, match="pairs"):
         ratio_interval(*pairs)
+
+
+def test_a_round_in_which_batch_did_nothing_is_no_reason_to_fail_and_none_to_change_the_lever():
+    rounds = {"weight": [(0.01, 0.0), (0.01, 5.0)], "idle": [(0.001, 5.0), (0.001, 5.0)]}
+    found = judge(rounds, {"kernel": "6.1"}, 1.0)
+    assert found.lever == "weight"
+    assert "work_ratio" not in found.evidence["idle"]
