@@ -86,7 +86,7 @@ class FilePort(Protocol):
         """Send a signal; False if the process is gone."""
 
 
-def parse_mounts(text: str, prefix: str = "") -> Layout:
+def parse_mounts(text: str) -> Layout:
     """The layout that a /proc/self/mountinfo or /proc/mounts text describes. The first mount of a hierarchy counts."""
     mounts: dict[str, str] = {}
     controllers: dict[str, str] = {}
@@ -97,14 +97,14 @@ def parse_mounts(text: str, prefix: str = "") -> Layout:
             continue
         where = fields[1].replace("\\040", " ")
         if fields[2] == "cgroup2":
-            mounts.setdefault(UNIFIED, prefix + where)
+            mounts.setdefault(UNIFIED, where)
             continue
         here = [o for o in fields[3].split(",") if o in known]
         named = [o.removeprefix("name=") for o in fields[3].split(",") if o.startswith("name=")]
         if here or named:
             name = ",".join(here) or f"name={named[0]}"
             if name not in mounts:
-                mounts[name] = prefix + where
+                mounts[name] = where
                 controllers.update({c: name for c in here if c not in controllers})
     if "freezer" in controllers:
         controllers["freeze"] = controllers["freezer"]

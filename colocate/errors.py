@@ -14,6 +14,9 @@ Everything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+from typing import NoReturn
+
 
 class ColocateError(Exception):
     """A failure that a user can act on; printed without a traceback."""
@@ -45,6 +48,13 @@ class HostUnfit(ColocateError):  # noqa: N818
 
 class PermissionMissing(HostUnfit):
     """The cgroup hierarchies exist but may not be written by this user."""
+
+
+def refuse(what: str, error: OSError, mend: str, otherwise: str = "") -> NoReturn:
+    """Raise what the kernel refused for a cgroup in a user's words: PermissionMissing with the mend, else HostUnfit."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        raise PermissionMissing(f"the cgroup {what} cannot be written: {error.strerror}", mend) from error
+    raise HostUnfit(f"the cgroup {what} refuses: {error.strerror}", otherwise) from error
 
 
 class AlreadyRunning(ColocateError):  # noqa: N818

@@ -26,6 +26,10 @@ COMPACT_FROM_ENTRIES = 1000
 KEPT_OF_A_FILE = 4
 
 
+Key = tuple[str, str, int, str]
+"""A file of one cgroup: hierarchy, path, inode, file name."""
+
+
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One fact to undo.
 
@@ -45,6 +49,11 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     pid: int = 0
     start_time: int = 0
     version: int = JOURNAL_VERSION
+
+    @property
+    def key(self) -> Key:
+        """Which file it is about."""
+        return self.hierarchy, self.path, self.inode, self.file
 
 
 def boot_id() -> str:
@@ -79,9 +88,6 @@ def read_entries(path: Path) -> tuple[list[Entry], int]:
     return entries, offset
 
 
-Key = tuple[str, str, int, str]
-
-
 def newest_found(entries: Iterable[Entry]) -> tuple[dict[Key, Entry], dict[Key, dict[str, None]]]:
     """Per file the entry with the value to put back, and all values that we wrote, in their order.
 
@@ -90,7 +96,7 @@ def newest_found(entries: Iterable[Entry]) -> tuple[dict[Key, Entry], dict[Key, 
     found: dict[Key, Entry] = {}
     ours: dict[Key, dict[str, None]] = {}
     for entry in entries:
-        key = (entry.hierarchy, entry.path, entry.inode, entry.file)
+        key = entry.key
         wanted = ours.setdefault(key, {})
         known = entry.found.strip() in wanted or any(same(entry.file, w, entry.found) for w in reversed(wanted))
         if key not in found or not known:
@@ -105,7 +111,7 @@ def compacted(entries: list[Entry]) -> list[Entry]:
     last: dict[Key, list[Entry]] = {}
     for entry in entries:
         if entry.kind == "value":
-            last.setdefault((entry.hierarchy, entry.path, entry.inode, entry.file), []).append(entry)
+            last.setdefault(entry.key, []).append(entry)
     replace = msgspec.structs.replace
     values = [replace(e, found=found[key].found) for key, recent in last.items() for e in recent[-KEPT_OF_A_FILE:]]
     return [e for e in entries if e.kind != "value"] + values

@@ -7,11 +7,9 @@ v1 it is made at each hierarchy's root; on v2 at the root, or for an ordinary us
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import time
-from typing import NoReturn
 
 from colocate.actuate.restore import kill_below
 from colocate.cgroupfs import (
@@ -24,7 +22,7 @@ from colocate.cgroupfs import (
     rmdir_tree,
     start_time,
 )
-from colocate.errors import HostUnfit, PermissionMissing
+from colocate.errors import refuse
 from colocate.knobs import write_knob
 from colocate.observe.cgroup import inodes_of
 from colocate.observe.workloads import cgroup_of
@@ -51,22 +49,22 @@ def step_aside(port: FilePort, path: str) -> str:
     if not processes(port, UNIFIED, path):
         return ""
     leaf = joined(path, STEPPED_ASIDE)
-    try:
-        port.mkdir(UNIFIED, leaf)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        _refuse(leaf, error)
+    _mkdir(port, UNIFIED, leaf)
     for pid in processes(port, UNIFIED, path):
         with contextlib.suppress(OSError):
             port.write(UNIFIED, leaf, "cgroup.procs", str(pid))
     return leaf
 
 
-def _refuse(path: str, error: OSError) -> NoReturn:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        raise PermissionMissing(f"the cgroup {path} cannot be written: {error.strerror}", DELEGATE) from error
-    raise HostUnfit(f"the cgroup {path} refuses: {error.strerror}", DELEGATE) from error
+def _mkdir(port: FilePort, hierarchy: str, path: str) -> bool:
+    """Make a cgroup; False if it is there already. Raises PermissionMissing, HostUnfit."""
+    try:
+        port.mkdir(hierarchy, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        refuse(path, error, DELEGATE, DELEGATE)
+    return True
 
 
 def sweep(port: FilePort) -> list[str]:
@@ -157,7 +155,7 @@ class ScratchNode:
                 try:
                     port.write(UNIFIED, path, "cgroup.subtree_control", f"+{controller}")
                 except OSError as error:
-                    _refuse(path, error)
+                    refuse(path, error, DELEGATE, DELEGATE)
                 if not path.startswith(self.path):
                     self._enabled.setdefault(path, []).append(controller)
 
@@ -167,12 +165,8 @@ class ScratchNode:
         for hierarchy in port.layout.mounts:
             if hierarchy in _SKIPPED or hierarchy.startswith("name="):
                 continue
-            try:
-                port.mkdir(hierarchy, path)
-            except FileExistsError:
+            if not _mkdir(port, hierarchy, path):
                 continue
-            except OSError as error:
-                _refuse(path, error)
             if port.layout.hierarchy("cpuset") == hierarchy and hierarchy != UNIFIED:
                 parent = path.rpartition("/")[0] or "/"
                 for file in ("cpuset.mems", "cpuset.cpus"):

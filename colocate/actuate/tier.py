@@ -10,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from typing import NoReturn
 
 import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal
 from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, rmdir_tree, start_time
-from colocate.errors import BadInput, HostUnfit, JournalBroken, PermissionMissing
+from colocate.errors import BadInput, HostUnfit, JournalBroken, refuse
 from colocate.knobs import file_writes, write_knob
 from colocate.observe.workloads import Tree, cgroup_of
 
 log = structlog.get_logger()
+MEND = "run as root, with cgroups mounted for writing, or let root run an agent and join its group"
 WANTED_CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
 SKIPPED_V1 = ("devices", "hugetlb", "net_cls")
 _FILE_FAMILIES = {"cgroup", "cpu", "cpuacct", "cpuset", "memory", "io", "blkio", "pids", "freezer", "hugetlb", "tasks"}
@@ -68,7 +68,7 @@ class TierMaker:
         try:
             write_knob(self._port, placement.path, "cpu.weight", "1", placement.inodes)
         except OSError as error:
-            self._refuse(placement.path, error)
+            refuse(placement.path, error, MEND)
         if self._port.layout.version == 2:
             self._enable_in(placement.path)
         return placement
@@ -95,7 +95,7 @@ class TierMaker:
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     continue  # the parent does not exist in this hierarchy
-                self._refuse(f"{hierarchy}:{path}", error)
+                refuse(f"{hierarchy}:{path}", error, MEND)
             else:
                 self._inherit_cpuset(hierarchy, path)
             inodes[hierarchy] = inode
@@ -118,14 +118,6 @@ class TierMaker:
             value = self._port.read(hierarchy, parent, file)
             if value and value.strip():
                 self._port.write(hierarchy, path, file, value.strip())
-
-    @staticmethod
-    def _refuse(what: str, error: OSError) -> NoReturn:
-        """Say in a user's words what the kernel refused."""
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            mend = "run as root, with cgroups mounted for writing, or let root run an agent and join its group"
-            raise PermissionMissing(f"the cgroup {what} cannot be written: {error.strerror}", mend) from error
-        raise HostUnfit(f"the cgroup {what} refuses: {error.strerror}") from error
 
     def _enable_controllers(self, path: str) -> None:
         """Enable what is offered from the node root down, journaled: those directories are not ours."""
@@ -156,7 +148,7 @@ class TierMaker:
                         "process constraint of cgroup v2)",
                         "start the agent in a child cgroup, or name another nodeRoot",
                     ) from error
-                self._refuse(f"{path}/cgroup.subtree_control", error)
+                refuse(f"{path}/cgroup.subtree_control", error, MEND)
 
     def _note_controllers(self, path: str, inode: int, enabled: str, missing: list[str]) -> bool:
         """Journal the controllers of a directory that is not ours; False if that cannot be done."""
