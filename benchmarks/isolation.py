@@ -14,7 +14,6 @@ import struct
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -55,7 +54,6 @@ FULL = {("here", s, b): 8 for s in SERVICES for b in BATCHES} | {
 SECONDS = {"here": 8.0, "guest": 16.0}
 BARS = {"besteffort": 1.05, "here": 1.25, "guest": 1.1, "growth_besteffort": 0.5, "work": 0.9, "effective": 0.9}
 LEAST = 1e-3
-BATCH_PROGRAM = Path(__file__).with_name("batch.py")
 
 
 class Cell(Demo):
@@ -75,10 +73,9 @@ class Cell(Demo):
 
     def _training(self, i: int) -> list[str]:
         file = str(self._progress_files[i])
-        if self._batch in ("hogs", "beside"):
-            return [sys.executable, "-IS", str(PROBE), "hog", file]
-        if self._batch in ("stream", "cache"):
-            return [sys.executable, "-IS", str(BATCH_PROGRAM), self._batch, file]
+        kind = {"hogs": "hog", "beside": "hog", "stream": "stream", "cache": "cache"}.get(self._batch)
+        if kind is not None:
+            return [sys.executable, "-IS", str(PROBE), kind, file]
         command = super()._training(i)
         if self._batch == "growth":
             command += ["--most-bytes", str(700 << 20), "--grow-bytes", str(4 << 20)]

@@ -1,8 +1,9 @@
 """Measuring sticks that run as processes of their own, on the standard library alone.
 
 `service CPU SECONDS PERIOD WORK` wakes every PERIOD seconds, spins for WORK seconds of CPU time and prints, one per
-line, how many seconds after its due time each turn ended. `hog FILE` counts work into a memory-mapped file. `thrash
-FILE` reads a file at random for ever: with less memory than the file has, it stalls.
+line, how many seconds after its due time each turn ended. `hog FILE` counts work into a memory-mapped file, and so do
+`stream FILE`, which copies memory, and `cache FILE`, which fills the page cache. `thrash FILE` reads a file at random
+for ever: with less memory than the file has, it stalls.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import os
 import random
 import struct
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+
+BLOCK_BYTES = 32 << 20
+CACHED_FILE_BYTES = 512 << 20
 
 
 def service(cpu: int, seconds: float, period: float, work: float) -> None:
@@ -42,14 +48,46 @@ def end_with_parent() -> None:
 
 def hog(path: str) -> None:
     """Count rounds of the same arithmetic into the file's first eight bytes, for ever."""
+
+    def work() -> None:
+        total = 0
+        for i in range(2000):
+            total += i * i
+
+    count(path, work)
+
+
+def stream(path: str) -> None:
+    """Copy memory, for ever."""
+    source, target = bytearray(os.urandom(1 << 20) * (BLOCK_BYTES >> 20)), bytearray(BLOCK_BYTES)
+
+    def work() -> None:
+        target[:] = source
+
+    count(path, work)
+
+
+def cache(path: str) -> None:
+    """Write a file of CACHED_FILE_BYTES again and again."""
+    block = os.urandom(1 << 20) * (BLOCK_BYTES >> 23)
+    with tempfile.TemporaryFile(dir=os.path.dirname(path)) as out:
+
+        def work() -> None:
+            out.write(block)
+            if out.tell() > CACHED_FILE_BYTES:
+                out.seek(0)
+
+        count(path, work)
+
+
+def count(path: str, work: Callable[[], None]) -> None:
+    """Do the work for ever, counting its rounds into the file's first eight bytes."""
     end_with_parent()
     with open(path, "r+b") as file:
         counter = mmap.mmap(file.fileno(), 8)
     done = 0
     while True:
-        total = 0
-        for i in range(2000):
-            total += i * i
+        work()
         done += 1
         counter[:8] = struct.pack("Q", done)
 
@@ -76,4 +114,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "thrash":
         thrash(sys.argv[2])
     else:
-        hog(sys.argv[2])
+        {"hog": hog, "stream": stream, "cache": cache}[sys.argv[1]](sys.argv[2])
