@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import mmap
-import struct
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -32,6 +30,7 @@ from colocate.knobs import read_knob
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import inodes_of, oom_kills, read_workload
 from colocate.observe.node import capacity, figures
+from colocate.probe import WorkCounter
 from tools.guest import Guest
 from tools.guest import lacks as guest_lacks
 
@@ -63,7 +62,7 @@ class Cell(Demo):
         super().__init__(port, seconds, 100 + round_, 0.002, lambda _text, _done: None)
         self._batch, self._round = batch, round_
         self._serving: list[Process] = []
-        self._others: list[mmap.mmap] = []
+        self._others: list[WorkCounter] = []
         self._others_per_second = 0.0
         self.rows: list[dict[str, Any]] = []
 
@@ -125,9 +124,7 @@ class Cell(Demo):
             self._node.make("kubepods/besteffort/podother")
             for i in range(len(self._cpus)):
                 file = self._directory / f"other{i}"
-                file.write_bytes(b"\0" * 8)
-                with file.open("r+b") as opened:
-                    self._others.append(mmap.mmap(opened.fileno(), 8))
+                self._others.append(WorkCounter(file))
                 command = [sys.executable, "-IS", str(PROBE), "hog", str(file)]
                 hogs.append(await Process.start(self._node, path, command, {}))
         try:
@@ -140,7 +137,7 @@ class Cell(Demo):
         """Also the work of the BestEffort group beside, while batch runs."""
 
         def work() -> int:
-            return sum(struct.unpack("Q", c[:8])[0] for c in self._others)
+            return sum(c.done for c in self._others)
 
         before, started = work(), time.perf_counter()
         await super()._measure(arm, jobs)

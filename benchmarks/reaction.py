@@ -67,7 +67,6 @@ class Endpoint:
 
 def _hog(agent: Agent, directory: Path) -> subprocess.Popen[bytes]:
     counter = directory / "counter"
-    counter.write_bytes(b"\0" * 8)
     hog = subprocess.Popen([sys.executable, "-IS", str(PROBE), "hog", str(counter)])
     agent.tier.move(hog.pid, agent.tier.ensure_job("hog"))
     return hog

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ from colocate.knobs import write_knob
 from colocate.model.statistics import ratio_interval
 from colocate.observe.cgroup import inodes_of
 from colocate.observe.node import capacity, figures
+from colocate.probe import WorkCounter
 from colocate.units import cpu_max, format_cpulist
 
 log = structlog.get_logger()
@@ -79,13 +78,11 @@ class _Bench:
         self.service, self.batch = node.make("service"), node.make("batch")
         self.inodes = inodes_of(port, self.batch)
         self.cpus = capacity(port, node.path).cpus
-        self._counters: list[mmap.mmap] = []
+        self._counters: list[WorkCounter] = []
         self._hogs: list[subprocess.Popen[bytes]] = []
         for i in range(len(self.cpus)):
             path = directory / f"hog{i}"
-            path.write_bytes(b"\0" * 8)
-            with path.open("r+b") as file:
-                self._counters.append(mmap.mmap(file.fileno(), 8))
+            self._counters.append(WorkCounter(path))
             hog = subprocess.Popen([sys.executable, "-IS", str(PROBE), "hog", str(path)])
             self._hogs.append(hog)
             node.enter(hog.pid, self.batch)
@@ -110,7 +107,7 @@ class _Bench:
             self.set("cpuset.cpus", format_cpulist(self.cpus[len(self.cpus) // 2 :]))
 
     def _work(self) -> int:
-        return sum(struct.unpack("Q", c[:8])[0] for c in self._counters)
+        return sum(c.done for c in self._counters)
 
     def measure(self, arm: str) -> tuple[float, float]:
         """(p99 seconds, batch work a second) of one arm."""

@@ -85,7 +85,9 @@ class CpuPolicy(Spec, frozen=True):
     hold_down: Duration = 10.0
     """How long at least the floor or its replacement stands after a violation; doubles with each, to 5 minutes."""
     no_growth_below: Percent = 10.0
+    """Slack (of the SLO) under which a growing grant stops growing."""
     growth_above: Percent = 20.0
+    """Slack over which a grant begins to grow."""
     trial_ticks: int = 3
     trial_requests: int = 400
     pressure: Percent = 20.0

@@ -22,6 +22,28 @@ BLOCK_BYTES = 32 << 20
 CACHED_FILE_BYTES = 512 << 20
 
 
+class WorkCounter:
+    """The work a process has done: eight bytes of a file, mapped by the one who works and by those who read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(file).st_size < 8:
+                os.ftruncate(file, 8)
+            self._pages = mmap.mmap(file, 8)
+        finally:
+            os.close(file)
+
+    @property
+    def done(self) -> int:
+        """Rounds of work so far; writable."""
+        return int(struct.unpack("Q", self._pages[:8])[0])
+
+    @done.setter
+    def done(self, rounds: int) -> None:
+        self._pages[:8] = struct.pack("Q", rounds)
+
+
 def service(cpu: int, seconds: float, period: float, work: float) -> None:
     """Print the latency of each turn, from when it was due."""
     if cpu >= 0:
@@ -83,13 +105,12 @@ def cache(path: str) -> None:
 def count(path: str, work: Callable[[], None]) -> None:
     """Do the work for ever, counting its rounds into the file's first eight bytes."""
     end_with_parent()
-    with open(path, "r+b") as file:
-        counter = mmap.mmap(file.fileno(), 8)
+    counter = WorkCounter(path)
     done = 0
     while True:
         work()
         done += 1
-        counter[:8] = struct.pack("Q", done)
+        counter.done = done
 
 
 def thrash(path: str, size: int = 96 << 20) -> None:

@@ -29,7 +29,11 @@ def status(options: argparse.Namespace) -> int:
     if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0
-    rows = [(k.replace("_", " "), str(v)) for k, v in data.items() if k != "problems"]
+    rows = [
+        (k.replace("_", " "), f"{v:.1f}" if isinstance(v, float) else str(v))
+        for k, v in data.items()
+        if k != "problems"
+    ]
     print_table(("agent", ""), rows)
     for problem in data["problems"].values():
         print(f"problem: {problem}")

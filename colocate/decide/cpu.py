@@ -42,13 +42,16 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     hold_seconds: float = 0.0
     rung: int = 0
     ticks: int = 0
-    """Ticks in this mode."""
+    """Ticks in this mode; while open, ticks in a row in which a service waits and batch does not run."""
+    growing: bool = False
+    """Growth has begun above `growthAbove`; it goes on down to `noGrowthBelow`."""
     requests: int = 0
     """The service's requests in this trial."""
     used_before_cores: float = 0.0
     waited_before_ratio: float = 0.0
     own_waiting: dict[str, float] = {}
-    """service -> how much it waits with batch at its floor: its own doing, on top of which `pressure` is judged."""
+    """service -> how much it waits while batch is at its floor or does not run: its own doing, on top of which
+    `pressure` is judged."""
     exonerated: str = ""
     """The service whose waiting batch did not cause."""
     exonerated_until: float = 0.0
@@ -199,6 +202,9 @@ def _step(
     """The next state, its reason, and the law in today's words."""
     now, replace = snapshot.monotonic_seconds, msgspec.structs.replace
     state = replace(state, ticks=state.ticks + 1)
+    if seen is not None:
+        bound = spec.cpu.no_growth_below if state.growing else spec.cpu.growth_above
+        state = replace(state, growing=seen.slack > bound / 100 and state.mode == "granted")
     if seen is None:
         if state.mode == "open" and now < state.exonerated_until:
             return state, "NotCausedByBatch", f"{state.exonerated} waits as much with batch at its floor"
@@ -210,8 +216,10 @@ def _step(
     violated = seen.slack < 0
     if state.mode == "open":
         if not violated:
-            return state, "SlackEnough", f"slack {seen.slack:.0%} ({seen.text}): no grant is needed"
+            return replace(state, ticks=0), "SlackEnough", f"slack {seen.slack:.0%} ({seen.text}): no grant is needed"
         if forecast.batch_cores < 2 * spec.cpu.floor:
+            if seen.kind == "waiting" and state.ticks >= spec.cpu.trial_ticks:
+                return _own_doing(state, seen), "OwnWaiting", f"{seen.text} while batch does not run: its own doing"
             return state, "BatchIdle", f"slack {seen.slack:.0%} ({seen.text}), but batch does not run"
         return _to_floor(state, seen, forecast, now, spec), "SlackNegative", f"slack {seen.slack:.0%} ({seen.text})"
     if violated and state.mode in ("trial", "granted"):
@@ -228,9 +236,14 @@ def _step(
     if state.freeze and state.ticks * forecast.interval_seconds > spec.freeze.max_frozen / 2:
         grown = _grown(state, snapshot, forecast, spec)
         return grown, "FrozenLongEnough", "a freeze as a rung ends at half of maxFrozen: back to the floor"
-    if seen.slack > spec.cpu.growth_above / 100 and now >= state.hold_until:
+    if state.growing and now >= state.hold_until:
         return _grown(state, snapshot, forecast, spec), "SlackAmple", f"slack {seen.slack:.0%} ({seen.text}): grow"
     return state, "HoldGrant", f"slack {seen.slack:.0%} ({seen.text}): no growth before {spec.cpu.growth_above:g} %"
+
+
+def _own_doing(state: CpuState, seen: Evidence) -> CpuState:
+    own = {**state.own_waiting, seen.service: round(seen.waiting_ratio, 4)}
+    return msgspec.structs.replace(state, own_waiting=own)
 
 
 def _at_floor(
@@ -255,8 +268,7 @@ def _at_floor(
             )
             return freed, "NotCausedByBatch", f"{seen.text}, before the floor {state.waited_before_ratio:.1%}"
         if seen.kind == "waiting" and settled:
-            own = {**state.own_waiting, seen.service: round(seen.waiting_ratio, 4)}
-            return replace(state, own_waiting=own), "OwnWaiting", f"{seen.text} with batch at its floor: its own doing"
+            return _own_doing(state, seen), "OwnWaiting", f"{seen.text} with batch at its floor: its own doing"
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}) with batch at its floor"
     if state.ticks < spec.cpu.trial_ticks:
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}): recovering"

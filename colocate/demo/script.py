@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -50,6 +48,7 @@ from colocate.model.interference import effective_machine_utilization
 from colocate.model.kernels import Kernels
 from colocate.observe.cgroup import inodes_of
 from colocate.observe.node import capacity, figures
+from colocate.probe import WorkCounter
 
 NODE_BYTES = 1 << 30
 LOAD_RATIO = 0.2
@@ -116,7 +115,7 @@ class Demo:
         self._directory: Path
         self._cpus: tuple[int, ...] = ()
         self._urls: list[str] = []
-        self._counters: list[mmap.mmap] = []
+        self._counters: list[WorkCounter] = []
         self._progress_files: list[Path] = []
         self._result = Result(simulated=False, host_unchanged=False)
         self._target_seconds = 0.02
@@ -154,10 +153,8 @@ class Demo:
         self._knob("client", "cpu.weight", "10000")
         for i in range(len(self._cpus)):
             path = self._directory / f"progress{i}"
-            path.write_bytes(b"\0" * 8)
             self._progress_files.append(path)
-            with path.open("r+b") as file:
-                self._counters.append(mmap.mmap(file.fileno(), 8))
+            self._counters.append(WorkCounter(path))
         if calibration is None:
             calibration = await self._calibrate()
         self._result.lever = calibration.lever
@@ -227,10 +224,10 @@ class Demo:
     def _reset_work(self) -> None:
         """Each job counts from zero, so what an earlier one left would be work undone."""
         for counter in self._counters:
-            counter[:8] = struct.pack("Q", 0)
+            counter.done = 0
 
     def _work(self) -> int:
-        return sum(struct.unpack("Q", c[:8])[0] for c in self._counters)
+        return sum(c.done for c in self._counters)
 
     def _training(self, i: int) -> list[str]:
         return [sys.executable, "-m", "colocate.demo.training", "--progress", str(self._progress_files[i])]

@@ -6,12 +6,12 @@ It counts the samples it has learned from into a memory-mapped file, and on SIGU
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import signal
-import struct
 
 import numpy as np
+
+from colocate.probe import WorkCounter
 
 BATCH = 256
 WIDTH = 64
@@ -27,8 +27,7 @@ def main() -> None:
     parser.add_argument("--grow-bytes", type=int, default=1 << 20)
     parser.add_argument("--most-bytes", type=int, default=128 << 20)
     options = parser.parse_args()
-    with open(options.progress, "r+b") as file:
-        counter = mmap.mmap(file.fileno(), 8)
+    counter = WorkCounter(options.progress)
     generator = np.random.Generator(np.random.PCG64(os.getpid()))
     truth = generator.standard_normal((INPUTS, 1)).astype(np.float32)
     first = generator.standard_normal((INPUTS, WIDTH)).astype(np.float32) / 8
@@ -56,7 +55,7 @@ def main() -> None:
             block = bytearray(options.grow_bytes)
             block[::4096] = b"\1" * len(block[::4096])
             replay.append(block)
-        counter[:8] = struct.pack("Q", done)
+        counter.done = done
 
 
 if __name__ == "__main__":

@@ -128,6 +128,9 @@ def test_below_ten_percent_slack_nothing_grows_and_above_twenty_it_does():
     assert node.grant == before
     assert node.tick(make.latency_evidence(0.25)) == "SlackAmple"
     assert node.grant == pytest.approx(before + 0.2)
+    assert node.tick(make.latency_evidence(0.15)) == "SlackAmple", "once growing it goes on down to ten"
+    assert node.tick(make.latency_evidence(0.05)) == "HoldGrant"
+    assert node.tick(make.latency_evidence(0.15)) == "HoldGrant"
 
 
 def test_a_healthy_service_gets_the_tier_open_again():
@@ -172,6 +175,14 @@ def test_what_a_service_waits_by_itself_does_not_keep_batch_at_its_floor():
     assert reasons == ["FloorInForce", "FloorInForce", "OwnWaiting"]
     assert node.tick(make.waiting_evidence(0.4)) == "Trial"
     assert [node.tick(make.waiting_evidence(0.5)) for _ in range(3)][-1] == "TrialHeld"
+    assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
+
+
+def test_what_a_service_waits_while_batch_does_not_run_is_learnt_before_batch_comes():
+    node = Node()
+    reasons = [node.tick(make.waiting_evidence(0.4), batch_cores=0.0) for _ in range(3)]
+    assert reasons == ["BatchIdle", "BatchIdle", "OwnWaiting"]
+    assert node.tick(make.waiting_evidence(0.5)) == "SlackEnough"
     assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
 
 
