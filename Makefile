@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench bench-full lock system-packages guest-image clean
+.PHONY: help demo test lint format bench bench-full lock system-packages kube-binaries clean
 
 help:
 	@echo "make demo             set up, then show co-location on this machine's own cgroups (about two minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint             ruff, mypy --strict, import-linter"
 	@echo "make bench            a subset of the benchmarks (at most 40 minutes); bench-full runs all"
 	@echo "make system-packages  the Debian packages of the guest, browser and benchmark suites (root)"
+	@echo "make kube-binaries    etcd and Kubernetes for the cluster suite and demo gang (Go >= 1.26; about 10 minutes, once)"
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,6 +47,9 @@ bench-full: $(STAMP)
 
 system-packages:
 	@sh tools/system-packages.sh
+
+kube-binaries:
+	@sh tools/kube-binaries.sh
 
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from fractions import Fraction
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -17,6 +19,9 @@ _BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 <
 _DECIMAL = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|µs|ms|s|m|h|d)")
+
+_SI = {"n": Fraction(1, 10**9), "u": Fraction(1, 10**6), "m": Fraction(1, 1000), "E": Fraction(10**18)}
+_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?")
 
 CPU_PERIOD_US = 100_000
 """The CFS bandwidth period we always use; kubelet's default."""
@@ -67,6 +72,21 @@ def parse_cores(text: str | float) -> float:
     if not match:
         raise ValueError(f"{text!r} is not a CPU quantity: write it like 2, 0.5 or 500m")
     return float(match[1]) / (1000 if match[2] else 1)
+
+
+@lru_cache(maxsize=4096)
+def parse_quantity(text: str | float) -> Fraction:
+    """The exact value of a Kubernetes quantity (apimachinery, resource.Quantity): `250m`, `1.5Gi`, `1e3`, `4`.
+
+    Raises ValueError.
+    """
+    match = _QUANTITY.fullmatch(str(text))
+    if not match:
+        raise ValueError(f"{text!r} is not a quantity: write it like 500m, 2, 1.5Gi or 1e3")
+    if match[3]:
+        return Fraction(match[1]) * Fraction(10) ** int(match[3])
+    suffix = match[2] or ""
+    return Fraction(match[1]) * (_SI.get(suffix) or {**_DECIMAL, **_BINARY, "": 1}[suffix])
 
 
 def parse_percent(text: str | float) -> float:

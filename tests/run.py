@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from colocate.cgroupfs import KernelPort
+from colocate.demo.controlplane import binaries
+from colocate.errors import HostUnfit
 from tools.guest import lacks as guest_lacks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,22 @@ def browser_lacks() -> str:
     return "" if shutil.which("chromium") else "the Debian package chromium (make system-packages)"
 
 
-SUITES = {"unit": lambda: "", "browser": browser_lacks, "kernel": kernel_lacks, "guest": guest_lacks}
+def cluster_lacks() -> str:
+    """What the suite on a real API server lacks."""
+    try:
+        binaries("etcd", "kube-apiserver", "kube-controller-manager", "kwok")
+    except HostUnfit as error:
+        return f"{str(error).splitlines()[0]}: {error.mend}"
+    return ""
+
+
+SUITES = {
+    "unit": lambda: "",
+    "browser": browser_lacks,
+    "kernel": kernel_lacks,
+    "cluster": cluster_lacks,
+    "guest": guest_lacks,
+}
 
 
 def main(arguments: list[str]) -> int:

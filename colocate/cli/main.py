@@ -57,6 +57,11 @@ def _socket(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", help="the agent's socket (default: /run/colocate/agent.sock for root)")
 
 
+def _cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kubeconfig", help="default: $KUBECONFIG, the pod's service account, ~/.kube/config")
+    parser.add_argument("--context", help="of the kubeconfig")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     parser = argparse.ArgumentParser(
@@ -146,6 +151,30 @@ def build_parser() -> argparse.ArgumentParser:
     restore.add_argument("--move-back", action="store_true", help="also return jobs' processes to their former cgroups")
     _table_form(restore)
     _state(restore)
+
+    controller = add("controller", "cluster:controller", "Gang scheduling: the controller of a cluster")
+    _cluster(controller)
+    controller.add_argument("--scheduler-name", default="colocate", help="the pods we bind (default: colocate)")
+    controller.add_argument(
+        "--also-answer-to",
+        action="append",
+        default=[],
+        choices=["scheduler-plugins-scheduler"],
+        help="the name that KubeRay writes; refused while that scheduler is alive",
+    )
+    controller.add_argument(
+        "--timeout", type=_positive, default=60, help="seconds to start a gang whose PodGroup says nothing"
+    )
+    controller.add_argument("--lease-namespace", default="colocate-system", help="where the lease is")
+    controller.add_argument("--lease-name", default="colocate-controller", help="of the lease")
+    controller.add_argument(
+        "--lease-duration", type=_duration, default=15.0, help="how long a dead leader is waited for"
+    )
+
+    queue = add("queue", "cluster:queue", "The gangs that wait: position, since when, and why")
+    _cluster(queue)
+    queue.add_argument("-n", "--namespace", default="", help="only this namespace")
+    _table_form(queue)
 
     calibrate = add("calibrate", "host:calibrate_command", "Measure the CPU levers of this kernel (at most 30 s)")
     _table_form(calibrate)

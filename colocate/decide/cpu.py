@@ -202,17 +202,10 @@ def _step(
     """The next state, its reason, and the law in today's words."""
     now, replace = snapshot.monotonic_seconds, msgspec.structs.replace
     state = replace(state, ticks=state.ticks + 1)
-    if seen is not None:
-        bound = spec.cpu.no_growth_below if state.growing else spec.cpu.growth_above
-        state = replace(state, growing=seen.slack > bound / 100 and state.mode == "granted")
     if seen is None:
-        if state.mode == "open" and now < state.exonerated_until:
-            return state, "NotCausedByBatch", f"{state.exonerated} waits as much with batch at its floor"
-        if state.mode == "open":
-            return state, "NoServices", "no service can be judged: the calibrated class alone protects"
-        if now < state.hold_until:
-            return state, "HoldDown", "no new requests to judge by; the hold-down stands"
-        return _grown(state, snapshot, forecast, spec), "NoRequests", "no service has requests: the grant grows"
+        return _unseen(state, snapshot, forecast, spec)
+    bound = spec.cpu.no_growth_below if state.growing else spec.cpu.growth_above
+    state = replace(state, growing=seen.slack > bound / 100 and state.mode == "granted")
     violated = seen.slack < 0
     if state.mode == "open":
         if not violated:
@@ -239,6 +232,18 @@ def _step(
     if state.growing and now >= state.hold_until:
         return _grown(state, snapshot, forecast, spec), "SlackAmple", f"slack {seen.slack:.0%} ({seen.text}): grow"
     return state, "HoldGrant", f"slack {seen.slack:.0%} ({seen.text}): no growth before {spec.cpu.growth_above:g} %"
+
+
+def _unseen(state: CpuState, snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec) -> tuple[CpuState, str, str]:
+    """No service can be judged in this tick."""
+    now = snapshot.monotonic_seconds
+    if state.mode == "open" and now < state.exonerated_until:
+        return state, "NotCausedByBatch", f"{state.exonerated} waits as much with batch at its floor"
+    if state.mode == "open":
+        return state, "NoServices", "no service can be judged: the calibrated class alone protects"
+    if now < state.hold_until:
+        return state, "HoldDown", "no new requests to judge by; the hold-down stands"
+    return _grown(state, snapshot, forecast, spec), "NoRequests", "no service has requests: the grant grows"
 
 
 def _own_doing(state: CpuState, seen: Evidence) -> CpuState:

@@ -1,0 +1,1 @@
+"""The shell to an API server: transport, watches and leadership. Objects are the lean structs of `colocate.objects`."""

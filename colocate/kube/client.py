@@ -1,0 +1,164 @@
+"""Requests to an API server.
+
+Transport and authentication are `kubernetes.aio`'s (kubeconfig, in-cluster tokens, exec plugins, client certificates);
+its models are not used: bodies are lean structs, and an answer is bytes that the caller decodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import msgspec
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+
+from colocate.errors import BadInput, ColocateError
+from colocate.objects import PLAN_API, POD_GROUP_API, Lean, ObjectMeta
+
+T = TypeVar("T")
+
+JSON = "application/json"
+MERGE = "application/merge-patch+json"
+STRATEGIC = "application/strategic-merge-patch+json"
+CONNECTIONS = 128
+TIMEOUT_SECONDS = 30.0
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+
+PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
+CLAIMS, VOLUMES = "/api/v1/persistentvolumeclaims", "/api/v1/persistentvolumes"
+POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
+PLANS = f"/apis/{PLAN_API}/gangplans"
+LEASES = "/apis/coordination.k8s.io/v1/leases"
+
+
+class ApiError(ColocateError):
+    """The API server answered with an error. `status` is the HTTP status, `reason` the CamelCase word of its Status."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
+        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
+        super().__init__(f"the API server says {status} {reason}: {message}")
+
+
+class Unreachable(ColocateError):  # noqa: N818
+    """No answer: what was asked for may have been done or not."""
+
+
+class _Status(Lean, frozen=True):
+    metadata: ObjectMeta = ObjectMeta()
+    reason: str = ""
+    message: str = ""
+
+
+def path_of(collection: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
+    """The path of an object, or of a namespace's collection: `/api/v1/namespaces/NS/pods/NAME/binding`."""
+    head, _, plural = collection.rpartition("/")
+    parts = [head, *(["namespaces", quote(namespace)] if namespace else []), plural]
+    return "/".join([*parts, *(quote(p, safe="/") for p in (name, subresource) if p)])
+
+
+class Api:
+    """One connection pool to one API server."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        configuration.connection_pool_maxsize = CONNECTIONS
+        configuration.client_session_kwargs = {"trust_env": False}  # a proxy of the environment is not for this traffic
+        configuration.retries = None
+        self._client = ApiClient(configuration)
+        self.server: str = configuration.host
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> AsyncIterator[Api]:
+        """By the kubeconfig named, `$KUBECONFIG`, the service account of this pod, or `~/.kube/config`."""
+        configuration = Configuration()
+        named = kubeconfig or os.environ.get("KUBECONFIG")
+        try:
+            if not named and os.path.exists(SERVICE_ACCOUNT):
+                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            else:
+                await load_kube_config(named or None, context, configuration, False)  # type: ignore[no-untyped-call]
+        except (ConfigException, OSError) as error:
+            raise BadInput(f"no API server is known: {error} (name a file with --kubeconfig)") from error
+        api = cls(configuration)
+        try:
+            yield api
+        finally:
+            await api._client.close()  # type: ignore[no-untyped-call]
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = JSON,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> bytes:
+        """The body of the answer. Raises ApiError, Unreachable."""
+        try:
+            response = await self._send(method, path, body, query, content_type, aiohttp.ClientTimeout(timeout_seconds))
+            async with response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(f"{self.server} does not answer: {error or type(error).__name__}") from error
+        if response.status >= 400:
+            raise _error(response, content)
+        return content
+
+    async def get(self, kind: type[T], path: str) -> T:
+        """One object."""
+        return msgspec.json.decode(await self.request("GET", path), type=kind)
+
+    async def lines(self, path: str, query: Mapping[str, str], idle_seconds: float) -> AsyncIterator[bytes]:
+        """The lines of a watch until the server ends it. Raises ApiError, and Unreachable when nothing comes."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=idle_seconds)
+            response = await self._send("GET", path, None, query, JSON, timeout)
+            async with response:
+                if response.status >= 400:
+                    raise _error(response, await response.read())
+                async for line in response.content:
+                    yield line
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(f"the watch of {path} broke: {error or type(error).__name__}") from error
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        query: Mapping[str, str] | None,
+        content_type: str,
+        timeout: aiohttp.ClientTimeout,
+    ) -> aiohttp.ClientResponse:
+        headers = {"Accept": JSON, "Content-Type": content_type, "User-Agent": "colocate"}
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        url = self.server + path + (f"?{urlencode(query)}" if query else "")
+        plain = msgspec.to_builtins(body) if body is not None else None
+        answer = await self._client.rest_client.request(  # type: ignore[no-untyped-call]
+            method, url, headers=headers, body=plain, _request_timeout=timeout
+        )
+        response: aiohttp.ClientResponse = answer.response
+        return response
+
+
+def _error(response: aiohttp.ClientResponse, content: bytes) -> ApiError:
+    try:
+        status = msgspec.json.decode(content, type=_Status)
+    except msgspec.DecodeError:
+        status = _Status(message=content[:200].decode(errors="replace"))
+    after = response.headers.get("Retry-After", "")
+    return ApiError(response.status, status.reason, status.message, float(after) if after.isdigit() else None)
+
+
+async def pause(error: ColocateError, attempt: int, jitter: float) -> None:
+    """Wait before the next attempt: as the server asks, else 0.1 s doubling to 10 s, times 0.5 + jitter (0 to 1)."""
+    asked = error.retry_after if isinstance(error, ApiError) else None
+    await asyncio.sleep(asked if asked is not None else min(0.1 * 2**attempt, 10.0) * (0.5 + jitter))

@@ -1,0 +1,409 @@
+"""Lean structs of Kubernetes objects: only the fields that are used, decoded straight from the API server's JSON.
+
+A field that is not named here costs nothing to skip, and an object decodes in microseconds. Field names and meanings
+are those of the Kubernetes API (core/v1, coordination/v1, scheduling.x-k8s.io/v1alpha1) and of our own `GangPlan`.
+Quantities stay text until `colocate.units.parse_quantity` reads them; times are RFC 3339 text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+POD_GROUP_LABEL = "scheduling.x-k8s.io/pod-group"
+POD_GROUP_API = "scheduling.x-k8s.io/v1alpha1"
+PLAN_API = "colocate.io/v1alpha1"
+
+Quantities = dict[str, str | int | float]
+"""Resource name -> quantity, as written."""
+
+
+class Lean(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True, gc=False):
+    """The way all of them are written: camelCase, absent means default, unknown fields are skipped."""
+
+
+class OwnerReference(Lean, frozen=True):
+    """Who made the object and will make it anew."""
+
+    api_version: str = ""
+    kind: str = ""
+    name: str = ""
+    uid: str = ""
+    controller: bool = False
+
+
+class ObjectMeta(Lean, frozen=True):
+    """What every object has."""
+
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    generation: int = 0
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+    deletion_grace_period_seconds: int | None = None
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    owner_references: list[OwnerReference] = []
+    finalizers: list[str] = []
+
+
+class LabelRequirement(Lean, frozen=True):
+    """`key operator values`: In, NotIn, Exists, DoesNotExist, and for nodes Gt, Lt."""
+
+    key: str
+    operator: str
+    values: list[str] = []
+
+
+class LabelSelector(Lean, frozen=True):
+    """All of matchLabels and matchExpressions; empty selects everything."""
+
+    match_labels: dict[str, str] = {}
+    match_expressions: list[LabelRequirement] = []
+
+
+class NodeSelectorTerm(Lean, frozen=True):
+    """All of its requirements; an empty term selects nothing."""
+
+    match_expressions: list[LabelRequirement] = []
+    match_fields: list[LabelRequirement] = []
+
+
+class NodeSelector(Lean, frozen=True):
+    """Any of its terms."""
+
+    node_selector_terms: list[NodeSelectorTerm] = []
+
+
+class NodeAffinity(Lean, frozen=True):
+    """The required part; preferences are not read."""
+
+    required: NodeSelector | None = msgspec.field(default=None, name="requiredDuringSchedulingIgnoredDuringExecution")
+
+
+class PodAffinityTerm(Lean, frozen=True):
+    """Beside (or away from) the pods that the selector finds, counted by the node label `topologyKey`."""
+
+    topology_key: str
+    label_selector: LabelSelector | None = None
+    namespaces: list[str] = []
+    namespace_selector: LabelSelector | None = None
+
+
+class PodAffinity(Lean, frozen=True):
+    """The required terms, all of which must hold."""
+
+    required: list[PodAffinityTerm] = msgspec.field(
+        default_factory=list, name="requiredDuringSchedulingIgnoredDuringExecution"
+    )
+
+
+class Affinity(Lean, frozen=True):
+    """The three kinds."""
+
+    node_affinity: NodeAffinity | None = None
+    pod_affinity: PodAffinity | None = None
+    pod_anti_affinity: PodAffinity | None = None
+
+
+class TopologySpreadConstraint(Lean, frozen=True):
+    """At most `maxSkew` more matching pods in a domain than in the emptiest one (KEP-895)."""
+
+    max_skew: int
+    topology_key: str
+    when_unsatisfiable: str
+    label_selector: LabelSelector | None = None
+    min_domains: int | None = None
+    node_affinity_policy: str = "Honor"
+    node_taints_policy: str = "Ignore"
+    match_label_keys: list[str] = []
+
+
+class Toleration(Lean, frozen=True):
+    """An empty key with Exists tolerates every taint; an empty effect tolerates every effect."""
+
+    key: str = ""
+    operator: str = "Equal"
+    value: str = ""
+    effect: str = ""
+
+
+class Taint(Lean, frozen=True):
+    """NoSchedule and NoExecute repel; PreferNoSchedule is a preference."""
+
+    key: str
+    effect: str
+    value: str = ""
+
+
+class Resources(Lean, frozen=True):
+    """What a container asks for and may have at most."""
+
+    requests: Quantities = {}
+    limits: Quantities = {}
+
+
+class ContainerPort(Lean, frozen=True):
+    """Only ports of the host matter to scheduling."""
+
+    host_port: int = 0
+    host_ip: str = msgspec.field(default="", name="hostIP")
+    protocol: str = "TCP"
+
+
+class Container(Lean, frozen=True):
+    """A container, or an init container; `restartPolicy: Always` makes the latter a sidecar (KEP-753)."""
+
+    name: str = ""
+    resources: Resources = Resources()
+    ports: list[ContainerPort] = []
+    restart_policy: str = ""
+
+
+class ClaimSource(Lean, frozen=True):
+    """A volume's claim."""
+
+    claim_name: str = ""
+
+
+class Volume(Lean, frozen=True):
+    """Only volumes that bind a pod to nodes are told apart."""
+
+    name: str = ""
+    persistent_volume_claim: ClaimSource | None = None
+    ephemeral: dict[str, msgspec.Raw] | None = None
+
+
+class Named(Lean, frozen=True):
+    """A scheduling gate or a resource claim."""
+
+    name: str = ""
+
+
+class PodSpec(Lean, frozen=True):
+    """What a pod asks for."""
+
+    node_name: str = ""
+    scheduler_name: str = "default-scheduler"
+    priority: int = 0
+    preemption_policy: str = "PreemptLowerPriority"
+    containers: list[Container] = []
+    init_containers: list[Container] = []
+    overhead: Quantities = {}
+    resources: Resources = Resources()
+    node_selector: dict[str, str] = {}
+    affinity: Affinity | None = None
+    tolerations: list[Toleration] = []
+    topology_spread_constraints: list[TopologySpreadConstraint] = []
+    scheduling_gates: list[Named] = []
+    volumes: list[Volume] = []
+    resource_claims: list[Named] = []
+    active_deadline_seconds: int | None = None
+    termination_grace_period_seconds: int | None = None
+
+
+class Condition(Lean, frozen=True):
+    """metav1.Condition, and the older kinds that lack some of its fields."""
+
+    type: str
+    status: str
+    reason: str = ""
+    message: str = ""
+    last_transition_time: str | None = None
+    observed_generation: int = 0
+
+
+class ContainerStatus(Lean, frozen=True):
+    """That there is one at all says that the kubelet has accepted the pod."""
+
+    name: str = ""
+    started: bool | None = None
+
+
+class PodStatus(Lean, frozen=True):
+    """How a pod is."""
+
+    phase: str = ""
+    reason: str = ""
+    message: str = ""
+    conditions: list[Condition] = []
+    start_time: str | None = None
+    container_statuses: list[ContainerStatus] = []
+
+
+class Pod(Lean, frozen=True):
+    """core/v1 Pod."""
+
+    metadata: ObjectMeta
+    spec: PodSpec = PodSpec()
+    status: PodStatus = PodStatus()
+
+    @property
+    def terminal(self) -> bool:
+        """Whether it has ended and holds no capacity any more."""
+        return self.status.phase in ("Succeeded", "Failed")
+
+    @property
+    def deleting(self) -> bool:
+        """Whether its end has been asked for."""
+        return self.metadata.deletion_timestamp is not None
+
+
+class NodeSpec(Lean, frozen=True):
+    """What repels pods."""
+
+    unschedulable: bool = False
+    taints: list[Taint] = []
+
+
+class NodeStatus(Lean, frozen=True):
+    """What a node offers."""
+
+    allocatable: Quantities = {}
+    conditions: list[Condition] = []
+
+
+class Node(Lean, frozen=True):
+    """core/v1 Node."""
+
+    metadata: ObjectMeta
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
+
+
+class PodGroupSpec(Lean, frozen=True):
+    """scheduling.x-k8s.io/v1alpha1; a timeout of 0 means the default, as None does."""
+
+    min_member: int = 1
+    min_resources: Quantities = {}
+    schedule_timeout_seconds: int | None = None
+
+
+class PodGroupStatus(Lean, frozen=True):
+    """Phases and counters as upstream's controller writes them; conditions where the installed schema has them."""
+
+    phase: str = ""
+    occupied_by: str = ""
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    schedule_start_time: str | None = None
+    observed_generation: int = 0
+    conditions: list[Condition] = []
+
+
+class PodGroup(Lean, frozen=True):
+    """A group of pods that start all or none."""
+
+    metadata: ObjectMeta
+    spec: PodGroupSpec = PodGroupSpec()
+    status: PodGroupStatus = PodGroupStatus()
+
+
+class PlannedMember(Lean, frozen=True):
+    """One pod and the node it is bound to by the plan."""
+
+    name: str
+    uid: str
+    node: str
+
+
+PlanPhase = Literal["Waiting", "Binding", "Confirming", "Repairing", "RollingBack", "Running"]
+
+
+class GangPlanSpec(Lean, frozen=True):
+    """The intent, written before the first bind: what a crash leaves to be resumed or rolled back."""
+
+    pod_group: str = ""
+    pod_group_uid: str = ""
+    plan_id: str = ""
+    """Names one intent; stamped on each pod that is bound by it. Empty while nothing is planned."""
+    epoch: int = 0
+    """The leader's: how often leadership had changed hands when it began."""
+    created: str | None = None
+    timeout_seconds: int = 0
+    min_member: int = 1
+    """The group's quorum when it was planned: it stands although the PodGroup may have gone since."""
+    members: list[PlannedMember] = []
+
+
+class Counterfactual(Lean, frozen=True):
+    """A change with which the solver places the group."""
+
+    change: str
+    proven: bool = True
+
+
+class GangPlanStatus(Lean, frozen=True):
+    """Why the group waits, or how far its start has come."""
+
+    phase: PlanPhase = "Waiting"
+    reason: str = ""
+    message: str = ""
+    position: int = 0
+    """In the queue, from 1; 0 while it does not wait."""
+    waiting_since: str | None = None
+    counterfactuals: list[Counterfactual] = []
+    estimate_seconds: tuple[float, float] | None = None
+    conditions: list[Condition] = []
+    observed_generation: int = 0
+
+
+class GangPlan(Lean, frozen=True):
+    """colocate.io/v1alpha1 GangPlan: our own object beside each PodGroup, of the same name."""
+
+    metadata: ObjectMeta
+    spec: GangPlanSpec = GangPlanSpec()
+    status: GangPlanStatus = GangPlanStatus()
+
+
+class LeaseSpec(Lean, frozen=True):
+    """coordination.k8s.io/v1."""
+
+    holder_identity: str | None = None
+    lease_duration_seconds: int | None = None
+    acquire_time: str | None = None
+    renew_time: str | None = None
+    lease_transitions: int | None = None
+
+
+class Lease(Lean, frozen=True):
+    """Who leads."""
+
+    metadata: ObjectMeta
+    spec: LeaseSpec = LeaseSpec()
+
+
+class ClaimSpec(Lean, frozen=True):
+    """The volume a claim is bound to; empty while it is not."""
+
+    volume_name: str = ""
+
+
+class Claim(Lean, frozen=True):
+    """core/v1 PersistentVolumeClaim."""
+
+    metadata: ObjectMeta
+    spec: ClaimSpec = ClaimSpec()
+
+
+class VolumeNodeAffinity(Lean, frozen=True):
+    """Where a volume can be reached from."""
+
+    required: NodeSelector | None = None
+
+
+class PersistentVolumeSpec(Lean, frozen=True):
+    """Only where it can be used."""
+
+    node_affinity: VolumeNodeAffinity | None = None
+
+
+class PersistentVolume(Lean, frozen=True):
+    """core/v1 PersistentVolume."""
+
+    metadata: ObjectMeta
+    spec: PersistentVolumeSpec = PersistentVolumeSpec()

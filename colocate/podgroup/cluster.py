@@ -1,0 +1,164 @@
+"""What is known of the cluster, fed object by object: nodes, pods, groups and plans, and the ledger that follows from
+them.
+
+A pod holds room from the moment it is planned until it has ended or is gone: a plan's members hold theirs before they
+are bound, so nothing is promised twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from colocate.objects import Claim, GangPlan, Node, NodeSelector, PersistentVolume, Pod, PodGroup
+from colocate.podgroup.gangs import gang_key
+from colocate.podgroup.ledger import Holding, Ledger
+from colocate.podgroup.shape import Shape, shape_of
+
+OPEN_PHASES = ("Binding", "Confirming")
+MAX_GAINS = 4096
+
+
+class Cluster:
+    """The objects as last seen."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.pods: dict[str, Pod] = {}
+        self.groups: dict[str, PodGroup] = {}
+        self.plans: dict[str, GangPlan] = {}
+        self.claims: dict[str, Claim] = {}
+        self.volumes: dict[str, PersistentVolume] = {}
+        self.members: dict[str, set[str]] = {}
+        """Gang -> uids of its pods."""
+        self.planned: dict[str, str] = {}
+        """uid -> the node that an open plan, or a bind under way, promises it."""
+        self.gains: list[str] = []
+        """Nodes that have gained room or have changed, one after the other; `gained` counts those that were cut off."""
+        self.gained = 0
+        self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
+        self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
+
+    def set_node(self, node: Node) -> None:
+        """A node as it is now."""
+        if self.ledger.set_node(node):
+            self._gain(node.metadata.name)
+
+    def remove_node(self, name: str) -> None:
+        """A node that is gone."""
+        self.ledger.remove_node(name)
+
+    def set_pod(self, pod: Pod) -> None:
+        """A pod as it is now."""
+        self.pods[pod.metadata.uid] = pod
+        self.members.setdefault(gang_key(pod), set()).add(pod.metadata.uid)
+        if pod.spec.node_name:
+            self.planned.pop(pod.metadata.uid, None)
+        self._hold(pod)
+
+    def remove_pod(self, uid: str) -> None:
+        """A pod that is gone."""
+        pod = self.pods.pop(uid, None)
+        if pod is None:
+            return
+        key = gang_key(pod)
+        self.members[key].discard(uid)
+        if not self.members[key]:
+            del self.members[key]
+        self.planned.pop(uid, None)
+        self._shapes.pop(uid, None)
+        self._release(uid)
+
+    def set_plan(self, key: str, plan: GangPlan) -> None:
+        """A plan as it is now: while it is open, its members hold what they are promised."""
+        self.remove_plan(key)
+        self.plans[key] = plan
+        if plan.status.phase in OPEN_PHASES:
+            for member in plan.spec.members:
+                self.promise(member.uid, member.node)
+
+    def remove_plan(self, key: str) -> None:
+        """A plan that is gone: what it promised and is not bound is free."""
+        plan = self.plans.pop(key, None)
+        for member in plan.spec.members if plan is not None else ():
+            self.withdraw(member.uid)
+
+    def promise(self, uid: str, node: str) -> None:
+        """A pod that is to be bound to a node holds its room there from now on."""
+        pod = self.pods.get(uid)
+        if pod is not None and not pod.spec.node_name:
+            self.planned[uid] = node
+            self._hold(pod)
+
+    def withdraw(self, uid: str) -> None:
+        """The promise is void."""
+        if self.planned.pop(uid, None) is not None and uid in self.pods:
+            self._hold(self.pods[uid])
+
+    def release_hold(self, uid: str) -> None:
+        """Room that was kept for somebody (holds.py) is free."""
+        self._release(uid)
+
+    def pods_of(self, key: str) -> list[Pod]:
+        """The members of a gang, whatever their state."""
+        return [self.pods[uid] for uid in self.members.get(key, ())]
+
+    def shape(self, pod: Pod) -> Shape:
+        """A pod's shape; equal ones are one object while the pod's specification is the same."""
+        uid, seen = pod.metadata.uid, (pod.spec, len(self.claims), len(self.volumes))
+        cached = self._shapes.get(uid)
+        if cached is None or cached[0] != seen:
+            shape = shape_of(pod, self._where)
+            cached = self._shapes[uid] = (seen, self._equal.setdefault(msgspec.json.encode(shape), shape))
+        return cached[1]
+
+    def _where(self, namespace: str, name: str) -> NodeSelector | str | None:
+        claim = self.claims.get(f"{namespace}/{name}")
+        if claim is None:
+            return "the claim does not exist"
+        if not claim.spec.volume_name:
+            return "the claim is not bound to a volume yet"
+        volume = self.volumes.get(claim.spec.volume_name)
+        if volume is None:
+            return f"its volume {claim.spec.volume_name} does not exist"
+        return volume.spec.node_affinity.required if volume.spec.node_affinity else None
+
+    def _hold(self, pod: Pod) -> None:
+        uid = pod.metadata.uid
+        node = pod.spec.node_name or self.planned.get(uid, "")
+        if not node or pod.terminal:
+            self._release(uid)
+            return
+        self.ledger.hold(
+            Holding(
+                uid=uid,
+                name=pod.metadata.name,
+                namespace=pod.metadata.namespace,
+                node=node,
+                shape=self.shape(pod),
+                labels=pod.metadata.labels,
+                leaving=pod.deleting,
+            )
+        )
+
+    def _release(self, uid: str) -> None:
+        holding = self.ledger.release(uid)
+        if holding is not None:
+            self._gain(holding.node)
+
+    def _gain(self, node: str) -> None:
+        self.gains.append(node)
+        if len(self.gains) > MAX_GAINS:
+            del self.gains[: MAX_GAINS // 2]
+            self.gained += MAX_GAINS // 2
+
+    @property
+    def gain(self) -> int:
+        """How often something has become better so far."""
+        return self.gained + len(self.gains)
+
+    def gained_since(self, gain: int) -> Iterable[str] | None:
+        """The nodes that have become better since; None if that is too long ago to tell."""
+        return None if gain < self.gained else self.gains[gain - self.gained :]

@@ -1,0 +1,433 @@
+"""The shell of gang scheduling: watches feed the cluster, the queue decides, plans are persisted and carried out.
+
+    watch -> Cluster -> Queue.cycle -> GangPlan (persisted) -> commit.advance -> bind, delete -> watch -> ...
+
+One task decides; writes run beside it, a pod or a plan never in two at once. Nothing that is held in memory is needed
+after a crash: plans, pods and groups are read anew, and open plans are carried on before anything new is decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Coroutine
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import structlog
+
+from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, Unreachable, pause
+from colocate.kube.lease import Election, LeadershipLost
+from colocate.kube.reflector import Reflector
+from colocate.objects import (
+    POD_GROUP_API,
+    GangPlan,
+    GangPlanSpec,
+    GangPlanStatus,
+    Node,
+    ObjectMeta,
+    PlannedMember,
+    Pod,
+    PodGroup,
+)
+from colocate.podgroup.binder import Binder, now_text
+from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.commit import Bind, advance
+from colocate.podgroup.gangs import gang_key, is_group, rejected
+from colocate.podgroup.queue import Queue, Settings, Start
+from colocate.podgroup.status import StatusWriter, empty_plan, may_be_told
+
+GATHER_SECONDS = 0.005
+"""Changes that come together are decided together."""
+WRITES_AT_ONCE = 64
+UNSEEN_SECONDS = 5.0
+"""A bind that succeeded and is not seen in the watch for so long is read back."""
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+CARRIED_ON = (*OPEN_PHASES, "Repairing", "RollingBack")
+log = structlog.get_logger()
+
+
+class Controller:
+    """One leader's time in office."""
+
+    def __init__(self, api: Api, settings: Settings, election: Election) -> None:
+        self._api, self.settings, self._election = api, settings, election
+        self.cluster, self.queue = Cluster(), Queue(settings)
+        self._binder = Binder(api, 0, election.holds)
+        self._status = StatusWriter(self.cluster, self.queue, self._save_waiting)
+        self._locks: dict[str, asyncio.Lock] = {}
+        """Of plans: one write at a time."""
+        self._wake = asyncio.Event()
+        self._dirty: set[str] = set()
+        self._busy: dict[str, float] = {}
+        """uids of pods and keys of plans that a write is under way for -> when it began."""
+        self._began: dict[str, float] = {}
+        """plan id -> monotonic time of its making, as far as this process can tell."""
+        self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
+        self._reflectors: list[Reflector[Any]] = []
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self, epoch: int) -> None:
+        """Lead until cancelled. Raises LeadershipLost."""
+        self._binder.epoch = epoch
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._watch()
+                await self._take_over()
+                self._status.conditions = await self._schema_has_conditions()
+                self._tasks.create_task(self._status.run(self._binder))
+                while True:
+                    await self._decide()
+        except* LeadershipLost as lost:
+            raise lost.exceptions[0] from None
+
+    async def _watch(self) -> None:
+        watched = (
+            (NODES, Node, self._on_node),
+            (POD_GROUPS, PodGroup, self._on_group),
+            (PLANS, GangPlan, self._on_plan),
+            (PODS, Pod, self._on_pod),
+        )
+        for path, kind, handler in watched:
+            reflector: Reflector[Any] = Reflector(self._api, path, kind, handler)
+            self._reflectors.append(reflector)
+            self._tasks.create_task(reflector.run())
+            await reflector.synced.wait()
+
+    async def _schema_has_conditions(self) -> bool:
+        """Whether the installed PodGroup has conditions in its status; upstream's has not, and is left as it is."""
+        try:
+            definition = msgspec.json.decode(
+                await self._api.request("GET", f"{DEFINITIONS}/podgroups.{POD_GROUP_API.split('/')[0]}")
+            )
+        except (ApiError, Unreachable) as error:
+            log.warning("podgroup_schema_unknown", error=str(error))
+            return False
+        version = POD_GROUP_API.split("/")[1]
+        for served in definition["spec"]["versions"]:
+            fields = served["schema"]["openAPIV3Schema"]["properties"].get("status", {}).get("properties", {})
+            if served["name"] == version:
+                return "conditions" in fields and "observedGeneration" in fields
+        return False
+
+    # what the watches tell
+
+    def _on_node(self, before: Node | None, now: Node | None) -> None:
+        if now is not None:
+            self.cluster.set_node(now)
+        elif before is not None:
+            self.cluster.remove_node(before.metadata.name)
+        node = now or before
+        assert node is not None
+        for key, plan in self.cluster.plans.items():
+            if plan.status.phase in CARRIED_ON and any(m.node == node.metadata.name for m in plan.spec.members):
+                self._dirty.add(key)
+        self._wake.set()
+
+    def _on_pod(self, before: Pod | None, now: Pod | None) -> None:
+        pod = now or before
+        assert pod is not None
+        uid, key = pod.metadata.uid, gang_key(pod)
+        known = self.cluster.pods.get(uid)
+        if now is not None and known is not None and _older(now.metadata, known.metadata):
+            return
+        holding = self.cluster.ledger.holdings.get(uid)
+        if known is not None and gang_key(known) != key:
+            self.cluster.remove_pod(uid)
+            self._dirty.add(gang_key(known))
+        if now is not None:
+            self.cluster.set_pod(now)
+        else:
+            self.cluster.remove_pod(uid)
+        if holding is not None and (
+            now is None or (now.terminal and now.status.phase == "Failed" and not rejected(now))
+        ):
+            self.queue.lost(self.cluster, holding, key, time.monotonic())
+        if now is None or now.spec.node_name:
+            self._busy.pop(uid, None)
+        self._dirty.add(key)
+        self._status.touch(key)
+        self._wake.set()
+
+    def _on_group(self, before: PodGroup | None, now: PodGroup | None) -> None:
+        group = now or before
+        assert group is not None
+        key = f"{group.metadata.namespace}/{group.metadata.name}"
+        if now is not None:
+            self.cluster.groups[key] = now
+        else:
+            self.cluster.groups.pop(key, None)
+        if (
+            before is None
+            or now is None
+            or before.spec != now.spec
+            or before.metadata.annotations != now.metadata.annotations
+        ):
+            self._dirty.add(key)
+            self._wake.set()
+        self._status.touch(key)
+
+    def _on_plan(self, before: GangPlan | None, now: GangPlan | None) -> None:
+        plan = now or before
+        assert plan is not None
+        key = f"{plan.metadata.namespace}/{plan.metadata.name}"
+        known = self.cluster.plans.get(key)
+        if now is None:
+            self.cluster.remove_plan(key)
+        elif known is None or _older(known.metadata, now.metadata):
+            self.cluster.set_plan(key, now)
+        self._dirty.add(key)
+        self._wake.set()
+
+    # taking over
+
+    async def _take_over(self) -> None:
+        """Fence off a predecessor that may still be writing: afterwards its binds fail on the pods' resourceVersion."""
+        if not self._election.predecessor:
+            return
+        pending = [
+            p
+            for p in self.cluster.pods.values()
+            if p.spec.scheduler_name in self.settings.schedulers and not p.spec.node_name and not p.terminal
+        ]
+        log.info("fencing", predecessor=self._election.predecessor, pods=len(pending))
+        stamped = await asyncio.gather(*(self._limited(self._binder.stamp(p)) for p in pending))
+        for pod in filter(None, stamped):
+            self._on_pod(self.cluster.pods.get(pod.metadata.uid), pod)
+
+    # deciding
+
+    async def _decide(self) -> None:
+        """One round: wait for a change, carry on what is open, decide what can start."""
+        timeout = self._next_look()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._wake.wait()
+        except TimeoutError:
+            self._dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
+        await asyncio.sleep(GATHER_SECONDS)
+        self._wake.clear()
+        dirty, self._dirty = self._dirty, set()
+        self._read_back_unseen()
+        for key in dirty:
+            self._carry_on(key)
+        decided = self.queue.cycle(self.cluster, dirty, time.monotonic())
+        for start in decided.starts:
+            self._begin(start)
+        for eviction in decided.evictions:
+            for victim in eviction.preemption.victims:
+                text = f"made room for {eviction.key}, which is more important"
+                self._spawn(victim.metadata.uid, self._delete(victim, "PreemptionByScheduler", text))
+        self._status.touch_waiting()
+
+    def _next_look(self) -> float:
+        now = time.monotonic()
+        due = [at + UNSEEN_SECONDS - now for at in self._busy.values()]
+        open_plans = [p for p in self.cluster.plans.values() if p.status.phase in CARRIED_ON]
+        due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
+        look = self.queue.next_look(now)
+        return min([*(max(d, 0.05) for d in due), *([look] if look is not None else []), 30.0])
+
+    def _elapsed(self, plan: GangPlan) -> float:
+        """Seconds since the plan was made; the wall clock is asked once, for plans of a former leader."""
+        now = time.monotonic()
+        if plan.spec.plan_id not in self._began:
+            age = 0.0
+            if plan.spec.created and plan.spec.epoch != self._binder.epoch:
+                age = time.time() - datetime.fromisoformat(plan.spec.created).timestamp()
+            self._began[plan.spec.plan_id] = now - min(max(age, 0.0), plan.spec.timeout_seconds)
+        return now - self._began[plan.spec.plan_id]
+
+    def _begin(self, start: Start) -> None:
+        """A gang can start: persist the plan, then bind. A pod that is alone needs no plan: one bind is atomic."""
+        if not is_group(start.key):
+            ((member, node),) = start.placed
+            self._spawn(member.uid, self._bind(self.cluster.pods[member.uid], node, ""))
+            return
+        group, before = self.cluster.groups[start.key], self.cluster.plans.get(start.key)
+        members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
+        if before is not None and before.status.phase == "Repairing":
+            members = [m for m in before.spec.members if m.uid in self.cluster.pods] + members
+        plan = before or empty_plan(group)
+        spec = GangPlanSpec(
+            pod_group=group.metadata.name,
+            pod_group_uid=group.metadata.uid,
+            plan_id=uuid.uuid4().hex[:12],
+            epoch=self._binder.epoch,
+            created=now_text(),
+            timeout_seconds=group.spec.schedule_timeout_seconds or self.settings.timeout_seconds,
+            min_member=self._quorum(start, group),
+            members=members,
+        )
+        message = start.note or f"binding {len(start.placed)} members"
+        status = msgspec.structs.replace(
+            plan.status, phase="Binding", reason="Binding", message=message, position=0, waiting_since=None
+        )
+        self._spawn(start.key, self._save(start.key, msgspec.structs.replace(plan, spec=spec, status=status)))
+
+    def _quorum(self, start: Start, group: PodGroup) -> int:
+        """What must be there in the end; less where members are made only after the others run."""
+        there = len(self.cluster.members.get(start.key, ()))
+        return min(group.spec.min_member, max(there, 1)) if start.note else group.spec.min_member
+
+    def _carry_on(self, key: str) -> None:
+        """The next steps of an open plan; an intent is persisted before it is acted on."""
+        plan = self.cluster.plans.get(key)
+        if plan is None or key in self._busy:
+            return
+        if plan.status.phase not in CARRIED_ON:
+            if key not in self.cluster.groups and not self.cluster.members.get(key):
+                self._spawn(key, self._forget(key, plan))
+            return
+        ledger, planned = self.cluster.ledger, {m.uid for m in plan.spec.members}
+        pods = {uid: p for uid in planned if (p := self.cluster.pods.get(uid)) is not None}
+        alive = {m.node: m.node in ledger.rows and bool(ledger.ready[ledger.rows[m.node]]) for m in plan.spec.members}
+        beside = sum(
+            p.metadata.uid not in planned
+            and (p.status.phase == "Succeeded" or bool(p.spec.node_name and not p.terminal))
+            for p in self.cluster.pods_of(key)
+        )
+        after = advance(plan, pods, alive, beside, self._elapsed(plan))
+        if after.plan is not plan:
+            if after.plan.status.phase == "Waiting":
+                self.queue.rest(key, time.monotonic())
+            self._spawn(key, self._save(key, after.plan))
+            return
+        for step in after.steps:
+            uid = step.pod.metadata.uid
+            if uid in self._busy:
+                continue
+            if isinstance(step, Bind):
+                self._spawn(uid, self._bind(step.pod, step.node, plan.spec.plan_id))
+            else:
+                self._spawn(uid, self._delete(step.pod, step.reason, plan.status.message))
+
+    def _read_back_unseen(self) -> None:
+        """A bind whose success the watch does not show is asked for."""
+        now = time.monotonic()
+        for uid, began in list(self._busy.items()):
+            pod = self.cluster.pods.get(uid)
+            if pod is not None and now - began >= UNSEEN_SECONDS and uid in self.cluster.planned:
+                self._busy[uid] = now
+                self._tasks.create_task(self._read(pod))
+
+    # writing
+
+    def _spawn(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        self._busy[what] = time.monotonic()
+        self._tasks.create_task(self._limited(work))
+
+    async def _limited(self, work: Coroutine[Any, Any, Any]) -> Any:
+        async with self._slots:
+            return await work
+
+    async def _bind(self, pod: Pod, node: str, plan_id: str) -> None:
+        uid, key = pod.metadata.uid, gang_key(pod)
+        for attempt in range(8):
+            try:
+                now = await self._binder.bind(pod, node, plan_id)
+            except (ApiError, Unreachable) as error:
+                log.warning("bind_failed", pod=pod.metadata.name, node=node, error=str(error))
+                await pause(error, attempt, random.random())
+                continue
+            if now is None or now.spec.node_name:
+                break
+            pod = now  # it has changed since it was decided on, but not in a way that matters: once more
+            if pod.deleting or pod.spec.scheduling_gates:
+                break
+        self._settle(uid, key, now if attempt < 7 else pod)
+
+    def _settle(self, uid: str, key: str, now: Pod | None) -> None:
+        """What a bind has come to; where it was bound, the watch is waited for."""
+        if now is not None and now.spec.node_name:
+            self._busy[uid] = time.monotonic()
+            return
+        self._busy.pop(uid, None)
+        if now is None:
+            self.cluster.remove_pod(uid)
+        elif not is_group(key):
+            self.cluster.withdraw(uid)
+        self._dirty.add(key)
+        self._wake.set()
+
+    async def _read(self, pod: Pod) -> None:
+        try:
+            now = await self._binder.read(pod)
+        except (ApiError, Unreachable) as error:
+            log.warning("read_failed", pod=pod.metadata.name, error=str(error))
+            return
+        self._on_pod(self.cluster.pods.get(pod.metadata.uid) or pod, now)
+
+    async def _delete(self, pod: Pod, reason: str, message: str) -> None:
+        try:
+            await self._binder.delete(pod, reason, message)
+        except (ApiError, Unreachable) as error:
+            log.warning("delete_failed", pod=pod.metadata.name, error=str(error))
+            await pause(error, 3, random.random())
+        self._done(pod.metadata.uid, gang_key(pod))
+
+    async def _save(self, key: str, plan: GangPlan) -> None:
+        async with self._lock(key):
+            known = self.cluster.plans.get(key)
+            if known is not None:
+                plan = msgspec.structs.replace(plan, metadata=known.metadata)
+            try:
+                self.cluster.set_plan(key, await self._binder.save(plan))
+            except (ApiError, Unreachable) as error:
+                log.warning("plan_not_saved", gang=key, error=str(error))
+                await pause(error, 2, random.random())
+                await self._reread_plan(key, plan)
+        self._done(key, key)
+        self._status.touch(key)
+
+    async def _save_waiting(self, key: str, status: GangPlanStatus) -> None:
+        """Say in a plan at rest why its gang waits; a gang that has begun to start meanwhile is not touched."""
+        async with self._lock(key):
+            group, plan = self.cluster.groups.get(key), self.cluster.plans.get(key)
+            if group is None or key in self._busy or key not in self.queue.waiting or not may_be_told(plan):
+                return
+            spec = GangPlanSpec(
+                pod_group=group.metadata.name, pod_group_uid=group.metadata.uid, epoch=self._binder.epoch
+            )
+            saved = await self._binder.save(
+                msgspec.structs.replace(plan or empty_plan(group), spec=spec, status=status)
+            )
+            self.cluster.set_plan(key, saved)
+
+    def _lock(self, key: str) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
+
+    async def _reread_plan(self, key: str, plan: GangPlan) -> None:
+        """Go on from the plan that is there; what the failed one promised is void unless it was saved after all."""
+        try:
+            self.cluster.set_plan(key, await self._binder.reload(plan))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self.cluster.remove_plan(key)
+        kept = self.cluster.plans.get(key)
+        if kept is None or kept.spec.plan_id != plan.spec.plan_id:
+            for member in plan.spec.members:
+                self.cluster.withdraw(member.uid)
+
+    async def _forget(self, key: str, plan: GangPlan) -> None:
+        try:
+            await self._binder.forget(plan)
+        except (ApiError, Unreachable) as error:
+            log.warning("plan_not_forgotten", gang=key, error=str(error))
+        self._busy.pop(key, None)
+        self._locks.pop(key, None)
+
+    def _done(self, what: str, key: str) -> None:
+        self._busy.pop(what, None)
+        self._dirty.add(key)
+        self._wake.set()
+
+
+def _older(one: ObjectMeta, other: ObjectMeta) -> bool:
+    """Whether one version of an object is older than another (resource versions are comparable: KEP-5504)."""
+    a, b = one.resource_version, other.resource_version
+    return a.isdigit() and b.isdigit() and int(a) < int(b)

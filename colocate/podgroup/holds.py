@@ -1,0 +1,75 @@
+"""Room that is kept for somebody: the place of a lost member, and the places that victims are leaving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.ledger import Holding
+from colocate.podgroup.place import Placed
+from colocate.podgroup.shape import Shape
+
+SLOT, NOMINATED = "slot:", "nominated:"
+
+
+class Hold(NamedTuple):
+    """One pod's room, kept in the ledger under a name of its own."""
+
+    key: str
+    uid: str
+    until: float
+    kind: str
+
+
+class Holds:
+    """All that is kept, for a time."""
+
+    def __init__(self) -> None:
+        self._holds: list[Hold] = []
+
+    def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float) -> None:
+        """The place of a member that was lost is kept for the one that replaces it."""
+        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT), lost)
+
+    def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float) -> None:
+        """The places that a gang has made victims leave are its own."""
+        self.drop(cluster, key, NOMINATED)
+        for member, node in placed:
+            holding = Holding(member.uid, member.name, member.namespace, node, member.shape, {})
+            self._keep(cluster, Hold(key, NOMINATED + member.uid, until, NOMINATED), holding)
+
+    def _keep(self, cluster: Cluster, hold: Hold, like: Holding) -> None:
+        room_only = Shape(requests=like.shape.requests)
+        cluster.ledger.hold(like._replace(uid=hold.uid, labels={}, shape=room_only, leaving=False))
+        self._holds.append(hold)
+
+    def drop(self, cluster: Cluster, key: str, kind: str, most: int | None = None) -> None:
+        """Give up a gang's holds of one kind, at most so many."""
+        mine = [h for h in self._holds if h.key == key and h.kind == kind][:most]
+        self._give_up(cluster, mine)
+
+    def expire(self, cluster: Cluster, now: float, whole: set[str]) -> None:
+        """Give up what is over, and the slots of gangs that need none any more."""
+        self._give_up(cluster, [h for h in self._holds if now >= h.until or (h.kind == SLOT and h.key in whole)])
+
+    def _give_up(self, cluster: Cluster, holds: list[Hold]) -> None:
+        for hold in holds:
+            cluster.release_hold(hold.uid)
+        self._holds = [h for h in self._holds if h not in holds]
+
+    def keys(self, kind: str) -> set[str]:
+        """The gangs that something of this kind is kept for."""
+        return {h.key for h in self._holds if h.kind == kind}
+
+    @property
+    def ends(self) -> list[float]:
+        """When each is over."""
+        return [h.until for h in self._holds]
+
+    @contextmanager
+    def usable_by(self, cluster: Cluster, key: str) -> Iterator[None]:
+        """What is kept for a gang is free to itself."""
+        with cluster.ledger.without([h.uid for h in self._holds if h.key == key]):
+            yield

@@ -1,0 +1,122 @@
+"""Who makes room for a more important gang: the fewest gangs broken, surplus members before any quorum, nobody in vain.
+
+Victims are only pods of lower priority that have an owner and whose PodDisruptionBudgets allow it; a gang is broken as
+a whole or not at all. Nothing is chosen unless the solver has placed the preemptor without the victims. Source: the
+order of reprieves is kube-scheduler's (DefaultPreemption), the two kinds of bundles are Volcano's (gangpreempt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from colocate.objects import Pod
+from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.gangs import gang_key, is_group
+from colocate.podgroup.place import Gang, Placed, place
+
+MAX_SINGLE_GANGS = 64
+
+
+class Bundle(NamedTuple):
+    """What one gang can give: members beyond its quorum one by one, and the rest together."""
+
+    key: str
+    priority: int
+    surplus: list[Pod]
+    whole: list[Pod]
+    """Empty where the gang may not be broken."""
+
+
+class Preemption(NamedTuple):
+    """The victims, and where the preemptor goes without them."""
+
+    victims: list[Pod]
+    placed: list[Placed]
+    broken: list[str]
+    """Gangs that lose their quorum."""
+
+
+def bundles(cluster: Cluster, priority: int, budgets: Mapping[str, int]) -> list[Bundle]:
+    """What may be taken for a gang of this priority, the least important and youngest first.
+
+    `budgets` says of a pod's uid how many more pods of its PodDisruptionBudget may be disrupted.
+    """
+    found = []
+    for key in sorted({gang_key(cluster.pods[u]) for u in cluster.ledger.holdings if u in cluster.pods}):
+        bound = [p for p in cluster.pods_of(key) if p.spec.node_name and not p.terminal and not p.deleting]
+        if not bound or max(p.spec.priority for p in bound) >= priority:
+            continue
+        bound.sort(key=lambda p: (p.spec.priority, _youth(p), p.metadata.name))
+        may = [p for p in bound if p.metadata.owner_references and budgets.get(p.metadata.uid, 1) > 0]
+        group = cluster.groups.get(key)
+        done = sum(p.status.phase == "Succeeded" for p in cluster.pods_of(key))
+        beyond = max(len(bound) + done - group.spec.min_member, 0) if group is not None else 0
+        surplus = may[:beyond]
+        rest = [p for p in bound if p not in surplus]
+        whole = rest if all(p in may for p in rest) else []
+        if surplus or whole:
+            found.append(Bundle(key, max(p.spec.priority for p in bound), surplus, whole))
+    return sorted(found, key=lambda b: (b.priority, _youth((b.whole or b.surplus)[0]), b.key))
+
+
+def _youth(pod: Pod) -> tuple[int, ...]:
+    """Younger pods first."""
+    return tuple(-ord(c) for c in pod.metadata.creation_timestamp or "")
+
+
+def preempt(cluster: Cluster, gang: Gang, priority: int, budgets: Mapping[str, int]) -> Preemption | None:
+    """Victims for a gang that does not fit; None if no permitted victims make room for its quorum.
+
+    For members beyond the quorum no other gang is broken: they take what is surplus elsewhere, or pods alone.
+    """
+    available = bundles(cluster, priority, budgets)
+    if gang.quorum < len(gang.members):
+        mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
+        found = _choose(cluster, gang._replace(quorum=len(gang.members)), mild)
+        if found is not None:
+            return found
+    return _choose(cluster, gang, available)
+
+
+def _choose(cluster: Cluster, gang: Gang, available: list[Bundle]) -> Preemption | None:
+    surplus = [p for b in available for p in b.surplus]
+    whole = [b for b in available if b.whole]
+    if not _fits(cluster, gang, [*surplus, *(p for b in whole for p in b.whole)]):
+        return None
+    if surplus and _fits(cluster, gang, surplus):
+        return _spare(cluster, gang, surplus, [])
+    for bundle in whole[:MAX_SINGLE_GANGS]:
+        if _fits(cluster, gang, [*surplus, *bundle.whole]):
+            return _spare(cluster, gang, surplus, [bundle])
+    taken: list[Bundle] = []
+    for bundle in whole:
+        taken.append(bundle)
+        if _fits(cluster, gang, [*surplus, *(p for b in taken for p in b.whole)]):
+            break
+    return _spare(cluster, gang, surplus, taken)
+
+
+def _spare(cluster: Cluster, gang: Gang, surplus: list[Pod], taken: list[Bundle]) -> Preemption | None:
+    """Give back what is not needed: the most important gangs first, then surplus members."""
+    for bundle in sorted(taken, key=lambda b: -b.priority):
+        rest = [b for b in taken if b is not bundle]
+        if _fits(cluster, gang, [*surplus, *(p for b in rest for p in b.whole)]):
+            taken = rest
+    broken = [p for b in taken for p in b.whole]
+    for pod in sorted(surplus, key=lambda p: -p.spec.priority):
+        rest_of_surplus = [p for p in surplus if p is not pod]
+        if _fits(cluster, gang, [*rest_of_surplus, *broken]):
+            surplus = rest_of_surplus
+    victims = [*surplus, *broken]
+    placed = _placed(cluster, gang, victims)
+    return Preemption(victims, placed, [b.key for b in taken]) if placed else None
+
+
+def _fits(cluster: Cluster, gang: Gang, victims: list[Pod]) -> bool:
+    return bool(_placed(cluster, gang, victims))
+
+
+def _placed(cluster: Cluster, gang: Gang, victims: list[Pod]) -> list[Placed] | None:
+    with cluster.ledger.without([p.metadata.uid for p in victims]):
+        return place(cluster.ledger, gang)

@@ -1,0 +1,254 @@
+"""What the solver needs to know of a pod, so that equal pods are decided once: its shape.
+
+Sources: KEP-753 (how sidecars and init containers add up), KEP-2837 (resources of the pod as a whole), KEP-688
+(overhead), KEP-1287 (in-place resize), the scheduler's NodePorts, NodeAffinity, TaintToleration, InterPodAffinity,
+PodTopologySpread and VolumeBinding plugins for what counts as a constraint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from colocate.objects import (
+    Container,
+    LabelRequirement,
+    LabelSelector,
+    NodeSelector,
+    Pod,
+    PodAffinityTerm,
+    Quantities,
+    Toleration,
+    TopologySpreadConstraint,
+)
+from colocate.units import parse_quantity
+
+ALWAYS = "Always"
+KNOWN_OPERATORS = frozenset({"In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"})
+VolumeTerms = Callable[[str, str], "NodeSelector | str | None"]
+"""(namespace, claim) -> where its volume can be reached from, None for everywhere, or why that is not known."""
+
+
+class HostPort(NamedTuple):
+    """A port of the node itself."""
+
+    protocol: str
+    ip: str
+    port: int
+
+    def conflicts(self, other: HostPort) -> bool:
+        """Whether both cannot be on one node: the wildcard address takes the port on all."""
+        same = self.protocol == other.protocol and self.port == other.port
+        return same and (self.ip == other.ip or "0.0.0.0" in (self.ip, other.ip))
+
+
+class Term(NamedTuple):
+    """A required (anti-)affinity term, with the namespaces it looks at; None for all of them."""
+
+    topology_key: str
+    selector: LabelSelector | None
+    namespaces: tuple[str, ...] | None
+
+    @property
+    def key(self) -> tuple[str, str, tuple[str, ...] | None]:
+        """What two equal terms have in common, hashable."""
+        return self.topology_key, selector_text(self.selector), self.namespaces
+
+    def selects(self, namespace: str, labels: Mapping[str, str]) -> bool:
+        """Whether a pod with these labels is one of those it looks at."""
+        return (self.namespaces is None or namespace in self.namespaces) and matches(self.selector, labels)
+
+
+class Shape(msgspec.Struct, frozen=True, weakref=True):
+    """Everything of a pod that decides where it can go, but its labels."""
+
+    requests: tuple[tuple[str, int], ...]
+    """(resource, amount), sorted; cpu in millicores, all others in units, rounded up; `pods` is 1."""
+    node_selector: dict[str, str] = {}
+    node_affinity: NodeSelector | None = None
+    volume_affinity: tuple[NodeSelector, ...] = ()
+    tolerations: tuple[Toleration, ...] = ()
+    host_ports: tuple[HostPort, ...] = ()
+    affinity: tuple[Term, ...] = ()
+    anti_affinity: tuple[Term, ...] = ()
+    spread: tuple[TopologySpreadConstraint, ...] = ()
+    unsupported: str = ""
+    """The constraint that we do not know: such a pod is never placed."""
+
+    @property
+    def selector_keys(self) -> frozenset[str]:
+        """Label keys that its own terms look at."""
+        selectors = [t.selector for t in (*self.affinity, *self.anti_affinity)] + [
+            s.label_selector for s in self.spread
+        ]
+        found = {key for s in self.spread for key in s.match_label_keys}
+        for selector in filter(None, selectors):
+            found |= selector_keys(selector)
+        return frozenset(found)
+
+
+def selector_text(selector: LabelSelector | None) -> str:
+    """A selector in one line, equal for equal ones."""
+    if selector is None:
+        return "-"
+    parts = [f"{k}={v}" for k, v in sorted(selector.match_labels.items())]
+    parts += sorted(f"{r.key} {r.operator} {sorted(r.values)}" for r in selector.match_expressions)
+    return ",".join(parts)
+
+
+def selector_keys(selector: LabelSelector) -> set[str]:
+    """The label keys that a selector looks at."""
+    return {*selector.match_labels, *(r.key for r in selector.match_expressions)}
+
+
+def matches(selector: LabelSelector | None, labels: Mapping[str, str]) -> bool:
+    """Whether a label selector selects these labels; None selects nothing, an empty one everything."""
+    if selector is None:
+        return False
+    if any(labels.get(key) != value for key, value in selector.match_labels.items()):
+        return False
+    return all(_requirement_holds(r, labels) for r in selector.match_expressions)
+
+
+def _requirement_holds(requirement: LabelRequirement, labels: Mapping[str, str]) -> bool:
+    value = labels.get(requirement.key)
+    if requirement.operator == "In":
+        return value in requirement.values
+    if requirement.operator == "NotIn":
+        return value not in requirement.values
+    return (value is not None) == (requirement.operator == "Exists")
+
+
+def _amount(resource: str, text: str | float) -> int:
+    value = parse_quantity(text)
+    return math.ceil(value * 1000) if resource == "cpu" else math.ceil(value)
+
+
+def _asked(container: Container) -> dict[str, int]:
+    return {
+        name: _amount(name, text)
+        for name, text in {**container.resources.limits, **container.resources.requests}.items()
+    }
+
+
+def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, amount in more.items():
+        total[name] = total.get(name, 0) + amount
+
+
+def amounts(quantities: Quantities) -> dict[str, int]:
+    """Resource -> whole units (millicores for cpu), rounded up. Raises ValueError."""
+    return {name: _amount(name, text) for name, text in quantities.items()}
+
+
+def requests_of(pod: Pod) -> dict[str, int]:
+    """What the scheduler accounts for a pod: resource -> units (millicores for cpu), with `pods: 1`.
+
+    The larger of all containers and sidecars together, and of each init container with the sidecars started before it;
+    the pod's own resources replace the sum for what they name; overhead is added. Raises ValueError.
+    """
+    running: dict[str, int] = {}
+    for container in pod.spec.containers:
+        _add(running, _asked(container))
+    sidecars: dict[str, int] = {}
+    starting: dict[str, int] = {}
+    for container in pod.spec.init_containers:
+        asked = _asked(container)
+        if container.restart_policy == ALWAYS:
+            _add(sidecars, asked)
+        else:
+            _add(asked, {name: sidecars[name] for name in sidecars})
+            starting = {name: max(asked.get(name, 0), starting.get(name, 0)) for name in {**asked, **starting}}
+    _add(running, sidecars)
+    total = {name: max(running.get(name, 0), starting.get(name, 0)) for name in {**running, **starting}}
+    whole = pod.spec.resources
+    total.update({name: _amount(name, text) for name, text in {**whole.limits, **whole.requests}.items()})
+    _add(total, amounts(pod.spec.overhead))
+    return {**{name: amount for name, amount in total.items() if amount}, "pods": 1}
+
+
+def _terms(terms: Iterable[PodAffinityTerm], namespace: str) -> tuple[Term, ...]:
+    found = []
+    for term in terms:
+        namespaces: tuple[str, ...] | None = tuple(sorted(term.namespaces))
+        if term.namespace_selector is not None:
+            namespaces = None
+        elif not namespaces:
+            namespaces = (namespace,)
+        found.append(Term(term.topology_key, term.label_selector, namespaces))
+    return tuple(found)
+
+
+def _unsupported(pod: Pod) -> str:
+    affinity = pod.spec.affinity
+    if pod.spec.resource_claims:
+        return "resourceClaims (dynamic resource allocation)"
+    if any(v.ephemeral is not None for v in pod.spec.volumes):
+        return "volumes[].ephemeral"
+    pod_terms = [
+        *(affinity.pod_affinity.required if affinity and affinity.pod_affinity else []),
+        *(affinity.pod_anti_affinity.required if affinity and affinity.pod_anti_affinity else []),
+    ]
+    for term in pod_terms:
+        selector = term.namespace_selector
+        if selector is not None and (selector.match_labels or selector.match_expressions):
+            return "podAffinityTerm.namespaceSelector"
+    required = affinity.node_affinity.required if affinity and affinity.node_affinity else None
+    for node_term in required.node_selector_terms if required else []:
+        for requirement in (*node_term.match_expressions, *node_term.match_fields):
+            if requirement.operator not in KNOWN_OPERATORS:
+                return f"nodeAffinity operator {requirement.operator}"
+        if any(field.key != "metadata.name" for field in node_term.match_fields):
+            return "nodeAffinity matchFields other than metadata.name"
+    for toleration in pod.spec.tolerations:
+        if toleration.operator not in ("", "Equal", "Exists"):
+            return f"toleration operator {toleration.operator}"
+    return ""
+
+
+def _hosts(pod: Pod) -> tuple[HostPort, ...]:
+    containers = [*pod.spec.containers, *(c for c in pod.spec.init_containers if c.restart_policy == ALWAYS)]
+    found = {
+        HostPort(port.protocol or "TCP", port.host_ip or "0.0.0.0", port.host_port)
+        for container in containers
+        for port in container.ports
+        if port.host_port
+    }
+    return tuple(sorted(found))
+
+
+def shape_of(pod: Pod, volume_terms: VolumeTerms = lambda _namespace, _claim: "no claims are known here") -> Shape:
+    """The shape of a pod. An impossible quantity makes it unsupported; it never raises."""
+    try:
+        requests = tuple(sorted(requests_of(pod).items()))
+        unsupported = _unsupported(pod)
+    except ValueError as error:
+        requests, unsupported = (("pods", 1),), str(error)
+    volumes = []
+    for volume in pod.spec.volumes:
+        if volume.persistent_volume_claim is not None:
+            claim = volume.persistent_volume_claim.claim_name
+            where = volume_terms(pod.metadata.namespace, claim)
+            if isinstance(where, str):
+                unsupported = unsupported or f"volume claim {claim}: {where}"
+            elif where is not None:
+                volumes.append(where)
+    affinity = pod.spec.affinity
+    node = affinity.node_affinity if affinity else None
+    beside = affinity.pod_affinity if affinity else None
+    apart = affinity.pod_anti_affinity if affinity else None
+    return Shape(
+        requests=requests,
+        node_selector=pod.spec.node_selector,
+        node_affinity=node.required if node else None,
+        volume_affinity=tuple(volumes),
+        tolerations=tuple(pod.spec.tolerations),
+        host_ports=_hosts(pod),
+        affinity=_terms(beside.required if beside else (), pod.metadata.namespace),
+        anti_affinity=_terms(apart.required if apart else (), pod.metadata.namespace),
+        spread=tuple(s for s in pod.spec.topology_spread_constraints if s.when_unsatisfiable == "DoNotSchedule"),
+        unsupported=unsupported,
+    )

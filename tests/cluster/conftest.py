@@ -1,0 +1,219 @@
+"""A real etcd and API server for the whole run; nodes played by KWOK; a controller for each test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from colocate.demo.controlplane import ControlPlane
+from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.kube.lease import Election
+from colocate.objects import GangPlan, Pod, PodGroup
+from colocate.podgroup.controller import Controller
+from colocate.podgroup.queue import Settings
+
+MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
+PATIENCE = 20.0
+QUIET = 0.4
+"""For so long nothing more may happen, before a test says that something did not."""
+
+
+@pytest.fixture(scope="session")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with ControlPlane(tmp_path_factory.mktemp("plane"), controllers=True) as running:
+        yield running
+
+
+class _Pods(msgspec.Struct):
+    items: list[Pod]
+
+
+class World:
+    """The cluster as a test uses it: small words for making objects and waiting for what becomes of them."""
+
+    def __init__(self, api: Api, namespace: str) -> None:
+        self.api, self.namespace, self.owner = api, namespace, ""
+
+    async def node(self, name: str, labels: dict[str, str] | None = None, **offered: str | int) -> None:
+        """A node that KWOK plays; it offers 110 pods and what is said."""
+        capacity = {"pods": "110", **{k.replace("__", "/").replace("_", "."): str(v) for k, v in offered.items()}}
+        labels = {"colocate.io/simulated": "true", "kubernetes.io/hostname": name, **(labels or {})}
+        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}}
+        await self.api.request("POST", NODES, {**body, "status": {"allocatable": capacity, "capacity": capacity}})
+
+    async def group(self, name: str, least: int, namespace: str = "", **spec: Any) -> None:
+        annotations = spec.pop("annotations", {})
+        meta = {"name": name, "annotations": annotations}
+        body = {"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": meta}
+        await self.api.request(
+            "POST", path_of(POD_GROUPS, namespace or self.namespace), {**body, "spec": {"minMember": least, **spec}}
+        )
+
+    async def pod(
+        self,
+        name: str,
+        group: str = "",
+        *,
+        namespace: str = "",
+        owned: bool = True,
+        labels: dict[str, str] | None = None,
+        annotations: dict[str, str] | None = None,
+        spec: dict[str, Any] | None = None,
+        **requests: str | int,
+    ) -> None:
+        """A pod of ours, with what it asks for."""
+        asked = {k.replace("__", "/").replace("_", "."): str(v) for k, v in requests.items()}
+        meta: dict[str, Any] = {"name": name, "labels": {**(labels or {})}, "annotations": annotations or {}}
+        if group:
+            meta["labels"]["scheduling.x-k8s.io/pod-group"] = group
+        if owned and not namespace:
+            meta["ownerReferences"] = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": self.owner}]
+        container = {
+            "name": "c",
+            "image": "i",
+            "resources": {"requests": asked, "limits": {k: v for k, v in asked.items() if "/" in k}},
+        }
+        whole = {
+            "schedulerName": "colocate",
+            "terminationGracePeriodSeconds": 0,
+            "containers": [container],
+            **(spec or {}),
+        }
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": whole}
+        await self.api.request("POST", path_of(PODS, namespace or self.namespace), body)
+
+    async def pods(self, namespace: str = "") -> dict[str, Pod]:
+        answer = await self.api.request("GET", path_of(PODS, namespace or self.namespace))
+        return {p.metadata.name: p for p in msgspec.json.decode(answer, type=_Pods).items}
+
+    async def bound(self, namespace: str = "") -> dict[str, str]:
+        """Pod -> node."""
+        return {n: p.spec.node_name for n, p in (await self.pods(namespace)).items() if p.spec.node_name}
+
+    async def status(self, name: str, namespace: str = "") -> PodGroup:
+        return await self.api.get(PodGroup, path_of(POD_GROUPS, namespace or self.namespace, name))
+
+    async def plan(self, name: str) -> GangPlan:
+        return await self.api.get(GangPlan, path_of(PLANS, self.namespace, name))
+
+    async def delete(self, collection: str, name: str, seconds: int | None = None) -> None:
+        namespace = "" if collection == NODES else self.namespace
+        body = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            **({} if seconds is None else {"gracePeriodSeconds": seconds}),
+        }
+        await self.api.request("DELETE", path_of(collection, namespace, name), body)
+
+    async def set_phase(self, name: str, phase: str) -> None:
+        await self.api.request(
+            "PATCH",
+            path_of(PODS, self.namespace, name, "status"),
+            {"status": {"phase": phase}},
+            content_type="application/merge-patch+json",
+        )
+
+    async def until(self, what: Callable[[], Any], why: str) -> Any:
+        """What `what` returns, once it is true."""
+        end, seen = time.monotonic() + PATIENCE, None
+        while time.monotonic() < end:
+            with contextlib.suppress(ApiError):
+                seen = await what()
+                if seen:
+                    return seen
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{why}: not within {PATIENCE:g} s; last seen {seen}; {await self.bound()}")
+
+    async def until_bound(self, *names: str) -> dict[str, str]:
+        """The bindings, once these pods are bound; nobody else may be, then or a moment later."""
+
+        async def all_of_them() -> bool:
+            return set(names) <= (await self.bound()).keys()
+
+        await self.until(all_of_them, f"{names} bound")
+        return await self.only_bound(*names)
+
+    async def only_bound(self, *names: str) -> dict[str, str]:
+        """After a quiet moment: exactly these are bound, and no node is overcommitted."""
+        await asyncio.sleep(QUIET)
+        bound = await self.bound()
+        assert set(bound) == set(names)
+        return bound
+
+    async def clear(self) -> None:
+        """Everything of the test goes."""
+        for path in (
+            path_of(PODS, self.namespace),
+            path_of(POD_GROUPS, self.namespace),
+            path_of(PLANS, self.namespace),
+            NODES,
+        ):
+            await self.api.request(
+                "DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": 0}
+            )
+
+        async def empty() -> bool:
+            return not await self.pods()
+
+        await self.until(empty, "the test's pods are gone")
+
+
+@pytest.fixture
+async def api(plane: ControlPlane) -> AsyncIterator[Api]:
+    async with Api.connect(str(plane.kubeconfig())) as connected:
+        for manifest in sorted((MANIFESTS / "crd").glob("*.yaml")):
+            with contextlib.suppress(ApiError):
+                await connected.request(
+                    "POST",
+                    "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+                    yaml.safe_load(manifest.read_text()),
+                )
+        yield connected
+
+
+@pytest.fixture
+async def world(api: Api) -> AsyncIterator[World]:
+    namespace = f"t-{uuid.uuid4().hex[:8]}"
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+    await api.request("POST", "/api/v1/namespaces", body)
+    made = World(api, namespace)
+
+    async def served() -> bool:
+        return bool([await api.request("GET", path) for path in (POD_GROUPS, PLANS)])
+
+    await made.until(served, "the CRDs are served")
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "owner"}}
+    answer = await api.request("POST", path_of("/api/v1/configmaps", namespace), owner)
+    made.owner = msgspec.json.decode(answer)["metadata"][
+        "uid"
+    ]  # a real one: pods of an owner that is not there are collected
+    try:
+        yield made
+    finally:
+        await made.clear()
+        await api.request("DELETE", f"/api/v1/namespaces/{namespace}")
+
+
+@contextlib.asynccontextmanager
+async def leader(world: World, settings: Settings | None = None) -> AsyncIterator[Controller]:
+    """A controller that leads, in this process."""
+    election = Election(world.api, world.namespace, "colocate", f"test-{uuid.uuid4().hex[:6]}", 2.0)
+    led = Controller(world.api, settings or Settings(), election)
+    task = asyncio.ensure_future(election.lead(led.run))
+    try:
+        yield led
+    finally:
+        failed = task.done()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert not failed, "the controller ended by itself"

@@ -1,0 +1,169 @@
+"""The commit state machine: each row of the failure table as one look at a plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from colocate.objects import (
+    ContainerStatus,
+    GangPlan,
+    GangPlanSpec,
+    GangPlanStatus,
+    ObjectMeta,
+    OwnerReference,
+    PlannedMember,
+    Pod,
+    PodSpec,
+    PodStatus,
+)
+from colocate.podgroup.commit import Bind, Delete, advance
+
+OWNER = [OwnerReference(kind="Job", name="j", uid="j")]
+
+
+def plan(phase="Binding", count=3, least=3, timeout=60):
+    members = [PlannedMember(name=f"p{i}", uid=f"u{i}", node=f"n{i}") for i in range(count)]
+    spec = GangPlanSpec(plan_id="x", timeout_seconds=timeout, min_member=least, members=members)
+    return GangPlan(metadata=ObjectMeta(name="g", namespace="ns"), spec=spec, status=GangPlanStatus(phase=phase))
+
+
+def pod(i, node="", phase="Pending", reason="", owned=True, deleting=False, taken=False):
+    statuses = [ContainerStatus(name="c")] if taken else []
+    return Pod(
+        metadata=ObjectMeta(
+            name=f"p{i}",
+            uid=f"u{i}",
+            owner_references=OWNER if owned else [],
+            deletion_timestamp="2026-01-01T00:00:00Z" if deleting else None,
+        ),
+        spec=PodSpec(node_name=node),
+        status=PodStatus(phase=phase, reason=reason, container_statuses=statuses),
+    )
+
+
+def waiting(i, **options):
+    return pod(i, **options)
+
+
+def bound(i, **options):
+    return pod(i, node=f"n{i}", **options)
+
+
+def running(i, **options):
+    return pod(i, node=f"n{i}", phase="Running", taken=True, **options)
+
+
+def refused(i, **options):
+    return pod(i, node=f"n{i}", phase="Failed", reason="OutOfcpu", **options)
+
+
+ALIVE = {f"n{i}": True for i in range(4)}
+BIND, DELETE = Bind, Delete
+ROWS = {
+    "what is unbound is bound": (plan(), [bound(0), waiting(1), waiting(2)], {}, "Binding", [(BIND, 1), (BIND, 2)]),
+    "all bound: the kubelets are waited for": (plan(), [bound(0), bound(1), bound(2)], {}, "Confirming", []),
+    "all taken: the gang runs": (plan("Confirming"), [running(0), running(1), running(2)], {}, "Running", []),
+    "a member that completed at once counts": (
+        plan("Confirming"),
+        [running(0), running(1), pod(2, node="n2", phase="Succeeded")],
+        {},
+        "Running",
+        [],
+    ),
+    "a kubelet that is slow is waited for": (
+        plan("Confirming"),
+        [running(0), running(1), bound(2)],
+        {},
+        "Confirming",
+        [],
+    ),
+    "a member went away before it was bound, and no quorum is left": (
+        plan(),
+        [bound(0), waiting(1)],
+        {},
+        "RollingBack",
+        [],
+    ),
+    "a surplus member went away: the rest is bound": (
+        plan(least=2),
+        [bound(0), waiting(1)],
+        {},
+        "Binding",
+        [(BIND, 1)],
+    ),
+    "a node went away between two binds": (
+        plan(),
+        [bound(0), waiting(1), waiting(2)],
+        {"n1": False},
+        "RollingBack",
+        [],
+    ),
+    "binding takes too long": (plan(timeout=0), [bound(0), waiting(1), waiting(2)], {}, "RollingBack", []),
+    "a kubelet refused: the replacement is awaited": (
+        plan("Confirming"),
+        [running(0), running(1), refused(2)],
+        {},
+        "Repairing",
+        [],
+    ),
+    "a refused surplus member is no harm": (
+        plan("Confirming", least=2),
+        [running(0), running(1), refused(2)],
+        {},
+        "Running",
+        [],
+    ),
+    "a node died before its kubelet answered: the pod is deleted at once": (
+        plan("Repairing"),
+        [running(0), running(1), bound(2)],
+        {"n2": False},
+        "Repairing",
+        [(DELETE, 2)],
+    ),
+    "no replacement in time: all is taken back": (
+        plan("Repairing", timeout=0),
+        [running(0), running(1), refused(2)],
+        {},
+        "RollingBack",
+        [],
+    ),
+    "taking back deletes the unstarted first": (
+        plan("RollingBack"),
+        [running(0), bound(1)],
+        {},
+        "RollingBack",
+        [(DELETE, 1), (DELETE, 0)],
+    ),
+    "what is being deleted is not deleted again": (
+        plan("RollingBack"),
+        [running(0, deleting=True)],
+        {},
+        "RollingBack",
+        [],
+    ),
+    "all gone: the gang waits again": (plan("RollingBack"), [], {}, "Waiting", []),
+    "a pod without an owner is never deleted": (plan("RollingBack"), [running(0, owned=False)], {}, "Waiting", []),
+    "a plan at rest asks for nothing": (plan("Running"), [running(0)], {}, "Running", []),
+}
+
+
+@pytest.mark.parametrize(("before", "pods", "nodes", "phase", "steps"), ROWS.values(), ids=ROWS.keys())
+def test_one_look(before, pods, nodes, phase, steps):
+    after = advance(before, {p.metadata.uid: p for p in pods}, {**ALIVE, **nodes}, 0, elapsed_seconds=1.0)
+    assert after.plan.status.phase == phase
+    if after.plan is before:
+        assert [(type(s), int(s.pod.metadata.name[1:])) for s in after.steps] == steps
+    else:
+        assert steps == []
+
+
+def test_members_outside_the_plan_count_for_the_quorum():
+    before = plan(count=1, least=3)
+    after = advance(before, {"u0": waiting(0)}, ALIVE, 2, 1.0)
+    assert [type(s) for s in after.steps] == [Bind]
+
+
+def test_what_is_left_of_a_gang_that_was_taken_back_is_named():
+    after = advance(plan("RollingBack"), {"u0": running(0, owned=False)}, ALIVE, 0, 1.0)
+    assert "but for p0: a pod without an owner is never deleted" in after.plan.status.message
+    assert after.plan.spec.members == []

@@ -1,0 +1,358 @@
+"""The solver: cases of one screen each, and properties against a search of all assignments."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colocate.objects import (
+    Affinity,
+    Container,
+    ContainerPort,
+    LabelSelector,
+    Node,
+    NodeSpec,
+    NodeStatus,
+    ObjectMeta,
+    Pod,
+    PodAffinity,
+    PodAffinityTerm,
+    PodSpec,
+    Quantities,
+    Resources,
+    Taint,
+    Toleration,
+    TopologySpreadConstraint,
+)
+from colocate.podgroup.explain import shortage
+from colocate.podgroup.ledger import Holding, Ledger
+from colocate.podgroup.place import Gang, Member, place
+from colocate.podgroup.shape import requests_of, shape_of
+
+HOST, RACK, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/rack", "topology.kubernetes.io/zone"
+GPU = "nvidia.com/gpu"
+
+
+def node(name, labels=None, taints=(), unschedulable=False, **offered):
+    capacity: Quantities = {
+        "pods": "110",
+        "cpu": "64",
+        "memory": "256Gi",
+        **{GPU if k == "gpu" else k: str(v) for k, v in offered.items()},
+    }
+    return Node(
+        metadata=ObjectMeta(name=name, labels={HOST: name, **(labels or {})}),
+        spec=NodeSpec(taints=list(taints), unschedulable=unschedulable),
+        status=NodeStatus(allocatable=capacity),
+    )
+
+
+def pod(name, labels=None, spec=None, ports=(), **requests):
+    asked: Quantities = {GPU if k == "gpu" else k: str(v) for k, v in requests.items()}
+    container = Container(resources=Resources(requests=asked), ports=[ContainerPort(host_port=p) for p in ports])
+    return Pod(
+        metadata=ObjectMeta(name=name, namespace="ns", uid=name, labels=labels or {}),
+        spec=PodSpec(containers=[container], **(spec or {})),
+    )
+
+
+def member(one):
+    return Member(one.metadata.uid, one.metadata.name, "ns", shape_of(one), one.metadata.labels)
+
+
+def gang(*pods, quorum=None, **options):
+    return Gang(tuple(member(p) for p in pods), len(pods) if quorum is None else quorum, **options)
+
+
+def ledger(*nodes, held=()):
+    made = Ledger()
+    for one in nodes:
+        made.set_node(one)
+    for i, (where, one) in enumerate(held):
+        made.hold(Holding(f"held-{i}", f"held-{i}", "ns", where, shape_of(one), one.metadata.labels))
+    return made
+
+
+def where(made, asked):
+    placed = place(made, asked)
+    return None if placed is None else sorted(node for _, node in placed)
+
+
+def times(count, **requests):
+    return [pod(f"m-{i}", **requests) for i in range(count)]
+
+
+CASES = {
+    "A1 two members of two GPUs do not fit on one node of two": (
+        ledger(node("a", gpu=2)),
+        gang(*times(2, gpu=2)),
+        None,
+    ),
+    "A2 one member on each of two nodes of one GPU": (
+        ledger(node("a", gpu=1), node("b", gpu=1)),
+        gang(*times(2, gpu=1)),
+        ["a", "b"],
+    ),
+    "K1 eight nodes with one free GPU each do not take a pod of eight": (
+        ledger(*(node(f"n{i}", gpu=8) for i in range(8)), held=[(f"n{i}", pod("u", gpu=7)) for i in range(8)]),
+        gang(pod("p", gpu=8)),
+        None,
+    ),
+    "K6 room for one of two roles is room for neither": (
+        ledger(*(node(f"n{i}", gpu=1) for i in range(7)), node("big", gpu=8)),
+        gang(pod("a", gpu=8), pod("b", gpu=7)),
+        None,
+    ),
+    "K7 two roles on two nodes": (
+        ledger(node("small", gpu=1), node("big", gpu=8)),
+        gang(pod("a", gpu=8), pod("b", gpu=1)),
+        ["big", "small"],
+    ),
+    "a small pod takes the fragment, not the whole node": (
+        ledger(node("whole", gpu=8), node("rest", gpu=8), held=[("rest", pod("u", gpu=7))]),
+        gang(pod("p", gpu=1)),
+        ["rest"],
+    ),
+    "pods without GPUs stay off nodes that have some free": (
+        ledger(node("a-gpu", gpu=8), node("plain")),
+        gang(pod("p", cpu=1)),
+        ["plain"],
+    ),
+    "a gang goes to as few hosts as it can": (
+        ledger(node("a", gpu=4), node("b", gpu=4), node("c", gpu=8)),
+        gang(*times(2, gpu=4), preferred_topology=(HOST,)),
+        ["c", "c"],
+    ),
+    "V11 required topology: both in one rack": (
+        ledger(
+            *(node(f"n{i}", {RACK: f"r{i // 2}"}, cpu=8) for i in range(4)),
+            held=[("n0", pod("u", cpu=8)), ("n2", pod("u", cpu=6))],
+        ),
+        gang(*times(3, cpu=5), required_topology=RACK),
+        None,
+    ),
+    "A10 a required rack is never split": (
+        ledger(
+            *(node(f"n{i}", {RACK: f"r{i // 2}"}, cpu=8) for i in range(4)),
+            held=[("n1", pod("u", cpu=8)), ("n2", pod("u", cpu=8))],
+        ),
+        gang(*times(2, cpu=8), required_topology=RACK),
+        None,
+    ),
+    "a member that is bound fixes the required rack": (
+        ledger(*(node(f"n{i}", {RACK: f"r{i // 2}"}, cpu=8) for i in range(4))),
+        gang(*times(1, cpu=8), required_topology=RACK, fixed=("n3",)),
+        ["n2"],
+    ),
+    "the quorum first, the surplus as far as it goes": (
+        ledger(node("a", cpu=3)),
+        gang(*times(5, cpu=1), quorum=2),
+        ["a"] * 3,
+    ),
+    "a quorum that does not fit is none at all": (ledger(node("a", cpu=3)), gang(*times(5, cpu=1), quorum=4), None),
+    "a taint that is not tolerated repels": (
+        ledger(node("a", taints=[Taint(key="k", effect="NoSchedule")])),
+        gang(pod("p", cpu=1)),
+        None,
+    ),
+    "a preference does not repel": (
+        ledger(node("a", taints=[Taint(key="k", effect="PreferNoSchedule")])),
+        gang(pod("p", cpu=1)),
+        ["a"],
+    ),
+    "a tolerated taint does not": (
+        ledger(node("a", taints=[Taint(key="k", effect="NoSchedule", value="v")])),
+        gang(pod("p", spec={"tolerations": [Toleration(key="k", operator="Exists")]}, cpu=1)),
+        ["a"],
+    ),
+    "a cordoned node takes nobody": (ledger(node("a", unschedulable=True)), gang(pod("p", cpu=1)), None),
+    "a node selector": (
+        ledger(node("a"), node("b", {"disk": "ssd"})),
+        gang(pod("p", spec={"node_selector": {"disk": "ssd"}}, cpu=1)),
+        ["b"],
+    ),
+    "one host port is one pod a node": (
+        ledger(node("a"), node("b")),
+        gang(*(pod(f"p{i}", ports=[80], cpu=1) for i in range(2))),
+        ["a", "b"],
+    ),
+    "a third finds none": (
+        ledger(node("a"), node("b")),
+        gang(*(pod(f"p{i}", ports=[80], cpu=1) for i in range(3))),
+        None,
+    ),
+    "a resource that no node has": (ledger(node("a")), gang(pod("p", gpu=1)), None),
+    "minResources beyond the members must be free too": (
+        ledger(node("a", cpu=4)),
+        gang(pod("p", cpu=1), reserve={"cpu": 3000}),
+        ["a"],
+    ),
+    "and if they are not, nobody starts": (
+        ledger(node("a", cpu=4)),
+        gang(pod("p", cpu=1), reserve={"cpu": 3001}),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "asked", "expected"), CASES.values(), ids=CASES.keys())
+def test_where_a_gang_goes(made, asked, expected):
+    assert where(made, asked) == expected
+
+
+APP = LabelSelector(match_labels={"app": "x"})
+
+
+def apart(key, **requests):
+    terms = PodAffinity(required=[PodAffinityTerm(topology_key=key, label_selector=APP)])
+    return {"labels": {"app": "x"}, "spec": {"affinity": Affinity(pod_anti_affinity=terms)}, **requests}
+
+
+def together(key, **requests):
+    terms = PodAffinity(required=[PodAffinityTerm(topology_key=key, label_selector=APP)])
+    return {"labels": {"app": "x"}, "spec": {"affinity": Affinity(pod_affinity=terms)}, **requests}
+
+
+def spread(key, skew=1, **requests):
+    constraint = TopologySpreadConstraint(
+        max_skew=skew, topology_key=key, when_unsatisfiable="DoNotSchedule", label_selector=APP
+    )
+    return {"labels": {"app": "x"}, "spec": {"topology_spread_constraints": [constraint]}, **requests}
+
+
+ZONES = [node(f"n{i}", {ZONE: f"z{i // 2}"}, cpu=4) for i in range(4)]
+BETWEEN = {
+    "one a node": (ZONES, times(4, **apart(HOST, cpu=1)), ["n0", "n1", "n2", "n3"]),
+    "no fifth": (ZONES, times(5, **apart(HOST, cpu=1)), None),
+    "one a zone": (ZONES, times(2, **apart(ZONE, cpu=1)), ["n0", "n2"]),
+    "no third": (ZONES, times(3, **apart(ZONE, cpu=1)), None),
+    "all in the zone that the first one founds": (ZONES, times(8, **together(ZONE, cpu=1)), ["n0"] * 4 + ["n1"] * 4),
+    "not more than that zone takes": (ZONES, times(9, **together(ZONE, cpu=1)), None),
+    "spread evenly over zones": (ZONES, times(4, **spread(ZONE, cpu=1)), ["n0", "n0", "n2", "n2"]),
+    "skew keeps the last one out": (ZONES[:3], times(10, **spread(ZONE, cpu=1)), None),
+}
+
+
+@pytest.mark.parametrize(("nodes", "pods", "expected"), BETWEEN.values(), ids=BETWEEN.keys())
+def test_constraints_between_pods(nodes, pods, expected):
+    assert where(ledger(*nodes), gang(*pods)) == expected
+
+
+def test_a_pod_that_is_there_keeps_others_out_of_its_zone():
+    made = ledger(*ZONES, held=[("n0", pod("there", **apart(ZONE)))])
+    assert where(made, gang(pod("p", labels={"app": "x"}, cpu=1))) == ["n2"]
+
+
+def test_a_shortage_is_told_in_numbers():
+    made = ledger(*(node(f"n{i}", gpu=8) for i in range(6)), held=[("n0", pod("u", gpu=5))])
+    why = shortage(made, gang(*times(8, gpu=8)))
+    assert why.text == "5 of 8 members fit; blocked by nvidia.com/gpu; largest free block 5x8"
+
+
+REQUESTS = {
+    "containers add up": ({"containers": [("1", ""), ("2", "")]}, 3000),
+    "the largest init container counts if it is more": (
+        {"containers": [("1", "")], "init_containers": [("3", ""), ("2", "")]},
+        3000,
+    ),
+    "a sidecar runs beside the containers": ({"containers": [("1", "")], "init_containers": [("2", "Always")]}, 3000),
+    "and beside the init containers after it": (
+        {"containers": [("1", "")], "init_containers": [("2", "Always"), ("2", "")]},
+        4000,
+    ),
+    "not beside those before it": ({"containers": [("1", "")], "init_containers": [("3", ""), ("2", "Always")]}, 3000),
+}
+
+
+@pytest.mark.parametrize(("lists", "cpu"), REQUESTS.values(), ids=REQUESTS.keys())
+def test_what_a_pod_asks_for(lists, cpu):
+    made: dict[str, Any] = {
+        field: [
+            Container(resources=Resources(requests={"cpu": amount}), restart_policy=policy) for amount, policy in items
+        ]
+        for field, items in lists.items()
+    }
+    one = Pod(metadata=ObjectMeta(name="p"), spec=PodSpec(**made))
+    assert requests_of(one)["cpu"] == cpu
+
+
+def test_overhead_limits_and_whole_pod_resources():
+    whole = PodSpec(
+        containers=[Container(resources=Resources(limits={"memory": "1Gi", "cpu": "100m"}))],
+        resources=Resources(requests={"cpu": "2"}),
+        overhead={"memory": "10Mi", "cpu": "250m"},
+    )
+    assert requests_of(Pod(metadata=ObjectMeta(name="p"), spec=whole)) == {
+        "cpu": 2250,
+        "memory": (1 << 30) + (10 << 20),
+        "pods": 1,
+    }
+
+
+def test_an_unknown_constraint_is_no_guess():
+    one = pod("p", spec={"tolerations": [Toleration(key="k", operator="Gt")]}, cpu=1)
+    assert shape_of(one).unsupported == "toleration operator Gt"
+    assert where(ledger(node("a")), gang(one)) is None
+
+
+sizes = st.lists(st.integers(0, 4), min_size=1, max_size=4)
+
+
+@given(free=sizes, asked=st.integers(1, 3), count=st.integers(1, 6), quorum=st.integers(0, 6))
+def test_a_homogeneous_gang_is_placed_exactly_when_it_can_be(free, asked, count, quorum):
+    made = ledger(*(node(f"n{i}", cpu=c) for i, c in enumerate(free)))
+    quorum = min(quorum, count)
+    placed = place(made, gang(*times(count, cpu=asked), quorum=quorum))
+    room = sum(c // asked for c in free)
+    assert (placed is not None) == (room >= quorum)
+    if placed is not None:
+        assert len(placed) == min(count, room)
+        check_sound(made, placed)
+
+
+def check_sound(made, placed):
+    used: dict[tuple[str, str], int] = {}
+    for one, name in placed:
+        for resource, amount in one.shape.requests:
+            used[name, resource] = used.get((name, resource), 0) + amount
+    for (name, resource), amount in used.items():
+        assert amount <= made.free[made.rows[name], made.columns[resource]]
+
+
+@given(free=sizes, asks=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_roles_are_placed_when_a_search_of_all_assignments_finds_a_place(free, asks):
+    made = ledger(*(node(f"n{i}", cpu=c) for i, c in enumerate(free)))
+    placed = place(made, gang(*(pod(f"m{i}", cpu=a) for i, a in enumerate(asks))))
+    possible = any(
+        all(sum(a for a, n in zip(asks, nodes, strict=True) if n == i) <= c for i, c in enumerate(free))
+        for nodes in product(range(len(free)), repeat=len(asks))
+    )
+    if placed is not None:
+        check_sound(made, placed)
+    assert (placed is not None) == possible
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3), st.booleans()), max_size=30))
+def test_a_ledger_kept_up_to_date_equals_one_made_anew(changes):
+    kept, there = Ledger(), {}
+    for i, (name, cpu, add) in enumerate(changes):
+        if add:
+            kept.set_node(node(name, cpu=8))
+            there[f"u{i}"] = Holding(f"u{i}", "p", "ns", name, shape_of(pod("p", cpu=cpu)), {})
+            kept.hold(there[f"u{i}"])
+        elif there:
+            kept.release(there.pop(min(there)).uid)
+        if cpu == 3 and not add:
+            kept.remove_node(name)
+    anew = Ledger()
+    for one in kept.nodes():
+        anew.set_node(one)
+    for holding in there.values():
+        anew.hold(holding)
+    assert kept.names == anew.names
+    assert (kept.used == anew.used).all()
+    assert (kept.allocatable == anew.allocatable).all()

@@ -1,0 +1,165 @@
+"""Writes manifests/crd/*.yaml from the structs of `colocate.objects`: `python -m tools.crds`.
+
+The PodGroup is upstream's (scheduling.x-k8s.io/v1alpha1, kubernetes-sigs/scheduler-plugins) with conditions and
+observedGeneration added to its status; it is only for clusters that have no PodGroup yet.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from colocate import objects
+from colocate.objects import GangPlanSpec, GangPlanStatus, PodGroupSpec, PodGroupStatus
+
+TARGET = Path(__file__).resolve().parent.parent / "manifests" / "crd"
+TIMES = frozenset({"schedule_start_time", "last_transition_time", "created", "waiting_since"})
+
+
+def _meanings() -> dict[tuple[str, str], str]:
+    found = {}
+    for node in ast.parse(inspect.getsource(objects)).body:
+        for field, text in zip(node.body, node.body[1:], strict=False) if isinstance(node, ast.ClassDef) else ():
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                assert isinstance(node, ast.ClassDef)
+                assert isinstance(field.target, ast.Name)
+                found[node.name, field.target.id] = " ".join(str(text.value.value).split())
+    return found
+
+
+MEANINGS = _meanings()
+
+
+def _schema(kind: Any, name: str = "") -> dict[str, Any]:
+    """The structural schema of a type."""
+    info = msgspec.inspect
+    if isinstance(kind, info.UnionType):
+        kinds = [k for k in kind.types if not isinstance(k, info.NoneType)]
+        if len(kinds) > 1:
+            pattern = r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?[0-9]+))?$"
+            forms = [{"type": "integer"}, {"type": "string"}]
+            return {"anyOf": forms, "x-kubernetes-int-or-string": True, "pattern": pattern}
+        return _schema(kinds[0], name)
+    if isinstance(kind, info.StructType):
+        return _struct(kind.cls)
+    if isinstance(kind, info.ListType):
+        found = {"type": "array", "items": _schema(kind.item_type)}
+        return {**found, "x-kubernetes-list-type": "atomic"}
+    if isinstance(kind, info.TupleType):
+        size = len(kind.item_types)
+        return {"type": "array", "items": _schema(kind.item_types[0]), "minItems": size, "maxItems": size}
+    if isinstance(kind, info.DictType):
+        return {"type": "object", "additionalProperties": _schema(kind.value_type)}
+    if isinstance(kind, info.LiteralType):
+        return {"type": "string", "enum": sorted(kind.values)}
+    if name in TIMES:
+        return {"type": "string", "format": "date-time"}
+    if isinstance(kind, info.IntType):
+        return {"type": "integer", "format": "int32"}
+    return {"type": {"StrType": "string", "FloatType": "number", "BoolType": "boolean"}[type(kind).__name__]}
+
+
+def _struct(cls: Any) -> dict[str, Any]:
+    properties = {}
+    for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
+        meaning = MEANINGS.get((cls.__name__, field.name))
+        properties[field.encode_name] = {
+            **({"description": meaning} if meaning else {}),
+            **_schema(field.type, field.name),
+        }
+    return {"type": "object", "description": " ".join((cls.__doc__ or "").split()), "properties": properties}
+
+
+def _definition(
+    group: str, version: str, kind: str, short: list[str], spec: Any, status: Any, columns: list[tuple[str, str, str]]
+) -> dict[str, Any]:
+    plural = kind.lower() + "s"
+    schema = {
+        "type": "object",
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": _struct(spec),
+            "status": _struct(status),
+        },
+    }
+    shown = [{"name": name, "type": form, "jsonPath": path} for name, form, path in columns]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "names": {
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": short,
+            },
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": version,
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": schema},
+                    "additionalPrinterColumns": shown,
+                }
+            ],
+        },
+    }
+
+
+def generate() -> dict[str, str]:
+    """File name -> content."""
+    group = _definition(
+        "scheduling.x-k8s.io",
+        "v1alpha1",
+        "PodGroup",
+        ["pg", "pgs"],
+        PodGroupSpec,
+        PodGroupStatus,
+        [
+            ("Phase", "string", ".status.phase"),
+            ("MinMember", "integer", ".spec.minMember"),
+            ("Running", "integer", ".status.running"),
+            ("Succeeded", "integer", ".status.succeeded"),
+            ("Failed", "integer", ".status.failed"),
+            ("Age", "date", ".metadata.creationTimestamp"),
+        ],
+    )
+    upstream = "https://github.com/kubernetes-sigs/scheduler-plugins/pull/50"
+    group["metadata"]["annotations"] = {"api-approved.kubernetes.io": upstream}
+    version = group["spec"]["versions"][0]
+    version["subresources"] = {"status": {}}
+    version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["minMember"]["minimum"] = 1
+    plan = _definition(
+        "colocate.io",
+        "v1alpha1",
+        "GangPlan",
+        ["gp"],
+        GangPlanSpec,
+        GangPlanStatus,
+        [
+            ("Phase", "string", ".status.phase"),
+            ("Reason", "string", ".status.reason"),
+            ("Position", "integer", ".status.position"),
+            ("Message", "string", ".status.message"),
+            ("Age", "date", ".metadata.creationTimestamp"),
+        ],
+    )
+    head = "# Generated from colocate/objects.py by `python -m tools.crds`.\n"
+    dump = {"podgroups.yaml": group, "gangplans.yaml": plan}
+    return {name: head + yaml.safe_dump(what, sort_keys=False, width=120) for name, what in dump.items()}
+
+
+if __name__ == "__main__":
+    for file, content in generate().items():
+        (TARGET / file).write_text(content)
