@@ -377,6 +377,26 @@ class Lease(Lean, frozen=True):
     spec: LeaseSpec = LeaseSpec()
 
 
+class DisruptionBudgetSpec(Lean, frozen=True):
+    """Which pods it protects; None: none."""
+
+    selector: LabelSelector | None = None
+
+
+class DisruptionBudgetStatus(Lean, frozen=True):
+    """How many of them may be disrupted now."""
+
+    disruptions_allowed: int = 0
+
+
+class DisruptionBudget(Lean, frozen=True):
+    """policy/v1 PodDisruptionBudget."""
+
+    metadata: ObjectMeta
+    spec: DisruptionBudgetSpec = DisruptionBudgetSpec()
+    status: DisruptionBudgetStatus = DisruptionBudgetStatus()
+
+
 class ClaimSpec(Lean, frozen=True):
     """The volume a claim is bound to; empty while it is not."""
 

@@ -21,7 +21,7 @@ from colocate.kube.client import LEASES, PLANS, Api, path_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import GangPlan, Lease
 from colocate.podgroup.controller import Controller
-from colocate.podgroup.queue import Settings
+from colocate.podgroup.entries import Settings
 from colocate.units import format_duration
 
 UPSTREAM = "scheduler-plugins-scheduler"

@@ -8,15 +8,17 @@ are bound, so nothing is promised twice.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from colocate.objects import Claim, GangPlan, Node, NodeSelector, PersistentVolume, Pod, PodGroup
+from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, NodeSelector, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.gangs import gang_key
 from colocate.podgroup.ledger import Holding, Ledger
 from colocate.podgroup.shape import Shape, shape_of
 
+T = TypeVar("T")
 OPEN_PHASES = ("Binding", "Confirming")
 MAX_GAINS = 4096
 
@@ -31,6 +33,7 @@ class Cluster:
         self.plans: dict[str, GangPlan] = {}
         self.claims: dict[str, Claim] = {}
         self.volumes: dict[str, PersistentVolume] = {}
+        self.budgets: dict[str, DisruptionBudget] = {}
         self.members: dict[str, set[str]] = {}
         """Gang -> uids of its pods."""
         self.planned: dict[str, str] = {}
@@ -38,6 +41,7 @@ class Cluster:
         self.gains: list[str] = []
         """Nodes that have gained room or have changed, one after the other; `gained` counts those that were cut off."""
         self.gained = 0
+        self._volumes_version = 0
         self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
 
@@ -49,6 +53,20 @@ class Cluster:
     def remove_node(self, name: str) -> None:
         """A node that is gone."""
         self.ledger.remove_node(name)
+
+    def set_claim(self, key: str, claim: Claim | None) -> None:
+        """A claim as it is now, or that it is gone."""
+        _put(self.claims, key, claim)
+        self._volumes_version += 1
+
+    def set_volume(self, name: str, volume: PersistentVolume | None) -> None:
+        """A volume as it is now, or that it is gone."""
+        _put(self.volumes, name, volume)
+        self._volumes_version += 1
+
+    def waiting_for_volumes(self) -> set[str]:
+        """The gangs with unbound pods that use claims."""
+        return {gang_key(p) for p in self.pods.values() if p.spec.volumes and not p.spec.node_name and not p.terminal}
 
     def set_pod(self, pod: Pod) -> None:
         """A pod as it is now."""
@@ -107,7 +125,7 @@ class Cluster:
 
     def shape(self, pod: Pod) -> Shape:
         """A pod's shape; equal ones are one object while the pod's specification is the same."""
-        uid, seen = pod.metadata.uid, (pod.spec, len(self.claims), len(self.volumes))
+        uid, seen = pod.metadata.uid, (pod.spec, self._volumes_version if pod.spec.volumes else 0)
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
             shape = shape_of(pod, self._where)
@@ -162,3 +180,10 @@ class Cluster:
     def gained_since(self, gain: int) -> Iterable[str] | None:
         """The nodes that have become better since; None if that is too long ago to tell."""
         return None if gain < self.gained else self.gains[gain - self.gained :]
+
+
+def _put(into: dict[str, T], key: str, value: T | None) -> None:
+    if value is None:
+        into.pop(key, None)
+    else:
+        into[key] = value

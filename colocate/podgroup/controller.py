@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, Unreachable, pause
+from colocate.kube.client import Api, ApiError, Unreachable, pause
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import (
@@ -27,17 +27,17 @@ from colocate.objects import (
     GangPlan,
     GangPlanSpec,
     GangPlanStatus,
-    Node,
-    ObjectMeta,
     PlannedMember,
     Pod,
     PodGroup,
 )
 from colocate.podgroup.binder import Binder, now_text
-from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.commit import Bind, advance
-from colocate.podgroup.gangs import gang_key, is_group, rejected
-from colocate.podgroup.queue import Queue, Settings, Start
+from colocate.podgroup.entries import Settings
+from colocate.podgroup.feed import CARRIED_ON, Feed
+from colocate.podgroup.gangs import gang_key, is_group
+from colocate.podgroup.queue import Queue, Start
 from colocate.podgroup.status import StatusWriter, empty_plan, may_be_told
 
 GATHER_SECONDS = 0.005
@@ -46,7 +46,6 @@ WRITES_AT_ONCE = 64
 UNSEEN_SECONDS = 5.0
 """A bind that succeeded and is not seen in the watch for so long is read back."""
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-CARRIED_ON = (*OPEN_PHASES, "Repairing", "RollingBack")
 log = structlog.get_logger()
 
 
@@ -60,14 +59,12 @@ class Controller:
         self._status = StatusWriter(self.cluster, self.queue, self._save_waiting)
         self._locks: dict[str, asyncio.Lock] = {}
         """Of plans: one write at a time."""
-        self._wake = asyncio.Event()
-        self._dirty: set[str] = set()
-        self._busy: dict[str, float] = {}
-        """uids of pods and keys of plans that a write is under way for -> when it began."""
+        self.feed = Feed(self.cluster, self.queue, self._status.touch)
+        self._busy = self.feed.busy
         self._began: dict[str, float] = {}
         """plan id -> monotonic time of its making, as far as this process can tell."""
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
-        self._reflectors: list[Reflector[Any]] = []
+        self.reflectors: list[Reflector[Any]] = []
         self._tasks: asyncio.TaskGroup
 
     async def run(self, epoch: int) -> None:
@@ -85,15 +82,10 @@ class Controller:
             raise lost.exceptions[0] from None
 
     async def _watch(self) -> None:
-        watched = (
-            (NODES, Node, self._on_node),
-            (POD_GROUPS, PodGroup, self._on_group),
-            (PLANS, GangPlan, self._on_plan),
-            (PODS, Pod, self._on_pod),
-        )
-        for path, kind, handler in watched:
+        """Start the watches, one after the other, so that nodes are known before the pods on them."""
+        for path, kind, handler in self.feed.watched():
             reflector: Reflector[Any] = Reflector(self._api, path, kind, handler)
-            self._reflectors.append(reflector)
+            self.reflectors.append(reflector)
             self._tasks.create_task(reflector.run())
             await reflector.synced.wait()
 
@@ -113,75 +105,6 @@ class Controller:
                 return "conditions" in fields and "observedGeneration" in fields
         return False
 
-    # what the watches tell
-
-    def _on_node(self, before: Node | None, now: Node | None) -> None:
-        if now is not None:
-            self.cluster.set_node(now)
-        elif before is not None:
-            self.cluster.remove_node(before.metadata.name)
-        node = now or before
-        assert node is not None
-        for key, plan in self.cluster.plans.items():
-            if plan.status.phase in CARRIED_ON and any(m.node == node.metadata.name for m in plan.spec.members):
-                self._dirty.add(key)
-        self._wake.set()
-
-    def _on_pod(self, before: Pod | None, now: Pod | None) -> None:
-        pod = now or before
-        assert pod is not None
-        uid, key = pod.metadata.uid, gang_key(pod)
-        known = self.cluster.pods.get(uid)
-        if now is not None and known is not None and _older(now.metadata, known.metadata):
-            return
-        holding = self.cluster.ledger.holdings.get(uid)
-        if known is not None and gang_key(known) != key:
-            self.cluster.remove_pod(uid)
-            self._dirty.add(gang_key(known))
-        if now is not None:
-            self.cluster.set_pod(now)
-        else:
-            self.cluster.remove_pod(uid)
-        if holding is not None and (
-            now is None or (now.terminal and now.status.phase == "Failed" and not rejected(now))
-        ):
-            self.queue.lost(self.cluster, holding, key, time.monotonic())
-        if now is None or now.spec.node_name:
-            self._busy.pop(uid, None)
-        self._dirty.add(key)
-        self._status.touch(key)
-        self._wake.set()
-
-    def _on_group(self, before: PodGroup | None, now: PodGroup | None) -> None:
-        group = now or before
-        assert group is not None
-        key = f"{group.metadata.namespace}/{group.metadata.name}"
-        if now is not None:
-            self.cluster.groups[key] = now
-        else:
-            self.cluster.groups.pop(key, None)
-        if (
-            before is None
-            or now is None
-            or before.spec != now.spec
-            or before.metadata.annotations != now.metadata.annotations
-        ):
-            self._dirty.add(key)
-            self._wake.set()
-        self._status.touch(key)
-
-    def _on_plan(self, before: GangPlan | None, now: GangPlan | None) -> None:
-        plan = now or before
-        assert plan is not None
-        key = f"{plan.metadata.namespace}/{plan.metadata.name}"
-        known = self.cluster.plans.get(key)
-        if now is None:
-            self.cluster.remove_plan(key)
-        elif known is None or _older(known.metadata, now.metadata):
-            self.cluster.set_plan(key, now)
-        self._dirty.add(key)
-        self._wake.set()
-
     # taking over
 
     async def _take_over(self) -> None:
@@ -196,7 +119,7 @@ class Controller:
         log.info("fencing", predecessor=self._election.predecessor, pods=len(pending))
         stamped = await asyncio.gather(*(self._limited(self._binder.stamp(p)) for p in pending))
         for pod in filter(None, stamped):
-            self._on_pod(self.cluster.pods.get(pod.metadata.uid), pod)
+            self.feed.on_pod(self.cluster.pods.get(pod.metadata.uid), pod)
 
     # deciding
 
@@ -205,12 +128,12 @@ class Controller:
         timeout = self._next_look()
         try:
             async with asyncio.timeout(timeout):
-                await self._wake.wait()
+                await self.feed.wake.wait()
         except TimeoutError:
-            self._dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
+            self.feed.dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
         await asyncio.sleep(GATHER_SECONDS)
-        self._wake.clear()
-        dirty, self._dirty = self._dirty, set()
+        self.feed.wake.clear()
+        dirty, self.feed.dirty = self.feed.dirty, set()
         self._read_back_unseen()
         for key in dirty:
             self._carry_on(key)
@@ -350,8 +273,8 @@ class Controller:
             self.cluster.remove_pod(uid)
         elif not is_group(key):
             self.cluster.withdraw(uid)
-        self._dirty.add(key)
-        self._wake.set()
+        self.feed.dirty.add(key)
+        self.feed.wake.set()
 
     async def _read(self, pod: Pod) -> None:
         try:
@@ -359,7 +282,7 @@ class Controller:
         except (ApiError, Unreachable) as error:
             log.warning("read_failed", pod=pod.metadata.name, error=str(error))
             return
-        self._on_pod(self.cluster.pods.get(pod.metadata.uid) or pod, now)
+        self.feed.on_pod(self.cluster.pods.get(pod.metadata.uid) or pod, now)
 
     async def _delete(self, pod: Pod, reason: str, message: str) -> None:
         try:
@@ -423,11 +346,5 @@ class Controller:
 
     def _done(self, what: str, key: str) -> None:
         self._busy.pop(what, None)
-        self._dirty.add(key)
-        self._wake.set()
-
-
-def _older(one: ObjectMeta, other: ObjectMeta) -> bool:
-    """Whether one version of an object is older than another (resource versions are comparable: KEP-5504)."""
-    a, b = one.resource_version, other.resource_version
-    return a.isdigit() and b.isdigit() and int(a) < int(b)
+        self.feed.dirty.add(key)
+        self.feed.wake.set()

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from colocate.podgroup.fit import Class, Gang, Trial, classes_of
 from colocate.podgroup.ledger import Ints, Ledger, Mask
-from colocate.podgroup.place import Class, Gang, Trial, classes_of, most_that_fit
+from colocate.podgroup.place import most_that_fit
 
 MAX_REASONS = 3
 

@@ -7,13 +7,14 @@ order of reprieves is kube-scheduler's (DefaultPreemption), the two kinds of bun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from colocate.objects import Pod
 from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.fit import Gang, Placed
 from colocate.podgroup.gangs import gang_key, is_group
-from colocate.podgroup.place import Gang, Placed, place
+from colocate.podgroup.place import place
+from colocate.podgroup.shape import matches
 
 MAX_SINGLE_GANGS = 64
 
@@ -37,18 +38,16 @@ class Preemption(NamedTuple):
     """Gangs that lose their quorum."""
 
 
-def bundles(cluster: Cluster, priority: int, budgets: Mapping[str, int]) -> list[Bundle]:
-    """What may be taken for a gang of this priority, the least important and youngest first.
-
-    `budgets` says of a pod's uid how many more pods of its PodDisruptionBudget may be disrupted.
-    """
+def bundles(cluster: Cluster, priority: int) -> list[Bundle]:
+    """What may be taken for a gang of this priority, the least important and youngest first."""
+    left = {key: budget.status.disruptions_allowed for key, budget in cluster.budgets.items()}
     found = []
     for key in sorted({gang_key(cluster.pods[u]) for u in cluster.ledger.holdings if u in cluster.pods}):
         bound = [p for p in cluster.pods_of(key) if p.spec.node_name and not p.terminal and not p.deleting]
         if not bound or max(p.spec.priority for p in bound) >= priority:
             continue
         bound.sort(key=lambda p: (p.spec.priority, _youth(p), p.metadata.name))
-        may = [p for p in bound if p.metadata.owner_references and budgets.get(p.metadata.uid, 1) > 0]
+        may = [p for p in bound if p.metadata.owner_references and _allowed(cluster, p, left)]
         group = cluster.groups.get(key)
         done = sum(p.status.phase == "Succeeded" for p in cluster.pods_of(key))
         beyond = max(len(bound) + done - group.spec.min_member, 0) if group is not None else 0
@@ -60,17 +59,32 @@ def bundles(cluster: Cluster, priority: int, budgets: Mapping[str, int]) -> list
     return sorted(found, key=lambda b: (b.priority, _youth((b.whole or b.surplus)[0]), b.key))
 
 
+def _allowed(cluster: Cluster, pod: Pod, left: dict[str, int]) -> bool:
+    """Whether every budget of this pod has one left; it is then spent."""
+    meta = pod.metadata
+    mine = [
+        key
+        for key, budget in cluster.budgets.items()
+        if budget.metadata.namespace == meta.namespace and matches(budget.spec.selector, meta.labels)
+    ]
+    if any(left[key] <= 0 for key in mine):
+        return False
+    for key in mine:
+        left[key] -= 1
+    return True
+
+
 def _youth(pod: Pod) -> tuple[int, ...]:
     """Younger pods first."""
     return tuple(-ord(c) for c in pod.metadata.creation_timestamp or "")
 
 
-def preempt(cluster: Cluster, gang: Gang, priority: int, budgets: Mapping[str, int]) -> Preemption | None:
+def preempt(cluster: Cluster, gang: Gang, priority: int) -> Preemption | None:
     """Victims for a gang that does not fit; None if no permitted victims make room for its quorum.
 
     For members beyond the quorum no other gang is broken: they take what is surplus elsewhere, or pods alone.
     """
-    available = bundles(cluster, priority, budgets)
+    available = bundles(cluster, priority)
     if gang.quorum < len(gang.members):
         mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
         found = _choose(cluster, gang._replace(quorum=len(gang.members)), mild)

@@ -19,10 +19,13 @@ from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, 
 from colocate.kube.lease import Election
 from colocate.objects import GangPlan, Pod, PodGroup
 from colocate.podgroup.controller import Controller
-from colocate.podgroup.queue import Settings
+from colocate.podgroup.entries import Settings
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 PATIENCE = 20.0
+HIGH, MID, LOW, LOWEST = "test-high", "test-mid", "test-low", "test-lowest"
+POLITE = "test-polite"
+PRIORITIES = {POLITE: 1000, HIGH: 1000, MID: 500, LOW: 100, LOWEST: 50}
 QUIET = 0.4
 """For so long nothing more may happen, before a test says that something did not."""
 
@@ -68,11 +71,17 @@ class World:
         labels: dict[str, str] | None = None,
         annotations: dict[str, str] | None = None,
         spec: dict[str, Any] | None = None,
+        finalizers: list[str] | None = None,
         **requests: str | int,
     ) -> None:
         """A pod of ours, with what it asks for."""
         asked = {k.replace("__", "/").replace("_", "."): str(v) for k, v in requests.items()}
-        meta: dict[str, Any] = {"name": name, "labels": {**(labels or {})}, "annotations": annotations or {}}
+        meta: dict[str, Any] = {
+            "name": name,
+            "labels": {**(labels or {})},
+            "annotations": annotations or {},
+            "finalizers": finalizers or [],
+        }
         if group:
             meta["labels"]["scheduling.x-k8s.io/pod-group"] = group
         if owned and not namespace:
@@ -113,6 +122,14 @@ class World:
             **({} if seconds is None else {"gracePeriodSeconds": seconds}),
         }
         await self.api.request("DELETE", path_of(collection, namespace, name), body)
+
+    async def create(self, collection: str, body: dict[str, Any]) -> None:
+        await self.api.request("POST", path_of(collection, self.namespace), body)
+
+    async def finish(self, name: str) -> None:
+        """Let a pod go that a finalizer holds."""
+        path, body = path_of(PODS, self.namespace, name), {"metadata": {"finalizers": None}}
+        await self.api.request("PATCH", path, body, content_type="application/merge-patch+json")
 
     async def set_phase(self, name: str, phase: str) -> None:
         await self.api.request(
@@ -164,6 +181,9 @@ class World:
         async def empty() -> bool:
             return not await self.pods()
 
+        for name in await self.pods():
+            with contextlib.suppress(ApiError):
+                await self.finish(name)
         await self.until(empty, "the test's pods are gone")
 
 
@@ -191,6 +211,12 @@ async def world(api: Api) -> AsyncIterator[World]:
         return bool([await api.request("GET", path) for path in (POD_GROUPS, PLANS)])
 
     await made.until(served, "the CRDs are served")
+    there = await api.request("GET", "/apis/scheduling.k8s.io/v1/priorityclasses")
+    for name, value in PRIORITIES.items():
+        class_: dict[str, Any] = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "value": value}
+        class_ |= {"metadata": {"name": name}, **({"preemptionPolicy": "Never"} if name == POLITE else {})}
+        if f'"{name}"'.encode() not in there:
+            await api.request("POST", "/apis/scheduling.k8s.io/v1/priorityclasses", class_)
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "owner"}}
     answer = await api.request("POST", path_of("/api/v1/configmaps", namespace), owner)
     made.owner = msgspec.json.decode(answer)["metadata"][

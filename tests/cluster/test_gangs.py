@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from colocate.kube.client import PODS, path_of
-from tests.cluster.conftest import World, leader
-
-HIGH, MID = "colocate-test-high", "colocate-test-mid"
+from tests.cluster.conftest import HIGH, MID, World, leader
 
 
 class Case(NamedTuple):
@@ -80,20 +78,6 @@ CASES = {
         names("p1", 3),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-async def classes(world: World) -> None:
-    for name, value in ((HIGH, 1000), (MID, 500)):
-        body = {
-            "apiVersion": "scheduling.k8s.io/v1",
-            "kind": "PriorityClass",
-            "metadata": {"name": name},
-            "value": value,
-        }
-        there = await world.api.request("GET", "/apis/scheduling.k8s.io/v1/priorityclasses")
-        if name.encode() not in there:
-            await world.api.request("POST", "/apis/scheduling.k8s.io/v1/priorityclasses", body)
 
 
 async def create(world: World, case: Case) -> None:

@@ -29,8 +29,9 @@ from colocate.objects import (
     TopologySpreadConstraint,
 )
 from colocate.podgroup.explain import shortage
+from colocate.podgroup.fit import Gang, Member
 from colocate.podgroup.ledger import Holding, Ledger
-from colocate.podgroup.place import Gang, Member, place
+from colocate.podgroup.place import place
 from colocate.podgroup.shape import requests_of, shape_of
 
 HOST, RACK, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/rack", "topology.kubernetes.io/zone"

@@ -1,0 +1,154 @@
+"""One gang as the queue sees it: who is there, what is missing, and what the solver is asked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from colocate.objects import Pod, PodGroup
+from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.fit import Gang, Member
+from colocate.podgroup.gangs import Members, is_group, sort_members
+from colocate.podgroup.shape import amounts
+
+REQUIRED_TOPOLOGY = "colocate.io/required-topology"
+PREFERRED_TOPOLOGY = "colocate.io/preferred-topology"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator chooses."""
+
+    schedulers: frozenset[str] = frozenset({"colocate"})
+    topology: tuple[str, ...] = ("topology.kubernetes.io/zone", "topology.kubernetes.io/rack", "kubernetes.io/hostname")
+    """Node labels from the broadest to the narrowest: gangs go into as few domains as they can."""
+    timeout_seconds: int = 60
+    """From the first bind to the last acceptance, where a PodGroup says nothing or 0."""
+    creation_grace_seconds: float = 30.0
+    """A group whose owner makes no more members for so long, though it has not reached its quorum, waits for its own
+    start: what is there is started, with the room of the rest reserved."""
+    slot_seconds: float = 60.0
+    """For how long the place of a lost member is held for its replacement."""
+    reserve_after_seconds: float = 60.0
+    reservation_seconds: float = 600.0
+    """The head's reservation lasts so long at most; as long again it has none."""
+
+
+class Entry(NamedTuple):
+    """One gang in the queue."""
+
+    key: str
+    members: Members
+    group: PodGroup | None
+    broken: bool
+    need: int
+    created: str
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Repairs, then priority, then age, then name."""
+        return not self.broken, -self.members.priority, self.created, self.key
+
+
+def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
+    """A gang's entry; None if it waits for nothing, or what it waits for is under way already."""
+    uids = cluster.members.get(key, set())
+    plan = cluster.plans.get(key)
+    under_way = plan is not None and plan.status.phase in (*OPEN_PHASES, "RollingBack")
+    if under_way or any(uid in cluster.planned for uid in uids):
+        return None
+    pods, group = cluster.pods_of(key), cluster.groups.get(key)
+    members = sort_members(pods, settings.schedulers)
+    ours = bool(members.pending or members.gated)
+    if not ours and (group is None or members.satisfied):
+        return None
+    need = max((group.spec.min_member if group is not None else 1) - members.satisfied, 0)
+    first = min((p.metadata.creation_timestamp or "" for p in pods), default="")
+    created = (group.metadata.creation_timestamp or "") if group is not None else first
+    return Entry(key, members, group, bool(members.bound) and need > 0, need, created)
+
+
+def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds: float) -> tuple[str, str] | None:
+    """Why a gang cannot be tried yet, whatever room there is: reason and message.
+
+    `still_seconds` is for how long no member has been added.
+    """
+    members, group = entry.members, entry.group
+    invalid = _invalid(entry)
+    if invalid is not None:
+        return invalid
+    if members.foreign:
+        other = members.foreign[0]
+        message = f"{other.metadata.name} has schedulerName {other.spec.scheduler_name}"
+        return "SchedulerNameMismatch", f"{message}: all members need {', '.join(sorted(settings.schedulers))}"
+    for pod in members.pending:
+        shape = cluster.shape(pod)
+        if shape.unsupported:
+            return "UnsupportedConstraint", f"UnsupportedConstraint: {shape.unsupported} (pod {pod.metadata.name})"
+    if len(members.pending) >= entry.need and members.pending:
+        return None
+    if members.gated and members.created >= members.satisfied + entry.need:
+        gates = sorted({g.name for p in members.gated for g in p.spec.scheduling_gates})
+        return "SchedulingGated", f"{len(members.gated)} members are held by scheduling gates: {', '.join(gates)}"
+    if _waits_for_itself(members) and still_seconds >= settings.creation_grace_seconds:
+        return None
+    least = group.spec.min_member if group is not None else 1
+    return "NotEnoughMembers", f"{members.created} of {least} members exist"
+
+
+def _invalid(entry: Entry) -> tuple[str, str] | None:
+    group = entry.group
+    if group is None:
+        missing = f"there is no PodGroup {entry.key.partition('/')[2]} in this namespace"
+        return ("PodGroupNotFound", missing) if is_group(entry.key) else None
+    if group.spec.min_member < 1:
+        return "InvalidPodGroup", f"spec.minMember is {group.spec.min_member}: it must be at least 1"
+    try:
+        amounts(group.spec.min_resources)
+    except ValueError as error:
+        return "InvalidPodGroup", f"spec.minResources: {error}"
+    return None
+
+
+def _waits_for_itself(members: Members) -> bool:
+    """Whether the owner may make the missing members only after these run (mpi-operator#608)."""
+    return bool(members.pending) and not members.gated and all(p.metadata.owner_references for p in members.pending)
+
+
+def question(cluster: Cluster, entry: Entry, settings: Settings) -> tuple[Gang, str]:
+    """What the solver is asked for this entry, and what to say about it."""
+    members, group, note = entry.members, entry.group, ""
+    quorum = min(entry.need, len(members.pending))
+    if quorum < entry.need:
+        missing = entry.need - quorum
+        note = f"CreationDependency: {missing} members are made only after the others run; their room is reserved"
+    annotations = group.metadata.annotations if group is not None else {}
+    preferred = annotations.get(PREFERRED_TOPOLOGY)
+    gang = Gang(
+        members=tuple(member_of(cluster, p) for p in members.pending),
+        quorum=quorum,
+        required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
+        preferred_topology=(preferred,) if preferred else settings.topology,
+        fixed=tuple(p.spec.node_name for p in members.bound),
+        reserve=_rest_of_min_resources(cluster, entry) if entry.need else {},
+    )
+    return gang, note
+
+
+def member_of(cluster: Cluster, pod: Pod) -> Member:
+    """A pod as the solver sees it."""
+    meta = pod.metadata
+    return Member(meta.uid, meta.name, meta.namespace, cluster.shape(pod), meta.labels)
+
+
+def _rest_of_min_resources(cluster: Cluster, entry: Entry) -> dict[str, int]:
+    """What minResources asks for beyond the members that exist."""
+    if entry.group is None or not entry.group.spec.min_resources:
+        return {}
+    rest = amounts(entry.group.spec.min_resources)
+    members = entry.members
+    for pod in (*members.pending, *members.bound, *members.succeeded, *members.gated):
+        for resource, amount in cluster.shape(pod).requests:
+            if resource in rest:
+                rest[resource] -= amount
+    return {resource: amount for resource, amount in rest.items() if amount > 0}
