@@ -327,6 +327,8 @@ class GangPlanSpec(Lean, frozen=True):
     timeout_seconds: int = 0
     min_member: int = 1
     """The group's quorum when it was planned: it stands although the PodGroup may have gone since."""
+    note: str = ""
+    """What was unusual about this start."""
     members: list[PlannedMember] = []
 
 

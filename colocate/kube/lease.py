@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from colocate.errors import ColocateError
-from colocate.kube.client import LEASES, Api, ApiError, Unreachable, path_of
+from colocate.kube.client import LEASES, MERGE, Api, ApiError, Unreachable, path_of
 from colocate.objects import Lease, LeaseSpec, ObjectMeta
 
 log = structlog.get_logger()
@@ -137,9 +137,12 @@ class Election:
         if not self.holds() or self._lease is None:
             return
         self._renewed = float("-inf")
-        patch = {"metadata": {"resourceVersion": self._lease.metadata.resource_version}, "spec": {"holderIdentity": ""}}
         try:
-            await self._api.request("PATCH", self._path(self._name), patch, content_type="application/merge-patch+json")
+            lease = await self._api.get(Lease, self._path(self._name))  # a renewal may have been under way
+            if lease.spec.holder_identity != self.identity:
+                return
+            patch = {"metadata": {"resourceVersion": lease.metadata.resource_version}, "spec": {"holderIdentity": ""}}
+            await self._api.request("PATCH", self._path(self._name), patch, content_type=MERGE)
         except (ApiError, Unreachable) as error:
             log.info("lease_not_given_up", error=str(error))
 

@@ -137,13 +137,14 @@ def _roll_back(plan: GangPlan, seen: _Seen) -> Next:
     text = f"{plan.status.message}; taken back"
     if left:
         text += f", but for {', '.join(left)}: a pod without an owner is never deleted"
-    emptied = msgspec.structs.replace(plan.spec, plan_id="", members=[])
+    emptied = msgspec.structs.replace(plan.spec, plan_id="", note="", members=[])
     waiting = _in(plan, "Waiting", plan.status.reason, text)
     return Next(msgspec.structs.replace(waiting, spec=emptied), [])
 
 
 def _in(plan: GangPlan, phase: PlanPhase, reason: str, message: str) -> GangPlan:
-    status: GangPlanStatus = msgspec.structs.replace(plan.status, phase=phase, reason=reason, message=message)
+    text = f"{message}; {plan.spec.note}" if plan.spec.note else message
+    status: GangPlanStatus = msgspec.structs.replace(plan.status, phase=phase, reason=reason, message=text)
     return msgspec.structs.replace(plan, status=status)
 
 

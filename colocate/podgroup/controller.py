@@ -183,6 +183,7 @@ class Controller:
             created=now_text(),
             timeout_seconds=group.spec.schedule_timeout_seconds or self.settings.timeout_seconds,
             min_member=self._quorum(start, group),
+            note=start.note,
             members=members,
         )
         message = start.note or f"binding {len(start.placed)} members"
@@ -265,10 +266,13 @@ class Controller:
 
     def _settle(self, uid: str, key: str, now: Pod | None) -> None:
         """What a bind has come to; where it was bound, the watch is waited for."""
-        if now is not None and now.spec.node_name:
+        seen = self.cluster.pods.get(uid)
+        if now is not None and now.spec.node_name and seen is not None and not seen.spec.node_name:
             self._busy[uid] = time.monotonic()
             return
         self._busy.pop(uid, None)
+        if now is not None and now.spec.node_name:
+            return
         if now is None:
             self.cluster.remove_pod(uid)
         elif not is_group(key):

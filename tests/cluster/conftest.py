@@ -46,12 +46,21 @@ class World:
     def __init__(self, api: Api, namespace: str) -> None:
         self.api, self.namespace, self.owner = api, namespace, ""
 
-    async def node(self, name: str, labels: dict[str, str] | None = None, **offered: str | int) -> None:
-        """A node that KWOK plays; it offers 110 pods and what is said."""
+    async def node(
+        self, name: str, labels: dict[str, str] | None = None, *, played: bool = True, **offered: str | int
+    ) -> None:
+        """A node that offers 110 pods and what is said; played by KWOK, or ready and silent."""
         capacity = {"pods": "110", **{k.replace("__", "/").replace("_", "."): str(v) for k, v in offered.items()}}
-        labels = {"colocate.io/simulated": "true", "kubernetes.io/hostname": name, **(labels or {})}
-        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}}
-        await self.api.request("POST", NODES, {**body, "status": {"allocatable": capacity, "capacity": capacity}})
+        labels = {
+            "kubernetes.io/hostname": name,
+            **({"colocate.io/simulated": "true"} if played else {}),
+            **(labels or {}),
+        }
+        status: dict[str, Any] = {"allocatable": capacity, "capacity": capacity}
+        if not played:
+            status["conditions"] = [{"type": "Ready", "status": "True"}]
+        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": status}
+        await self.api.request("POST", NODES, body)
 
     async def group(self, name: str, least: int, namespace: str = "", **spec: Any) -> None:
         annotations = spec.pop("annotations", {})

@@ -1,0 +1,379 @@
+"""What becomes of members: fragments, roles, what operators create, losses, refusals, and input that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from colocate.kube.client import NODES, POD_GROUPS, PODS, ApiError, path_of
+from colocate.podgroup.entries import Settings
+from tests.cluster.conftest import World, leader
+
+MERGE = "application/merge-patch+json"
+RACK = "topology.kubernetes.io/rack"
+
+
+async def told(world: World, group: str, reason: str) -> str:
+    """The message of the plan, once the group waits for this reason."""
+
+    async def said() -> Any:
+        status = (await world.plan(group)).status
+        return status if status.reason == reason else None
+
+    return str((await world.until(said, f"{group} is told {reason}")).message)
+
+
+async def fragments(world: World) -> None:
+    """Eight nodes of eight GPUs with one free each."""
+    for i in range(8):
+        await world.node(f"n{i}", nvidia_com__gpu=8, cpu=64, memory="1Gi")
+        await world.pod(f"used-{i}", nvidia_com__gpu=7, spec={"nodeSelector": {"kubernetes.io/hostname": f"n{i}"}})
+
+
+async def test_k1_eight_free_gpus_on_eight_nodes_are_not_eight_gpus(world: World) -> None:
+    await fragments(world)
+    used = [f"used-{i}" for i in range(8)]
+    async with leader(world):
+        await world.until_bound(*used)
+        await world.group("pg", 1)
+        await world.pod("p", "pg", nvidia_com__gpu=8)
+        assert await told(world, "pg", "Unschedulable") == (
+            "0 of 1 members fit; blocked by nvidia.com/gpu; largest free block 8x1"
+        )
+        await world.only_bound(*used)
+        await world.pod("k3", nvidia_com__gpu=1)
+        await world.until_bound(*used, "k3")
+
+
+@pytest.mark.parametrize(
+    ("small", "starts"), [(7, False), (1, True)], ids=["K6 a role without room", "K7 both roles fit"]
+)
+async def test_roles_start_together_or_not(world: World, small: int, starts: bool) -> None:
+    for i in range(7):
+        await world.node(f"n{i}", nvidia_com__gpu=1, cpu=64, memory="1Gi")
+    await world.node("big", nvidia_com__gpu=8, cpu=64, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        await world.pod("a", "pg", nvidia_com__gpu=8)
+        await world.pod("b", "pg", nvidia_com__gpu=small)
+        if starts:
+            assert (await world.until_bound("a", "b"))["a"] == "big"
+        else:
+            await told(world, "pg", "Unschedulable")
+            await world.only_bound()
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "where"), [([2], 2, None), ([1, 1], 1, {"n0", "n1"})], ids=["A1", "A2"])
+async def test_two_members_with_gpus(world: World, nodes: list[int], gpus: int, where: set[str] | None) -> None:
+    for i, size in enumerate(nodes):
+        await world.node(f"n{i}", nvidia_com__gpu=size, cpu=8, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", nvidia_com__gpu=gpus)
+        if where is None:
+            await told(world, "pg", "Unschedulable")
+            await world.only_bound()
+        else:
+            assert set((await world.until_bound("p0", "p1")).values()) == where
+
+
+async def test_a3_room_that_a_leaving_pod_still_holds_is_waited_for(world: World) -> None:
+    await world.node("n", nvidia_com__gpu=4, cpu=8, memory="1Gi")
+    async with leader(world):
+        await world.pod("leaving", nvidia_com__gpu=1, finalizers=["colocate.io/test"])
+        await world.until_bound("leaving")
+        await world.delete(PODS, "leaving", 30)
+        await world.group("pg", 2)
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", nvidia_com__gpu=2)
+        await world.only_bound("leaving")
+        await world.finish("leaving")
+        await world.until_bound("p0", "p1")
+
+
+async def test_a10_a_rack_that_becomes_free_takes_the_gang_whole(world: World) -> None:
+    for i in range(4):
+        await world.node(f"n{i}", {RACK: f"r{i // 2}"}, cpu=8, memory="1Gi")
+    async with leader(world):
+        for i in (1, 2):
+            await world.pod(f"used-{i}", cpu=8, spec={"nodeSelector": {"kubernetes.io/hostname": f"n{i}"}})
+        await world.until_bound("used-1", "used-2")
+        await world.group("pg", 2, annotations={"colocate.io/required-topology": RACK})
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", cpu=8)
+        assert RACK in await told(world, "pg", "Unschedulable")
+        await world.only_bound("used-1", "used-2")
+        await world.delete(PODS, "used-2", 0)
+        bound = await world.until_bound("used-1", "p0", "p1")
+        assert {bound["p0"], bound["p1"]} == {"n2", "n3"}
+
+
+async def test_v20_a_gang_waits_for_what_is_in_its_way_and_starts_when_it_has_gone(world: World) -> None:
+    for i in range(4):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    async with leader(world):
+        others = [f"rs-{i}" for i in range(3)]
+        for name in others:
+            await world.pod(name, cpu=1)
+        await world.until_bound(*others)
+        await world.group("pg", 3)
+        for i in range(3):
+            await world.pod(f"p{i}", "pg", cpu=1)
+        assert (await told(world, "pg", "Unschedulable")).startswith("1 of 3 members fit; blocked by cpu")
+        unschedulable = [c for c in (await world.pods())["p0"].status.conditions if c.type == "PodScheduled"]
+        assert [c.reason for c in unschedulable] == ["Unschedulable"]
+        for name in others:
+            await world.delete(PODS, name, 0)
+        await world.until_bound("p0", "p1", "p2")
+
+
+async def test_v23_members_that_ask_for_nothing_are_members_too(world: World) -> None:
+    await world.node("n", cpu=2, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 4)
+        for i in range(2):
+            await world.pod(f"cpu-{i}", "pg", cpu=1)
+            await world.pod(f"none-{i}", "pg")
+        await world.until_bound("cpu-0", "cpu-1", "none-0", "none-1")
+
+
+# what operators create
+
+
+async def patch_group(world: World, name: str, spec: dict[str, Any]) -> None:
+    await world.api.request("PATCH", path_of(POD_GROUPS, world.namespace, name), {"spec": spec}, content_type=MERGE)
+
+
+async def test_m1_and_m3_a_group_that_is_edited_while_it_waits(world: World) -> None:
+    """mpi-operator rewrites the whole spec with every edit of the job."""
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.group("pi", 3, scheduleTimeoutSeconds=900, minResources={"cpu": "100000"})
+        for name in ("pi-launcher", "pi-worker-0", "pi-worker-1"):
+            await world.pod(name, "pi", cpu=1)
+        assert "minResources" in await told(world, "pi", "Unschedulable")
+        await world.only_bound()
+        await patch_group(world, "pi", {"scheduleTimeoutSeconds": 10, "minResources": None})
+        await world.until_bound("pi-launcher", "pi-worker-0", "pi-worker-1")
+        assert (await world.plan("pi")).spec.timeout_seconds == 10
+
+
+async def test_m4_a_launcher_that_is_made_after_its_workers_run(world: World) -> None:
+    """mpi-operator#608: launcherCreationPolicy WaitForWorkersReady, and minMember counts the launcher."""
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world, Settings(creation_grace_seconds=0.5)):
+        await world.group("pi", 3, minResources={"cpu": "3"})
+        for i in range(2):
+            await world.pod(f"pi-worker-{i}", "pi", cpu=1)
+        await world.until_bound("pi-worker-0", "pi-worker-1")
+        assert "CreationDependency" in (await world.until(lambda: world.plan("pi"), "a plan")).status.message
+        await world.pod("pi-launcher", "pi", cpu=1)
+        await world.until_bound("pi-worker-0", "pi-worker-1", "pi-launcher")
+
+
+async def test_m5_a_ray_cluster_that_is_scaled_down_keeps_running(world: World) -> None:
+    """KubeRay never updates its PodGroup: it still says three."""
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.group("ray", 3)
+        for name in ("ray-head", "ray-worker-0", "ray-worker-1"):
+            await world.pod(name, "ray", cpu=1)
+        await world.until_bound("ray-head", "ray-worker-0", "ray-worker-1")
+        await world.delete(PODS, "ray-worker-1", 0)
+        await world.only_bound("ray-head", "ray-worker-0")
+        assert (await world.status("ray")).status.phase in ("Pending", "Running")
+
+
+# losses and refusals
+
+
+async def test_a_gang_that_lost_a_member_is_repaired_before_newcomers(world: World) -> None:
+    for i in range(2):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", cpu=1)
+        await world.until_bound("p0", "p1")
+        await world.pod("newcomer", cpu=1)
+        await world.delete(PODS, "p1", 0)
+        await world.only_bound("p0")
+        await world.pod("p1-again", "pg", cpu=1)
+        await world.until_bound("p0", "p1-again")
+
+
+async def test_a_member_that_its_kubelet_refused_is_replaced(world: World) -> None:
+    for i in range(2):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        await world.pod("p0", "pg", cpu=1)
+        await world.pod("p1", "pg", cpu=1, annotations={"colocate.io/simulated-rejection": "OutOfcpu"})
+        assert "p1 did not start: OutOfcpu" in await told(world, "pg", "MemberLost")
+        await world.pod("p1-again", "pg", cpu=1)
+
+        async def started() -> bool:
+            return (await world.plan("pg")).status.phase == "Running"
+
+        await world.until(started, "the gang runs")
+        await world.only_bound("p0", "p1", "p1-again")
+
+
+async def test_a_gang_whose_member_is_never_replaced_is_taken_back(world: World) -> None:
+    for i in range(2):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2, scheduleTimeoutSeconds=2)
+        await world.pod("p0", "pg", cpu=1)
+        await world.pod("p1", "pg", cpu=1, annotations={"colocate.io/simulated-rejection": "OutOfcpu"})
+        message = await told(world, "pg", "BackingOff")
+        assert message == "1 of 2 members were taken by their kubelets in time; taken back"
+        assert "p0" not in await world.bound()
+
+
+async def test_a_node_that_goes_away_before_its_kubelet_answers(world: World) -> None:
+    await world.node("good", cpu=1, memory="1Gi")
+    await world.node("silent", cpu=1, memory="1Gi", played=False)
+    async with leader(world):
+        await world.group("pg", 2)
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", cpu=1)
+        bound = await world.until_bound("p0", "p1")
+        lost = next(name for name, node in bound.items() if node == "silent")
+        await world.delete(NODES, "silent")
+
+        async def deleted() -> bool:
+            return lost not in await world.pods()
+
+        await world.until(deleted, "the pod of the lost node is deleted")
+        await world.node("other", cpu=1, memory="1Gi")
+        await world.pod("again", "pg", cpu=1)
+
+        async def started() -> bool:
+            return (await world.plan("pg")).status.phase == "Running"
+
+        await world.until(started, "the gang runs")
+
+
+# input that cannot be
+
+
+async def test_a_group_larger_than_the_cluster_waits_and_blocks_nobody(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world, Settings(reserve_after_seconds=0.0)):
+        await world.group("huge", 9)
+        for i in range(9):
+            await world.pod(f"huge-{i}", "huge", cpu=1)
+        assert (await told(world, "huge", "Unschedulable")).startswith("4 of 9 members fit")
+        await world.group("small", 2)
+        for i in range(2):
+            await world.pod(f"small-{i}", "small", cpu=1)
+        await world.until_bound("small-0", "small-1")
+
+
+@pytest.mark.parametrize("least", [0, -1])
+async def test_an_impossible_quorum_is_refused_by_the_api_server(world: World, least: int) -> None:
+    with pytest.raises(ApiError, match="minMember"):
+        await world.group("pg", least)
+
+
+async def test_members_of_two_schedulers_do_not_start(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        await world.pod("ours", "pg", cpu=1)
+        await world.pod("theirs", "pg", cpu=1, spec={"schedulerName": "default-scheduler"})
+        assert "theirs has schedulerName default-scheduler" in await told(world, "pg", "SchedulerNameMismatch")
+        await world.only_bound()
+
+
+async def test_a_pod_that_names_a_missing_group_is_told_so(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.pod("p", "nowhere", cpu=1)
+
+        async def said() -> Any:
+            return [c for c in (await world.pods())["p"].status.conditions if c.reason == "PodGroupNotFound"]
+
+        (condition,) = await world.until(said, "the pod is told")
+        assert condition.message == "there is no PodGroup nowhere in this namespace"
+
+
+async def test_a_gate_of_somebody_else_holds_the_gang(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        await world.pod("p0", "pg", cpu=1)
+        await world.pod("p1", "pg", cpu=1, spec={"schedulingGates": [{"name": "example.com/quota"}]})
+        assert "example.com/quota" in await told(world, "pg", "SchedulingGated")
+        await world.only_bound()
+        path = path_of(PODS, world.namespace, "p1")
+        await world.api.request("PATCH", path, {"spec": {"schedulingGates": None}}, content_type=MERGE)
+        await world.until_bound("p0", "p1")
+
+
+async def test_a_constraint_that_we_do_not_know_is_no_guess(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 1)
+        claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+        volume = {"name": "v", "ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
+        await world.pod("p", "pg", cpu=1, spec={"volumes": [volume]})
+        assert "volumes[].ephemeral" in await told(world, "pg", "UnsupportedConstraint")
+
+
+async def test_a_bound_volume_says_where_its_pod_goes(world: World) -> None:
+    for name in ("a", "b"):
+        await world.node(name, cpu=4, memory="1Gi")
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": ["b"]}]}
+    spec: dict[str, Any] = {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "x"}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}}
+    async with leader(world):
+        wanted = {
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": "x",
+            "resources": {"requests": {"storage": "1Gi"}},
+        }
+        await world.create("/api/v1/persistentvolumeclaims", {**claim, "spec": wanted})
+        await world.group("pg", 1)
+        await world.pod(
+            "p", "pg", cpu=1, spec={"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]}
+        )
+        assert "not bound to a volume yet" in await told(world, "pg", "UnsupportedConstraint")
+        name = f"pv-{world.namespace}"
+        volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}}
+        local = {"local": {"path": "/x"}, "nodeAffinity": {"required": {"nodeSelectorTerms": [term]}}}
+        await world.api.request("POST", "/api/v1/persistentvolumes", {**volume, "spec": {**spec, **local}})
+        path = path_of("/api/v1/persistentvolumeclaims", world.namespace, "data")
+        await world.api.request("PATCH", path, {"spec": {"volumeName": name}}, content_type=MERGE)
+        assert await world.until_bound("p") == {"p": "b"}
+    await world.api.request("DELETE", f"/api/v1/persistentvolumes/{name}")
+
+
+async def test_a_group_that_is_deleted_while_it_waits(world: World) -> None:
+    await world.node("n", cpu=1, memory="1Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", cpu=1)
+        await told(world, "pg", "Unschedulable")
+        await world.delete(POD_GROUPS, "pg")
+        await world.node("m", cpu=1, memory="1Gi")
+        await world.only_bound()
+        await world.group("pg", 2)
+        await world.until_bound("p0", "p1")
+
+
+async def test_a_label_that_is_added_after_binding_counts_from_then_on(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world):
+        await world.pod("early", cpu=1)
+        await world.until_bound("early")
+        await world.group("pg", 2)
+        await world.pod("late", "pg", cpu=1)
+        await told(world, "pg", "NotEnoughMembers")
+        labels = {"metadata": {"labels": {"scheduling.x-k8s.io/pod-group": "pg"}}}
+        await world.api.request("PATCH", path_of(PODS, world.namespace, "early"), labels, content_type=MERGE)
+        await world.until_bound("early", "late")
