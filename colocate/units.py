@@ -89,6 +89,25 @@ def parse_quantity(text: str | float) -> Fraction:
     return Fraction(match[1]) * (_SI.get(suffix) or {**_DECIMAL, **_BINARY, "": 1}[suffix])
 
 
+_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d(?:\.\d+)?)(?:Z|([+-])(\d\d):(\d\d))")
+
+
+def parse_time(text: str) -> float:
+    """Seconds since the epoch of an RFC 3339 time. Raises ValueError."""
+    match = _TIME.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a time: write it like 2026-01-31T12:00:00Z")
+    year, month, day = int(match[1]), int(match[2]), int(match[3])
+    # days since 1970-01-01, with years that begin in March (Howard Hinnant, days_from_civil)
+    year -= month <= 2
+    era, of_year = year // 400, (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
+    of_era = (year % 400) * 365 + (year % 400) // 4 - (year % 400) // 100 + of_year
+    seconds = (era * 146097 + of_era - 719468) * 86400 + int(match[4]) * 3600 + int(match[5]) * 60 + float(match[6])
+    if match[7]:
+        seconds -= (1 if match[7] == "+" else -1) * (int(match[8]) * 3600 + int(match[9]) * 60)
+    return seconds
+
+
 def parse_percent(text: str | float) -> float:
     """A percentage between 0 and 100. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", str(text).strip())

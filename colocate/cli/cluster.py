@@ -1,4 +1,4 @@
-"""controller, queue: the commands about a cluster."""
+"""controller, queue, explain podgroup, what-if, snapshot: the commands about a cluster."""
 
 from __future__ import annotations
 
@@ -9,24 +9,42 @@ import signal
 import socket
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
+import yaml
 
 from colocate.cli.host import configure_logs
-from colocate.cli.output import DATA_FORMS, print_data, print_table
+from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.errors import BadInput
-from colocate.kube.client import LEASES, PLANS, Api, path_of
+from colocate.kube.client import (
+    BUDGETS,
+    CLAIMS,
+    LEASES,
+    NODES,
+    PLANS,
+    POD_GROUPS,
+    PODS,
+    VOLUMES,
+    Api,
+    ApiError,
+    path_of,
+)
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import GangPlan, Lease
+from colocate.objects import Claim, DisruptionBudget, GangPlan, Lease, Node, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
+from colocate.podgroup.manifests import pods_of
+from colocate.podgroup.snapshot import KIND, VERSION, ClusterSnapshot, Explanation, Verdict, decide, explain, load
+from colocate.podgroup.snapshot import what_if as ask
 from colocate.units import format_duration
 
 UPSTREAM = "scheduler-plugins-scheduler"
 UPSTREAM_LEASES = (UPSTREAM, "sig-scheduling")
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 class _Leases(msgspec.Struct):
@@ -45,7 +63,7 @@ def controller(options: argparse.Namespace) -> int:
 
 async def _controller(options: argparse.Namespace) -> int:
     names = {options.scheduler_name, *options.also_answer_to}
-    settings = Settings(schedulers=frozenset(names), timeout_seconds=options.timeout)
+    settings = Settings(schedulers=tuple(sorted(names)), timeout_seconds=options.timeout)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -125,3 +143,142 @@ def _row(plan: GangPlan) -> dict[str, Any]:
         "reason": status.reason,
         "message": status.message,
     }
+
+
+async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
+    """The cluster as it is now, and what the next cycle decides on it."""
+    taken = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    async def every(kind: type[T], path: str) -> list[T]:
+        try:
+            content = await api.request("GET", path)
+        except ApiError as error:
+            if error.status == 404:
+                return []
+            raise
+        return msgspec.json.decode(content, type=_list_of(kind)).items  # type: ignore[no-any-return]
+
+    nodes, pods, groups, plans = (
+        await every(Node, NODES),
+        await every(Pod, PODS),
+        await every(PodGroup, POD_GROUPS),
+        await every(GangPlan, PLANS),
+    )
+    snapshot = ClusterSnapshot(
+        taken=taken,
+        kind=KIND,
+        version=VERSION,
+        settings=settings,
+        nodes=nodes,
+        pods=pods,
+        groups=groups,
+        plans=plans,
+        claims=await every(Claim, CLAIMS),
+        volumes=await every(PersistentVolume, VOLUMES),
+        budgets=await every(DisruptionBudget, BUDGETS),
+    )
+    return msgspec.structs.replace(snapshot, verdicts=decide(snapshot))
+
+
+def _list_of(kind: Any) -> Any:
+    return msgspec.defstruct("List", [("items", list[kind])])
+
+
+def _read(options: argparse.Namespace) -> ClusterSnapshot:
+    """--snapshot, or the live cluster."""
+    if options.snapshot:
+        return load(_file(options.snapshot).read_bytes())
+
+    async def live() -> ClusterSnapshot:
+        async with Api.connect(options.kubeconfig, options.context) as api:
+            return await _take(api, Settings(schedulers=(options.scheduler_name,)))
+
+    return asyncio.run(live())
+
+
+def _file(given: str) -> Path:
+    path = Path(given)
+    if not path.is_file():
+        raise BadInput(f"{given}: no such file")
+    return path
+
+
+def snapshot(options: argparse.Namespace) -> int:
+    """Write the cluster as it is to a file."""
+    path = check_file("--file", options.file)
+    taken = _read(options)
+    path.write_bytes(msgspec.json.encode(taken) + b"\n")
+    print(f"{path}: {len(taken.nodes)} nodes, {len(taken.pods)} pods, {len(taken.groups)} groups")
+    return 0
+
+
+def replay(path: Path, options: argparse.Namespace) -> int:
+    """Decide a snapshot again; exit 1 if it is decided otherwise than when it was taken."""
+    taken = load(path.read_bytes())
+    again = decide(taken)
+    same = msgspec.json.encode(again) == msgspec.json.encode(taken.verdicts)
+    if options.output in DATA_FORMS:
+        print_data({"same": same, "recorded": taken.verdicts, "decided": again}, options.output)
+        return 0 if same else 1
+    recorded = {v.gang: v for v in taken.verdicts}
+    shown = [v for v in again if not options.diff or recorded.get(v.gang) != v]
+    if shown:
+        print_table(("gang", "outcome", "reason", "message"), [_verdict(v) for v in shown])
+    print("decided as recorded" if same else "decided otherwise than recorded")
+    return 0 if same else 1
+
+
+def _verdict(verdict: Verdict) -> tuple[str, str, str, str]:
+    text = verdict.message or ", ".join(f"{m.name} on {m.node}" for m in verdict.members)
+    return verdict.gang.replace("pod:", ""), verdict.outcome, verdict.reason, text
+
+
+def what_if(options: argparse.Namespace) -> int:
+    """Exit 0 if everything asked about would start at once, 1 if not."""
+    try:
+        manifests = list(yaml.safe_load_all(_file(options.file).read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{options.file}: not YAML: {error}") from error
+    taken = _read(options)
+    pods, groups = pods_of(manifests, options.namespace or "default", taken.settings.schedulers[0], taken.taken)
+    verdicts = ask(taken, pods, groups)
+    if options.output in DATA_FORMS:
+        print_data(verdicts, options.output)
+    else:
+        print_table(("gang", "outcome", "reason", "message"), [_verdict(v) for v in verdicts])
+    return 0 if all(v.outcome == "Start" for v in verdicts) else 1
+
+
+def explain_group(options: argparse.Namespace) -> int:
+    """Why a PodGroup waits, and what would change that."""
+    if len(options.workload) != 2:
+        raise BadInput("explain podgroup: name one: colocate explain podgroup NAME [-n NAMESPACE]")
+    key = f"{options.namespace or 'default'}/{options.workload[1]}"
+    taken = _read(options)
+    found = explain(taken, key)
+    groups = {f"{g.metadata.namespace}/{g.metadata.name}": g for g in taken.groups}
+    if found is None and key not in groups:
+        raise BadInput(f"no PodGroup {key}; known: {', '.join(sorted(groups)) or 'none'}")
+    if options.output in DATA_FORMS:
+        print_data(found if found is not None else groups[key].status, options.output)
+        return 0
+    if found is None:
+        plan = next((p for p in taken.plans if f"{p.metadata.namespace}/{p.metadata.name}" == key), None)
+        print(f"{key} does not wait: {plan.status.message if plan is not None else groups[key].status.phase}")
+        return 0
+    _print_explanation(found, len(taken.verdicts))
+    return 0
+
+
+def _print_explanation(found: Explanation, waiting: int) -> None:
+    verdict = found.verdict
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    print(f"{verdict.gang}: {verdict.outcome}{reason}, {found.position} of {waiting}")
+    print(f"  {_verdict(verdict)[3]}")
+    for change in found.counterfactuals:
+        print(f"  it would start if {change.change}")
+    if found.estimate_seconds is not None:
+        low, high = (format_duration(s) for s in found.estimate_seconds)
+        print(f"  as others end, it starts in {low} to {high}")
+    elif verdict.outcome == "Wait" and verdict.reason == "Unschedulable":
+        print("  when it starts is not known: too little is known of how long the others run")

@@ -62,6 +62,16 @@ def _cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", help="of the kubeconfig")
 
 
+def _snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
+    _cluster(parser)
+    if live:
+        parser.set_defaults(snapshot=None)
+    else:
+        parser.add_argument("--snapshot", help="a file of `colocate snapshot`, in place of the live cluster")
+        parser.add_argument("-n", "--namespace", default="", help="default: default")
+    parser.add_argument("--scheduler-name", default="colocate", help="whose pods are decided (default: colocate)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     parser = argparse.ArgumentParser(
@@ -113,7 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     _socket(top)
 
     explain = add("explain", "watch:explain", "Why the node is as it is: the laws with today's numbers")
-    explain.add_argument("workload", nargs="?", help="only this service or job")
+    explain.add_argument("workload", nargs="*", help="only this service or job; or: podgroup NAME")
+    _snapshot(explain)
     _table_form(explain)
     _socket(explain)
 
@@ -142,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     _socket(evaluate)
 
     replay = add("replay", "reports:replay", "Decide a recorded day again, open loop")
-    replay.add_argument("records", help="a state directory or record file")
+    replay.add_argument("records", help="a state directory, a record file, or a cluster snapshot (.json)")
     replay.add_argument("--config", help="decide with another policy")
     replay.add_argument("--diff", action="store_true", help="print the ticks whose plan differs")
     _table_form(replay)
@@ -175,6 +186,15 @@ def build_parser() -> argparse.ArgumentParser:
     _cluster(queue)
     queue.add_argument("-n", "--namespace", default="", help="only this namespace")
     _table_form(queue)
+
+    what_if = add("what-if", "cluster:what_if", "Whether a job would start now, and where: the same solver, read-only")
+    what_if.add_argument("-f", "--file", required=True, help="the job's manifest, YAML")
+    _snapshot(what_if)
+    _table_form(what_if)
+
+    snapshot = add("snapshot", "cluster:snapshot", "Write the cluster as it is to a file, to decide it again elsewhere")
+    snapshot.add_argument("-f", "--file", default="colocate-cluster.json", help="default: colocate-cluster.json")
+    _snapshot(snapshot, live=True)
 
     calibrate = add("calibrate", "host:calibrate_command", "Measure the CPU levers of this kernel (at most 30 s)")
     _table_form(calibrate)

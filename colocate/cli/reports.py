@@ -118,6 +118,12 @@ def replay(options: argparse.Namespace) -> int:
     from colocate.policyfile import load_policy
     from colocate.report.replay import replay as replay_records
 
+    path = Path(options.records)
+    if path.is_file() and path.suffix == ".json":
+        from colocate.cli.cluster import replay as replay_cluster
+
+        return replay_cluster(path, options)
+
     other = load_policy(Path(options.config)) if options.config else None
     total, different = 0, []
     for tick in replay_records(Path(options.records), other):

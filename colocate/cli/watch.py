@@ -153,9 +153,20 @@ def _print_top(data: dict[str, Any], wide: bool) -> None:
 
 
 def explain(options: argparse.Namespace) -> int:
+    """Of this node, or of a PodGroup."""
+    if options.workload[:1] == ["podgroup"]:
+        from colocate.cli.cluster import explain_group
+
+        return explain_group(options)
+    if len(options.workload) > 1:
+        raise BadInput(f"explain takes one service or job, or podgroup NAME, not {' '.join(options.workload)!r}")
+    return _explain_node(options)
+
+
+def _explain_node(options: argparse.Namespace) -> int:
     """The laws with today's numbers, the last decisions, what was considered and rejected."""
     data = _first(options)
-    name = options.workload
+    name = options.workload[0] if options.workload else None
     workloads = data["snapshot"].get("workloads", {})
     if name is not None:
         ids = [i for i, w in workloads.items() if name in (i, w["name"])]

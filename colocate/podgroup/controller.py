@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 import uuid
 from collections.abc import Coroutine
-from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -35,10 +33,11 @@ from colocate.podgroup.binder import Binder, now_text
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.commit import Bind, advance
 from colocate.podgroup.entries import Settings
-from colocate.podgroup.feed import CARRIED_ON, Feed
+from colocate.podgroup.feed import CARRIED_ON, Feed, now_seconds
 from colocate.podgroup.gangs import gang_key, is_group
 from colocate.podgroup.queue import Queue, Start
 from colocate.podgroup.status import StatusWriter, empty_plan, may_be_told
+from colocate.units import parse_time
 
 GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
@@ -74,6 +73,7 @@ class Controller:
             async with asyncio.TaskGroup() as self._tasks:
                 await self._watch()
                 await self._take_over()
+                self.queue.remember(self.cluster, now_seconds())
                 self._status.conditions = await self._schema_has_conditions()
                 self._tasks.create_task(self._status.run(self._binder))
                 while True:
@@ -137,7 +137,7 @@ class Controller:
         self._read_back_unseen()
         for key in dirty:
             self._carry_on(key)
-        decided = self.queue.cycle(self.cluster, dirty, time.monotonic())
+        decided = self.queue.cycle(self.cluster, dirty, now_seconds())
         for start in decided.starts:
             self._begin(start)
         for eviction in decided.evictions:
@@ -147,7 +147,7 @@ class Controller:
         self._status.touch_waiting()
 
     def _next_look(self) -> float:
-        now = time.monotonic()
+        now = now_seconds()
         due = [at + UNSEEN_SECONDS - now for at in self._busy.values()]
         open_plans = [p for p in self.cluster.plans.values() if p.status.phase in CARRIED_ON]
         due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
@@ -156,11 +156,11 @@ class Controller:
 
     def _elapsed(self, plan: GangPlan) -> float:
         """Seconds since the plan was made; the wall clock is asked once, for plans of a former leader."""
-        now = time.monotonic()
+        now = now_seconds()
         if plan.spec.plan_id not in self._began:
             age = 0.0
             if plan.spec.created and plan.spec.epoch != self._binder.epoch:
-                age = time.time() - datetime.fromisoformat(plan.spec.created).timestamp()
+                age = now - parse_time(plan.spec.created)
             self._began[plan.spec.plan_id] = now - min(max(age, 0.0), plan.spec.timeout_seconds)
         return now - self._began[plan.spec.plan_id]
 
@@ -217,7 +217,7 @@ class Controller:
         after = advance(plan, pods, alive, beside, self._elapsed(plan))
         if after.plan is not plan:
             if after.plan.status.phase == "Waiting":
-                self.queue.rest(key, time.monotonic())
+                self.queue.rest(key, now_seconds())
             self._spawn(key, self._save(key, after.plan))
             return
         for step in after.steps:
@@ -231,7 +231,7 @@ class Controller:
 
     def _read_back_unseen(self) -> None:
         """A bind whose success the watch does not show is asked for."""
-        now = time.monotonic()
+        now = now_seconds()
         for uid, began in list(self._busy.items()):
             pod = self.cluster.pods.get(uid)
             if pod is not None and now - began >= UNSEEN_SECONDS and uid in self.cluster.planned:
@@ -241,7 +241,7 @@ class Controller:
     # writing
 
     def _spawn(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        self._busy[what] = time.monotonic()
+        self._busy[what] = now_seconds()
         self._tasks.create_task(self._limited(work))
 
     async def _limited(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -268,7 +268,7 @@ class Controller:
         """What a bind has come to; where it was bound, the watch is waited for."""
         seen = self.cluster.pods.get(uid)
         if now is not None and now.spec.node_name and seen is not None and not seen.spec.node_name:
-            self._busy[uid] = time.monotonic()
+            self._busy[uid] = now_seconds()
             return
         self._busy.pop(uid, None)
         if now is not None and now.spec.node_name:

@@ -19,7 +19,8 @@ PREFERRED_TOPOLOGY = "colocate.io/preferred-topology"
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator chooses."""
 
-    schedulers: frozenset[str] = frozenset({"colocate"})
+    schedulers: tuple[str, ...] = ("colocate",)
+    """The `schedulerName`s that we answer to."""
     topology: tuple[str, ...] = ("topology.kubernetes.io/zone", "topology.kubernetes.io/rack", "kubernetes.io/hostname")
     """Node labels from the broadest to the narrowest: gangs go into as few domains as they can."""
     timeout_seconds: int = 60

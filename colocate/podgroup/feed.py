@@ -17,6 +17,14 @@ CARRIED_ON = (*OPEN_PHASES, "Repairing", "RollingBack")
 """Phases of a plan in which the commit protocol has something to do."""
 
 
+_OFFSET = time.time() - time.monotonic()
+
+
+def now_seconds() -> float:
+    """Seconds since the epoch as they were at the start, and the monotonic clock from then on: it never jumps."""
+    return _OFFSET + time.monotonic()
+
+
 class Feed:
     """Handlers of the watches; each is called with the object before and now."""
 
@@ -75,7 +83,7 @@ class Feed:
             self._cluster.remove_pod(uid)
         failed = now is not None and now.status.phase == "Failed" and not rejected(now)
         if holding is not None and (now is None or failed):
-            self._queue.lost(self._cluster, holding, key, time.monotonic())
+            self._queue.lost(self._cluster, holding, key, now_seconds())
         if now is None or now.spec.node_name:
             self.busy.pop(uid, None)
         self._touched(key)

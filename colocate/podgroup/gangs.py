@@ -85,7 +85,7 @@ class Members(NamedTuple):
         return max((p.spec.priority for p in (*self.pending, *self.gated, *self.bound)), default=0)
 
 
-def sort_members(pods: Iterable[Pod], schedulers: frozenset[str]) -> Members:
+def sort_members(pods: Iterable[Pod], schedulers: tuple[str, ...]) -> Members:
     """Tell the members of a gang apart; `schedulers` are the names we answer to."""
     found = Members([], [], [], [], [], [], [])
     for pod in sorted(pods, key=lambda p: (-p.spec.priority, p.metadata.creation_timestamp or "", _natural(p))):

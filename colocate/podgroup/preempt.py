@@ -38,15 +38,18 @@ class Preemption(NamedTuple):
     """Gangs that lose their quorum."""
 
 
-def bundles(cluster: Cluster, priority: int) -> list[Bundle]:
-    """What may be taken for a gang of this priority, the least important and youngest first."""
+def bundles(cluster: Cluster, priority: int, wanted: frozenset[str] = frozenset()) -> list[Bundle]:
+    """What may be taken for a gang of this priority, the least important and youngest first.
+
+    Of a gang's surplus, members on the nodes `wanted` are named first.
+    """
     left = {key: budget.status.disruptions_allowed for key, budget in cluster.budgets.items()}
     found = []
     for key in sorted({gang_key(cluster.pods[u]) for u in cluster.ledger.holdings if u in cluster.pods}):
         bound = [p for p in cluster.pods_of(key) if p.spec.node_name and not p.terminal and not p.deleting]
         if not bound or max(p.spec.priority for p in bound) >= priority:
             continue
-        bound.sort(key=lambda p: (p.spec.priority, _youth(p), p.metadata.name))
+        bound.sort(key=lambda p: (p.spec.node_name not in wanted, p.spec.priority, _youth(p), p.metadata.name))
         may = [p for p in bound if p.metadata.owner_references and _allowed(cluster, p, left)]
         group = cluster.groups.get(key)
         done = sum(p.status.phase == "Succeeded" for p in cluster.pods_of(key))
@@ -84,7 +87,11 @@ def preempt(cluster: Cluster, gang: Gang, priority: int) -> Preemption | None:
 
     For members beyond the quorum no other gang is broken: they take what is surplus elsewhere, or pods alone.
     """
-    available = bundles(cluster, priority)
+    everything = [p for b in bundles(cluster, priority) for p in (*b.surplus, *b.whole)]
+    ideal = _placed(cluster, gang, everything)
+    if not ideal:
+        return None
+    available = bundles(cluster, priority, frozenset(node for _, node in ideal))
     if gang.quorum < len(gang.members):
         mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
         found = _choose(cluster, gang._replace(quorum=len(gang.members)), mild)
@@ -96,8 +103,6 @@ def preempt(cluster: Cluster, gang: Gang, priority: int) -> Preemption | None:
 def _choose(cluster: Cluster, gang: Gang, available: list[Bundle]) -> Preemption | None:
     surplus = [p for b in available for p in b.surplus]
     whole = [b for b in available if b.whole]
-    if not _fits(cluster, gang, [*surplus, *(p for b in whole for p in b.whole)]):
-        return None
     if surplus and _fits(cluster, gang, surplus):
         return _spare(cluster, gang, surplus, [])
     for bundle in whole[:MAX_SINGLE_GANGS]:
@@ -107,8 +112,8 @@ def _choose(cluster: Cluster, gang: Gang, available: list[Bundle]) -> Preemption
     for bundle in whole:
         taken.append(bundle)
         if _fits(cluster, gang, [*surplus, *(p for b in taken for p in b.whole)]):
-            break
-    return _spare(cluster, gang, surplus, taken)
+            return _spare(cluster, gang, surplus, taken)
+    return None
 
 
 def _spare(cluster: Cluster, gang: Gang, surplus: list[Pod], taken: list[Bundle]) -> Preemption | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Entry, Settings, entry_of, not_ready, question
+from colocate.podgroup.estimate import durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
 from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
 from colocate.podgroup.gangs import is_group, sort_members
@@ -22,6 +23,7 @@ from colocate.podgroup.holds import NOMINATED, SLOT, Holds
 from colocate.podgroup.ledger import Holding
 from colocate.podgroup.place import place
 from colocate.podgroup.preempt import Preemption, preempt
+from colocate.units import parse_time
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
 NOMINATION_SECONDS = 30.0
@@ -86,6 +88,8 @@ class Queue:
         """The gangs that wait, as they were last tried."""
         self._entries: dict[str, Entry] = {}
         self.holds = Holds()
+        self._evicted: set[str] = set()
+        """uids of victims that have not gone yet."""
         self._resting: dict[str, tuple[float, int]] = {}
         """Gang -> until when it is left alone, and how often that has been so."""
 
@@ -111,6 +115,17 @@ class Queue:
         for start in decided.starts:
             self._refresh(cluster, start.key, now)
         return decided
+
+    def remember(self, cluster: Cluster, now: float) -> None:
+        """Know since when each gang has waited: what a plan says of it, and when its youngest member was made."""
+        for key in {*cluster.members, *cluster.groups}:
+            plan, since = cluster.plans.get(key), now
+            if plan is not None and plan.status.phase == "Waiting" and plan.status.waiting_since:
+                since = min(parse_time(plan.status.waiting_since), now)
+            pods = cluster.pods_of(key)
+            made = [parse_time(p.metadata.creation_timestamp) for p in pods if p.metadata.creation_timestamp]
+            created = sort_members(pods, self.settings.schedulers).created
+            self.waiting[key] = Waiting(since=since, members_at=min(max(made, default=now), now), created=created)
 
     def next_look(self, now: float) -> float | None:
         """In how many seconds a gang must be looked at although nothing changes; None if none."""
@@ -167,7 +182,7 @@ class Queue:
             if known is not None and gang.quorum >= known[0]:
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
-                placed, reason, message = self._room(cluster, gang, head, signature, hopeless)
+                placed, reason, message = self._room(cluster, gang, head, signature, hopeless, now)
         if not placed:
             self.waiting[entry.key] = msgspec.structs.replace(
                 memory,
@@ -206,7 +221,13 @@ class Queue:
         return any(bool(trial.room(g, trial.mask(g))[rows].any()) for g in groups)
 
     def _room(
-        self, cluster: Cluster, gang: Gang, head: Entry | None, signature: tuple[object, ...], hopeless: Hopeless
+        self,
+        cluster: Cluster,
+        gang: Gang,
+        head: Entry | None,
+        signature: tuple[object, ...],
+        hopeless: Hopeless,
+        now: float,
     ) -> tuple[list[Placed] | None, str, str]:
         """Where a gang can go now; else the reason why not, and a message."""
         placed = place(cluster.ledger, gang)
@@ -216,7 +237,7 @@ class Queue:
             return None, "Unschedulable", why.text
         if not placed:
             return placed, "SurplusWaits", f"the quorum runs; {len(gang.members)} more members wait for room"
-        if head is not None and not self._leaves_room(cluster, placed, head):
+        if head is not None and not self._leaves_room(cluster, placed, head, now):
             return None, "BehindReservation", f"the room is reserved for {head.key}, which waits for more"
         return placed, "", ""
 
@@ -249,14 +270,22 @@ class Queue:
             grace = max(p.spec.termination_grace_period_seconds or 30 for p in found.victims)
             self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
             message = f"{len(found.victims)} pods of lower priority are leaving"
+            self._evicted.update(p.metadata.uid for p in found.victims)
         memory = self.waiting[entry.key]
         told = {"reason": "WaitingForPreemption", "message": message, "capacity": False, "gain": cluster.gain}
         self.waiting[entry.key] = msgspec.structs.replace(memory, **told)
         return Evict(entry.key, found) if found is not None else None
 
     def lost(self, cluster: Cluster, holding: Holding, key: str, now: float) -> None:
-        """A bound member of a gang is gone or has failed: keep its place for the one that replaces it."""
-        if is_group(key):
+        """A bound member of a gang is gone or has failed: keep its place for the one that replaces it.
+
+        Not if it has made room for another gang, or was taken back with its own.
+        """
+        plan = cluster.plans.get(key)
+        taken_back = plan is not None and plan.status.phase == "RollingBack"
+        if holding.uid in self._evicted:
+            self._evicted.discard(holding.uid)
+        elif is_group(key) and not taken_back:
             self.holds.keep_slot(cluster, holding, key, now + self.settings.slot_seconds)
 
     def _needs_slots(self, cluster: Cluster, key: str) -> bool:
@@ -268,14 +297,24 @@ class Queue:
         with cluster.ledger.without(list(cluster.ledger.holdings)):
             return place(cluster.ledger, gang) is not None
 
-    def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry) -> bool:
-        """Whether the head still fits beside these when all that now runs has ended."""
+    def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry, now: float) -> bool:
+        """Whether these end before the head can start, or the head still fits beside them when all else has ended."""
         question = self.waiting[head.key].question
+        shadow = starts_at(cluster, question, now) if question is not None else None
+        if shadow is not None and _end(cluster, placed, now) <= shadow[0]:
+            return True
         ledger = cluster.ledger
         running = list(ledger.holdings)
         also = [Holding(m.uid, m.name, m.namespace, node, m.shape, m.labels) for m, node in placed]
         with ledger.with_also(also), ledger.without(running):
             return question is None or place(cluster.ledger, question) is not None
+
+
+def _end(cluster: Cluster, placed: list[Placed], now: float) -> float:
+    """When the last of these will have ended at the latest; never, if nothing is known of one."""
+    known = durations(cluster)
+    takes = [runtime(cluster.pods[m.uid], known) for m, _ in placed if m.uid in cluster.pods]
+    return now + max((t[1] if t is not None else float("inf") for t in takes), default=0.0)
 
 
 def _signature(gang: Gang) -> tuple[object, ...]:

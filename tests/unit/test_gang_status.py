@@ -63,7 +63,7 @@ def test_members_are_told_apart_and_ordered():
         one("done", "Succeeded", node_name="n"),
         Pod(metadata=ObjectMeta(name="other")),
     ]
-    members = sort_members(there, frozenset({"colocate"}))
+    members = sort_members(there, ("colocate",))
     assert [p.metadata.name for p in members.pending] == ["first", "w-9", "w-10"]
     assert (members.satisfied, members.created) == (2, 6)
     assert [p.metadata.name for p in members.foreign] == ["other"]

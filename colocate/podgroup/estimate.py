@@ -1,0 +1,99 @@
+"""When a gang that waits can start: from what is known of how long the others still run.
+
+Known is what a pod declares (`colocate.io/expected-runtime-seconds`, else `activeDeadlineSeconds` as the latest end),
+or what pods of the same owner have taken before. Nothing is guessed about the rest: they never end here.
+"""
+
+from __future__ import annotations
+
+import re
+from statistics import quantiles
+
+from colocate.objects import Pod
+from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.fit import Gang
+from colocate.podgroup.place import place
+from colocate.units import parse_time
+
+RUNTIME = "colocate.io/expected-runtime-seconds"
+LEAST_RUNS = 3
+_SUFFIX = re.compile(r"(-[a-z0-9]{5}|-?\d+)$")
+
+Interval = tuple[float, float]
+"""(earliest, latest), in seconds since the epoch."""
+
+
+def family(pod: Pod) -> str:
+    """What runs of the same work have in common: namespace, and owner's kind and name without its running number."""
+    owners = pod.metadata.owner_references
+    if not owners:
+        return ""
+    return f"{pod.metadata.namespace}/{owners[0].kind}/{_SUFFIX.sub('', owners[0].name)}"
+
+
+def durations(cluster: Cluster) -> dict[str, list[float]]:
+    """Family -> how long its completed pods took, in seconds."""
+    found: dict[str, list[float]] = {}
+    for pod in cluster.pods.values():
+        ended = next((c.last_transition_time for c in pod.status.conditions if c.type == "Ready"), None)
+        if pod.status.phase == "Succeeded" and pod.status.start_time and ended and family(pod):
+            found.setdefault(family(pod), []).append(max(parse_time(ended) - parse_time(pod.status.start_time), 0.0))
+    return found
+
+
+def runtime(pod: Pod, known: dict[str, list[float]]) -> Interval | None:
+    """(least, most) seconds that a pod takes in all; None if nothing is known."""
+    declared = pod.metadata.annotations.get(RUNTIME, "")
+    if declared.isdigit():
+        return float(declared), float(declared)
+    before = known.get(family(pod), [])
+    if len(before) >= LEAST_RUNS:
+        low, _, high = quantiles(before, n=4)
+        return low, high
+    if pod.spec.active_deadline_seconds:
+        return 0.0, float(pod.spec.active_deadline_seconds)
+    return None
+
+
+def end_of(pod: Pod, known: dict[str, list[float]], now: float) -> Interval | None:
+    """When a pod that runs will have ended, never before now; None if nothing is known."""
+    takes = runtime(pod, known)
+    if takes is None:
+        return None
+    began = parse_time(pod.status.start_time) if pod.status.start_time else now
+    return max(began + takes[0], now), max(began + takes[1], now)
+
+
+def starts_at(cluster: Cluster, gang: Gang, now: float) -> Interval | None:
+    """When a gang fits for the first time as others end; None if what is known does not say."""
+    known = durations(cluster)
+    ends = {}
+    for uid in cluster.ledger.holdings:
+        pod = cluster.pods.get(uid)
+        end = end_of(pod, known, now) if pod is not None else None
+        if end is not None:
+            ends[uid] = end
+    low, high = _first_fit(cluster, gang, {u: e[0] for u, e in ends.items()}), None
+    if low is not None:
+        high = _first_fit(cluster, gang, {u: e[1] for u, e in ends.items()})
+    return None if low is None or high is None else (low, high)
+
+
+def _first_fit(cluster: Cluster, gang: Gang, ends: dict[str, float]) -> float | None:
+    """The first end after which the gang fits, found by bisection: what has ended stays ended."""
+    moments = sorted(set(ends.values()))
+    if not moments or not _fits(cluster, gang, ends, moments[-1]):
+        return None
+    low, high = 0, len(moments) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _fits(cluster, gang, ends, moments[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return moments[low]
+
+
+def _fits(cluster: Cluster, gang: Gang, ends: dict[str, float], moment: float) -> bool:
+    with cluster.ledger.without([uid for uid, end in ends.items() if end <= moment]):
+        return place(cluster.ledger, gang) is not None

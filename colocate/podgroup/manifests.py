@@ -1,0 +1,135 @@
+"""The pods that a manifest would make: what `what-if` asks about.
+
+Pods, PodGroups, and the workloads whose pods are known beforehand: Job, JobSet, Deployment, ReplicaSet, StatefulSet,
+kubeflow's jobs (`*ReplicaSpecs`), RayCluster and RayJob. A workload of several roles becomes one gang of all its pods,
+as its operator makes it, unless its pods name a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from colocate.errors import BadInput
+from colocate.objects import POD_GROUP_LABEL, ObjectMeta, OwnerReference, Pod, PodGroup, PodGroupSpec, PodSpec
+
+MAX_PODS = 50_000
+
+
+class _Template(NamedTuple):
+    role: str
+    replicas: int
+    template: Mapping[str, Any]
+
+
+class _PodTemplate(msgspec.Struct):
+    metadata: ObjectMeta = ObjectMeta()
+    spec: PodSpec = PodSpec()
+
+
+def pods_of(manifests: list[Any], namespace: str, scheduler: str, now: str) -> tuple[list[Pod], list[PodGroup]]:
+    """Pods and groups of these manifests, as if they were created now. Raises BadInput that names the place."""
+    pods: list[Pod] = []
+    groups: list[PodGroup] = []
+    for i, manifest in enumerate(manifests):
+        if manifest is None:
+            continue
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
+            raise BadInput(f"document {i + 1}: not a Kubernetes object: it has no kind")
+        try:
+            _add(manifest, namespace, scheduler, now, pods, groups)
+        except msgspec.ValidationError as error:
+            raise BadInput(f"document {i + 1} ({manifest['kind']}): {error}") from error
+        if len(pods) > MAX_PODS:
+            raise BadInput(f"document {i + 1} ({manifest['kind']}): more than {MAX_PODS} pods")
+    if not pods:
+        raise BadInput("the file has no pods: a PodGroup alone asks for nothing")
+    return pods, groups
+
+
+def _add(
+    manifest: dict[str, Any], namespace: str, scheduler: str, now: str, pods: list[Pod], groups: list[PodGroup]
+) -> None:
+    kind, meta = manifest["kind"], msgspec.convert(manifest.get("metadata", {}), ObjectMeta)
+    name = meta.name or kind.lower()
+    namespace = meta.namespace or namespace
+    if kind == "PodGroup":
+        spec = msgspec.convert(manifest.get("spec", {}), PodGroupSpec)
+        made = msgspec.structs.replace(
+            meta, name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}"
+        )
+        groups.append(PodGroup(metadata=made, spec=spec))
+        return
+    templates = list(_templates(kind, manifest))
+    if not templates:
+        known = (
+            "Pod, PodGroup, Job, JobSet, Deployment, ReplicaSet, StatefulSet, *ReplicaSpecs jobs, RayCluster, RayJob"
+        )
+        raise BadInput(f"{kind} {name}: its pods are not known beforehand; known kinds: {known}")
+    total = sum(t.replicas for t in templates)
+    together = kind not in ("Pod", "Job", "Deployment", "ReplicaSet", "StatefulSet")
+    for role, replicas, template in templates:
+        shape = msgspec.convert(template, _PodTemplate)
+        labels = dict(shape.metadata.labels)
+        if together:
+            labels.setdefault(POD_GROUP_LABEL, name)
+        for i in range(replicas):
+            one = name if kind == "Pod" else "-".join(filter(None, (name, role, str(i))))
+            owner = [] if kind == "Pod" else [OwnerReference(kind=kind, name=name, uid=f"what-if/{name}")]
+            made = msgspec.structs.replace(
+                shape.metadata,
+                name=one,
+                namespace=namespace,
+                uid=f"what-if/{namespace}/{one}",
+                labels=labels,
+                creation_timestamp=now,
+                owner_references=owner,
+            )
+            spec_of_pod = msgspec.structs.replace(shape.spec, scheduler_name=scheduler, node_name="")
+            pods.append(Pod(metadata=made, spec=spec_of_pod))
+    if together and not any(g.metadata.name == name for g in groups) and POD_GROUP_LABEL not in meta.labels:
+        group = ObjectMeta(name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}")
+        groups.append(PodGroup(metadata=group, spec=PodGroupSpec(min_member=max(total, 1))))
+
+
+def _templates(kind: str, manifest: Mapping[str, Any]) -> Iterator[_Template]:
+    spec = manifest.get("spec") or {}
+    if kind == "Pod":
+        yield _Template("", 1, {"metadata": manifest.get("metadata", {}), "spec": spec})
+    elif kind == "Job":
+        yield from _of_job("", 1, spec)
+    elif kind in ("Deployment", "ReplicaSet", "StatefulSet"):
+        yield _Template("", _count(spec.get("replicas", 1), "spec.replicas"), spec.get("template", {}))
+    elif kind == "JobSet":
+        for job in spec.get("replicatedJobs", []):
+            replicas = _count(job.get("replicas", 1), "spec.replicatedJobs[].replicas")
+            yield from _of_job(str(job.get("name", "")), replicas, job.get("template", {}).get("spec", {}))
+    elif kind in ("RayCluster", "RayJob"):
+        cluster = spec.get("rayClusterSpec", {}) if kind == "RayJob" else spec
+        yield _Template("head", 1, cluster.get("headGroupSpec", {}).get("template", {}))
+        for group in cluster.get("workerGroupSpecs", []):
+            replicas = _count(group.get("replicas", 1), "workerGroupSpecs[].replicas")
+            yield _Template(str(group.get("groupName", "worker")), replicas, group.get("template", {}))
+    else:
+        for field, roles in spec.items():
+            if field.endswith("ReplicaSpecs") and isinstance(roles, dict):
+                for role, of in roles.items():
+                    yield _Template(
+                        role.lower(), _count(of.get("replicas", 1), f"spec.{field}.{role}"), of.get("template", {})
+                    )
+
+
+def _of_job(role: str, replicas: int, spec: Mapping[str, Any]) -> Iterator[_Template]:
+    parallel = _count(spec.get("parallelism", 1), "spec.parallelism")
+    completions = spec.get("completions")
+    if completions is not None:
+        parallel = min(parallel, _count(completions, "spec.completions"))
+    yield _Template(role, replicas * parallel, spec.get("template", {}))
+
+
+def _count(value: Any, field: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_PODS:
+        raise BadInput(f"{field} is {value!r}: it must be a whole number from 0 to {MAX_PODS}")
+    return value
