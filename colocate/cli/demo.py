@@ -7,6 +7,8 @@ import asyncio
 import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import msgspec
 
@@ -42,9 +44,46 @@ def _columns(wide: bool) -> tuple[str, ...]:
     return ("arm", "p50 ms", "p99 ms", "p99.9 ms", "requests/s", "batch work/s", "CPU", "effective", *more)
 
 
+def _gang(options: argparse.Namespace) -> int:
+    """Exit 1 if a gang was started in part or a node was overcommitted."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    from colocate.demo.gangs import GangDemo
+
+    console, said = Console(stderr=True), ""
+    with (
+        tempfile.TemporaryDirectory(prefix="colocate-gang-") as directory,
+        Live(console=console, transient=True) as live,
+    ):
+
+        def show(text: str, rows: list[tuple[str, str, str]]) -> None:
+            nonlocal said
+            if text != said:
+                said = text
+                console.print(f"* {text}")
+            if console.is_terminal and rows:
+                table = Table("gang", "nodes of its members", "where it stands")
+                for row in rows:
+                    table.add_row(*row)
+                live.update(table)
+
+        counted = GangDemo(Path(directory), show).run()
+    if options.output in DATA_FORMS:
+        print_data(counted, options.output)
+    else:
+        print_table(
+            ("counted by an observer of its own", ""), [(k.replace("_", " "), str(v)) for k, v in counted.items()]
+        )
+    return 1 if counted["partial_gangs"] or counted["overcommitted_nodes"] else 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Print the table, write the report; exit 1 if the host was not left as it was found."""
     configure_logs(logging.ERROR)
+    if options.what == "gang":
+        return _gang(options)
     if options.seconds < 3:
         raise BadInput("--seconds: a phase needs at least 3s to say anything")
     if options.seconds > MOST_SECONDS:

@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     demo = add("demo", "demo:demo", "Show co-location on this machine's own cgroups, in one to two minutes")
+    demo.add_argument("what", nargs="?", choices=["gang"], help="gang: gang scheduling on a real API server instead")
     _table_form(demo)
     demo.add_argument("--report", default="colocate-demo-report.html", help="where the HTML report goes")
     demo.add_argument("--seconds", type=_duration, default=parse_duration("14s"), help="length of a phase")

@@ -143,7 +143,7 @@ class ControlPlane:
                 *(f"--{f}kubeconfig={config}" for f in ("", "authentication-", "authorization-")),
                 *("--use-service-account-credentials", "--leader-elect=false", "--secure-port=0"),
                 *(f"--controllers={CONTROLLERS}", f"--service-account-private-key-file={key}"),
-                *("--kube-api-qps=1000", "--kube-api-burst=1000", "--node-monitor-grace-period=6s"),
+                *("--kube-api-qps=1000", "--kube-api-burst=1000", "--node-monitor-grace-period=1h"),
             )
         if "kwok" in self._names:
             stages = HERE.with_name("kwok.yaml")

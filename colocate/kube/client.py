@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
 CONNECTIONS = 128
 TIMEOUT_SECONDS = 30.0
+BUSY_ATTEMPTS = 5
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
@@ -102,7 +104,28 @@ class Api:
         content_type: str = JSON,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> bytes:
-        """The body of the answer. Raises ApiError, Unreachable."""
+        """The body of the answer. Raises ApiError, Unreachable.
+
+        A server that is too busy (429) has done nothing; it is asked again when it says.
+        """
+        for attempt in range(BUSY_ATTEMPTS):
+            try:
+                return await self._once(method, path, body, query, content_type, timeout_seconds)
+            except ApiError as error:
+                if error.status != 429:
+                    raise
+                await pause(error, attempt, random.random())
+        return await self._once(method, path, body, query, content_type, timeout_seconds)
+
+    async def _once(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        query: Mapping[str, str] | None,
+        content_type: str,
+        timeout_seconds: float,
+    ) -> bytes:
         try:
             response = await self._send(method, path, body, query, content_type, aiohttp.ClientTimeout(timeout_seconds))
             async with response:

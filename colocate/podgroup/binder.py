@@ -102,15 +102,19 @@ class Binder:
             return await self.read(pod)
         return msgspec.json.decode(answer, type=Pod)
 
-    async def delete(self, pod: Pod, reason: str, message: str) -> None:
-        """Ask for the end of a pod that has an owner; a Job does not count it as a failure (KEP-3329)."""
+    async def delete(self, pod: Pod, reason: str, message: str, *, at_once: bool = False) -> None:
+        """Ask for the end of a pod that has an owner, marked so that a Job need not count it as a failure (KEP-3329).
+
+        `at_once` without the grace period: only where no kubelet is there to end it.
+        """
         meta = pod.metadata
         target = Condition(
             type="DisruptionTarget", status="True", reason=reason, message=message, last_transition_time=now_text()
         )
         try:
             await self._patch_conditions(pod, target)
-            body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta.uid}}
+            body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta.uid}}
+            body |= {"gracePeriodSeconds": 0} if at_once else {}
             await self._write("DELETE", path_of(PODS, meta.namespace, meta.name), body)
         except ApiError as error:
             if error.status not in (404, 409):

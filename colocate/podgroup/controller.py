@@ -31,7 +31,7 @@ from colocate.objects import (
 )
 from colocate.podgroup.binder import Binder, now_text
 from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.commit import Bind, advance
+from colocate.podgroup.commit import Bind, advance, owned
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.feed import CARRIED_ON, Feed, now_seconds
 from colocate.podgroup.gangs import gang_key, is_group
@@ -135,6 +135,7 @@ class Controller:
         self.feed.wake.clear()
         dirty, self.feed.dirty = self.feed.dirty, set()
         self._read_back_unseen()
+        self._bury()
         for key in dirty:
             self._carry_on(key)
         decided = self.queue.cycle(self.cluster, dirty, now_seconds())
@@ -229,6 +230,15 @@ class Controller:
             else:
                 self._spawn(uid, self._delete(step.pod, step.reason, plan.status.message))
 
+    def _bury(self) -> None:
+        """Members on a node that was deleted will never end by themselves: their owners may replace them at once."""
+        lost, self.feed.lost_nodes = self.feed.lost_nodes - self.cluster.ledger.rows.keys(), set()
+        for pod in list(self.cluster.pods.values()) if lost else ():
+            gone = pod.spec.node_name in lost and not pod.terminal and is_group(gang_key(pod)) and owned(pod)
+            if gone and pod.metadata.uid not in self._busy:
+                text = f"node {pod.spec.node_name} was deleted"
+                self._spawn(pod.metadata.uid, self._delete(pod, "DeletionByNodeLoss", text))
+
     def _read_back_unseen(self) -> None:
         """A bind whose success the watch does not show is asked for."""
         now = now_seconds()
@@ -290,7 +300,7 @@ class Controller:
 
     async def _delete(self, pod: Pod, reason: str, message: str) -> None:
         try:
-            await self._binder.delete(pod, reason, message)
+            await self._binder.delete(pod, reason, message, at_once=pod.spec.node_name not in self.cluster.ledger.rows)
         except (ApiError, Unreachable) as error:
             log.warning("delete_failed", pod=pod.metadata.name, error=str(error))
             await pause(error, 3, random.random())

@@ -31,6 +31,8 @@ class Feed:
     def __init__(self, cluster: Cluster, queue: Queue, touched: Callable[[str], None]) -> None:
         self._cluster, self._queue, self._touched = cluster, queue, touched
         self.dirty: set[str] = set()
+        self.lost_nodes: set[str] = set()
+        """Nodes that have been deleted and not been looked at since."""
         self.wake = asyncio.Event()
         self.busy: dict[str, float] = {}
         """uids of pods and keys of plans that a write is under way for -> when it began."""
@@ -60,6 +62,7 @@ class Feed:
             self._cluster.set_node(now)
         else:
             self._cluster.remove_node(node.metadata.name)
+            self.lost_nodes.add(node.metadata.name)
         for key, plan in self._cluster.plans.items():
             if plan.status.phase in CARRIED_ON and any(m.node == node.metadata.name for m in plan.spec.members):
                 self.dirty.add(key)
