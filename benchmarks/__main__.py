@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 
-from benchmarks import agent, isolation, reaction
+from benchmarks import agent, gang, isolation, reaction
 from benchmarks.common import RESULTS
 from colocate.cli.host import configure_logs
 from colocate.errors import ColocateError
 
-SUITES = {"agent": agent.run, "reaction": reaction.run, "isolation": isolation.run}
+SUITES = {"agent": agent.run, "reaction": reaction.run, "isolation": isolation.run, "gang": gang.run}
 
 
 def main(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 import yaml
+from aiohttp import web
 
 from colocate.cli.host import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
@@ -36,11 +37,13 @@ from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Claim, DisruptionBudget, GangPlan, Lease, Node, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
+from colocate.podgroup.feed import now_seconds
 from colocate.podgroup.manifests import pods_of
 from colocate.podgroup.snapshot import KIND, VERSION, ClusterSnapshot, Explanation, Verdict, decide, explain, load
 from colocate.podgroup.snapshot import what_if as ask
 from colocate.units import format_duration
 
+SILENT_SECONDS = 120.0
 UPSTREAM = "scheduler-plugins-scheduler"
 UPSTREAM_LEASES = (UPSTREAM, "sig-scheduling")
 log = structlog.get_logger()
@@ -71,9 +74,12 @@ async def _controller(options: argparse.Namespace) -> int:
     async with Api.connect(options.kubeconfig, options.context) as api:
         if UPSTREAM in names:
             await _refuse_beside_upstream(api)
+        health = Health()
+        runner = await health.serve(options.http)
         while not stop.is_set():
             election = Election(api, options.lease_namespace, options.lease_name, identity, options.lease_duration)
-            leading = asyncio.ensure_future(election.lead(Controller(api, settings, election).run))
+            health.controller = Controller(api, settings, election)
+            leading = asyncio.ensure_future(election.lead(health.controller.run))
             stopped = asyncio.ensure_future(stop.wait())
             await asyncio.wait([leading, stopped], return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
@@ -84,7 +90,49 @@ async def _controller(options: argparse.Namespace) -> int:
                 continue
             except LeadershipLost as lost:
                 log.warning("leadership_lost", error=str(lost))
+        if runner is not None:
+            await runner.cleanup()
     return 0
+
+
+class Health:
+    """/metrics, /healthz and /readyz of a controller that leads or stands by."""
+
+    def __init__(self) -> None:
+        self.controller: Controller | None = None
+
+    async def serve(self, address: str) -> web.AppRunner | None:
+        """Listen on `HOST:PORT`; nothing if that is empty. Raises BadInput."""
+        if not address:
+            return None
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise BadInput(f"--http: {address!r} is not HOST:PORT")
+        app = web.Application()
+        for path, handler in (("/metrics", self._metrics), ("/healthz", self._healthz), ("/readyz", self._readyz)):
+            app.router.add_get(path, handler)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, int(port)).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise BadInput(f"--http: {address}: {error.strerror}") from error
+        return runner
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = self.controller.metrics.text(self.controller.queue) if self.controller is not None else b""
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        """A leader that decides, or somebody who stands by."""
+        decided = self.controller.decided_at if self.controller is not None else None
+        silent = 0.0 if decided is None else now_seconds() - decided
+        return web.Response(status=200 if silent < SILENT_SECONDS else 500, text=f"last decision {silent:.1f} s ago\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        leads = self.controller is not None and self.controller.synced
+        return web.Response(text="leading\n" if leads else "standing by\n")
 
 
 async def _refuse_beside_upstream(api: Api) -> None:

@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     controller.add_argument(
         "--timeout", type=_positive, default=60, help="seconds to start a gang whose PodGroup says nothing"
     )
+    controller.add_argument("--http", default="", help="HOST:PORT of /metrics, /healthz and /readyz (default: none)")
     controller.add_argument("--lease-namespace", default="colocate-system", help="where the lease is")
     controller.add_argument("--lease-name", default="colocate-controller", help="of the lease")
     controller.add_argument(

@@ -25,7 +25,9 @@ from types import TracebackType
 from colocate.errors import HostUnfit
 
 START_SECONDS = 90.0
+CONTROLLER = "system:serviceaccount:colocate-system:colocate-controller"
 USERS = {
+    "colocate": (CONTROLLER, '"system:serviceaccounts"'),
     "admin": ("admin", '"system:masters"'),
     "scheduler": ("system:kube-scheduler", ""),
     "controllers": ("system:kube-controller-manager", ""),
@@ -157,6 +159,12 @@ class ControlPlane:
             *(f"--{f}kubeconfig={config}" for f in ("", "authentication-", "authorization-")),
             *("--leader-elect=false", "--secure-port=0", "--kube-api-qps=5000", "--kube-api-burst=5000", *flags),
         )
+
+    def end(self, name: str) -> None:
+        """End one of its processes."""
+        process = self._processes.pop(name)
+        process.terminate()
+        process.wait()
 
     def _run_etcd(self, client: int, peer: int) -> None:
         url, peers = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"

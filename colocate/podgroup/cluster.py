@@ -7,6 +7,7 @@ are bound, so nothing is promised twice.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -38,9 +39,12 @@ class Cluster:
         """Gang -> uids of its pods."""
         self.planned: dict[str, str] = {}
         """uid -> the node that an open plan, or a bind under way, promises it."""
+        self.priorities: Counter[int] = Counter()
+        """Of the pods that are bound: priority -> how many."""
         self.gains: list[str] = []
         """Nodes that have gained room or have changed, one after the other; `gained` counts those that were cut off."""
         self.gained = 0
+        self._priority: dict[str, int] = {}
         self._volumes_version = 0
         self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
@@ -149,6 +153,9 @@ class Cluster:
         if not node or pod.terminal:
             self._release(uid)
             return
+        if uid not in self.ledger.holdings:
+            self.priorities[pod.spec.priority] += 1
+            self._priority[uid] = pod.spec.priority
         self.ledger.hold(
             Holding(
                 uid=uid,
@@ -165,6 +172,11 @@ class Cluster:
         holding = self.ledger.release(uid)
         if holding is not None:
             self._gain(holding.node)
+        if uid in self._priority:
+            priority = self._priority.pop(uid)
+            self.priorities[priority] -= 1
+            if not self.priorities[priority]:
+                del self.priorities[priority]
 
     def _gain(self, node: str) -> None:
         self.gains.append(node)

@@ -22,6 +22,7 @@ from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import (
     POD_GROUP_API,
+    Condition,
     GangPlan,
     GangPlanSpec,
     GangPlanStatus,
@@ -35,6 +36,7 @@ from colocate.podgroup.commit import Bind, advance, owned
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.feed import CARRIED_ON, Feed, now_seconds
 from colocate.podgroup.gangs import gang_key, is_group
+from colocate.podgroup.metrics import Metrics
 from colocate.podgroup.queue import Queue, Start
 from colocate.podgroup.status import StatusWriter, empty_plan, may_be_told
 from colocate.units import parse_time
@@ -58,13 +60,25 @@ class Controller:
         self._status = StatusWriter(self.cluster, self.queue, self._save_waiting)
         self._locks: dict[str, asyncio.Lock] = {}
         """Of plans: one write at a time."""
-        self.feed = Feed(self.cluster, self.queue, self._status.touch)
+        self.feed = Feed(self.cluster, self.queue, self._status.touch, self._refused)
         self._busy = self.feed.busy
         self._began: dict[str, float] = {}
         """plan id -> monotonic time of its making, as far as this process can tell."""
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self.reflectors: list[Reflector[Any]] = []
         self._tasks: asyncio.TaskGroup
+        self.metrics = Metrics()
+        self._woken = 0.0
+        """When the change came that is decided on."""
+        self._spent = 0.0
+        """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
+        self.decided_at: float | None = None
+        """When the queue was last looked at; None before the first time."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything that is watched has been listed."""
+        return bool(self.reflectors) and all(r.synced.is_set() for r in self.reflectors)
 
     async def run(self, epoch: int) -> None:
         """Lead until cancelled. Raises LeadershipLost."""
@@ -105,6 +119,9 @@ class Controller:
                 return "conditions" in fields and "observedGeneration" in fields
         return False
 
+    def _refused(self, reason: str) -> None:
+        self.metrics.rejections.labels(reason).inc()
+
     # taking over
 
     async def _take_over(self) -> None:
@@ -131,17 +148,23 @@ class Controller:
                 await self.feed.wake.wait()
         except TimeoutError:
             self.feed.dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
-        await asyncio.sleep(GATHER_SECONDS)
+        self._woken = now_seconds()
+        await asyncio.sleep(max(GATHER_SECONDS, self._spent))
         self.feed.wake.clear()
         dirty, self.feed.dirty = self.feed.dirty, set()
         self._read_back_unseen()
         self._bury()
         for key in dirty:
             self._carry_on(key)
-        decided = self.queue.cycle(self.cluster, dirty, now_seconds())
+        began = now_seconds()
+        decided = self.queue.cycle(self.cluster, dirty, began)
+        self.decided_at = now_seconds()
+        self._spent = self.decided_at - began
+        self.metrics.decide.observe(self._spent)
         for start in decided.starts:
             self._begin(start)
         for eviction in decided.evictions:
+            self.metrics.preempted.inc(len(eviction.preemption.victims))
             for victim in eviction.preemption.victims:
                 text = f"made room for {eviction.key}, which is more important"
                 self._spawn(victim.metadata.uid, self._delete(victim, "PreemptionByScheduler", text))
@@ -265,14 +288,30 @@ class Controller:
                 now = await self._binder.bind(pod, node, plan_id)
             except (ApiError, Unreachable) as error:
                 log.warning("bind_failed", pod=pod.metadata.name, node=node, error=str(error))
+                self.metrics.binds.labels("failed").inc()
+                if isinstance(error, ApiError) and error.status == 403:
+                    self._forbidden(key, error)
                 await pause(error, attempt, random.random())
                 continue
             if now is None or now.spec.node_name:
+                self.metrics.binds.labels("gone" if now is None else "bound").inc()
                 break
+            self.metrics.binds.labels("conflict").inc()
             pod = now  # it has changed since it was decided on, but not in a way that matters: once more
             if pod.deleting or pod.spec.scheduling_gates:
                 break
         self._settle(uid, key, now if attempt < 7 else pod)
+
+    def _forbidden(self, key: str, error: ApiError) -> None:
+        """A verb that we may not use is named where the gang's users look."""
+        plan = self.cluster.plans.get(key)
+        if plan is None or any(c.type == "Permitted" for c in plan.status.conditions):
+            return
+        said = Condition(
+            type="Permitted", status="False", reason="Forbidden", message=error.message, last_transition_time=now_text()
+        )
+        status = msgspec.structs.replace(plan.status, conditions=[*plan.status.conditions, said])
+        self._tasks.create_task(self._save(key, msgspec.structs.replace(plan, status=status)))
 
     def _settle(self, uid: str, key: str, now: Pod | None) -> None:
         """What a bind has come to; where it was bound, the watch is waited for."""
@@ -313,6 +352,8 @@ class Controller:
                 plan = msgspec.structs.replace(plan, metadata=known.metadata)
             try:
                 self.cluster.set_plan(key, await self._binder.save(plan))
+                if known is None or known.status.phase != plan.status.phase:
+                    self.metrics.moved(key, plan, now_seconds(), self._woken)
             except (ApiError, Unreachable) as error:
                 log.warning("plan_not_saved", gang=key, error=str(error))
                 await pause(error, 2, random.random())

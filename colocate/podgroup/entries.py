@@ -14,6 +14,9 @@ from colocate.podgroup.shape import amounts
 
 REQUIRED_TOPOLOGY = "colocate.io/required-topology"
 PREFERRED_TOPOLOGY = "colocate.io/preferred-topology"
+CREATION_DEPENDENCY = "colocate.io/creation-dependency"
+STAGED_OWNERS = frozenset({"MPIJob", "RayJob", "JobSet", "LeaderWorkerSet"})
+"""Kinds whose operators make some members only after others are ready."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +94,7 @@ def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds:
     if members.gated and members.created >= members.satisfied + entry.need:
         gates = sorted({g.name for p in members.gated for g in p.spec.scheduling_gates})
         return "SchedulingGated", f"{len(members.gated)} members are held by scheduling gates: {', '.join(gates)}"
-    if _waits_for_itself(members) and still_seconds >= settings.creation_grace_seconds:
+    if _waits_for_itself(entry) and still_seconds >= settings.creation_grace_seconds:
         return None
     least = group.spec.min_member if group is not None else 1
     return "NotEnoughMembers", f"{members.created} of {least} members exist"
@@ -111,9 +114,16 @@ def _invalid(entry: Entry) -> tuple[str, str] | None:
     return None
 
 
-def _waits_for_itself(members: Members) -> bool:
-    """Whether the owner may make the missing members only after these run (mpi-operator#608)."""
-    return bool(members.pending) and not members.gated and all(p.metadata.owner_references for p in members.pending)
+def _waits_for_itself(entry: Entry) -> bool:
+    """Whether the owner may make the missing members only after these run (mpi-operator#608).
+
+    Of owners that are known to, or where the PodGroup says so; never of a gang that has run before.
+    """
+    members, group = entry.members, entry.group
+    if group is None or not members.pending or members.gated or members.bound or members.failed or members.succeeded:
+        return False
+    owners = {owner.kind for p in members.pending for owner in p.metadata.owner_references}
+    return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"
 
 
 def question(cluster: Cluster, entry: Entry, settings: Settings) -> tuple[Gang, str]:

@@ -28,8 +28,10 @@ def now_seconds() -> float:
 class Feed:
     """Handlers of the watches; each is called with the object before and now."""
 
-    def __init__(self, cluster: Cluster, queue: Queue, touched: Callable[[str], None]) -> None:
-        self._cluster, self._queue, self._touched = cluster, queue, touched
+    def __init__(
+        self, cluster: Cluster, queue: Queue, touched: Callable[[str], None], refused: Callable[[str], None]
+    ) -> None:
+        self._cluster, self._queue, self._touched, self._refused = cluster, queue, touched, refused
         self.dirty: set[str] = set()
         self.lost_nodes: set[str] = set()
         """Nodes that have been deleted and not been looked at since."""
@@ -84,6 +86,8 @@ class Feed:
             self._cluster.set_pod(now)
         else:
             self._cluster.remove_pod(uid)
+        if now is not None and rejected(now) and known is not None and not known.terminal:
+            self._refused(now.status.reason)
         failed = now is not None and now.status.phase == "Failed" and not rejected(now)
         if holding is not None and (now is None or failed):
             self._queue.lost(self._cluster, holding, key, now_seconds())

@@ -84,13 +84,9 @@ class Trial:
     def mask(self, group: Class) -> Mask:
         """The nodes that pass every filter that does not change while this class is being placed."""
         ledger, shape = self.ledger, group.shape
-        found = self.within & ledger.ready & ledger.tolerated(shape.tolerations)
         if shape.unsupported:
-            return np.zeros_like(found)
-        for key, value in shape.node_selector.items():
-            found &= ledger.label(key).holds("In", [value])
-        for selector in filter(None, (shape.node_affinity, *shape.volume_affinity)):
-            found &= ledger.selected(selector)
+            return np.zeros_like(self.within)
+        found = self.within & ledger.standing(shape)
         if shape.host_ports:
             found &= ~ledger.ports_taken(shape.host_ports)
         for term, nodes in ledger.repelling_terms(group.namespace, group.labels):

@@ -22,6 +22,8 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 UNSCHEDULABLE = Taint(key="node.kubernetes.io/unschedulable", effect="NoSchedule")
+MAX_STANDING = 1024
+MAX_COUNTED = 64
 REPELLING = ("NoSchedule", "NoExecute")
 
 
@@ -63,6 +65,7 @@ class Column:
     def __init__(self, values: Iterable[str | None]) -> None:
         self.code_of: dict[str, int] = {}
         self.codes: Ints = np.fromiter((self._code(v) for v in values), dtype=np.int64)
+        self._ranks: Ints = np.zeros(0, dtype=np.int64)
 
     def _code(self, value: str | None) -> int:
         return -1 if value is None else self.code_of.setdefault(value, len(self.code_of))
@@ -72,9 +75,13 @@ class Column:
         self.codes[row] = self._code(value)
 
     @property
-    def values(self) -> list[str]:
-        """Code -> value."""
-        return list(self.code_of)
+    def ranks(self) -> Ints:
+        """Code -> rank of its value: codes depend on the order in which values were seen, ranks do not."""
+        if len(self._ranks) != len(self.code_of):
+            values = list(self.code_of)
+            self._ranks = np.empty(len(values), dtype=np.int64)
+            self._ranks[sorted(range(len(values)), key=values.__getitem__)] = np.arange(len(values))
+        return self._ranks
 
     def holds(self, operator: str, values: list[str]) -> Mask:
         """The nodes for which a requirement of this label holds."""
@@ -112,13 +119,14 @@ class Ledger:
         self.used: Ints = np.zeros((0, 3), dtype=np.int64)
         self.ready: Mask = np.zeros(0, dtype=bool)
         self.holdings: dict[str, Holding] = {}
-        self.version = 0
-        """Grows with every change."""
         self._nodes: dict[str, Node] = {}
         self._on: dict[str, set[str]] = {}
+        self._labelled: dict[tuple[str, str], set[str]] = {}
+        """(label, value) -> uids of the pods that carry it."""
         self._labels: dict[str, Column] = {}
         self._taint_codes: Ints | None = None
         self._taint_sets: list[tuple[Taint, ...]] = []
+        self._static: dict[int, tuple[Shape, Mask]] = {}
         self._counts: dict[Counted, tuple[LabelSelector, Ints]] = {}
         self._apart: dict[tuple[object, ...], tuple[Term, dict[str, int]]] = {}
         self._ports: dict[HostPort, dict[str, int]] = {}
@@ -144,7 +152,7 @@ class Ledger:
             column.set(row, node.metadata.labels.get(key))
         if before.spec != node.spec:
             self._taint_codes = None
-        self.version += 1
+        self._static.clear()
         return True
 
     def remove_node(self, name: str) -> None:
@@ -180,8 +188,8 @@ class Ledger:
         self.rows = {name: row for row, name in enumerate(self.names)}
         self._labels.clear()
         self._counts.clear()
+        self._static.clear()
         self._taint_codes = None
-        self.version += 1
 
     def _set_capacity(self, row: int, node: Node) -> None:
         try:
@@ -250,8 +258,12 @@ class Ledger:
         return [self.holdings[uid] for uid in sorted(self._on.get(node, ()))]
 
     def _change(self, holding: Holding, sign: int) -> None:
-        self.version += 1
         row = self.rows.get(holding.node)
+        for item in holding.labels.items():
+            labelled = self._labelled.setdefault(item, set())
+            labelled.add(holding.uid) if sign > 0 else labelled.discard(holding.uid)
+            if not labelled:
+                del self._labelled[item]
         for resource, _ in holding.shape.requests:
             self.column(resource)
         if row is not None:
@@ -315,6 +327,21 @@ class Ledger:
             found &= named if field.operator == "In" else ~named
         return found
 
+    def standing(self, shape: Shape) -> Mask:
+        """The nodes that pass the filters that no pod changes: readiness, taints, selectors, affinity, volumes."""
+        cached = self._static.get(id(shape))
+        if cached is not None and cached[0] is shape:
+            return cached[1]
+        found = self.ready & self.tolerated(shape.tolerations)
+        for key, value in shape.node_selector.items():
+            found &= self.label(key).holds("In", [value])
+        for selector in filter(None, (shape.node_affinity, *shape.volume_affinity)):
+            found &= self.selected(selector)
+        if len(self._static) >= MAX_STANDING:
+            self._static.clear()
+        self._static[id(shape)] = (shape, found)
+        return found
+
     def counts(self, term: Term, leaving: bool = True) -> Ints:
         """How many pods a term selects on each node. The array is the ledger's own: copy before changing it."""
         if term.selector is None:
@@ -322,11 +349,20 @@ class Ledger:
         counted = Counted(selector_text(term.selector), term.namespaces, leaving)
         if counted not in self._counts:
             counts = np.zeros(len(self.names), dtype=np.int64)
-            for holding in self.holdings.values():
+            for holding in self._candidates(term.selector):
                 if holding.node in self.rows and selects(counted, term.selector, holding):
                     counts[self.rows[holding.node]] += 1
+            if len(self._counts) >= MAX_COUNTED:
+                del self._counts[next(iter(self._counts))]  # the one that was asked for first; counted anew if need be
             self._counts[counted] = (term.selector, counts)
         return self._counts[counted][1]
+
+    def _candidates(self, selector: LabelSelector) -> Iterable[Holding]:
+        """The pods that a selector may select: those with the rarest of the labels that it asks for."""
+        if not selector.match_labels:
+            return self.holdings.values()
+        uids = min((self._labelled.get(item, set()) for item in selector.match_labels.items()), key=len)
+        return [self.holdings[uid] for uid in uids]
 
     def repelling_terms(self, namespace: str, labels: Mapping[str, str]) -> list[tuple[Term, list[str]]]:
         """Anti-affinity terms of pods that are there and select these labels, with the nodes of those pods."""

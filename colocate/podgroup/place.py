@@ -15,7 +15,7 @@ import numpy as np
 
 from colocate.podgroup.fill import has_changing, place_class
 from colocate.podgroup.fit import Class, Gang, Member, Placed, Trial, classes_of
-from colocate.podgroup.ledger import Ledger, Mask
+from colocate.podgroup.ledger import Ints, Ledger, Mask
 from colocate.podgroup.search import pack
 
 MAX_ORDERS = 24
@@ -97,39 +97,59 @@ def _hopeless(ledger: Ledger, classes: list[Class], within: Mask) -> bool:
     return any(place_class(Trial(ledger, within), group) is None for group in classes if not group.shape.affinity)
 
 
-def _domains_that_may_do(ledger: Ledger, classes: list[Class], key: str, within: Mask) -> list[Mask]:
+def _rooms(ledger: Ledger, classes: list[Class], within: Mask) -> list[Ints] | None:
+    """For each class alone, how many members each node takes; None if a class does not fit even so."""
+    trial, rooms = Trial(ledger, within), []
+    for group in classes:
+        room = np.minimum(trial.room(group, trial.mask(group)), len(group.members))
+        if int(room.sum()) < len(group.members):
+            return None
+        rooms.append(room)
+    return rooms
+
+
+def _domains(ledger: Ledger, classes: list[Class], rooms: list[Ints], key: str, within: Mask) -> Iterator[Mask]:
     """The domains of a label with room for each class alone, the tightest first."""
     column = ledger.label(key)
-    size = len(column.code_of)
+    size, here = len(column.code_of), column.codes >= 0
     enough, total = np.ones(size, dtype=bool), np.zeros(size)
-    trial = Trial(ledger, within & (column.codes >= 0))
-    for group in classes:
-        room = trial.room(group, trial.mask(group))
-        here = column.codes >= 0
+    for group, room in zip(classes, rooms, strict=True):
         by_domain = np.bincount(column.codes[here], weights=room[here].astype(float), minlength=size)
         enough &= by_domain >= len(group.members)
         total += by_domain
-    names = column.values
-    good = sorted(np.flatnonzero(enough).tolist(), key=lambda code: (total[code], names[code]))
-    return [within & (column.codes == code) for code in good]
+    for code in np.lexsort((column.ranks, total)):
+        if enough[code]:
+            yield within & (column.codes == code)
+
+
+def _required(ledger: Ledger, gang: Gang, classes: list[Class]) -> Iterator[Mask]:
+    """The parts of the cluster in any of which the whole gang may be."""
+    everywhere = np.ones(len(ledger.names), dtype=bool)
+    if not gang.required_topology:
+        yield everywhere
+        return
+    column = ledger.label(gang.required_topology)
+    everywhere = column.codes >= 0
+    bound = {int(column.codes[ledger.rows[n]]) for n in gang.fixed if n in ledger.rows}
+    if len(bound) > 1:
+        return
+    for code in bound:
+        everywhere = everywhere & (column.codes == code)
+    rooms = _rooms(ledger, classes, everywhere)
+    if rooms is not None:
+        yield from _domains(ledger, classes, rooms, gang.required_topology, everywhere)
 
 
 def _place_exactly(ledger: Ledger, gang: Gang, members: Sequence[Member]) -> list[Placed] | None:
     classes = classes_of(members, ledger)
-    everywhere = np.ones(len(ledger.names), dtype=bool)
-    if gang.required_topology:
-        column = ledger.label(gang.required_topology)
-        everywhere = column.codes >= 0
-        bound = {int(column.codes[ledger.rows[n]]) for n in gang.fixed if n in ledger.rows}
-        if bound:
-            everywhere = np.isin(column.codes, [b for b in bound if b >= 0]) if len(bound) == 1 else ~everywhere & False
-        domains = _domains_that_may_do(ledger, classes, gang.required_topology, everywhere)
-    else:
-        domains = [everywhere]
-    for domain in domains:
-        for key in reversed(gang.preferred_topology):
-            for narrower in _domains_that_may_do(ledger, classes, key, domain)[:MAX_PREFERRED_DOMAINS]:
-                placed = _within(ledger, classes, narrower, gang.reserve, domain)
+    for domain in _required(ledger, gang, classes):
+        rooms = _rooms(ledger, classes, domain)
+        if rooms is None:
+            continue
+        for key in reversed(gang.preferred_topology) if len(members) > 1 else ():
+            narrower = _domains(ledger, classes, rooms, key, domain)
+            for part in islice(narrower, MAX_PREFERRED_DOMAINS):
+                placed = _within(ledger, classes, part, gang.reserve, domain)
                 if placed is not None:
                     return placed
         placed = _within(ledger, classes, domain, gang.reserve, domain)

@@ -87,6 +87,8 @@ def preempt(cluster: Cluster, gang: Gang, priority: int) -> Preemption | None:
 
     For members beyond the quorum no other gang is broken: they take what is surplus elsewhere, or pods alone.
     """
+    if min(cluster.priorities, default=priority) >= priority:
+        return None
     everything = [p for b in bundles(cluster, priority) for p in (*b.surplus, *b.whole)]
     ideal = _placed(cluster, gang, everything)
     if not ideal:

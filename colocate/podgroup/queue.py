@@ -8,13 +8,15 @@ for (EASY backfill, Lifka 1995). What was tried is remembered in frozen `Waiting
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.entries import Entry, Settings, entry_of, not_ready, question
+from colocate.podgroup.entries import Entry, Settings, entry_of, member_of, not_ready, question
 from colocate.podgroup.estimate import durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
 from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
@@ -104,14 +106,17 @@ class Queue:
         head: Entry | None = None
         entries = sorted(self._entries.values(), key=lambda e: e.order)
         self.order = [e.key for e in entries]
-        for entry in entries:
-            found = self._try(cluster, entry, head, hopeless, now)
-            if isinstance(found, Start):
-                decided.starts.append(found)
-            elif isinstance(found, Evict):
-                decided.evictions.append(found)
-            elif head is None and self._reserves(cluster, entry, now):
-                head = entry
+        for alike in self._alike(cluster, entries):
+            started = self._start_together(cluster, alike, now) if len(alike) > 1 and head is None else []
+            decided.starts.extend(started)
+            for entry in alike[len(started) :]:
+                found = self._try(cluster, entry, head, hopeless, now)
+                if isinstance(found, Start):
+                    decided.starts.append(found)
+                elif isinstance(found, Evict):
+                    decided.evictions.append(found)
+                elif head is None and self._reserves(cluster, entry, now):
+                    head = entry
         for start in decided.starts:
             self._refresh(cluster, start.key, now)
         return decided
@@ -163,6 +168,31 @@ class Queue:
         if entry.members.created > before.created:
             before = msgspec.structs.replace(before, members_at=now)
         self.waiting[key] = msgspec.structs.replace(before, question=None, created=entry.members.created)
+
+    def _alike(self, cluster: Cluster, entries: list[Entry]) -> Iterator[list[Entry]]:
+        """The entries in their order, pods alone that follow each other and are equal taken together."""
+
+        def kind(entry: Entry) -> object:
+            memory = self.waiting[entry.key]
+            if is_group(entry.key) or memory.question is not None or not entry.members.pending:
+                return entry.key
+            pod = entry.members.pending[0]
+            return id(cluster.shape(pod)), pod.metadata.namespace, tuple(sorted(pod.metadata.labels.items()))
+
+        for _, alike in groupby(entries, kind):
+            yield list(alike)
+
+    def _start_together(self, cluster: Cluster, alike: list[Entry], now: float) -> list[Start]:
+        """As many of these equal pods as fit, the first ones first, in one question to the solver."""
+        if not_ready(cluster, alike[0], self.settings, 0.0) is not None:
+            return []
+        members = tuple(member_of(cluster, entry.members.pending[0]) for entry in alike)
+        placed = place(cluster.ledger, Gang(members, quorum=0)) or []
+        starts = []
+        for entry, one in zip(alike, placed, strict=False):
+            cluster.promise(one.member.uid, one.node)
+            starts.append(Start(entry.key, [one], now - self.waiting[entry.key].since))
+        return starts
 
     def _try(
         self, cluster: Cluster, entry: Entry, head: Entry | None, hopeless: Hopeless, now: float

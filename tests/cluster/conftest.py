@@ -77,6 +77,7 @@ class World:
         *,
         namespace: str = "",
         owned: bool = True,
+        owner: dict[str, str] | None = None,
         labels: dict[str, str] | None = None,
         annotations: dict[str, str] | None = None,
         spec: dict[str, Any] | None = None,
@@ -94,7 +95,8 @@ class World:
         if group:
             meta["labels"]["scheduling.x-k8s.io/pod-group"] = group
         if owned and not namespace:
-            meta["ownerReferences"] = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": self.owner}]
+            own = {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": self.owner}
+            meta["ownerReferences"] = [owner or own]
         container = {
             "name": "c",
             "image": "i",
@@ -239,9 +241,13 @@ async def world(api: Api) -> AsyncIterator[World]:
 
 
 @contextlib.asynccontextmanager
-async def leader(world: World, settings: Settings | None = None) -> AsyncIterator[Controller]:
+async def leader(
+    world: World, settings: Settings | None = None, lease_seconds: float = 2.0
+) -> AsyncIterator[Controller]:
     """A controller that leads, in this process."""
-    election = Election(world.api, world.namespace, "colocate", f"test-{uuid.uuid4().hex[:6]}", 2.0)
+    election = Election(
+        world.api, world.namespace, "colocate-controller", f"test-{uuid.uuid4().hex[:6]}", lease_seconds
+    )
     led = Controller(world.api, settings or Settings(), election)
     task = asyncio.ensure_future(election.lead(led.run))
     try:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import yaml
 
-from colocate.kube.client import NODES, POD_GROUPS, PODS, ApiError, path_of
+from colocate.demo.controlplane import ControlPlane
+from colocate.kube.client import NODES, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
-from tests.cluster.conftest import World, leader
+from tests.cluster.conftest import HIGH, LOW, MANIFESTS, World, leader
 
 MERGE = "application/merge-patch+json"
+MPI_JOB = {
+    "apiVersion": "kubeflow.org/v2beta1",
+    "kind": "MPIJob",
+    "name": "pi",
+    "uid": "0c0ffee0-0000-4000-8000-000000000000",
+}
 RACK = "topology.kubernetes.io/rack"
 
 
@@ -166,10 +178,10 @@ async def test_m4_a_launcher_that_is_made_after_its_workers_run(world: World) ->
     async with leader(world, Settings(creation_grace_seconds=0.5)):
         await world.group("pi", 3, minResources={"cpu": "3"})
         for i in range(2):
-            await world.pod(f"pi-worker-{i}", "pi", cpu=1)
+            await world.pod(f"pi-worker-{i}", "pi", cpu=1, owner=MPI_JOB)
         await world.until_bound("pi-worker-0", "pi-worker-1")
         assert "CreationDependency" in (await world.until(lambda: world.plan("pi"), "a plan")).status.message
-        await world.pod("pi-launcher", "pi", cpu=1)
+        await world.pod("pi-launcher", "pi", cpu=1, owner=MPI_JOB)
         await world.until_bound("pi-worker-0", "pi-worker-1", "pi-launcher")
 
 
@@ -377,3 +389,78 @@ async def test_a_label_that_is_added_after_binding_counts_from_then_on(world: Wo
         labels = {"metadata": {"labels": {"scheduling.x-k8s.io/pod-group": "pg"}}}
         await world.api.request("PATCH", path_of(PODS, world.namespace, "early"), labels, content_type=MERGE)
         await world.until_bound("early", "late")
+
+
+# permissions
+
+
+@pytest.fixture
+async def limited(plane: ControlPlane, api: Api) -> AsyncIterator[Api]:
+    """The controller's own service account, with the role that the manifests give it."""
+    for manifest in ("base/namespace.yaml", "rbac/controller.yaml"):
+        for body in yaml.safe_load_all((MANIFESTS / manifest).read_text()):
+            kind, namespace = body["kind"], body["metadata"].get("namespace", "")
+            collection = RBAC[kind]
+            with contextlib.suppress(ApiError):
+                await api.request("POST", path_of(collection, namespace), body)
+    async with Api.connect(str(plane.kubeconfig("colocate"))) as connected:
+        yield connected
+    await api.request("DELETE", f"{RBAC['ClusterRole']}/colocate-controller")
+    await api.request("DELETE", f"{RBAC['ClusterRoleBinding']}/colocate-controller")
+
+
+RBAC = {
+    "Namespace": "/api/v1/namespaces",
+    "ServiceAccount": "/api/v1/serviceaccounts",
+    "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
+    "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "Role": "/apis/rbac.authorization.k8s.io/v1/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/rolebindings",
+}
+
+
+@contextlib.asynccontextmanager
+async def limited_leader(limited: Api) -> AsyncIterator[Controller]:
+    """A leader that may only do what the manifests say, its lease in its own namespace."""
+    async with leader(World(limited, "colocate-system")) as led:
+        yield led
+
+
+async def test_the_role_of_the_manifests_is_enough(world: World, limited: Api) -> None:
+    """Start, preempt, roll back, status, events: all of it as the service account."""
+    await world.node("n", cpu=2, memory="1Gi")
+    async with limited_leader(limited):
+        await world.group("low", 2)
+        for i in range(2):
+            await world.pod(f"low-{i}", "low", cpu=1, spec={"priorityClassName": LOW})
+        await world.until_bound("low-0", "low-1")
+
+        async def running() -> bool:
+            return (await world.status("low")).status.phase == "Running"
+
+        await world.until(running, "the status is written")
+        await world.group("high", 2)
+        for i in range(2):
+            await world.pod(f"high-{i}", "high", cpu=1, spec={"priorityClassName": HIGH})
+        await world.until_bound("high-0", "high-1")
+        events = await world.api.request("GET", path_of("/api/v1/events", world.namespace))
+        assert b"NotEnoughMembers" in events
+
+
+async def test_a_verb_that_is_forbidden_is_named(world: World, limited: Api) -> None:
+    await world.node("n", cpu=2, memory="1Gi")
+    path = f"{RBAC['ClusterRole']}/colocate-controller"
+    role = json.loads(await world.api.request("GET", path))
+    role["rules"] = [rule for rule in role["rules"] if rule["resources"] != ["pods/binding"]]
+    await world.api.request("PUT", path, role)
+    async with limited_leader(limited):
+        await world.group("pg", 2, scheduleTimeoutSeconds=4)
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", cpu=1)
+
+        async def named() -> Any:
+            return [c for c in (await world.plan("pg")).status.conditions if c.type == "Permitted"]
+
+        (condition,) = await world.until(named, "the forbidden verb is named")
+        assert 'cannot create resource "pods/binding"' in condition.message
+        await world.only_bound()

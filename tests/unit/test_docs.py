@@ -9,6 +9,7 @@ import pytest
 from colocate.actuate import tier
 from colocate.cli.main import build_parser
 from colocate.decide import pipeline
+from colocate.podgroup import metrics as gang_metrics
 from colocate.report import metrics
 from tools import policy_reference
 
@@ -59,3 +60,21 @@ def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text()
     targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)]+)\)", text) if not t.startswith(("http", "#"))]
     assert [t for t in targets if t and not (ROOT / page).parent.joinpath(t).exists()] == []
+
+
+GANGS = (ROOT / "docs" / "gangs.md").read_text()
+SAID = re.compile(
+    r'(?:return |reason=|_in\([a-z]+, "[A-Za-z]+", |_begin_roll_back\(plan, seen, )\(?"([A-Z][a-z]+[A-Za-z]+)"'
+)
+
+
+def test_every_reason_of_a_gang_is_explained():
+    sources = [ROOT / "colocate" / "podgroup" / f"{name}.py" for name in ("entries", "queue", "commit")]
+    said = {reason for source in sources for reason in SAID.findall(source.read_text())}
+    assert {"NotEnoughMembers", "BackingOff", "BindTimeout", "Started"} <= said
+    assert [reason for reason in sorted(said) if f"`{reason}`" not in GANGS] == []
+
+
+@pytest.mark.parametrize("metric", sorted(c for c in constants(gang_metrics.__file__) if c.startswith("colocate_")))
+def test_every_metric_of_gangs_is_listed(metric):
+    assert f"`{metric}`" in GANGS or f"`{metric}_total`" in GANGS

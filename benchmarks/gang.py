@@ -1,0 +1,411 @@
+"""Gang scheduling: how fast it decides, binds and drains, beside kube-scheduler on the same API server.
+
+`decide` needs no API server; CPU time is absolute. The rest runs on a real etcd and kube-apiserver with KWOK's nodes;
+wall clock stands beside kube-scheduler in the same run, the order of the two alternating.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from benchmarks.common import Runs, bar, reference_loop
+from colocate.demo.controlplane import ControlPlane
+from colocate.errors import HostUnfit
+from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, path_of
+from colocate.kube.reflector import Reflector
+from colocate.model.statistics import mean_interval
+from colocate.objects import (
+    POD_GROUP_LABEL,
+    Affinity,
+    Container,
+    LabelSelector,
+    Node,
+    NodeStatus,
+    ObjectMeta,
+    Pod,
+    PodAffinity,
+    PodAffinityTerm,
+    PodGroup,
+    PodGroupSpec,
+    PodSpec,
+    Resources,
+)
+from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.entries import REQUIRED_TOPOLOGY, Settings
+from colocate.podgroup.queue import Queue
+
+ROUNDS = 4
+NODE_COUNT, SHAPES, RACK_SIZE = 5000, 50, 50
+HOST, RACK = "kubernetes.io/hostname", "topology.kubernetes.io/rack"
+BARS = {
+    "gang_256_ms": 50.0,
+    "gangs_per_second": 250.0,
+    "pods_10000_seconds": 1.0,
+    "queue_share": 0.10,
+    "memory_mib": 400.0,
+}
+CREATORS = 24
+MANIFESTS = Path(__file__).resolve().parent.parent / "manifests" / "crd"
+
+
+# decide
+
+
+def big_cluster(generator: random.Random) -> Cluster:
+    """5,000 nodes in 50 shapes, racks of 50, 60 % full."""
+    cluster = Cluster()
+    for i in range(NODE_COUNT):
+        cpu = 16 + 4 * (i % SHAPES)
+        labels = {HOST: f"n{i:05}", RACK: f"r{i // RACK_SIZE:03}", "pool": f"p{i % 10}"}
+        offered: dict[str, str | int | float] = {"cpu": str(cpu), "memory": f"{4 * cpu}Gi", "pods": "110"}
+        if i % 2:
+            offered["nvidia.com/gpu"] = "8"
+        cluster.set_node(
+            Node(metadata=ObjectMeta(name=f"n{i:05}", labels=labels), status=NodeStatus(allocatable=offered))
+        )
+    for i in range(NODE_COUNT):
+        left = 0.6 * (16 + 4 * (i % SHAPES))
+        while left > 0:
+            asked = min(generator.choice([2, 4, 8]), max(round(left), 1))
+            pod = _pod(f"used-{i}-{left:.0f}", "", {"cpu": str(asked), "memory": f"{4 * asked}Gi"})
+            cluster.set_pod(msgspec.structs.replace(pod, spec=msgspec.structs.replace(pod.spec, node_name=f"n{i:05}")))
+            left -= asked
+    return cluster
+
+
+def _pod(name: str, group: str, requests: dict[str, Any], *, apart: bool = False) -> Pod:
+    labels = {POD_GROUP_LABEL: group} if group else {}
+    term = PodAffinityTerm(topology_key=HOST, label_selector=LabelSelector(match_labels=labels))
+    affinity = Affinity(pod_anti_affinity=PodAffinity(required=[term])) if apart else None
+    return Pod(
+        metadata=ObjectMeta(
+            name=name, namespace="b", uid=name, labels=labels, creation_timestamp="2026-01-01T00:00:00Z"
+        ),
+        spec=PodSpec(
+            scheduler_name="colocate", containers=[Container(resources=Resources(requests=requests))], affinity=affinity
+        ),
+    )
+
+
+def _gang(cluster: Cluster, name: str, size: int, cpu: int, *, rack: bool, apart: bool) -> str:
+    annotations = {REQUIRED_TOPOLOGY: RACK} if rack else {}
+    key = f"b/{name}"
+    cluster.groups[key] = PodGroup(
+        metadata=ObjectMeta(
+            name=name, namespace="b", annotations=annotations, creation_timestamp="2026-01-01T00:00:00Z"
+        ),
+        spec=PodGroupSpec(min_member=size),
+    )
+    for i in range(size):
+        cluster.set_pod(_pod(f"{name}-{i}", name, {"cpu": str(cpu), "memory": f"{cpu}Gi"}, apart=apart))
+    return key
+
+
+def decide(generator: random.Random) -> dict[str, float]:
+    """One round of the three questions; CPU time."""
+    cluster, queue = big_cluster(generator), Queue(Settings())
+    queue.cycle(cluster, set(), 0.0)
+    times = []
+    for i in range(40):
+        infeasible = i % 5 == 4
+        kind = i % 4
+        rack, apart = kind == 1, kind == 2
+        key = _gang(cluster, f"big{i}", 256 if not rack else 40, 500 if infeasible else 2, rack=rack, apart=apart)
+        times.append(_timed(queue, cluster, {key}))
+        _forget(cluster, queue, key)
+    keys = []
+    for i in range(1000):
+        infeasible = i % 5 == 4
+        keys.append(_gang(cluster, f"small{i}", 3, 500 if infeasible else 2, rack=i % 4 == 1, apart=i % 4 == 2))
+    spent = _timed(queue, cluster, set(keys))
+    for key in keys:
+        _forget(cluster, queue, key)
+    for i in range(10_000):
+        cluster.set_pod(_pod(f"one-{i}", "", {"cpu": "1", "memory": "1Gi"}))
+    whole = _timed(queue, cluster, {f"b/pod:one-{i}" for i in range(10_000)})
+    times.sort()
+    return {"gang_256_ms": 1e3 * times[-1], "gangs_per_second": 1000 / spent, "pods_10000_seconds": whole}
+
+
+def _timed(queue: Queue, cluster: Cluster, keys: set[str]) -> float:
+    started = time.process_time()
+    queue.cycle(cluster, keys, 0.0)
+    return time.process_time() - started
+
+
+def _forget(cluster: Cluster, queue: Queue, key: str) -> None:
+    for uid in list(cluster.members.get(key, ())):
+        cluster.remove_pod(uid)
+    cluster.groups.pop(key, None)
+    queue.cycle(cluster, {key}, 0.0)
+
+
+# on an API server
+
+
+class Live:
+    """A control plane with KWOK's nodes, pods made by many creators, and a watch that sees them bound."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.bound: dict[str, float] = {}
+        self.api: Api
+        self.nodes_seen: Reflector[Node]
+
+    async def nodes(self, count: int) -> None:
+        offered = {"cpu": "128", "memory": "512Gi", "pods": "500"}
+        names = [f"n{i:05}" for i in range(count)]
+
+        async def make(name: str) -> None:
+            labels = {"colocate.io/simulated": "true", HOST: name}
+            body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}}
+            await self.api.request("POST", NODES, {**body, "status": {"allocatable": offered, "capacity": offered}})
+
+        await self.many(make, names)
+
+    async def many(self, make: Any, items: list[Any]) -> None:
+        waiting = iter(items)
+
+        async def worker() -> None:
+            for item in waiting:
+                await make(item)
+
+        await asyncio.gather(*(worker() for _ in range(CREATORS)))
+
+    async def pods(self, jobs: list[tuple[str, int]], scheduler: str, *, groups: bool) -> None:
+        """Pods of these jobs, created together; gangs of more than one with a PodGroup for ours."""
+
+        async def group(job: tuple[str, int]) -> None:
+            body = {"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": {"name": job[0]}}
+            await self.api.request("POST", path_of(POD_GROUPS, "default"), {**body, "spec": {"minMember": job[1]}})
+
+        async def pod(named: tuple[str, str]) -> None:
+            labels = {POD_GROUP_LABEL: named[1]} if groups else {}
+            container = {"name": "c", "image": "i", "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}}}
+            spec = {"schedulerName": scheduler, "containers": [container], "terminationGracePeriodSeconds": 0}
+            body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": named[0], "labels": labels}, "spec": spec}
+            await self.api.request("POST", path_of(PODS, "default"), body)
+
+        if groups:
+            await self.many(group, jobs)
+        await self.many(pod, [(f"{name}-{i}", name) for name, size in jobs for i in range(size)])
+
+    def on_pod(self, _before: Pod | None, now: Pod | None) -> None:
+        if now is not None and now.spec.node_name and now.metadata.name not in self.bound:
+            self.bound[now.metadata.name] = time.monotonic()
+
+    async def until_bound(self, count: int, seconds: float = 900.0) -> float:
+        """When the last of so many was bound."""
+        until = time.monotonic() + seconds
+        while len(self.bound) < count:
+            if time.monotonic() > until:
+                raise HostUnfit(f"only {len(self.bound)} of {count} pods were bound in {seconds:g} s")
+            await asyncio.sleep(0.05)
+        return max(self.bound.values())
+
+    async def clear(self) -> None:
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": 0}
+        for path in (path_of(PODS, "default"), path_of(POD_GROUPS, "default")):
+            await self.api.request("DELETE", path, body, timeout_seconds=600)
+        while (
+            b'"items":[]' not in (await self.api.request("GET", path_of(PODS, "default"), query={"limit": "1"}))[:4000]
+        ):
+            await asyncio.sleep(0.5)
+        self.bound.clear()
+
+
+@contextlib.contextmanager
+def scheduler_of(kind: str, plane: ControlPlane) -> Iterator[tuple[str, int]]:
+    """The scheduler measured: (its name in pods, its pid)."""
+    if kind == "kube-scheduler":
+        plane.start_scheduler()
+        yield "default-scheduler", plane.pid("kube-scheduler")
+        plane.end("kube-scheduler")
+        return
+    command = [sys.executable, "-m", "colocate.cli.main", "controller", "--kubeconfig", str(plane.kubeconfig())]
+    with (plane.directory / "controller.log").open("wb") as log:
+        running = subprocess.Popen([*command, "--lease-namespace", "default"], stdout=log, stderr=log)
+    try:
+        yield "colocate", running.pid
+    finally:
+        running.send_signal(signal.SIGTERM)
+        running.wait()
+
+
+def _cpu(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _rss_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+async def _shape(live: Live, plane: ControlPlane, kind: str, jobs: list[tuple[str, int]]) -> dict[str, float]:
+    """Pods from creation to bound, by one of the two."""
+    count = sum(size for _, size in jobs)
+    with scheduler_of(kind, plane) as (name, pid):
+        await asyncio.sleep(4)
+        api, own, started = _cpu(plane.pid("kube-apiserver")), _cpu(pid), time.monotonic()
+        await live.pods(jobs, name, groups=kind == "colocate" and jobs[0][1] > 1)
+        created = time.monotonic()
+        last = await live.until_bound(count)
+        found = {
+            "seconds": last - started,
+            "behind_creation": last - created,
+            "pods_per_second": count / (last - started),
+            "cpu_seconds": _cpu(pid) - own,
+            "api_cpu_seconds": _cpu(plane.pid("kube-apiserver")) - api,
+            "rss_mib": _rss_mib(pid),
+        }
+    await live.clear()
+    return found
+
+
+async def _burst(live: Live, plane: ControlPlane, kind: str, count: int) -> dict[str, float]:
+    """Binds a second when all pods are there already and the nodes become free at once."""
+    with scheduler_of(kind, plane) as (name, pid):
+        await asyncio.sleep(4)
+        await _cordon(live, True)
+        await live.pods([("burst", count)], name, groups=kind == "colocate")
+        await asyncio.sleep(3)
+        started, own = time.monotonic(), _cpu(pid)
+        await _cordon(live, False)
+        last = await live.until_bound(count)
+        first = min(live.bound.values())
+        found = {
+            "binds_per_second": count / max(last - first, 1e-3),
+            "spread_seconds": last - first,
+            "capacity_to_last_bind": last - started,
+            "cpu_seconds": _cpu(pid) - own,
+        }
+    await live.clear()
+    return found
+
+
+async def _cordon(live: Live, cordoned: bool) -> None:
+    async def patch(name: str) -> None:
+        body = {"spec": {"unschedulable": cordoned}}
+        await live.api.request("PATCH", path_of(NODES, name=name), body, content_type=MERGE)
+
+    names = [n.metadata.name for n in live.nodes_seen.objects.values()]
+    await live.many(patch, names)
+
+
+async def _on_api_server(runs: Runs, full: bool) -> None:
+    scale = 1 if full else 10
+    shapes = {"10000x1": (10_000, 1), "500x20": (500, 20), "20x500": (20, 500), "1x10000": (1, 10_000)}
+    with tempfile.TemporaryDirectory() as name, ControlPlane(Path(name) / "plane") as plane:
+        live = Live(Path(name))
+        async with Api.connect(str(plane.kubeconfig())) as live.api:
+            for manifest in sorted(MANIFESTS.glob("*.yaml")):
+                definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+                await live.api.request("POST", definitions, yaml.safe_load(manifest.read_text()))
+            await live.nodes(100)
+            live.nodes_seen = Reflector(live.api, NODES, Node, lambda _before, _now: None)
+            pods: Reflector[Pod] = Reflector(live.api, PODS, Pod, live.on_pod)
+            watching = [asyncio.create_task(r.run()) for r in (live.nodes_seen, pods)]
+            await pods.synced.wait()
+            await asyncio.sleep(5)
+            for round_ in range(ROUNDS if full else 2):
+                for kind in ("colocate", "kube-scheduler")[:: 1 if round_ % 2 == 0 else -1]:
+                    for shape, (jobs, size) in shapes.items():
+                        key = {"kind": "shape", "shape": shape, "scale": scale, "by": kind, "round": round_}
+                        if not runs.has(**key):
+                            few = max(jobs // scale, 1)
+                            many = [(f"j{i}", size if jobs >= scale else size // scale) for i in range(few)]
+                            found = await _shape(live, plane, kind, many)
+                            runs.add(**key, reference=reference_loop(), **found)
+                            print(f"gang: {shape} by {kind}, round {round_}: {found['seconds']:.1f} s", file=sys.stderr)
+                    key = {"kind": "burst", "by": kind, "round": round_, "scale": scale}
+                    if not runs.has(**key):
+                        found = await _burst(live, plane, kind, 10_000 // scale)
+                        runs.add(**key, reference=reference_loop(), **found)
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+
+
+def run(full: bool) -> list[str]:
+    """Run what is missing; the summary."""
+    runs = Runs("gang")
+    for round_ in range(ROUNDS):
+        if not runs.has(kind="decide", round=round_):
+            runs.add(kind="decide", round=round_, reference=reference_loop(), **decide(random.Random(round_)))
+    lines = []
+    try:
+        asyncio.run(_on_api_server(runs, full))
+    except HostUnfit as error:
+        lines.append(f"          gang, on an API server: did not run to its end: {str(error).splitlines()[0]}")
+    return summary(runs) + lines
+
+
+def summary(runs: Runs) -> list[str]:
+    """Each figure of `decide` is the worst of all rounds; the others are means with their 95 % intervals."""
+    rounds = [r for r in runs.runs if r.get("kind") == "decide"]
+    worst = {
+        "gang_256_ms": max(r["gang_256_ms"] for r in rounds),
+        "gangs_per_second": min(r["gangs_per_second"] for r in rounds),
+        "pods_10000_seconds": max(r["pods_10000_seconds"] for r in rounds),
+    }
+    lines = [
+        _line("gang, decide: slowest of 40 gangs of up to 256", worst["gang_256_ms"], BARS["gang_256_ms"], "ms"),
+        _line(
+            "gang, decide: three-pod gangs a second",
+            worst["gangs_per_second"],
+            BARS["gangs_per_second"],
+            "",
+            least=True,
+        ),
+        _line("gang, decide: 10,000 pods", worst["pods_10000_seconds"], BARS["pods_10000_seconds"], "s"),
+    ]
+    for kind, field, unit in (("shape", "pods_per_second", "pods/s"), ("burst", "binds_per_second", "binds/s")):
+        for shape in dict.fromkeys(r.get("shape", "") for r in runs.runs if r.get("kind") == kind):
+            for scale in dict.fromkeys(r["scale"] for r in runs.runs if r.get("kind") == kind):
+                lines += _compared(
+                    runs, {"kind": kind, "scale": scale, **({"shape": shape} if shape else {})}, field, unit
+                )
+    return lines
+
+
+def _compared(runs: Runs, key: dict[str, Any], field: str, unit: str) -> list[str]:
+    lines, ratios = [], []
+    found: dict[tuple[str, int], dict[str, Any]] = {
+        (r["by"], r["round"]): r for r in runs.runs if all(r.get(k) == v for k, v in key.items())
+    }
+    name = " ".join(str(v) for k, v in key.items() if k != "scale")
+    for round_ in sorted({round_ for _, round_ in found}):
+        ours, theirs = found.get(("colocate", round_)), found.get(("kube-scheduler", round_))
+        if ours and theirs:
+            ratios.append(ours[field] / theirs[field])
+    for kind in ("colocate", "kube-scheduler"):
+        mine = [r for (by, _), r in found.items() if by == kind]
+        if mine:
+            value = sum(r[field] for r in mine) / len(mine)
+            cpu = sum(r["cpu_seconds"] for r in mine) / len(mine)
+            lines.append(f"          gang, {name} /{key['scale']}: {kind}: {value:.0f} {unit}, {cpu:.1f} s of CPU")
+    if len(ratios) > 1:
+        ratio = mean_interval(ratios)
+        judged = "pass" if ratio.low >= 1 else "fail" if ratio.high < 1 else "undecided"
+        lines.append(bar(f"gang, {name}: {field.replace('_', ' ')} to kube-scheduler's", judged, ratio, 1.0))
+    return lines
+
+
+def _line(name: str, value: float, bound: float, unit: str, *, least: bool = False) -> str:
+    good = value >= bound if least else value <= bound
+    return bar(name, "pass" if good else "fail", value, bound, unit)

@@ -1,0 +1,105 @@
+"""A proxy in front of the API server that can hurt requests: the ways in which a network and a server fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+from aiohttp import web
+
+from colocate.demo.controlplane import ControlPlane
+
+WRITES = ("POST", "PUT", "PATCH", "DELETE")
+
+
+class Request(NamedTuple):
+    """One request as the proxy sees it."""
+
+    number: int
+    """Among the writes, from 0; -1 for a read."""
+    method: str
+    path: str
+    agent: str
+    """The user of the token."""
+
+
+Fault = Callable[[Request], Awaitable[str]]
+"""What to do with a request: `pass`; `drop` it unseen; `act` on it and drop the answer; `twice`."""
+
+
+async def healthy(_: Request) -> str:
+    return "pass"
+
+
+class Proxy:
+    """Listens on loopback while it is entered."""
+
+    def __init__(self, plane: ControlPlane, directory: Path) -> None:
+        self._plane, self._directory = plane, directory
+        self.fault: Fault = healthy
+        self.answers: list[tuple[Request, int]] = []
+        self._writes = 0
+        self.port = 0
+
+    async def __aenter__(self) -> Proxy:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        timeout = aiohttp.ClientTimeout(total=None)
+        connector = aiohttp.TCPConnector(ssl=context, limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_route("*", "/{path:.*}", self._forward)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = int(self._runner.addresses[0][1])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+        await self._session.close()
+
+    def kubeconfig(self) -> Path:
+        config = json.loads(self._plane.kubeconfig().read_text())
+        config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{self.port}"}
+        path = self._directory / "proxy.kubeconfig"
+        path.write_text(json.dumps(config))
+        return path
+
+    async def _forward(self, incoming: web.Request) -> web.StreamResponse:
+        number = -1
+        if incoming.method in WRITES and "/leases" not in incoming.path:
+            number, self._writes = self._writes, self._writes + 1
+        request = Request(number, incoming.method, incoming.path, incoming.headers.get("X-Test-Agent", ""))
+        body = await incoming.read()
+        what = await self.fault(request)
+        if what == "drop":
+            return self._cut(incoming)
+        for _ in range(2 if what == "twice" else 1):
+            answer = await self._ask(incoming, body)
+        async with answer:
+            self.answers.append((request, answer.status))
+            if what == "act":
+                return self._cut(incoming)
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+            await response.prepare(incoming)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            return response
+
+    async def _ask(self, incoming: web.Request, body: bytes) -> aiohttp.ClientResponse:
+        url = f"https://127.0.0.1:{self._plane.port}{incoming.raw_path}"
+        kept = {k: v for k, v in incoming.headers.items() if k in ("Authorization", "Content-Type", "Accept")}
+        return await self._session.request(incoming.method, url, data=body or None, headers=kept)
+
+    def _cut(self, incoming: web.Request) -> web.StreamResponse:
+        """The connection ends without an answer."""
+        if incoming.transport is not None:
+            incoming.transport.abort()
+        raise asyncio.CancelledError

@@ -1,0 +1,186 @@
+"""Crashes and a hostile network: a gang is bound whole or not at all, and no node is overcommitted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colocate.demo.controlplane import ControlPlane
+from colocate.kube.client import Api
+from tests.cluster.conftest import HIGH, LOW, World, leader
+from tests.cluster.proxy import Fault, Proxy, Request, healthy
+
+LEASE_SECONDS = 1
+
+
+@pytest.fixture
+async def proxy(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Proxy]:
+    async with Proxy(plane, tmp_path) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def process(world: World, kubeconfig: Path, log: Path) -> Any:
+    """`colocate controller` as its own process."""
+    command = [sys.executable, "-m", "colocate.cli.main", "controller", "--kubeconfig", str(kubeconfig)]
+    command += ["--lease-namespace", world.namespace, "--lease-duration", f"{LEASE_SECONDS}s"]
+    with log.open("ab") as out:
+        running = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        yield running
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, signal.SIGCONT)
+        running.kill()
+        running.wait()
+
+
+async def two_gangs_and_a_preemption(world: World) -> None:
+    """Four slots; `low` fills them and is elastic, `high` needs two, `big` never fits."""
+    for i in range(4):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    for name, count, least, priority in (("low", 4, 2, LOW), ("high", 2, 2, HIGH), ("big", 5, 5, LOW)):
+        await world.group(name, least)
+        for i in range(count):
+            await world.pod(f"{name}-{i}", name, cpu=1, spec={"priorityClassName": priority})
+
+
+async def settled(world: World) -> None:
+    """`high` is bound and nobody else in part; no node has two."""
+
+    async def high() -> bool:
+        return {"high-0", "high-1"} <= (await world.bound()).keys()
+
+    await world.until(high, "high is bound")
+    await asyncio.sleep(0.5)
+    bound = await world.bound()
+    assert len(set(bound.values())) == len(bound), "a node holds two pods of its only CPU"
+    low = sum(name.startswith("low") for name in bound)
+    assert low in (0, 2)
+    assert not any(name.startswith("big") for name in bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("index", range(0, 24, 2))
+async def test_a_controller_killed_at_any_write_is_succeeded(
+    world: World, proxy: Proxy, tmp_path: Path, index: int, when: str
+) -> None:
+    """SIGKILL as the server is about to see write `index`, or when it has acted and before it has answered."""
+    killed = asyncio.Event()
+    await two_gangs_and_a_preemption(world)
+    config, log = proxy.kubeconfig(), tmp_path / "log"
+    with process(world, config, log) as first:
+
+        async def kill(request: Request) -> str:
+            if request.number != index or killed.is_set():
+                return "drop" if killed.is_set() and first.poll() is None else "pass"
+            killed.set()
+            first.kill()
+            first.wait()
+            return "drop" if when == "before" else "act"
+
+        proxy.fault = kill
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(killed.wait(), 8)
+        proxy.fault = healthy
+        first.kill()
+        first.wait()
+        with process(world, config, log):
+            await settled(world)
+
+
+FAULTS = {
+    "every third write acts and is not answered": lambda r: "act" if r.number % 3 == 2 else "pass",
+    "every third write is lost": lambda r: "drop" if r.number % 3 == 2 else "pass",
+    "every bind arrives twice": lambda r: "twice" if r.path.endswith("/binding") else "pass",
+    "every fifth read breaks": lambda r: "drop" if r.number < 0 and hash(r.path) % 5 == 0 else "pass",
+}
+
+
+def fault_of(law: Any) -> Fault:
+    async def fault(request: Request) -> str:
+        await asyncio.sleep(0.02 * (request.number % 4))  # answers overtake each other
+        return str(law(request))
+
+    return fault
+
+
+@pytest.mark.parametrize("law", FAULTS.values(), ids=FAULTS.keys())
+async def test_a_hostile_network(world: World, proxy: Proxy, law: Any) -> None:
+    await two_gangs_and_a_preemption(world)
+    proxy.fault = fault_of(law)
+    async with Api.connect(str(proxy.kubeconfig())) as through:
+        async with leader(World(through, world.namespace)):
+            await settled(world)
+        proxy.fault = healthy
+
+
+async def test_a_leader_that_was_asleep_binds_nothing_after_its_time(
+    world: World, proxy: Proxy, tmp_path: Path
+) -> None:
+    """SIGSTOP with binds on the wire, a second leader, SIGCONT: what the first one sent late must be refused."""
+    for i in range(3):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    held, release = asyncio.Event(), asyncio.Event()
+
+    async def hold_binds(request: Request) -> str:
+        if request.path.endswith("/binding"):
+            held.set()
+            await release.wait()
+        return "pass"
+
+    proxy.fault = hold_binds
+    log = tmp_path / "log"
+    with process(world, proxy.kubeconfig(), log) as sleeper:
+        await world.group("pg", 3)
+        for i in range(3):
+            await world.pod(f"p{i}", "pg", cpu=1)
+        await asyncio.wait_for(held.wait(), 20)
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        async with leader(world):
+
+            async def fenced() -> bool:
+                return all("colocate.io/epoch" in p.metadata.annotations for p in (await world.pods()).values())
+
+            await world.until(fenced, "the new leader has stamped its epoch")
+            await world.until_bound("p0", "p1", "p2")
+            release.set()
+            os.kill(sleeper.pid, signal.SIGCONT)
+            await asyncio.sleep(1.5)
+            await world.only_bound("p0", "p1", "p2")
+        late = [status for request, status in proxy.answers if request.path.endswith("/binding")]
+        assert late
+        assert all(status == 409 for status in late)
+
+
+async def test_the_api_server_is_away_for_a_while(world: World, proxy: Proxy) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+
+    async def away(_: Request) -> str:
+        return "drop"
+
+    async with (
+        Api.connect(str(proxy.kubeconfig())) as through,
+        leader(World(through, world.namespace), lease_seconds=30.0),
+    ):
+        await world.group("a", 1)
+        await world.pod("a-0", "a", cpu=1)
+        await world.until_bound("a-0")
+        proxy.fault = away
+        await world.group("b", 2)
+        for i in range(2):
+            await world.pod(f"b-{i}", "b", cpu=1)
+        await asyncio.sleep(3)
+        assert set(await world.bound()) == {"a-0"}
+        proxy.fault = healthy
+        await world.until_bound("a-0", "b-0", "b-1")

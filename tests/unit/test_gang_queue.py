@@ -1,0 +1,232 @@
+"""Queue, solver and ledger together, against a search of all assignments and against known loads."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from colocate.objects import PodStatus
+from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.entries import Settings
+from colocate.podgroup.queue import Queue
+from tests.unit.test_gang_snapshot import group, node, pod
+
+replace = msgspec.structs.replace
+
+
+class Simulated:
+    """A cluster whose binds succeed at once, and a clock."""
+
+    def __init__(self, **options):
+        self.cluster, self.queue, self.now = Cluster(), Queue(Settings(**options)), 0.0
+        self.dirty: set[str] = set()
+
+    def add(self, name, size, least, cpu=1, priority=0):
+        self.cluster.groups[f"ns/{name}"] = group(name, least)
+        for i in range(size):
+            self.cluster.set_pod(pod(f"{name}-{i}", name, cpu, priority=priority))
+        self.dirty.add(f"ns/{name}")
+
+    def cycle(self):
+        """Decide until nothing more is decided; victims go at once."""
+        for _ in range(50):
+            decided = self.queue.cycle(self.cluster, self.dirty, self.now)
+            self.dirty = set()
+            for start in decided.starts:
+                for member, where in start.placed:
+                    one = self.cluster.pods[member.uid]
+                    self.cluster.set_pod(
+                        replace(one, spec=replace(one.spec, node_name=where), status=PodStatus(phase="Running"))
+                    )
+                self.dirty.add(start.key)
+            for eviction in decided.evictions:
+                for victim in eviction.preemption.victims:
+                    holding = self.cluster.ledger.holdings[victim.metadata.uid]
+                    self.cluster.remove_pod(victim.metadata.uid)
+                    key = f"ns/{victim.metadata.name.rpartition('-')[0]}"
+                    self.queue.lost(self.cluster, holding, key, self.now)
+                    self.dirty |= {key, eviction.key}
+            if not self.dirty:
+                return
+        raise AssertionError("the queue does not come to rest")
+
+    def finish(self, name):
+        for one in self.cluster.pods_of(f"ns/{name}"):
+            self.cluster.set_pod(replace(one, status=PodStatus(phase="Succeeded")))
+        self.dirty.add(f"ns/{name}")
+
+    def bound(self, name):
+        return [p for p in self.cluster.pods_of(f"ns/{name}") if p.spec.node_name and not p.terminal]
+
+    def running(self):
+        return sorted(k.removeprefix("ns/") for k in self.cluster.groups if self.bound(k.removeprefix("ns/")))
+
+
+def test_sixty_jobs_of_one_to_eight_gpus_on_two_nodes_drain_without_idling():
+    """scheduler-plugins#114: interleaved gangs held each other for ever."""
+    made = Simulated(reserve_after_seconds=1e9)
+    for i in range(2):
+        made.cluster.set_node(node(f"n{i}", 8))
+    sizes = [1 + (7 * i) % 8 for i in range(60)]
+    for i, size in enumerate(sizes):
+        made.add(f"j{i:02}", size, size)
+    waiting, done = {f"j{i:02}": s for i, s in enumerate(sizes)}, 0
+    while done < 60:
+        made.now += 1.0
+        made.cycle()
+        running = made.running()
+        for name in running:
+            waiting.pop(name, None)
+        free = 16 - sum(len(made.bound(name)) for name in running)
+        assert all(size > free for size in waiting.values()), "a job waits though it fits"
+        assert running
+        made.finish(running[0])
+        done += 1
+
+
+@pytest.mark.parametrize("size", [2, 100])
+def test_of_two_jobs_of_one_pod_a_node_exactly_one_runs(size):
+    """volcano#3373"""
+    made = Simulated()
+    for i in range(size):
+        made.cluster.set_node(node(f"n{i}", 1))
+    made.add("a", size, size)
+    made.add("b", size, size)
+    made.cycle()
+    assert made.running() == ["a"]
+    made.finish("a")
+    made.cycle()
+    assert made.running() == ["b"]
+
+
+def test_a_big_gang_is_not_starved_by_a_stream_of_small_ones():
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 4))
+    made.add("s0", 2, 2)
+    made.add("s1", 2, 2)
+    made.cycle()
+    made.add("big", 4, 4)
+    started = []
+    for i in range(2, 40):
+        made.add(f"s{i}", 2, 2)
+        made.now += 5.0
+        made.finish(f"s{i - 2}")
+        made.cycle()
+        started = made.running()
+        if "big" in started:
+            break
+    assert started == ["big"]
+
+
+def test_a_short_job_may_run_under_the_reservation_of_a_big_one():
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 5))
+    made.cluster.set_pod(pod("long-0", "long", 3, on="n", expected_runtime_seconds="3600"))
+    made.cluster.groups["ns/long"] = group("long", 1)
+    made.add("big", 5, 5)
+    made.cycle()
+    made.now = 20.0
+    for name, seconds in (("unknown", ""), ("short", "60")):
+        made.cluster.groups[f"ns/{name}"] = group(name, 1)
+        made.cluster.set_pod(pod(f"{name}-0", name, 1, expected_runtime_seconds=seconds))
+        made.dirty.add(f"ns/{name}")
+    made.cycle()
+    assert made.running() == ["long", "short"]
+    assert made.queue.waiting["ns/unknown"].reason == "BehindReservation"
+
+
+def test_a_reservation_ends_when_its_time_is_over():
+    made = Simulated(reserve_after_seconds=10.0, reservation_seconds=100.0)
+    made.cluster.set_node(node("n", 4))
+    made.add("holder", 3, 3)
+    made.cycle()
+    made.add("big", 4, 4)
+    made.cycle()
+    made.now = 20.0
+    made.add("small", 1, 1)
+    made.cycle()
+    assert made.running() == ["holder"]
+    made.now = 130.0
+    made.cycle()
+    assert made.running() == ["holder", "small"]
+
+
+@lru_cache(maxsize=10_000)
+def possible(free: tuple[int, ...], asks: tuple[int, ...]) -> bool:
+    """Whether some assignment exists at all."""
+    if not asks:
+        return True
+    return any(
+        possible(tuple(sorted((*free[:i], f - asks[0], *free[i + 1 :]))), asks[1:])
+        for i, f in enumerate(free)
+        if f >= asks[0] and f not in free[:i]
+    )
+
+
+class Gangs(RuleBasedStateMachine):
+    """Anything may happen; after each step the invariants hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = Simulated(reserve_after_seconds=1e9, slot_seconds=0.0)
+        self.count = 0
+        self.lost: set[str] = set()
+        """Gangs that have lost members since they started."""
+
+    @rule(cpu=st.integers(1, 4))
+    def add_node(self, cpu: int) -> None:
+        self.made.cluster.set_node(node(f"n{len(self.made.cluster.ledger.names)}-{self.count}", cpu))
+
+    @rule(size=st.integers(1, 4), least=st.integers(1, 4), cpu=st.integers(1, 3), priority=st.sampled_from([0, 0, 5]))
+    def add_gang(self, size: int, least: int, cpu: int, priority: int) -> None:
+        self.count += 1
+        self.made.add(f"g{self.count}", size, min(least, size), cpu, priority)
+
+    @precondition(lambda self: self.made.running())
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.made.finish(data.draw(st.sampled_from(self.made.running())))
+
+    @precondition(lambda self: self.made.running())
+    @rule(data=st.data())
+    def lose_a_member(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.made.running()))
+        gone = self.made.bound(name)[0]
+        self.made.cluster.remove_pod(gone.metadata.uid)
+        self.made.dirty.add(f"ns/{name}")
+        self.lost.add(name)
+
+    @precondition(lambda self: self.made.cluster.ledger.names)
+    @rule(data=st.data(), cordoned=st.booleans())
+    def cordon(self, data: st.DataObject, cordoned: bool) -> None:
+        ledger = self.made.cluster.ledger
+        one = ledger.node(data.draw(st.sampled_from(ledger.names)))
+        assert one is not None
+        self.made.cluster.set_node(replace(one, spec=replace(one.spec, unschedulable=cordoned)))
+
+    @invariant()
+    def holds(self) -> None:
+        self.made.now += 61.0  # every gang is tried again: what waits now, waits with reason
+        self.made.cycle()
+        cluster = self.made.cluster
+        assert (cluster.ledger.free >= 0).all(), "a node is overcommitted"
+        for key, one in cluster.groups.items():
+            name = key.removeprefix("ns/")
+            there = len(self.made.bound(name)) + sum(p.status.phase == "Succeeded" for p in cluster.pods_of(key))
+            assert there == 0 or there >= one.spec.min_member or name in self.lost, f"{name} is bound in part"
+        ledger, memory = cluster.ledger, self.made.queue.waiting
+        good = [row for row, name in enumerate(ledger.names) if not ledger.node(name).spec.unschedulable]  # type: ignore[union-attr]
+        free = tuple(sorted(int(ledger.free[row, ledger.columns["cpu"]]) for row in good))
+        for key, waiting in memory.items():
+            if waiting.reason == "Unschedulable" and waiting.question is not None:
+                asks = [dict(m.shape.requests)["cpu"] for m in waiting.question.members[: waiting.question.quorum]]
+                assert not possible(free, tuple(asks)), f"{key} waits though it fits"
+
+
+Gangs.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestGangs = Gangs.TestCase
