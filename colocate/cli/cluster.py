@@ -31,6 +31,7 @@ from colocate.kube.client import (
     VOLUMES,
     Api,
     ApiError,
+    Unreachable,
     path_of,
 )
 from colocate.kube.lease import Election, LeadershipLost
@@ -88,8 +89,9 @@ async def _controller(options: argparse.Namespace) -> int:
                 await leading
             except asyncio.CancelledError:
                 continue
-            except LeadershipLost as lost:
+            except (LeadershipLost, ApiError, Unreachable) as lost:
                 log.warning("leadership_lost", error=str(lost))
+                await asyncio.sleep(1.0)
         if runner is not None:
             await runner.cleanup()
     return 0

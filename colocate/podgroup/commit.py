@@ -95,8 +95,8 @@ def advance(
     lost = [m for m, _ in seen.unbound if not alive_nodes.get(m.node)]
     late = elapsed_seconds >= plan.spec.timeout_seconds
     if phase == "Binding":
-        if here + len(seen.unbound) < least:
-            gone = ", ".join(m.name for m in seen.gone) or ", ".join(m.name for m, _ in seen.refused)
+        if here + len(seen.unbound) + len(seen.refused) < least:
+            gone = ", ".join(m.name for m in seen.gone)
             return _begin_roll_back(plan, seen, "MemberLost", f"{gone} went away before the gang was bound")
         if lost:
             text = f"node {lost[0].node} went away before {lost[0].name} was bound to it"

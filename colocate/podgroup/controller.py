@@ -12,6 +12,7 @@ import asyncio
 import random
 import uuid
 from collections.abc import Coroutine
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -380,12 +381,15 @@ class Controller:
 
     async def _reread_plan(self, key: str, plan: GangPlan) -> None:
         """Go on from the plan that is there; what the failed one promised is void unless it was saved after all."""
-        try:
-            self.cluster.set_plan(key, await self._binder.reload(plan))
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            self.cluster.remove_plan(key)
+        for attempt in count():
+            try:
+                self.cluster.set_plan(key, await self._binder.reload(plan))
+                break
+            except (ApiError, Unreachable) as error:
+                if isinstance(error, ApiError) and error.status == 404:
+                    self.cluster.remove_plan(key)
+                    break
+                await pause(error, min(attempt, 6), random.random())
         kept = self.cluster.plans.get(key)
         if kept is None or kept.spec.plan_id != plan.spec.plan_id:
             for member in plan.spec.members:

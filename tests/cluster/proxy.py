@@ -21,11 +21,11 @@ class Request(NamedTuple):
     """One request as the proxy sees it."""
 
     number: int
-    """Among the writes, from 0; -1 for a read."""
+    """Among the writes, from 0; -1 for a read, and for what is about the lease."""
     method: str
     path: str
-    agent: str
-    """The user of the token."""
+    reads: int
+    """How many requests that are no writes came before."""
 
 
 Fault = Callable[[Request], Awaitable[str]]
@@ -43,7 +43,7 @@ class Proxy:
         self._plane, self._directory = plane, directory
         self.fault: Fault = healthy
         self.answers: list[tuple[Request, int]] = []
-        self._writes = 0
+        self._writes = self._reads = 0
         self.port = 0
 
     async def __aenter__(self) -> Proxy:
@@ -76,7 +76,8 @@ class Proxy:
         number = -1
         if incoming.method in WRITES and "/leases" not in incoming.path:
             number, self._writes = self._writes, self._writes + 1
-        request = Request(number, incoming.method, incoming.path, incoming.headers.get("X-Test-Agent", ""))
+        request = Request(number, incoming.method, incoming.path, self._reads)
+        self._reads += number < 0
         body = await incoming.read()
         what = await self.fault(request)
         if what == "drop":

@@ -104,10 +104,10 @@ async def test_four_slots(world: World, case: Case) -> None:
 
 
 async def test_a_victim_is_marked_so_that_its_job_does_not_count_a_failure(world: World) -> None:
-    await world.node("n", cpu=1, memory="1Gi")
+    await world.node("n", played=False, cpu=1, memory="1Gi")
     async with leader(world):
         slow = {"priorityClassName": LOW, "terminationGracePeriodSeconds": 60}
-        await world.pod("low", cpu=1, spec=slow, finalizers=["colocate.io/test"])
+        await world.pod("low", cpu=1, spec=slow)
         await world.until_bound("low")
         await start(world, "new", Gang(1, 1, HIGH))
 
@@ -119,7 +119,7 @@ async def test_a_victim_is_marked_so_that_its_job_does_not_count_a_failure(world
         assert condition.reason == "PreemptionByScheduler"
         plan = await world.until(lambda: world.plan("new"), "the preemptor is told")
         assert plan.status.reason == "WaitingForPreemption"
-        await world.finish("low")
+        await world.delete(PODS, "low", 0)
         await world.until_bound("new-0")
 
 
@@ -258,12 +258,14 @@ async def test_k16_the_two_least_important_go_and_no_more(world: World) -> None:
 
 
 async def test_v24_a_member_that_is_leaving_keeps_its_group_running(world: World) -> None:
-    await world.node("n", cpu=4, memory="1Gi")
+    await world.node("n", played=False, cpu=4, memory="1Gi")
     async with leader(world):
         await world.group("pg", 2)
-        await world.pod("p1", "pg", cpu=1, finalizers=["colocate.io/test"])
+        await world.pod("p1", "pg", cpu=1)
         await world.pod("p2", "pg", cpu=1)
         await world.until_bound("p1", "p2")
+        for name in ("p1", "p2"):
+            await world.set_phase(name, "Running")
 
         async def running() -> bool:
             return (await world.status("pg")).status.phase == "Running"
@@ -272,4 +274,3 @@ async def test_v24_a_member_that_is_leaving_keeps_its_group_running(world: World
         await world.delete(PODS, "p1", 30)
         await world.only_bound("p1", "p2")
         assert (await world.status("pg")).status.phase == "Running"
-        await world.finish("p1")

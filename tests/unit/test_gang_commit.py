@@ -84,6 +84,13 @@ ROWS = {
         "RollingBack",
         [],
     ),
+    "a kubelet refused while others are still bound: they are bound all the same": (
+        plan(),
+        [refused(0), bound(1), waiting(2)],
+        {},
+        "Binding",
+        [(BIND, 2)],
+    ),
     "a surplus member went away: the rest is bound": (
         plan(least=2),
         [bound(0), waiting(1)],
