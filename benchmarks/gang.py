@@ -45,6 +45,7 @@ from colocate.objects import (
     Resources,
 )
 from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.controller import settle_memory
 from colocate.podgroup.entries import REQUIRED_TOPOLOGY, Settings
 from colocate.podgroup.queue import Queue
 
@@ -118,6 +119,7 @@ def _gang(cluster: Cluster, name: str, size: int, cpu: int, *, rack: bool, apart
 def decide(generator: random.Random) -> dict[str, float]:
     """One round of the three questions; CPU time."""
     cluster, queue = big_cluster(generator), Queue(Settings())
+    settle_memory()
     queue.cycle(cluster, set(), 0.0)
     times = []
     for i in range(40):
@@ -208,7 +210,7 @@ class Live:
         if now is not None and now.spec.node_name and now.metadata.name not in self.bound:
             self.bound[now.metadata.name] = time.monotonic()
 
-    async def until_bound(self, count: int, seconds: float = 900.0) -> float:
+    async def until_bound(self, count: int, seconds: float = 300.0) -> float:
         """When the last of so many was bound."""
         until = time.monotonic() + seconds
         while len(self.bound) < count:
@@ -310,7 +312,7 @@ async def _cordon(live: Live, cordoned: bool) -> None:
 async def _on_api_server(runs: Runs, full: bool) -> None:
     scale = 1 if full else 10
     shapes = {"10000x1": (10_000, 1), "500x20": (500, 20), "20x500": (20, 500), "1x10000": (1, 10_000)}
-    with tempfile.TemporaryDirectory() as name, ControlPlane(Path(name) / "plane") as plane:
+    with tempfile.TemporaryDirectory() as name, ControlPlane(Path(name) / "plane", controllers=True) as plane:
         live = Live(Path(name))
         async with Api.connect(str(plane.kubeconfig())) as live.api:
             for manifest in sorted(MANIFESTS.glob("*.yaml")):
