@@ -24,12 +24,13 @@ class Request(NamedTuple):
     """Among the writes, from 0; -1 for a read, and for what is about the lease."""
     method: str
     path: str
+    query: str
     reads: int
     """How many requests that are no writes came before."""
 
 
 Fault = Callable[[Request], Awaitable[str]]
-"""What to do with a request: `pass`; `drop` it unseen; `act` on it and drop the answer; `twice`."""
+"""What to do with a request: `pass`; `drop` it unseen; `act` on it and drop the answer; `twice`; or answer a status."""
 
 
 async def healthy(_: Request) -> str:
@@ -44,6 +45,7 @@ class Proxy:
         self.fault: Fault = healthy
         self.answers: list[tuple[Request, int]] = []
         self._writes = self._reads = 0
+        self._streams: list[web.Request] = []
         self.port = 0
 
     async def __aenter__(self) -> Proxy:
@@ -76,12 +78,15 @@ class Proxy:
         number = -1
         if incoming.method in WRITES and "/leases" not in incoming.path:
             number, self._writes = self._writes, self._writes + 1
-        request = Request(number, incoming.method, incoming.path, self._reads)
+        request = Request(number, incoming.method, incoming.path, incoming.query_string, self._reads)
         self._reads += number < 0
         body = await incoming.read()
         what = await self.fault(request)
         if what == "drop":
             return self._cut(incoming)
+        if what.isdigit():
+            reason = {"400": "BadRequest", "410": "Expired", "429": "TooManyRequests"}[what]
+            return web.json_response({"kind": "Status", "code": int(what), "reason": reason}, status=int(what))
         for _ in range(2 if what == "twice" else 1):
             answer = await self._ask(incoming, body)
         async with answer:
@@ -90,9 +95,21 @@ class Proxy:
                 return self._cut(incoming)
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(incoming)
-            async for chunk in answer.content.iter_any():
-                await response.write(chunk)
+            self._streams.append(incoming)
+            try:
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+            except ConnectionError:
+                return response  # the client has gone, or its stream was cut
+            finally:
+                self._streams.remove(incoming)
             return response
+
+    def cut_streams(self) -> None:
+        """Every answer that is still on its way breaks."""
+        for incoming in list(self._streams):
+            if incoming.transport is not None:
+                incoming.transport.abort()
 
     async def _ask(self, incoming: web.Request, body: bytes) -> aiohttp.ClientResponse:
         url = f"https://127.0.0.1:{self._plane.port}{incoming.raw_path}"
