@@ -329,6 +329,6 @@ def _print_explanation(found: Explanation, waiting: int) -> None:
         print(f"  it would start if {change.change}")
     if found.estimate_seconds is not None:
         low, high = (format_duration(s) for s in found.estimate_seconds)
-        print(f"  as others end, it starts in {low} to {high}")
+        print(f"  as others end, it starts in {low}" + (f" to {high}" if high != low else ""))
     elif verdict.outcome == "Wait" and verdict.reason == "Unschedulable":
         print("  when it starts is not known: too little is known of how long the others run")

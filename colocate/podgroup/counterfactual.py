@@ -10,13 +10,15 @@ from colocate.objects import Counterfactual, Node, ObjectMeta, Taint, Toleration
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.fit import Gang, Member
 from colocate.podgroup.gangs import gang_key
-from colocate.podgroup.ledger import REPELLING, Ledger
+from colocate.podgroup.ledger import REPELLING, UNSCHEDULABLE, Ledger
 from colocate.podgroup.place import most_that_fit, place
 from colocate.podgroup.shape import Shape
 
 MAX_TRIED = 64
 MAX_FOUND = 5
 MAX_NODES = 64
+SYSTEM = "node.kubernetes.io/"
+"""Taints of this prefix say how a node is; to tolerate them is no mend."""
 replace = msgspec.structs.replace
 
 
@@ -50,7 +52,8 @@ def _smaller(ledger: Ledger, gang: Gang, satisfied: int) -> Iterator[str]:
 def _uncordoned(ledger: Ledger, gang: Gang) -> Iterator[str]:
     cordoned = [node for node in ledger.nodes() if node.spec.unschedulable][:MAX_TRIED]
     for node in cordoned:
-        ledger.set_node(replace(node, spec=replace(node.spec, unschedulable=False)))
+        taints = [t for t in node.spec.taints if t.key != UNSCHEDULABLE.key]
+        ledger.set_node(replace(node, spec=replace(node.spec, unschedulable=False, taints=taints)))
         if place(ledger, gang) is not None:
             yield f"node {node.metadata.name} is uncordoned"
         ledger.set_node(node)
@@ -59,7 +62,9 @@ def _uncordoned(ledger: Ledger, gang: Gang) -> Iterator[str]:
 def _tolerated(ledger: Ledger, gang: Gang) -> Iterator[str]:
     taints: dict[Taint, None] = {}
     for node in ledger.nodes():
-        taints.update(dict.fromkeys(t for t in node.spec.taints if t.effect in REPELLING))
+        taints.update(
+            dict.fromkeys(t for t in node.spec.taints if t.effect in REPELLING and not t.key.startswith(SYSTEM))
+        )
     for taint in list(taints)[:MAX_TRIED]:
         toleration = Toleration(key=taint.key, operator="Equal", value=taint.value, effect=taint.effect)
         members = tuple(_tolerating(m, toleration) for m in gang.members)

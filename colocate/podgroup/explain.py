@@ -33,7 +33,7 @@ class Shortage(NamedTuple):
             parts.append(f"blocked by {self.blocked_by}")
         if self.block[0]:
             parts.append(f"largest free block {self.block[0]}x{_units(self.blocked_by, self.block[1])}")
-        parts += [f"{nodes} nodes: {why}" for why, nodes in self.refused[:MAX_REASONS]]
+        parts += [f"{nodes} node{'s' if nodes > 1 else ''}: {why}" for why, nodes in self.refused[:MAX_REASONS]]
         return "; ".join(parts)
 
 
