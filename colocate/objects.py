@@ -342,7 +342,8 @@ class Counterfactual(Lean, frozen=True):
 class GangPlanStatus(Lean, frozen=True):
     """Why the group waits, or how far its start has come."""
 
-    phase: PlanPhase = "Waiting"
+    phase: PlanPhase = msgspec.field(default_factory=lambda: "Waiting")
+    """Always written: a default that msgspec leaves out would show as nothing."""
     reason: str = ""
     message: str = ""
     position: int = 0

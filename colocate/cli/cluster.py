@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +67,8 @@ def controller(options: argparse.Namespace) -> int:
 
 
 async def _controller(options: argparse.Namespace) -> int:
+    if options.lease_duration < 1:
+        raise BadInput(f"--lease-duration: {options.lease_duration:g} s is too short: at least 1 s")
     names = {options.scheduler_name, *options.also_answer_to}
     settings = Settings(schedulers=tuple(sorted(names)), timeout_seconds=options.timeout)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
@@ -108,7 +111,7 @@ class Health:
         if not address:
             return None
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or int(port) > 65535:
             raise BadInput(f"--http: {address!r} is not HOST:PORT")
         app = web.Application()
         for path, handler in (("/metrics", self._metrics), ("/healthz", self._healthz), ("/readyz", self._readyz)):
@@ -119,7 +122,7 @@ class Health:
             await web.TCPSite(runner, host, int(port)).start()
         except OSError as error:
             await runner.cleanup()
-            raise BadInput(f"--http: {address}: {error.strerror}") from error
+            raise BadInput(f"--http: {address} cannot be listened on: {os.strerror(error.errno or 0)}") from error
         return runner
 
     async def _metrics(self, _: web.Request) -> web.Response:
@@ -203,8 +206,8 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         try:
             content = await api.request("GET", path)
         except ApiError as error:
-            if error.status == 404:
-                return []
+            if error.status == 404 and path in (POD_GROUPS, PLANS):
+                return []  # the custom resources are not installed
             raise
         return msgspec.json.decode(content, type=_list_of(kind)).items  # type: ignore[no-any-return]
 
@@ -237,13 +240,20 @@ def _list_of(kind: Any) -> Any:
 def _read(options: argparse.Namespace) -> ClusterSnapshot:
     """--snapshot, or the live cluster."""
     if options.snapshot:
-        return load(_file(options.snapshot).read_bytes())
+        return _load(_file(options.snapshot))
 
     async def live() -> ClusterSnapshot:
         async with Api.connect(options.kubeconfig, options.context) as api:
             return await _take(api, Settings(schedulers=(options.scheduler_name,)))
 
     return asyncio.run(live())
+
+
+def _load(path: Path) -> ClusterSnapshot:
+    try:
+        return load(path.read_bytes())
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def _file(given: str) -> Path:
@@ -257,14 +267,19 @@ def snapshot(options: argparse.Namespace) -> int:
     """Write the cluster as it is to a file."""
     path = check_file("--file", options.file)
     taken = _read(options)
-    path.write_bytes(msgspec.json.encode(taken) + b"\n")
+    try:
+        path.write_bytes(msgspec.json.encode(taken) + b"\n")
+    except OSError as error:
+        raise BadInput(f"--file: {path} cannot be written: {error.strerror}") from error
     print(f"{path}: {len(taken.nodes)} nodes, {len(taken.pods)} pods, {len(taken.groups)} groups")
     return 0
 
 
 def replay(path: Path, options: argparse.Namespace) -> int:
     """Decide a snapshot again; exit 1 if it is decided otherwise than when it was taken."""
-    taken = load(path.read_bytes())
+    if options.config:
+        raise BadInput("--config is for records of a node; a cluster snapshot has its own settings")
+    taken = _load(path)
     again = decide(taken)
     same = msgspec.json.encode(again) == msgspec.json.encode(taken.verdicts)
     if options.output in DATA_FORMS:
@@ -280,23 +295,41 @@ def replay(path: Path, options: argparse.Namespace) -> int:
 
 def _verdict(verdict: Verdict) -> tuple[str, str, str, str]:
     text = verdict.message or ", ".join(f"{m.name} on {m.node}" for m in verdict.members)
+    if verdict.victims:
+        text = f"in place of {', '.join(verdict.victims)}"
+    if verdict.surplus > 0:
+        text += f"; {verdict.surplus} more members wait"
     return verdict.gang.replace("pod:", ""), verdict.outcome, verdict.reason, text
+
+
+class _Loader(yaml.SafeLoader):
+    """Times stay text, as Kubernetes has them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def what_if(options: argparse.Namespace) -> int:
     """Exit 0 if everything asked about would start at once, 1 if not."""
     try:
-        manifests = list(yaml.safe_load_all(_file(options.file).read_text()))
+        text = sys.stdin.read() if options.file == "-" else _file(options.file).read_text()
+        manifests = list(yaml.load_all(text, Loader=_Loader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{options.file}: not YAML: {error}") from error
+        raise BadInput(f"{options.file}: not YAML: {' '.join(str(error).split())}") from error
     taken = _read(options)
-    pods, groups = pods_of(manifests, options.namespace or "default", taken.settings.schedulers[0], taken.taken)
+    try:
+        pods, groups = pods_of(manifests, options.namespace or "default", taken.settings.schedulers[0], taken.taken)
+    except BadInput as error:
+        raise BadInput(f"{options.file}: {error}") from error
     verdicts = ask(taken, pods, groups)
     if options.output in DATA_FORMS:
         print_data(verdicts, options.output)
     else:
         print_table(("gang", "outcome", "reason", "message"), [_verdict(v) for v in verdicts])
-    return 0 if all(v.outcome == "Start" for v in verdicts) else 1
+    return 0 if all(v.outcome == "Start" and v.surplus <= 0 for v in verdicts) else 1
 
 
 def explain_group(options: argparse.Namespace) -> int:

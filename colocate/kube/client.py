@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
-from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+from kubernetes.aio.config import load_incluster_config, load_kube_config
 
 from colocate.errors import BadInput, ColocateError
 from colocate.objects import PLAN_API, POD_GROUP_API, Lean, ObjectMeta
@@ -87,8 +87,13 @@ class Api:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
                 await load_kube_config(named or None, context, configuration, False)  # type: ignore[no-untyped-call]
-        except (ConfigException, OSError) as error:
-            raise BadInput(f"no API server is known: {error} (name a file with --kubeconfig)") from error
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise BadInput(f"the kubeconfig {named or '~/.kube/config'} cannot be used: {said}") from error
+        if not configuration.host.startswith(("http://", "https://")):
+            raise BadInput(
+                f"the kubeconfig {named or '~/.kube/config'}: cluster.server is {configuration.host!r}, not a URL"
+            )
         api = cls(configuration)
         try:
             yield api
@@ -103,12 +108,14 @@ class Api:
         query: Mapping[str, str] | None = None,
         content_type: str = JSON,
         timeout_seconds: float = TIMEOUT_SECONDS,
+        *,
+        patient: bool = True,
     ) -> bytes:
         """The body of the answer. Raises ApiError, Unreachable.
 
-        A server that is too busy (429) has done nothing; it is asked again when it says.
+        A server that is too busy (429) has done nothing; if `patient`, it is asked again when it says.
         """
-        for attempt in range(BUSY_ATTEMPTS):
+        for attempt in range(BUSY_ATTEMPTS if patient else 0):
             try:
                 return await self._once(method, path, body, query, content_type, timeout_seconds)
             except ApiError as error:

@@ -20,6 +20,7 @@ from colocate.errors import ColocateError
 from colocate.kube.client import LEASES, MERGE, Api, ApiError, Unreachable, path_of
 from colocate.objects import Lease, LeaseSpec, ObjectMeta
 
+SAY_SECONDS = 60.0
 log = structlog.get_logger()
 
 
@@ -37,6 +38,10 @@ class Election:
         self.retry_seconds = lease_seconds * 2 / 15
         self.predecessor = ""
         """Who held the lease before and did not give it up: its late writes are to be fenced off."""
+        self.refused = ""
+        """Why the lease can be neither read nor written; empty while another simply holds it."""
+        self.settled = True
+        """False while a predecessor is being fenced off: a lease given up before would hide it from the next."""
         self._renewed = float("-inf")
         self._seen: tuple[str, float] = ("", 0.0)
         self._lease: Lease | None = None
@@ -49,7 +54,11 @@ class Election:
         """Wait for leadership, then run `led(epoch)`; returns when that returns. Raises LeadershipLost, and what it
         raises.
         """
+        refused, said_at = "", float("-inf")
         while not await self._try_to_acquire():
+            if self.refused and (self.refused != refused or time.monotonic() - said_at > SAY_SECONDS):
+                refused, said_at = self.refused, time.monotonic()
+                log.warning("lease_not_acquired", namespace=self._namespace, lease=self._name, error=refused)
             await asyncio.sleep(self.retry_seconds * (0.8 + 0.4 * random.random()))
         assert self._lease is not None
         epoch = self._lease.spec.lease_transitions or 0
@@ -82,10 +91,12 @@ class Election:
                 holder = lease.spec.holder_identity or ""
                 transitions = (lease.spec.lease_transitions or 0) + 1
                 self._lease = await self._write("PUT", self._path(self._name), lease, transitions)
-                self.predecessor = holder
+                self.predecessor, self.settled = holder, not holder
                 return True
         except (ApiError, Unreachable) as error:
-            log.debug("lease_not_acquired", error=str(error))
+            self.refused = str(error)
+            return False
+        self.refused = ""
         return False
 
     def _expired(self, lease: Lease) -> bool:
@@ -104,6 +115,8 @@ class Election:
                 transitions = self._lease.spec.lease_transitions or 0
                 self._lease = await self._write("PUT", self._path(self._name), self._lease, transitions)
             except ApiError as error:
+                if error.status == 409 and await self._still_ours():
+                    continue  # a renewal acted that was not answered
                 if error.status in (404, 409):
                     self._renewed = float("-inf")
                     raise LeadershipLost(f"the lease {self._name} was taken: {error}") from error
@@ -111,6 +124,15 @@ class Election:
                 log.warning("lease_not_renewed", error=str(error))
             if not self.holds():
                 raise LeadershipLost(f"the lease {self._name} could not be renewed in {self.renew_within_seconds:g} s")
+
+    async def _still_ours(self) -> bool:
+        try:
+            lease = await self._api.get(Lease, self._path(self._name))
+        except (ApiError, Unreachable):
+            return False
+        if lease.spec.holder_identity == self.identity:
+            self._lease = lease
+        return lease.spec.holder_identity == self.identity
 
     async def _write(self, method: str, path: str, before: Lease | None, transitions: int) -> Lease:
         asked = time.monotonic()
@@ -134,7 +156,7 @@ class Election:
 
     async def _give_up(self) -> None:
         """The next candidate need not wait for the lease to run out."""
-        if not self.holds() or self._lease is None:
+        if not self.holds() or self._lease is None or not self.settled:
             return
         self._renewed = float("-inf")
         try:

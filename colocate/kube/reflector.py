@@ -25,6 +25,8 @@ from colocate.objects import Lean, ObjectMeta
 IDLE_SECONDS = 150.0
 """A server sends a bookmark about once a minute."""
 PAGE = 500
+STEADY_SECONDS = 30.0
+"""A watch that has held so long was in order: its end is no repeated failure."""
 INITIAL_END = "k8s.io/initial-events-end"
 log = structlog.get_logger()
 
@@ -87,15 +89,17 @@ class Reflector(Generic[O]):
         """Keep the copy up to date until cancelled. A collection that does not exist (404) is empty, and asked for
         again.
         """
-        attempt = 0
+        attempt, began = 0, asyncio.get_running_loop().time()
         while True:
             try:
                 if not self._version:
                     await self._list()
-                attempt = 0
+                began = asyncio.get_running_loop().time()
                 await self._watch({"resourceVersion": self._version})
+                attempt = 0
             except (ApiError, Unreachable) as error:
-                attempt = self._failed(error, attempt)
+                held = asyncio.get_running_loop().time() - began > STEADY_SECONDS
+                attempt = self._failed(error, 0 if held else attempt)
                 await pause(error, attempt, random.random())
 
     def _failed(self, error: ColocateError, attempt: int) -> int:

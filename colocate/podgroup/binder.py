@@ -48,7 +48,7 @@ class Binder:
     async def _write(self, method: str, path: str, body: Any, content_type: str = "application/json") -> bytes:
         if not self._holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
-        return await self._api.request(method, path, body, content_type=content_type)
+        return await self._api.request(method, path, body, content_type=content_type, patient=False)
 
     async def bind(self, pod: Pod, node: str, plan_id: str) -> Pod | None:
         """Bind a pod; the pod as it is now if that had to be read back, None if it is gone. Raises ApiError,
@@ -76,7 +76,7 @@ class Binder:
         return msgspec.structs.replace(pod, spec=bound)
 
     async def read(self, pod: Pod) -> Pod | None:
-        """The pod as it is now; None if it is gone or a namesake has taken its place. Raises LeadershipLost."""
+        """The pod as it is now; None if it is gone or a namesake has taken its place."""
         try:
             now = await self._api.get(Pod, path_of(PODS, pod.metadata.namespace, pod.metadata.name))
         except ApiError as error:
@@ -85,9 +85,6 @@ class Binder:
             return None
         if now.metadata.uid != pod.metadata.uid:
             return None
-        stamped = now.metadata.annotations.get(EPOCH, "0")
-        if stamped.isdigit() and int(stamped) > self.epoch:
-            raise LeadershipLost(f"{pod.metadata.name} carries epoch {stamped}, ours is {self.epoch}: another leads")
         return now
 
     async def stamp(self, pod: Pod) -> Pod | None:
@@ -158,11 +155,13 @@ class Binder:
         return await self._api.get(GangPlan, path_of(PLANS, plan.metadata.namespace, plan.metadata.name))
 
     async def forget(self, plan: GangPlan) -> None:
-        """Remove the plan of a group that is gone."""
+        """Remove this very plan, whose group is gone."""
+        meta = plan.metadata
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta.uid}}
         try:
-            await self._write("DELETE", path_of(PLANS, plan.metadata.namespace, plan.metadata.name), None)
+            await self._write("DELETE", path_of(PLANS, meta.namespace, meta.name), body)
         except ApiError as error:
-            if error.status != 404:
+            if error.status not in (404, 409):
                 raise
 
     async def tell_group(self, group: PodGroup, status: PodGroupStatus, conditions: bool) -> None:

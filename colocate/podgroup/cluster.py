@@ -21,6 +21,8 @@ from colocate.podgroup.shape import Shape, shape_of
 
 T = TypeVar("T")
 OPEN_PHASES = ("Binding", "Confirming")
+HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
+"""Phases of a plan in which its unbound members keep their room: a bind of theirs may still be on its way."""
 MAX_GAINS = 4096
 
 
@@ -39,6 +41,8 @@ class Cluster:
         """Gang -> uids of its pods."""
         self.planned: dict[str, str] = {}
         """uid -> the node that an open plan, or a bind under way, promises it."""
+        self._intended: dict[str, str] = {}
+        """uid -> node of the members of open plans, whether their pods are known yet or not."""
         self.priorities: Counter[int] = Counter()
         """Of the pods that are bound: priority -> how many."""
         self.gains: list[str] = []
@@ -49,10 +53,12 @@ class Cluster:
         self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
 
-    def set_node(self, node: Node) -> None:
-        """A node as it is now."""
-        if self.ledger.set_node(node):
+    def set_node(self, node: Node) -> bool:
+        """A node as it is now; False if nothing changed that matters here."""
+        changed = self.ledger.set_node(node)
+        if changed:
             self._gain(node.metadata.name)
+        return changed
 
     def remove_node(self, name: str) -> None:
         """A node that is gone."""
@@ -76,8 +82,11 @@ class Cluster:
         """A pod as it is now."""
         self.pods[pod.metadata.uid] = pod
         self.members.setdefault(gang_key(pod), set()).add(pod.metadata.uid)
+        uid = pod.metadata.uid
         if pod.spec.node_name:
-            self.planned.pop(pod.metadata.uid, None)
+            self.planned.pop(uid, None)
+        elif uid in self._intended:
+            self.planned.setdefault(uid, self._intended[uid])
         self._hold(pod)
 
     def remove_pod(self, uid: str) -> None:
@@ -97,14 +106,16 @@ class Cluster:
         """A plan as it is now: while it is open, its members hold what they are promised."""
         self.remove_plan(key)
         self.plans[key] = plan
-        if plan.status.phase in OPEN_PHASES:
+        if plan.status.phase in HOLDING_PHASES:
             for member in plan.spec.members:
+                self._intended[member.uid] = member.node
                 self.promise(member.uid, member.node)
 
     def remove_plan(self, key: str) -> None:
         """A plan that is gone: what it promised and is not bound is free."""
         plan = self.plans.pop(key, None)
         for member in plan.spec.members if plan is not None else ():
+            self._intended.pop(member.uid, None)
             self.withdraw(member.uid)
 
     def promise(self, uid: str, node: str) -> None:

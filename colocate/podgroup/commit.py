@@ -87,7 +87,7 @@ def advance(
     seen = _look(plan, pods)
     phase = plan.status.phase
     if phase == "RollingBack":
-        return _roll_back(plan, seen)
+        return _roll_back(plan, seen, alive_nodes)
     if phase not in ("Binding", "Confirming", "Repairing"):
         return Next(plan, [])
     least, here = plan.spec.min_member - beside, len(seen.bound) + len(seen.accepted)
@@ -97,22 +97,27 @@ def advance(
     if phase == "Binding":
         if here + len(seen.unbound) + len(seen.refused) < least:
             gone = ", ".join(m.name for m in seen.gone)
-            return _begin_roll_back(plan, seen, "MemberLost", f"{gone} went away before the gang was bound")
+            return _begin_roll_back(plan, "MemberLost", f"{gone} went away before the gang was bound")
         if lost:
             text = f"node {lost[0].node} went away before {lost[0].name} was bound to it"
-            return _begin_roll_back(plan, seen, "NodeLost", text)
+            return _begin_roll_back(plan, "NodeLost", text)
+        if late and seen.unbound and here >= least:
+            return Next(_without(plan, [m for m, _ in seen.unbound]), [])  # the surplus need not hold up the quorum
         if late and seen.unbound:
             text = f"{len(seen.unbound)} of {len(plan.spec.members)} members could not be bound in time"
-            return _begin_roll_back(plan, seen, "BindTimeout", text)
+            return _begin_roll_back(plan, "BindTimeout", text)
         if seen.unbound:
             return Next(plan, [Bind(pod, member.node) for member, pod in seen.unbound])
         return Next(_in(plan, "Confirming", "Bound", "every member is bound; waiting for the kubelets"), [])
     steps: list[Step] = [Delete(p, f"node {p.spec.node_name} went away") for _, p in stranded if owned(p)]
     if here >= least and len(seen.accepted) >= least and not seen.bound and not seen.unbound:
         return Next(_in(plan, "Running", "Started", f"{len(seen.accepted)} members run"), [])
-    if late and (here < least or seen.bound):
+    if late and len(seen.accepted) >= least:
+        slow = f"; {len(seen.bound)} more are slow" if seen.bound else ""
+        return Next(_in(plan, "Running", "Started", f"{len(seen.accepted)} members run{slow}"), [])
+    if late:
         text = f"{len(seen.accepted)} of {plan.spec.min_member} members were taken by their kubelets in time"
-        return _begin_roll_back(plan, seen, "ConfirmTimeout", text)
+        return _begin_roll_back(plan, "ConfirmTimeout", text)
     if here - len(stranded) < least and phase != "Repairing":
         names = [m.name for m, _ in seen.refused] or [m.name for m, _ in stranded] or [m.name for m in seen.gone]
         why = f": {seen.refused[0][1].status.reason}" if seen.refused else ""
@@ -123,13 +128,22 @@ def advance(
     return Next(plan, steps)
 
 
-def _begin_roll_back(plan: GangPlan, seen: _Seen, reason: str, message: str) -> Next:
-    return _roll_back(_in(plan, "RollingBack", reason, message), seen)
+def _without(plan: GangPlan, dropped: list[PlannedMember]) -> GangPlan:
+    members = [m for m in plan.spec.members if m not in dropped]
+    return msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, members=members))
 
 
-def _roll_back(plan: GangPlan, seen: _Seen) -> Next:
-    """Delete what is bound, unstarted members first; pods without an owner would be lost for ever and are left."""
-    there = [p for _, p in (*seen.bound, *seen.accepted) if not p.terminal]
+def _begin_roll_back(plan: GangPlan, reason: str, message: str) -> Next:
+    return Next(_in(plan, "RollingBack", reason, message), [])
+
+
+def _roll_back(plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool]) -> Next:
+    """Delete what is bound, unstarted members first; pods without an owner would be lost for ever and are left.
+
+    What is leaving a dead node is as good as gone: no kubelet will ever say so.
+    """
+    bound = [p for _, p in (*seen.bound, *seen.accepted) if not p.terminal]
+    there = [p for p in bound if not (p.deleting and not alive_nodes.get(p.spec.node_name))]
     steps: list[Step] = [Delete(p, plan.status.reason) for p in there if owned(p) and not p.deleting]
     if any(owned(p) for p in there):
         return Next(plan, steps)
@@ -149,5 +163,5 @@ def _in(plan: GangPlan, phase: PlanPhase, reason: str, message: str) -> GangPlan
 
 
 def owned(pod: Pod) -> bool:
-    """Whether somebody makes it anew when it is deleted."""
-    return bool(pod.metadata.owner_references)
+    """Whether somebody makes it anew elsewhere when it is deleted; static and DaemonSet pods come back in place."""
+    return any(owner.kind not in ("Node", "DaemonSet") for owner in pod.metadata.owner_references)

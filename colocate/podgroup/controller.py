@@ -33,11 +33,11 @@ from colocate.objects import (
     PodGroup,
 )
 from colocate.podgroup.binder import Binder, now_text
-from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.cluster import OPEN_PHASES, Cluster
 from colocate.podgroup.commit import Bind, advance, owned
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.feed import CARRIED_ON, Feed, now_seconds
-from colocate.podgroup.gangs import gang_key, is_group
+from colocate.podgroup.gangs import gang_key, is_group, sort_members
 from colocate.podgroup.metrics import Metrics
 from colocate.podgroup.queue import Queue, Start
 from colocate.podgroup.status import StatusWriter, empty_plan, may_be_told
@@ -46,6 +46,7 @@ from colocate.units import parse_time
 GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
 WRITES_AT_ONCE = 64
+BIND_ATTEMPTS = 8
 UNSEEN_SECONDS = 5.0
 """A bind that succeeded and is not seen in the watch for so long is read back."""
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -54,6 +55,7 @@ log = structlog.get_logger()
 
 def settle_memory() -> None:
     """What has been listed stays: the garbage collector need not look at it again and again (gc.freeze, CPython)."""
+    gc.unfreeze()  # what an earlier time in office left
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -104,6 +106,8 @@ class Controller:
                     await self._decide()
         except* LeadershipLost as lost:
             raise lost.exceptions[0] from None
+        except* (ApiError, Unreachable) as failed:
+            raise failed.exceptions[0] from None
 
     async def _watch(self) -> None:
         """Start the watches, one after the other, so that nodes are known before the pods on them."""
@@ -144,9 +148,24 @@ class Controller:
             if p.spec.scheduler_name in self.settings.schedulers and not p.spec.node_name and not p.terminal
         ]
         log.info("fencing", predecessor=self._election.predecessor, pods=len(pending))
-        stamped = await asyncio.gather(*(self._limited(self._binder.stamp(p)) for p in pending))
-        for pod in filter(None, stamped):
-            self.feed.on_pod(self.cluster.pods.get(pod.metadata.uid), pod)
+        await asyncio.gather(*(self._limited(self._fence(p)) for p in pending))
+        self._election.settled = True
+
+    async def _fence(self, pod: Pod) -> Pod | None:
+        """Stamp an unbound pod, however long that takes; the pod as it is then."""
+        for attempt in count():
+            try:
+                now = await self._binder.stamp(pod)
+                break
+            except (ApiError, Unreachable) as error:
+                await pause(error, min(attempt, 6), random.random())
+        self._answered(now)
+        return now
+
+    def _answered(self, now: Pod | None) -> None:
+        """An answer says how a pod is; of a pod whose end the watch has told of it says nothing new."""
+        if now is not None and now.metadata.uid in self.cluster.pods:
+            self.feed.on_pod(self.cluster.pods[now.metadata.uid], now)
 
     # deciding
 
@@ -182,8 +201,8 @@ class Controller:
 
     def _next_look(self) -> float:
         now = now_seconds()
-        due = [at + UNSEEN_SECONDS - now for at in self._busy.values()]
-        open_plans = [p for p in self.cluster.plans.values() if p.status.phase in CARRIED_ON]
+        due = [at + UNSEEN_SECONDS - now for uid, at in self._busy.items() if uid in self.cluster.planned]
+        open_plans = [p for p in self.cluster.plans.values() if p.status.phase in (*OPEN_PHASES, "Repairing")]
         due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
         look = self.queue.next_look(now)
         return min([*(max(d, 0.05) for d in due), *([look] if look is not None else []), 30.0])
@@ -228,8 +247,8 @@ class Controller:
 
     def _quorum(self, start: Start, group: PodGroup) -> int:
         """What must be there in the end; less where members are made only after the others run."""
-        there = len(self.cluster.members.get(start.key, ()))
-        return min(group.spec.min_member, max(there, 1)) if start.note else group.spec.min_member
+        satisfied = sort_members(self.cluster.pods_of(start.key), self.settings.schedulers).satisfied
+        return min(group.spec.min_member, satisfied + len(start.placed)) if start.note else group.spec.min_member
 
     def _carry_on(self, key: str) -> None:
         """The next steps of an open plan; an intent is persisted before it is acted on."""
@@ -245,13 +264,22 @@ class Controller:
         alive = {m.node: m.node in ledger.rows and bool(ledger.ready[ledger.rows[m.node]]) for m in plan.spec.members}
         beside = sum(
             p.metadata.uid not in planned
+            and not p.deleting
             and (p.status.phase == "Succeeded" or bool(p.spec.node_name and not p.terminal))
             for p in self.cluster.pods_of(key)
         )
         after = advance(plan, pods, alive, beside, self._elapsed(plan))
         if after.plan is not plan:
             if after.plan.status.phase == "Waiting":
+                if planned & self._busy.keys():
+                    return  # a bind is still on its way: its room is kept until it is known what came of it
                 self.queue.rest(key, now_seconds())
+                unbound = [p for p in pods.values() if not p.spec.node_name and not p.terminal]
+                self._spawn(key, self._save_fenced(key, after.plan, unbound))
+                return
+            if after.plan.status.phase == "Running":
+                self.queue.rested(key)
+                self._began.pop(plan.spec.plan_id, None)
             self._spawn(key, self._save(key, after.plan))
             return
         for step in after.steps:
@@ -267,7 +295,8 @@ class Controller:
         """Members on a node that was deleted will never end by themselves: their owners may replace them at once."""
         lost, self.feed.lost_nodes = self.feed.lost_nodes - self.cluster.ledger.rows.keys(), set()
         for pod in list(self.cluster.pods.values()) if lost else ():
-            gone = pod.spec.node_name in lost and not pod.terminal and is_group(gang_key(pod)) and owned(pod)
+            ours = pod.spec.scheduler_name in self.settings.schedulers and is_group(gang_key(pod)) and owned(pod)
+            gone = pod.spec.node_name in lost and not pod.terminal and ours
             if gone and pod.metadata.uid not in self._busy:
                 text = f"node {pod.spec.node_name} was deleted"
                 self._spawn(pod.metadata.uid, self._delete(pod, "DeletionByNodeLoss", text))
@@ -293,35 +322,57 @@ class Controller:
 
     async def _bind(self, pod: Pod, node: str, plan_id: str) -> None:
         uid, key = pod.metadata.uid, gang_key(pod)
-        for attempt in range(8):
+        now: Pod | None = pod
+        for attempt in range(BIND_ATTEMPTS):
+            if not self._still_planned(key, uid, plan_id):
+                break
             try:
                 now = await self._binder.bind(pod, node, plan_id)
             except (ApiError, Unreachable) as error:
                 log.warning("bind_failed", pod=pod.metadata.name, node=node, error=str(error))
                 self.metrics.binds.labels("failed").inc()
                 if isinstance(error, ApiError) and error.status == 403:
-                    self._forbidden(key, error)
+                    await self._forbidden(key, error)
                 await pause(error, attempt, random.random())
                 continue
             if now is None or now.spec.node_name:
                 self.metrics.binds.labels("gone" if now is None else "bound").inc()
                 break
             self.metrics.binds.labels("conflict").inc()
+            await asyncio.sleep(0.02 * 2**attempt)
             pod = now  # it has changed since it was decided on, but not in a way that matters: once more
             if pod.deleting or pod.spec.scheduling_gates:
                 break
-        self._settle(uid, key, now if attempt < 7 else pod)
+        else:
+            if not is_group(key):
+                self.queue.rest(key, now_seconds())
+        self._settle(uid, key, now)
 
-    def _forbidden(self, key: str, error: ApiError) -> None:
-        """A verb that we may not use is named where the gang's users look."""
+    def _still_planned(self, key: str, uid: str, plan_id: str) -> bool:
+        """Whether a bind is still wanted: its plan has not been taken back meanwhile."""
         plan = self.cluster.plans.get(key)
-        if plan is None or any(c.type == "Permitted" for c in plan.status.conditions):
-            return
-        said = Condition(
-            type="Permitted", status="False", reason="Forbidden", message=error.message, last_transition_time=now_text()
-        )
-        status = msgspec.structs.replace(plan.status, conditions=[*plan.status.conditions, said])
-        self._tasks.create_task(self._save(key, msgspec.structs.replace(plan, status=status)))
+        if not plan_id:
+            return uid in self.cluster.planned
+        return plan is not None and plan.spec.plan_id == plan_id and plan.status.phase in OPEN_PHASES
+
+    async def _forbidden(self, key: str, error: ApiError) -> None:
+        """A verb that we may not use is named where the gang's users look."""
+        async with self._lock(key):
+            plan = self.cluster.plans.get(key)
+            if plan is None or any(c.type == "Permitted" for c in plan.status.conditions):
+                return
+            said = Condition(
+                type="Permitted",
+                status="False",
+                reason="Forbidden",
+                message=error.message,
+                last_transition_time=now_text(),
+            )
+            status = msgspec.structs.replace(plan.status, conditions=[*plan.status.conditions, said])
+            try:
+                self.cluster.set_plan(key, await self._binder.save(msgspec.structs.replace(plan, status=status)))
+            except (ApiError, Unreachable) as failed:
+                log.warning("plan_not_saved", gang=key, error=str(failed))
 
     def _settle(self, uid: str, key: str, now: Pod | None) -> None:
         """What a bind has come to; where it was bound, the watch is waited for."""
@@ -345,7 +396,10 @@ class Controller:
         except (ApiError, Unreachable) as error:
             log.warning("read_failed", pod=pod.metadata.name, error=str(error))
             return
-        self.feed.on_pod(self.cluster.pods.get(pod.metadata.uid) or pod, now)
+        if now is not None:
+            self._answered(now)
+        elif pod.metadata.uid in self.cluster.pods:
+            self.feed.on_pod(pod, None)
 
     async def _delete(self, pod: Pod, reason: str, message: str) -> None:
         try:
@@ -355,9 +409,19 @@ class Controller:
             await pause(error, 3, random.random())
         self._done(pod.metadata.uid, gang_key(pod))
 
+    async def _save_fenced(self, key: str, plan: GangPlan, unbound: list[Pod]) -> None:
+        """The end of a roll-back: a bind that was never answered must not land after its room was given away."""
+        stamped = await asyncio.gather(*(self._fence(pod) for pod in unbound))
+        if any(pod is not None and pod.spec.node_name for pod in stamped):
+            self._done(key, key)  # it had landed: there is more to take back
+        else:
+            await self._save(key, plan)
+
     async def _save(self, key: str, plan: GangPlan) -> None:
         async with self._lock(key):
             known = self.cluster.plans.get(key)
+            if known is not None and known.spec.epoch > self._binder.epoch:
+                raise LeadershipLost(f"plan {key} is of epoch {known.spec.epoch}: another leads")
             if known is not None:
                 plan = msgspec.structs.replace(plan, metadata=known.metadata)
             try:
@@ -375,7 +439,8 @@ class Controller:
         """Say in a plan at rest why its gang waits; a gang that has begun to start meanwhile is not touched."""
         async with self._lock(key):
             group, plan = self.cluster.groups.get(key), self.cluster.plans.get(key)
-            if group is None or key in self._busy or key not in self.queue.waiting or not may_be_told(plan):
+            still = (key in self.queue.waiting) == (status.phase == "Waiting")
+            if group is None or key in self._busy or not still or not may_be_told(plan):
                 return
             spec = GangPlanSpec(
                 pod_group=group.metadata.name, pod_group_uid=group.metadata.uid, epoch=self._binder.epoch
@@ -405,12 +470,12 @@ class Controller:
                 self.cluster.withdraw(member.uid)
 
     async def _forget(self, key: str, plan: GangPlan) -> None:
-        try:
-            await self._binder.forget(plan)
-        except (ApiError, Unreachable) as error:
-            log.warning("plan_not_forgotten", gang=key, error=str(error))
-        self._busy.pop(key, None)
-        self._locks.pop(key, None)
+        async with self._lock(key):
+            try:
+                await self._binder.forget(plan)
+            except (ApiError, Unreachable) as error:
+                log.warning("plan_not_forgotten", gang=key, error=str(error))
+        self._done(key, key)
 
     def _done(self, what: str, key: str) -> None:
         self._busy.pop(what, None)

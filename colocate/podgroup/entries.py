@@ -64,7 +64,7 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     pods, group = cluster.pods_of(key), cluster.groups.get(key)
     members = sort_members(pods, settings.schedulers)
     ours = bool(members.pending or members.gated)
-    if not ours and (group is None or members.satisfied):
+    if not ours and (group is None or members.satisfied or members.foreign):
         return None
     need = max((group.spec.min_member if group is not None else 1) - members.satisfied, 0)
     first = min((p.metadata.creation_timestamp or "" for p in pods), default="")

@@ -44,7 +44,7 @@ def durations(cluster: Cluster) -> dict[str, list[float]]:
 def runtime(pod: Pod, known: dict[str, list[float]]) -> Interval | None:
     """(least, most) seconds that a pod takes in all; None if nothing is known."""
     declared = pod.metadata.annotations.get(RUNTIME, "")
-    if declared.isdigit():
+    if declared.isascii() and declared.isdecimal():
         return float(declared), float(declared)
     before = known.get(family(pod), [])
     if len(before) >= LEAST_RUNS:

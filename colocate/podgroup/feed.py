@@ -61,7 +61,8 @@ class Feed:
         node = now or before
         assert node is not None
         if now is not None:
-            self._cluster.set_node(now)
+            if not self._cluster.set_node(now):
+                return
         else:
             self._cluster.remove_node(node.metadata.name)
             self.lost_nodes.add(node.metadata.name)
@@ -121,7 +122,8 @@ class Feed:
         key = f"{plan.metadata.namespace}/{plan.metadata.name}"
         known = self._cluster.plans.get(key)
         if now is None:
-            self._cluster.remove_plan(key)
+            if known is None or known.metadata.uid == plan.metadata.uid:
+                self._cluster.remove_plan(key)
         elif known is None or older(known.metadata, now.metadata):
             self._cluster.set_plan(key, now)
         self.look_again(key)

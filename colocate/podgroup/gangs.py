@@ -16,22 +16,6 @@ from colocate.objects import POD_GROUP_LABEL, Pod, PodGroup, PodGroupStatus
 POD = "pod:"
 """A key that begins so, after the namespace, names a pod that is a gang of its own."""
 
-REJECTIONS = (
-    "OutOf",
-    "NodeAffinity",
-    "NodeName",
-    "NodePorts",
-    "UnexpectedAdmissionError",
-    "InvalidNodeInfo",
-    "PodOSNotSupported",
-    "PodOSSelectorNodeLabelDoesNotMatch",
-    "Preempting",
-    "TopologyAffinityError",
-)
-"""How the reason of a pod that the kubelet did not take begins (pkg/kubelet/lifecycle, the eviction and topology
-managers).
-"""
-
 
 def gang_key(pod: Pod) -> str:
     """`namespace/group`, or `namespace/pod:name` of a pod that is alone."""
@@ -45,8 +29,8 @@ def is_group(key: str) -> bool:
 
 
 def rejected(pod: Pod) -> bool:
-    """Whether the kubelet refused the pod: it failed and none of its containers was ever started."""
-    return pod.status.phase == "Failed" and pod.status.reason.startswith(REJECTIONS)
+    """Whether the kubelet refused the pod (OutOfcpu, Evicted, ...): it failed, and no container ever was."""
+    return pod.status.phase == "Failed" and not pod.status.container_statuses
 
 
 def accepted(pod: Pod) -> bool:

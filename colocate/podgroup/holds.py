@@ -59,6 +59,10 @@ class Holds:
             cluster.release_hold(hold.uid)
         self._holds = [h for h in self._holds if h not in holds]
 
+    def any_for(self, key: str) -> bool:
+        """Whether something is kept for this gang."""
+        return any(h.key == key for h in self._holds)
+
     def keys(self, kind: str) -> set[str]:
         """The gangs that something of this kind is kept for."""
         return {h.key for h in self._holds if h.kind == kind}

@@ -228,6 +228,8 @@ class Ledger:
         holding = self.holdings.pop(uid, None)
         if holding is not None:
             self._on[holding.node].discard(uid)
+            if not self._on[holding.node]:
+                del self._on[holding.node]
             self._change(holding, -1)
         return holding
 
@@ -240,6 +242,17 @@ class Ledger:
         finally:
             for holding in gone:
                 self.hold(holding)
+
+    @contextmanager
+    def empty(self) -> Iterator[None]:
+        """The ledger as if nothing were held anywhere; as before afterwards."""
+        kept = self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports
+        self.used, self.holdings, self._on = np.zeros_like(self.used), {}, {}
+        self._labelled, self._counts, self._apart, self._ports = {}, {}, {}, {}
+        try:
+            yield
+        finally:
+            self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports = kept
 
     @contextmanager
     def with_also(self, holdings: Iterable[Holding]) -> Iterator[None]:

@@ -14,6 +14,7 @@ import msgspec
 
 from colocate.errors import BadInput
 from colocate.objects import POD_GROUP_LABEL, ObjectMeta, OwnerReference, Pod, PodGroup, PodGroupSpec, PodSpec
+from colocate.podgroup.shape import requests_of
 
 MAX_PODS = 50_000
 
@@ -33,20 +34,34 @@ def pods_of(manifests: list[Any], namespace: str, scheduler: str, now: str) -> t
     """Pods and groups of these manifests, as if they were created now. Raises BadInput that names the place."""
     pods: list[Pod] = []
     groups: list[PodGroup] = []
-    for i, manifest in enumerate(manifests):
-        if manifest is None:
-            continue
+    for i, manifest in enumerate(_flat(manifests)):
         if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
             raise BadInput(f"document {i + 1}: not a Kubernetes object: it has no kind")
+        where = f"document {i + 1} ({manifest['kind']})"
         try:
             _add(manifest, namespace, scheduler, now, pods, groups)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from error
         except msgspec.ValidationError as error:
-            raise BadInput(f"document {i + 1} ({manifest['kind']}): {error}") from error
-        if len(pods) > MAX_PODS:
-            raise BadInput(f"document {i + 1} ({manifest['kind']}): more than {MAX_PODS} pods")
+            raise BadInput(f"{where}: {error}") from error
+        except (AttributeError, TypeError) as error:
+            raise BadInput(f"{where}: a field that must be an object or a list is something else: {error}") from error
     if not pods:
-        raise BadInput("the file has no pods: a PodGroup alone asks for nothing")
+        raise BadInput("the file has no pods to ask about")
+    names = [f"{p.metadata.namespace}/{p.metadata.name}" for p in pods]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else []
+    if twice:
+        raise BadInput(f"two pods are called {twice[0]}: the API server would refuse the second")
     return pods, groups
+
+
+def _flat(manifests: list[Any]) -> Iterator[Any]:
+    """The documents that are not empty, and the items of lists."""
+    for manifest in manifests:
+        if isinstance(manifest, dict) and manifest.get("kind") == "List" and isinstance(manifest.get("items"), list):
+            yield from _flat(manifest["items"])
+        elif manifest is not None:
+            yield manifest
 
 
 def _add(
@@ -57,6 +72,13 @@ def _add(
     namespace = meta.namespace or namespace
     if kind == "PodGroup":
         spec = msgspec.convert(manifest.get("spec", {}), PodGroupSpec)
+        unknown = sorted(set(manifest.get("spec") or {}) - {"minMember", "minResources", "scheduleTimeoutSeconds"})
+        if unknown:
+            raise BadInput(
+                f"spec.{unknown[0]} is not a field of a PodGroup: minMember, minResources, scheduleTimeoutSeconds"
+            )
+        if spec.min_member < 1:
+            raise BadInput(f"spec.minMember is {spec.min_member}: it must be at least 1")
         made = msgspec.structs.replace(
             meta, name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}"
         )
@@ -69,9 +91,17 @@ def _add(
         )
         raise BadInput(f"{kind} {name}: its pods are not known beforehand; known kinds: {known}")
     total = sum(t.replicas for t in templates)
+    if total + len(pods) > MAX_PODS:
+        raise BadInput(f"{total} pods: at most {MAX_PODS} can be asked about")
     together = kind not in ("Pod", "Job", "Deployment", "ReplicaSet", "StatefulSet")
     for role, replicas, template in templates:
         shape = msgspec.convert(template, _PodTemplate)
+        if not shape.spec.containers:
+            raise BadInput("a pod template without containers: write spec.template.spec.containers")
+        try:
+            requests_of(Pod(metadata=shape.metadata, spec=shape.spec))
+        except ValueError as error:
+            raise BadInput(f"resources: {error}") from error
         labels = dict(shape.metadata.labels)
         if together:
             labels.setdefault(POD_GROUP_LABEL, name)

@@ -7,10 +7,12 @@ order of reprieves is kube-scheduler's (DefaultPreemption), the two kinds of bun
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple
 
 from colocate.objects import Pod
 from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.commit import owned
 from colocate.podgroup.fit import Gang, Placed
 from colocate.podgroup.gangs import gang_key, is_group
 from colocate.podgroup.place import place
@@ -38,27 +40,32 @@ class Preemption(NamedTuple):
     """Gangs that lose their quorum."""
 
 
-def bundles(cluster: Cluster, priority: int, wanted: frozenset[str] = frozenset()) -> list[Bundle]:
-    """What may be taken for a gang of this priority, the least important and youngest first.
+def bundles(
+    cluster: Cluster, key: str, priority: int, spent: Set[str], wanted: frozenset[str] = frozenset()
+) -> list[Bundle]:
+    """What may be taken for the gang `key` of this priority, the least important and youngest first.
 
-    Of a gang's surplus, members on the nodes `wanted` are named first.
+    Of a gang's surplus, members on the nodes `wanted` are named first. `spent` are the victims that have not gone yet:
+    what their budgets allow is used up, whether the budgets' status says so already or not.
     """
-    left = {key: budget.status.disruptions_allowed for key, budget in cluster.budgets.items()}
+    left = {name: budget.status.disruptions_allowed for name, budget in cluster.budgets.items()}
+    for uid in sorted(spent & cluster.pods.keys()):
+        _allowed(cluster, cluster.pods[uid], left)
     found = []
-    for key in sorted({gang_key(cluster.pods[u]) for u in cluster.ledger.holdings if u in cluster.pods}):
-        bound = [p for p in cluster.pods_of(key) if p.spec.node_name and not p.terminal and not p.deleting]
+    for other in sorted({gang_key(cluster.pods[u]) for u in cluster.ledger.holdings if u in cluster.pods} - {key}):
+        bound = [p for p in cluster.pods_of(other) if p.spec.node_name and not p.terminal and not p.deleting]
         if not bound or max(p.spec.priority for p in bound) >= priority:
             continue
         bound.sort(key=lambda p: (p.spec.node_name not in wanted, p.spec.priority, _youth(p), p.metadata.name))
-        may = [p for p in bound if p.metadata.owner_references and _allowed(cluster, p, left)]
-        group = cluster.groups.get(key)
-        done = sum(p.status.phase == "Succeeded" for p in cluster.pods_of(key))
+        may = [p for p in bound if owned(p) and _allowed(cluster, p, left)]
+        group = cluster.groups.get(other)
+        done = sum(p.status.phase == "Succeeded" for p in cluster.pods_of(other))
         beyond = max(len(bound) + done - group.spec.min_member, 0) if group is not None else 0
         surplus = may[:beyond]
         rest = [p for p in bound if p not in surplus]
         whole = rest if all(p in may for p in rest) else []
         if surplus or whole:
-            found.append(Bundle(key, max(p.spec.priority for p in bound), surplus, whole))
+            found.append(Bundle(other, max(p.spec.priority for p in bound), surplus, whole))
     return sorted(found, key=lambda b: (b.priority, _youth((b.whole or b.surplus)[0]), b.key))
 
 
@@ -82,18 +89,18 @@ def _youth(pod: Pod) -> tuple[int, ...]:
     return tuple(-ord(c) for c in pod.metadata.creation_timestamp or "")
 
 
-def preempt(cluster: Cluster, gang: Gang, priority: int) -> Preemption | None:
+def preempt(cluster: Cluster, gang: Gang, key: str, priority: int, spent: Set[str] = frozenset()) -> Preemption | None:
     """Victims for a gang that does not fit; None if no permitted victims make room for its quorum.
 
     For members beyond the quorum no other gang is broken: they take what is surplus elsewhere, or pods alone.
     """
     if min(cluster.priorities, default=priority) >= priority:
         return None
-    everything = [p for b in bundles(cluster, priority) for p in (*b.surplus, *b.whole)]
+    everything = [p for b in bundles(cluster, key, priority, spent) for p in (*b.surplus, *b.whole)]
     ideal = _placed(cluster, gang, everything)
     if not ideal:
         return None
-    available = bundles(cluster, priority, frozenset(node for _, node in ideal))
+    available = bundles(cluster, key, priority, spent, frozenset(node for _, node in ideal))
     if gang.quorum < len(gang.members):
         mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
         found = _choose(cluster, gang._replace(quorum=len(gang.members)), mild)
@@ -124,7 +131,9 @@ def _spare(cluster: Cluster, gang: Gang, surplus: list[Pod], taken: list[Bundle]
         rest = [b for b in taken if b is not bundle]
         if _fits(cluster, gang, [*surplus, *(p for b in rest for p in b.whole)]):
             taken = rest
-    broken = [p for b in taken for p in b.whole]
+    keys = {b.key for b in taken}
+    broken = [p for b in taken for p in (*b.surplus, *b.whole)]  # a remnant without its quorum is of no use
+    surplus = [p for p in surplus if gang_key(p) not in keys]
     for pod in sorted(surplus, key=lambda p: -p.spec.priority):
         rest_of_surplus = [p for p in surplus if p is not pod]
         if _fits(cluster, gang, [*rest_of_surplus, *broken]):

@@ -97,6 +97,7 @@ class Queue:
 
     def cycle(self, cluster: Cluster, dirty: set[str], now: float) -> Decisions:
         """Look again at the gangs named and at those that a change can help; promise room to those that fit."""
+        self._evicted &= cluster.pods.keys()
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
         for key in dirty:
@@ -148,6 +149,10 @@ class Queue:
         times = self._resting.get(key, (0.0, 0))[1] + 1
         self._resting[key] = (now + min(REST_SECONDS * 2 ** (times - 1), MAX_REST_SECONDS), times)
 
+    def rested(self, key: str) -> None:
+        """A gang has started: what went wrong before is forgotten."""
+        self._resting.pop(key, None)
+
     def _resting_now(self, cluster: Cluster, key: str, now: float) -> tuple[str, str] | None:
         if now >= self._resting.get(key, (now, 0))[0]:
             return None
@@ -176,6 +181,8 @@ class Queue:
             memory = self.waiting[entry.key]
             if is_group(entry.key) or memory.question is not None or not entry.members.pending:
                 return entry.key
+            if self.holds.any_for(entry.key) or entry.key in self._resting:
+                return entry.key
             pod = entry.members.pending[0]
             return id(cluster.shape(pod)), pod.metadata.namespace, tuple(sorted(pod.metadata.labels.items()))
 
@@ -203,13 +210,14 @@ class Queue:
         if refused is not None:
             self._tell(entry.key, *refused, capacity=False)
             return None
-        if memory.question is not None and not self._could_help(cluster, memory, now):
-            return None
+        with self.holds.usable_by(cluster, entry.key):
+            if memory.question is not None and not self._could_help(cluster, memory, now):
+                return None
         gang, note = question(cluster, entry, self.settings)
         signature = _signature(gang)
         with self.holds.usable_by(cluster, entry.key):
             known = hopeless.get(signature)
-            if known is not None and gang.quorum >= known[0]:
+            if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
                 placed, reason, message = self._room(cluster, gang, head, signature, hopeless, now)
@@ -293,8 +301,13 @@ class Queue:
         else:
             if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
                 return None
+            leaving = [h.uid for h in cluster.ledger.holdings.values() if h.leaving]
             with self.holds.usable_by(cluster, entry.key):
-                found = preempt(cluster, gang, entry.members.priority)
+                with cluster.ledger.without(leaving):
+                    enough = bool(leaving) and bool(place(cluster.ledger, gang))
+                if enough:
+                    return None  # what is leaving already makes room: nobody more need go
+                found = preempt(cluster, gang, entry.key, entry.members.priority, self._evicted)
             if found is None:
                 return None
             grace = max(p.spec.termination_grace_period_seconds or 30 for p in found.victims)
@@ -324,7 +337,7 @@ class Queue:
         return group is not None and 0 < members.satisfied < group.spec.min_member
 
     def _fits_an_empty_cluster(self, cluster: Cluster, gang: Gang) -> bool:
-        with cluster.ledger.without(list(cluster.ledger.holdings)):
+        with cluster.ledger.empty():
             return place(cluster.ledger, gang) is not None
 
     def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry, now: float) -> bool:
@@ -334,9 +347,8 @@ class Queue:
         if shadow is not None and _end(cluster, placed, now) <= shadow[0]:
             return True
         ledger = cluster.ledger
-        running = list(ledger.holdings)
         also = [Holding(m.uid, m.name, m.namespace, node, m.shape, m.labels) for m, node in placed]
-        with ledger.with_also(also), ledger.without(running):
+        with ledger.empty(), ledger.with_also(also):
             return question is None or place(cluster.ledger, question) is not None
 
 

@@ -27,6 +27,8 @@ from colocate.objects import (
 from colocate.units import parse_quantity
 
 ALWAYS = "Always"
+MOST = 2**53
+"""No amount is larger: sums over all nodes must stay within 64 bits."""
 KNOWN_OPERATORS = frozenset({"In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"})
 VolumeTerms = Callable[[str, str], "NodeSelector | str | None"]
 """(namespace, claim) -> where its volume can be reached from, None for everywhere, or why that is not known."""
@@ -124,6 +126,8 @@ def _requirement_holds(requirement: LabelRequirement, labels: Mapping[str, str])
 
 def _amount(resource: str, text: str | float) -> int:
     value = parse_quantity(text)
+    if not 0 <= value <= MOST:
+        raise ValueError(f"{resource} {text!r} is not an amount that a node could have")
     return math.ceil(value * 1000) if resource == "cpu" else math.ceil(value)
 
 

@@ -39,6 +39,8 @@ class Verdict(Lean, frozen=True):
     outcome: Literal["Start", "Preempt", "Wait"]
     reason: str = ""
     message: str = ""
+    surplus: int = 0
+    """Members beyond those that have no room yet."""
     members: list[PlannedMember] = msgspec.field(default_factory=list)
     """Where each is bound; for Preempt, when the victims have gone."""
     victims: list[str] = msgspec.field(default_factory=list)
@@ -84,6 +86,12 @@ def load(content: bytes) -> ClusterSnapshot:
         raise BadInput(f"this is no cluster snapshot: its kind is {snapshot.kind!r}, not {KIND!r}")
     if snapshot.version > VERSION:
         raise StateTooNew(f"the snapshot is of version {snapshot.version}; this colocate knows up to {VERSION}")
+    if snapshot.version < 1 or not snapshot.settings.schedulers:
+        raise BadInput("this is no cluster snapshot: its version or its settings.schedulers is missing; take it again")
+    try:
+        restore(snapshot)
+    except ValueError as error:
+        raise BadInput(f"this is no cluster snapshot: {error}") from error
     return snapshot
 
 
@@ -121,6 +129,8 @@ def _verdicts(cluster: Cluster, queue: Queue, now: float) -> list[Verdict]:
             gang=start.key,
             outcome="Start",
             message=start.note,
+            surplus=sum(not p.spec.node_name and not p.terminal for p in cluster.pods_of(start.key))
+            - len(start.placed),
             members=[PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed],
         )
         for start in decided.starts

@@ -21,12 +21,15 @@ from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, GangPlan, GangPlanStatus, ObjectMeta, PodGroup, PodGroupStatus
 from colocate.podgroup.binder import Binder, now_text
 from colocate.podgroup.cluster import OPEN_PHASES, Cluster
-from colocate.podgroup.gangs import group_status, is_group
+from colocate.podgroup.gangs import group_status, is_group, sort_members
 from colocate.podgroup.queue import Queue, Waiting
 
 ROUND_SECONDS = 0.1
 AGAIN_SECONDS = 1.0
 GROUPS_A_ROUND = 32
+MESSAGE_SECONDS = 5.0
+"""A message that only has other numbers is told again after so long."""
+FORGET_SECONDS = 60.0
 log = structlog.get_logger()
 Save = Callable[[str, GangPlanStatus], Awaitable[None]]
 
@@ -40,8 +43,8 @@ class StatusWriter:
         """Whether the installed PodGroup schema has conditions."""
         self._touched: dict[str, None] = {}
         self._written: dict[str, float] = {}
-        self._told: dict[str, tuple[str, str]] = {}
-        """Gang -> the reason and message that its users were told last."""
+        self._told: dict[str, tuple[str, str, float]] = {}
+        """Gang -> the reason and message that its users were told last, and when."""
         self._told_pods: dict[str, tuple[str, str]] = {}
 
     def touch(self, key: str) -> None:
@@ -51,14 +54,18 @@ class StatusWriter:
     def touch_waiting(self) -> None:
         """The queue has decided: whoever has another reason now is told."""
         for key, memory in self._queue.waiting.items():
-            if self._told.get(key) != (memory.reason, memory.message):
+            if self._told.get(key, ("", "", 0.0))[:2] != (memory.reason, memory.message):
                 self._touched[key] = None
 
     async def run(self, binder: Binder) -> None:
         """Until cancelled. Raises LeadershipLost."""
+        forget_at = time.monotonic() + FORGET_SECONDS
         while True:
             await asyncio.sleep(ROUND_SECONDS)
             now = time.monotonic()
+            if now >= forget_at:
+                self._forget_gone()
+                forget_at = now + FORGET_SECONDS
             due = [k for k in self._touched if now - self._written.get(k, -AGAIN_SECONDS) >= AGAIN_SECONDS]
             due = due[:GROUPS_A_ROUND]
             for key in due:
@@ -85,7 +92,10 @@ class StatusWriter:
         if group is None:
             self._written.pop(key, None)
             return
-        status = group_status(group, self._cluster.pods_of(key))
+        pods = self._cluster.pods_of(key)
+        if pods and not any(p.spec.scheduler_name in self._queue.settings.schedulers for p in pods):
+            return  # another scheduler's group
+        status = group_status(group, pods)
         if self.conditions:
             status = msgspec.structs.replace(status, conditions=self._conditions(key, group))
         else:
@@ -119,10 +129,14 @@ class StatusWriter:
         memory = self._queue.waiting.get(key)
         if memory is None or not memory.reason:
             self._told.pop(key, None)
+            await self._no_longer_waits(key)
             return
-        if self._told.get(key) != (memory.reason, memory.message):
-            self._told[key] = (memory.reason, memory.message)
-            await self._tell_plan(binder, key, memory)
+        told_reason, told_message, at = self._told.get(key, ("", "", 0.0))
+        now = time.monotonic()
+        if told_reason == memory.reason and (told_message == memory.message or now - at < MESSAGE_SECONDS):
+            return  # the numbers in a message change all the time
+        self._told[key] = (memory.reason, memory.message, now)
+        await self._tell_plan(binder, key, memory, new_reason=told_reason != memory.reason)
         reason = "Unschedulable" if memory.capacity else memory.reason
         for pod in self._cluster.pods_of(key):
             uid, told = pod.metadata.uid, (reason, memory.message)
@@ -131,11 +145,25 @@ class StatusWriter:
                 self._told_pods[uid] = told
                 await binder.tell_pod(pod, reason, memory.message)
 
-    async def _tell_plan(self, binder: Binder, key: str, memory: Waiting) -> None:
+    async def _no_longer_waits(self, key: str) -> None:
+        """A plan that still says that its gang waits, though it waits for nothing any more."""
+        plan, group = self._cluster.plans.get(key), self._cluster.groups.get(key)
+        if plan is None or group is None or plan.status.phase != "Waiting" or not plan.status.reason:
+            return
+        members = sort_members(self._cluster.pods_of(key), self._queue.settings.schedulers)
+        if key not in self._queue.waiting and members.satisfied >= group.spec.min_member:
+            await self._save(key, GangPlanStatus(phase="Running", reason="Started", message="the quorum is there"))
+
+    def _forget_gone(self) -> None:
+        self._told_pods = {uid: told for uid, told in self._told_pods.items() if uid in self._cluster.pods}
+        known = self._cluster.groups.keys() | self._cluster.members.keys()
+        self._written = {key: at for key, at in self._written.items() if key in known}
+
+    async def _tell_plan(self, binder: Binder, key: str, memory: Waiting, *, new_reason: bool) -> None:
         group = self._cluster.groups.get(key)
         if group is None:
             pods = self._cluster.pods_of(key)
-            if pods:
+            if pods and new_reason:
                 await binder.event(pods[0], memory.reason, memory.message, warning=True)
             return
         position = self._queue.order.index(key) + 1 if key in self._queue.order else 0
@@ -148,6 +176,8 @@ class StatusWriter:
             observed_generation=group.metadata.generation,
         )
         await self._save(key, status)
+        if not new_reason:
+            return
         await binder.event(group, memory.reason, memory.message, warning=memory.capacity)
 
 

@@ -57,16 +57,15 @@ async def two_gangs_and_a_preemption(world: World) -> None:
 async def settled(world: World) -> None:
     """`high` is bound and nobody else in part; no node has two."""
 
-    async def high() -> bool:
-        return {"high-0", "high-1"} <= (await world.bound()).keys()
+    async def whole() -> bool:
+        bound = await world.bound()
+        assert len(set(bound.values())) == len(bound), "a node holds two pods of its only CPU"
+        assert not any(name.startswith("big") for name in bound)
+        return {"high-0", "high-1"} <= bound.keys() and sum(name.startswith("low") for name in bound) in (0, 2)
 
-    await world.until(high, "high is bound")
+    await world.until(whole, "high is bound, and low whole or not at all")
     await asyncio.sleep(0.5)
-    bound = await world.bound()
-    assert len(set(bound.values())) == len(bound), "a node holds two pods of its only CPU"
-    low = sum(name.startswith("low") for name in bound)
-    assert low in (0, 2)
-    assert not any(name.startswith("big") for name in bound)
+    assert await whole()
 
 
 @pytest.mark.slow
