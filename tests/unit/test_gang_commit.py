@@ -134,6 +134,27 @@ ROWS = {
         "RollingBack",
         [],
     ),
+    "a surplus member that is slow does not end a quorum that runs": (
+        plan("Confirming", least=2, timeout=0),
+        [running(0), running(1), bound(2)],
+        {},
+        "Running",
+        [],
+    ),
+    "a surplus member that cannot be bound is dropped": (
+        plan(least=2, timeout=0),
+        [bound(0), bound(1), waiting(2)],
+        {},
+        "Binding",
+        [],
+    ),
+    "what is leaving a dead node is as good as gone": (
+        plan("RollingBack"),
+        [running(0, deleting=True)],
+        {"n0": False},
+        "Waiting",
+        [],
+    ),
     "taking back deletes the unstarted first": (
         plan("RollingBack"),
         [running(0), bound(1)],

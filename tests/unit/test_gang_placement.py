@@ -243,6 +243,19 @@ def test_constraints_between_pods(nodes, pods, expected):
     assert where(ledger(*nodes), gang(*pods)) == expected
 
 
+def test_the_search_does_not_forget_that_two_roles_keep_apart():
+    term = PodAffinityTerm(topology_key=HOST, label_selector=LabelSelector(match_labels={"role": "b"}))
+    affinity = Affinity(pod_anti_affinity=PodAffinity(required=[term]))
+    roles = pod("a", labels={"role": "a"}, spec={"affinity": affinity}, cpu=1), pod("b", labels={"role": "b"}, cpu=1)
+    assert where(ledger(node("n", cpu=2)), gang(*roles)) is None
+    assert where(ledger(node("m", cpu=2), node("n", cpu=2)), gang(*roles)) == ["m", "n"]
+
+
+@pytest.mark.parametrize("amount", ["1e17", "-1", "10E"])
+def test_an_amount_that_no_node_could_have_is_unsupported(amount):
+    assert "cpu" in shape_of(pod("p", cpu=amount)).unsupported
+
+
 def test_a_pod_that_is_there_keeps_others_out_of_its_zone():
     made = ledger(*ZONES, held=[("n0", pod("there", **apart(ZONE)))])
     assert where(made, gang(pod("p", labels={"app": "x"}, cpu=1))) == ["n2"]

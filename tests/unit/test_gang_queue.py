@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from colocate.objects import PodStatus
+from colocate.objects import GangPlan, GangPlanSpec, GangPlanStatus, ObjectMeta, PlannedMember, PodStatus
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.queue import Queue
@@ -154,6 +154,81 @@ def test_a_reservation_ends_when_its_time_is_over():
     made.now = 130.0
     made.cycle()
     assert made.running() == ["holder", "small"]
+
+
+def bind(made, name, on):
+    one = made.cluster.pods[name]
+    made.cluster.set_pod(replace(one, spec=replace(one.spec, node_name=on), status=PodStatus(phase="Running")))
+
+
+def leave(made, name):
+    one = made.cluster.pods[name]
+    made.cluster.set_pod(
+        replace(one, metadata=replace(one.metadata, deletion_timestamp=one.metadata.creation_timestamp))
+    )
+
+
+def one_slot_held():
+    """One node of one CPU, held by `low`, and `high`, which is more important."""
+    made = Simulated()
+    made.cluster.set_node(node("n", 1))
+    made.add("low", 1, 1)
+    made.cycle()
+    made.add("high", 1, 1, priority=5)
+    return made
+
+
+def test_a_preemptor_starts_when_its_victim_has_gone_though_nothing_else_changes():
+    made = one_slot_held()
+    (evicted,) = made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
+    assert [p.metadata.name for p in evicted.preemption.victims] == ["low-0"]
+    made.cluster.remove_pod("low-0")
+    assert [s.key for s in made.queue.cycle(made.cluster, set(), 2.0).starts] == ["ns/high"]
+
+
+def test_nobody_is_evicted_where_somebody_is_leaving_anyway():
+    made = one_slot_held()
+    made.cluster.set_node(node("m", 1))
+    made.dirty.discard("ns/high")
+    made.add("low2", 1, 1)
+    made.cycle()
+    leave(made, "low-0")
+    decided = made.queue.cycle(made.cluster, {"ns/high"}, 1.0)
+    assert (decided.starts, decided.evictions) == ([], [])
+
+
+def test_a_gang_that_is_broken_goes_whole_with_its_surplus():
+    made = Simulated()
+    made.cluster.set_node(node("n", 4))
+    made.add("low", 4, 3)
+    made.cycle()
+    made.add("high", 2, 2, priority=5)
+    (evicted,) = made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
+    assert len(evicted.preemption.victims) == 4
+
+
+def test_a_gang_does_not_evict_its_own_members():
+    made = Simulated()
+    made.cluster.set_node(node("n", 2))
+    made.cluster.groups["ns/g"] = group("g", 3)
+    for i in range(2):
+        made.cluster.set_pod(pod(f"g-{i}", "g"))
+        bind(made, f"g-{i}", "n")
+    made.cluster.set_pod(pod("g-head", "g", priority=10))
+    assert made.queue.cycle(made.cluster, {"ns/g"}, 1.0).evictions == []
+
+
+def test_an_open_plan_keeps_its_room_whatever_is_known_first():
+    made = Simulated()
+    made.cluster.set_node(node("n", 1))
+    members = [PlannedMember(name="planned", uid="planned", node="n")]
+    spec, meta = GangPlanSpec(plan_id="x", members=members), ObjectMeta(name="g", namespace="ns")
+    made.cluster.set_plan("ns/g", GangPlan(metadata=meta, spec=spec, status=GangPlanStatus(phase="Binding")))
+    made.cluster.set_pod(pod("planned", "g"))
+    made.add("rival", 1, 1)
+    made.cycle()
+    assert made.running() == []
+    assert made.queue.waiting["ns/rival"].reason == "Unschedulable"
 
 
 @lru_cache(maxsize=10_000)

@@ -164,6 +164,11 @@ MPI = {
 }
 
 
+def test_what_does_not_fit_of_a_gang_is_counted():
+    (verdict,) = what_if(cluster([node("a")], [], []), [pod(f"m-{i}", "g", 1) for i in range(6)], [group("g", 2)])
+    assert (verdict.outcome, len(verdict.members), verdict.surplus) == ("Start", 4, 2)
+
+
 def test_a_job_without_a_group_is_pods_alone():
     pods, groups = pods_of([JOB], "ns", "colocate", NOW)
     assert groups == []
@@ -190,6 +195,17 @@ def test_an_mpi_job_is_one_gang(nodes, outcome):
             r"document 1 \(Pod\): Expected `array`, got `int` - at `\$.spec.containers`",
         ),
         ({"kind": "PodGroup", "spec": {"minMember": 1}}, "has no pods"),
+        ({"kind": "PodGroup", "spec": {"minmember": 1}}, "spec.minmember is not a field"),
+        (
+            {"kind": "JobSet", "spec": {"replicatedJobs": ["x"]}},
+            r"document 1 \(JobSet\): a field that must be an object",
+        ),
+        ({"kind": "RayCluster", "spec": {"headGroupSpec": None}}, r"document 1 \(RayCluster\)"),
+        ({"kind": "Pod", "spec": {"containers": []}}, "without containers"),
+        (
+            {"kind": "Pod", "spec": {"containers": [{"resources": {"requests": {"cpu": "12Gbananas"}}}]}},
+            "'12Gbananas' is not a quantity",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused(manifest, message):
