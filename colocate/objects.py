@@ -189,6 +189,7 @@ class PodSpec(Lean, frozen=True):
     node_name: str = ""
     scheduler_name: str = "default-scheduler"
     priority: int = 0
+    priority_class_name: str = ""
     preemption_policy: str = "PreemptLowerPriority"
     containers: list[Container] = []
     init_containers: list[Container] = []
@@ -398,6 +399,15 @@ class DisruptionBudget(Lean, frozen=True):
     metadata: ObjectMeta
     spec: DisruptionBudgetSpec = DisruptionBudgetSpec()
     status: DisruptionBudgetStatus = DisruptionBudgetStatus()
+
+
+class PriorityClass(Lean, frozen=True):
+    """scheduling.k8s.io/v1: the API server writes its value into each pod that names it."""
+
+    metadata: ObjectMeta
+    value: int = 0
+    global_default: bool = False
+    preemption_policy: str = "PreemptLowerPriority"
 
 
 class ClaimSpec(Lean, frozen=True):

@@ -24,6 +24,7 @@ from colocate.errors import BadInput
 from colocate.kube.client import (
     BUDGETS,
     CLAIMS,
+    CLASSES,
     LEASES,
     NODES,
     PLANS,
@@ -36,7 +37,17 @@ from colocate.kube.client import (
     path_of,
 )
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import Claim, DisruptionBudget, GangPlan, Lease, Node, PersistentVolume, Pod, PodGroup
+from colocate.objects import (
+    Claim,
+    DisruptionBudget,
+    GangPlan,
+    Lease,
+    Node,
+    PersistentVolume,
+    Pod,
+    PodGroup,
+    PriorityClass,
+)
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.feed import now_seconds
@@ -229,6 +240,7 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         claims=await every(Claim, CLAIMS),
         volumes=await every(PersistentVolume, VOLUMES),
         budgets=await every(DisruptionBudget, BUDGETS),
+        classes=await every(PriorityClass, CLASSES),
     )
     return msgspec.structs.replace(snapshot, verdicts=decide(snapshot))
 
@@ -321,7 +333,8 @@ def what_if(options: argparse.Namespace) -> int:
         raise BadInput(f"{options.file}: not YAML: {' '.join(str(error).split())}") from error
     taken = _read(options)
     try:
-        pods, groups = pods_of(manifests, options.namespace or "default", taken.settings.schedulers[0], taken.taken)
+        scheduler = taken.settings.schedulers[0]
+        pods, groups = pods_of(manifests, options.namespace or "default", scheduler, taken.taken, taken.classes)
     except BadInput as error:
         raise BadInput(f"{options.file}: {error}") from error
     verdicts = ask(taken, pods, groups)

@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     _table_form(top)
     _socket(top)
 
-    explain = add("explain", "watch:explain", "Why the node is as it is: the laws with today's numbers")
+    explain = add("explain", "watch:explain", "Why the node is as it is, or why a PodGroup waits")
     explain.add_argument("workload", nargs="*", help="only this service or job; or: podgroup NAME")
     _snapshot(explain)
     _table_form(explain)
@@ -153,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     _state(evaluate)
     _socket(evaluate)
 
-    replay = add("replay", "reports:replay", "Decide a recorded day again, open loop")
+    replay = add("replay", "reports:replay", "Decide a recorded day, or a cluster snapshot, again")
     replay.add_argument("records", help="a state directory, a record file, or a cluster snapshot (.json)")
     replay.add_argument("--config", help="decide with another policy")
     replay.add_argument("--diff", action="store_true", help="print the ticks whose plan differs")

@@ -35,6 +35,7 @@ SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
 CLAIMS, VOLUMES = "/api/v1/persistentvolumeclaims", "/api/v1/persistentvolumes"
+CLASSES = "/apis/scheduling.k8s.io/v1/priorityclasses"
 BUDGETS = "/apis/policy/v1/poddisruptionbudgets"
 POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
 PLANS = f"/apis/{PLAN_API}/gangplans"

@@ -440,14 +440,15 @@ class Controller:
         async with self._lock(key):
             group, plan = self.cluster.groups.get(key), self.cluster.plans.get(key)
             still = (key in self.queue.waiting) == (status.phase == "Waiting")
-            if group is None or key in self._busy or not still or not may_be_told(plan):
+            if key in self._busy or not still or not may_be_told(plan):
                 return
-            spec = GangPlanSpec(
-                pod_group=group.metadata.name, pod_group_uid=group.metadata.uid, epoch=self._binder.epoch
-            )
-            saved = await self._binder.save(
-                msgspec.structs.replace(plan or empty_plan(group), spec=spec, status=status)
-            )
+            if plan is None and group is None:
+                return
+            plan = plan if plan is not None or group is None else empty_plan(group)
+            assert plan is not None
+            uid = group.metadata.uid if group is not None else plan.spec.pod_group_uid
+            spec = GangPlanSpec(pod_group=plan.metadata.name, pod_group_uid=uid, epoch=self._binder.epoch)
+            saved = await self._binder.save(msgspec.structs.replace(plan, spec=spec, status=status))
             self.cluster.set_plan(key, saved)
 
     def _lock(self, key: str) -> asyncio.Lock:

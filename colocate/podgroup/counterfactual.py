@@ -46,7 +46,7 @@ def counterfactuals(cluster: Cluster, gang: Gang, satisfied: int) -> list[Counte
 def _smaller(ledger: Ledger, gang: Gang, satisfied: int) -> Iterator[str]:
     fit = most_that_fit(ledger, gang)
     if 0 < fit < gang.quorum and place(ledger, gang._replace(quorum=fit, reserve={})) is not None:
-        yield f"minMember {satisfied + fit} instead of {satisfied + gang.quorum}"
+        yield f"minMember were {satisfied + fit} instead of {satisfied + gang.quorum}"
 
 
 def _uncordoned(ledger: Ledger, gang: Gang) -> Iterator[str]:

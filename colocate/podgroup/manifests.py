@@ -7,13 +7,22 @@ as its operator makes it, unless its pods name a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from colocate.errors import BadInput
-from colocate.objects import POD_GROUP_LABEL, ObjectMeta, OwnerReference, Pod, PodGroup, PodGroupSpec, PodSpec
+from colocate.objects import (
+    POD_GROUP_LABEL,
+    ObjectMeta,
+    OwnerReference,
+    Pod,
+    PodGroup,
+    PodGroupSpec,
+    PodSpec,
+    PriorityClass,
+)
 from colocate.podgroup.shape import requests_of
 
 MAX_PODS = 50_000
@@ -30,8 +39,13 @@ class _PodTemplate(msgspec.Struct):
     spec: PodSpec = PodSpec()
 
 
-def pods_of(manifests: list[Any], namespace: str, scheduler: str, now: str) -> tuple[list[Pod], list[PodGroup]]:
-    """Pods and groups of these manifests, as if they were created now. Raises BadInput that names the place."""
+def pods_of(
+    manifests: list[Any], namespace: str, scheduler: str, now: str, classes: Sequence[PriorityClass] = ()
+) -> tuple[list[Pod], list[PodGroup]]:
+    """Pods and groups of these manifests, as if they were created now. Raises BadInput that names the place.
+
+    `classes` give the pods that name one their priority, as the API server's admission would.
+    """
     pods: list[Pod] = []
     groups: list[PodGroup] = []
     for i, manifest in enumerate(_flat(manifests)):
@@ -39,7 +53,9 @@ def pods_of(manifests: list[Any], namespace: str, scheduler: str, now: str) -> t
             raise BadInput(f"document {i + 1}: not a Kubernetes object: it has no kind")
         where = f"document {i + 1} ({manifest['kind']})"
         try:
+            before = len(pods)
             _add(manifest, namespace, scheduler, now, pods, groups)
+            pods[before:] = [_with_priority(pod, classes) for pod in pods[before:]]
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from error
         except msgspec.ValidationError as error:
@@ -53,6 +69,20 @@ def pods_of(manifests: list[Any], namespace: str, scheduler: str, now: str) -> t
     if twice:
         raise BadInput(f"two pods are called {twice[0]}: the API server would refuse the second")
     return pods, groups
+
+
+def _with_priority(pod: Pod, classes: Sequence[PriorityClass]) -> Pod:
+    """What the Priority admission plugin makes of a pod."""
+    name = pod.spec.priority_class_name
+    found = next((c for c in classes if (c.metadata.name == name if name else c.global_default)), None)
+    if found is None and name:
+        known = ", ".join(sorted(c.metadata.name for c in classes)) or "none"
+        raise BadInput(f"spec.priorityClassName {name!r} does not exist; known: {known}")
+    if found is None:
+        return pod
+    policy = found.preemption_policy
+    spec = msgspec.structs.replace(pod.spec, priority=found.value, preemption_policy=policy)
+    return msgspec.structs.replace(pod, spec=spec)
 
 
 def _flat(manifests: list[Any]) -> Iterator[Any]:

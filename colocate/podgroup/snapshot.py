@@ -19,6 +19,7 @@ from colocate.objects import (
     PlannedMember,
     Pod,
     PodGroup,
+    PriorityClass,
 )
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.counterfactual import counterfactuals
@@ -62,6 +63,7 @@ class ClusterSnapshot(Lean, frozen=True):
     claims: list[Claim] = msgspec.field(default_factory=list)
     volumes: list[PersistentVolume] = msgspec.field(default_factory=list)
     budgets: list[DisruptionBudget] = msgspec.field(default_factory=list)
+    classes: list[PriorityClass] = msgspec.field(default_factory=list)
     verdicts: list[Verdict] = msgspec.field(default_factory=list)
     """What was decided on it when it was taken."""
 

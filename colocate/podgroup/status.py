@@ -160,11 +160,9 @@ class StatusWriter:
         self._written = {key: at for key, at in self._written.items() if key in known}
 
     async def _tell_plan(self, binder: Binder, key: str, memory: Waiting, *, new_reason: bool) -> None:
-        group = self._cluster.groups.get(key)
-        if group is None:
-            pods = self._cluster.pods_of(key)
-            if pods and new_reason:
-                await binder.event(pods[0], memory.reason, memory.message, warning=True)
+        group, pods = self._cluster.groups.get(key), self._cluster.pods_of(key)
+        about = group if group is not None else pods[0] if pods else None
+        if about is None:
             return
         position = self._queue.order.index(key) + 1 if key in self._queue.order else 0
         status = GangPlanStatus(
@@ -172,13 +170,13 @@ class StatusWriter:
             reason=memory.reason,
             message=memory.message,
             position=position,
-            waiting_since=group.metadata.creation_timestamp,
-            observed_generation=group.metadata.generation,
+            waiting_since=about.metadata.creation_timestamp,
+            observed_generation=group.metadata.generation if group is not None else 0,
         )
-        await self._save(key, status)
-        if not new_reason:
-            return
-        await binder.event(group, memory.reason, memory.message, warning=memory.capacity)
+        if is_group(key):
+            await self._save(key, status)
+        if new_reason:
+            await binder.event(about, memory.reason, memory.message, warning=memory.capacity or group is None)
 
 
 def may_be_told(plan: GangPlan | None) -> bool:

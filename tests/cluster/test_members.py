@@ -372,6 +372,7 @@ async def test_a_group_that_is_deleted_while_it_waits(world: World) -> None:
             await world.pod(f"p{i}", "pg", cpu=1)
         await told(world, "pg", "Unschedulable")
         await world.delete(POD_GROUPS, "pg")
+        await told(world, "pg", "PodGroupNotFound")
         await world.node("m", cpu=1, memory="1Gi")
         await world.only_bound()
         await world.group("pg", 2)

@@ -23,6 +23,7 @@ from colocate.objects import (
     PodGroupSpec,
     PodSpec,
     PodStatus,
+    PriorityClass,
     Resources,
     Taint,
 )
@@ -102,7 +103,7 @@ def test_what_is_no_snapshot_is_refused(content, error, message):
 
 
 EXPLANATIONS = {
-    "a smaller quorum": ([node("a")], [], "minMember 4 instead of 6"),
+    "a smaller quorum": ([node("a")], [], "minMember were 4 instead of 6"),
     "a node that is cordoned": ([node("a"), node("b", cordoned=True)], [], "node b is uncordoned"),
     "a taint": ([node("a"), node("b", taint="dedicated")], [], "its pods tolerate the taint dedicated:NoSchedule"),
     "another gang that ends": (
@@ -162,6 +163,17 @@ MPI = {
         }
     },
 }
+
+
+URGENT = PriorityClass(metadata=ObjectMeta(name="urgent"), value=1000)
+
+
+def test_a_priority_class_gives_its_pods_their_priority():
+    named = {"kind": "Pod", "metadata": {"name": "p"}, "spec": {"priorityClassName": "urgent", "containers": [{}]}}
+    (one,), _ = pods_of([named], "ns", "colocate", NOW, [URGENT])
+    assert one.spec.priority == 1000
+    with pytest.raises(BadInput, match=r"spec\.priorityClassName 'urgent' does not exist; known: none"):
+        pods_of([named], "ns", "colocate", NOW)
 
 
 def test_what_does_not_fit_of_a_gang_is_counted():
