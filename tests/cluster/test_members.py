@@ -11,12 +11,11 @@ import pytest
 import yaml
 
 from colocate.demo.controlplane import ControlPlane
-from colocate.kube.client import NODES, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
 from tests.cluster.conftest import HIGH, LOW, MANIFESTS, World, leader
 
-MERGE = "application/merge-patch+json"
 MPI_JOB = {
     "apiVersion": "kubeflow.org/v2beta1",
     "kind": "MPIJob",
@@ -444,8 +443,13 @@ async def test_the_role_of_the_manifests_is_enough(world: World, limited: Api) -
         for i in range(2):
             await world.pod(f"high-{i}", "high", cpu=1, spec={"priorityClassName": HIGH})
         await world.until_bound("high-0", "high-1")
-        events = await world.api.request("GET", path_of("/api/v1/events", world.namespace))
-        assert b'"reason":' in events
+        await world.group("waits", 2)
+
+        async def told_of() -> bool:
+            events = await world.api.request("GET", path_of("/api/v1/events", world.namespace))
+            return b'"reason":"NotEnoughMembers"' in events
+
+        await world.until(told_of, "an Event says why the third group waits")
 
 
 async def test_a_verb_that_is_forbidden_is_named(world: World, limited: Api) -> None:
