@@ -6,8 +6,6 @@ observedGeneration added to its status; it is only for clusters that have no Pod
 
 from __future__ import annotations
 
-import ast
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,13 @@ import yaml
 
 from colocate import objects
 from colocate.objects import GangPlanSpec, GangPlanStatus, PodGroupSpec, PodGroupStatus
+from tools.policy_reference import meanings_of
 
 TARGET = Path(__file__).resolve().parent.parent / "manifests" / "crd"
 TIMES = frozenset({"schedule_start_time", "last_transition_time", "created", "waiting_since"})
 
 
-def _meanings() -> dict[tuple[str, str], str]:
-    found = {}
-    for node in ast.parse(inspect.getsource(objects)).body:
-        for field, text in zip(node.body, node.body[1:], strict=False) if isinstance(node, ast.ClassDef) else ():
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                assert isinstance(node, ast.ClassDef)
-                assert isinstance(field.target, ast.Name)
-                found[node.name, field.target.id] = " ".join(str(text.value.value).split())
-    return found
-
-
-MEANINGS = _meanings()
+MEANINGS = meanings_of(objects)
 
 
 def _schema(kind: Any, name: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -21,10 +22,10 @@ generated from `colocate/config.py` (`python -m tools.policy_reference`).
 """
 
 
-def _meanings() -> dict[tuple[str, str], str]:
+def meanings_of(module: ModuleType) -> dict[tuple[str, str], str]:
     """(class, field) -> the text that stands below the field."""
     found = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ClassDef):
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if (
@@ -67,7 +68,7 @@ def _default(field: Any, struct: Any) -> str:
 
 def generate() -> str:
     """The page."""
-    meanings, parts, done = _meanings(), [HEAD], set()
+    meanings, parts, done = meanings_of(config), [HEAD], set()
     waiting: list[tuple[str, Any]] = [("spec", config.PolicySpec)]
     while waiting:
         path, cls = waiting.pop(0)

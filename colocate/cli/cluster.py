@@ -48,6 +48,7 @@ from colocate.objects import (
     PodGroup,
     PriorityClass,
 )
+from colocate.podgroup.binder import now_text
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.feed import now_seconds
@@ -211,7 +212,7 @@ def _row(plan: GangPlan) -> dict[str, Any]:
 
 async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
     """The cluster as it is now, and what the next cycle decides on it."""
-    taken = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    taken = now_text()
 
     async def every(kind: type[T], path: str) -> list[T]:
         try:

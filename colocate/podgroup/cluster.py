@@ -23,6 +23,8 @@ T = TypeVar("T")
 OPEN_PHASES = ("Binding", "Confirming")
 HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
 """Phases of a plan in which its unbound members keep their room: a bind of theirs may still be on its way."""
+CARRIED_ON = (*HOLDING_PHASES, "Repairing")
+"""Phases of a plan in which the commit protocol has something to do."""
 MAX_GAINS = 4096
 
 

@@ -110,9 +110,7 @@ def advance(
             return Next(plan, [Bind(pod, member.node) for member, pod in seen.unbound])
         return Next(_in(plan, "Confirming", "Bound", "every member is bound; waiting for the kubelets"), [])
     steps: list[Step] = [Delete(p, f"node {p.spec.node_name} went away") for _, p in stranded if owned(p)]
-    if here >= least and len(seen.accepted) >= least and not seen.bound and not seen.unbound:
-        return Next(_in(plan, "Running", "Started", f"{len(seen.accepted)} members run"), [])
-    if late and len(seen.accepted) >= least:
+    if len(seen.accepted) >= least and (late or not (seen.bound or seen.unbound)):
         slow = f"; {len(seen.bound)} more are slow" if seen.bound else ""
         return Next(_in(plan, "Running", "Started", f"{len(seen.accepted)} members run{slow}"), [])
     if late:

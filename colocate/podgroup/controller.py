@@ -27,10 +27,10 @@ from colocate.objects import (
     PodGroup,
 )
 from colocate.podgroup.binder import Binder, now_text
-from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.cluster import CARRIED_ON, OPEN_PHASES, Cluster
 from colocate.podgroup.commit import Bind, advance, owned
 from colocate.podgroup.entries import Settings
-from colocate.podgroup.feed import CARRIED_ON, Feed, now_seconds
+from colocate.podgroup.feed import Feed, now_seconds
 from colocate.podgroup.gangs import gang_key, is_group, sort_members
 from colocate.podgroup.hands import Hands
 from colocate.podgroup.metrics import Metrics

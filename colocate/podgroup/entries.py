@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from colocate.objects import Pod, PodGroup
-from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Gang, Member
 from colocate.podgroup.gangs import Members, is_group, sort_members
 from colocate.podgroup.shape import amounts
@@ -58,7 +58,7 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     """A gang's entry; None if it waits for nothing, or what it waits for is under way already."""
     uids = cluster.members.get(key, set())
     plan = cluster.plans.get(key)
-    under_way = plan is not None and plan.status.phase in (*OPEN_PHASES, "RollingBack")
+    under_way = plan is not None and plan.status.phase in HOLDING_PHASES
     if under_way or any(uid in cluster.planned for uid in uids):
         return None
     pods, group = cluster.pods_of(key), cluster.groups.get(key)

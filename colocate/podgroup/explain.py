@@ -45,7 +45,7 @@ def _units(resource: str, amount: int) -> str:
 
 def shortage(ledger: Ledger, gang: Gang) -> Shortage:
     """Why `place` found nothing."""
-    fit = most_that_fit(ledger, gang._replace(quorum=gang.quorum))
+    fit = most_that_fit(ledger, gang)
     group = max(classes_of(gang.members, ledger), key=lambda c: len(c.members))
     trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
     mask = trial.mask(group)
@@ -89,10 +89,8 @@ def _largest_block(ledger: Ledger, mask: Mask, resource: str) -> tuple[int, int]
 def _refusals(ledger: Ledger, group: Class) -> list[tuple[str, int]]:
     """How many nodes each filter rules out that none before it did."""
     shape = group.shape
-    selected = np.ones(len(ledger.names), dtype=bool)
-    for key, value in shape.node_selector.items():
-        selected &= ledger.label(key).holds("In", [value])
-    for selector in filter(None, (shape.node_affinity, *shape.volume_affinity)):
+    selected = ledger.chosen(shape)
+    for selector in shape.volume_affinity:
         selected &= ledger.selected(selector)
     repelled = np.zeros(len(ledger.names), dtype=bool)
     trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))

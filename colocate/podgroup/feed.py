@@ -9,13 +9,9 @@ from typing import Any
 
 from colocate.kube.client import BUDGETS, CLAIMS, NODES, PLANS, POD_GROUPS, PODS, VOLUMES
 from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, ObjectMeta, PersistentVolume, Pod, PodGroup
-from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.cluster import CARRIED_ON, Cluster
 from colocate.podgroup.gangs import gang_key, rejected
 from colocate.podgroup.queue import Queue
-
-CARRIED_ON = (*OPEN_PHASES, "Repairing", "RollingBack")
-"""Phases of a plan in which the commit protocol has something to do."""
-
 
 _OFFSET = time.time() - time.monotonic()
 

@@ -102,10 +102,7 @@ def _spread(trial: Trial, group: Class, constraint: TopologySpreadConstraint, ma
     mask = mask & (column.codes >= 0)
     honoured = column.codes >= 0
     if constraint.node_affinity_policy == "Honor":
-        for key, value in shape.node_selector.items():
-            honoured = honoured & ledger.label(key).holds("In", [value])
-        if shape.node_affinity is not None:
-            honoured = honoured & ledger.selected(shape.node_affinity)
+        honoured = honoured & ledger.chosen(shape)
     if constraint.node_taints_policy == "Honor":
         honoured = honoured & ledger.tolerated(shape.tolerations)
     selector = constraint.label_selector
@@ -185,8 +182,3 @@ def place_class(trial: Trial, group: Class) -> Ints | None:
             if rows is not None:
                 return rows
     return None
-
-
-def has_changing(trial: Trial, group: Class) -> bool:
-    """Whether members of this class change the filters for each other."""
-    return bool(group.shape.host_ports) or any(_changing(trial, group, trial.mask(group))[0])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from colocate.podgroup.ledger import Ints, Ledger, Mask
+from colocate.podgroup.ledger import Holding, Ints, Ledger, Mask
 from colocate.podgroup.shape import HostPort, Shape, Term
 
 NEVER = np.iinfo(np.int64).max
@@ -48,6 +48,12 @@ class Placed(NamedTuple):
 
     member: Member
     node: str
+
+    @property
+    def holding(self) -> Holding:
+        """As the ledger holds it."""
+        m = self.member
+        return Holding(m.uid, m.name, m.namespace, self.node, m.shape, m.labels)
 
 
 class Class(NamedTuple):

@@ -36,9 +36,8 @@ class Holds:
     def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float) -> None:
         """The places that a gang has made victims leave are its own."""
         self.drop(cluster, key, NOMINATED)
-        for member, node in placed:
-            holding = Holding(member.uid, member.name, member.namespace, node, member.shape, {})
-            self._keep(cluster, Hold(key, NOMINATED + member.uid, until, NOMINATED), holding)
+        for one in placed:
+            self._keep(cluster, Hold(key, NOMINATED + one.member.uid, until, NOMINATED), one.holding)
 
     def _keep(self, cluster: Cluster, hold: Hold, like: Holding) -> None:
         room_only = Shape(requests=like.shape.requests)

@@ -340,15 +340,20 @@ class Ledger:
             found &= named if field.operator == "In" else ~named
         return found
 
+    def chosen(self, shape: Shape) -> Mask:
+        """The nodes that a pod's node selector and required node affinity choose."""
+        found = np.ones(len(self.names), dtype=bool)
+        for key, value in shape.node_selector.items():
+            found &= self.label(key).holds("In", [value])
+        return found if shape.node_affinity is None else found & self.selected(shape.node_affinity)
+
     def standing(self, shape: Shape) -> Mask:
         """The nodes that pass the filters that no pod changes: readiness, taints, selectors, affinity, volumes."""
         cached = self._static.get(id(shape))
         if cached is not None and cached[0] is shape:
             return cached[1]
-        found = self.ready & self.tolerated(shape.tolerations)
-        for key, value in shape.node_selector.items():
-            found &= self.label(key).holds("In", [value])
-        for selector in filter(None, (shape.node_affinity, *shape.volume_affinity)):
+        found = self.ready & self.tolerated(shape.tolerations) & self.chosen(shape)
+        for selector in shape.volume_affinity:
             found &= self.selected(selector)
         if len(self._static) >= MAX_STANDING:
             self._static.clear()

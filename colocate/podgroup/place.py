@@ -13,7 +13,7 @@ from itertools import islice, permutations
 
 import numpy as np
 
-from colocate.podgroup.fill import has_changing, place_class
+from colocate.podgroup.fill import place_class
 from colocate.podgroup.fit import Class, Gang, Member, Placed, Trial, classes_of
 from colocate.podgroup.ledger import Ints, Ledger, Mask
 from colocate.podgroup.search import pack
@@ -60,8 +60,7 @@ def _searched(trial: Trial, classes: list[Class], reserve: Mapping[str, int], wi
     """A packing of a small gang that no order of its classes finds; only for filters that do not change on the way."""
     members = [(group, m) for group in classes for m in group.members]
     masks = {id(group): trial.mask(group) for group in classes}
-    between = any(g.shape.affinity or g.shape.anti_affinity or g.shape.spread for g in classes)
-    if between or any(has_changing(trial, group) for group in classes):
+    if any(s.affinity or s.anti_affinity or s.spread or s.host_ports for s in (group.shape for group in classes)):
         return None
     rows = np.flatnonzero(np.any([trial.room(g, masks[id(g)]) > 0 for g in classes], axis=0))
     columns = sorted({trial.ledger.columns[r] for g in classes for r, _ in g.shape.requests})

@@ -96,6 +96,10 @@ def preempt(cluster: Cluster, gang: Gang, key: str, priority: int, spent: Set[st
     """
     if min(cluster.priorities, default=priority) >= priority:
         return None
+    leaving = [h.uid for h in cluster.ledger.holdings.values() if h.leaving]
+    with cluster.ledger.without(leaving):
+        if leaving and place(cluster.ledger, gang):
+            return None  # what is leaving already makes room: nobody more need go
     everything = [p for b in bundles(cluster, key, priority, spent) for p in (*b.surplus, *b.whole)]
     ideal = _placed(cluster, gang, everything)
     if not ideal:

@@ -301,12 +301,7 @@ class Queue:
         else:
             if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
                 return None
-            leaving = [h.uid for h in cluster.ledger.holdings.values() if h.leaving]
             with self.holds.usable_by(cluster, entry.key):
-                with cluster.ledger.without(leaving):
-                    enough = bool(leaving) and bool(place(cluster.ledger, gang))
-                if enough:
-                    return None  # what is leaving already makes room: nobody more need go
                 found = preempt(cluster, gang, entry.key, entry.members.priority, self._evicted)
             if found is None:
                 return None
@@ -347,8 +342,7 @@ class Queue:
         if shadow is not None and _end(cluster, placed, now) <= shadow[0]:
             return True
         ledger = cluster.ledger
-        also = [Holding(m.uid, m.name, m.namespace, node, m.shape, m.labels) for m, node in placed]
-        with ledger.empty(), ledger.with_also(also):
+        with ledger.empty(), ledger.with_also(one.holding for one in placed):
             return question is None or place(cluster.ledger, question) is not None
 
 

@@ -20,7 +20,7 @@ from colocate.kube.client import ApiError, Unreachable
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, GangPlan, GangPlanStatus, ObjectMeta, PodGroup, PodGroupStatus
 from colocate.podgroup.binder import Binder, now_text
-from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.cluster import CARRIED_ON, Cluster
 from colocate.podgroup.gangs import group_status, is_group, sort_members
 from colocate.podgroup.queue import Queue, Waiting
 
@@ -181,7 +181,7 @@ class StatusWriter:
 
 def may_be_told(plan: GangPlan | None) -> bool:
     """Whether a plan is at rest, so that its status may say why the gang waits."""
-    return plan is None or plan.status.phase not in (*OPEN_PHASES, "Repairing", "RollingBack")
+    return plan is None or plan.status.phase not in CARRIED_ON
 
 
 def empty_plan(group: PodGroup) -> GangPlan:

@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from colocate.demo.controlplane import ControlPlane
-from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.kube.client import MERGE, NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
 from colocate.objects import GangPlan, Pod, PodGroup
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
+from tests.cluster.proxy import Proxy
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 PATIENCE = 20.0
@@ -33,6 +34,12 @@ QUIET = 0.4
 @pytest.fixture(scope="session")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with ControlPlane(tmp_path_factory.mktemp("plane"), controllers=True) as running:
+        yield running
+
+
+@pytest.fixture
+async def proxy(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Proxy]:
+    async with Proxy(plane, tmp_path) as running:
         yield running
 
 
@@ -140,14 +147,14 @@ class World:
     async def finish(self, name: str) -> None:
         """Let a pod go that a finalizer holds."""
         path, body = path_of(PODS, self.namespace, name), {"metadata": {"finalizers": None}}
-        await self.api.request("PATCH", path, body, content_type="application/merge-patch+json")
+        await self.api.request("PATCH", path, body, content_type=MERGE)
 
     async def set_phase(self, name: str, phase: str) -> None:
         await self.api.request(
             "PATCH",
             path_of(PODS, self.namespace, name, "status"),
             {"status": {"phase": phase}},
-            content_type="application/merge-patch+json",
+            content_type=MERGE,
         )
 
     async def until(self, what: Callable[[], Any], why: str) -> Any:

@@ -8,24 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from colocate.demo.controlplane import ControlPlane
 from colocate.kube.client import Api
 from tests.cluster.conftest import HIGH, LOW, World, leader
 from tests.cluster.proxy import Fault, Proxy, Request, healthy
 
 LEASE_SECONDS = 1
-
-
-@pytest.fixture
-async def proxy(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Proxy]:
-    async with Proxy(plane, tmp_path) as running:
-        yield running
 
 
 @contextlib.contextmanager

@@ -5,22 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
 
-from colocate.demo.controlplane import ControlPlane
 from colocate.kube.client import PODS, Api, path_of
 from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
 from tests.cluster.conftest import World
 from tests.cluster.proxy import Proxy, Request, healthy
-
-
-@pytest.fixture
-async def proxy(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Proxy]:
-    async with Proxy(plane, tmp_path) as running:
-        yield running
 
 
 class Seen:
