@@ -137,6 +137,10 @@ class Agent:
         self.policy = self.observer.policy = policy
         self._wake.set()
 
+    def set_kernels(self, kernels: Kernels, backend: str) -> None:
+        """Compute with these from the next tick on."""
+        self.kernels, self.recorder.backend = kernels, backend
+
     def wake(self, why: str) -> None:
         """Tick now: a service stalls."""
         log.debug("woken", why=why)

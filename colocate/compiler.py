@@ -15,17 +15,27 @@ from colocate.model import kernels
 MADV_PAGEOUT = 21
 
 
-def load_kernels(state_dir: Path) -> tuple[kernels.Kernels, str]:
-    """The kernels and the name of their backend, `numba` or `numpy`; with COLOCATE_JIT=off numba is not imported.
+def prepare(state_dir: Path) -> bool:
+    """Whether kernels shall be compiled, and a cache for them; with COLOCATE_JIT=off numba is not imported.
 
     Raises BadInput if the cache of compiled code could be written by somebody else.
     """
     if os.environ.get("COLOCATE_JIT", "on").lower() in ("off", "0", "no", "false"):
-        return kernels.load(jit=False), "numpy"
+        return False
     _prepare_cache(state_dir)
+    return True
+
+
+def load_compiled() -> kernels.Kernels:
+    """The kernels by numba, from the prepared cache or compiled anew; may run in a thread beside the numpy twins."""
     loaded = kernels.load(jit=True)
     _let_go_of_llvm()
-    return loaded, "numba"
+    return loaded
+
+
+def load_kernels(state_dir: Path) -> kernels.Kernels:
+    """The kernels that the environment asks for, ready to run. Raises BadInput as `prepare` does."""
+    return load_compiled() if prepare(state_dir) else kernels.load(jit=False)
 
 
 def _prepare_cache(state_dir: Path) -> None:

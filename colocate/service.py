@@ -18,10 +18,11 @@ from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent import Agent, Tick
 from colocate.calibrate import ensure_calibration, load_calibration
 from colocate.cgroupfs import KernelPort
-from colocate.compiler import load_kernels
+from colocate.compiler import load_compiled, prepare
 from colocate.config import ColocationPolicy
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.server import JobServer
+from colocate.model import kernels
 from colocate.policyfile import load_policy
 from colocate.report.record import Recorder
 
@@ -67,7 +68,7 @@ class Service:
         except ColocateError:
             self._state_lock.release()
             raise
-        self._drifts = 0
+        self._drifts, self._compiles = 0, False
         self.stop = asyncio.Event()
 
     def _make_agent(self) -> Agent:
@@ -75,14 +76,14 @@ class Service:
         policy, state = self._policy, self._state
         if all(port.inode(h, policy.spec.node_root) is None for h in port.layout.mounts):
             raise BadInput(f"$.spec.nodeRoot: there is no cgroup {policy.spec.node_root} on this host")
-        kernels, backend = load_kernels(state.path)
-        recorder = Recorder(state.path / "records", policy.spec.records, backend)
+        self._compiles = prepare(state.path)
+        recorder = Recorder(state.path / "records", policy.spec.records, "numpy")
         root = policy.spec.node_root
         guardian = None if self._shadow else Guardian(state.path, self._runtime, root)
         return Agent(
             port,
             policy,
-            kernels,
+            kernels.load(jit=False),
             Journal(state.path, boot_id()),
             state=state,
             calibration=load_calibration(state, port),
@@ -136,6 +137,15 @@ class Service:
                 agent.set_policy(policy)
                 log.info("policy_loaded", path=str(path), name=policy.metadata.name)
 
+    async def _compile(self, agent: Agent) -> None:
+        """Let the compiled kernels take over from their numpy twins: protection does not wait for them."""
+        if not self._compiles:
+            return
+        try:
+            agent.set_kernels(await asyncio.to_thread(load_compiled), "numba")
+        except Exception:
+            log.exception("kernels_not_compiled", effect="the numpy twins stay")
+
     async def _linger(self, server: JobServer) -> None:
         """An embedded agent ends when nobody has needed it for a while."""
         idle = 0.0
@@ -175,7 +185,7 @@ class Service:
                 runner = await self._serve_http(agent)
             notify_systemd("READY=1")
             async with asyncio.TaskGroup() as tasks:
-                others = [tasks.create_task(self._reload(agent))]
+                others = [tasks.create_task(self._reload(agent)), tasks.create_task(self._compile(agent))]
                 if self._embedded:
                     others.append(tasks.create_task(self._linger(server)))
                 await agent.run(self.stop)

@@ -142,7 +142,7 @@ def _real(options: argparse.Namespace) -> Result:
         calibration = found if found.measured_seconds else None
     with _Progress() as progress:
         demonstration = Demo(port, options.seconds, options.seed, options.service_time, progress.show)
-        return asyncio.run(demonstration.run(calibration, load_kernels(state)[0]))
+        return asyncio.run(demonstration.run(calibration, load_kernels(state)))
 
 
 def _simulated(options: argparse.Namespace, why: str) -> Result:

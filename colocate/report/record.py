@@ -111,12 +111,12 @@ class Recorder:
     """Writes the records of one agent."""
 
     def __init__(self, directory: Path | None, policy: RecordPolicy, backend: str) -> None:
-        self._directory, self._policy, self._backend = directory, policy, backend
+        self._directory, self._policy, self.backend = directory, policy, backend
         self._file: Any = None
         self._size = 0
         self._since_keyframe: int | None = None
-        self._under: tuple[ColocationPolicy, Calibration] | None = None
-        """What the last tick was decided under: another policy needs a keyframe, or replay would go on with the old."""
+        self._under: tuple[ColocationPolicy, Calibration, str] | None = None
+        """What the last tick was decided under: another needs a keyframe, or replay would go on with the old one."""
         self._snapshot: dict[str, Any] = {}
         self._plan: dict[str, Any] = {}
         self.recent: deque[bytes] = deque(maxlen=MEMORY_LINES)
@@ -166,8 +166,9 @@ class Recorder:
         """Record one tick. Never raises for a disk that is full or gone."""
         row, actions = msgspec.to_builtins(snapshot), plan_builtins(plan)
         rotate = self._directory is not None and (self._file is None or self._size > self._policy.segment_bytes)
-        changed = self._under is None or self._under[0] is not policy or self._under[1] is not calibration
-        self._under = (policy, calibration)
+        under = (policy, calibration, self.backend)
+        changed = self._under is None or any(was is not now for was, now in zip(self._under, under, strict=True))
+        self._under = under
         key = changed or rotate or self._since_keyframe is None or self._since_keyframe >= self._policy.keyframe_every
         line: dict[str, Any] = {"time": snapshot.time_seconds, "sequence": snapshot.sequence}
         if self.arm:
@@ -176,7 +177,7 @@ class Recorder:
             line["keyframe"] = {
                 "version": RECORD_VERSION,
                 "colocate": __version__,
-                "backend": self._backend,
+                "backend": self.backend,
                 "model": to_builtins(model_before),
                 "laws": msgspec.to_builtins(laws_before),
                 "policy": msgspec.to_builtins(policy),

@@ -168,6 +168,15 @@ class World:
             await asyncio.sleep(0.05)
         raise AssertionError(f"{why}: not within {PATIENCE:g} s; last seen {seen}; {await self.bound()}")
 
+    async def told(self, group: str, reason: str) -> str:
+        """The message of the plan, once the group waits for this reason."""
+
+        async def said() -> Any:
+            status = (await self.plan(group)).status
+            return status if status.reason == reason else None
+
+        return str((await self.until(said, f"{group} is told {reason}")).message)
+
     async def until_bound(self, *names: str) -> dict[str, str]:
         """The bindings, once these pods are bound; nobody else may be, then or a moment later."""
 
@@ -249,7 +258,7 @@ async def world(api: Api) -> AsyncIterator[World]:
 
 @contextlib.asynccontextmanager
 async def leader(
-    world: World, settings: Settings | None = None, lease_seconds: float = 2.0
+    world: World, settings: Settings | None = None, lease_seconds: float = 10.0
 ) -> AsyncIterator[Controller]:
     """A controller that leads, in this process."""
     election = Election(

@@ -116,9 +116,7 @@ async def test_t11_a_big_gang_that_fails_does_not_block_a_small_one(world: World
     await world.pod("small", "pg2", cpu=2)
     async with leader(world):
         await world.until_bound("small")
-        plan = await world.until(lambda: world.plan("pg1"), "pg1 is told why it waits")
-        assert plan.status.reason == "Unschedulable"
-        assert plan.status.message.startswith("1 of 6 members fit; blocked by cpu")
+        assert (await world.told("pg1", "Unschedulable")).startswith("1 of 6 members fit; blocked by cpu")
 
 
 async def one_node(world: World) -> None:
@@ -159,6 +157,7 @@ async def test_n2_the_third_member_releases_all_three(world: World) -> None:
     async with leader(world):
         await world.group("pg", 3)
         await members(world, "pg", "p1", "p2")
+        await world.told("pg", "NotEnoughMembers")
         assert (await scheduled(world, "pg", "False")).reason == "NotEnoughMembers"
         await world.only_bound()
         await members(world, "pg", "p3")
@@ -173,7 +172,7 @@ async def test_n3_pods_before_their_group_wait_for_it_and_then_for_room(world: W
         await members(world, "pg", "p1", "p2", "p3")
         await world.only_bound("blocker")
         await world.group("pg", 3)
-        assert (await scheduled(world, "pg", "False")).reason == "Unschedulable"
+        await world.told("pg", "Unschedulable")
         await world.delete(PODS, "blocker", 0)
         await world.until_bound("p1", "p2", "p3")
         await scheduled(world, "pg", "True")

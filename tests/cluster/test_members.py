@@ -25,16 +25,6 @@ MPI_JOB = {
 RACK = "topology.kubernetes.io/rack"
 
 
-async def told(world: World, group: str, reason: str) -> str:
-    """The message of the plan, once the group waits for this reason."""
-
-    async def said() -> Any:
-        status = (await world.plan(group)).status
-        return status if status.reason == reason else None
-
-    return str((await world.until(said, f"{group} is told {reason}")).message)
-
-
 async def fragments(world: World) -> None:
     """Eight nodes of eight GPUs with one free each."""
     for i in range(8):
@@ -49,7 +39,7 @@ async def test_k1_eight_free_gpus_on_eight_nodes_are_not_eight_gpus(world: World
         await world.until_bound(*used)
         await world.group("pg", 1)
         await world.pod("p", "pg", nvidia_com__gpu=8)
-        assert await told(world, "pg", "Unschedulable") == (
+        assert await world.told("pg", "Unschedulable") == (
             "0 of 1 members fit; blocked by nvidia.com/gpu; largest free block 8x1"
         )
         await world.only_bound(*used)
@@ -71,7 +61,7 @@ async def test_roles_start_together_or_not(world: World, small: int, starts: boo
         if starts:
             assert (await world.until_bound("a", "b"))["a"] == "big"
         else:
-            await told(world, "pg", "Unschedulable")
+            await world.told("pg", "Unschedulable")
             await world.only_bound()
 
 
@@ -84,7 +74,7 @@ async def test_two_members_with_gpus(world: World, nodes: list[int], gpus: int, 
         for i in range(2):
             await world.pod(f"p{i}", "pg", nvidia_com__gpu=gpus)
         if where is None:
-            await told(world, "pg", "Unschedulable")
+            await world.told("pg", "Unschedulable")
             await world.only_bound()
         else:
             assert set((await world.until_bound("p0", "p1")).values()) == where
@@ -114,7 +104,7 @@ async def test_a10_a_rack_that_becomes_free_takes_the_gang_whole(world: World) -
         await world.group("pg", 2, annotations={"colocate.io/required-topology": RACK})
         for i in range(2):
             await world.pod(f"p{i}", "pg", cpu=8)
-        assert RACK in await told(world, "pg", "Unschedulable")
+        assert RACK in await world.told("pg", "Unschedulable")
         await world.only_bound("used-1", "used-2")
         await world.delete(PODS, "used-2", 0)
         bound = await world.until_bound("used-1", "p0", "p1")
@@ -132,9 +122,13 @@ async def test_v20_a_gang_waits_for_what_is_in_its_way_and_starts_when_it_has_go
         await world.group("pg", 3)
         for i in range(3):
             await world.pod(f"p{i}", "pg", cpu=1)
-        assert (await told(world, "pg", "Unschedulable")).startswith("1 of 3 members fit; blocked by cpu")
-        unschedulable = [c for c in (await world.pods())["p0"].status.conditions if c.type == "PodScheduled"]
-        assert [c.reason for c in unschedulable] == ["Unschedulable"]
+        assert (await world.told("pg", "Unschedulable")).startswith("1 of 3 members fit; blocked by cpu")
+
+        async def marked() -> bool:
+            conditions = (await world.pods())["p0"].status.conditions
+            return [c.reason for c in conditions if c.type == "PodScheduled"] == ["Unschedulable"]
+
+        await world.until(marked, "an autoscaler sees that capacity is missing")
         for name in others:
             await world.delete(PODS, name, 0)
         await world.until_bound("p0", "p1", "p2")
@@ -164,7 +158,7 @@ async def test_m1_and_m3_a_group_that_is_edited_while_it_waits(world: World) -> 
         await world.group("pi", 3, scheduleTimeoutSeconds=900, minResources={"cpu": "100000"})
         for name in ("pi-launcher", "pi-worker-0", "pi-worker-1"):
             await world.pod(name, "pi", cpu=1)
-        assert "minResources" in await told(world, "pi", "Unschedulable")
+        assert "minResources" in await world.told("pi", "Unschedulable")
         await world.only_bound()
         await patch_group(world, "pi", {"scheduleTimeoutSeconds": 10, "minResources": None})
         await world.until_bound("pi-launcher", "pi-worker-0", "pi-worker-1")
@@ -179,7 +173,11 @@ async def test_m4_a_launcher_that_is_made_after_its_workers_run(world: World) ->
         for i in range(2):
             await world.pod(f"pi-worker-{i}", "pi", cpu=1, owner=MPI_JOB)
         await world.until_bound("pi-worker-0", "pi-worker-1")
-        assert "CreationDependency" in (await world.until(lambda: world.plan("pi"), "a plan")).status.message
+
+        async def named() -> bool:
+            return "CreationDependency" in (await world.plan("pi")).status.message
+
+        await world.until(named, "the dependency is named")
         await world.pod("pi-launcher", "pi", cpu=1, owner=MPI_JOB)
         await world.until_bound("pi-worker-0", "pi-worker-1", "pi-launcher")
 
@@ -222,7 +220,7 @@ async def test_a_member_that_its_kubelet_refused_is_replaced(world: World) -> No
         await world.group("pg", 2)
         await world.pod("p0", "pg", cpu=1)
         await world.pod("p1", "pg", cpu=1, annotations={"colocate.io/simulated-rejection": "OutOfcpu"})
-        assert "p1 did not start: OutOfcpu" in await told(world, "pg", "MemberLost")
+        assert "p1 did not start: OutOfcpu" in await world.told("pg", "MemberLost")
         await world.pod("p1-again", "pg", cpu=1)
 
         async def started() -> bool:
@@ -239,7 +237,7 @@ async def test_a_gang_whose_member_is_never_replaced_is_taken_back(world: World)
         await world.group("pg", 2, scheduleTimeoutSeconds=2)
         await world.pod("p0", "pg", cpu=1)
         await world.pod("p1", "pg", cpu=1, annotations={"colocate.io/simulated-rejection": "OutOfcpu"})
-        message = await told(world, "pg", "BackingOff")
+        message = await world.told("pg", "BackingOff")
         assert message == "1 of 2 members were taken by their kubelets in time; taken back"
         assert "p0" not in await world.bound()
 
@@ -277,7 +275,7 @@ async def test_a_group_larger_than_the_cluster_waits_and_blocks_nobody(world: Wo
         await world.group("huge", 9)
         for i in range(9):
             await world.pod(f"huge-{i}", "huge", cpu=1)
-        assert (await told(world, "huge", "Unschedulable")).startswith("4 of 9 members fit")
+        assert (await world.told("huge", "Unschedulable")).startswith("4 of 9 members fit")
         await world.group("small", 2)
         for i in range(2):
             await world.pod(f"small-{i}", "small", cpu=1)
@@ -296,7 +294,7 @@ async def test_members_of_two_schedulers_do_not_start(world: World) -> None:
         await world.group("pg", 2)
         await world.pod("ours", "pg", cpu=1)
         await world.pod("theirs", "pg", cpu=1, spec={"schedulerName": "default-scheduler"})
-        assert "theirs has schedulerName default-scheduler" in await told(world, "pg", "SchedulerNameMismatch")
+        assert "theirs has schedulerName default-scheduler" in await world.told("pg", "SchedulerNameMismatch")
         await world.only_bound()
 
 
@@ -318,7 +316,7 @@ async def test_a_gate_of_somebody_else_holds_the_gang(world: World) -> None:
         await world.group("pg", 2)
         await world.pod("p0", "pg", cpu=1)
         await world.pod("p1", "pg", cpu=1, spec={"schedulingGates": [{"name": "example.com/quota"}]})
-        assert "example.com/quota" in await told(world, "pg", "SchedulingGated")
+        assert "example.com/quota" in await world.told("pg", "SchedulingGated")
         await world.only_bound()
         path = path_of(PODS, world.namespace, "p1")
         await world.api.request("PATCH", path, {"spec": {"schedulingGates": None}}, content_type=MERGE)
@@ -332,7 +330,7 @@ async def test_a_constraint_that_we_do_not_know_is_no_guess(world: World) -> Non
         claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
         volume = {"name": "v", "ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
         await world.pod("p", "pg", cpu=1, spec={"volumes": [volume]})
-        assert "volumes[].ephemeral" in await told(world, "pg", "UnsupportedConstraint")
+        assert "volumes[].ephemeral" in await world.told("pg", "UnsupportedConstraint")
 
 
 async def test_a_bound_volume_says_where_its_pod_goes(world: World) -> None:
@@ -352,7 +350,7 @@ async def test_a_bound_volume_says_where_its_pod_goes(world: World) -> None:
         await world.pod(
             "p", "pg", cpu=1, spec={"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]}
         )
-        assert "not bound to a volume yet" in await told(world, "pg", "UnsupportedConstraint")
+        assert "not bound to a volume yet" in await world.told("pg", "UnsupportedConstraint")
         name = f"pv-{world.namespace}"
         volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}}
         local = {"local": {"path": "/x"}, "nodeAffinity": {"required": {"nodeSelectorTerms": [term]}}}
@@ -369,9 +367,9 @@ async def test_a_group_that_is_deleted_while_it_waits(world: World) -> None:
         await world.group("pg", 2)
         for i in range(2):
             await world.pod(f"p{i}", "pg", cpu=1)
-        await told(world, "pg", "Unschedulable")
+        await world.told("pg", "Unschedulable")
         await world.delete(POD_GROUPS, "pg")
-        await told(world, "pg", "PodGroupNotFound")
+        await world.told("pg", "PodGroupNotFound")
         await world.node("m", cpu=1, memory="1Gi")
         await world.only_bound()
         await world.group("pg", 2)
@@ -385,7 +383,7 @@ async def test_a_label_that_is_added_after_binding_counts_from_then_on(world: Wo
         await world.until_bound("early")
         await world.group("pg", 2)
         await world.pod("late", "pg", cpu=1)
-        await told(world, "pg", "NotEnoughMembers")
+        await world.told("pg", "NotEnoughMembers")
         labels = {"metadata": {"labels": {"scheduling.x-k8s.io/pod-group": "pg"}}}
         await world.api.request("PATCH", path_of(PODS, world.namespace, "early"), labels, content_type=MERGE)
         await world.until_bound("early", "late")

@@ -94,6 +94,8 @@ async def test_four_slots(world: World, case: Case) -> None:
                 return (await counts(world)).get("new") == case.arrived
 
             await world.until(arrived, "the new gang is bound")
+        else:
+            await world.told("new", "Unschedulable")
         await world.only_bound(*(await world.bound()))
         left = await counts(world)
         assert left.pop("new", 0) == case.arrived
@@ -117,8 +119,7 @@ async def test_a_victim_is_marked_so_that_its_job_does_not_count_a_failure(world
 
         (condition,) = await world.until(marked, "the victim is marked")
         assert condition.reason == "PreemptionByScheduler"
-        plan = await world.until(lambda: world.plan("new"), "the preemptor is told")
-        assert plan.status.reason == "WaitingForPreemption"
+        await world.told("new", "WaitingForPreemption")
         await world.delete(PODS, "low", 0)
         await world.until_bound("new-0")
 
@@ -129,8 +130,8 @@ async def test_a_pod_without_an_owner_is_never_deleted(world: World) -> None:
         await world.pod("low", cpu=1, spec={"priorityClassName": LOW}, owned=False)
         await world.until_bound("low")
         await start(world, "new", Gang(1, 1, HIGH))
+        await world.told("new", "Unschedulable")
         await world.only_bound("low")
-        assert (await world.plan("new")).status.reason == "Unschedulable"
 
 
 async def test_a_preemptor_that_may_not_preempt_waits(world: World) -> None:
@@ -140,6 +141,7 @@ async def test_a_preemptor_that_may_not_preempt_waits(world: World) -> None:
         await world.until_bound("low")
         await world.group("new", 1)
         await world.pod("new-0", "new", cpu=1, spec={"priorityClassName": POLITE})
+        await world.told("new", "Unschedulable")
         await world.only_bound("low")
 
 
@@ -152,6 +154,7 @@ async def test_a_disruption_budget_is_respected(world: World) -> None:
         await world.pod("low", cpu=1, labels={"app": "x"}, spec={"priorityClassName": LOW})
         await world.until_bound("low")
         await start(world, "new", Gang(1, 1, HIGH))
+        await world.told("new", "Unschedulable")
         await world.only_bound("low")
 
 
@@ -210,6 +213,7 @@ async def test_v12_what_does_not_pack_into_a_rack_evicts_nobody(world: World) ->
         await world.group("new", 3, annotations={"colocate.io/required-topology": RACK})
         for i in range(3):
             await world.pod(f"new-{i}", "new", cpu=5, spec={"priorityClassName": HIGH})
+        await world.told("new", "Unschedulable")
         await world.only_bound(*(f"low-{i}" for i in range(4)))
 
 
@@ -243,6 +247,8 @@ async def test_eight_gpus_of_a_gang_among_more_important_pods(world: World, requ
                 return (await counts(world)).get("new") == 8
 
             await world.until(arrived, "the gang is bound")
+        else:
+            await world.told("new", "Unschedulable")
         await world.only_bound(*(await world.bound()))
         assert (await counts(world)).get("low", 0) == left
 
