@@ -6,13 +6,54 @@ kubelet's: usage less inactive file pages. On v1, PSI comes from the unified hie
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 from colocate.cgroupfs import UNIFIED, FilePort, processes_below
 from colocate.knobs import read_knob
 from colocate.snapshot import Tier, Workload
 
 GOVERNED_KNOBS = ("cpu.weight", "cpu.idle", "cpu.max", "cpuset.cpus", "memory.high", "memory.max", "cgroup.freeze")
+
+
+INACTIVE_FILE_TICKS = 5
+INACTIVE_FILE_MOVED_RATIO = 1 / 64
+
+
+class InactiveFile(NamedTuple):
+    """A reading of inactive file pages, with the usage and the tick at which it was taken."""
+
+    inode: int
+    usage_bytes: int
+    bytes: int
+    tick: int
+
+    def good(self, inode: int, usage_bytes: int, tick: int) -> bool:
+        """Whether it still stands: memory.stat costs as much as all other files of a cgroup together."""
+        moved = abs(usage_bytes - self.usage_bytes) > INACTIVE_FILE_MOVED_RATIO * self.usage_bytes
+        return inode == self.inode and not moved and tick - self.tick < INACTIVE_FILE_TICKS
+
+
+class FilePages:
+    """The latest reading of each cgroup that is only watched; what is governed is read anew each time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, InactiveFile] = {}
+        self.tick = 0
+
+    def keep(self, path: str, inode: int, usage_bytes: int, inactive_bytes: int) -> None:
+        """Note a reading."""
+        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, self.tick)
+
+    def known(self, path: str, inode: int, usage_bytes: int) -> int | None:
+        """Bytes of a reading that still stands."""
+        kept = self._kept.get(path)
+        return kept.bytes if kept is not None and kept.good(inode, usage_bytes, self.tick) else None
+
+    def forget_others(self, paths: Collection[str]) -> None:
+        """Only these cgroups are left."""
+        if len(self._kept) > len(paths):
+            self._kept = {path: kept for path, kept in self._kept.items() if path in paths}
 
 
 def parse_pressure(text: str | None) -> tuple[int | None, int | None]:
@@ -84,22 +125,35 @@ def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int], throttling: bool)
     return figures
 
 
-def _memory(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]:
+def _memory(port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None) -> dict[str, Any]:
     hierarchy = port.layout.hierarchy("memory")
     if hierarchy not in inodes:
         return {}
     inode = inodes[hierarchy]
     v2 = hierarchy == UNIFIED
-    usage = port.read(hierarchy, path, "memory.current" if v2 else "memory.usage_in_bytes", inode)
-    if not usage:
+    text = port.read(hierarchy, path, "memory.current" if v2 else "memory.usage_in_bytes", inode)
+    if not text:
         return {}
-    stat = port.read(hierarchy, path, "memory.stat", inode)
-    (inactive,) = parse_flat_keyed(stat, "inactive_file" if v2 else "total_inactive_file")
-    return {"memory_bytes": int(usage), "working_set_bytes": max(int(usage) - (inactive or 0), 0)}
+    usage = int(text)
+    inactive = pages.known(path, inode, usage) if pages is not None else None
+    if inactive is None:
+        stat = port.read(hierarchy, path, "memory.stat", inode)
+        (inactive,) = parse_flat_keyed(stat, "inactive_file" if v2 else "total_inactive_file")
+        if pages is not None and inactive is not None:
+            pages.keep(path, inode, usage, inactive)
+    return {"memory_bytes": usage, "working_set_bytes": max(usage - (inactive or 0), 0)}
 
 
 def read_workload(
-    port: FilePort, *, id_: str, name: str, tier: Tier, path: str, inodes: dict[str, int], **known: Any
+    port: FilePort,
+    *,
+    id_: str,
+    name: str,
+    tier: Tier,
+    path: str,
+    inodes: dict[str, int],
+    pages: FilePages | None = None,
+    **known: Any,
 ) -> Workload | None:
     """The workload's figures now; None if its cgroup is gone. `known` is passed into the Workload as it is."""
     main = port.layout.hierarchy("cpu")
@@ -111,7 +165,7 @@ def read_workload(
     figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes, governed)
     if figures.get("cpu_usage_us") is None and port.read(main, path, "cgroup.procs", inodes[main]) is None:
         return None
-    figures.update(_memory(port, path, inodes))
+    figures.update(_memory(port, path, inodes, None if governed else pages))
     if UNIFIED in inodes and "psi" in port.layout.controllers:
         inode = inodes[UNIFIED]
         figures["cpu_pressure_us"], _ = parse_pressure(port.read(UNIFIED, path, "cpu.pressure", inode))

@@ -10,7 +10,7 @@ import structlog
 from colocate.cgroupfs import UNIFIED, FilePort, processes
 from colocate.config import BatchPolicy, ColocationPolicy, ServicePolicy
 from colocate.observe import node as node_figures
-from colocate.observe.cgroup import inodes_of, read_workload
+from colocate.observe.cgroup import FilePages, inodes_of, read_workload
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.pods import PodLister
 from colocate.observe.schedstat import run_delay_us
@@ -46,6 +46,7 @@ class Observer:
         self._last: dict[str, Any] = {}
         self._sequence = 0
         self._inodes: dict[str, dict[str, int]] = {}
+        self._pages = FilePages()
 
     def _section(self, name: str, collect: Callable[[], Any], otherwise: Any) -> Any:
         try:
@@ -88,7 +89,14 @@ class Observer:
                 known["run_delay_us"] = run_delay_us(self._port, pids)
         tier: Any = target.tier
         workload = read_workload(
-            self._port, id_=target.id, name=target.name, tier=tier, path=target.path, inodes=target.inodes, **known
+            self._port,
+            id_=target.id,
+            name=target.name,
+            tier=tier,
+            path=target.path,
+            inodes=target.inodes,
+            pages=self._pages,
+            **known,
         )
         if workload is None:
             self.vanished += 1
@@ -99,6 +107,8 @@ class Observer:
             self._port, self.tree, self.policy.spec, self._jobs(), self._known_inodes, self.lister.pods
         )
         self._inodes = {t.path: t.inodes for t in targets}
+        self._pages.forget_others(self._inodes)
+        self._pages.tick = self._sequence
         self.problems.update(self.extra_problems)
         if self.lister.problem:
             self.problems["kubelet"] = self.lister.problem

@@ -10,7 +10,7 @@ from aiohttp import web
 from colocate.cgroupfs import UNIFIED
 from colocate.config import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
 from colocate.kernelmodel import ModelKernel
-from colocate.observe.cgroup import inodes_of
+from colocate.observe.cgroup import FilePages, inodes_of
 from colocate.observe.latency import MAX_BODY_BYTES, LatencyScraper
 from colocate.observe.pods import Pod, PodLister, parse_pods
 from colocate.observe.workloads import discover, find_tree
@@ -186,3 +186,22 @@ def test_a_pod_selector_means_the_cgroups_of_matching_pods(labels, namespace, fo
 
 def test_pods_without_labels_match_no_selector():
     assert not Pod("u", "n", "s", {}).matches({"app": "web"}, None)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tick", "inode", "stands"),
+    [
+        pytest.param(6400, 1, 7, True, id="nothing has changed"),
+        pytest.param(6500, 4, 7, True, id="usage has moved by a little"),
+        pytest.param(6501, 1, 7, False, id="usage has moved by more than a 64th"),
+        pytest.param(6400, 5, 7, False, id="the reading is five ticks old"),
+        pytest.param(6400, 1, 8, False, id="another cgroup has the name now"),
+    ],
+)
+def test_a_reading_of_file_pages_stands_for_a_while(usage: int, tick: int, inode: int, stands: bool) -> None:
+    pages = FilePages()
+    pages.keep("/x", 7, 6400, 100)
+    pages.tick = tick
+    assert pages.known("/x", inode, usage) == (100 if stands else None)
+    pages.forget_others([])
+    assert pages.known("/x", 7, 6400) is None
