@@ -199,7 +199,7 @@ CELLS: dict[str, type[Cell]] = {"inference": Cell, "postgres": PostgresCell, "ng
 
 def run_cell(service: str, batch: str, round_: int, seconds: float) -> list[dict[str, Any]]:
     """All arms of one round on this kernel, one row an arm."""
-    kernels, _ = load_kernels(default_state_dir())
+    kernels = load_kernels(default_state_dir())
     cell = CELLS[service](KernelPort(), batch, round_, seconds)
     result = asyncio.run(cell.run(Calibration(), kernels))
     reference = reference_loop()

@@ -26,6 +26,7 @@ MAX_HOLD_SECONDS = 300.0
 EXONERATION_SECONDS = 60.0
 MAX_EXONERATION_SECONDS = 600.0
 NOT_HELPED_RATIO = 0.8
+OWN_WAITING_FADE = 0.1
 OPEN_AFTER_TICKS_AT_RAIL = 5
 Mode = Literal["open", "floor", "trial", "granted"]
 
@@ -49,6 +50,8 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The service's requests in this trial."""
     used_before_cores: float = 0.0
     waited_before_ratio: float = 0.0
+    suspicion: str = ""
+    """The service whose waiting, and not its latency, sent batch to its floor."""
     own_waiting: dict[str, float] = {}
     """service -> how much it waits while batch is at its floor or does not run: its own doing, on top of which
     `pressure` is judged."""
@@ -108,10 +111,22 @@ def worst_service(
     return found
 
 
+def _waiting_ratios(snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, float]:
+    found = {w.name: forecast.workloads[w.id].cpu_waiting_ratio for w in snapshot.of("service")}
+    return {name: waits for name, waits in found.items() if waits is not None}
+
+
 def _still_own(own_waiting: Mapping[str, float], snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, float]:
-    """What a service waits by itself is never more than what it waits now: its load has fallen since."""
-    now = {w.name: forecast.workloads[w.id].cpu_waiting_ratio for w in snapshot.of("service")}
-    return {name: min(own, waits) for name, own in own_waiting.items() if (waits := now.get(name)) is not None}
+    """What a service waits by itself falls towards what it waits now, if that is less: its load has fallen since.
+
+    Not at once, for waiting comes in bursts: a quiet tick would forget what a floor was spent to learn.
+    """
+    now = _waiting_ratios(snapshot, forecast)
+    return {
+        name: round(own - OWN_WAITING_FADE * max(own - now[name], 0.0), 4)
+        for name, own in own_waiting.items()
+        if name in now
+    }
 
 
 def guard_rail_cores(forecast: Forecast, spec: PolicySpec) -> float:
@@ -138,6 +153,7 @@ def _to_floor(state: CpuState, seen: Evidence, forecast: Forecast, now: float, s
         hold_seconds=hold if was_open else state.hold_seconds,
         used_before_cores=forecast.batch_cores if was_open else state.used_before_cores,
         waited_before_ratio=seen.waiting_ratio if was_open else state.waited_before_ratio,
+        suspicion=(seen.service if seen.kind == "waiting" else "") if was_open else state.suspicion,
     )
 
 
@@ -277,6 +293,11 @@ def _at_floor(
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}) with batch at its floor"
     if state.ticks < spec.cpu.trial_ticks:
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}): recovering"
+    own = _waiting_ratios(snapshot, forecast).get(state.suspicion)
+    if own is not None and state.waited_before_ratio - own <= spec.cpu.pressure / 100:
+        learnt = replace(_opened(state), own_waiting={**state.own_waiting, state.suspicion: round(own, 4)})
+        added = f"{state.suspicion} waits {own:.1%} with batch at its floor, {state.waited_before_ratio:.1%} before"
+        return learnt, "BatchAddsLittle", f"{added}: batch adds less than {spec.cpu.pressure:g} %"
     if state.rung < len(calibration.rungs):
         trial = _start_trial(state, snapshot, forecast, spec, calibration.rungs)
         return trial, "Trial", f"slack {seen.slack:.0%}: trying {calibration.rungs[state.rung]} in place of the floor"

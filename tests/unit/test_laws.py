@@ -173,7 +173,7 @@ def test_what_a_service_waits_by_itself_does_not_keep_batch_at_its_floor():
     assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
     reasons = [node.tick(make.waiting_evidence(0.4)) for _ in range(3)]
     assert reasons == ["FloorInForce", "FloorInForce", "OwnWaiting"]
-    assert node.tick(make.waiting_evidence(0.4)) == "Trial"
+    assert node.tick(make.waiting_evidence(0.4)) == "Trial", "batch added 30 %"
     assert [node.tick(make.waiting_evidence(0.5)) for _ in range(3)][-1] == "TrialHeld"
     assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
 
@@ -186,13 +186,35 @@ def test_what_a_service_waits_while_batch_does_not_run_is_learnt_before_batch_co
     assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
 
 
+@pytest.mark.parametrize(
+    ("before", "at_floor", "expected"),
+    [
+        pytest.param(0.3, 0.15, "BatchAddsLittle", id="batch added 15 % to a service that waits little by itself"),
+        pytest.param(0.5, 0.35, "BatchAddsLittle", id="batch added 15 % to a service that waits too much by itself"),
+        pytest.param(0.3, 0.05, "Trial", id="batch added 25 %"),
+    ],
+)
+def test_the_floor_first_asks_what_batch_added(before: float, at_floor: float, expected: str) -> None:
+    node = Node()
+    assert node.tick(make.waiting_evidence(before)) == "SlackNegative"
+    reasons = [node.tick(make.waiting_evidence(at_floor)) for _ in range(4)]
+    assert expected in reasons
+    if expected == "BatchAddsLittle":
+        assert node.state.mode == "open"
+        assert node.tick(make.waiting_evidence(before)) == "SlackEnough", "what was learnt holds"
+        assert node.tick(make.waiting_evidence(at_floor + 0.21)) == "SlackNegative"
+
+
 def test_waiting_that_was_a_services_own_is_forgotten_as_its_load_falls():
     node = Node()
     node.tick(make.waiting_evidence(0.7))
     for _ in range(4):
         node.tick(make.waiting_evidence(0.4))
     node.tick(make.waiting_evidence(0.0))
-    assert node.state.own_waiting == {"web": 0.0}
+    assert node.state.own_waiting == {"web": 0.36}
+    for _ in range(40):
+        node.tick(make.waiting_evidence(0.0))
+    assert node.state.own_waiting["web"] < 0.01
 
 
 def test_an_exonerated_service_does_not_hide_another_ones_violation():
