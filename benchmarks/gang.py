@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -16,14 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import aiohttp
 import msgspec
-import yaml
 
 from benchmarks.common import Runs, bar, reference_loop
-from colocate.demo.controlplane import ControlPlane
+from colocate.demo.controlplane import ControlPlane, install
 from colocate.errors import HostUnfit
 from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
@@ -58,9 +61,15 @@ BARS = {
     "pods_10000_seconds": 1.0,
     "queue_share": 0.10,
     "memory_mib": 400.0,
+    "capacity_seconds": 1.0,
 }
+QUEUE_PODS, MANY_NODES, MANY_PODS = 15_000, 5000, 20_000
+CAPACITY_GANG, CAPACITY_TIMES = 32, 25
+POOL_NODES = 4
 CREATORS = 24
-MANIFESTS = Path(__file__).resolve().parent.parent / "manifests" / "crd"
+HTTP_PORT = 20179
+DECIDE_SUM = "colocate_gang_decide_seconds_sum "
+PLAYED = {"colocate.io/simulated": "true"}
 
 
 # decide
@@ -168,12 +177,11 @@ class Live:
         self.api: Api
         self.nodes_seen: Reflector[Node]
 
-    async def nodes(self, count: int) -> None:
+    async def nodes(self, names: list[str], **more: str) -> None:
         offered = {"cpu": "128", "memory": "512Gi", "pods": "500"}
-        names = [f"n{i:05}" for i in range(count)]
 
         async def make(name: str) -> None:
-            labels = {"colocate.io/simulated": "true", HOST: name}
+            labels = {HOST: name, **more}
             body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}}
             await self.api.request("POST", NODES, {**body, "status": {"allocatable": offered, "capacity": offered}})
 
@@ -188,8 +196,14 @@ class Live:
 
         await asyncio.gather(*(worker() for _ in range(CREATORS)))
 
-    async def pods(self, jobs: list[tuple[str, int]], scheduler: str, *, groups: bool) -> None:
-        """Pods of these jobs, created together; gangs of more than one with a PodGroup for ours."""
+    async def pods(
+        self, jobs: list[tuple[str, int]], scheduler: str, *, groups: bool, on: list[str] | None = None, **pool: str
+    ) -> None:
+        """Pods of these jobs, created together; gangs of more than one with a PodGroup for ours.
+
+        `on` binds them to these nodes in turn, `pool` selects the nodes that they may use.
+        """
+        turn = itertools.cycle(on or [""])
 
         async def group(job: tuple[str, int]) -> None:
             body = {"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": {"name": job[0]}}
@@ -198,7 +212,8 @@ class Live:
         async def pod(named: tuple[str, str]) -> None:
             labels = {POD_GROUP_LABEL: named[1]} if groups else {}
             container = {"name": "c", "image": "i", "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}}}
-            spec = {"schedulerName": scheduler, "containers": [container], "terminationGracePeriodSeconds": 0}
+            spec: dict[str, Any] = {"schedulerName": scheduler, "containers": [container]}
+            spec |= {"terminationGracePeriodSeconds": 0, "nodeName": next(turn), "nodeSelector": pool}
             body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": named[0], "labels": labels}, "spec": spec}
             await self.api.request("POST", path_of(PODS, "default"), body)
 
@@ -239,8 +254,9 @@ def scheduler_of(kind: str, plane: ControlPlane) -> Iterator[tuple[str, int]]:
         plane.end("kube-scheduler")
         return
     command = [sys.executable, "-m", "colocate.cli.main", "controller", "--kubeconfig", str(plane.kubeconfig())]
+    command += ["--lease-namespace", "default", "--http", f"127.0.0.1:{HTTP_PORT}"]
     with (plane.directory / "controller.log").open("wb") as log:
-        running = subprocess.Popen([*command, "--lease-namespace", "default"], stdout=log, stderr=log)
+        running = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         yield "colocate", running.pid
     finally:
@@ -251,6 +267,15 @@ def scheduler_of(kind: str, plane: ControlPlane) -> Iterator[tuple[str, int]]:
 def _cpu(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _asked(path: str) -> str:
+    """What our controller answers over HTTP; empty until it listens."""
+    try:
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{HTTP_PORT}{path}") as answer:
+            return await answer.text()
+    except aiohttp.ClientError:
+        return ""
 
 
 def _rss_mib(pid: int) -> float:
@@ -298,13 +323,71 @@ async def _burst(live: Live, plane: ControlPlane, kind: str, count: int) -> dict
     return found
 
 
-async def _cordon(live: Live, cordoned: bool) -> None:
+async def _cordon(live: Live, cordoned: bool, prefix: str = "") -> None:
     async def patch(name: str) -> None:
         body = {"spec": {"unschedulable": cordoned}}
         await live.api.request("PATCH", path_of(NODES, name=name), body, content_type=MERGE)
 
     names = [n.metadata.name for n in live.nodes_seen.objects.values()]
-    await live.many(patch, names)
+    await live.many(patch, [name for name in names if name.startswith(prefix)])
+
+
+async def _capacity(live: Live, plane: ControlPlane) -> dict[str, Any]:
+    """Seconds from the moment nodes are free to the last bind of a gang that waits for them, again and again."""
+    found = []
+    with scheduler_of("colocate", plane) as (name, _):
+        await asyncio.sleep(4)
+        for i in range(CAPACITY_TIMES):
+            await _cordon(live, True, "pool")
+            await live.pods([(f"wait{i}", CAPACITY_GANG)], name, groups=True, pool="small")
+            await asyncio.sleep(1.2)  # it has been tried, and its users have been told
+            started = time.monotonic()
+            await _cordon(live, False, "pool")
+            found.append(await live.until_bound((i + 1) * CAPACITY_GANG) - started)
+    await live.clear()
+    return {"seconds": found}
+
+
+async def _long_queue(live: Live, plane: ControlPlane, count: int) -> dict[str, float]:
+    """One-pod workloads through to bound, and the share of the time that deciding takes."""
+    with scheduler_of("colocate", plane) as (name, _):
+        await asyncio.sleep(4)
+        started = time.monotonic()
+        await live.pods([("one", count)], name, groups=False)
+        last = await live.until_bound(count)
+        decide = next(float(line.split()[1]) for line in (await _asked("/metrics")).splitlines() if DECIDE_SUM in line)
+    await live.clear()
+    return {"seconds": last - started, "decide_seconds": decide, "share": decide / (last - started)}
+
+
+async def _memory(live: Live, plane: ControlPlane, nodes: int, pods: int) -> dict[str, float]:
+    """Of a controller that leads a cluster of this size, every pod bound."""
+    names = [f"many{i:05}" for i in range(nodes)]
+    await live.nodes(names)
+    await live.pods([("there", pods)], "colocate", groups=False, on=names)
+    with scheduler_of("colocate", plane) as (_, pid):
+        while await _asked("/readyz") != "leading\n":
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(5)
+        found = {"rss_mib": _rss_mib(pid)}
+    await live.clear()
+    await live.api.request("DELETE", NODES, query={"labelSelector": "!colocate.io/simulated"}, timeout_seconds=600)
+    return found
+
+
+async def _ours(live: Live, plane: ControlPlane, runs: Runs, scale: int, rounds: int) -> None:
+    """What has no counterpart in kube-scheduler."""
+    for round_ in range(rounds):
+        key: dict[str, Any] = {"kind": "capacity", "round": round_}
+        if not runs.has(**key):
+            runs.add(**key, reference=reference_loop(), **await _capacity(live, plane))
+    key = {"kind": "queue", "round": 0, "scale": scale}
+    if not runs.has(**key):
+        runs.add(**key, reference=reference_loop(), **await _long_queue(live, plane, QUEUE_PODS // scale))
+    key = {"kind": "memory", "round": 0, "scale": scale}
+    if not runs.has(**key):
+        found = await _memory(live, plane, MANY_NODES // scale, MANY_PODS // scale)
+        runs.add(**key, reference=reference_loop(), **found)
 
 
 async def _on_api_server(runs: Runs, full: bool) -> None:
@@ -313,15 +396,15 @@ async def _on_api_server(runs: Runs, full: bool) -> None:
     with tempfile.TemporaryDirectory() as name, ControlPlane(Path(name) / "plane", controllers=True) as plane:
         live = Live(Path(name))
         async with Api.connect(str(plane.kubeconfig())) as live.api:
-            for manifest in sorted(MANIFESTS.glob("*.yaml")):
-                definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-                await live.api.request("POST", definitions, yaml.safe_load(manifest.read_text()))
-            await live.nodes(100)
+            await install(live.api)
+            await live.nodes([f"n{i:05}" for i in range(100)], **PLAYED)
+            await live.nodes([f"pool{i}" for i in range(POOL_NODES)], pool="small", **PLAYED)
             live.nodes_seen = Reflector(live.api, NODES, Node, lambda _before, _now: None)
             pods: Reflector[Pod] = Reflector(live.api, PODS, Pod, live.on_pod)
             watching = [asyncio.create_task(r.run()) for r in (live.nodes_seen, pods)]
             await pods.synced.wait()
             await asyncio.sleep(5)
+            await _ours(live, plane, runs, scale, ROUNDS if full else 2)
             for round_ in range(ROUNDS if full else 2):
                 for kind in ("colocate", "kube-scheduler")[:: 1 if round_ % 2 == 0 else -1]:
                     for shape, (jobs, size) in shapes.items():
@@ -374,12 +457,29 @@ def summary(runs: Runs) -> list[str]:
         ),
         _line("gang, decide: 10,000 pods", worst["pods_10000_seconds"], BARS["pods_10000_seconds"], "s"),
     ]
+    lines += _summary_of_ours(runs)
     for kind, field, unit in (("shape", "pods_per_second", "pods/s"), ("burst", "binds_per_second", "binds/s")):
         for shape in dict.fromkeys(r.get("shape", "") for r in runs.runs if r.get("kind") == kind):
             for scale in dict.fromkeys(r["scale"] for r in runs.runs if r.get("kind") == kind):
                 lines += _compared(
                     runs, {"kind": kind, "scale": scale, **({"shape": shape} if shape else {})}, field, unit
                 )
+    return lines
+
+
+def _summary_of_ours(runs: Runs) -> list[str]:
+    lines = []
+    waits = sorted(s for r in runs.runs if r.get("kind") == "capacity" for s in r["seconds"])
+    if waits:
+        name = f"gang, capacity free to last bind of {CAPACITY_GANG}: p99 of {len(waits)} (median {median(waits):.3f})"
+        lines.append(_line(name, waits[max(ceil(0.99 * len(waits)) - 1, 0)], BARS["capacity_seconds"], "s"))
+    for run in (r for r in runs.runs if r.get("kind") == "queue"):
+        count = QUEUE_PODS // run["scale"]
+        name = f"gang, {count} one-pod workloads at {count / run['seconds']:.0f}/s: share of deciding"
+        lines.append(_line(name, run["share"], BARS["queue_share"], ""))
+    for run in (r for r in runs.runs if r.get("kind") == "memory"):
+        name = f"gang, {MANY_NODES // run['scale']} nodes and {MANY_PODS // run['scale']} pods: resident memory"
+        lines.append(_line(name, run["rss_mib"], BARS["memory_mib"], "MiB"))
     return lines
 
 
@@ -398,7 +498,9 @@ def _compared(runs: Runs, key: dict[str, Any], field: str, unit: str) -> list[st
         if mine:
             value = sum(r[field] for r in mine) / len(mine)
             cpu = sum(r["cpu_seconds"] for r in mine) / len(mine)
-            lines.append(f"          gang, {name} /{key['scale']}: {kind}: {value:.0f} {unit}, {cpu:.1f} s of CPU")
+            api = [r["api_cpu_seconds"] for r in mine if "api_cpu_seconds" in r]
+            its = f", the API server's {sum(api) / len(api):.1f} s" if api else ""
+            lines.append(f"          gang, {name} /{key['scale']}: {kind}: {value:.0f} {unit}, {cpu:.1f} s of CPU{its}")
     if len(ratios) > 2:  # two rounds have no interval worth the name
         ratio = mean_interval(ratios)
         judged = "pass" if ratio.low >= 1 else "fail" if ratio.high < 1 else "undecided"

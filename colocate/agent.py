@@ -21,10 +21,10 @@ from colocate.actuate.restore import Report, restore, restore_paths
 from colocate.actuate.statedir import StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.writer import Drift, Writer
-from colocate.cgroupfs import FilePort, start_time
+from colocate.cgroupfs import FilePort, joined, start_time
 from colocate.config import Calibration, ColocationPolicy
 from colocate.decide.pipeline import LawState, decide
-from colocate.errors import JournalBroken
+from colocate.errors import ColocateError, JournalBroken
 from colocate.jobs.registry import Job, Registry
 from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
@@ -193,11 +193,33 @@ class Agent:
             self.watch.watch(self.observer.watched(snapshot))
         if self.guardian is not None and not self.shadow:
             self.guardian.ensure()
-        if not self.shadow and snapshot.tier is None:
-            self.tier.ensure_tier()
+        if not self.shadow:
+            if snapshot.tier is None:
+                self.tier.ensure_tier()
+            self._rehome()
         if self.state is not None and snapshot.monotonic_seconds - self._model_saved > SAVE_MODEL_EVERY_SECONDS:
             self._model_saved = snapshot.monotonic_seconds
             self.state.save(MODEL_FILE, to_builtins(self.model))
+
+    def _rehome(self) -> None:
+        """Jobs follow the tier: a kubelet that starts after us makes its tree then, and the tier belongs in there."""
+        for job in self.registry.jobs.values():
+            former = job.path
+            if former == joined(self.tier.tree.tier_path, job.name):
+                continue
+            try:
+                placement = self.tier.rehome(job.name, former)
+                if job.memory_bytes is not None:
+                    self.tier.set_job_knob(placement, "memory.max", str(job.memory_bytes))
+                self.tier.remove_job(former)
+            except (ColocateError, OSError) as error:
+                log.warning("job_not_rehomed", job=job.name, error=str(error))
+                continue
+            job.path = placement.path
+            self.registry.save()
+            self.forget_made(former)
+            self.tier.remove_job(former.rpartition("/")[0])  # goes with the last job
+            log.info("job_rehomed", job=job.name, former=former, path=job.path)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Tick until told to stop; at once when a service stalls on memory."""

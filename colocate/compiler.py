@@ -12,7 +12,7 @@ from pathlib import Path
 from colocate.errors import BadInput
 from colocate.model import kernels
 
-MADV_PAGEOUT = 21
+MADV_DONTNEED, MADV_PAGEOUT = 4, 21
 
 
 def prepare(state_dir: Path) -> bool:
@@ -60,10 +60,13 @@ def _prepare_cache(state_dir: Path) -> None:
 def _let_go_of_llvm() -> None:
     """Let the pages of LLVM go, which the kernels needed only to be compiled or loaded: 65 MiB of resident memory.
 
-    madvise(2) MADV_PAGEOUT loses nothing: what is needed again is read from the library again.
+    madvise(2) MADV_PAGEOUT loses nothing, but skips pages that another process maps too; code is never changed, so it
+    may be dropped even then (MADV_DONTNEED). What is needed again is read from the library again.
     """
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "libllvmlite" in line:
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+            addresses, access = line.split()[:2]
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            advice = MADV_DONTNEED if access == "r-xp" else MADV_PAGEOUT
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

@@ -1,17 +1,17 @@
 #!/bin/sh
-# Builds the real Kubernetes binaries of the cluster suite and of `colocate demo gang` from the tool modules in tools/go,
+# Builds the real Kubernetes binaries (and containerd) of the cluster suite and of `colocate demo gang` from the tool modules in tools/go,
 # into a cache named after their go.sum; prints nothing when all are there. About 11 minutes on 2 cores, once.
 # `--path` only prints the folder.
 set -eu
 cd "$(dirname "$0")/go"
 KUBERNETES=v1.36.3
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/colocate/kube"
-bin="$cache/$(cat kubernetes/go.mod kubernetes/go.sum etcd/go.mod etcd/go.sum ../kube-binaries.sh | sha256sum | cut -c1-16)"
+bin="$cache/$(cat ./*/go.mod ./*/go.sum ../kube-binaries.sh | sha256sum | cut -c1-16)"
 [ "${1:-}" != --path ] || { echo "$bin"; exit 0; }
 
 needed=$(sed -n 's/^go //p' kubernetes/go.mod)
 missing=""
-for name in etcd kube-apiserver kube-scheduler kube-controller-manager kwok kubelet; do
+for name in etcd kube-apiserver kube-scheduler kube-controller-manager kwok kubelet containerd containerd-shim-runc-v2 ctr; do
   [ -x "$bin/$name" ] || missing="$missing $name"
 done
 [ -n "$missing" ] || exit 0
@@ -30,12 +30,14 @@ version="$version -X k8s.io/component-base/version.gitMinor=$(echo $KUBERNETES |
 for name in $missing; do
   case $name in
     etcd) module=etcd; package=go.etcd.io/etcd/server/v3 ;;
+    containerd | containerd-shim-runc-v2 | ctr) module=containerd; package=github.com/containerd/containerd/v2/cmd/$name ;;
     kwok) module=kubernetes; package=sigs.k8s.io/kwok/cmd/kwok ;;
     *) module=kubernetes; package=k8s.io/kubernetes/cmd/$name ;;
   esac
   echo "kube binaries: building $name ..."
   # made under another name and moved: an interrupted build leaves no half binary
-  (cd "$module" && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -ldflags "-s -w $version" -o "$bin/.$name" "$package")
+  (cd "$module" && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -ldflags "-s -w $version" \
+    -tags "no_btrfs no_devmapper no_zfs no_aufs" -o "$bin/.$name" "$package")
   mv "$bin/.$name" "$bin/$name"
 done
 for old in "$cache"/*; do

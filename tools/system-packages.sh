@@ -1,8 +1,8 @@
 #!/bin/sh
-# The Debian packages of the guest, browser and benchmark suites, and the guest's kernel; idempotent. Run as root.
+# The Debian packages of the guest, browser, cluster and benchmark suites, and the guest's kernel; idempotent. Run as root.
 set -eu
 cd "$(dirname "$0")/.."
-PACKAGES="python3-venv make openssl qemu-system-x86 busybox-static e2fsprogs chromium nginx-light postgresql"
+PACKAGES="python3-venv make openssl qemu-system-x86 busybox-static e2fsprogs chromium nginx-light postgresql runc"
 KERNEL=build/guest/kernel
 
 missing=""

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal
-from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, rmdir_tree, start_time
+from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, processes_anywhere, rmdir_tree, start_time
 from colocate.errors import BadInput, HostUnfit, JournalBroken, refuse
 from colocate.knobs import file_writes, write_knob
 from colocate.observe.workloads import Tree, cgroup_of
@@ -23,6 +23,7 @@ from colocate.observe.workloads import Tree, cgroup_of
 log = structlog.get_logger()
 MEND = "run as root, with cgroups mounted for writing, or let root run an agent and join its group"
 WANTED_CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
+REHOME_ROUNDS = 20
 SKIPPED_V1 = ("devices", "hugetlb", "net_cls")
 _FILE_FAMILIES = {"cgroup", "cpu", "cpuacct", "cpuset", "memory", "io", "blkio", "pids", "freezer", "hugetlb", "tasks"}
 _FILE_FAMILIES |= {"notify_on_release", "release_agent", "rdma", "misc", "devices", "net_cls", "net_prio", "irq"}
@@ -179,10 +180,11 @@ class TierMaker:
             raise CgroupGone(errno.ESRCH, f"process {pid} has ended")
         boot = self._journal.boot_id
         former = {h: cgroup_of(self._port, pid, h) for h in placement.inodes}
+        ours = {(e.hierarchy, e.path) for e in self._journal.entries if e.kind == "made"}
         entries = [
             Entry(kind="moved", boot_id=boot, hierarchy=h, path=path, pid=pid, start_time=start)
             for h, path in former.items()
-            if path is not None and path != placement.path
+            if path is not None and (h, path) not in ours
         ]
         with contextlib.suppress(JournalBroken):
             if entries:
@@ -194,6 +196,21 @@ class TierMaker:
                 if error.errno == errno.ESRCH:
                     raise CgroupGone(errno.ESRCH, f"process {pid} has ended") from error
                 raise
+
+    def rehome(self, name: str, former: str) -> Placement:
+        """Move a job from `former`, its directory in a tier of earlier times, into the tier.
+
+        Raises what `ensure_job` raises, and OSError.
+        """
+        placement = self.ensure_job(name)
+        for _ in range(REHOME_ROUNDS):  # what was forked meanwhile is found in the next round
+            left = processes_anywhere(self._port, former)
+            for pid in left:
+                with contextlib.suppress(CgroupGone):
+                    self.move(pid, placement)
+            if not left:
+                break
+        return placement
 
     def set_job_knob(self, placement: Placement, knob: str, value: str) -> None:
         """Write a job's own limit. Raises OSError with the kernel's errno."""

@@ -143,8 +143,8 @@ class Health:
 
     async def _healthz(self, _: web.Request) -> web.Response:
         """A leader that decides, or somebody who stands by."""
-        decided = self.controller.decided_at if self.controller is not None else None
-        silent = 0.0 if decided is None else now_seconds() - decided
+        alive = self.controller.alive_at if self.controller is not None else None
+        silent = 0.0 if alive is None else now_seconds() - alive
         return web.Response(status=200 if silent < SILENT_SECONDS else 500, text=f"last decision {silent:.1f} s ago\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:
@@ -204,7 +204,7 @@ def _row(plan: GangPlan) -> dict[str, Any]:
         "position": status.position,
         "namespace": plan.metadata.namespace,
         "podgroup": plan.metadata.name,
-        "waiting_since": status.waiting_since,
+        "waitingSince": status.waiting_since,
         "reason": status.reason,
         "message": status.message,
     }
@@ -356,14 +356,16 @@ def explain_group(options: argparse.Namespace) -> int:
     groups = {f"{g.metadata.namespace}/{g.metadata.name}": g for g in taken.groups}
     if found is None and key not in groups:
         raise BadInput(f"no PodGroup {key}; known: {', '.join(sorted(groups)) or 'none'}")
-    if options.output in DATA_FORMS:
-        print_data(found if found is not None else groups[key].status, options.output)
-        return 0
     if found is None:
         plan = next((p for p in taken.plans if f"{p.metadata.namespace}/{p.metadata.name}" == key), None)
-        print(f"{key} does not wait: {plan.status.message if plan is not None else groups[key].status.phase}")
-        return 0
-    _print_explanation(found, len(taken.verdicts))
+        text = plan.status.message if plan is not None else groups[key].status.phase
+        found = Explanation(Verdict(gang=key, outcome="Rest", message=text), 0, [], None)
+    if options.output in DATA_FORMS:
+        print_data(found, options.output)
+    elif found.verdict.outcome == "Rest":
+        print(f"{key} does not wait: {found.verdict.message}")
+    else:
+        _print_explanation(found, len(taken.verdicts))
     return 0
 
 
@@ -374,7 +376,9 @@ def _print_explanation(found: Explanation, waiting: int) -> None:
     print(f"  {_verdict(verdict)[3]}")
     for change in found.counterfactuals:
         print(f"  it would start if {change.change}")
-    if found.estimate_seconds is not None:
+    if not found.fits_when_empty:
+        print("  it would not fit even if everything else ended")
+    elif found.estimate_seconds is not None:
         low, high = (format_duration(s) for s in found.estimate_seconds)
         print(f"  as others end, it starts in {low}" + (f" to {high}" if high != low else ""))
     elif verdict.outcome == "Wait" and verdict.reason == "Unschedulable":

@@ -86,6 +86,19 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(target=target)
         return command
 
+    _add_demo(add)
+    _add_node(add)
+    _add_reports(add)
+    _add_undo(add)
+    _add_cluster(add)
+    return parser
+
+
+Add = Callable[[str, str, str], argparse.ArgumentParser]
+"""(name, module:function, help) -> the command's own parser."""
+
+
+def _add_demo(add: Add) -> None:
     demo = add("demo", "demo:demo", "Show co-location on this machine's own cgroups, in one to two minutes")
     demo.add_argument("what", nargs="?", choices=["gang"], help="gang: gang scheduling on a real API server instead")
     _table_form(demo)
@@ -95,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=1, help="seed of the load (and of the model)")
     demo.add_argument("--service-time", type=_duration, default=parse_duration("2ms"), help="CPU time of a request")
 
+
+def _add_node(add: Add) -> None:
     doctor = add("doctor", "host:doctor", "What this host offers, what each missing thing costs, and the mend")
     _table_form(doctor)
 
@@ -133,6 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     _table_form(status)
     _socket(status)
 
+
+def _add_reports(add: Add) -> None:
     report = add("report", "reports:report", "The utilization evaluation report, from records")
     report.add_argument("records", nargs="?", help="a state directory or record file (default: the agent's)")
     report.add_argument("--since", type=_duration, help="only the last so long, e.g. 24h")
@@ -159,11 +176,19 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_argument("--diff", action="store_true", help="print the ticks whose plan differs")
     _table_form(replay)
 
+
+def _add_undo(add: Add) -> None:
     restore = add("restore", "host:restore_command", "Put back what was found before the agent, after a crash")
     restore.add_argument("--move-back", action="store_true", help="also return jobs' processes to their former cgroups")
     _table_form(restore)
     _state(restore)
 
+    calibrate = add("calibrate", "host:calibrate_command", "Measure the CPU levers of this kernel (at most 30 s)")
+    _table_form(calibrate)
+    _state(calibrate)
+
+
+def _add_cluster(add: Add) -> None:
     controller = add("controller", "cluster:controller", "Gang scheduling: the controller of a cluster")
     _cluster(controller)
     controller.add_argument("--scheduler-name", default="colocate", help="the pods we bind (default: colocate)")
@@ -197,11 +222,6 @@ def build_parser() -> argparse.ArgumentParser:
     snapshot = add("snapshot", "cluster:snapshot", "Write the cluster as it is to a file, to decide it again elsewhere")
     snapshot.add_argument("-f", "--file", default="colocate-cluster.json", help="default: colocate-cluster.json")
     _snapshot(snapshot, live=True)
-
-    calibrate = add("calibrate", "host:calibrate_command", "Measure the CPU levers of this kernel (at most 30 s)")
-    _table_form(calibrate)
-    _state(calibrate)
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ EXONERATION_SECONDS = 60.0
 MAX_EXONERATION_SECONDS = 600.0
 NOT_HELPED_RATIO = 0.8
 OWN_WAITING_FADE = 0.1
+LEAST_OWN_WAITING_RATIO = 0.01
 OPEN_AFTER_TICKS_AT_RAIL = 5
 Mode = Literal["open", "floor", "trial", "granted"]
 
@@ -43,7 +44,7 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     hold_seconds: float = 0.0
     rung: int = 0
     ticks: int = 0
-    """Ticks in this mode; while open, ticks in a row in which a service waits and batch does not run."""
+    """Ticks in this mode; while open, ticks in a row in which batch does not run."""
     growing: bool = False
     """Growth has begun above `growthAbove`; it goes on down to `noGrowthBelow`."""
     requests: int = 0
@@ -224,13 +225,7 @@ def _step(
     state = replace(state, growing=seen.slack > bound / 100 and state.mode == "granted")
     violated = seen.slack < 0
     if state.mode == "open":
-        if not violated:
-            return replace(state, ticks=0), "SlackEnough", f"slack {seen.slack:.0%} ({seen.text}): no grant is needed"
-        if forecast.batch_cores < 2 * spec.cpu.floor:
-            if seen.kind == "waiting" and state.ticks >= spec.cpu.trial_ticks:
-                return _own_doing(state, seen), "OwnWaiting", f"{seen.text} while batch does not run: its own doing"
-            return state, "BatchIdle", f"slack {seen.slack:.0%} ({seen.text}), but batch does not run"
-        return _to_floor(state, seen, forecast, now, spec), "SlackNegative", f"slack {seen.slack:.0%} ({seen.text})"
+        return _while_open(state, seen, snapshot, forecast, spec)
     if violated and state.mode in ("trial", "granted"):
         return _to_floor(state, seen, forecast, now, spec), "SlackNegative", f"slack {seen.slack:.0%} ({seen.text})"
     if state.mode == "floor":
@@ -260,6 +255,25 @@ def _unseen(state: CpuState, snapshot: NodeSnapshot, forecast: Forecast, spec: P
     if now < state.hold_until:
         return state, "HoldDown", "no new requests to judge by; the hold-down stands"
     return _grown(state, snapshot, forecast, spec), "NoRequests", "no service has requests: the grant grows"
+
+
+def _while_open(
+    state: CpuState, seen: Evidence, snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec
+) -> tuple[CpuState, str, str]:
+    replace, idle = msgspec.structs.replace, forecast.batch_cores < 2 * spec.cpu.floor
+    state = replace(state, ticks=state.ticks if idle else 0)
+    learnt = idle and state.ticks >= spec.cpu.trial_ticks
+    if learnt:
+        waits = _waiting_ratios(snapshot, forecast)
+        state = replace(state, own_waiting={n: w for n, w in waits.items() if w >= LEAST_OWN_WAITING_RATIO})
+    if seen.slack >= 0:
+        return state, "SlackEnough", f"slack {seen.slack:.0%} ({seen.text}): no grant is needed"
+    if learnt and seen.kind == "waiting":
+        return state, "OwnWaiting", f"{seen.text} while batch does not run: its own doing"
+    if idle:
+        return state, "BatchIdle", f"slack {seen.slack:.0%} ({seen.text}), but batch does not run"
+    now = snapshot.monotonic_seconds
+    return _to_floor(state, seen, forecast, now, spec), "SlackNegative", f"slack {seen.slack:.0%} ({seen.text})"
 
 
 def _own_doing(state: CpuState, seen: Evidence) -> CpuState:

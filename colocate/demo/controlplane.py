@@ -22,7 +22,10 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
+import yaml
+
 from colocate.errors import HostUnfit
+from colocate.kube.client import DEFINITIONS, Api, ApiError
 
 START_SECONDS = 90.0
 CONTROLLER = "system:serviceaccount:colocate-system:colocate-controller"
@@ -32,12 +35,25 @@ USERS = {
     "scheduler": ("system:kube-scheduler", ""),
     "controllers": ("system:kube-controller-manager", ""),
     "kwok": ("kwok", '"system:masters"'),
+    "node": ("system:node:localhost", '"system:nodes"'),
 }
 CONTROLLERS = (
     "job-controller,replicaset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
     "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller"
 )
 HERE = Path(__file__).resolve()
+MANIFESTS = next(p for p in (HERE.with_name("crd"), HERE.parents[2] / "manifests" / "crd") if p.is_dir())
+"""Beside this file in an installed wheel, in `manifests/` in a checkout."""
+
+
+async def install(api: Api) -> None:
+    """Create our custom resources where they are not yet. Raises ApiError."""
+    for manifest in sorted(MANIFESTS.glob("*.yaml")):
+        try:
+            await api.request("POST", DEFINITIONS, yaml.safe_load(manifest.read_text()))
+        except ApiError as error:
+            if error.status != 409:
+                raise
 
 
 def binaries(*names: str) -> Path:

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
-from colocate.demo.controlplane import ControlPlane
+from colocate.demo.controlplane import ControlPlane, install
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.objects import POD_GROUP_LABEL, GangPlan, Pod
 
 HERE = Path(__file__).resolve().parent
-DEFINITIONS = next(p for p in (HERE / "crd", HERE.parents[1] / "manifests" / "crd") if p.is_dir())
-"""Beside this file in an installed wheel, in `manifests/` in a checkout."""
 NAMESPACE = "demo"
 REPLICA_SETS = "/apis/apps/v1/replicasets"
 GPU = "nvidia.com/gpu"
@@ -85,9 +82,7 @@ class GangDemo:
             )
 
     async def _prepare(self) -> None:
-        for manifest in sorted(DEFINITIONS.glob("*.yaml")):
-            definition = yaml.safe_load(manifest.read_text())
-            await self._create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition, cluster=True)
+        await install(self._api)
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
         await self._create("/api/v1/namespaces", namespace, cluster=True)
         urgent = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "urgent"}}

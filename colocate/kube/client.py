@@ -40,6 +40,7 @@ BUDGETS = "/apis/policy/v1/poddisruptionbudgets"
 POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
 PLANS = f"/apis/{PLAN_API}/gangplans"
 LEASES = "/apis/coordination.k8s.io/v1/leases"
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
 class ApiError(ColocateError):

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from colocate.kube.client import Api, ApiError, Unreachable
+from colocate.kube.client import DEFINITIONS, Api, ApiError, Unreachable
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import (
@@ -26,7 +26,7 @@ from colocate.objects import (
     PlannedMember,
     PodGroup,
 )
-from colocate.podgroup.binder import Binder, now_text
+from colocate.podgroup.binder import EPOCH, Binder, now_text
 from colocate.podgroup.cluster import CARRIED_ON, OPEN_PHASES, Cluster
 from colocate.podgroup.commit import Bind, advance, owned
 from colocate.podgroup.entries import Settings
@@ -42,7 +42,8 @@ GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
 UNSEEN_SECONDS = 5.0
 """A bind that succeeded and is not seen in the watch for so long is read back."""
-DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+MOST_DIGITS = 16
+"""Of an epoch: users can write their pods' annotations."""
 log = structlog.get_logger()
 
 
@@ -72,8 +73,8 @@ class Controller:
         self._tasks: asyncio.TaskGroup
         self._spent = 0.0
         """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
-        self.decided_at: float | None = None
-        """When the queue was last looked at; None before the first time."""
+        self.alive_at: float | None = None
+        """When the queue was last looked at, or its time in office began; None while it stands by."""
 
     @property
     def synced(self) -> bool:
@@ -82,7 +83,7 @@ class Controller:
 
     async def run(self, epoch: int) -> None:
         """Lead until cancelled. Raises LeadershipLost."""
-        self._hands.binder.epoch = epoch
+        self._hands.binder.epoch, self.alive_at = epoch, now_seconds()
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._hands.tasks = self._tasks
@@ -129,8 +130,17 @@ class Controller:
     # taking over
 
     async def _take_over(self) -> None:
-        """Fence off a predecessor that may still be writing: afterwards its binds fail on the pods' resourceVersion."""
-        if not self._election.predecessor:
+        """Fence off a predecessor that may still be writing: afterwards its binds fail on the pods' resourceVersion.
+
+        A lease that somebody deleted tells of no predecessor and counts from 0 again: what was written does.
+        """
+        written = {p.metadata.annotations.get(EPOCH, "") for p in self.cluster.pods.values()}
+        marks = [int(mark) for mark in written if mark.isdecimal() and len(mark) < MOST_DIGITS]
+        latest = max([*marks, *(plan.spec.epoch for plan in self.cluster.plans.values())], default=-1)
+        forgotten = latest >= self._hands.binder.epoch
+        if forgotten:
+            self._hands.binder.epoch = latest + 1
+        if not self._election.predecessor and not forgotten:
             return
         pending = [
             p
@@ -161,8 +171,10 @@ class Controller:
             self._carry_on(key)
         began = now_seconds()
         decided = self.queue.cycle(self.cluster, dirty, began)
-        self.decided_at = now_seconds()
-        self._spent = self.decided_at - began
+        for key, error in decided.failures:
+            log.error("gang_not_decided", gang=key, exc_info=error)
+        self.alive_at = now_seconds()
+        self._spent = self.alive_at - began
         self.metrics.decide.observe(self._spent)
         for start in decided.starts:
             self._begin(start)
@@ -201,7 +213,7 @@ class Controller:
         members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
         if before is not None and before.status.phase == "Repairing":
             members = [m for m in before.spec.members if m.uid in self.cluster.pods] + members
-        plan = before or empty_plan(group)
+        plan = before or empty_plan(start.key)
         spec = GangPlanSpec(
             pod_group=group.metadata.name,
             pod_group_uid=group.metadata.uid,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -10,6 +11,7 @@ from colocate.objects import Pod, PodGroup
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Gang, Member
 from colocate.podgroup.gangs import Members, is_group, sort_members
+from colocate.podgroup.reservations import rest_of_min_resources
 from colocate.podgroup.shape import amounts
 
 REQUIRED_TOPOLOGY = "colocate.io/required-topology"
@@ -35,7 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """For how long the place of a lost member is held for its replacement."""
     reserve_after_seconds: float = 60.0
     reservation_seconds: float = 600.0
-    """The head's reservation lasts so long at most; as long again it has none."""
+    """The head's reservation lasts so long at most; as long again it has none. What a gang that has started is still
+    owed of its minResources is kept as long."""
 
 
 class Entry(NamedTuple):
@@ -107,6 +110,9 @@ def _invalid(entry: Entry) -> tuple[str, str] | None:
         return ("PodGroupNotFound", missing) if is_group(entry.key) else None
     if group.spec.min_member < 1:
         return "InvalidPodGroup", f"spec.minMember is {group.spec.min_member}: it must be at least 1"
+    if (group.spec.schedule_timeout_seconds or 0) < 0:
+        wrong = group.spec.schedule_timeout_seconds
+        return "InvalidPodGroup", f"spec.scheduleTimeoutSeconds is {wrong}: it must be at least 0"
     try:
         amounts(group.spec.min_resources)
     except ValueError as error:
@@ -126,7 +132,7 @@ def _waits_for_itself(entry: Entry) -> bool:
     return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"
 
 
-def question(cluster: Cluster, entry: Entry, settings: Settings) -> tuple[Gang, str]:
+def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: Mapping[str, int]) -> tuple[Gang, str]:
     """What the solver is asked for this entry, and what to say about it."""
     members, group, note = entry.members, entry.group, ""
     quorum = min(entry.need, len(members.pending))
@@ -135,13 +141,15 @@ def question(cluster: Cluster, entry: Entry, settings: Settings) -> tuple[Gang, 
         note = f"CreationDependency: {missing} members are made only after the others run; their room is reserved"
     annotations = group.metadata.annotations if group is not None else {}
     preferred = annotations.get(PREFERRED_TOPOLOGY)
+    wanted = {r for p in members.pending for r, _ in cluster.shape(p).requests} if owed_to_others else set()
     gang = Gang(
         members=tuple(member_of(cluster, p) for p in members.pending),
         quorum=quorum,
         required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
         preferred_topology=(preferred,) if preferred else settings.topology,
         fixed=tuple(p.spec.node_name for p in members.bound),
-        reserve=_rest_of_min_resources(cluster, entry) if entry.need else {},
+        reserve=rest_of_min_resources(cluster, entry.key, members.counted) if entry.need else {},
+        leave={resource: amount for resource, amount in owed_to_others.items() if resource in wanted},
     )
     return gang, note
 
@@ -150,16 +158,3 @@ def member_of(cluster: Cluster, pod: Pod) -> Member:
     """A pod as the solver sees it."""
     meta = pod.metadata
     return Member(meta.uid, meta.name, meta.namespace, cluster.shape(pod), meta.labels)
-
-
-def _rest_of_min_resources(cluster: Cluster, entry: Entry) -> dict[str, int]:
-    """What minResources asks for beyond the members that exist."""
-    if entry.group is None or not entry.group.spec.min_resources:
-        return {}
-    rest = amounts(entry.group.spec.min_resources)
-    members = entry.members
-    for pod in (*members.pending, *members.bound, *members.succeeded, *members.gated):
-        for resource, amount in cluster.shape(pod).requests:
-            if resource in rest:
-                rest[resource] -= amount
-    return {resource: amount for resource, amount in rest.items() if amount > 0}

@@ -41,6 +41,8 @@ class Gang(NamedTuple):
     """Nodes of members that are bound already: they fix the required domain."""
     reserve: Mapping[str, int] = {}
     """What must be free beside the members, over all nodes that they may use (minResources)."""
+    leave: Mapping[str, int] = {}
+    """What must stay free in the whole cluster, for what other gangs are owed (reservations.py)."""
 
 
 class Placed(NamedTuple):

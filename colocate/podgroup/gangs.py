@@ -54,6 +54,11 @@ class Members(NamedTuple):
     """Unbound, and another scheduler's."""
 
     @property
+    def counted(self) -> list[Pod]:
+        """Those that count for the group's quorum and minResources."""
+        return [*self.pending, *self.bound, *self.succeeded, *self.gated]
+
+    @property
     def satisfied(self) -> int:
         """How many of the quorum are there: what runs and what has completed."""
         return len(self.bound) + len(self.succeeded)

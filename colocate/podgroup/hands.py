@@ -199,12 +199,13 @@ class Hands:
             still = (key in self.queue.waiting) == (status.phase == "Waiting")
             if key in self._busy or not still or not may_be_told(plan):
                 return
-            if plan is None and group is None:
+            if plan is None and group is None and not self.cluster.members.get(key):
                 return
-            plan = plan if plan is not None or group is None else empty_plan(group)
-            assert plan is not None
+            plan = plan if plan is not None else empty_plan(key)
             uid = group.metadata.uid if group is not None else plan.spec.pod_group_uid
-            spec = GangPlanSpec(pod_group=plan.metadata.name, pod_group_uid=uid, epoch=self.binder.epoch)
+            spec = GangPlanSpec(
+                pod_group=plan.metadata.name, pod_group_uid=uid, epoch=self.binder.epoch, created=plan.spec.created
+            )
             saved = await self.binder.save(msgspec.structs.replace(plan, spec=spec, status=status))
             self.cluster.set_plan(key, saved)
 

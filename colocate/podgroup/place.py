@@ -35,7 +35,7 @@ def _orders(classes: list[Class], ledger: Ledger) -> Iterator[Sequence[Class]]:
 
 
 def _within(
-    ledger: Ledger, classes: list[Class], within: Mask, reserve: Mapping[str, int], reserve_within: Mask
+    ledger: Ledger, classes: list[Class], within: Mask, gang: Gang, reserve_within: Mask
 ) -> list[Placed] | None:
     for order in _orders(classes, ledger):
         trial = Trial(ledger, within)
@@ -45,7 +45,7 @@ def _within(
                 break
             trial.commit(group, rows)
         else:
-            if _reserve_left(trial, reserve, reserve_within):
+            if _enough_left(trial, gang, reserve_within):
                 return [
                     Placed(member, ledger.names[row])
                     for group, rows in trial.put
@@ -53,10 +53,10 @@ def _within(
                 ]
         if len(classes) == 1 or _hopeless(ledger, classes, within):
             return None
-    return _searched(Trial(ledger, within), classes, reserve, reserve_within)
+    return _searched(Trial(ledger, within), classes, gang, reserve_within)
 
 
-def _searched(trial: Trial, classes: list[Class], reserve: Mapping[str, int], within: Mask) -> list[Placed] | None:
+def _searched(trial: Trial, classes: list[Class], gang: Gang, within: Mask) -> list[Placed] | None:
     """A packing of a small gang that no order of its classes finds; only for filters that do not change on the way."""
     members = [(group, m) for group in classes for m in group.members]
     masks = {id(group): trial.mask(group) for group in classes}
@@ -71,7 +71,7 @@ def _searched(trial: Trial, classes: list[Class], reserve: Mapping[str, int], wi
         return None
     for (group, _), node in zip(members, found, strict=True):
         trial.commit(group, rows[[node]])
-    if not _reserve_left(trial, reserve, within):
+    if not _enough_left(trial, gang, within):
         return None
     return [Placed(m, trial.ledger.names[int(rows[node])]) for (_, m), node in zip(members, found, strict=True)]
 
@@ -80,9 +80,17 @@ def _by_column(ledger: Ledger) -> list[tuple[str, int]]:
     return sorted(ledger.columns.items(), key=lambda item: item[1])
 
 
-def _reserve_left(trial: Trial, reserve: Mapping[str, int], within: Mask) -> bool:
-    usable = within & trial.ledger.ready
-    for resource, amount in reserve.items():
+def _enough_left(trial: Trial, gang: Gang, within: Mask) -> bool:
+    """Whether beside what was put there is the gang's own reserve, and elsewhere what others are owed."""
+    ready = trial.ledger.ready
+    if not _free(trial, gang.reserve, within & ready):
+        return False
+    both = {r: a + gang.reserve.get(r, 0) for r, a in gang.leave.items() if r in trial.ledger.columns}
+    return _free(trial, both, ready)
+
+
+def _free(trial: Trial, wanted: Mapping[str, int], usable: Mask) -> bool:
+    for resource, amount in wanted.items():
         column = trial.ledger.columns.get(resource)
         if column is None:
             return amount <= 0
@@ -149,10 +157,10 @@ def _place_exactly(ledger: Ledger, gang: Gang, members: Sequence[Member]) -> lis
         for key in reversed(gang.preferred_topology) if len(members) > 1 else ():
             narrower = _domains(ledger, classes, rooms, key, domain)
             for part in islice(narrower, MAX_PREFERRED_DOMAINS):
-                placed = _within(ledger, classes, part, gang.reserve, domain)
+                placed = _within(ledger, classes, part, gang, domain)
                 if placed is not None:
                     return placed
-        placed = _within(ledger, classes, domain, gang.reserve, domain)
+        placed = _within(ledger, classes, domain, gang, domain)
         if placed is not None:
             return placed
     return None

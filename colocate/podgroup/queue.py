@@ -25,6 +25,7 @@ from colocate.podgroup.holds import NOMINATED, SLOT, Holds
 from colocate.podgroup.ledger import Holding
 from colocate.podgroup.place import place
 from colocate.podgroup.preempt import Preemption, preempt
+from colocate.podgroup.reservations import Reservations
 from colocate.units import parse_time
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
@@ -74,6 +75,8 @@ class Decisions(NamedTuple):
 
     starts: list[Start]
     evictions: list[Evict]
+    failures: list[tuple[str, Exception]]
+    """Gangs that could not be decided: a defect of ours, which must not stop the others."""
 
 
 Hopeless = dict[tuple[object, ...], tuple[int, Shortage]]
@@ -89,7 +92,7 @@ class Queue:
         self.order: list[str] = []
         """The gangs that wait, as they were last tried."""
         self._entries: dict[str, Entry] = {}
-        self.holds = Holds()
+        self.holds, self.reservations = Holds(), Reservations(settings.reservation_seconds)
         self._evicted: set[str] = set()
         """uids of victims that have not gone yet."""
         self._resting: dict[str, tuple[float, int]] = {}
@@ -100,9 +103,17 @@ class Queue:
         self._evicted &= cluster.pods.keys()
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
+        decided = Decisions([], [], [])
+        freed = self.reservations.expire(now)
         for key in dirty:
-            self._refresh(cluster, key, now)
-        decided = Decisions([], [])
+            try:
+                self._refresh(cluster, key, now)
+                freed = self.reservations.refresh(cluster, key, now) or freed
+            except Exception as error:  # noqa: BLE001 - see Decisions.failures
+                self._forget(key)
+                decided.failures.append((key, error))
+        if freed:
+            self._try_all_again()
         hopeless: Hopeless = {}
         head: Entry | None = None
         entries = sorted(self._entries.values(), key=lambda e: e.order)
@@ -111,7 +122,12 @@ class Queue:
             started = self._start_together(cluster, alike, now) if len(alike) > 1 and head is None else []
             decided.starts.extend(started)
             for entry in alike[len(started) :]:
-                found = self._try(cluster, entry, head, hopeless, now)
+                try:
+                    found = self._try(cluster, entry, head, hopeless, now)
+                except Exception as error:  # noqa: BLE001
+                    decided.failures.append((entry.key, error))
+                    self._tell(entry.key, "InternalError", f"it could not be decided: {error!r}", capacity=False)
+                    continue
                 if isinstance(found, Start):
                     decided.starts.append(found)
                 elif isinstance(found, Evict):
@@ -135,7 +151,8 @@ class Queue:
 
     def next_look(self, now: float) -> float | None:
         """In how many seconds a gang must be looked at although nothing changes; None if none."""
-        settings, due = self.settings, self.holds.ends + [at for at, _ in self._resting.values()]
+        settings, due = self.settings, self.holds.ends + self.reservations.ends
+        due += [at for at, _ in self._resting.values()]
         for memory in self.waiting.values():
             if memory.reason == "NotEnoughMembers":
                 due.append(memory.members_at + settings.creation_grace_seconds)
@@ -165,14 +182,21 @@ class Queue:
         """Build a gang's entry anew from its pods."""
         entry = entry_of(cluster, key, self.settings)
         if entry is None:
-            self._entries.pop(key, None)
-            self.waiting.pop(key, None)
+            self._forget(key)
             return
         self._entries[key] = entry
         before = self.waiting.get(key, Waiting(since=now, members_at=now))
         if entry.members.created > before.created:
             before = msgspec.structs.replace(before, members_at=now)
         self.waiting[key] = msgspec.structs.replace(before, question=None, created=entry.members.created)
+
+    def _forget(self, key: str) -> None:
+        self._entries.pop(key, None)
+        self.waiting.pop(key, None)
+
+    def _try_all_again(self) -> None:
+        """Room that was kept for one is free to all: no node has changed, and yet more may fit."""
+        self.waiting = {key: msgspec.structs.replace(memory, gain=-1) for key, memory in self.waiting.items()}
 
     def _alike(self, cluster: Cluster, entries: list[Entry]) -> Iterator[list[Entry]]:
         """The entries in their order, pods alone that follow each other and are equal taken together."""
@@ -194,7 +218,10 @@ class Queue:
         if not_ready(cluster, alike[0], self.settings, 0.0) is not None:
             return []
         members = tuple(member_of(cluster, entry.members.pending[0]) for entry in alike)
-        placed = place(cluster.ledger, Gang(members, quorum=0)) or []
+        owed = self.reservations.against("", alike[0].members.priority)
+        wanted = {resource for resource, _ in members[0].shape.requests}
+        leave = {resource: amount for resource, amount in owed.items() if resource in wanted}
+        placed = place(cluster.ledger, Gang(members, quorum=0, leave=leave)) or []
         starts = []
         for entry, one in zip(alike, placed, strict=False):
             cluster.promise(one.member.uid, one.node)
@@ -213,7 +240,8 @@ class Queue:
         with self.holds.usable_by(cluster, entry.key):
             if memory.question is not None and not self._could_help(cluster, memory, now):
                 return None
-        gang, note = question(cluster, entry, self.settings)
+        owed = self.reservations.against(entry.key, entry.members.priority)
+        gang, note = question(cluster, entry, self.settings, owed)
         signature = _signature(gang)
         with self.holds.usable_by(cluster, entry.key):
             known = hopeless.get(signature)
@@ -236,6 +264,7 @@ class Queue:
         self.holds.drop(cluster, entry.key, SLOT, len(placed))
         for member, node in placed:
             cluster.promise(member.uid, node)
+        self.reservations.refresh(cluster, entry.key, now)
         return Start(entry.key, placed, now - memory.since, note)
 
     def _tell(self, key: str, reason: str, message: str, capacity: bool) -> None:
@@ -356,7 +385,7 @@ def _end(cluster: Cluster, placed: list[Placed], now: float) -> float:
 def _signature(gang: Gang) -> tuple[object, ...]:
     """Two gangs with equal signatures fit alike, but for the size of their quorum."""
     shapes = {id(m.shape): m.shape for m in gang.members}
-    if len(shapes) > 1 or gang.fixed or gang.reserve:
+    if len(shapes) > 1 or gang.fixed or gang.reserve or gang.leave:
         return (gang.members[0].uid,)
     member = gang.members[0]
     return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, gang.required_topology

@@ -26,6 +26,7 @@ from colocate.podgroup.counterfactual import counterfactuals
 from colocate.podgroup.entries import Settings, entry_of, question
 from colocate.podgroup.estimate import starts_at
 from colocate.podgroup.gangs import gang_key, sort_members
+from colocate.podgroup.place import place
 from colocate.podgroup.queue import Queue
 from colocate.units import parse_time
 
@@ -37,7 +38,8 @@ class Verdict(Lean, frozen=True):
     """What a cycle decides about one gang."""
 
     gang: str
-    outcome: Literal["Start", "Preempt", "Wait"]
+    outcome: Literal["Start", "Preempt", "Wait", "Rest"]
+    """Rest: it waits for nothing."""
     reason: str = ""
     message: str = ""
     surplus: int = 0
@@ -76,6 +78,8 @@ class Explanation(Lean, frozen=True):
     counterfactuals: list[Counterfactual]
     estimate_seconds: tuple[float, float] | None
     """From now to its start: (earliest, latest); None if nothing is known of how long the others run."""
+    fits_when_empty: bool = True
+    """Whether it could start if everything else ended."""
 
 
 def load(content: bytes) -> ClusterSnapshot:
@@ -165,12 +169,15 @@ def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
     verdicts = {v.gang: v for v in _verdicts(cluster, queue, now)}
     if key not in verdicts:
         return None
-    found, when, position = [], None, queue.order.index(key) + 1
+    found, when, position, fits = [], None, queue.order.index(key) + 1, True
     entry = entry_of(cluster, key, snapshot.settings)
     if verdicts[key].outcome == "Wait" and queue.waiting[key].question is not None and entry is not None:
-        gang, _ = question(cluster, entry, snapshot.settings)
+        owed = queue.reservations.against(key, entry.members.priority)
+        gang, _ = question(cluster, entry, snapshot.settings, owed)
         satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied
         found = counterfactuals(cluster, gang, satisfied)
+        with cluster.ledger.empty():
+            fits = place(cluster.ledger, gang) is not None
         start = starts_at(cluster, gang, now)
         when = None if start is None else (round(start[0] - now, 1), round(start[1] - now, 1))
-    return Explanation(verdicts[key], position, found, when)
+    return Explanation(verdicts[key], position, found, when, fits)

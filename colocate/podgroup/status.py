@@ -184,10 +184,10 @@ def may_be_told(plan: GangPlan | None) -> bool:
     return plan is None or plan.status.phase not in CARRIED_ON
 
 
-def empty_plan(group: PodGroup) -> GangPlan:
-    """The plan of a group for which nothing is planned yet."""
-    meta = ObjectMeta(name=group.metadata.name, namespace=group.metadata.namespace)
-    return GangPlan(metadata=meta)
+def empty_plan(key: str) -> GangPlan:
+    """The plan of a gang for which nothing is planned yet."""
+    namespace, _, name = key.partition("/")
+    return GangPlan(metadata=ObjectMeta(name=name, namespace=namespace))
 
 
 def _same(now: PodGroupStatus, before: PodGroupStatus) -> bool:

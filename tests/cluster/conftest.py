@@ -12,9 +12,8 @@ from typing import Any
 
 import msgspec
 import pytest
-import yaml
 
-from colocate.demo.controlplane import ControlPlane
+from colocate.demo.controlplane import ControlPlane, install
 from colocate.kube.client import MERGE, NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
 from colocate.objects import GangPlan, Pod, PodGroup
@@ -217,13 +216,7 @@ class World:
 @pytest.fixture
 async def api(plane: ControlPlane) -> AsyncIterator[Api]:
     async with Api.connect(str(plane.kubeconfig())) as connected:
-        for manifest in sorted((MANIFESTS / "crd").glob("*.yaml")):
-            with contextlib.suppress(ApiError):
-                await connected.request(
-                    "POST",
-                    "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
-                    yaml.safe_load(manifest.read_text()),
-                )
+        await install(connected)
         yield connected
 
 

@@ -30,7 +30,8 @@ class Request(NamedTuple):
 
 
 Fault = Callable[[Request], Awaitable[str]]
-"""What to do with a request: `pass`; `drop` it unseen; `act` on it and drop the answer; `twice`; or answer a status."""
+"""What to do with a request: `pass`; `drop` it unseen; `act` on it and drop the answer; ask `twice`; `echo` each line
+of the answer; or answer a status."""
 
 
 async def healthy(_: Request) -> str:
@@ -97,6 +98,9 @@ class Proxy:
             await response.prepare(incoming)
             self._streams.append(incoming)
             try:
+                if what == "echo":
+                    async for line in answer.content:
+                        await response.write(line * 2)
                 async for chunk in answer.content.iter_any():
                     await response.write(chunk)
             except ConnectionError:

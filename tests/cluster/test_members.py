@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from colocate.demo.controlplane import ControlPlane
-from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.kube.client import DEFINITIONS, MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
 from tests.cluster.conftest import HIGH, LOW, MANIFESTS, World, leader
@@ -45,6 +45,33 @@ async def test_k1_eight_free_gpus_on_eight_nodes_are_not_eight_gpus(world: World
         await world.only_bound(*used)
         await world.pod("k3", nvidia_com__gpu=1)
         await world.until_bound(*used, "k3")
+
+
+async def test_k2_and_the_same_on_one_required_host(world: World) -> None:
+    await fragments(world)
+    used = [f"used-{i}" for i in range(8)]
+    async with leader(world):
+        await world.until_bound(*used)
+        await world.group("pg", 2, annotations={"colocate.io/required-topology": "kubernetes.io/hostname"})
+        for i in range(2):
+            await world.pod(f"p{i}", "pg", nvidia_com__gpu=1)
+        text = "1 of 2 members fit; blocked by required topology kubernetes.io/hostname"
+        assert (await world.told("pg", "Unschedulable")).startswith(text)
+        await world.only_bound(*used)
+
+
+async def test_a5_nobody_is_moved_to_make_one_block_of_two_halves(world: World) -> None:
+    for i in range(2):
+        await world.node(f"n{i}", nvidia_com__gpu=2, cpu=8, memory="1Gi")
+        await world.pod(f"used-{i}", nvidia_com__gpu=1, spec={"nodeSelector": {"kubernetes.io/hostname": f"n{i}"}})
+    async with leader(world):
+        await world.until_bound("used-0", "used-1")
+        await world.group("pg", 1)
+        await world.pod("p", "pg", nvidia_com__gpu=2)
+        assert await world.told("pg", "Unschedulable") == (
+            "0 of 1 members fit; blocked by nvidia.com/gpu; largest free block 2x1"
+        )
+        await world.only_bound("used-0", "used-1")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +335,10 @@ async def test_a_pod_that_names_a_missing_group_is_told_so(world: World) -> None
 
         (condition,) = await world.until(said, "the pod is told")
         assert condition.message == "there is no PodGroup nowhere in this namespace"
+        assert await world.told("nowhere", "PodGroupNotFound") == condition.message, "the queue has a line for it"
+        await world.only_bound()
+        await world.group("nowhere", 1)
+        await world.until_bound("p")
 
 
 async def test_a_gate_of_somebody_else_holds_the_gang(world: World) -> None:
@@ -415,6 +446,22 @@ RBAC = {
     "Role": "/apis/rbac.authorization.k8s.io/v1/roles",
     "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/rolebindings",
 }
+
+
+async def test_the_api_server_takes_what_kustomize_would_give_it(api: Api, limited: Api) -> None:
+    """Strictly: an unknown or doubled field would be refused."""
+    collections = {**RBAC, "Deployment": "/apis/apps/v1/deployments", "CustomResourceDefinition": DEFINITIONS}
+    taken = []
+    for name in yaml.safe_load((MANIFESTS / "base/kustomization.yaml").read_text())["resources"]:
+        for body in yaml.safe_load_all((MANIFESTS / "base" / name).read_text()):
+            path = path_of(collections[body["kind"]], body["metadata"].get("namespace", ""))
+            try:
+                await api.request("POST", path, body, query={"dryRun": "All", "fieldValidation": "Strict"})
+            except ApiError as error:
+                if error.status != 409:  # it is there already
+                    raise
+            taken.append(body["kind"])
+    assert {"Deployment", "ClusterRole", "CustomResourceDefinition"} <= set(taken)
 
 
 @contextlib.asynccontextmanager

@@ -89,6 +89,34 @@ def test_the_tier_is_made_at_the_least_weight_and_gone_after_sigterm(node, agent
     assert inodes_of(node.port, path) == {}
 
 
+def test_jobs_follow_the_tier_into_the_tree_of_a_kubelet_that_starts_later(node, agent):
+    running = agent()
+    command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", "follows", "--memory", "64Mi", "--"]
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    job = subprocess.Popen([*command, sys.executable, "-c", code], stdin=subprocess.DEVNULL)
+    try:
+        before, after = joined(tier_of(node), "follows"), joined(node.path, "kubepods/batch/follows")
+
+        def processes_in(path):
+            return processes_below(node.port, node.port.layout.hierarchy("cpu"), path)
+
+        assert wait_for(lambda: len(processes_in(before)) == 2)
+        moved = set(processes_in(before))
+        for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
+            node.make(inner, inner=True)
+        assert wait_for(lambda: set(processes_in(after)) == moved)
+        assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}), "the plain tier has gone"
+        assert read_knob(node.port, after, "memory.max", inodes_of(node.port, after)) == str(64 << 20)
+        assert wait_for(lambda: "job:follows" in running.ask("top")["snapshot"]["workloads"])
+    finally:
+        job.terminate()
+        job.wait(20 * PATIENCE)
+    assert wait_for(lambda: inodes_of(node.port, after) == {})
+    said = running.stop()
+    assert "job_rehomed" in said
+    assert inodes_of(node.port, joined(node.path, "kubepods/batch")) == {}
+
+
 def test_a_second_agent_is_refused_with_the_pid_of_the_first(agent, dirs):
     running = agent()
     found = colocate("agent", "--config", str(running.config))

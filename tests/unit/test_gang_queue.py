@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import lru_cache
 
 import msgspec
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from colocate.objects import GangPlan, GangPlanSpec, GangPlanStatus, ObjectMeta, PlannedMember, PodStatus
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Settings
+from colocate.podgroup.gangs import is_group
 from colocate.podgroup.queue import Queue
 from tests.unit.test_gang_snapshot import group, node, pod
 
@@ -38,6 +40,7 @@ class Simulated:
             decided = self.queue.cycle(self.cluster, self.dirty, self.now)
             self.dirty = set()
             for start in decided.starts:
+                self.persist(start.key)
                 for member, where in start.placed:
                     one = self.cluster.pods[member.uid]
                     self.cluster.set_pod(
@@ -54,6 +57,14 @@ class Simulated:
             if not self.dirty:
                 return
         raise AssertionError("the queue does not come to rest")
+
+    def persist(self, key):
+        """The plan as it is once its gang runs; only when it was made matters here."""
+        if is_group(key) and key not in self.cluster.plans:
+            meta = ObjectMeta(name=key.removeprefix("ns/"), namespace="ns", uid="plan")
+            made = datetime.fromtimestamp(self.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            plan = GangPlan(metadata=meta, spec=GangPlanSpec(created=made), status=GangPlanStatus(phase="Running"))
+            self.cluster.set_plan(key, plan)
 
     def finish(self, name):
         for one in self.cluster.pods_of(f"ns/{name}"):
@@ -305,3 +316,107 @@ class Gangs(RuleBasedStateMachine):
 
 Gangs.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestGangs = Gangs.TestCase
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"min_member": 0}, "spec.minMember is 0: it must be at least 1"),
+        ({"schedule_timeout_seconds": -5}, "spec.scheduleTimeoutSeconds is -5: it must be at least 0"),
+        ({"min_resources": {"cpu": "many"}}, "spec.minResources: "),
+    ],
+)
+def test_a_group_that_cannot_be_is_told_which_field(spec, message):
+    """The API server's schema refuses most of it; a foreign or older one may not."""
+    made = Simulated()
+    made.cluster.set_node(node("n", 4))
+    made.add("g", 1, 1)
+    wrong = made.cluster.groups["ns/g"]
+    made.cluster.groups["ns/g"] = replace(wrong, spec=replace(wrong.spec, **spec))
+    made.cycle()
+    assert made.queue.waiting["ns/g"].reason == "InvalidPodGroup"
+    assert made.queue.waiting["ns/g"].message.startswith(message)
+    assert made.running() == []
+
+
+def spark(made, name, executors=0, priority=0):
+    """A driver that makes its three executors once it runs; minResources says four CPUs."""
+    driver = group(name, 1)
+    made.cluster.groups[f"ns/{name}"] = replace(driver, spec=replace(driver.spec, min_resources={"cpu": "4"}))
+    for i in range(1 + executors):
+        made.cluster.set_pod(pod(f"{name}-{i}", name, 1, priority=priority))
+    made.dirty.add(f"ns/{name}")
+
+
+def drivers(*names):
+    made = Simulated(reserve_after_seconds=1e9)
+    for i in range(2):
+        made.cluster.set_node(node(f"n{i}", 3))
+    for name in names:
+        spark(made, name)
+    made.cycle()
+    return made
+
+
+def test_of_two_drivers_whose_executors_cannot_all_fit_one_runs():
+    """Two drivers that both started would each wait for ever for the other's room."""
+    made = drivers("a", "b")
+    assert made.running() == ["a"]
+    spark(made, "a", executors=3)
+    made.cycle()
+    assert len(made.bound("a")) == 4
+    assert made.queue.waiting["ns/b"].message.endswith("blocked by minResources")
+    made.finish("a")
+    made.cycle()
+    assert made.running() == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("size", "priority", "now", "runs"),
+    [
+        pytest.param(3, 0, 1.0, False, id="three pods would take an executor's room"),
+        pytest.param(2, 0, 1.0, True, id="two pods leave it"),
+        pytest.param(3, 9, 1.0, True, id="a more important gang need not leave it"),
+        pytest.param(3, 0, 601.0, True, id="the reservation is over"),
+    ],
+)
+def test_what_a_driver_is_owed_is_left_free(size, priority, now, runs):
+    made = drivers("a")
+    made.now = now
+    made.add("other", size, size, priority=priority)
+    made.cycle()
+    assert ("other" in made.running()) == runs
+    if not runs:
+        text = made.queue.waiting["ns/other"].message
+        assert text == "2 of 3 members fit; blocked by what others are owed of their minResources"
+        made.now = 601.0
+        made.cycle()
+        assert "other" in made.running(), "nothing but the clock has changed"
+
+
+def test_a_pod_alone_leaves_what_a_driver_is_owed():
+    made = drivers("a")
+    for i in range(4):
+        made.cluster.set_pod(pod(f"single-{i}", "", 1))
+        made.dirty.add(f"ns/pod:single-{i}")
+    made.cycle()
+    assert sum(bool(p.spec.node_name) for p in made.cluster.pods.values() if p.metadata.name.startswith("single")) == 2
+
+
+def test_a_gang_that_cannot_be_decided_does_not_stop_the_others(monkeypatch):
+    made = Simulated()
+    made.cluster.set_node(node("n", 4))
+    made.add("good", 1, 1)
+    made.add("bad", 1, 1)
+    decide = Queue._room
+
+    def broken(self, cluster, gang, *rest):
+        if gang.members[0].name.startswith("bad"):
+            raise ZeroDivisionError("a defect")
+        return decide(self, cluster, gang, *rest)
+
+    monkeypatch.setattr(Queue, "_room", broken)
+    decided = made.queue.cycle(made.cluster, made.dirty, 0.0)
+    assert [start.key for start in decided.starts] == ["ns/good"]
+    assert [key for key, _ in decided.failures] == ["ns/bad"]
+    assert made.queue.waiting["ns/bad"].reason == "InternalError"

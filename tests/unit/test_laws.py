@@ -186,6 +186,15 @@ def test_what_a_service_waits_while_batch_does_not_run_is_learnt_before_batch_co
     assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
 
 
+def test_what_a_service_waits_before_batch_comes_is_learnt_though_it_is_little():
+    node = Node()
+    for _ in range(3):
+        assert node.tick(make.waiting_evidence(0.12), batch_cores=0.0) == "SlackEnough"
+    assert node.state.own_waiting == {"web": 0.12}
+    assert node.tick(make.waiting_evidence(0.3)) == "SlackEnough", "batch adds 18 %"
+    assert node.tick(make.waiting_evidence(0.35)) == "SlackNegative"
+
+
 @pytest.mark.parametrize(
     ("before", "at_floor", "expected"),
     [

@@ -1,0 +1,210 @@
+"""A real kubelet with containerd and runc, in mount and process namespaces of its own: nothing of it outlives the test.
+
+What a kubelet changes on its host it changes in there: the sysctls that it tunes are files bound over /proc/sys, /run,
+/var/lib and /var/log are empty, and its cgroups are below a scratch node, which is swept should the test be killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from colocate.actuate.scratch import ScratchNode
+from colocate.cgroupfs import KernelPort
+from colocate.demo import controlplane
+from colocate.demo.controlplane import ControlPlane, binaries
+from colocate.errors import HostUnfit
+
+BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
+PROGRAMS = ("runc", "unshare", "mount")
+BUSYBOX = Path("/usr/bin/busybox")
+IMAGE = "localhost/colocate/pause:1"
+NAME = "localhost"
+"""A kubelet refuses a loopback address, but not the name."""
+SYSCTLS = (
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+)
+START = """
+set -eu
+mount --make-rprivate /
+i=0
+for file in {sysctls}; do
+  i=$((i + 1)); cat /proc/sys/$file > {home}/sysctl-$i; mount --bind {home}/sysctl-$i /proc/sys/$file
+done
+for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs $folder; done
+containerd --config {home}/containerd.toml > {home}/containerd.log 2>&1 &
+until ctr --address {home}/containerd.sock version > {home}/ctr.log 2>&1; do sleep 0.05; done
+ctr --address {home}/containerd.sock --namespace k8s.io images import {home}/pause.tar >> {home}/ctr.log 2>&1
+exec kubelet --config {home}/kubelet.json --kubeconfig {kubeconfig} --hostname-override {name} \\
+  --root-dir {home}/kubelet --cert-dir {home}/pki > {home}/kubelet.log 2>&1
+"""
+CONTAINERD = """
+version = 3
+root = "{home}/containerd"
+state = "{home}/state"
+[grpc]
+  address = "{home}/containerd.sock"
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "native"
+  use_local_image_pull = true
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "{image}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["{home}/cni"]
+    conf_dir = "{home}/cni"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+"""
+
+
+def lacks() -> str:
+    """What is missing for it here; empty if nothing."""
+    if os.geteuid() != 0:
+        return "root"
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    missing += [] if BUSYBOX.exists() else [f"{BUSYBOX} (busybox-static)"]
+    try:
+        binaries(*BINARIES)
+    except HostUnfit as error:
+        missing.append(str(error))
+    return ", ".join(missing)
+
+
+class RealNode:
+    """A node of the control plane's cluster while it is entered; its name is `NAME`."""
+
+    def __init__(self, plane: ControlPlane, directory: Path) -> None:
+        self._plane, self._home = plane, directory
+        self._port = KernelPort()
+        self._cgroup = ScratchNode(self._port, "test")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> RealNode:
+        self._cgroup.__enter__()
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # the first process of the namespace takes all others with it
+            self._process.wait()
+        self._cgroup.__exit__()
+
+    def log(self) -> str:
+        """The last lines of the kubelet."""
+        return "\n".join((self._home / "kubelet.log").read_text(errors="replace").splitlines()[-30:])
+
+    def _start(self) -> None:
+        home = self._home
+        for hierarchy in self._port.layout.mounts:  # a kubelet wants its root in every one
+            if self._port.inode(hierarchy, self._cgroup.path) is None:
+                self._port.mkdir(hierarchy, self._cgroup.path)
+        (home / "cni").mkdir()
+        network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
+        (home / "cni" / "10-none.conflist").write_text(json.dumps(network))
+        (home / "containerd.toml").write_text(CONTAINERD.format(home=home, image=IMAGE))
+        (home / "kubelet.json").write_text(json.dumps(self._configuration()))
+        write_image(home / "pause.tar", IMAGE)
+        script = START.format(
+            home=home, kubeconfig=self._plane.kubeconfig("node"), name=NAME, sysctls=" ".join(SYSCTLS)
+        )
+        environment = {**os.environ, "PATH": f"{binaries(*BINARIES)}:{os.environ['PATH']}"}
+        parent = Path(controlplane.__file__).with_name("with_parent.py")
+        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+        with (home / "start.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-IS", str(parent), *isolated],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _configuration(self) -> dict[str, object]:
+        home = self._home
+        return {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "failCgroupV1": False,
+            "cgroupDriver": "cgroupfs",
+            "cgroupRoot": self._cgroup.path,
+            "containerRuntimeEndpoint": f"unix://{home}/containerd.sock",
+            "enableServer": False,
+            "healthzPort": 0,
+            "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": False}},
+            "authorization": {"mode": "AlwaysAllow"},
+            "resolvConf": "",
+            "failSwapOn": False,
+            "makeIPTablesUtilChains": False,
+            "nodeStatusUpdateFrequency": "2s",
+            "evictionHard": {"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
+            "podLogsDir": f"{home}/logs",
+            "volumePluginDir": f"{home}/plugins",
+        }
+
+    def check(self) -> None:
+        """Raises HostUnfit with its last words if it has ended."""
+        if self._process is not None and self._process.poll() is not None:
+            words = "\n".join(p.read_text(errors="replace")[-2000:] for p in sorted(self._home.glob("*.log")))
+            raise HostUnfit(f"the kubelet ended with code {self._process.returncode}", words)
+
+
+def write_image(path: Path, name: str) -> None:
+    """An OCI image archive with a static busybox that sleeps; made without a registry (OCI image-spec, v1)."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tar:
+        for folder in ("bin", "dev", "proc", "sys", "etc", "tmp"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(entry)
+        tar.add(BUSYBOX, "bin/sleep")
+    blobs: dict[str, bytes] = {}
+
+    def blob(kind: str, content: bytes) -> dict[str, object]:
+        digest = hashlib.sha256(content).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = content
+        return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(content)}
+
+    oci = "application/vnd.oci.image"
+    packed = blob(f"{oci}.layer.v1.tar", layer.getvalue())
+    config = {
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+        "os": "linux",
+        "config": {"Cmd": ["/bin/sleep", "1000000"]},
+        "rootfs": {"type": "layers", "diff_ids": [packed["digest"]]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": f"{oci}.manifest.v1+json",
+        "config": blob(f"{oci}.config.v1+json", json.dumps(config).encode()),
+        "layers": [packed],
+    }
+    named = blob(f"{oci}.manifest.v1+json", json.dumps(manifest).encode())
+    index = {"schemaVersion": 2, "manifests": [{**named, "annotations": {"io.containerd.image.name": name}}]}
+    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": json.dumps(index).encode(), **blobs}
+    with tarfile.open(path, "w") as tar:
+        for file, content in files.items():
+            entry = tarfile.TarInfo(file)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))

@@ -1,0 +1,180 @@
+"""A controller that dies, or sleeps through its lease, at each write that matters: the successor brings the same about.
+
+Seen from the API server a killed process is one of which nothing more is heard: the proxy stands between the first
+controller and the server, and from write `index` on lets nothing through (before), nothing back (after), or everything
+only when another leads (late). `test_faults.py` kills a real process at some of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from colocate.kube.client import Api
+from colocate.kube.lease import Election
+from colocate.objects import Lease
+from colocate.podgroup.controller import Controller
+from colocate.podgroup.entries import Settings
+from tests.cluster.conftest import HIGH, LOW, World
+from tests.cluster.proxy import Proxy, Request, healthy
+from tests.cluster.test_gangs import CASES, create
+
+SILENT_SECONDS = 1.5
+"""When no write has come for so long, there are no more."""
+LEASE_SECONDS = 1.0
+MOST_WRITES = 60
+
+
+class Successor(Election):
+    """A candidate for whom the lease of a dead leader has run out already, as it would after its seconds."""
+
+    def _expired(self, lease: Lease) -> bool:
+        return True
+
+
+class Scenario(NamedTuple):
+    """What is there before the first controller starts, and what must have come of it."""
+
+    create: Callable[[World], Awaitable[None]]
+    bound: set[str]
+
+
+def of_table(name: str) -> Scenario:
+    case = next(c for key, c in CASES.items() if key.startswith(f"{name} "))
+
+    async def make(world: World) -> None:
+        await create(world, case)
+        await world.node("n", memory=300, cpu=4, pods=32)
+
+    return Scenario(make, case.bound)
+
+
+async def nodes(world: World, count: int, cpu: int = 1) -> None:
+    for i in range(count):
+        await world.node(f"n{i}", cpu=cpu, memory="1Gi")
+
+
+async def gang(world: World, name: str, least: int, size: int, priority: str = LOW, cpu: int = 1) -> None:
+    await world.group(name, least)
+    for i in range(size):
+        await world.pod(f"{name}-{i}", name, cpu=cpu, spec={"priorityClassName": priority})
+
+
+async def elastic(world: World) -> None:
+    """N4: the quorum, and as much of the surplus as there is room for."""
+    await nodes(world, 4)
+    await gang(world, "pg", 2, 3)
+
+
+async def big_and_small(world: World) -> None:
+    """T11: the big gang fails and blocks nobody."""
+    await nodes(world, 3, cpu=2)
+    await gang(world, "big", 6, 6, cpu=2)
+    await gang(world, "small", 1, 1, cpu=2)
+
+
+async def preemption(world: World) -> None:
+    """V5: a running gang gives way as a whole."""
+    await nodes(world, 2)
+    await world.group("low", 2)
+    for i in range(2):
+        pin = {"priorityClassName": LOW, "nodeName": f"n{i}"}
+        await world.pod(f"low-{i}", "low", cpu=1, spec=pin)
+    await gang(world, "high", 2, 2, HIGH)
+
+
+SCENARIOS = {
+    **{name: of_table(name) for name in ("T1", "T2", "T3", "T4", "T6", "T9")},
+    "T11": Scenario(big_and_small, {"small-0"}),
+    "N4": Scenario(elastic, {"pg-0", "pg-1", "pg-2"}),
+    "V5": Scenario(preemption, {"high-0", "high-1"}),
+}
+
+
+def matters(request: Request) -> bool:
+    """Writes that decide something: plans, binds, stamps and deletions; not what users are told."""
+    return request.number >= 0 and not request.path.endswith(("/status", "/events"))
+
+
+class Cut:
+    """The fault: from the write `index` on."""
+
+    def __init__(self, index: int, when: str) -> None:
+        self.index, self.when, self.seen = index, when, 0
+        self.held: set[int] = set()
+        self.reached, self.release = asyncio.Event(), asyncio.Event()
+        self.last = asyncio.get_running_loop().time()
+
+    async def __call__(self, request: Request) -> str:
+        here = False
+        if matters(request):
+            self.last = asyncio.get_running_loop().time()
+            here, self.seen = self.seen == self.index, self.seen + 1
+            if here:
+                self.reached.set()
+        if not self.reached.is_set():
+            return "pass"
+        if self.when == "late":
+            self.held.add(request.number)
+            await self.release.wait()
+            return "pass"
+        return "act" if here and self.when == "after" else "drop"
+
+    async def wait(self) -> bool:
+        """Whether the write has come; False once no more come."""
+        while not self.reached.is_set():
+            if asyncio.get_running_loop().time() - self.last > SILENT_SECONDS:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+
+@contextlib.asynccontextmanager
+async def controller(
+    api: Api, namespace: str, lease: str, kind: type[Election], seconds: float
+) -> AsyncIterator[asyncio.Future[Any]]:
+    election = kind(api, namespace, lease, f"{lease}-{kind.__name__}", seconds)
+    task = asyncio.ensure_future(election.lead(Controller(api, Settings(), election).run))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after", "late"])
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+async def test_a_successor_brings_about_the_same_at_every_write(
+    world: World, proxy: Proxy, scenario: Scenario, when: str
+) -> None:
+    for index in range(MOST_WRITES):
+        await scenario.create(world)
+        cut = proxy.fault = Cut(index, when)
+        async with Api.connect(str(proxy.kubeconfig())) as through:
+            first = controller(through, world.namespace, f"at-{index}", Election, LEASE_SECONDS)
+            async with first as leading:
+                reached = await cut.wait()
+                if when != "late":
+                    leading.cancel()
+                    await asyncio.gather(leading, return_exceptions=True)
+                kind = Election if when == "late" else Successor
+                async with controller(world.api, world.namespace, f"at-{index}", kind, 10.0):
+                    if reached or when != "late":
+                        await world.until_bound(*scenario.bound)
+                    cut.release.set()
+                    if reached and when == "late":
+                        await asyncio.sleep(0.3)
+                        late = [s for r, s in proxy.answers if r.number in cut.held and r.path.endswith("/binding")]
+                        assert set(late) <= {409}, f"a late bind was accepted at write {index}"
+                        await world.only_bound(*scenario.bound)
+        proxy.fault = healthy
+        await world.clear()
+        if not reached:
+            assert index > 0
+            return
+    raise AssertionError(f"more than {MOST_WRITES} writes")
