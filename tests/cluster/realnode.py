@@ -6,6 +6,7 @@ What a kubelet changes on its host it changes in there: the sysctls that it tune
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from colocate.actuate.scratch import ScratchNode
+from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroupfs import KernelPort
 from colocate.demo import controlplane
 from colocate.demo.controlplane import ControlPlane, binaries
@@ -96,6 +97,7 @@ class RealNode:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RealNode:
+        sweep(self._port)
         self._cgroup.__enter__()
         try:
             self._start()
@@ -106,13 +108,15 @@ class RealNode:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # the first process of the namespace takes all others with it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # the first one of the namespace takes all others with it
             self._process.wait()
         self._cgroup.__exit__()
 
-    def log(self) -> str:
-        """The last lines of the kubelet."""
-        return "\n".join((self._home / "kubelet.log").read_text(errors="replace").splitlines()[-30:])
+    def words(self) -> str:
+        """The last lines of each log."""
+        logs = sorted(self._home.glob("*.log"))
+        return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
 
     def _start(self) -> None:
         home = self._home
@@ -130,7 +134,17 @@ class RealNode:
         )
         environment = {**os.environ, "PATH": f"{binaries(*BINARIES)}:{os.environ['PATH']}"}
         parent = Path(controlplane.__file__).with_name("with_parent.py")
-        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+        isolated = [
+            shutil.which("unshare") or "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-c",
+            script,
+        ]
         with (home / "start.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-IS", str(parent), *isolated],
@@ -166,8 +180,7 @@ class RealNode:
     def check(self) -> None:
         """Raises HostUnfit with its last words if it has ended."""
         if self._process is not None and self._process.poll() is not None:
-            words = "\n".join(p.read_text(errors="replace")[-2000:] for p in sorted(self._home.glob("*.log")))
-            raise HostUnfit(f"the kubelet ended with code {self._process.returncode}", words)
+            raise HostUnfit(f"the kubelet ended with code {self._process.returncode}", self.words())
 
 
 def write_image(path: Path, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from colocate.demo.controlplane import ControlPlane
+from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, path_of
 from colocate.objects import Node
 from tests.cluster.conftest import World, leader
@@ -37,7 +38,10 @@ async def until_ready(world: World, real_node: RealNode) -> Node:
         node = await world.api.get(Node, path_of(NODES, name=NAME))
         return node if any(c.type == "Ready" and c.status == "True" for c in node.status.conditions) else None
 
-    found: Node = await world.until(ready, f"the real node is ready: {real_node.log()}")
+    try:
+        found: Node = await world.until(ready, "the real node is ready")
+    except AssertionError as error:
+        raise HostUnfit(str(error), real_node.words()) from error
     return found
 
 
