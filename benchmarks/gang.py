@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -171,8 +172,7 @@ def _forget(cluster: Cluster, queue: Queue, key: str) -> None:
 class Live:
     """A control plane with KWOK's nodes, pods made by many creators, and a watch that sees them bound."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self) -> None:
         self.bound: dict[str, float] = {}
         self.api: Api
         self.nodes_seen: Reflector[Node]
@@ -234,16 +234,6 @@ class Live:
             await asyncio.sleep(0.05)
         return max(self.bound.values())
 
-    async def clear(self) -> None:
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": 0}
-        for path in (path_of(PODS, "default"), path_of(POD_GROUPS, "default")):
-            await self.api.request("DELETE", path, body, timeout_seconds=600)
-        while (
-            b'"items":[]' not in (await self.api.request("GET", path_of(PODS, "default"), query={"limit": "1"}))[:4000]
-        ):
-            await asyncio.sleep(0.5)
-        self.bound.clear()
-
 
 @contextlib.contextmanager
 def scheduler_of(kind: str, plane: ControlPlane) -> Iterator[tuple[str, int]]:
@@ -292,7 +282,7 @@ async def _shape(live: Live, plane: ControlPlane, kind: str, jobs: list[tuple[st
         await live.pods(jobs, name, groups=kind == "colocate" and jobs[0][1] > 1)
         created = time.monotonic()
         last = await live.until_bound(count)
-        found = {
+        return {
             "seconds": last - started,
             "behind_creation": last - created,
             "pods_per_second": count / (last - started),
@@ -300,8 +290,6 @@ async def _shape(live: Live, plane: ControlPlane, kind: str, jobs: list[tuple[st
             "api_cpu_seconds": _cpu(plane.pid("kube-apiserver")) - api,
             "rss_mib": _rss_mib(pid),
         }
-    await live.clear()
-    return found
 
 
 async def _burst(live: Live, plane: ControlPlane, kind: str, count: int) -> dict[str, float]:
@@ -314,13 +302,11 @@ async def _burst(live: Live, plane: ControlPlane, kind: str, count: int) -> dict
         started, own = time.monotonic(), _cpu(pid)
         await _cordon(live, False)
         last = await live.until_bound(count)
-        found = {
+        return {
             "binds_per_second": count / (last - started),
             "capacity_to_last_bind": last - started,
             "cpu_seconds": _cpu(pid) - own,
         }
-    await live.clear()
-    return found
 
 
 async def _cordon(live: Live, cordoned: bool, prefix: str = "") -> None:
@@ -344,7 +330,6 @@ async def _capacity(live: Live, plane: ControlPlane) -> dict[str, Any]:
             started = time.monotonic()
             await _cordon(live, False, "pool")
             found.append(await live.until_bound((i + 1) * CAPACITY_GANG) - started)
-    await live.clear()
     return {"seconds": found}
 
 
@@ -356,7 +341,6 @@ async def _long_queue(live: Live, plane: ControlPlane, count: int) -> dict[str, 
         await live.pods([("one", count)], name, groups=False)
         last = await live.until_bound(count)
         decide = next(float(line.split()[1]) for line in (await _asked("/metrics")).splitlines() if DECIDE_SUM in line)
-    await live.clear()
     return {"seconds": last - started, "decide_seconds": decide, "share": decide / (last - started)}
 
 
@@ -369,32 +353,14 @@ async def _memory(live: Live, plane: ControlPlane, nodes: int, pods: int) -> dic
         while await _asked("/readyz") != "leading\n":
             await asyncio.sleep(0.2)
         await asyncio.sleep(5)
-        found = {"rss_mib": _rss_mib(pid)}
-    await live.clear()
-    await live.api.request("DELETE", NODES, query={"labelSelector": "!colocate.io/simulated"}, timeout_seconds=600)
-    return found
+        return {"rss_mib": _rss_mib(pid)}
 
 
-async def _ours(live: Live, plane: ControlPlane, runs: Runs, scale: int, rounds: int) -> None:
-    """What has no counterpart in kube-scheduler."""
-    for round_ in range(rounds):
-        key: dict[str, Any] = {"kind": "capacity", "round": round_}
-        if not runs.has(**key):
-            runs.add(**key, reference=reference_loop(), **await _capacity(live, plane))
-    key = {"kind": "queue", "round": 0, "scale": scale}
-    if not runs.has(**key):
-        runs.add(**key, reference=reference_loop(), **await _long_queue(live, plane, QUEUE_PODS // scale))
-    key = {"kind": "memory", "round": 0, "scale": scale}
-    if not runs.has(**key):
-        found = await _memory(live, plane, MANY_NODES // scale, MANY_PODS // scale)
-        runs.add(**key, reference=reference_loop(), **found)
-
-
-async def _on_api_server(runs: Runs, full: bool) -> None:
-    scale = 1 if full else 10
-    shapes = {"10000x1": (10_000, 1), "500x20": (500, 20), "20x500": (20, 500), "1x10000": (1, 10_000)}
+@contextlib.asynccontextmanager
+async def _fresh() -> AsyncIterator[tuple[Live, ControlPlane]]:
+    """A control plane with 100 empty nodes, for one measurement: deleting 10,000 pods takes longer."""
     with tempfile.TemporaryDirectory() as name, ControlPlane(Path(name) / "plane", controllers=True) as plane:
-        live = Live(Path(name))
+        live = Live()
         async with Api.connect(str(plane.kubeconfig())) as live.api:
             await install(live.api)
             await live.nodes([f"n{i:05}" for i in range(100)], **PLAYED)
@@ -402,26 +368,43 @@ async def _on_api_server(runs: Runs, full: bool) -> None:
             live.nodes_seen = Reflector(live.api, NODES, Node, lambda _before, _now: None)
             pods: Reflector[Pod] = Reflector(live.api, PODS, Pod, live.on_pod)
             watching = [asyncio.create_task(r.run()) for r in (live.nodes_seen, pods)]
-            await pods.synced.wait()
-            await asyncio.sleep(5)
-            await _ours(live, plane, runs, scale, ROUNDS if full else 2)
-            for round_ in range(ROUNDS if full else 2):
-                for kind in ("colocate", "kube-scheduler")[:: 1 if round_ % 2 == 0 else -1]:
-                    for shape, (jobs, size) in shapes.items():
-                        key = {"kind": "shape", "shape": shape, "scale": scale, "by": kind, "round": round_}
-                        if not runs.has(**key):
-                            few = max(jobs // scale, 1)
-                            many = [(f"j{i}", size if jobs >= scale else size // scale) for i in range(few)]
-                            found = await _shape(live, plane, kind, many)
-                            runs.add(**key, reference=reference_loop(), **found)
-                            print(f"gang: {shape} by {kind}, round {round_}: {found['seconds']:.1f} s", file=sys.stderr)
-                    key = {"kind": "burst", "by": kind, "round": round_, "scale": scale}
-                    if not runs.has(**key):
-                        found = await _burst(live, plane, kind, 10_000 // scale)
-                        runs.add(**key, reference=reference_loop(), **found)
-            for task in watching:
-                task.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
+            try:
+                await pods.synced.wait()
+                await asyncio.sleep(4)
+                yield live, plane
+            finally:
+                for task in watching:
+                    task.cancel()
+                await asyncio.gather(*watching, return_exceptions=True)
+
+
+Measure = Callable[[Live, ControlPlane], Awaitable[dict[str, Any]]]
+
+
+def _plan(full: bool) -> Iterator[tuple[dict[str, Any], Measure]]:
+    """Every run on an API server: what it is called, and what is done."""
+    scale, rounds = (1, ROUNDS) if full else (10, 2)
+    shapes = {"10000x1": (10_000, 1), "500x20": (500, 20), "20x500": (20, 500), "1x10000": (1, 10_000)}
+    one = {"round": 0, "scale": scale}
+    yield {"kind": "queue", **one}, partial(_long_queue, count=QUEUE_PODS // scale)
+    yield {"kind": "memory", **one}, partial(_memory, nodes=MANY_NODES // scale, pods=MANY_PODS // scale)
+    for round_ in range(rounds):
+        yield {"kind": "capacity", "round": round_}, _capacity
+        for by in ("colocate", "kube-scheduler")[:: 1 if round_ % 2 == 0 else -1]:
+            key = {"by": by, "round": round_, "scale": scale}
+            for shape, (jobs, size) in shapes.items():
+                few = [(f"j{i}", size if jobs >= scale else size // scale) for i in range(max(jobs // scale, 1))]
+                yield {"kind": "shape", "shape": shape, **key}, partial(_shape, kind=by, jobs=few)
+            yield {"kind": "burst", **key}, partial(_burst, kind=by, count=10_000 // scale)
+
+
+async def _on_api_server(runs: Runs, full: bool) -> None:
+    for key, measure in _plan(full):
+        if not runs.has(**key):
+            print("gang:", *key.values(), file=sys.stderr, flush=True)
+            async with _fresh() as (live, plane):
+                found = await measure(live, plane)
+            runs.add(**key, reference=reference_loop(), **found)
 
 
 def run(full: bool) -> list[str]:

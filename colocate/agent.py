@@ -98,6 +98,7 @@ class Agent:
         self.counts: dict[tuple[str, str], int] = {}
         self.on_tick: list[Callable[[Tick], None]] = []
         self.on_evicted: list[Callable[[Job], None]] = []
+        self._next_kernels: tuple[Kernels, str] | None = None
         self._wake = asyncio.Event()
         self._model_saved = 0.0
         self._forgotten: set[str] = set()
@@ -138,8 +139,8 @@ class Agent:
         self._wake.set()
 
     def set_kernels(self, kernels: Kernels, backend: str) -> None:
-        """Compute with these from the next tick on."""
-        self.kernels, self.recorder.backend = kernels, backend
+        """Compute with these from the next tick on: one that is under way is recorded as what computed it."""
+        self._next_kernels = (kernels, backend)
 
     def wake(self, why: str) -> None:
         """Tick now: a service stalls."""
@@ -149,12 +150,16 @@ class Agent:
     async def tick(self) -> Tick:
         """Observe, model, decide, actuate, record: once."""
         started = time.perf_counter()
+        if self._next_kernels is not None:
+            (self.kernels, self.recorder.backend), self._next_kernels = self._next_kernels, None
         spec = self.policy.spec
         objectives = {s.name: s.slo for s in spec.services if s.slo is not None}
         await self.scraper.scrape(objectives, min(SCRAPE_WAIT_RATIO * spec.tick, 0.1))
         self.observer.refresh_pods()
         snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
-        self.tier.tree = self.observer.tree
+        former, self.tier.tree = self.tier.tree.tier_path, self.observer.tree
+        if former != self.tier.tree.tier_path and not self.shadow:
+            self.tier.remove_job(former)  # unless jobs are in it, which follow
         kubernetes = self.observer.tree.kubepods is not None
         drifts = self.writer.drifts(snapshot, yields=spec.drift == "yield", kubernetes=kubernetes)
         for drift in drifts:
@@ -208,15 +213,13 @@ class Agent:
             if former == joined(self.tier.tree.tier_path, job.name):
                 continue
             try:
-                placement = self.tier.rehome(job.name, former)
-                if job.memory_bytes is not None:
-                    self.tier.set_job_knob(placement, "memory.max", str(job.memory_bytes))
-                self.tier.remove_job(former)
+                placement = self.tier.rehome(job.name, former, job.memory_bytes)
             except (ColocateError, OSError) as error:
                 log.warning("job_not_rehomed", job=job.name, error=str(error))
                 continue
             job.path = placement.path
             self.registry.save()
+            self.tier.remove_job(former)
             self.forget_made(former)
             self.tier.remove_job(former.rpartition("/")[0])  # goes with the last job
             log.info("job_rehomed", job=job.name, former=former, path=job.path)

@@ -325,6 +325,8 @@ class GangPlanSpec(Lean, frozen=True):
     epoch: int = 0
     """The leader's: how often leadership had changed hands when it began."""
     created: str | None = None
+    began: str | None = None
+    """When the first plan of this run of the group was made: for a while from then on it is owed its minResources."""
     timeout_seconds: int = 0
     min_member: int = 1
     """The group's quorum when it was planned: it stands although the PodGroup may have gone since."""

@@ -197,12 +197,14 @@ class TierMaker:
                     raise CgroupGone(errno.ESRCH, f"process {pid} has ended") from error
                 raise
 
-    def rehome(self, name: str, former: str) -> Placement:
+    def rehome(self, name: str, former: str, memory_bytes: int | None) -> Placement:
         """Move a job from `former`, its directory in a tier of earlier times, into the tier.
 
         Raises what `ensure_job` raises, and OSError.
         """
         placement = self.ensure_job(name)
+        if memory_bytes is not None:
+            self.set_job_knob(placement, "memory.max", str(memory_bytes))
         for _ in range(REHOME_ROUNDS):  # what was forked meanwhile is found in the next round
             left = processes_anywhere(self._port, former)
             for pid in left:

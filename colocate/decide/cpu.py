@@ -27,6 +27,7 @@ EXONERATION_SECONDS = 60.0
 MAX_EXONERATION_SECONDS = 600.0
 NOT_HELPED_RATIO = 0.8
 OWN_WAITING_FADE = 0.1
+OWN_WAITING_SECONDS = 600.0
 LEAST_OWN_WAITING_RATIO = 0.01
 OPEN_AFTER_TICKS_AT_RAIL = 5
 Mode = Literal["open", "floor", "trial", "granted"]
@@ -56,6 +57,8 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     own_waiting: dict[str, float] = {}
     """service -> how much it waits while batch is at its floor or does not run: its own doing, on top of which
     `pressure` is judged."""
+    own_until: float = 0.0
+    """Then it is forgotten, and the question asked anew: while batch runs, it cannot be told how much it still is."""
     exonerated: str = ""
     """The service whose waiting batch did not cause."""
     exonerated_until: float = 0.0
@@ -154,8 +157,15 @@ def _to_floor(state: CpuState, seen: Evidence, forecast: Forecast, now: float, s
         hold_seconds=hold if was_open else state.hold_seconds,
         used_before_cores=forecast.batch_cores if was_open else state.used_before_cores,
         waited_before_ratio=seen.waiting_ratio if was_open else state.waited_before_ratio,
-        suspicion=(seen.service if seen.kind == "waiting" else "") if was_open else state.suspicion,
+        suspicion=_suspicion(state, seen, forecast, was_open=was_open),
     )
+
+
+def _suspicion(state: CpuState, seen: Evidence, forecast: Forecast, *, was_open: bool) -> str:
+    """The service whose waiting alone is the reason for the floor; empty if another one's latency is one too."""
+    slow = any(w.evidence == "latency" and (w.slack or 0.0) < 0 for w in forecast.workloads.values())
+    same = was_open or seen.service == state.suspicion
+    return seen.service if seen.kind == "waiting" and same and not slow else ""
 
 
 def _start_trial(
@@ -183,6 +193,7 @@ def _opened(state: CpuState) -> CpuState:
         hold_until=state.hold_until,
         hold_seconds=state.hold_seconds,
         own_waiting=state.own_waiting,
+        own_until=state.own_until,
     )
 
 
@@ -265,7 +276,7 @@ def _while_open(
     learnt = idle and state.ticks >= spec.cpu.trial_ticks
     if learnt:
         waits = _waiting_ratios(snapshot, forecast)
-        state = replace(state, own_waiting={n: w for n, w in waits.items() if w >= LEAST_OWN_WAITING_RATIO})
+        state = _learnt(state, {n: w for n, w in waits.items() if w >= LEAST_OWN_WAITING_RATIO}, snapshot)
     if seen.slack >= 0:
         return state, "SlackEnough", f"slack {seen.slack:.0%} ({seen.text}): no grant is needed"
     if learnt and seen.kind == "waiting":
@@ -276,9 +287,9 @@ def _while_open(
     return _to_floor(state, seen, forecast, now, spec), "SlackNegative", f"slack {seen.slack:.0%} ({seen.text})"
 
 
-def _own_doing(state: CpuState, seen: Evidence) -> CpuState:
-    own = {**state.own_waiting, seen.service: round(seen.waiting_ratio, 4)}
-    return msgspec.structs.replace(state, own_waiting=own)
+def _learnt(state: CpuState, own: Mapping[str, float], snapshot: NodeSnapshot) -> CpuState:
+    until = snapshot.monotonic_seconds + OWN_WAITING_SECONDS
+    return msgspec.structs.replace(state, own_waiting={n: round(w, 4) for n, w in own.items()}, own_until=until)
 
 
 def _at_floor(
@@ -297,19 +308,21 @@ def _at_floor(
             freed = CpuState(
                 besteffort=state.besteffort,
                 own_waiting=state.own_waiting,
+                own_until=state.own_until,
                 exonerated=seen.service,
                 exonerated_until=now + seconds,
                 exonerated_seconds=seconds,
             )
             return freed, "NotCausedByBatch", f"{seen.text}, before the floor {state.waited_before_ratio:.1%}"
         if seen.kind == "waiting" and settled:
-            return _own_doing(state, seen), "OwnWaiting", f"{seen.text} with batch at its floor: its own doing"
+            state = _learnt(state, {**state.own_waiting, seen.service: seen.waiting_ratio}, snapshot)
+            return state, "OwnWaiting", f"{seen.text} with batch at its floor: its own doing"
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}) with batch at its floor"
     if state.ticks < spec.cpu.trial_ticks:
         return state, "FloorInForce", f"slack {seen.slack:.0%} ({seen.text}): recovering"
     own = _waiting_ratios(snapshot, forecast).get(state.suspicion)
     if own is not None and state.waited_before_ratio - own <= spec.cpu.pressure / 100:
-        learnt = replace(_opened(state), own_waiting={**state.own_waiting, state.suspicion: round(own, 4)})
+        learnt = _learnt(_opened(state), {**state.own_waiting, state.suspicion: own}, snapshot)
         added = f"{state.suspicion} waits {own:.1%} with batch at its floor, {state.waited_before_ratio:.1%} before"
         return learnt, "BatchAddsLittle", f"{added}: batch adds less than {spec.cpu.pressure:g} %"
     if state.rung < len(calibration.rungs):
@@ -349,7 +362,9 @@ def decide_cpu(
 ) -> Decision:
     """The CPU law for one tick."""
     if state.own_waiting:
-        state = msgspec.structs.replace(state, own_waiting=_still_own(state.own_waiting, snapshot, forecast))
+        asked_anew = snapshot.monotonic_seconds >= state.own_until
+        known = {} if asked_anew else _still_own(state.own_waiting, snapshot, forecast)
+        state = msgspec.structs.replace(state, own_waiting=known)
     doubted = state.exonerated if snapshot.monotonic_seconds < state.exonerated_until else ""
     seen = worst_service(snapshot, forecast, spec, state.own_waiting, doubted)
     stale = max(snapshot.stale_ticks.get("workloads", 0), snapshot.stale_ticks.get("node", 0))

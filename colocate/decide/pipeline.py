@@ -122,8 +122,14 @@ def decide(
         for a in (*cpu_actions, *memory.actions, *eviction.actions, *freeze.actions)
         if not already(a.knob, a.value, known[a.workload].knobs.get(a.knob))
     ]
+    # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
+    law_of_cpu = state.cpu if arm == OFF_UNMANAGED else cpu.state
     following = LawState(
-        cpu=cpu.state, memory=memory.state, freeze=freeze.state, eviction=eviction.state, pending=tuple(freeze.requests)
+        cpu=law_of_cpu,
+        memory=memory.state,
+        freeze=freeze.state,
+        eviction=eviction.state,
+        pending=tuple(freeze.requests),
     )
     plan = Plan(
         sequence=snapshot.sequence,

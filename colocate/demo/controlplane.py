@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import ssl
@@ -94,6 +95,7 @@ class ControlPlane:
         ]
         self._bin, self._names = binaries(*names), names
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._tokens = {user: secrets.token_hex(16) for user in USERS}  # others on this machine reach its ports too
         self.port = 0
 
     def __enter__(self) -> ControlPlane:
@@ -119,7 +121,7 @@ class ControlPlane:
             "kind": "Config",
             "current-context": "colocate",
             "clusters": [{"name": "colocate", "cluster": server}],
-            "users": [{"name": user, "user": {"token": f"{user}-token"}}],
+            "users": [{"name": user, "user": {"token": self._tokens[user]}}],
             "contexts": [{"name": "colocate", "context": {"cluster": "colocate", "user": user}}],
         }
         path.write_text(json.dumps(config))
@@ -146,8 +148,10 @@ class ControlPlane:
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         client, peer, self.port = _free_ports(3)
-        tokens = "".join(f"{u}-token,{name},{u},{groups}\n" for u, (name, groups) in USERS.items())
-        (self.directory / "tokens.csv").write_text(tokens)
+        tokens = "".join(f"{self._tokens[u]},{name},{u},{groups}\n" for u, (name, groups) in USERS.items())
+        path = self.directory / "tokens.csv"
+        path.touch(mode=0o600)
+        path.write_text(tokens)
         key = self.directory / "service-account.key"
         self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(key))
         self._run_etcd(client, peer)
@@ -220,7 +224,7 @@ class ControlPlane:
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only asks whether it is up
         url = f"https://127.0.0.1:{self.port}/readyz"
-        request = urllib.request.Request(url, headers={"Authorization": "Bearer admin-token"})
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self._tokens['admin']}"})
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )

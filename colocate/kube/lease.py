@@ -38,6 +38,8 @@ class Election:
         self.retry_seconds = lease_seconds * 2 / 15
         self.predecessor = ""
         """Who held the lease before and did not give it up: its late writes are to be fenced off."""
+        self.made = False
+        """Whether there was no lease at all: nobody has led, or somebody deleted it."""
         self.refused = ""
         """Why the lease can be neither read nor written; empty while another simply holds it."""
         self.settled = True
@@ -86,6 +88,7 @@ class Election:
                 if error.status != 404:
                     raise
                 self._lease = await self._write("POST", self._path(), None, 0)
+                self.made = True
                 return True
             if self._expired(lease):
                 holder = lease.spec.holder_identity or ""
@@ -124,6 +127,12 @@ class Election:
                 log.warning("lease_not_renewed", error=str(error))
             if not self.holds():
                 raise LeadershipLost(f"the lease {self._name} could not be renewed in {self.renew_within_seconds:g} s")
+
+    async def confirm(self) -> None:
+        """Look whether the lease is still ours. Raises LeadershipLost if not, or if that cannot be said."""
+        if not await self._still_ours():
+            self._renewed = float("-inf")
+            raise LeadershipLost(f"the lease {self._name} is not {self.identity}'s any more")
 
     async def _still_ours(self) -> bool:
         try:

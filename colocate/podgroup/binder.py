@@ -6,7 +6,7 @@ back before anything else is done with that pod.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import secrets
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +25,7 @@ from colocate.kube.client import (
     Unreachable,
     path_of,
 )
-from colocate.kube.lease import LeadershipLost
+from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import PLAN_API, POD_GROUP_API, Condition, GangPlan, Pod, PodGroup, PodGroupStatus
 
 EPOCH = "colocate.io/epoch"
@@ -42,17 +42,24 @@ def now_text() -> str:
 class Binder:
     """Everything that is written, by one leader in one epoch."""
 
-    def __init__(self, api: Api, epoch: int, holds: Callable[[], bool]) -> None:
-        self._api, self.epoch, self._holds = api, epoch, holds
+    def __init__(self, api: Api, epoch: int, election: Election) -> None:
+        self._api, self.epoch, self._election = api, epoch, election
+        self._token = secrets.token_hex(3)
+
+    @property
+    def mark(self) -> str:
+        """What this leader writes on pods: its epoch, and what no pod's owner can have guessed."""
+        return f"{self.epoch}.{self._token}"
 
     async def _write(self, method: str, path: str, body: Any, content_type: str = "application/json") -> bytes:
-        if not self._holds():
+        if not self._election.holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
         return await self._api.request(method, path, body, content_type=content_type, patient=False)
 
     async def bind(self, pod: Pod, node: str, plan_id: str) -> Pod | None:
-        """Bind a pod; the pod as it is now if that had to be read back, None if it is gone. Raises ApiError,
-        Unreachable.
+        """Bind a pod; the pod as it is now if that had to be read back, None if it is gone.
+
+        Raises ApiError, Unreachable, and LeadershipLost if another leader has marked it since.
         """
         meta = pod.metadata
         body = {
@@ -62,7 +69,7 @@ class Binder:
                 "name": meta.name,
                 "uid": meta.uid,
                 "resourceVersion": meta.resource_version,
-                "annotations": {EPOCH: str(self.epoch), **({PLAN: plan_id} if plan_id else {})},
+                "annotations": {EPOCH: self.mark, **({PLAN: plan_id} if plan_id else {})},
             },
             "target": {"apiVersion": "v1", "kind": "Node", "name": node},
         }
@@ -71,7 +78,11 @@ class Binder:
         except (ApiError, Unreachable) as error:
             if isinstance(error, ApiError) and error.status not in (404, 409, 500, 503, 504):
                 raise
-            return await self.read(pod)
+            now = await self.read(pod)
+            mark = now.metadata.annotations.get(EPOCH) if now is not None else None
+            if mark not in (None, self.mark, meta.annotations.get(EPOCH)):
+                await self._election.confirm()  # somebody fences us off, or the pod's owner plays with marks
+            return now
         bound = msgspec.structs.replace(pod.spec, node_name=node)
         return msgspec.structs.replace(pod, spec=bound)
 
@@ -90,7 +101,7 @@ class Binder:
     async def stamp(self, pod: Pod) -> Pod | None:
         """Mark an unbound pod with this epoch: binds of an earlier leader then fail on its resourceVersion."""
         meta = pod.metadata
-        body = {"metadata": {"uid": meta.uid, "annotations": {EPOCH: str(self.epoch)}}}
+        body = {"metadata": {"uid": meta.uid, "annotations": {EPOCH: self.mark}}}
         try:
             answer = await self._write("PATCH", path_of(PODS, meta.namespace, meta.name), body, MERGE)
         except ApiError as error:

@@ -149,7 +149,7 @@ def _roll_back(plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool]) -> 
     text = f"{plan.status.message}; taken back"
     if left:
         text += f", but for {', '.join(left)}: a pod without an owner is never deleted"
-    emptied = msgspec.structs.replace(plan.spec, plan_id="", note="", members=[])
+    emptied = msgspec.structs.replace(plan.spec, plan_id="", note="", began=None, members=[])
     waiting = _in(plan, "Waiting", plan.status.reason, text)
     return Next(msgspec.structs.replace(waiting, spec=emptied), [])
 

@@ -24,6 +24,7 @@ from colocate.objects import (
     GangPlan,
     GangPlanSpec,
     PlannedMember,
+    Pod,
     PodGroup,
 )
 from colocate.podgroup.binder import EPOCH, Binder, now_text
@@ -42,8 +43,6 @@ GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
 UNSEEN_SECONDS = 5.0
 """A bind that succeeded and is not seen in the watch for so long is read back."""
-MOST_DIGITS = 16
-"""Of an epoch: users can write their pods' annotations."""
 log = structlog.get_logger()
 
 
@@ -62,7 +61,7 @@ class Controller:
         self._api, self.settings, self._election = api, settings, election
         self.cluster, self.queue = Cluster(), Queue(settings)
         self.metrics = Metrics()
-        self._hands = Hands(self.cluster, self.queue, Binder(api, 0, election.holds), self.metrics)
+        self._hands = Hands(self.cluster, self.queue, Binder(api, 0, election), self.metrics)
         self._status = StatusWriter(self.cluster, self.queue, self._hands.save_waiting)
         self.feed = Feed(self.cluster, self.queue, self._status.touch, self._refused)
         self._hands.connect(self.feed, self._status.touch)
@@ -70,6 +69,8 @@ class Controller:
         self._began: dict[str, float] = {}
         """plan id -> monotonic time of its making, as far as this process can tell."""
         self.reflectors: list[Reflector[Any]] = []
+        self._said: dict[str, str] = {}
+        """Gang -> the defect that was logged of it."""
         self._tasks: asyncio.TaskGroup
         self._spent = 0.0
         """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
@@ -132,15 +133,12 @@ class Controller:
     async def _take_over(self) -> None:
         """Fence off a predecessor that may still be writing: afterwards its binds fail on the pods' resourceVersion.
 
-        A lease that somebody deleted tells of no predecessor and counts from 0 again: what was written does.
+        A lease that somebody deleted tells of no predecessor and counts from 0 again; plans and marks of pods tell.
         """
-        written = {p.metadata.annotations.get(EPOCH, "") for p in self.cluster.pods.values()}
-        marks = [int(mark) for mark in written if mark.isdecimal() and len(mark) < MOST_DIGITS]
-        latest = max([*marks, *(plan.spec.epoch for plan in self.cluster.plans.values())], default=-1)
-        forgotten = latest >= self._hands.binder.epoch
-        if forgotten:
-            self._hands.binder.epoch = latest + 1
-        if not self._election.predecessor and not forgotten:
+        binder, latest = self._hands.binder, max((p.spec.epoch for p in self.cluster.plans.values()), default=-1)
+        binder.epoch = max(binder.epoch, latest + 1)
+        led_before = any(EPOCH in p.metadata.annotations for p in self.cluster.pods.values())
+        if not self._election.predecessor and not (self._election.made and (led_before or latest >= 0)):
             return
         pending = [
             p
@@ -148,7 +146,12 @@ class Controller:
             if p.spec.scheduler_name in self.settings.schedulers and not p.spec.node_name and not p.terminal
         ]
         log.info("fencing", predecessor=self._election.predecessor, pods=len(pending))
-        await asyncio.gather(*(self._hands.limited(self._hands.fence(p)) for p in pending))
+
+        async def fence(pod: Pod) -> None:
+            await self._hands.limited(self._hands.fence(pod))
+            self.alive_at = now_seconds()
+
+        await asyncio.gather(*(fence(p) for p in pending))
         self._election.settled = True
 
     # deciding
@@ -172,7 +175,9 @@ class Controller:
         began = now_seconds()
         decided = self.queue.cycle(self.cluster, dirty, began)
         for key, error in decided.failures:
-            log.error("gang_not_decided", gang=key, exc_info=error)
+            if self._said.get(key) != repr(error):
+                self._said[key] = repr(error)
+                log.error("gang_not_decided", gang=key, exc_info=error)
         self.alive_at = now_seconds()
         self._spent = self.alive_at - began
         self.metrics.decide.observe(self._spent)
@@ -220,6 +225,7 @@ class Controller:
             plan_id=uuid.uuid4().hex[:12],
             epoch=self._hands.binder.epoch,
             created=now_text(),
+            began=(before.spec.began if before is not None and self._lives(start.key) else None) or now_text(),
             timeout_seconds=group.spec.schedule_timeout_seconds or self.settings.timeout_seconds,
             min_member=self._quorum(start, group),
             note=start.note,
@@ -232,6 +238,10 @@ class Controller:
         self._hands.spawn(
             start.key, self._hands.save(start.key, msgspec.structs.replace(plan, spec=spec, status=status))
         )
+
+    def _lives(self, key: str) -> bool:
+        """Whether a gang has members on nodes: what is planned now belongs to the same run."""
+        return any(p.spec.node_name and not p.terminal for p in self.cluster.pods_of(key))
 
     def _quorum(self, start: Start, group: PodGroup) -> int:
         """What must be there in the end; less where members are made only after the others run."""

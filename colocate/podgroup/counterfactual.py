@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from colocate.objects import Counterfactual, Node, ObjectMeta, Taint, Toleration
 from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.fit import Gang, Member
+from colocate.podgroup.fit import Gang, Member, Owed
 from colocate.podgroup.gangs import gang_key
 from colocate.podgroup.ledger import REPELLING, UNSCHEDULABLE, Ledger
 from colocate.podgroup.place import most_that_fit, place
@@ -22,10 +22,13 @@ SYSTEM = "node.kubernetes.io/"
 replace = msgspec.structs.replace
 
 
-def counterfactuals(cluster: Cluster, gang: Gang, satisfied: int) -> list[Counterfactual]:
+def counterfactuals(
+    cluster: Cluster, gang: Gang, satisfied: int, owed_without: Callable[[str], Owed]
+) -> list[Counterfactual]:
     """The cheapest changes with which the gang starts, at most `MAX_FOUND`; the cluster is as before afterwards.
 
-    `satisfied` members of the quorum run or have completed.
+    `satisfied` members of the quorum run or have completed; `owed_without(key)` is what must be left to others if that
+    gang has ended.
     """
     found: list[Counterfactual] = []
     for changes in (
@@ -33,7 +36,7 @@ def counterfactuals(cluster: Cluster, gang: Gang, satisfied: int) -> list[Counte
         _uncordoned(cluster.ledger, gang),
         _tolerated(cluster.ledger, gang),
         _anywhere(cluster.ledger, gang),
-        _without_others(cluster, gang),
+        _without_others(cluster, gang, owed_without),
         _more_nodes(cluster.ledger, gang),
     ):
         for change in changes:
@@ -83,7 +86,7 @@ def _anywhere(ledger: Ledger, gang: Gang) -> Iterator[str]:
         yield f"it is not required to be within one {gang.required_topology}"
 
 
-def _without_others(cluster: Cluster, gang: Gang) -> Iterator[str]:
+def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], Owed]) -> Iterator[str]:
     """One other gang has ended; those with the fewest pods first."""
     gangs: dict[str, list[str]] = {}
     for uid in cluster.ledger.holdings:
@@ -91,7 +94,7 @@ def _without_others(cluster: Cluster, gang: Gang) -> Iterator[str]:
             gangs.setdefault(gang_key(cluster.pods[uid]), []).append(uid)
     for key, uids in sorted(gangs.items(), key=lambda g: (len(g[1]), g[0]))[:MAX_TRIED]:
         with cluster.ledger.without(uids):
-            placed = place(cluster.ledger, gang)
+            placed = place(cluster.ledger, gang._replace(leave=owed_without(key)))
         if placed is not None:
             yield f"{key.replace('pod:', '')} ends ({len(uids)} pods)"
 

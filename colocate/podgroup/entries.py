@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Set
 from typing import NamedTuple
 
 import msgspec
 
 from colocate.objects import Pod, PodGroup
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
-from colocate.podgroup.fit import Gang, Member
+from colocate.podgroup.fit import Gang, Member, Owed
 from colocate.podgroup.gangs import Members, is_group, sort_members
 from colocate.podgroup.reservations import rest_of_min_resources
 from colocate.podgroup.shape import amounts
@@ -132,7 +132,7 @@ def _waits_for_itself(entry: Entry) -> bool:
     return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"
 
 
-def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: Mapping[str, int]) -> tuple[Gang, str]:
+def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: Owed) -> tuple[Gang, str]:
     """What the solver is asked for this entry, and what to say about it."""
     members, group, note = entry.members, entry.group, ""
     quorum = min(entry.need, len(members.pending))
@@ -141,17 +141,26 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
         note = f"CreationDependency: {missing} members are made only after the others run; their room is reserved"
     annotations = group.metadata.annotations if group is not None else {}
     preferred = annotations.get(PREFERRED_TOPOLOGY)
-    wanted = {r for p in members.pending for r, _ in cluster.shape(p).requests} if owed_to_others else set()
+    shapes = {id(s): s for s in map(cluster.shape, members.pending)}.values()
+    counted = [cluster.shape(p) for p in members.counted] if group is not None and group.spec.min_resources else []
+    reserve = rest_of_min_resources(cluster, entry.key, counted) if entry.need else {}
     gang = Gang(
         members=tuple(member_of(cluster, p) for p in members.pending),
         quorum=quorum,
         required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
         preferred_topology=(preferred,) if preferred else settings.topology,
         fixed=tuple(p.spec.node_name for p in members.bound),
-        reserve=rest_of_min_resources(cluster, entry.key, members.counted) if entry.need else {},
-        leave={resource: amount for resource, amount in owed_to_others.items() if resource in wanted},
+        reserve=reserve,
+        leave=of_interest(owed_to_others, {r for s in shapes for r, _ in s.requests} | set(reserve)),
     )
     return gang, note
+
+
+def of_interest(owed: Owed, resources: Set[str]) -> Owed:
+    """The part of what others are owed that a gang which takes these resources could take from them."""
+    if not owed.amounts:
+        return owed
+    return owed._replace(amounts={r: amount for r, amount in owed.amounts.items() if r in resources})
 
 
 def member_of(cluster: Cluster, pod: Pod) -> Member:

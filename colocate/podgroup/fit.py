@@ -28,6 +28,13 @@ class Member(NamedTuple):
     labels: Mapping[str, str]
 
 
+class Owed(NamedTuple):
+    """What must stay free for other gangs, on the nodes that a pod of any of the shapes can use."""
+
+    amounts: Mapping[str, int] = {}
+    shapes: tuple[Shape, ...] = ()
+
+
 class Gang(NamedTuple):
     """What the solver is asked: place at least `quorum` of the members, in their order, and as many more as fit."""
 
@@ -41,8 +48,8 @@ class Gang(NamedTuple):
     """Nodes of members that are bound already: they fix the required domain."""
     reserve: Mapping[str, int] = {}
     """What must be free beside the members, over all nodes that they may use (minResources)."""
-    leave: Mapping[str, int] = {}
-    """What must stay free in the whole cluster, for what other gangs are owed (reservations.py)."""
+    leave: Owed = Owed()
+    """What must stay free for others (reservations.py)."""
 
 
 class Placed(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
@@ -28,6 +29,8 @@ from colocate.podgroup.status import empty_plan, may_be_told
 
 WRITES_AT_ONCE = 64
 BIND_ATTEMPTS = 8
+OBJECT_NAME = re.compile(r"[^/]+/[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+"""`namespace/name`, the name a DNS subdomain (RFC 1123)."""
 log = structlog.get_logger()
 
 
@@ -199,12 +202,12 @@ class Hands:
             still = (key in self.queue.waiting) == (status.phase == "Waiting")
             if key in self._busy or not still or not may_be_told(plan):
                 return
-            if plan is None and group is None and not self.cluster.members.get(key):
-                return
+            if plan is None and group is None and not (self.cluster.members.get(key) and OBJECT_NAME.fullmatch(key)):
+                return  # a label may be what no object can be called
             plan = plan if plan is not None else empty_plan(key)
             uid = group.metadata.uid if group is not None else plan.spec.pod_group_uid
             spec = GangPlanSpec(
-                pod_group=plan.metadata.name, pod_group_uid=uid, epoch=self.binder.epoch, created=plan.spec.created
+                pod_group=plan.metadata.name, pod_group_uid=uid, epoch=self.binder.epoch, began=plan.spec.began
             )
             saved = await self.binder.save(msgspec.structs.replace(plan, spec=spec, status=status))
             self.cluster.set_plan(key, saved)

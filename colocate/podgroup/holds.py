@@ -58,6 +58,11 @@ class Holds:
             cluster.release_hold(hold.uid)
         self._holds = [h for h in self._holds if h not in holds]
 
+    def shapes(self, cluster: Cluster, key: str) -> list[Shape]:
+        """Of the room that is kept for this gang."""
+        holdings = [cluster.ledger.holdings.get(h.uid) for h in self._holds if h.key == key]
+        return [holding.shape for holding in holdings if holding is not None]
+
     def any_for(self, key: str) -> bool:
         """Whether something is kept for this gang."""
         return any(h.key == key for h in self._holds)

@@ -17,6 +17,7 @@ from colocate.podgroup.fill import place_class
 from colocate.podgroup.fit import Class, Gang, Member, Placed, Trial, classes_of
 from colocate.podgroup.ledger import Ints, Ledger, Mask
 from colocate.podgroup.search import pack
+from colocate.podgroup.shape import Shape
 
 MAX_ORDERS = 24
 MAX_PREFERRED_DOMAINS = 4
@@ -82,11 +83,19 @@ def _by_column(ledger: Ledger) -> list[tuple[str, int]]:
 
 def _enough_left(trial: Trial, gang: Gang, within: Mask) -> bool:
     """Whether beside what was put there is the gang's own reserve, and elsewhere what others are owed."""
-    ready = trial.ledger.ready
-    if not _free(trial, gang.reserve, within & ready):
-        return False
-    both = {r: a + gang.reserve.get(r, 0) for r, a in gang.leave.items() if r in trial.ledger.columns}
-    return _free(trial, both, ready)
+    if gang.reserve:
+        own = _usable(trial.ledger, [m.shape for m in gang.members[:1]])
+        if not _free(trial, gang.reserve, within & own):
+            return False
+    if not gang.leave.amounts:
+        return True
+    both = {r: a + gang.reserve.get(r, 0) for r, a in gang.leave.amounts.items() if r in trial.ledger.columns}
+    return _free(trial, both, _usable(trial.ledger, gang.leave.shapes))
+
+
+def _usable(ledger: Ledger, shapes: Sequence[Shape]) -> Mask:
+    """The nodes that pods of any of these shapes can use, were they empty."""
+    return np.any([ledger.standing(shape) for shape in shapes], axis=0) if shapes else ledger.ready
 
 
 def _free(trial: Trial, wanted: Mapping[str, int], usable: Mask) -> bool:

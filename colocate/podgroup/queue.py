@@ -8,18 +8,19 @@ for (EASY backfill, Lifka 1995). What was tried is remembered in frozen `Waiting
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
+from colocate.objects import Pod
 from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.entries import Entry, Settings, entry_of, member_of, not_ready, question
+from colocate.podgroup.entries import Entry, Settings, entry_of, member_of, not_ready, of_interest, question
 from colocate.podgroup.estimate import durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
-from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
+from colocate.podgroup.fit import Gang, Owed, Placed, Trial, classes_of
 from colocate.podgroup.gangs import is_group, sort_members
 from colocate.podgroup.holds import NOMINATED, SLOT, Holds
 from colocate.podgroup.ledger import Holding
@@ -106,12 +107,8 @@ class Queue:
         decided = Decisions([], [], [])
         freed = self.reservations.expire(now)
         for key in dirty:
-            try:
-                self._refresh(cluster, key, now)
-                freed = self.reservations.refresh(cluster, key, now) or freed
-            except Exception as error:  # noqa: BLE001 - see Decisions.failures
-                self._forget(key)
-                decided.failures.append((key, error))
+            if self._refresh_safely(cluster, key, now, decided):
+                freed = self._owed_less(cluster, key, now) or freed
         if freed:
             self._try_all_again()
         hopeless: Hopeless = {}
@@ -119,24 +116,43 @@ class Queue:
         entries = sorted(self._entries.values(), key=lambda e: e.order)
         self.order = [e.key for e in entries]
         for alike in self._alike(cluster, entries):
-            started = self._start_together(cluster, alike, now) if len(alike) > 1 and head is None else []
+            started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 and head is None else []
             decided.starts.extend(started)
             for entry in alike[len(started) :]:
                 try:
                     found = self._try(cluster, entry, head, hopeless, now)
-                except Exception as error:  # noqa: BLE001
-                    decided.failures.append((entry.key, error))
-                    self._tell(entry.key, "InternalError", f"it could not be decided: {error!r}", capacity=False)
+                    if found is None and head is None and self._reserves(cluster, entry, now):
+                        head = entry
+                except Exception as error:  # noqa: BLE001 - see Decisions.failures
+                    self._failed(cluster, entry.key, entry.members.pending, error, decided)
                     continue
                 if isinstance(found, Start):
                     decided.starts.append(found)
                 elif isinstance(found, Evict):
                     decided.evictions.append(found)
-                elif head is None and self._reserves(cluster, entry, now):
-                    head = entry
         for start in decided.starts:
-            self._refresh(cluster, start.key, now)
+            self._refresh_safely(cluster, start.key, now, decided)
         return decided
+
+    def _failed(self, cluster: Cluster, key: str, pending: Iterable[Pod], error: Exception, decided: Decisions) -> None:
+        """A gang could not be decided: what was promised to it is void, and its users are told."""
+        decided.failures.append((key, error))
+        for pod in pending:
+            cluster.withdraw(pod.metadata.uid)
+        self._tell(key, "InternalError", f"it could not be decided: {error!r}", capacity=False)
+
+    def _refresh_safely(self, cluster: Cluster, key: str, now: float, decided: Decisions) -> bool:
+        try:
+            self._refresh(cluster, key, now)
+        except Exception as error:  # noqa: BLE001
+            self._entries.pop(key, None)
+            self.waiting.setdefault(key, Waiting(since=now, members_at=now))
+            self._failed(cluster, key, (), error, decided)
+            return False
+        return True
+
+    def _owed_less(self, cluster: Cluster, key: str, now: float) -> bool:
+        return self.reservations.refresh(cluster, key, self.holds.shapes(cluster, key), now)
 
     def remember(self, cluster: Cluster, now: float) -> None:
         """Know since when each gang has waited: what a plan says of it, and when its youngest member was made."""
@@ -213,15 +229,18 @@ class Queue:
         for _, alike in groupby(entries, kind):
             yield list(alike)
 
-    def _start_together(self, cluster: Cluster, alike: list[Entry], now: float) -> list[Start]:
+    def _start_together(self, cluster: Cluster, alike: list[Entry], now: float, decided: Decisions) -> list[Start]:
         """As many of these equal pods as fit, the first ones first, in one question to the solver."""
         if not_ready(cluster, alike[0], self.settings, 0.0) is not None:
             return []
         members = tuple(member_of(cluster, entry.members.pending[0]) for entry in alike)
         owed = self.reservations.against("", alike[0].members.priority)
-        wanted = {resource for resource, _ in members[0].shape.requests}
-        leave = {resource: amount for resource, amount in owed.items() if resource in wanted}
-        placed = place(cluster.ledger, Gang(members, quorum=0, leave=leave)) or []
+        leave = of_interest(owed, {resource for resource, _ in members[0].shape.requests})
+        try:
+            placed = place(cluster.ledger, Gang(members, quorum=0, leave=leave)) or []
+        except Exception as error:  # noqa: BLE001
+            decided.failures.append((alike[0].key, error))
+            return []  # each by itself will tell whose fault it is
         starts = []
         for entry, one in zip(alike, placed, strict=False):
             cluster.promise(one.member.uid, one.node)
@@ -264,7 +283,7 @@ class Queue:
         self.holds.drop(cluster, entry.key, SLOT, len(placed))
         for member, node in placed:
             cluster.promise(member.uid, node)
-        self.reservations.refresh(cluster, entry.key, now)
+        self._owed_less(cluster, entry.key, now)
         return Start(entry.key, placed, now - memory.since, note)
 
     def _tell(self, key: str, reason: str, message: str, capacity: bool) -> None:
@@ -281,6 +300,8 @@ class Queue:
         nodes = cluster.gained_since(memory.gain)
         if not nodes:
             return nodes is None
+        if memory.question.leave.amounts:
+            return True  # what is free on nodes that it cannot use helps those that it must leave room for
         ledger = cluster.ledger
         rows = sorted({ledger.rows[n] for n in nodes if n in ledger.rows})
         trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
@@ -298,6 +319,8 @@ class Queue:
     ) -> tuple[list[Placed] | None, str, str]:
         """Where a gang can go now; else the reason why not, and a message."""
         placed = place(cluster.ledger, gang)
+        if placed is None and gang.quorum == 0:
+            placed = []  # nothing is owed to others by members that are only wished for
         if placed is None:
             why = shortage(cluster.ledger, gang)
             hopeless[signature] = (gang.quorum, why)
@@ -328,6 +351,8 @@ class Queue:
         if entry.key in self.holds.keys(NOMINATED):
             message = "its victims have not gone yet"
         else:
+            if place(cluster.ledger, gang._replace(leave=Owed())) is not None:
+                return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
             if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
                 return None
             with self.holds.usable_by(cluster, entry.key):
@@ -362,7 +387,7 @@ class Queue:
 
     def _fits_an_empty_cluster(self, cluster: Cluster, gang: Gang) -> bool:
         with cluster.ledger.empty():
-            return place(cluster.ledger, gang) is not None
+            return place(cluster.ledger, gang._replace(leave=Owed())) is not None
 
     def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry, now: float) -> bool:
         """Whether these end before the head can start, or the head still fits beside them when all else has ended."""
@@ -372,7 +397,7 @@ class Queue:
             return True
         ledger = cluster.ledger
         with ledger.empty(), ledger.with_also(one.holding for one in placed):
-            return question is None or place(cluster.ledger, question) is not None
+            return question is None or place(cluster.ledger, question._replace(leave=Owed())) is not None
 
 
 def _end(cluster: Cluster, placed: list[Placed], now: float) -> float:
@@ -385,7 +410,7 @@ def _end(cluster: Cluster, placed: list[Placed], now: float) -> float:
 def _signature(gang: Gang) -> tuple[object, ...]:
     """Two gangs with equal signatures fit alike, but for the size of their quorum."""
     shapes = {id(m.shape): m.shape for m in gang.members}
-    if len(shapes) > 1 or gang.fixed or gang.reserve or gang.leave:
+    if len(shapes) > 1 or gang.fixed or gang.reserve:
         return (gang.members[0].uid,)
-    member = gang.members[0]
-    return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, gang.required_topology
+    member, left = gang.members[0], (tuple(sorted(gang.leave.amounts.items())), tuple(map(id, gang.leave.shapes)))
+    return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, gang.required_topology, left

@@ -2,32 +2,37 @@
 
 Spark starts one driver (minMember 1) and makes its executors afterwards; MPI may make its launcher last. Were their
 room given away meanwhile, drivers would hold nodes and wait for each other. A reservation is an amount, not a place:
-others may start as long as so much stays free in the whole cluster. It is a lease (volcano#2633: stale groups must not
-hold room for ever), respected by gangs that are no more important than its owner.
+others may start as long as so much stays free on the nodes that its owner can use. It is a lease from the gang's start
+(volcano#2633: stale groups must not hold room for ever), respected by gangs that are no more important; of two that
+both have one, the later respects the earlier's, so that they never wait for each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from colocate.objects import Pod
-from colocate.podgroup.cluster import Cluster
+from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
+from colocate.podgroup.fit import Owed
 from colocate.podgroup.gangs import is_group
-from colocate.podgroup.shape import amounts
+from colocate.podgroup.shape import Shape, amounts
 from colocate.units import parse_time
 
 
 class Reservation(NamedTuple):
     """What one gang is owed."""
 
-    amounts: Mapping[str, int]
+    amounts: dict[str, int]
+    shape: Shape
+    """Of one of its members: it says which nodes the gang can use."""
     priority: int
+    began: float
     until: float
 
 
-def rest_of_min_resources(cluster: Cluster, key: str, pods: Iterable[Pod]) -> dict[str, int]:
-    """What a group's minResources asks for beyond these members, in the solver's units; empty if nothing.
+def rest_of_min_resources(cluster: Cluster, key: str, shapes: Iterable[Shape]) -> dict[str, int]:
+    """What a group's minResources asks for beyond members of these shapes, in the solver's units; empty if nothing.
 
     Raises ValueError for a quantity that is none.
     """
@@ -35,8 +40,8 @@ def rest_of_min_resources(cluster: Cluster, key: str, pods: Iterable[Pod]) -> di
     if group is None or not group.spec.min_resources:
         return {}
     rest = amounts(group.spec.min_resources)
-    for pod in pods:
-        for resource, amount in cluster.shape(pod).requests:
+    for shape in shapes:
+        for resource, amount in shape.requests:
             if resource in rest:
                 rest[resource] -= amount
     return {resource: amount for resource, amount in rest.items() if amount > 0}
@@ -49,12 +54,17 @@ class Reservations:
         self._lease_seconds = lease_seconds
         self._of: dict[str, Reservation] = {}
 
-    def refresh(self, cluster: Cluster, key: str, now: float) -> bool:
-        """Look at a gang again; whether it is owed less than before."""
-        before, after = self._of.pop(key, None), self._owed(cluster, key, now)
+    def refresh(self, cluster: Cluster, key: str, kept: Iterable[Shape], now: float) -> bool:
+        """Look at a gang again; whether it is owed less than before. `kept` is room that is held for its members."""
+        before, after = self._of.get(key), self._owed(cluster, key, kept, now)
         if after is not None:
             self._of[key] = after
-        return before is not None and before != after
+        else:
+            self._of.pop(key, None)
+        if before is None or after is None:
+            return before is not None
+        fell = any(after.amounts.get(resource, 0) < amount for resource, amount in before.amounts.items())
+        return fell or after.priority < before.priority
 
     def expire(self, now: float) -> bool:
         """Give up what is over; whether something was."""
@@ -63,21 +73,26 @@ class Reservations:
             del self._of[key]
         return bool(over)
 
-    def against(self, key: str, priority: int) -> dict[str, int]:
-        """What a gang of this priority must leave free for others."""
+    def against(self, key: str, priority: int, without: str = "") -> Owed:
+        """What a gang of this priority must leave free for others, or would have to if `without` were not there."""
+        own, shapes = self._of.get(key), []
         total: dict[str, int] = {}
         for other, one in self._of.items():
-            if other != key and one.priority >= priority:
-                for resource, amount in one.amounts.items():
-                    total[resource] = total.get(resource, 0) + amount
-        return total
+            if other in (key, without) or one.priority < priority:
+                continue
+            if own is not None and (-own.priority, own.began, key) < (-one.priority, one.began, other):
+                continue
+            shapes.append(one.shape)
+            for resource, amount in one.amounts.items():
+                total[resource] = total.get(resource, 0) + amount
+        return Owed(total, tuple(shapes))
 
     @property
     def ends(self) -> list[float]:
         """When each is over."""
         return [one.until for one in self._of.values()]
 
-    def _owed(self, cluster: Cluster, key: str, now: float) -> Reservation | None:
+    def _owed(self, cluster: Cluster, key: str, kept: Iterable[Shape], now: float) -> Reservation | None:
         group = cluster.groups.get(key) if is_group(key) else None
         if group is None or not group.spec.min_resources:
             return None
@@ -85,17 +100,22 @@ class Reservations:
         holding = [p for p in pods if p.metadata.uid in cluster.ledger.holdings and not p.deleting]
         if not holding:
             return None  # it has not started, or has ended
-        plan = cluster.plans.get(key)
-        begun = parse_time(plan.spec.created) if plan is not None and plan.spec.created else None
-        if begun is None:
-            if not any(p.metadata.uid in cluster.planned for p in holding):
-                return None  # somebody else started it
-            begun = now
-        until = begun + self._lease_seconds
+        began = self._began(cluster, key, holding, now)
+        if began is None or now >= began + self._lease_seconds:
+            return None
         done = [p for p in pods if p.status.phase == "Succeeded"]
         try:
-            rest = rest_of_min_resources(cluster, key, (*holding, *done))
+            rest = rest_of_min_resources(cluster, key, [*kept, *(cluster.shape(p) for p in (*holding, *done))])
         except ValueError:
             return None  # it was edited since it started, and is told so once it waits
         priority = max(p.spec.priority for p in holding)
-        return Reservation(rest, priority, until) if rest and now < until else None
+        shape = cluster.shape(holding[0])
+        return Reservation(rest, shape, priority, began, began + self._lease_seconds) if rest else None
+
+    def _began(self, cluster: Cluster, key: str, holding: list[Pod], now: float) -> float | None:
+        """When this run of the gang was first planned; None if somebody else started it."""
+        plan = cluster.plans.get(key)
+        anew = not any(p.spec.node_name for p in holding)
+        if anew and (plan is None or plan.status.phase not in HOLDING_PHASES):
+            return now  # promised in this cycle; its plan is being written
+        return parse_time(plan.spec.began) if plan is not None and plan.spec.began else None

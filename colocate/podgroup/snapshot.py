@@ -23,8 +23,9 @@ from colocate.objects import (
 )
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.counterfactual import counterfactuals
-from colocate.podgroup.entries import Settings, entry_of, question
+from colocate.podgroup.entries import Settings, entry_of, of_interest, question
 from colocate.podgroup.estimate import starts_at
+from colocate.podgroup.fit import Owed
 from colocate.podgroup.gangs import gang_key, sort_members
 from colocate.podgroup.place import place
 from colocate.podgroup.queue import Queue
@@ -175,9 +176,15 @@ def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
         owed = queue.reservations.against(key, entry.members.priority)
         gang, _ = question(cluster, entry, snapshot.settings, owed)
         satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied
-        found = counterfactuals(cluster, gang, satisfied)
+        priority = entry.members.priority
+        resources = set(owed.amounts)
+
+        def owed_without(other: str) -> Owed:
+            return of_interest(queue.reservations.against(key, priority, without=other), resources)
+
+        found = counterfactuals(cluster, gang, satisfied, owed_without)
         with cluster.ledger.empty():
-            fits = place(cluster.ledger, gang) is not None
+            fits = place(cluster.ledger, gang._replace(leave=Owed())) is not None
         start = starts_at(cluster, gang, now)
         when = None if start is None else (round(start[0] - now, 1), round(start[1] - now, 1))
     return Explanation(verdicts[key], position, found, when, fits)

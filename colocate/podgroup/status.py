@@ -18,7 +18,7 @@ import structlog
 from colocate.errors import ColocateError
 from colocate.kube.client import ApiError, Unreachable
 from colocate.kube.lease import LeadershipLost
-from colocate.objects import Condition, GangPlan, GangPlanStatus, ObjectMeta, PodGroup, PodGroupStatus
+from colocate.objects import Condition, GangPlan, GangPlanStatus, ObjectMeta, Pod, PodGroup, PodGroupStatus
 from colocate.podgroup.binder import Binder, now_text
 from colocate.podgroup.cluster import CARRIED_ON, Cluster
 from colocate.podgroup.gangs import group_status, is_group, sort_members
@@ -136,7 +136,13 @@ class StatusWriter:
         if told_reason == memory.reason and (told_message == memory.message or now - at < MESSAGE_SECONDS):
             return  # the numbers in a message change all the time
         self._told[key] = (memory.reason, memory.message, now)
-        await self._tell_plan(binder, key, memory, new_reason=told_reason != memory.reason)
+        failure: ColocateError | None = None
+        try:
+            await self._tell_plan(key, memory)
+        except (ApiError, Unreachable) as error:
+            failure = error  # its pods are told all the same
+        if told_reason != memory.reason:
+            await self._tell_event(binder, key, memory)
         reason = "Unschedulable" if memory.capacity else memory.reason
         for pod in self._cluster.pods_of(key):
             uid, told = pod.metadata.uid, (reason, memory.message)
@@ -144,6 +150,9 @@ class StatusWriter:
             if waits and self._told_pods.get(uid) != told:
                 self._told_pods[uid] = told
                 await binder.tell_pod(pod, reason, memory.message)
+        if failure is not None:
+            self._told.pop(key, None)
+            raise failure
 
     async def _no_longer_waits(self, key: str) -> None:
         """A plan that still says that its gang waits, though it waits for nothing any more."""
@@ -159,10 +168,20 @@ class StatusWriter:
         known = self._cluster.groups.keys() | self._cluster.members.keys()
         self._written = {key: at for key, at in self._written.items() if key in known}
 
-    async def _tell_plan(self, binder: Binder, key: str, memory: Waiting, *, new_reason: bool) -> None:
+    def _about(self, key: str) -> PodGroup | Pod | None:
+        """The object that a gang's users look at."""
         group, pods = self._cluster.groups.get(key), self._cluster.pods_of(key)
-        about = group if group is not None else pods[0] if pods else None
-        if about is None:
+        return group if group is not None else pods[0] if pods else None
+
+    async def _tell_event(self, binder: Binder, key: str, memory: Waiting) -> None:
+        about = self._about(key)
+        if about is not None:
+            warning = memory.capacity or isinstance(about, Pod)
+            await binder.event(about, memory.reason, memory.message, warning=warning)
+
+    async def _tell_plan(self, key: str, memory: Waiting) -> None:
+        about, group = self._about(key), self._cluster.groups.get(key)
+        if about is None or not is_group(key):
             return
         position = self._queue.order.index(key) + 1 if key in self._queue.order else 0
         status = GangPlanStatus(
@@ -173,10 +192,7 @@ class StatusWriter:
             waiting_since=about.metadata.creation_timestamp,
             observed_generation=group.metadata.generation if group is not None else 0,
         )
-        if is_group(key):
-            await self._save(key, status)
-        if new_reason:
-            await binder.event(about, memory.reason, memory.message, warning=memory.capacity or group is None)
+        await self._save(key, status)
 
 
 def may_be_told(plan: GangPlan | None) -> bool:

@@ -21,10 +21,10 @@ LEASE_SECONDS = 1
 
 
 @contextlib.contextmanager
-def process(world: World, kubeconfig: Path, log: Path) -> Any:
+def process(world: World, kubeconfig: Path, log: Path, *options: str) -> Any:
     """`colocate controller` as its own process."""
     command = [sys.executable, "-m", "colocate.cli.main", "controller", "--kubeconfig", str(kubeconfig)]
-    command += ["--lease-namespace", world.namespace, "--lease-duration", f"{LEASE_SECONDS}s"]
+    command += ["--lease-namespace", world.namespace, "--lease-duration", f"{LEASE_SECONDS}s", *options]
     with log.open("ab") as out:
         running = subprocess.Popen(command, stdout=out, stderr=out)
     try:

@@ -63,7 +63,7 @@ class Simulated:
         if is_group(key) and key not in self.cluster.plans:
             meta = ObjectMeta(name=key.removeprefix("ns/"), namespace="ns", uid="plan")
             made = datetime.fromtimestamp(self.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            plan = GangPlan(metadata=meta, spec=GangPlanSpec(created=made), status=GangPlanStatus(phase="Running"))
+            plan = GangPlan(metadata=meta, spec=GangPlanSpec(began=made), status=GangPlanStatus(phase="Running"))
             self.cluster.set_plan(key, plan)
 
     def finish(self, name):
@@ -339,10 +339,11 @@ def test_a_group_that_cannot_be_is_told_which_field(spec, message):
     assert made.running() == []
 
 
-def spark(made, name, executors=0, priority=0):
-    """A driver that makes its three executors once it runs; minResources says four CPUs."""
+def spark(made, name, executors=0, priority=0, wanted=None):
+    """A driver that makes its three executors once it runs; minResources says four CPUs, or what is `wanted`."""
     driver = group(name, 1)
-    made.cluster.groups[f"ns/{name}"] = replace(driver, spec=replace(driver.spec, min_resources={"cpu": "4"}))
+    spec = replace(driver.spec, min_resources=wanted or {"cpu": "4"})
+    made.cluster.groups[f"ns/{name}"] = replace(driver, spec=spec)
     for i in range(1 + executors):
         made.cluster.set_pod(pod(f"{name}-{i}", name, 1, priority=priority))
     made.dirty.add(f"ns/{name}")
@@ -392,6 +393,72 @@ def test_what_a_driver_is_owed_is_left_free(size, priority, now, runs):
         made.now = 601.0
         made.cycle()
         assert "other" in made.running(), "nothing but the clock has changed"
+
+
+def test_two_drivers_that_are_owed_more_than_is_left_do_not_wait_for_each_other():
+    """A node is lost while both drivers wait for their executors: the earlier one's fit, so they start."""
+    made = Simulated(reserve_after_seconds=1e9)
+    for i in range(3):
+        made.cluster.set_node(node(f"n{i}", 3))
+    spark(made, "a")
+    made.cycle()
+    made.now = 1.0
+    spark(made, "b")
+    made.cycle()
+    assert made.running() == ["a", "b"]
+    on = {p.spec.node_name for p in made.cluster.pods.values()}
+    made.cluster.remove_node(next(n for n in ("n2", "n1", "n0") if n not in on))
+    for name in ("b", "a"):
+        spark(made, name, executors=3)
+    made.cycle()
+    assert len(made.bound("a")) == 4
+    assert made.queue.waiting["ns/b"].reason == "SurplusWaits"
+
+
+def test_what_is_owed_counts_also_where_only_later_members_take_it():
+    """Drivers ask for CPUs, their executors for memory: two drivers that both started would wait for ever."""
+    made = Simulated(reserve_after_seconds=1e9)
+    made.cluster.set_node(node("n", 8))
+    for name in ("a", "b"):
+        spark(made, name, wanted={"cpu": "2", "memory": "5Gi"})
+    made.cycle()
+    assert made.running() == ["a"]
+
+
+def test_nobody_is_evicted_for_members_that_do_not_exist_yet():
+    made = Simulated(reserve_after_seconds=1e9)
+    made.cluster.set_node(node("n", 5))
+    made.add("low", 1, 1)
+    spark(made, "a", priority=10)
+    made.cycle()
+    assert made.running() == ["a", "low"]
+    made.add("other", 1, 1, priority=10)
+    made.cycle()
+    assert made.running() == ["a", "low"]
+    assert made.queue.waiting["ns/other"].reason == "Unschedulable"
+
+
+def test_a_gang_that_what_is_owed_keeps_waiting_can_still_be_the_head():
+    made = drivers("a")
+    made.queue.settings = Settings(reserve_after_seconds=0.0)
+    made.now = 1.0
+    made.add("whole", 6, 6)
+    made.cycle()
+    made.finish("a")
+    made.cycle()
+    assert made.running() == ["whole"]
+
+
+def test_a_driver_that_is_submitted_again_is_owed_its_room_from_its_new_start():
+    made = drivers("a")
+    made.finish("a")
+    made.now = 5000.0
+    made.cycle()
+    made.cluster.set_pod(pod("a-again", "a", 1))
+    made.dirty.add("ns/a")
+    spark(made, "b")
+    decided = made.queue.cycle(made.cluster, made.dirty, made.now)
+    assert [start.key for start in decided.starts] == ["ns/a"], "b would take its executors' room in the same cycle"
 
 
 def test_a_pod_alone_leaves_what_a_driver_is_owed():

@@ -13,7 +13,7 @@ from colocate.decide.cpu import CpuState, chosen_cpus, decide_cpu, guard_rail_co
 from colocate.decide.eviction import EvictionState, decide_eviction
 from colocate.decide.freeze import FreezeState, decide_freeze
 from colocate.decide.memory import MemoryState, allowance_bytes, decide_memory, least_loss
-from colocate.decide.pipeline import LawState, decide, order
+from colocate.decide.pipeline import OFF_UNMANAGED, LawState, decide, order
 from colocate.model.forecast import WorkloadForecast
 from colocate.plan import Action, Request
 from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist
@@ -184,6 +184,38 @@ def test_what_a_service_waits_while_batch_does_not_run_is_learnt_before_batch_co
     assert reasons == ["BatchIdle", "BatchIdle", "OwnWaiting"]
     assert node.tick(make.waiting_evidence(0.5)) == "SlackEnough"
     assert node.tick(make.waiting_evidence(0.7)) == "SlackNegative"
+
+
+def test_what_was_learnt_of_a_services_own_waiting_is_asked_anew_after_a_while():
+    """While batch runs it cannot be told how much of the waiting is still the service's own."""
+    node = Node()
+    for _ in range(3):
+        node.tick(make.waiting_evidence(0.5), batch_cores=0.0)
+    assert node.tick(make.waiting_evidence(0.65)) == "SlackEnough"
+    node.now += 600.0
+    assert node.tick(make.waiting_evidence(0.65)) == "SlackNegative"
+
+
+def test_the_floor_is_no_question_where_another_services_latency_is_a_reason_too():
+    node, both = Node(), (make.service(), make.service("db", objective=make.OBJECTIVE))
+
+    def tick(web, db):
+        node.now += 1
+        now = make.snapshot(*both, at=node.now)
+        seen = make.forecast({"service:web": make.waiting_evidence(web), "service:db": make.latency_evidence(db)})
+        found = decide_cpu(now, seen, SPEC, Calibration(), node.state)
+        node.state = found.state
+        return found.verdict.reason
+
+    assert tick(0.35, -0.2) == "SlackNegative"
+    assert [tick(0.2, 0.5) for _ in range(4)][-1] == "Trial", "though batch added 15 %"
+
+
+def test_nothing_is_learnt_while_an_evaluation_leaves_batch_unmanaged():
+    now = make.snapshot(make.service(objective=make.OBJECTIVE))
+    seen = make.forecast({"service:web": make.latency_evidence(-0.5)})
+    assert decide(now, seen, SPEC, Calibration(), LawState())[0].cpu.mode == "floor"
+    assert decide(now, seen, SPEC, Calibration(), LawState(), OFF_UNMANAGED)[0].cpu == CpuState()
 
 
 def test_what_a_service_waits_before_batch_comes_is_learnt_though_it_is_little():

@@ -1,0 +1,104 @@
+"""Other software of the same names on the cluster: an upstream CRD, an upstream scheduler, KubeRay's fixed name."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from colocate.demo.controlplane import ControlPlane
+from colocate.kube.client import DEFINITIONS, LEASES, Api
+from colocate.podgroup.entries import Settings
+from tests.cluster.conftest import World, leader
+from tests.cluster.test_faults import process
+
+UPSTREAM = "scheduler-plugins-scheduler"
+
+
+@pytest.fixture
+async def upstream_schema(api: Api) -> AsyncIterator[None]:
+    """The PodGroup of scheduler-plugins as it is installed in many clusters: its status has no conditions."""
+    path = f"{DEFINITIONS}/podgroups.scheduling.x-k8s.io"
+    ours = json.loads(await api.request("GET", path))
+    theirs = copy.deepcopy(ours)
+    for version in theirs["spec"]["versions"]:
+        for field in ("conditions", "observedGeneration"):
+            del version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"][field]
+    await api.request("PUT", path, theirs)
+    await asyncio.sleep(1.0)  # until the API server serves by it
+    yield
+    theirs = json.loads(await api.request("GET", path))
+    await api.request("PUT", path, {**theirs, "spec": ours["spec"]})
+    await asyncio.sleep(1.0)
+
+
+async def test_a_foreign_schema_without_conditions_gets_what_it_has_room_for(
+    world: World, upstream_schema: None
+) -> None:
+    await world.node("n", cpu=2, memory="1Gi")
+    async with leader(world):
+        await world.group("runs", 2)
+        await world.group("waits", 3)
+        for i in range(2):
+            await world.pod(f"runs-{i}", "runs", cpu=1)
+        await world.until_bound("runs-0", "runs-1")
+
+        async def counted() -> bool:
+            status = (await world.status("runs")).status
+            return status.phase == "Running" and status.running == 2
+
+        await world.until(counted, "phase and counters are upstream's")
+        assert await world.told("waits", "NotEnoughMembers") == "0 of 3 members exist"
+        status = (await world.status("waits")).status
+        assert status.conditions == []
+        assert status.observed_generation == 0
+
+
+async def lease(world: World, age_seconds: float) -> None:
+    """Of an upstream scheduler that renewed it so long ago."""
+    renewed = (datetime.now(UTC) - timedelta(seconds=age_seconds)).isoformat(timespec="microseconds")
+    spec = {"holderIdentity": "them", "leaseDurationSeconds": 15, "renewTime": renewed.replace("+00:00", "Z")}
+    body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": UPSTREAM}, "spec": spec}
+    await world.create(LEASES, body)
+
+
+async def test_the_name_of_an_upstream_scheduler_is_refused_while_that_one_lives(
+    world: World, plane: ControlPlane
+) -> None:
+    await lease(world, age_seconds=1)
+    command = [sys.executable, "-m", "colocate.cli.main", "controller", "--kubeconfig", str(plane.kubeconfig())]
+    running = await asyncio.create_subprocess_exec(
+        *command, "--also-answer-to", UPSTREAM, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(running.communicate(), 30)
+    assert running.returncode == 2
+    assert f"that scheduler is alive (lease {world.namespace}/{UPSTREAM}, held by them); stop it first" in said.decode()
+
+
+async def test_pods_of_kuberay_are_served_once_the_upstream_scheduler_is_gone(
+    world: World, plane: ControlPlane, tmp_path: Path
+) -> None:
+    """KubeRay writes the name into its pods, whatever its operator is told."""
+    await lease(world, age_seconds=60)
+    await world.node("n", cpu=4, memory="1Gi")
+    with process(world, plane.kubeconfig(), tmp_path / "log", "--also-answer-to", UPSTREAM):
+        await world.group("ray-cluster-pg", 2)
+        for name in ("ray-head", "ray-worker-0"):
+            await world.pod(name, "ray-cluster-pg", cpu=1, spec={"schedulerName": UPSTREAM})
+        await world.until_bound("ray-head", "ray-worker-0")
+
+
+async def test_without_the_option_pods_of_that_name_are_left_alone(world: World) -> None:
+    await world.node("n", cpu=4, memory="1Gi")
+    async with leader(world, Settings()):
+        await world.group("ray-cluster-pg", 1)
+        await world.pod("ray-head", "ray-cluster-pg", cpu=1, spec={"schedulerName": UPSTREAM})
+        await world.pod("ours", cpu=1)
+        await world.until_bound("ours")
+        assert (await world.status("ray-cluster-pg")).status.phase == ""
