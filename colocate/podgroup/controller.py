@@ -39,6 +39,8 @@ from colocate.podgroup.queue import Queue, Start
 from colocate.podgroup.status import StatusWriter, empty_plan
 from colocate.units import parse_time
 
+LARGE, LOOK_SECONDS = 200, 2e-5
+"""A gang of at least so many members is looked at again only after so long for each of them."""
 GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
 UNSEEN_SECONDS = 5.0
@@ -69,6 +71,8 @@ class Controller:
         self._began: dict[str, float] = {}
         """plan id -> monotonic time of its making, as far as this process can tell."""
         self.reflectors: list[Reflector[Any]] = []
+        self._not_before: dict[str, float] = {}
+        """Large gang -> when it is looked at again."""
         self._said: dict[str, str] = {}
         """Gang -> the defect that was logged of it."""
         self._tasks: asyncio.TaskGroup
@@ -167,7 +171,7 @@ class Controller:
         self._hands.woken = now_seconds()
         await asyncio.sleep(max(GATHER_SECONDS, self._spent))
         self.feed.wake.clear()
-        dirty, self.feed.dirty = self.feed.dirty, set()
+        dirty = self._due()
         self._read_back_unseen()
         self._bury()
         for key in dirty:
@@ -190,9 +194,22 @@ class Controller:
                 self._hands.spawn(victim.metadata.uid, self._hands.delete(victim, "PreemptionByScheduler", text))
         self._status.touch_waiting()
 
+    def _due(self) -> set[str]:
+        """The gangs to be looked at now: a look at ten thousand members takes as long as many binds."""
+        dirty, self.feed.dirty, now = self.feed.dirty, set(), now_seconds()
+        self._not_before = {key: at for key, at in self._not_before.items() if at > now}
+        for key in dirty:
+            members = len(self.cluster.members.get(key, ()))
+            if key in self._not_before:
+                self.feed.dirty.add(key)
+            elif members >= LARGE:
+                self._not_before[key] = now + members * LOOK_SECONDS
+        return dirty - self.feed.dirty
+
     def _next_look(self) -> float:
         now = now_seconds()
-        due = [at + UNSEEN_SECONDS - now for uid, at in self._busy.items() if uid in self.cluster.planned]
+        due = [at - now for key, at in self._not_before.items() if key in self.feed.dirty]
+        due += [at + UNSEEN_SECONDS - now for uid, at in self._busy.items() if uid in self.cluster.planned]
         open_plans = [p for p in self.cluster.plans.values() if p.status.phase in (*OPEN_PHASES, "Repairing")]
         due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
         look = self.queue.next_look(now)
@@ -284,6 +301,8 @@ class Controller:
             uid = step.pod.metadata.uid
             if uid in self._busy:
                 continue
+            if self._hands.full:
+                break  # the rest with the next look
             if isinstance(step, Bind):
                 self._hands.spawn(uid, self._hands.bind(step.pod, step.node, plan.spec.plan_id))
             else:

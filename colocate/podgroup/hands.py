@@ -28,6 +28,8 @@ from colocate.podgroup.queue import Queue
 from colocate.podgroup.status import empty_plan, may_be_told
 
 WRITES_AT_ONCE = 64
+BACKLOG = 512
+"""Writes that wait or are under way."""
 BIND_ATTEMPTS = 8
 OBJECT_NAME = re.compile(r"[^/]+/[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 """`namespace/name`, the name a DNS subdomain (RFC 1123)."""
@@ -65,6 +67,11 @@ class Hands:
         """An answer says how a pod is; of a pod whose end the watch has told of it says nothing new."""
         if now is not None and now.metadata.uid in self.cluster.pods:
             self.feed.on_pod(self.cluster.pods[now.metadata.uid], now)
+
+    @property
+    def full(self) -> bool:
+        """Whether there is work enough for a while."""
+        return len(self._busy) >= BACKLOG
 
     def spawn(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         """Do this beside everything else; `what` is busy until it is done."""

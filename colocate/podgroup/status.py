@@ -21,6 +21,7 @@ from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, GangPlan, GangPlanStatus, ObjectMeta, Pod, PodGroup, PodGroupStatus
 from colocate.podgroup.binder import Binder, now_text
 from colocate.podgroup.cluster import CARRIED_ON, Cluster
+from colocate.podgroup.feed import now_seconds
 from colocate.podgroup.gangs import group_status, is_group, sort_members
 from colocate.podgroup.queue import Queue, Waiting
 
@@ -29,6 +30,10 @@ AGAIN_SECONDS = 1.0
 GROUPS_A_ROUND = 32
 MESSAGE_SECONDS = 5.0
 """A message that only has other numbers is told again after so long."""
+SETTLED_SECONDS = 1.0
+"""Pods are told when no member has been added for so long: until then the next one may let the gang start."""
+PODS_AT_ONCE = 64
+"""Of one gang; the others come with the next rounds."""
 FORGET_SECONDS = 60.0
 log = structlog.get_logger()
 Save = Callable[[str, GangPlanStatus], Awaitable[None]]
@@ -46,6 +51,8 @@ class StatusWriter:
         self._told: dict[str, tuple[str, str, float]] = {}
         """Gang -> the reason and message that its users were told last, and when."""
         self._told_pods: dict[str, tuple[str, str]] = {}
+        self._retold: dict[str, float] = {}
+        """Gang -> when its pods were last told."""
 
     def touch(self, key: str) -> None:
         """Something about this gang may have changed."""
@@ -132,27 +139,42 @@ class StatusWriter:
             await self._no_longer_waits(key)
             return
         told_reason, told_message, at = self._told.get(key, ("", "", 0.0))
-        now = time.monotonic()
-        if told_reason == memory.reason and (told_message == memory.message or now - at < MESSAGE_SECONDS):
-            return  # the numbers in a message change all the time
-        self._told[key] = (memory.reason, memory.message, now)
-        failure: ColocateError | None = None
-        try:
-            await self._tell_plan(key, memory)
-        except (ApiError, Unreachable) as error:
-            failure = error  # its pods are told all the same
-        if told_reason != memory.reason:
-            await self._tell_event(binder, key, memory)
-        reason = "Unschedulable" if memory.capacity else memory.reason
-        for pod in self._cluster.pods_of(key):
-            uid, told = pod.metadata.uid, (reason, memory.message)
-            waits = not pod.spec.node_name and not pod.terminal and uid not in self._cluster.planned
-            if waits and self._told_pods.get(uid) != told:
-                self._told_pods[uid] = told
-                await binder.tell_pod(pod, reason, memory.message)
+        now, failure = time.monotonic(), None
+        numbers = told_message != memory.message and now - at >= MESSAGE_SECONDS  # they change all the time
+        if told_reason != memory.reason or numbers:
+            self._told[key] = (memory.reason, memory.message, now)
+            try:
+                await self._tell_plan(key, memory)
+            except (ApiError, Unreachable) as error:
+                failure = error  # its pods are told all the same
+            if told_reason != memory.reason:
+                await self._tell_event(binder, key, memory)
+        await self._tell_pods(binder, key, memory)
         if failure is not None:
             self._told.pop(key, None)
             raise failure
+
+    async def _tell_pods(self, binder: Binder, key: str, memory: Waiting) -> None:
+        """Say on the pods why they wait: at once on those that have not heard the reason, now and then the numbers."""
+        if is_group(key) and now_seconds() - memory.members_at < SETTLED_SECONDS:
+            self._touched[key] = None
+            return
+        reason, now = "Unschedulable" if memory.capacity else memory.reason, time.monotonic()
+        waiting = [
+            p
+            for p in self._cluster.pods_of(key)
+            if not p.spec.node_name and not p.terminal and p.metadata.uid not in self._cluster.planned
+        ]
+        due = [p for p in waiting if self._told_pods.get(p.metadata.uid, ("", ""))[0] != reason]
+        if not due and now - self._retold.get(key, 0.0) >= MESSAGE_SECONDS:
+            due = [p for p in waiting if self._told_pods[p.metadata.uid][1] != memory.message]
+        if due:
+            self._retold[key] = now
+        if len(due) > PODS_AT_ONCE:
+            self._touched[key] = None
+        for pod in due[:PODS_AT_ONCE]:
+            self._told_pods[pod.metadata.uid] = (reason, memory.message)
+            await binder.tell_pod(pod, reason, memory.message)
 
     async def _no_longer_waits(self, key: str) -> None:
         """A plan that still says that its gang waits, though it waits for nothing any more."""
@@ -167,6 +189,7 @@ class StatusWriter:
         self._told_pods = {uid: told for uid, told in self._told_pods.items() if uid in self._cluster.pods}
         known = self._cluster.groups.keys() | self._cluster.members.keys()
         self._written = {key: at for key, at in self._written.items() if key in known}
+        self._retold = {key: at for key, at in self._retold.items() if key in known}
 
     def _about(self, key: str) -> PodGroup | Pod | None:
         """The object that a gang's users look at."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from colocate.demo.controlplane import ControlPlane
-from colocate.kube.client import DEFINITIONS, LEASES, Api
+from colocate.kube.client import DEFINITIONS, LEASES, Api, path_of
 from colocate.podgroup.entries import Settings
 from tests.cluster.conftest import World, leader
 from tests.cluster.test_faults import process
@@ -77,6 +77,7 @@ async def test_the_name_of_an_upstream_scheduler_is_refused_while_that_one_lives
         *command, "--also-answer-to", UPSTREAM, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     _, said = await asyncio.wait_for(running.communicate(), 30)
+    await world.api.request("DELETE", path_of(LEASES, world.namespace, UPSTREAM))
     assert running.returncode == 2
     assert f"that scheduler is alive (lease {world.namespace}/{UPSTREAM}, held by them); stop it first" in said.decode()
 
