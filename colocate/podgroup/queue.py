@@ -152,6 +152,8 @@ class Queue:
         return True
 
     def _owed_less(self, cluster: Cluster, key: str, now: float) -> bool:
+        if not self.reservations.concerns(cluster, key):
+            return False
         return self.reservations.refresh(cluster, key, self.holds.shapes(cluster, key), now)
 
     def remember(self, cluster: Cluster, now: float) -> None:

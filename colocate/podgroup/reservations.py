@@ -15,7 +15,6 @@ from typing import NamedTuple
 from colocate.objects import Pod
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Owed
-from colocate.podgroup.gangs import is_group
 from colocate.podgroup.shape import Shape, amounts
 from colocate.units import parse_time
 
@@ -66,6 +65,11 @@ class Reservations:
         fell = any(after.amounts.get(resource, 0) < amount for resource, amount in before.amounts.items())
         return fell or after.priority < before.priority
 
+    def concerns(self, cluster: Cluster, key: str) -> bool:
+        """Whether a gang is owed something, or might be."""
+        group = cluster.groups.get(key)
+        return key in self._of or (group is not None and bool(group.spec.min_resources))
+
     def expire(self, now: float) -> bool:
         """Give up what is over; whether something was."""
         over = [key for key, one in self._of.items() if now >= one.until]
@@ -93,8 +97,7 @@ class Reservations:
         return [one.until for one in self._of.values()]
 
     def _owed(self, cluster: Cluster, key: str, kept: Iterable[Shape], now: float) -> Reservation | None:
-        group = cluster.groups.get(key) if is_group(key) else None
-        if group is None or not group.spec.min_resources:
+        if key not in cluster.groups:
             return None
         pods = cluster.pods_of(key)
         holding = [p for p in pods if p.metadata.uid in cluster.ledger.holdings and not p.deleting]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -124,6 +125,7 @@ def _requirement_holds(requirement: LabelRequirement, labels: Mapping[str, str])
     return (value is not None) == (requirement.operator == "Exists")
 
 
+@lru_cache(maxsize=4096)  # a cluster's pods ask for the same few amounts, and exact fractions are slow
 def _amount(resource: str, text: str | float) -> int:
     value = parse_quantity(text)
     if not 0 <= value <= MOST:
