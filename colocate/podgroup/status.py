@@ -31,7 +31,7 @@ GROUPS_A_ROUND = 32
 MESSAGE_SECONDS = 5.0
 """A message that only has other numbers is told again after so long."""
 SETTLED_SECONDS = 1.0
-"""Pods are told when no member has been added for so long: until then the next one may let the gang start."""
+"""Events and pods tell when no member has been added for so long: until then the next one may let the gang start."""
 PODS_AT_ONCE = 64
 """Of one gang; the others come with the next rounds."""
 FORGET_SECONDS = 60.0
@@ -51,6 +51,8 @@ class StatusWriter:
         self._told: dict[str, tuple[str, str, float]] = {}
         """Gang -> the reason and message that its users were told last, and when."""
         self._told_pods: dict[str, tuple[str, str]] = {}
+        self._heard: dict[str, str] = {}
+        """Gang -> the reason of its last Event."""
         self._retold: dict[str, float] = {}
         """Gang -> when its pods were last told."""
 
@@ -136,6 +138,7 @@ class StatusWriter:
         memory = self._queue.waiting.get(key)
         if memory is None or not memory.reason:
             self._told.pop(key, None)
+            self._heard.pop(key, None)
             await self._no_longer_waits(key)
             return
         told_reason, told_message, at = self._told.get(key, ("", "", 0.0))
@@ -147,18 +150,19 @@ class StatusWriter:
                 await self._tell_plan(key, memory)
             except (ApiError, Unreachable) as error:
                 failure = error  # its pods are told all the same
-            if told_reason != memory.reason:
-                await self._tell_event(binder, key, memory)
         await self._tell_pods(binder, key, memory)
         if failure is not None:
             self._told.pop(key, None)
             raise failure
 
     async def _tell_pods(self, binder: Binder, key: str, memory: Waiting) -> None:
-        """Say on the pods why they wait: at once on those that have not heard the reason, now and then the numbers."""
+        """An Event, and on the pods why they wait: the reason to those that have not heard it, later the numbers."""
         if is_group(key) and now_seconds() - memory.members_at < SETTLED_SECONDS:
             self._touched[key] = None
             return
+        if self._heard.get(key) != memory.reason:
+            self._heard[key] = memory.reason
+            await self._tell_event(binder, key, memory)
         reason, now = "Unschedulable" if memory.capacity else memory.reason, time.monotonic()
         waiting = [
             p
