@@ -51,6 +51,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.server, self.now = Server(), 0.0
+        self.server.nodes.update({"n-a": 4, "n-b": 4})
         self.crash()
 
     # the controller
@@ -102,12 +103,11 @@ class Machine(RuleBasedStateMachine):
             self.persist(start.key, replace(plan, spec=spec, status=replace(plan.status, phase="Binding")))
 
     @precondition(lambda self: self.open())
-    @rule(data=st.data())
-    def carry_on(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), most=st.integers(1, 2))
+    def carry_on(self, data: st.DataObject, most: int) -> None:
         key = data.draw(st.sampled_from(self.open()))
-        steps = self.look(key)
-        if steps:
-            self.do(data.draw(st.sampled_from(steps)))
+        for step in data.draw(st.permutations(self.look(key)))[:most]:
+            self.do(step)
 
     def open(self) -> list[str]:
         return [key for key, plan in self.cluster.plans.items() if plan.status.phase in CARRIED_ON]
@@ -150,13 +150,25 @@ class Machine(RuleBasedStateMachine):
         self.server.nodes[name] = cpu
         self.cluster.set_node(node(name, cpu))
 
+    @precondition(lambda self: len(self.server.nodes) > 2)
+    @rule(data=st.data())
+    def remove_node(self, data: st.DataObject) -> None:
+        """A node goes, and its pods with it."""
+        name = data.draw(st.sampled_from(sorted(self.server.nodes)))
+        del self.server.nodes[name]
+        self.cluster.remove_node(name)
+        for one in [p for p in self.server.pods.values() if p.spec.node_name == name]:
+            self.lose(one)
+        self.dirty |= {key for key, plan in self.cluster.plans.items() if plan.status.phase in CARRIED_ON}
+
     @precondition(lambda self: len(self.server.gangs) < 5)
-    @rule(size=st.integers(1, 4), least=st.integers(1, 4), cpu=st.integers(1, 2))
+    @rule(size=st.integers(2, 4), least=st.integers(1, 4), cpu=st.integers(1, 2))
     def add_gang(self, size: int, least: int, cpu: int) -> None:
         name = f"g{next(self.server.names)}"
         self.server.gangs[name] = (size, min(least, size), cpu)
         self.cluster.groups[f"ns/{name}"] = group(name, min(least, size))
         self.replace_members()
+        self.decide()
 
     @rule()
     def replace_members(self) -> None:
@@ -185,7 +197,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def time_passes(self) -> None:
-        self.now += TIMEOUT / 2
+        """Too much for what is open."""
+        for key in self.open():
+            self.look(key)
+        self.now += TIMEOUT
+        for key in self.open():
+            self.look(key)
 
     # what must hold
 
@@ -193,6 +210,14 @@ class Machine(RuleBasedStateMachine):
     def no_node_is_overcommitted(self) -> None:
         for name, cpu in self.server.nodes.items():
             assert self.server.used(name) <= cpu, f"{name} is overcommitted"
+
+    @invariant()
+    def a_gang_that_was_taken_back_holds_nothing(self) -> None:
+        for key, plan in self.server.plans.items():
+            name = key.removeprefix("ns/")
+            if plan.status.phase == "Waiting" and name not in self.server.started:
+                left = [p for p in self.server.pods.values() if gang_key(p) == key and p.spec.node_name]
+                assert all(p.terminal for p in left), f"{name} was taken back, but not all of it"
 
     def teardown(self) -> None:
         """When nothing more goes wrong, every gang comes to run whole or to hold nothing."""
@@ -216,5 +241,5 @@ class Machine(RuleBasedStateMachine):
             assert alive == 0 or alive >= least or mourns, f"{name} is bound in part"
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestMachine = Machine.TestCase
