@@ -30,7 +30,7 @@ QUIET = 0.4
 """For so long nothing more may happen, before a test says that something did not."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # not the session: it would run on beside the suites that follow
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with ControlPlane(tmp_path_factory.mktemp("plane"), controllers=True) as running:
         yield running
