@@ -73,9 +73,10 @@ def _gang(options: argparse.Namespace) -> int:
     if options.output in DATA_FORMS:
         print_data(counted, options.output)
     else:
-        print_table(
-            ("counted by an observer of its own", ""), [(k.replace("_", " "), str(v)) for k, v in counted.items()]
-        )
+        took = counted.pop("capacity_to_start_seconds")
+        rows = [(name.replace("_", " "), str(value)) for name, value in counted.items()]
+        rows += [(f"{gang}: from room to its last bind", f"{seconds:g} s") for gang, seconds in took.items()]
+        print_table(("counted by an observer of its own", ""), rows)
     return 1 if counted["partial_gangs"] or counted["overcommitted_nodes"] else 0
 
 

@@ -112,7 +112,9 @@ def advance(
     steps: list[Step] = [Delete(p, f"node {p.spec.node_name} went away") for _, p in stranded if owned(p)]
     if len(seen.accepted) >= least and (late or not (seen.bound or seen.unbound)):
         slow = f"; {len(seen.bound)} more are slow" if seen.bound else ""
-        return Next(_in(plan, "Running", "Started", f"{len(seen.accepted)} members run{slow}"), [])
+        run = len(seen.accepted) + beside
+        text = f"{run} member{'s run' if run != 1 else ' runs'}{slow}"
+        return Next(_in(plan, "Running", "Started", text), [])
     if late:
         text = f"{len(seen.accepted)} of {plan.spec.min_member} members were taken by their kubelets in time"
         return _begin_roll_back(plan, "ConfirmTimeout", text)
