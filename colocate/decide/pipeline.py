@@ -111,7 +111,8 @@ def decide(
     cpu = decide_cpu(snapshot, forecast, spec, calibration, state.cpu)
     memory = decide_memory(snapshot, forecast, spec, state.memory)
     cpu_actions, evaluation = _evaluation(arm, snapshot, cpu.actions)
-    wishes = [*state.pending, *cpu.requests, *memory.requests, *evaluation]
+    unmanaged = arm == OFF_UNMANAGED
+    wishes = [*state.pending, *(() if unmanaged else cpu.requests), *memory.requests, *evaluation]
     eviction = decide_eviction(snapshot, spec, wishes, state.eviction)
     freeze = decide_freeze(snapshot, spec, [*wishes, *eviction.requests], state.freeze)
     known = dict(snapshot.workloads)
@@ -123,7 +124,7 @@ def decide(
         if not already(a.knob, a.value, known[a.workload].knobs.get(a.knob))
     ]
     # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
-    law_of_cpu = state.cpu if arm == OFF_UNMANAGED else cpu.state
+    law_of_cpu = state.cpu if unmanaged else cpu.state
     following = LawState(
         cpu=law_of_cpu,
         memory=memory.state,

@@ -88,7 +88,7 @@ class Election:
                 if error.status != 404:
                     raise
                 self._lease = await self._write("POST", self._path(), None, 0)
-                self.made = True
+                self.made, self.settled = True, False
                 return True
             if self._expired(lease):
                 holder = lease.spec.holder_identity or ""

@@ -9,6 +9,7 @@ after a crash: plans, pods and groups are read anew, and open plans are carried 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import uuid
 from typing import Any
@@ -43,6 +44,8 @@ LARGE, LOOK_SECONDS = 200, 2e-5
 """A gang of at least so many members is looked at again only after so long for each of them."""
 GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
+ROLL_BACK_SECONDS = 1.0
+"""A gang that is being taken back is looked at again after so long."""
 UNSEEN_SECONDS = 5.0
 """A bind that succeeded and is not seen in the watch for so long is read back."""
 log = structlog.get_logger()
@@ -71,6 +74,8 @@ class Controller:
         self._began: dict[str, float] = {}
         """plan id -> monotonic time of its making, as far as this process can tell."""
         self.reflectors: list[Reflector[Any]] = []
+        self._look_at = float("inf")
+        """When open plans are looked at whatever the watches tell."""
         self._not_before: dict[str, float] = {}
         """Large gang -> when it is looked at again."""
         self._said: dict[str, str] = {}
@@ -143,6 +148,7 @@ class Controller:
         binder.epoch = max(binder.epoch, latest + 1)
         led_before = any(EPOCH in p.metadata.annotations for p in self.cluster.pods.values())
         if not self._election.predecessor and not (self._election.made and (led_before or latest >= 0)):
+            self._election.settled = True
             return
         pending = [
             p
@@ -162,11 +168,12 @@ class Controller:
 
     async def _decide(self) -> None:
         """One round: wait for a change, carry on what is open, decide what can start."""
-        timeout = self._next_look()
-        try:
-            async with asyncio.timeout(timeout):
+        self._look_at = min(self._look_at, now_seconds() + self._next_look())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(self._look_at - now_seconds(), 0.0)):
                 await self.feed.wake.wait()
-        except TimeoutError:
+        if now_seconds() >= self._look_at:  # also in a cluster that is never silent
+            self._look_at = float("inf")
             self.feed.dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
         self._hands.woken = now_seconds()
         await asyncio.sleep(max(GATHER_SECONDS, self._spent))
@@ -177,7 +184,7 @@ class Controller:
         for key in dirty:
             self._carry_on(key)
         began = now_seconds()
-        decided = self.queue.cycle(self.cluster, dirty, began)
+        decided = self.queue.cycle(self.cluster, dirty, began, self.feed.dirty & self._not_before.keys())
         for key, error in decided.failures:
             if self._said.get(key) != repr(error):
                 self._said[key] = repr(error)
@@ -211,6 +218,7 @@ class Controller:
         due = [at - now for key, at in self._not_before.items() if key in self.feed.dirty]
         due += [at + UNSEEN_SECONDS - now for uid, at in self._busy.items() if uid in self.cluster.planned]
         open_plans = [p for p in self.cluster.plans.values() if p.status.phase in (*OPEN_PHASES, "Repairing")]
+        due += [ROLL_BACK_SECONDS for p in self.cluster.plans.values() if p.status.phase == "RollingBack"]
         due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
         look = self.queue.next_look(now)
         return min([*(max(d, 0.05) for d in due), *([look] if look is not None else []), 30.0])
@@ -231,7 +239,11 @@ class Controller:
             ((member, node),) = start.placed
             self._hands.spawn(member.uid, self._hands.bind(self.cluster.pods[member.uid], node, ""))
             return
-        group, before = self.cluster.groups[start.key], self.cluster.plans.get(start.key)
+        group, before = self.cluster.groups.get(start.key), self.cluster.plans.get(start.key)
+        if group is None:  # it went while its gang was put off
+            for member, _ in start.placed:
+                self.cluster.withdraw(member.uid)
+            return
         members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
         if before is not None and before.status.phase == "Repairing":
             members = [m for m in before.spec.members if m.uid in self.cluster.pods] + members
@@ -302,7 +314,8 @@ class Controller:
             if uid in self._busy:
                 continue
             if self._hands.full:
-                break  # the rest with the next look
+                self.feed.dirty.add(key)  # the rest with the next look: what is under way wakes us
+                break
             if isinstance(step, Bind):
                 self._hands.spawn(uid, self._hands.bind(step.pod, step.node, plan.spec.plan_id))
             else:

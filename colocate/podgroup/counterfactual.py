@@ -8,7 +8,7 @@ import msgspec
 
 from colocate.objects import Counterfactual, Node, ObjectMeta, Taint, Toleration
 from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.fit import Gang, Member, Owed
+from colocate.podgroup.fit import Debt, Gang, Member
 from colocate.podgroup.gangs import gang_key
 from colocate.podgroup.ledger import REPELLING, UNSCHEDULABLE, Ledger
 from colocate.podgroup.place import most_that_fit, place
@@ -23,7 +23,7 @@ replace = msgspec.structs.replace
 
 
 def counterfactuals(
-    cluster: Cluster, gang: Gang, satisfied: int, owed_without: Callable[[str], Owed]
+    cluster: Cluster, gang: Gang, satisfied: int, owed_without: Callable[[str], tuple[Debt, ...]]
 ) -> list[Counterfactual]:
     """The cheapest changes with which the gang starts, at most `MAX_FOUND`; the cluster is as before afterwards.
 
@@ -86,7 +86,7 @@ def _anywhere(ledger: Ledger, gang: Gang) -> Iterator[str]:
         yield f"it is not required to be within one {gang.required_topology}"
 
 
-def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], Owed]) -> Iterator[str]:
+def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], tuple[Debt, ...]]) -> Iterator[str]:
     """One other gang has ended; those with the fewest pods first."""
     gangs: dict[str, list[str]] = {}
     for uid in cluster.ledger.holdings:

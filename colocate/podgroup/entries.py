@@ -9,7 +9,7 @@ import msgspec
 
 from colocate.objects import Pod, PodGroup
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
-from colocate.podgroup.fit import Gang, Member, Owed
+from colocate.podgroup.fit import Debt, Gang, Member
 from colocate.podgroup.gangs import Members, is_group, sort_members
 from colocate.podgroup.reservations import rest_of_min_resources
 from colocate.podgroup.shape import amounts
@@ -132,7 +132,7 @@ def _waits_for_itself(entry: Entry) -> bool:
     return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"
 
 
-def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: Owed) -> tuple[Gang, str]:
+def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: tuple[Debt, ...]) -> tuple[Gang, str]:
     """What the solver is asked for this entry, and what to say about it."""
     members, group, note = entry.members, entry.group, ""
     quorum = min(entry.need, len(members.pending))
@@ -156,11 +156,10 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
     return gang, note
 
 
-def of_interest(owed: Owed, resources: Set[str]) -> Owed:
+def of_interest(owed: tuple[Debt, ...], resources: Set[str]) -> tuple[Debt, ...]:
     """The part of what others are owed that a gang which takes these resources could take from them."""
-    if not owed.amounts:
-        return owed
-    return owed._replace(amounts={r: amount for r, amount in owed.amounts.items() if r in resources})
+    parts = (d._replace(amounts={r: amount for r, amount in d.amounts.items() if r in resources}) for d in owed)
+    return tuple(d for d in parts if d.amounts)
 
 
 def member_of(cluster: Cluster, pod: Pod) -> Member:

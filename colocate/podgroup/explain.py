@@ -55,7 +55,7 @@ def shortage(ledger: Ledger, gang: Gang) -> Shortage:
         blocked = f"required topology {gang.required_topology}"
     elif not resource and gang.reserve:
         blocked = "minResources"
-    elif not resource and gang.leave.amounts and fit < gang.quorum:
+    elif not resource and gang.leave and fit < gang.quorum:
         blocked = "what others are owed of their minResources"
     block = _largest_block(ledger, mask, resource) if resource in ledger.columns else (0, 0)
     return Shortage(min(fit, gang.quorum), gang.quorum, blocked, block, tuple(_refusals(ledger, group)))

@@ -28,11 +28,11 @@ class Member(NamedTuple):
     labels: Mapping[str, str]
 
 
-class Owed(NamedTuple):
-    """What must stay free for other gangs, on the nodes that a pod of any of the shapes can use."""
+class Debt(NamedTuple):
+    """What must stay free for another gang, on the nodes that a pod of this shape can use."""
 
-    amounts: Mapping[str, int] = {}
-    shapes: tuple[Shape, ...] = ()
+    amounts: Mapping[str, int]
+    shape: Shape
 
 
 class Gang(NamedTuple):
@@ -48,7 +48,7 @@ class Gang(NamedTuple):
     """Nodes of members that are bound already: they fix the required domain."""
     reserve: Mapping[str, int] = {}
     """What must be free beside the members, over all nodes that they may use (minResources)."""
-    leave: Owed = Owed()
+    leave: tuple[Debt, ...] = ()
     """What must stay free for others (reservations.py)."""
 
 

@@ -28,6 +28,7 @@ from colocate.podgroup.queue import Queue
 from colocate.podgroup.status import empty_plan, may_be_told
 
 WRITES_AT_ONCE = 64
+FENCE_ATTEMPTS, REFUSED = 5, (400, 403, 422)
 BACKLOG = 512
 """Writes that wait or are under way."""
 BIND_ATTEMPTS = 8
@@ -59,6 +60,9 @@ class Hands:
                 now = await self.binder.stamp(pod)
                 break
             except (ApiError, Unreachable) as error:
+                if isinstance(error, ApiError) and error.status in REFUSED and attempt >= FENCE_ATTEMPTS:
+                    log.error("pod_not_fenced", pod=pod.metadata.name, error=str(error))
+                    return None  # one pod that nobody may change must not keep everybody waiting
                 await pause(error, min(attempt, 6), random.random())
         self.answered(now)
         return now

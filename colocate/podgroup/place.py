@@ -14,10 +14,9 @@ from itertools import islice, permutations
 import numpy as np
 
 from colocate.podgroup.fill import place_class
-from colocate.podgroup.fit import Class, Gang, Member, Placed, Trial, classes_of
+from colocate.podgroup.fit import Class, Debt, Gang, Member, Placed, Trial, classes_of
 from colocate.podgroup.ledger import Ints, Ledger, Mask
 from colocate.podgroup.search import pack
-from colocate.podgroup.shape import Shape
 
 MAX_ORDERS = 24
 MAX_PREFERRED_DOMAINS = 4
@@ -82,20 +81,32 @@ def _by_column(ledger: Ledger) -> list[tuple[str, int]]:
 
 
 def _enough_left(trial: Trial, gang: Gang, within: Mask) -> bool:
-    """Whether beside what was put there is the gang's own reserve, and elsewhere what others are owed."""
-    if gang.reserve:
-        own = _usable(trial.ledger, [m.shape for m in gang.members[:1]])
-        if not _free(trial, gang.reserve, within & own):
+    """Whether beside what was put there is the gang's own reserve, and what others are owed on the nodes it touches."""
+    own = (
+        trial.ledger.standing(gang.members[0].shape) if gang.reserve else np.zeros(len(trial.ledger.names), dtype=bool)
+    )
+    if not _free(trial, gang.reserve, within & own):
+        return False
+    for mask, owed in _debts(trial.ledger, gang.leave):
+        shared = bool((mask & own).any())
+        if not shared and not any(mask[rows].any() for _, rows in trial.put):
+            continue
+        both = {r: a + gang.reserve.get(r, 0) for r, a in owed.items()}
+        if not _free(trial, owed, mask) or (shared and not _free(trial, both, mask | own)):
             return False
-    if not gang.leave.amounts:
-        return True
-    both = {r: a + gang.reserve.get(r, 0) for r, a in gang.leave.amounts.items() if r in trial.ledger.columns}
-    return _free(trial, both, _usable(trial.ledger, gang.leave.shapes))
+    return True
 
 
-def _usable(ledger: Ledger, shapes: Sequence[Shape]) -> Mask:
-    """The nodes that pods of any of these shapes can use, were they empty."""
-    return np.any([ledger.standing(shape) for shape in shapes], axis=0) if shapes else ledger.ready
+def _debts(ledger: Ledger, leave: Sequence[Debt]) -> list[tuple[Mask, dict[str, int]]]:
+    """What is owed on each set of nodes; of a resource that no node has nothing can be kept."""
+    found: dict[bytes, tuple[Mask, dict[str, int]]] = {}
+    for debt in leave:
+        mask = ledger.standing(debt.shape)
+        total = found.setdefault(mask.tobytes(), (mask, {}))[1]
+        for resource, amount in debt.amounts.items():
+            if resource in ledger.columns:
+                total[resource] = total.get(resource, 0) + amount
+    return list(found.values())
 
 
 def _free(trial: Trial, wanted: Mapping[str, int], usable: Mask) -> bool:

@@ -8,7 +8,7 @@ for (EASY backfill, Lifka 1995). What was tried is remembered in frozen `Waiting
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from itertools import groupby
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Entry, Settings, entry_of, member_of, not_ready, of_interest, question
 from colocate.podgroup.estimate import durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
-from colocate.podgroup.fit import Gang, Owed, Placed, Trial, classes_of
+from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
 from colocate.podgroup.gangs import is_group, sort_members
 from colocate.podgroup.holds import NOMINATED, SLOT, Holds
 from colocate.podgroup.ledger import Holding
@@ -99,8 +99,11 @@ class Queue:
         self._resting: dict[str, tuple[float, int]] = {}
         """Gang -> until when it is left alone, and how often that has been so."""
 
-    def cycle(self, cluster: Cluster, dirty: set[str], now: float) -> Decisions:
-        """Look again at the gangs named and at those that a change can help; promise room to those that fit."""
+    def cycle(self, cluster: Cluster, dirty: set[str], now: float, put_off: Set[str] = frozenset()) -> Decisions:
+        """Look again at the gangs named and at those that a change can help; promise room to those that fit.
+
+        Gangs that are `put_off` have changed and will be looked at in a later cycle; what is reserved for them stands.
+        """
         self._evicted &= cluster.pods.keys()
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
@@ -120,7 +123,8 @@ class Queue:
             decided.starts.extend(started)
             for entry in alike[len(started) :]:
                 try:
-                    found = self._try(cluster, entry, head, hopeless, now)
+                    later = entry.key in put_off
+                    found = None if later else self._try(cluster, entry, head, hopeless, now)
                     if found is None and head is None and self._reserves(cluster, entry, now):
                         head = entry
                 except Exception as error:  # noqa: BLE001 - see Decisions.failures
@@ -302,7 +306,7 @@ class Queue:
         nodes = cluster.gained_since(memory.gain)
         if not nodes:
             return nodes is None
-        if memory.question.leave.amounts:
+        if memory.question.leave:
             return True  # what is free on nodes that it cannot use helps those that it must leave room for
         ledger = cluster.ledger
         rows = sorted({ledger.rows[n] for n in nodes if n in ledger.rows})
@@ -353,11 +357,11 @@ class Queue:
         if entry.key in self.holds.keys(NOMINATED):
             message = "its victims have not gone yet"
         else:
-            if place(cluster.ledger, gang._replace(leave=Owed())) is not None:
-                return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
             if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
                 return None
             with self.holds.usable_by(cluster, entry.key):
+                if gang.leave and place(cluster.ledger, gang._replace(leave=())) is not None:
+                    return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
                 found = preempt(cluster, gang, entry.key, entry.members.priority, self._evicted)
             if found is None:
                 return None
@@ -389,7 +393,7 @@ class Queue:
 
     def _fits_an_empty_cluster(self, cluster: Cluster, gang: Gang) -> bool:
         with cluster.ledger.empty():
-            return place(cluster.ledger, gang._replace(leave=Owed())) is not None
+            return place(cluster.ledger, gang._replace(leave=())) is not None
 
     def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry, now: float) -> bool:
         """Whether these end before the head can start, or the head still fits beside them when all else has ended."""
@@ -399,7 +403,7 @@ class Queue:
             return True
         ledger = cluster.ledger
         with ledger.empty(), ledger.with_also(one.holding for one in placed):
-            return question is None or place(cluster.ledger, question._replace(leave=Owed())) is not None
+            return question is None or place(cluster.ledger, question._replace(leave=())) is not None
 
 
 def _end(cluster: Cluster, placed: list[Placed], now: float) -> float:
@@ -414,5 +418,5 @@ def _signature(gang: Gang) -> tuple[object, ...]:
     shapes = {id(m.shape): m.shape for m in gang.members}
     if len(shapes) > 1 or gang.fixed or gang.reserve:
         return (gang.members[0].uid,)
-    member, left = gang.members[0], (tuple(sorted(gang.leave.amounts.items())), tuple(map(id, gang.leave.shapes)))
+    member, left = gang.members[0], tuple((id(d.shape), tuple(sorted(d.amounts.items()))) for d in gang.leave)
     return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, gang.required_topology, left

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from colocate.objects import Pod
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
-from colocate.podgroup.fit import Owed
+from colocate.podgroup.fit import Debt
 from colocate.podgroup.shape import Shape, amounts
 from colocate.units import parse_time
 
@@ -77,19 +77,16 @@ class Reservations:
             del self._of[key]
         return bool(over)
 
-    def against(self, key: str, priority: int, without: str = "") -> Owed:
+    def against(self, key: str, priority: int, without: str = "") -> tuple[Debt, ...]:
         """What a gang of this priority must leave free for others, or would have to if `without` were not there."""
-        own, shapes = self._of.get(key), []
-        total: dict[str, int] = {}
+        own, found = self._of.get(key), []
         for other, one in self._of.items():
             if other in (key, without) or one.priority < priority:
                 continue
             if own is not None and (-own.priority, own.began, key) < (-one.priority, one.began, other):
                 continue
-            shapes.append(one.shape)
-            for resource, amount in one.amounts.items():
-                total[resource] = total.get(resource, 0) + amount
-        return Owed(total, tuple(shapes))
+            found.append(Debt(one.amounts, one.shape))
+        return tuple(found)
 
     @property
     def ends(self) -> list[float]:
@@ -112,7 +109,7 @@ class Reservations:
         except ValueError:
             return None  # it was edited since it started, and is told so once it waits
         priority = max(p.spec.priority for p in holding)
-        shape = cluster.shape(holding[0])
+        shape = cluster.shape(min(holding, key=lambda p: p.metadata.name))
         return Reservation(rest, shape, priority, began, began + self._lease_seconds) if rest else None
 
     def _began(self, cluster: Cluster, key: str, holding: list[Pod], now: float) -> float | None:

@@ -25,7 +25,7 @@ from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.counterfactual import counterfactuals
 from colocate.podgroup.entries import Settings, entry_of, of_interest, question
 from colocate.podgroup.estimate import starts_at
-from colocate.podgroup.fit import Owed
+from colocate.podgroup.fit import Debt
 from colocate.podgroup.gangs import gang_key, sort_members
 from colocate.podgroup.place import place
 from colocate.podgroup.queue import Queue
@@ -177,14 +177,14 @@ def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
         gang, _ = question(cluster, entry, snapshot.settings, owed)
         satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied
         priority = entry.members.priority
-        resources = set(owed.amounts)
+        resources = {resource for debt in gang.leave for resource in debt.amounts}
 
-        def owed_without(other: str) -> Owed:
+        def owed_without(other: str) -> tuple[Debt, ...]:
             return of_interest(queue.reservations.against(key, priority, without=other), resources)
 
         found = counterfactuals(cluster, gang, satisfied, owed_without)
         with cluster.ledger.empty():
-            fits = place(cluster.ledger, gang._replace(leave=Owed())) is not None
+            fits = place(cluster.ledger, gang._replace(leave=())) is not None
         start = starts_at(cluster, gang, now)
         when = None if start is None else (round(start[0] - now, 1), round(start[1] - now, 1))
     return Explanation(verdicts[key], position, found, when, fits)

@@ -170,15 +170,18 @@ class StatusWriter:
             if not p.spec.node_name and not p.terminal and p.metadata.uid not in self._cluster.planned
         ]
         due = [p for p in waiting if self._told_pods.get(p.metadata.uid, ("", ""))[0] != reason]
-        if not due and now - self._retold.get(key, 0.0) >= MESSAGE_SECONDS:
+        if not due:
             due = [p for p in waiting if self._told_pods[p.metadata.uid][1] != memory.message]
-        if due:
-            self._retold[key] = now
+            if due and now - self._retold.get(key, 0.0) < MESSAGE_SECONDS:
+                self._touched[key] = None
+                return
+        for pod in due[:PODS_AT_ONCE]:
+            await binder.tell_pod(pod, reason, memory.message)
+            self._told_pods[pod.metadata.uid] = (reason, memory.message)
         if len(due) > PODS_AT_ONCE:
             self._touched[key] = None
-        for pod in due[:PODS_AT_ONCE]:
-            self._told_pods[pod.metadata.uid] = (reason, memory.message)
-            await binder.tell_pod(pod, reason, memory.message)
+        elif due:
+            self._retold[key] = now
 
     async def _no_longer_waits(self, key: str) -> None:
         """A plan that still says that its gang waits, though it waits for nothing any more."""

@@ -425,6 +425,36 @@ def test_what_is_owed_counts_also_where_only_later_members_take_it():
     assert made.running() == ["a"]
 
 
+def pinned(made, name, on):
+    for one in made.cluster.pods_of(f"ns/{name}"):
+        made.cluster.set_pod(replace(one, spec=replace(one.spec, node_selector={"kubernetes.io/hostname": on})))
+
+
+def test_what_is_owed_holds_up_only_gangs_that_could_take_it():
+    made = Simulated(reserve_after_seconds=1e9)
+    for i in range(2):
+        made.cluster.set_node(node(f"n{i}", 3))
+    spark(made, "a", wanted={"cpu": "3"})
+    pinned(made, "a", "n0")
+    made.cycle()
+    made.add("elsewhere", 3, 3)
+    pinned(made, "elsewhere", "n1")
+    made.add("here", 1, 1)
+    pinned(made, "here", "n0")
+    made.cycle()
+    assert made.running() == ["a", "elsewhere"]
+
+
+def test_a_gang_that_is_put_off_is_passed_by_for_now():
+    made = Simulated()
+    made.cluster.set_node(node("n", 2))
+    for name in ("first", "second"):
+        made.add(name, 1, 1)
+    decided = made.queue.cycle(made.cluster, made.dirty, 0.0, {"ns/first"})
+    assert [start.key for start in decided.starts] == ["ns/second"]
+    assert [start.key for start in made.queue.cycle(made.cluster, set(), 0.0).starts] == ["ns/first"]
+
+
 def test_nobody_is_evicted_for_members_that_do_not_exist_yet():
     made = Simulated(reserve_after_seconds=1e9)
     made.cluster.set_node(node("n", 5))
