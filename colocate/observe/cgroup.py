@@ -27,11 +27,14 @@ class InactiveFile(NamedTuple):
     usage_bytes: int
     bytes: int
     tick: int
+    stalled_us: int | None
+    """Of its memory pressure: a service that stalls is looked at closely."""
 
-    def good(self, inode: int, usage_bytes: int, tick: int) -> bool:
+    def good(self, inode: int, usage_bytes: int, stalled_us: int | None, tick: int) -> bool:
         """Whether it still stands: memory.stat costs as much as all other files of a cgroup together."""
         moved = abs(usage_bytes - self.usage_bytes) > INACTIVE_FILE_MOVED_RATIO * self.usage_bytes
-        return inode == self.inode and not moved and tick - self.tick < INACTIVE_FILE_TICKS
+        same = inode == self.inode and stalled_us == self.stalled_us
+        return same and not moved and tick - self.tick < INACTIVE_FILE_TICKS
 
 
 class FilePages:
@@ -41,14 +44,14 @@ class FilePages:
         self._kept: dict[str, InactiveFile] = {}
         self.tick = 0
 
-    def keep(self, path: str, inode: int, usage_bytes: int, inactive_bytes: int) -> None:
+    def keep(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None, inactive_bytes: int) -> None:
         """Note a reading."""
-        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, self.tick)
+        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, self.tick, stalled_us)
 
-    def known(self, path: str, inode: int, usage_bytes: int) -> int | None:
+    def known(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None) -> int | None:
         """Bytes of a reading that still stands."""
         kept = self._kept.get(path)
-        return kept.bytes if kept is not None and kept.good(inode, usage_bytes, self.tick) else None
+        return kept.bytes if kept is not None and kept.good(inode, usage_bytes, stalled_us, self.tick) else None
 
     def forget_others(self, paths: Collection[str]) -> None:
         """Only these cgroups are left."""
@@ -125,7 +128,9 @@ def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int], throttling: bool)
     return figures
 
 
-def _memory(port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None) -> dict[str, Any]:
+def _memory(
+    port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None, stalled_us: int | None
+) -> dict[str, Any]:
     hierarchy = port.layout.hierarchy("memory")
     if hierarchy not in inodes:
         return {}
@@ -135,12 +140,12 @@ def _memory(port: FilePort, path: str, inodes: dict[str, int], pages: FilePages 
     if not text:
         return {}
     usage = int(text)
-    inactive = pages.known(path, inode, usage) if pages is not None else None
+    inactive = pages.known(path, inode, usage, stalled_us) if pages is not None else None
     if inactive is None:
         stat = port.read(hierarchy, path, "memory.stat", inode)
         (inactive,) = parse_flat_keyed(stat, "inactive_file" if v2 else "total_inactive_file")
         if pages is not None and inactive is not None:
-            pages.keep(path, inode, usage, inactive)
+            pages.keep(path, inode, usage, stalled_us, inactive)
     return {"memory_bytes": usage, "working_set_bytes": max(usage - (inactive or 0), 0)}
 
 
@@ -165,12 +170,12 @@ def read_workload(
     figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes, governed)
     if figures.get("cpu_usage_us") is None and port.read(main, path, "cgroup.procs", inodes[main]) is None:
         return None
-    figures.update(_memory(port, path, inodes, None if governed else pages))
     if UNIFIED in inodes and "psi" in port.layout.controllers:
         inode = inodes[UNIFIED]
         figures["cpu_pressure_us"], _ = parse_pressure(port.read(UNIFIED, path, "cpu.pressure", inode))
         memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
         figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
+    figures.update(_memory(port, path, inodes, None if governed else pages, figures.get("memory_pressure_us")))
     if governed:
         knobs = {k: read_knob(port, path, k, inodes) for k in GOVERNED_KNOBS}
         figures["knobs"] = {k: v for k, v in knobs.items() if v is not None}

@@ -189,19 +189,22 @@ def test_pods_without_labels_match_no_selector():
 
 
 @pytest.mark.parametrize(
-    ("usage", "tick", "inode", "stands"),
+    ("usage", "tick", "inode", "stalled", "stands"),
     [
-        pytest.param(6400, 1, 7, True, id="nothing has changed"),
-        pytest.param(6500, 4, 7, True, id="usage has moved by a little"),
-        pytest.param(6501, 1, 7, False, id="usage has moved by more than a 64th"),
-        pytest.param(6400, 5, 7, False, id="the reading is five ticks old"),
-        pytest.param(6400, 1, 8, False, id="another cgroup has the name now"),
+        pytest.param(6400, 1, 7, 0, True, id="nothing has changed"),
+        pytest.param(6500, 4, 7, 0, True, id="usage has moved by a little"),
+        pytest.param(6501, 1, 7, 0, False, id="usage has moved by more than a 64th"),
+        pytest.param(6400, 1, 7, 9, False, id="it has stalled on memory since"),
+        pytest.param(6400, 5, 7, 0, False, id="the reading is five ticks old"),
+        pytest.param(6400, 1, 8, 0, False, id="another cgroup has the name now"),
     ],
 )
-def test_a_reading_of_file_pages_stands_for_a_while(usage: int, tick: int, inode: int, stands: bool) -> None:
+def test_a_reading_of_file_pages_stands_for_a_while(
+    usage: int, tick: int, inode: int, stalled: int, stands: bool
+) -> None:
     pages = FilePages()
-    pages.keep("/x", 7, 6400, 100)
+    pages.keep("/x", 7, 6400, 0, 100)
     pages.tick = tick
-    assert pages.known("/x", inode, usage) == (100 if stands else None)
+    assert pages.known("/x", inode, usage, stalled) == (100 if stands else None)
     pages.forget_others([])
-    assert pages.known("/x", 7, 6400) is None
+    assert pages.known("/x", 7, 6400, 0) is None
