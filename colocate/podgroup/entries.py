@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 import msgspec
@@ -141,7 +141,6 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
         note = f"CreationDependency: {missing} members are made only after the others run; their room is reserved"
     annotations = group.metadata.annotations if group is not None else {}
     preferred = annotations.get(PREFERRED_TOPOLOGY)
-    shapes = {id(s): s for s in map(cluster.shape, members.pending)}.values()
     counted = [cluster.shape(p) for p in members.counted] if group is not None and group.spec.min_resources else []
     reserve = rest_of_min_resources(cluster, entry.key, counted) if entry.need else {}
     gang = Gang(
@@ -151,9 +150,14 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
         preferred_topology=(preferred,) if preferred else settings.topology,
         fixed=tuple(p.spec.node_name for p in members.bound),
         reserve=reserve,
-        leave=of_interest(owed_to_others, {r for s in shapes for r, _ in s.requests} | set(reserve)),
+        leave=of_interest(owed_to_others, _taken(cluster, members.pending, reserve)) if owed_to_others else (),
     )
     return gang, note
+
+
+def _taken(cluster: Cluster, pods: Iterable[Pod], reserve: Mapping[str, int]) -> set[str]:
+    """The resources that these pods and what is reserved beside them take."""
+    return set(reserve).union(*({r for r, _ in cluster.shape(p).requests} for p in pods))
 
 
 def of_interest(owed: tuple[Debt, ...], resources: Set[str]) -> tuple[Debt, ...]:

@@ -82,6 +82,8 @@ def _by_column(ledger: Ledger) -> list[tuple[str, int]]:
 
 def _enough_left(trial: Trial, gang: Gang, within: Mask) -> bool:
     """Whether beside what was put there is the gang's own reserve, and what others are owed on the nodes it touches."""
+    if not gang.reserve and not gang.leave:
+        return True
     own = (
         trial.ledger.standing(gang.members[0].shape) if gang.reserve else np.zeros(len(trial.ledger.names), dtype=bool)
     )

@@ -38,6 +38,20 @@ async def healthy(_: Request) -> str:
     return "pass"
 
 
+class Hold:
+    """A fault that holds back the requests whose path ends so, until they are released."""
+
+    def __init__(self, end: str) -> None:
+        self._end = end
+        self.held, self.release = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request: Request) -> str:
+        if request.path.endswith(self._end):
+            self.held.set()
+            await self.release.wait()
+        return "pass"
+
+
 class Proxy:
     """Listens on loopback while it is entered."""
 

@@ -15,7 +15,7 @@ import pytest
 
 from colocate.kube.client import LEASES, Api, path_of
 from tests.cluster.conftest import HIGH, LOW, World, leader
-from tests.cluster.proxy import Fault, Proxy, Request, healthy
+from tests.cluster.proxy import Fault, Hold, Proxy, Request, healthy
 
 LEASE_SECONDS = 1
 
@@ -123,21 +123,13 @@ async def test_a_leader_that_was_asleep_binds_nothing_after_its_time(
     """SIGSTOP with binds on the wire, a second leader, SIGCONT: what the first one sent late must be refused."""
     for i in range(3):
         await world.node(f"n{i}", cpu=1, memory="1Gi")
-    held, release = asyncio.Event(), asyncio.Event()
-
-    async def hold_binds(request: Request) -> str:
-        if request.path.endswith("/binding"):
-            held.set()
-            await release.wait()
-        return "pass"
-
-    proxy.fault = hold_binds
+    hold = proxy.fault = Hold("/binding")
     log = tmp_path / "log"
     with process(world, proxy.kubeconfig(), log) as sleeper:
         await world.group("pg", 3)
         for i in range(3):
             await world.pod(f"p{i}", "pg", cpu=1)
-        await asyncio.wait_for(held.wait(), 20)
+        await asyncio.wait_for(hold.held.wait(), 20)
         os.kill(sleeper.pid, signal.SIGSTOP)
         async with leader(world):
 
@@ -146,7 +138,7 @@ async def test_a_leader_that_was_asleep_binds_nothing_after_its_time(
 
             await world.until(fenced, "the new leader has stamped its epoch")
             await world.until_bound("p0", "p1", "p2")
-            release.set()
+            hold.release.set()
             os.kill(sleeper.pid, signal.SIGCONT)
 
             async def late() -> list[int]:

@@ -14,7 +14,7 @@ from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, path_of
 from colocate.objects import Node
 from tests.cluster.conftest import World, leader
-from tests.cluster.proxy import Proxy, Request
+from tests.cluster.proxy import Hold, Proxy
 from tests.cluster.realnode import IMAGE, NAME, RealNode, lacks
 
 MILLI_MOST = 700
@@ -59,13 +59,7 @@ async def test_a_slot_that_was_stolen_is_refused_by_the_kubelet_and_the_gang_rep
     node = await until_ready(world, real_node)
     asked = {"cpu": f"{int(float(node.status.allocatable['cpu']) * MILLI_MOST)}m"}
     await world.node("played", cpu=4, memory="1Gi")
-    on_its_way, release = asyncio.Event(), asyncio.Event()
-
-    async def hold(request: Request) -> str:
-        if request.path.endswith("/second/binding"):
-            on_its_way.set()
-            await release.wait()
-        return "pass"
+    hold = proxy.fault = Hold("/second/binding")
 
     def spec() -> dict[str, Any]:
         pod = on(NAME)
@@ -76,15 +70,14 @@ async def test_a_slot_that_was_stolen_is_refused_by_the_kubelet_and_the_gang_rep
         pod = (await world.pods()).get(name)
         return pod is not None and pod.status.phase == wanted
 
-    proxy.fault = hold
     async with Api.connect(str(proxy.kubeconfig())) as through, leader(World(through, world.namespace)):
         await world.group("pg", 2)
         await world.pod("first", "pg", cpu=1, spec={"nodeSelector": {"kubernetes.io/hostname": "played"}})
         await world.pod("second", "pg", spec=spec())
-        await asyncio.wait_for(on_its_way.wait(), 20)
+        await asyncio.wait_for(hold.held.wait(), 20)
         await world.pod("thief", spec={**spec(), "nodeName": NAME, "schedulerName": "default-scheduler"})
         await world.until(lambda: phase("thief", "Running"), "the thief runs")
-        release.set()
+        hold.release.set()
         assert "second did not start: OutOfcpu" in await world.told("pg", "MemberLost")
         assert (await world.pods())["second"].status.reason == "OutOfcpu"
         await world.pod("third", "pg", spec=spec())
