@@ -17,7 +17,7 @@ import structlog
 
 from colocate.actuate.guardian import OCCUPIED, Guardian
 from colocate.actuate.journal import Journal
-from colocate.actuate.restore import Report, restore, restore_paths
+from colocate.actuate.restore import Report, restore, restore_paths, thaw_everything
 from colocate.actuate.statedir import StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.writer import Drift, Writer
@@ -110,6 +110,8 @@ class Agent:
             return False
         (self.state.path / HANDOVER_FILE).unlink(missing_ok=True)
         try:
+            if data["boot_id"] != self.journal.boot_id:
+                return False  # its times are of another clock, and what it governed is gone
             self.laws = msgspec.convert(data["laws"], LawState)
         except (KeyError, msgspec.ValidationError) as error:
             log.warning("handover_unusable", error=str(error))
@@ -253,7 +255,9 @@ class Agent:
         word = b""  # without a word the guardian undoes what could not be undone here
         try:
             await self.writer.settle()
-            if not self.shadow and not handover:
+            if not self.shadow and handover:
+                thaw_everything(self.port, self.journal, report)  # nobody may be there to thaw it
+            elif not self.shadow:
                 report = restore(self.port, self.journal)
             word = b"handover" if handover else OCCUPIED if report.occupied else b"done"
         finally:
@@ -262,7 +266,9 @@ class Agent:
             if self.state is not None:
                 self.state.save(MODEL_FILE, to_builtins(self.model))
                 if handover:
-                    self.state.save(HANDOVER_FILE, {"laws": msgspec.to_builtins(self.laws)})
+                    self.state.save(
+                        HANDOVER_FILE, {"boot_id": self.journal.boot_id, "laws": msgspec.to_builtins(self.laws)}
+                    )
             self.journal.close()
             self.recorder.close()
             await self.scraper.close()

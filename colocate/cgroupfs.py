@@ -23,6 +23,7 @@ UNIFIED = "unified"
 STEPPED_ASIDE = "colocate-self"
 """The leaf of an ordinary user's delegated cgroup into which we step aside; what is delegated is its parent."""
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ESTALE)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENXIO)
 _KEPT_DIRECTORIES = 4096
 _KEPT_FILES = 4096
@@ -179,6 +180,8 @@ class KernelPort:
             try:
                 fd = os.open(self._real(hierarchy, path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    raise  # tells nothing of the cgroup
                 raise CgroupGone(error.errno, f"no cgroup {path} in {hierarchy}") from error
             kept = self._directories[key] = (fd, os.fstat(fd).st_ino)
             if len(self._directories) > self._most_kept:

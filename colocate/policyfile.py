@@ -32,7 +32,7 @@ def _quantities(value: Any, kind: Any, path: str) -> Any:
     if isinstance(kind, inspect.Metadata) and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             return _PARSERS[(kind.extra or {})["quantity"]](value)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ConfigError(path, str(error)) from error
     if isinstance(kind, inspect.StructType) and isinstance(value, dict):
         fields = {f.encode_name: f.type for f in kind.fields}
@@ -78,13 +78,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_policy(text: str, source: str) -> ColocationPolicy:
-    """The policy in a YAML text. Raises ConfigError, and BadInput if it is no YAML."""
+def parse_yaml(text: str, source: str) -> Any:
+    """What a YAML text says. Raises BadInput."""
     try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of `!!timestamp foo` and the like
         said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise BadInput(f"{source} is not YAML: {said}") from error
+
+
+def parse_policy(text: str, source: str) -> ColocationPolicy:
+    """The policy in a YAML text. Raises ConfigError, and BadInput if it is no YAML."""
+    data = parse_yaml(text, source)
     if data is None:
         data = {}
     if not isinstance(data, dict):

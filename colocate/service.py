@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 EMBEDDED_LINGER_SECONDS = 3.0
 WATCH_SECONDS = 1.0
+FIXED = (
+    ("nodeRoot", "node_root"),
+    ("http", "http"),
+    ("records", "records"),
+    ("memory.poll", "memory.poll"),
+    ("memory.pressure", "memory.pressure"),
+)
+"""What is read once: as the policy calls it, and the attribute."""
 
 
 def notify_systemd(message: str) -> None:
@@ -125,8 +134,9 @@ class Service:
             seen = stamp
             try:
                 policy = load_policy(path)
-                for field, attribute in (("nodeRoot", "node_root"), ("http", "http")):
-                    if getattr(policy.spec, attribute) != getattr(agent.policy.spec, attribute):
+                for field, attribute in FIXED:
+                    value = attrgetter(attribute)
+                    if value(policy.spec) != value(agent.policy.spec):
                         raise BadInput(f"$.spec.{field} cannot change while the agent runs: restart it")
             except ColocateError as error:
                 agent.observer.extra_problems["policy"] = f"{path}: {error}; the old policy stays in force"

@@ -23,6 +23,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|µs|ms|s|m|h|d)")
 _SI = {"n": Fraction(1, 10**9), "u": Fraction(1, 10**6), "m": Fraction(1, 1000), "E": Fraction(10**18)}
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?")
 
+MOST_CORES, MOST_BYTES = 65536, 1 << 60
+"""More than any node has; what is beyond is a slip of the pen."""
+
 CPU_PERIOD_US = 100_000
 """The CFS bandwidth period we always use; kubelet's default."""
 
@@ -63,7 +66,10 @@ def parse_bytes(text: str | float) -> int:
     factor = {**_BINARY, **_DECIMAL, "": 1}.get(match[2]) if match else None
     if not match or factor is None:
         raise ValueError(f"{text!r} is not a quantity of bytes: write it like 512Mi, 2Gi or 1500000000")
-    return round(float(match[1]) * factor)
+    value = float(match[1]) * factor
+    if value > MOST_BYTES:
+        raise ValueError(f"{str(text)[:40]!r} is more than 1Ei")
+    return round(value)
 
 
 def parse_cores(text: str | float) -> float:
@@ -71,7 +77,10 @@ def parse_cores(text: str | float) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(text).strip())
     if not match:
         raise ValueError(f"{text!r} is not a CPU quantity: write it like 2, 0.5 or 500m")
-    return float(match[1]) / (1000 if match[2] else 1)
+    value = float(match[1]) / (1000 if match[2] else 1)
+    if value > MOST_CORES:
+        raise ValueError(f"{str(text)[:40]!r} is more than {MOST_CORES} CPUs")
+    return value
 
 
 @lru_cache(maxsize=4096)

@@ -29,7 +29,7 @@ class Guardian:
     """The agent's end of the pipe."""
 
     def __init__(self, state_dir: Path, lock_dir: Path, node_root: str) -> None:
-        self._arguments = [str(state_dir), str(lock_dir), node_root]
+        self._arguments = [str(state_dir.absolute()), str(lock_dir.absolute()), node_root]
         self._process: subprocess.Popen[bytes] | None = None
         self._write = -1
 
@@ -41,7 +41,9 @@ class Guardian:
             os.close(self._write)
         read, self._write = os.pipe2(os.O_CLOEXEC)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "colocate.actuate.guardian", *self._arguments],
+            # -P and "/": it runs as root, and must not import what somebody left in the directory we were started in.
+            [sys.executable, "-P", "-m", "colocate.actuate.guardian", *self._arguments],
+            cwd="/",
             stdin=read,
             stdout=subprocess.DEVNULL,
             stderr=None,

@@ -48,7 +48,8 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     reason: str = ""
     pid: int = 0
     start_time: int = 0
-    version: int = JOURNAL_VERSION
+    version: int = 0
+    """Of the format, in the file; 0 is the one of this program, for a default would not be written."""
 
     @property
     def key(self) -> Key:
@@ -62,7 +63,7 @@ def boot_id() -> str:
 
 
 def _line(entry: Entry) -> bytes:
-    body = msgspec.json.encode(entry)
+    body = msgspec.json.encode(msgspec.structs.replace(entry, version=entry.version or JOURNAL_VERSION))
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
@@ -83,7 +84,7 @@ def read_entries(path: Path) -> tuple[list[Entry], int]:
             break
         if entry.version > JOURNAL_VERSION:
             raise StateTooNew(f"{path} was written by a newer colocate (journal version {entry.version})")
-        entries.append(entry)
+        entries.append(msgspec.structs.replace(entry, version=0))
         offset = end + 1
     return entries, offset
 

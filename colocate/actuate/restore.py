@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterable
 
 import msgspec
+import structlog
 
 from colocate.actuate.journal import Entry, Journal, newest_found
 from colocate.cgroupfs import (
@@ -29,6 +30,8 @@ from colocate.errors import JournalBroken
 from colocate.knobs import read_knob, same, write_knob
 from colocate.observe.cgroup import inodes_of
 
+log = structlog.get_logger()
+_FREEZERS = {"cgroup.freeze": "0", "freezer.state": "THAWED"}
 _ORDER = {"freezer.state": 0, "cgroup.freeze": 0, "cpu.idle": 1, "cpu.shares": 2, "cpu.weight": 2}
 PASSES = 3
 
@@ -59,6 +62,22 @@ def thaw_all(port: FilePort, journal: Journal, report: Report) -> None:
             thaw_below(port, path)
         except OSError as error:
             report.failed.append(f"{path}: thaw: {error.strerror}")
+
+
+def thaw_everything(port: FilePort, journal: Journal, report: Report) -> None:
+    """Thaw what is ours and what we froze in place; all else stays as it is."""
+    thaw_all(port, journal, report)
+    frozen = [e for e in journal.entries if e.kind == "value" and e.file in _FREEZERS]
+    for entry in frozen:
+        thawed = _FREEZERS[entry.file]
+        try:
+            current = port.read(entry.hierarchy, entry.path, entry.file, entry.inode)
+            if current is not None and current.strip() not in (thawed, entry.found.strip()):
+                port.write(entry.hierarchy, entry.path, entry.file, thawed, entry.inode)
+        except CgroupGone:
+            continue
+        except OSError as error:
+            report.failed.append(f"{_where(entry)}: thaw: {error.strerror}")
 
 
 def thaw_below(port: FilePort, path: str) -> None:
@@ -97,6 +116,8 @@ def _restore_one(port: FilePort, entry: Entry, ours: Iterable[str], report: Repo
         return 0
     if entry.file == "cgroup.subtree_control":
         return _drop_controllers(port, entry, current, report)
+    if _FREEZERS.get(entry.file) == current.strip():
+        return 0  # found frozen by others, and running now: an undo never freezes
     if not any(same(entry.file, wanted, current) for wanted in ours):
         report.left_to_others.append(f"{_where(entry)}: now {current.strip()}, found {entry.found.strip()}")
         return 0
@@ -213,7 +234,10 @@ def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Rep
     alive = [e for e in moved if left and start_time(port, e.pid) == e.start_time]
     remaining = [*unresolved, *left, *alive]
     if remaining != journal.entries:
-        journal.replace(remaining)
+        try:
+            journal.replace(remaining)
+        except JournalBroken as error:  # a full disk: what is undone stays undone, and old entries are looked at again
+            log.error("journal_broken", error=str(error))
     return report
 
 

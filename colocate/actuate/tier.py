@@ -173,10 +173,13 @@ class TierMaker:
             return False
         return True
 
-    def move(self, pid: int, placement: Placement) -> None:
-        """Move a process into a directory of ours, its former cgroups journaled. Raises CgroupGone if it has ended."""
+    def move(self, pid: int, placement: Placement, expected_start: int | None = None) -> None:
+        """Move a process into a directory of ours, its former cgroups journaled. Raises CgroupGone if it has ended.
+
+        With `expected_start`, also if the pid belongs to another process by now; one that came in between goes back.
+        """
         start = start_time(self._port, pid)
-        if start is None:
+        if start is None or expected_start not in (None, start):
             raise CgroupGone(errno.ESRCH, f"process {pid} has ended")
         boot = self._journal.boot_id
         former = {h: cgroup_of(self._port, pid, h) for h in placement.inodes}
@@ -196,6 +199,12 @@ class TierMaker:
                 if error.errno == errno.ESRCH:
                     raise CgroupGone(errno.ESRCH, f"process {pid} has ended") from error
                 raise
+        if start_time(self._port, pid) != start:
+            for hierarchy, path in former.items():
+                if path is not None:
+                    with contextlib.suppress(OSError):
+                        self._port.write(hierarchy, path, "cgroup.procs", str(pid))
+            raise CgroupGone(errno.ESRCH, f"process {pid} has ended")
 
     def rehome(self, name: str, former: str, memory_bytes: int | None) -> Placement:
         """Move a job from `former`, its directory in a tier of earlier times, into the tier.

@@ -22,5 +22,5 @@ def enter_delegated_scope() -> None:
     if not Path(os.environ["XDG_RUNTIME_DIR"], "systemd").exists() or not Path("/sys/fs/cgroup/cgroup.procs").exists():
         return
     scope = [run, "--user", "--scope", "--quiet", "-p", "Delegate=yes", "--"]
-    command = [*scope, sys.executable, "-m", "colocate.cli.main", *sys.argv[1:]]
+    command = [*scope, sys.executable, "-P", "-m", "colocate.cli.main", *sys.argv[1:]]
     os.execve(run, command, {**os.environ, DELEGATED: "1"})

@@ -74,7 +74,7 @@ def evaluate(options: argparse.Namespace) -> int:
     started = time.time()
     try:
         for i, arm in enumerate(arms):
-            _begin(connection, arm, f"window {i + 1} of {len(arms)}")
+            _begin(connection, arm, options.window, f"window {i + 1} of {len(arms)}")
             end = time.monotonic() + options.window
             while (left := end - time.monotonic()) > 0:
                 status(
@@ -106,9 +106,9 @@ def _differing(was: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
     return tuple(", ".join(f"{k} {v['numbers'].get(k)}" for k in keys) for v in (was, now))  # type: ignore[return-value]
 
 
-def _begin(connection: Connection, arm: str, which: str) -> None:
+def _begin(connection: Connection, arm: str, seconds: float, which: str) -> None:
     try:
-        connection.ask(op="arm", arm=arm)
+        connection.ask(op="arm", arm=arm, seconds=seconds)
     except NotAnswering as error:
         raise NotAnswering(f"{error}; {which} was not measured: colocate report shows what there is") from error
 

@@ -30,6 +30,8 @@ OWN_WAITING_FADE = 0.1
 OWN_WAITING_SECONDS = 600.0
 LEAST_OWN_WAITING_RATIO = 0.01
 OPEN_AFTER_TICKS_AT_RAIL = 5
+NOISE_CORES = 0.1
+"""What batch uses above its floor without anything to gain from the floor."""
 Mode = Literal["open", "floor", "trial", "granted"]
 
 
@@ -271,7 +273,8 @@ def _unseen(state: CpuState, snapshot: NodeSnapshot, forecast: Forecast, spec: P
 def _while_open(
     state: CpuState, seen: Evidence, snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec
 ) -> tuple[CpuState, str, str]:
-    replace, idle = msgspec.structs.replace, forecast.batch_cores < 2 * spec.cpu.floor
+    replace = msgspec.structs.replace
+    idle = forecast.batch_cores < min(2 * spec.cpu.floor, spec.cpu.floor + NOISE_CORES)
     state = replace(state, ticks=state.ticks if idle else 0)
     learnt = idle and state.ticks >= spec.cpu.trial_ticks
     if learnt:

@@ -16,6 +16,7 @@ from colocate.plan import Action, Rejected, Request, Verdict
 from colocate.snapshot import NodeSnapshot
 
 LAW = "eviction"
+KILLING_SECONDS = 5.0
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +26,8 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     """Monotonic seconds; then it is killed."""
     reason: str
     message: str
+    inodes: dict[str, int] = {}
+    """Of the cgroup that was told: one that its owner has made anew since is another."""
 
 
 class EvictionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -57,13 +60,21 @@ def decide_eviction(
             wishes.setdefault(
                 job.id, Request(verb="evict", workload=job.id, law=LAW, reason="MaxRuntime", message=message)
             )
-    under_way = {id_: e for id_, e in state.under_way.items() if id_ in jobs and _alive(snapshot, id_)}
+    under_way = {
+        id_: e
+        for id_, e in state.under_way.items()
+        if id_ in jobs
+        and _alive(snapshot, id_)
+        and e.inodes == jobs[id_].inodes
+        and now < e.deadline + KILLING_SECONDS  # whatever runs then has been started since
+    }
     actions: list[Action] = []
     for id_, wish in wishes.items():
         if id_ in under_way or not _alive(snapshot, id_):
             continue
         deadline = now + spec.memory.termination_grace
-        under_way[id_] = Eviction(deadline=deadline, reason=wish.reason, message=wish.message)
+        inodes = jobs[id_].inodes
+        under_way[id_] = Eviction(deadline=deadline, reason=wish.reason, message=wish.message, inodes=inodes)
         actions.append(_action(id_, jobs[id_].path, "signal", "SIGTERM", wish.reason, wish.message))
     thaws = []
     for id_, eviction in under_way.items():

@@ -60,7 +60,8 @@ def decide_freeze(
                 message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {spec.freeze.max_frozen:g} s)"
                 follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
         wanted = "1" if wish is not None else "0"
-        if job.frozen != (wanted == "1"):
+        others = job.in_place and job.id not in state.since and job.id not in thaw  # froze it, a `docker pause` say
+        if job.frozen != (wanted == "1") and not (wanted == "0" and others):
             reason = wish.reason if wish is not None else "Thaw"
             message = wish.message if wish is not None else "nothing asks for a freeze any more"
             actions.append(

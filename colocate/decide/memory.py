@@ -140,14 +140,14 @@ def decide_memory(snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, 
         if state.rung < 0
         else f"calm since {snapshot.monotonic_seconds - state.pressed:.1f} s, rung {rung} still in force"
     )
-    now = snapshot.monotonic_seconds
     signalled = dict(state.signalled)
     actions = _limits(snapshot, state, rung, allowed, used, v2, reason, message, stale >= spec.staleness.open_after)
     requests: list[Request] = []
     if why and rung == "checkpoint":
         for job in snapshot.of("batch"):
             if job.checkpoint_signal and job.id not in signalled:
-                signalled[job.id] = now + spec.memory.checkpoint_deadline
+                # One deadline for all: jobs that come and go must not hold the ladder here for ever.
+                signalled[job.id] = state.since + spec.memory.checkpoint_deadline
                 actions.append(_action(job, "signal", job.checkpoint_signal, "CheckpointSignal", message))
     if why and rung == "freeze":
         requests = [_request("freeze", w, message) for w in snapshot.of("batch")]

@@ -17,7 +17,7 @@ from colocate.decide.memory import MemoryState, decide_memory
 from colocate.model.forecast import Forecast
 from colocate.plan import Action, Plan, Request
 from colocate.snapshot import NodeSnapshot, Workload
-from colocate.units import cores_of_cpu_max, cpu_max, parse_cpulist
+from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist, parse_cpulist
 
 _ONCE = ("signal", "cgroup.kill", "memory.reclaim")
 
@@ -90,9 +90,17 @@ def _evaluation(arm: str, snapshot: NodeSnapshot, actions: list[Action]) -> tupl
             for w in snapshot.of("batch")
         ]
     if arm == OFF_UNMANAGED:
-        open_values = {"cpu.weight": "100", "cpu.idle": "0", "cpu.max": cpu_max(None)}
+        everywhere = format_cpulist(snapshot.cpus)
+        open_values = {"cpu.weight": "100", "cpu.idle": "0", "cpu.max": cpu_max(None), "cpuset.cpus": everywhere}
+
+        def value(action: Action) -> str:
+            job = snapshot.workloads.get(action.workload)
+            if action.knob == "cpu.max" and job is not None and job.requested_cores is not None:
+                return cpu_max(job.requested_cores)  # what a job asked for is no rule of ours
+            return open_values[action.knob]
+
         return [
-            msgspec.structs.replace(a, value=open_values[a.knob], reason="Evaluation", message=message)
+            msgspec.structs.replace(a, value=value(a), reason="Evaluation", message=message)
             for a in actions
             if a.knob in open_values
         ], []
@@ -108,6 +116,7 @@ def decide(
     arm: str = "",
 ) -> tuple[LawState, Plan]:
     """The next state of all laws and this tick's plan. `arm` is set while an evaluation runs."""
+    replace = msgspec.structs.replace
     cpu = decide_cpu(snapshot, forecast, spec, calibration, state.cpu)
     memory = decide_memory(snapshot, forecast, spec, state.memory)
     cpu_actions, evaluation = _evaluation(arm, snapshot, cpu.actions)
@@ -124,7 +133,9 @@ def decide(
         if not already(a.knob, a.value, known[a.workload].knobs.get(a.knob))
     ]
     # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
-    law_of_cpu = state.cpu if unmanaged else cpu.state
+    law_of_cpu = cpu.state
+    if unmanaged:  # `ticks` too: where the tier is then says nothing of where it was sent
+        law_of_cpu = replace(state.cpu, besteffort=replace(state.cpu.besteffort, ticks=0))
     following = LawState(
         cpu=law_of_cpu,
         memory=memory.state,

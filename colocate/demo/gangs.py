@@ -75,7 +75,7 @@ class GangDemo:
         with log:
             runner = HERE / "with_parent.py"
             return subprocess.Popen(
-                [sys.executable, "-I", str(runner), sys.executable, "-m", module, *arguments],
+                [sys.executable, "-I", str(runner), sys.executable, "-P", "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if module.endswith("observer") else log,
                 stderr=log,

@@ -137,7 +137,7 @@ class Demo:
     async def _digest(self) -> Digest:
         mounts = msgspec.json.encode(self._port.layout.mounts).decode()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "colocate.demo.digest", mounts, stdout=asyncio.subprocess.PIPE
+            sys.executable, "-P", "-m", "colocate.demo.digest", mounts, stdout=asyncio.subprocess.PIPE
         )
         out, _ = await process.communicate()
         return msgspec.json.decode(out, type=Digest)
@@ -197,7 +197,7 @@ class Demo:
     async def _worker(self, cpu: int) -> Process:
         shared = self._directory / "metrics"
         shared.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "colocate.demo.service", "--cpu", str(cpu)]
+        command = [sys.executable, "-P", "-m", "colocate.demo.service", "--cpu", str(cpu)]
         command += ["--service-seconds", str(self._service_seconds)]
         group = joined(self._node.path, SERVICE_POD)
         worker = await Process.start(self._node, group, command, {"PROMETHEUS_MULTIPROC_DIR": str(shared)})
@@ -209,7 +209,16 @@ class Demo:
 
     async def _load(self, rate: float | None, seconds: float) -> list[Sample]:
         """Requests at this mean rate, or as fast as the service answers."""
-        command = [sys.executable, "-m", "colocate.demo.load", "--seconds", str(seconds), "--seed", str(self._seed)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "colocate.demo.load",
+            "--seconds",
+            str(seconds),
+            "--seed",
+            str(self._seed),
+        ]
         command += ["--closed", str(4 * len(self._cpus))] if rate is None else ["--rate", str(rate)]
         command += self._urls
         load = await Process.start(self._node, joined(self._node.path, "client"), command, {})
@@ -230,7 +239,7 @@ class Demo:
         return sum(c.done for c in self._counters)
 
     def _training(self, i: int) -> list[str]:
-        return [sys.executable, "-m", "colocate.demo.training", "--progress", str(self._progress_files[i])]
+        return [sys.executable, "-P", "-m", "colocate.demo.training", "--progress", str(self._progress_files[i])]
 
     @contextlib.asynccontextmanager
     async def _batch_in(self, group: str) -> AsyncIterator[list[Process]]:
@@ -343,7 +352,7 @@ class Demo:
         self._reset_work()
         try:
             for i in range(len(self._cpus)):
-                command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", f"training-{i}"]
+                command = [sys.executable, "-P", "-m", "colocate.cli.main", "run", "--name", f"training-{i}"]
                 command += ["--checkpoint-signal", "SIGUSR1", "--socket", str(server.path), "--", *self._training(i)]
                 process = await asyncio.create_subprocess_exec(
                     *command, stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}

@@ -110,7 +110,7 @@ def connect_or_embed(path: Path, policy: str | None) -> Connection:
     except OSError as error:
         mend = "set COLOCATE_STATE_DIR to a directory that you can write"
         raise ColocateError(f"no agent runs, and none can be started: {log_path}: {error.strerror}; {mend}") from error
-    arguments = [sys.executable, "-m", "colocate.cli.main", "agent", "--embedded", "--socket", str(path)]
+    arguments = [sys.executable, "-P", "-m", "colocate.cli.main", "agent", "--embedded", "--socket", str(path)]
     with log:
         agent = subprocess.Popen(
             arguments + (["--config", os.path.abspath(policy)] if policy else []),

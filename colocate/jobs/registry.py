@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from colocate.actuate.statedir import StateDirectory
 from colocate.plan import Plan
+from colocate.units import MOST_BYTES, MOST_CORES
 
 FILE = "jobs.json"
 
@@ -17,8 +18,8 @@ class Wanted(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     name: str = ""
     command: str = ""
-    cores: float | None = None
-    memory_bytes: int | None = None
+    cores: Annotated[float, msgspec.Meta(gt=0, le=MOST_CORES)] | None = None
+    memory_bytes: Annotated[int, msgspec.Meta(gt=0, le=MOST_BYTES)] | None = None
     priority: int = 0
     gang: str = ""
     checkpoint_signal: str = ""

@@ -32,6 +32,9 @@ from colocate.units import format_bytes
 
 log = structlog.get_logger()
 GROUP = "colocate"
+CONNECTIONS_A_USER = 512
+ARM_LATE_SECONDS = 10.0
+"""An evaluation whose caller does not say in time how it goes on is ended."""
 
 
 class RunRequest(Wanted, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +42,15 @@ class RunRequest(Wanted, kw_only=True, forbid_unknown_fields=True):
 
     op: str
     pid: int
+
+
+class ArmRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The line that begins an evaluation's window."""
+
+    op: str
+    arm: str = ""
+    seconds: float = 0.0
+    """How long the window is."""
 
 
 class JobServer:
@@ -50,8 +62,10 @@ class JobServer:
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._callers: dict[asyncio.Task[None], int] = {}
         self._closing = False
         self._evaluating: asyncio.StreamWriter | None = None
+        self._arm_until = 0.0
         agent.on_evicted.append(self._tell_evicted)
         agent.on_tick.append(self._reap)
 
@@ -108,6 +122,10 @@ class JobServer:
         try:
             sock: socket.socket = writer.get_extra_info("socket")
             peer = identify(sock, self._agent.port)
+            self._callers[task] = peer.uid
+            if peer.uid and list(self._callers.values()).count(peer.uid) > CONNECTIONS_A_USER:
+                writer.write(msgspec.json.encode({"error": f"over {CONNECTIONS_A_USER} connections of yours"}) + b"\n")
+                return  # one user must not use up the descriptors of everybody's agent
             while line := await reader.readline():
                 try:
                     answer = self._answer(line, peer, writer, job)
@@ -124,6 +142,7 @@ class JobServer:
             pass
         finally:
             self._serving.pop(task, None)
+            self._callers.pop(task, None)
             if self._evaluating is writer:
                 self._set_arm("", None)  # an evaluation ends with its caller, however that ended
             if job:
@@ -136,7 +155,7 @@ class JobServer:
         request = msgspec.json.decode(line, type=dict[str, Any])
         op = request.get("op")
         if op == "run":
-            return self._run(msgspec.convert(request, RunRequest), peer)
+            return self._run(msgspec.convert(request, RunRequest), peer, job)
         if op == "checkpointed":
             known = self._agent.registry.jobs.get(str(request.get("job")))
             if known is None or peer.uid not in (0, known.uid):
@@ -150,7 +169,7 @@ class JobServer:
         if op == "status":
             return self._status()
         if op == "arm":
-            return self._arm(str(request.get("arm", "")), peer, writer)
+            return self._arm(msgspec.convert(request, ArmRequest), peer, writer)
         raise BadInput(f"unknown op {op!r}; known: arm, run, checkpointed, ended, explain, status")
 
     def _ended(self, name: str) -> dict[str, Any]:
@@ -183,8 +202,11 @@ class JobServer:
             "journal": agent.journal.broken or "ok",
         }
 
-    def _arm(self, arm: str, peer: Peer, writer: asyncio.StreamWriter) -> dict[str, Any]:
+    def _arm(self, request: ArmRequest, peer: Peer, writer: asyncio.StreamWriter) -> dict[str, Any]:
         """An evaluation's window begins; the empty arm ends the evaluation."""
+        arm = request.arm
+        if self._agent.shadow and arm:
+            raise BadInput("the agent runs with --shadow and writes nothing, so both arms would be the same")
         if peer.uid not in (0, os.geteuid()):
             raise BadInput("an evaluation changes the node for everybody: only root or the agent's user may start one")
         if arm not in ("", "on", OFF_FROZEN, OFF_UNMANAGED):
@@ -192,6 +214,7 @@ class JobServer:
         if self._evaluating not in (None, writer):
             raise BadInput("another evaluation is running")
         self._set_arm(arm, writer if arm else None)
+        self._arm_until = self._agent.clock.monotonic() + request.seconds + ARM_LATE_SECONDS
         return {"ok": True}
 
     def _set_arm(self, arm: str, writer: asyncio.StreamWriter | None) -> None:
@@ -200,7 +223,7 @@ class JobServer:
         self._agent.recorder.window += 1
         self._agent.wake(f"evaluation arm {arm}")
 
-    def _run(self, request: RunRequest, peer: Peer) -> dict[str, Any]:
+    def _run(self, request: RunRequest, peer: Peer, running: str) -> dict[str, Any]:
         agent = self._agent
         if agent.shadow:
             raise BadInput("the agent runs with --shadow and writes nothing, so it cannot take a job")
@@ -210,12 +233,14 @@ class JobServer:
         if request.checkpoint_signal not in ("", *SIGNALS):
             what = f"--checkpoint-signal {request.checkpoint_signal!r}"
             raise BadInput(f"{what} is no signal that a job can handle; known: {', '.join(SIGNALS)}")
+        if running:
+            raise BadInput(f"this connection runs {running!r} already: a job ends with its own connection")
         start = check_child(agent.port, peer, request.pid)
         placement = agent.tier.ensure_job(name)
         try:
             if request.memory_bytes is not None:
                 agent.tier.set_job_knob(placement, "memory.max", str(request.memory_bytes))
-            agent.tier.move(request.pid, placement)
+            agent.tier.move(request.pid, placement, start)
         except OSError:
             agent.tier.remove_job(placement.path)
             raise
@@ -241,6 +266,9 @@ class JobServer:
 
     def _reap(self, _tick: Tick) -> None:
         """End jobs that have no caller any more (their connection was to a predecessor)."""
+        if self._evaluating is not None and self._agent.clock.monotonic() > self._arm_until:
+            log.warning("evaluation_overdue", arm=self._agent.recorder.arm)  # its caller is stopped, say by ctrl-Z
+            self._set_arm("", None)
         for name, job in list(self._agent.registry.jobs.items()):
             if name not in self._connections and start_time(self._agent.port, job.pid) != job.start_time:
                 self._end(name)

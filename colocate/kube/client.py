@@ -28,7 +28,8 @@ T = TypeVar("T")
 JSON = "application/json"
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
-CONNECTIONS = 128
+CONNECTIONS = 300
+"""A few more than the controller has writes under way."""
 TIMEOUT_SECONDS = 30.0
 BUSY_ATTEMPTS = 5
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"

@@ -20,7 +20,14 @@ from colocate.model.histogram import (
 )
 from colocate.model.kernels import Kernels
 from colocate.model.reference import Floats
-from colocate.model.slack import quantile_of, slack_of_latency, slack_of_waiting, trim_window, window_counts
+from colocate.model.slack import (
+    beyond_buckets,
+    quantile_of,
+    slack_of_latency,
+    slack_of_waiting,
+    trim_window,
+    window_counts,
+)
 from colocate.snapshot import Latency, NodeSnapshot, Workload
 
 SLOTS = 48
@@ -28,6 +35,8 @@ AHEAD = 1
 MARGIN = 1.1
 SEASON_FADE = 0.999
 MODEL_VERSION = 1
+BEYOND_BUCKETS_SLACK = -1.0
+"""Of a p99 above every bucket: nobody knows how far, so it counts as twice its target."""
 
 
 class WorkloadForecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -125,7 +134,8 @@ def _latency(state: ModelState, workload: Workload) -> tuple[tuple[Latency, ...]
         p99 = quantile_of(workload.latency.bounds_seconds, counts, 0.99)
         if p99 is not None:
             figures["p99_seconds"] = round(p99, 6)
-            figures["slack"] = slack_of_latency(workload.objective.p99_seconds, p99)
+            slack = slack_of_latency(workload.objective.p99_seconds, p99)
+            figures["slack"] = min(slack, BEYOND_BUCKETS_SLACK) if beyond_buckets(counts, 0.99) else slack
             figures["evidence"] = "latency"
     return window, figures
 

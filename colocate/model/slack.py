@@ -51,6 +51,12 @@ def quantile_of(bounds_seconds: Sequence[float], counts: Sequence[float], q: flo
     return bounds_seconds[-1]
 
 
+def beyond_buckets(counts: Sequence[float], q: float) -> bool:
+    """Whether the quantile lies above the highest finite bound, so that `quantile_of` cannot tell how far."""
+    total = sum(counts)
+    return total > 0 and sum(counts[:-1]) < q * total
+
+
 def slack_of_latency(target_seconds: float, p99_seconds: float) -> float:
     """(target - p99) / target, rounded to 4 places."""
     return round((target_seconds - p99_seconds) / target_seconds, 4)

@@ -64,7 +64,12 @@ def _bound(text: str, metric: str) -> float:
 
 
 def boundary_warning(latency: Latency, target_seconds: float) -> str:
-    """A warning when no bucket boundary is within 25 % of the target: the quantile would be a guess; else empty."""
+    """A warning when no bucket boundary is above the target or within 25 % of it: p99 would be a guess; else empty."""
+    if latency.bounds_seconds[-1] < target_seconds:
+        return (
+            f"no bucket boundary above the target {target_seconds:g} s (highest {latency.bounds_seconds[-1]:g} s): add "
+            "one, for a p99 beyond all buckets counts as a violation"
+        )
     near = min(latency.bounds_seconds, key=lambda b: abs(b - target_seconds))
     if abs(near - target_seconds) <= 0.25 * target_seconds:
         return ""

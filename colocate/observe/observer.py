@@ -77,10 +77,11 @@ class Observer:
     def _read(self, target: Target) -> Workload | None:
         known = dict(target.known)
         if target.tier == "service":
-            if target.name in self.objectives:
-                known["objective"] = self.objectives[target.name]
-            if target.name in self._scraper.readings:
-                known["latency"] = self._scraper.readings[target.name]
+            entry = target.entry or target.name
+            if entry in self.objectives:
+                known["objective"] = self.objectives[entry]
+            if entry in self._scraper.readings:
+                known["latency"] = self._scraper.readings[entry]
             if target.pids is not None:
                 known["run_delay_us"] = run_delay_us(self._port, target.pids)
             elif known.get("objective") is not None or "psi" not in self._port.layout.controllers:
@@ -141,6 +142,10 @@ class Observer:
                 found["burstable"] = (burstable, inode)
         return found
 
+    def _discover_tree(self) -> tuple[node_figures.Capacity, Tree]:
+        root = self.policy.spec.node_root
+        return node_figures.capacity(self._port, root), find_tree(self._port, root)
+
     def _tier(self) -> Workload | None:
         inodes = inodes_of(self._port, self.tree.tier_path)
         if not inodes:
@@ -160,8 +165,7 @@ class Observer:
         """Everything known now. Times are given, so that a model's clock can stand in."""
         self._sequence += 1
         if self._sequence % REDISCOVER_TREE_EVERY == 1:
-            self.capacity = node_figures.capacity(self._port, self.policy.spec.node_root)
-            self.tree = find_tree(self._port, self.policy.spec.node_root)
+            self.capacity, self.tree = self._section("tree", self._discover_tree, (self.capacity, self.tree))
         have = self.capacity
         figures = self._section(
             "node",

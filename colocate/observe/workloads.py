@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from colocate.cgroupfs import UNIFIED, FilePort, joined
+from colocate.cgroupfs import UNIFIED, FilePort, joined, processes_below
 from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.observe.pods import Pod
 from colocate.snapshot import Objective
@@ -57,6 +57,8 @@ class Target(msgspec.Struct, frozen=True):
     path: str
     inodes: dict[str, int]
     known: dict[str, Any] = {}
+    entry: str = ""
+    """The policy entry that chose it: its latency and objective are those of all that the entry chose."""
     pids: tuple[int, ...] | None = None
     """Processes whose run delay is read; None: those of the cgroup."""
 
@@ -182,7 +184,23 @@ def select(
     return _by_labels(port, hierarchy, tree, selector, pods), None
 
 
-def _not_ours_to_govern(path: str, claimed: dict[str, str], own: set[str]) -> str:
+def _parent(port: FilePort, pid: int) -> int:
+    stat = port.proc(f"/proc/{pid}/stat")
+    return int(stat.rpartition(")")[2].split()[1]) if stat else 0
+
+
+def _stranger(port: FilePort, path: str, chosen: set[int]) -> int | None:
+    """A process of a cgroup that a command did not choose, itself or as an ancestor's: a shell, another user's job."""
+    for pid in processes_below(port, main_hierarchy(port), path):
+        line = pid
+        while line > 1 and line not in chosen:
+            line = _parent(port, line)
+        if line not in chosen and _parent(port, pid):  # not one that has ended meanwhile
+            return pid
+    return None
+
+
+def _not_ours_to_govern(path: str, claimed: Mapping[str, str], own: set[str]) -> str:
     """Why a cgroup may not be governed in place; empty if it may. Freezing it would freeze us or a service as well."""
     if path == "/":
         return "runs in the root cgroup, which has no knobs: start it in its own"
@@ -202,6 +220,7 @@ def _configured(
     problems: dict[str, str],
     inodes: Inodes,
     own: set[str],
+    on_node: Mapping[str, str],
 ) -> list[Target]:
     paths, pids = select(port, tree, entry.selector, pods)
     if not paths:
@@ -221,8 +240,15 @@ def _configured(
         if isinstance(entry, ServicePolicy):
             if entry.slo is not None:
                 known["objective"] = Objective(entry.slo.p99, entry.slo.minimum_samples, entry.slo.window)
-        elif why := _not_ours_to_govern(path, claimed, own):
+        elif why := _not_ours_to_govern(path, {**on_node, **claimed}, own):
             problems[entry.name] = f"{entry.name}: {why}"
+            continue
+        elif pids is not None and (stranger := _stranger(port, path, set(pids))) is not None:
+            command = " ".join((port.proc(f"/proc/{stranger}/cmdline") or "?").replace("\0", " ").split())[:60]
+            problems[entry.name] = (
+                f"{entry.name}: {path} also holds process {stranger} ({command}): start the batch work in a cgroup of "
+                "its own (colocate run, systemd-run)"
+            )
             continue
         else:
             known = {
@@ -232,15 +258,16 @@ def _configured(
                 "in_place": True,
             }
         kind = "service" if service else "batch"
-        targets.append(Target(f"{kind}:{name}", name, kind, path, inodes(path), known, tuple(pids) if pids else None))
+        of_processes = tuple(pids) if pids else None
+        targets.append(Target(f"{kind}:{name}", name, kind, path, inodes(path), known, entry.name, of_processes))
     return targets
 
 
-def _pods(port: FilePort, tree: Tree, pods: Mapping[str, Pod], claimed: dict[str, str], inodes: Inodes) -> list[Target]:
-    assert tree.kubepods is not None
+def _pods(port: FilePort, tree: Tree, pods: Mapping[str, Pod], inodes: Inodes) -> list[Target]:
+    """The Guaranteed and Burstable pods."""
     hierarchy = main_hierarchy(port)
     targets = []
-    others = {tree.tier_path, tree.besteffort, tree.burstable, *claimed}
+    others = {tree.tier_path, tree.besteffort, tree.burstable}
     for level in filter(None, (tree.kubepods, tree.burstable)):
         for child, inode in port.children(hierarchy, level).items():
             path = f"{level}/{child}"
@@ -249,6 +276,11 @@ def _pods(port: FilePort, tree: Tree, pods: Mapping[str, Pod], claimed: dict[str
                 pod = pods.get(uid)
                 name = f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
                 targets.append(Target(f"pod:{uid}", name, "service", path, inodes(path, inode)))
+    return targets
+
+
+def _besteffort(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Inodes) -> list[Target]:
+    hierarchy, targets = main_hierarchy(port), []
     if tree.besteffort and tree.besteffort not in claimed and port.inode(hierarchy, tree.besteffort) is not None:
         path = tree.besteffort
         targets.append(Target("besteffort", "besteffort", "besteffort", path, inodes(path)))
@@ -272,10 +304,14 @@ def discover(
     targets: list[Target] = []
     own = {p for h in port.layout.mounts if (p := cgroup_of(port, os.getpid(), h))} - {"/"} if spec.batch else set()
     entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
+    found = _pods(port, tree, pods, inodes) if tree.kubepods is not None else []
+    on_node = {pod.path: f"the pod {pod.name}" for pod in found}
     for entry in entries:
-        targets.extend(_configured(port, tree, pods, entry, claimed, problems, inodes, own))
+        targets.extend(_configured(port, tree, pods, entry, claimed, problems, inodes, own, on_node))
     if tree.kubepods is not None:
-        targets.extend(_pods(port, tree, pods, claimed, inodes))
+        # A pod of which a part is claimed by the policy counts by that part: never twice.
+        targets.extend(p for p in found if not any(c == p.path or c.startswith(f"{p.path}/") for c in claimed))
+        targets.extend(_besteffort(port, tree, claimed, inodes))
     for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
         path = joined(tree.tier_path, child)
         known = jobs.get(child, {})

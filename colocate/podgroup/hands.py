@@ -27,7 +27,7 @@ from colocate.podgroup.metrics import Metrics
 from colocate.podgroup.queue import Queue
 from colocate.podgroup.status import empty_plan, may_be_told
 
-WRITES_AT_ONCE = 128
+WRITES_AT_ONCE = 256
 FENCE_ATTEMPTS, REFUSED = 5, (400, 403, 422)
 BACKLOG = 512
 """Writes that wait or are under way."""

@@ -14,7 +14,7 @@ import msgspec
 
 from colocate.errors import BadInput
 from colocate.model.interference import machines_saved
-from colocate.model.slack import quantile_of
+from colocate.model.slack import beyond_buckets, quantile_of
 from colocate.model.statistics import Interval, difference_interval, relative_interval
 from colocate.report.record import read_full, read_lines, segments
 
@@ -166,9 +166,13 @@ class _Seen:
 
 
 def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]]]:
-    """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window."""
+    """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window.
+
+    A window with too few requests, or in which the quantile is beyond all buckets, has none.
+    """
     found: dict[str, dict[str, list[tuple[str, float]]]] = {}
     for (window, name), end in seen.latest.items():
+        figures = found.setdefault(name, {})
         begin = seen.first[window, name]
         if begin["bounds_seconds"] != end["bounds_seconds"]:
             continue
@@ -176,10 +180,9 @@ def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]
         if min(cumulative) < 0 or cumulative[-1] < 100:
             continue
         counts = [c - p for c, p in zip(cumulative, [0.0, *cumulative[:-1]], strict=True)]
-        figures = found.setdefault(name, {})
         for key, q, least in (("p50", 0.5, 100), ("p99", 0.99, 100), ("p99.9", 0.999, P999_REQUESTS)):
             value = quantile_of(end["bounds_seconds"], counts, q)
-            if value is not None and cumulative[-1] >= least:
+            if value is not None and cumulative[-1] >= least and not beyond_buckets(counts, q):
                 figures.setdefault(key, []).append((seen.arms[window], 1e3 * value))
     return found
 
@@ -276,6 +279,8 @@ def _switchback(connection: Any, seen: _Seen, report: Report, off: str, wash_out
     on_batch, off_batch = both("sum(batch*dt)/sum(dt)")
     report.compared.append(_compare("batch work", "cores", on_batch, off_batch, "difference"))
     for name, figures in _service_windows(seen).items():
+        if "p99" not in figures:  # the verdict must not speak for it
+            report.compared.append(Compared(f"{name} p99", "ms", None, None, None, None, None, "ratio"))
         for key, values in figures.items():
             with_batch = [v for arm, v in values if arm == "on"]
             alone = [v for arm, v in values if arm == off]
@@ -313,7 +318,8 @@ def verdict_of(report: Report) -> str:
         return f"{used}, at a cost: {_words(hurt)} of what it is without ({report.off})."
     unjudged = [c.name for c in tails if c not in [j[2] for j in judged]]
     if unjudged:
-        return f"{used}; too few requests to judge {unjudged[0]}: the data do not support a verdict on services."
+        why = "too few requests, or none within its histogram's buckets, to judge"
+        return f"{used}; {why} {unjudged[0]}: the data do not support a verdict on services."
     _, high, worst = max(judged, key=lambda j: j[1])
     if high <= 1.05:
         return f"{used}, without the services noticing: {_words(worst)} of what it is without ({report.off})."

@@ -222,8 +222,11 @@ class Recorder:
 
 def segments(path: Path) -> list[Path]:
     """The record files of a directory (or the file itself), in time order. Raises BadInput."""
-    if path.is_file():
-        return [path]
+    try:
+        if path.is_file():
+            return [path]
+    except OSError as error:
+        raise BadInput(f"{str(path)[:60]}... is no path: {error.strerror}") from error
     found = sorted(path.glob(f"{PREFIX}*.jsonl*")) or sorted((path / "records").glob(f"{PREFIX}*.jsonl*"))
     if not found:
         raise BadInput(f"no records in {path}: give a state directory of an agent, its records/, or a .jsonl file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -15,8 +16,9 @@ import time
 import pytest
 
 from colocate.cgroupfs import KernelPort, joined, start_time
-from colocate.errors import NotAnswering
+from colocate.errors import ColocateError, NotAnswering
 from colocate.jobs import client
+from colocate.jobs.server import ARM_LATE_SECONDS
 from colocate.observe.cgroup import inodes_of
 from tests.kernel.conftest import HOG, PATIENCE, colocate, wait_for
 from tests.kernel.test_agent_on_a_kernel import AgentProcess, agent, run, tier_of  # noqa: F401 - a fixture
@@ -54,6 +56,8 @@ def test_a_job_over_its_memory_is_told_so(agent):  # noqa: F811
     [
         pytest.param(["--cpus", "0"], "--cpus", id="no CPU"),
         pytest.param(["--memory", "1"], "--memory", id="one byte"),
+        pytest.param(["--cpus", "9" * 306], "--cpus", id="more CPUs than there are"),
+        pytest.param(["--memory", "9" * 320], "--memory", id="more memory than there is"),
         pytest.param(["--name", "a\nb"], "--name", id="a name of two lines"),
         pytest.param(["--config", "/nowhere.yaml"], "/nowhere.yaml", id="no such policy"),
     ],
@@ -167,6 +171,65 @@ def test_an_evaluation_says_so_when_its_agent_ends(agent, dirs):  # noqa: F811
     _, said = evaluation.communicate(timeout=30 * PATIENCE)
     assert evaluation.returncode == 1
     assert "of 60 was not measured" in said
+
+
+def test_an_evaluation_whose_caller_is_stopped_ends(agent, dirs, monkeypatch):  # noqa: F811
+    running = agent()
+    assert wait_for(lambda: running.ask("status")["ticks"] > 2)
+    command = [*CLI, "evaluate", "--windows", "60", "--window", "1s", "--wash-out", "0s", "-o", "json"]
+    evaluation = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        second = [*CLI, "evaluate", "--windows", "4", "--window", "1s", "--wash-out", "0s", "-o", "json"]
+        time.sleep(2.5 * PATIENCE)
+        evaluation.send_signal(signal.SIGSTOP)
+        refused = subprocess.run(second, capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
+        assert "another evaluation is running" in refused.stderr
+        time.sleep(1 + ARM_LATE_SECONDS + 1)
+        assert subprocess.run(second, capture_output=True, timeout=60 * PATIENCE, check=False).returncode == 0
+    finally:
+        evaluation.kill()
+        evaluation.wait()
+
+
+def test_a_connection_runs_one_job(agent, dirs):  # noqa: F811
+    running = agent()
+    children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    try:
+        connection = client.Connection(running.socket)
+        connection.ask(op="run", pid=children[0].pid, name="one")
+        with pytest.raises(ColocateError, match="runs 'one' already"):
+            connection.ask(op="run", pid=children[1].pid, name="two")
+        with pytest.raises(ColocateError, match="cores"):
+            client.Connection(running.socket).ask(op="run", pid=children[1].pid, name="big", cores=1e305)
+        connection.close()
+        assert wait_for(lambda: running.ask("status")["jobs"] == 0, 15)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_nothing_is_imported_from_where_the_agent_was_started(node, dirs):
+    """Its guardian runs as root, perhaps in a directory where others can write."""
+    (dirs / "subprocess.py").write_text(f"open({str(dirs / 'ran')!r}, 'w').close()\n")
+    config = dirs / "policy.yaml"
+    config.write_text(f"spec: {{nodeRoot: {node.path}, http: {{enabled: false}}, calibrate: false}}")
+    command = [sys.executable, "-P", "-m", "colocate.cli.main", "agent", "--config", str(config)]
+    running = subprocess.Popen(command, cwd=dirs, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_for((dirs / "run" / "agent.sock").exists, 20)
+        children = pathlib.Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        assert wait_for(lambda: "guardian" in command_of(children), 10)
+        time.sleep(1)  # it has imported what it needs
+        assert not (dirs / "ran").exists()
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def command_of(children):
+    pids = children.read_text().split()
+    return " ".join(pathlib.Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
 
 
 def test_an_agent_that_was_stopped_for_a_while_goes_on_as_before(node, agent):  # noqa: F811

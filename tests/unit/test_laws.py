@@ -218,6 +218,25 @@ def test_nothing_is_learnt_while_an_evaluation_leaves_batch_unmanaged():
     assert decide(now, seen, SPEC, Calibration(), LawState(), OFF_UNMANAGED)[0].cpu == CpuState()
 
 
+def test_unmanaged_batch_may_run_on_all_cpus_but_a_job_keeps_what_it_asked_for():
+    narrow = {**make.OPEN_KNOBS, "cpuset.cpus": "1", "cpu.max": "50000 100000"}
+    job = make.job(requested_cores=0.5, knobs={**make.OPEN_KNOBS, "cpu.max": "20000 100000"})
+    now = make.snapshot(job, tier=make.tier(knobs=narrow))
+    below = besteffort.BestEffortState(mode="elsewhere", cpus=(1,), ticks=7, until=1e9)
+    state = LawState(cpu=CpuState(besteffort=below))
+    after, plan = decide(now, make.forecast({job.id: WorkloadForecast()}), SPEC, Calibration(), state, OFF_UNMANAGED)
+    values = {(a.workload, a.knob): a.value for a in plan.actions}
+    assert values["tier", "cpuset.cpus"] == "0-1"
+    assert values["tier", "cpu.max"] == "max 100000"
+    assert values["job:train", "cpu.max"] == "50000 100000"
+    assert after.cpu.besteffort == replace(below, ticks=0), "where the tier is now does not count against it"
+
+
+def test_a_large_floor_is_not_taken_for_idleness():
+    node = Node(spec=PolicySpec(cpu=CpuPolicy(floor=1.0)))
+    assert node.tick(make.latency_evidence(-3.0), batch_cores=1.9) == "SlackNegative"
+
+
 def test_what_a_service_waits_before_batch_comes_is_learnt_though_it_is_little():
     node = Node()
     for _ in range(3):
@@ -428,6 +447,16 @@ def test_pressure_climbs_the_ladder_one_rung_at_a_time():
     assert [r.verb for r in law.decision.requests] == ["evict"]
 
 
+def test_jobs_that_come_and_go_do_not_hold_the_ladder_at_the_checkpoint():
+    law = Memory(make.service(working_set_bytes=GIB // 2), make.job(checkpoint_signal="SIGUSR1"), swap_free_bytes=GIB)
+    while law.tick(0.2) != "checkpoint":
+        pass
+    for i in range(8):
+        law.workloads = (law.workloads[0], make.job(f"train{i}", checkpoint_signal="SIGUSR1"))
+        law.tick(0.2, seconds=1.5)
+    assert law.decision.verdict.state in ("freeze", "evict")
+
+
 def test_without_swap_freezing_is_skipped_and_without_a_signal_the_checkpoint():
     law = Memory()
     assert [law.tick(0.2) for _ in range(4)] == ["high", "reclaim", "evict", "evict"]
@@ -546,6 +575,35 @@ def test_an_eviction_is_thaw_and_sigterm_then_grace_then_kill():
     assert [a.knob for a in killed.actions] == ["cgroup.kill"]
     gone = decide_eviction(make.snapshot(at=107), SPEC, [], killed.state)
     assert gone.state.under_way == {}
+
+
+def test_one_eviction_is_for_one_instance():
+    now = decide_eviction(make.snapshot(make.job(), at=100), SPEC, [request("evict")], EvictionState())
+    again = msgspec.structs.replace(make.job(), inodes={"unified": 12})
+    anew = decide_eviction(make.snapshot(again, at=106), SPEC, [], now.state)
+    assert anew.actions == [], "its owner has started it again, and nobody asks for its end"
+    asked = decide_eviction(make.snapshot(again, at=107), SPEC, [request("evict")], anew.state)
+    assert [(a.knob, a.value) for a in asked.actions] == [("signal", "SIGTERM")]
+
+
+def test_an_eviction_ends_soon_after_the_kill():
+    state = decide_eviction(make.snapshot(make.job(), at=100), SPEC, [request("evict")], EvictionState()).state
+    kills = []
+    for at in range(101, 120):
+        found = decide_eviction(make.snapshot(make.job(), at=at), SPEC, [], state)
+        state = found.state
+        kills += [at for a in found.actions if a.knob == "cgroup.kill"]
+    assert kills
+    assert max(kills) < 112
+
+
+def test_what_others_froze_in_place_is_not_ours_to_thaw():
+    paused = make.job(in_place=True, frozen=True)
+    assert decide_freeze(make.snapshot(paused), SPEC, [], FreezeState()).actions == []
+    ours = FreezeState(since={"job:train": 90.0})
+    assert [a.value for a in decide_freeze(make.snapshot(paused), SPEC, [], ours).actions] == ["0"]
+    asked = decide_freeze(make.snapshot(paused), SPEC, [request("thaw")], FreezeState())
+    assert [a.value for a in asked.actions] == ["0"], "one that must end must run"
 
 
 def test_a_job_past_its_maximum_runtime_is_evicted():

@@ -1,5 +1,6 @@
 """The model: jitted kernels against their numpy twins, histograms, slack, and the forecast's state."""
 
+import itertools
 import math
 
 import msgspec
@@ -19,7 +20,7 @@ from colocate.model.interference import effective_machine_utilization, machines_
 from colocate.model.slack import quantile_of, slack_of_latency, trim_window, window_counts
 from colocate.model.state import from_builtins, to_builtins
 from colocate.model.statistics import difference_interval, mean_interval, ratio_interval
-from colocate.snapshot import Latency
+from colocate.snapshot import Latency, Objective
 from tests import make
 
 JIT = kernels.load(jit=True)
@@ -117,6 +118,24 @@ def test_a_counter_reset_starts_the_window_anew():
 )
 def test_quantiles_are_prometheus_quantiles(counts, q, seconds):
     assert quantile_of((0.01, 0.02), counts, q) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("counts", "slack"),
+    [
+        pytest.param((990, 0, 10), 0.5, id="just within the buckets"),
+        pytest.param((900, 0, 100), -1.0, id="nobody knows how far beyond: a violation"),
+    ],
+)
+def test_a_p99_beyond_all_buckets_is_a_violation(counts, slack):
+    objective = Objective(0.02, 10, 60.0)
+    bounds = (0.01, 0.02)
+    state, now = ModelState(), make.snapshot(make.service(objective=objective, latency=Latency(bounds, (0, 0, 0), 1.0)))
+    state, _ = forecast(now, state, PolicySpec(), reference)
+    cumulative = tuple(itertools.accumulate(map(float, counts)))
+    later = make.snapshot(make.service(objective=objective, latency=Latency(bounds, cumulative, 2.0)), at=101.0)
+    _, seen = forecast(later, state, PolicySpec(), reference)
+    assert seen.workloads["service:web"].slack == pytest.approx(slack)
 
 
 def test_no_requests_give_no_quantile():

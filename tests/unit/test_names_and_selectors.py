@@ -103,6 +103,44 @@ def test_batch_that_also_holds_a_service_is_not_governed():
     assert "also holds web" in found["all"]
 
 
+def by_command(name, text):
+    return BatchPolicy(name=name, selector=Selector(command=text))
+
+
+def test_batch_chosen_by_its_command_is_governed_with_its_children():
+    kernel = make("/night")
+    train = kernel.spawn("hog", "/night", command="python train.py")
+    kernel.spawn("hog", "/night", command="loader", ppid=train.pid)
+    assert problems(kernel, by_command("train", "train.py")) == (["train"], {})
+
+
+def test_a_command_in_a_session_with_others_does_not_put_them_below_services():
+    kernel = make("/session")
+    shell = kernel.spawn("hog", "/session", command="bash")
+    kernel.spawn("hog", "/session", command="vim train.py", ppid=shell.pid)
+    names, found = problems(kernel, by_command("train", "train.py"))
+    assert names == []
+    assert f"also holds process {shell.pid} (bash)" in found["train"]
+
+
+def kubernetes():
+    return make("/kubepods", "/kubepods/burstable", "/kubepods/burstable/podA", "/kubepods/burstable/podA/c1")
+
+
+def test_batch_that_also_holds_pods_is_not_governed():
+    names, found = problems(kubernetes(), batch("all", "/kubepods/burstable"))
+    assert names == ["pod-A"]
+    assert "also holds the pod pod-A" in found["all"]
+
+
+def test_a_pod_may_be_batch():
+    assert problems(kubernetes(), batch("pod", "/kubepods/burstable/podA")) == (["pod"], {})
+
+
+def test_a_service_within_a_pod_is_not_counted_twice():
+    assert problems(kubernetes(), service("web", "/kubepods/burstable/podA/c1")) == (["web"], {})
+
+
 def test_the_root_cannot_be_batch():
     assert "root cgroup" in problems(make(), batch("all", "/"))[1]["all"]
 

@@ -108,11 +108,20 @@ async def test_an_endpoint_that_is_down_is_a_problem():
     assert "onnect" in problem
 
 
-async def test_a_target_far_from_every_bucket_boundary_is_warned_of():
+@pytest.mark.parametrize(
+    ("p99", "says"),
+    [
+        pytest.param(0.001, "no bucket boundary near the target 0.001 s", id="far from every one"),
+        pytest.param(0.02, "", id="the highest one"),
+        pytest.param(0.5, "no bucket boundary above the target 0.5 s", id="above all"),
+    ],
+)
+async def test_a_target_for_which_p99_would_be_a_guess_is_warned_of(p99, says):
     async with serving(web.Response(text=HISTOGRAM)) as url:
-        reading, problem = await scrape(url, p99=0.5)
+        reading, problem = await scrape(url, p99=p99)
     assert reading is not None
-    assert "no bucket boundary near the target 0.5 s" in problem
+    assert problem.startswith(says)
+    assert bool(problem) == bool(says)
 
 
 async def ask(kubelet):

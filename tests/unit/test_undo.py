@@ -11,7 +11,7 @@ from colocate.actuate.journal import Entry, Journal, compacted, newest_found, re
 from colocate.actuate.restore import restore
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent import Agent
-from colocate.cgroupfs import UNIFIED
+from colocate.cgroupfs import UNIFIED, CgroupGone
 from colocate.config import (
     BatchPolicy,
     Calibration,
@@ -276,6 +276,70 @@ def test_a_cgroup_that_leaves_the_policy_gets_its_values_back_at_once(tmp_path):
     assert {k: v for k, v in found.items() if k[1] == "/nightly" and k in before} == {
         k: v for k, v in before.items() if k[1] == "/nightly"
     }
+
+
+def test_the_undo_never_freezes(tmp_path):
+    kernel = make_node(2, False)
+    kernel.write(UNIFIED, "/nightly", "cgroup.freeze", "1")  # paused by its owner before us
+    journal = Journal(tmp_path, "boot")
+    inode = kernel.inode(UNIFIED, "/nightly")
+    found = {"hierarchy": UNIFIED, "path": "/nightly", "inode": inode, "file": "cgroup.freeze"}
+    journal.add(Entry(kind="value", boot_id="boot", found="1", wanted="0", **found))
+    kernel.write(UNIFIED, "/nightly", "cgroup.freeze", "0")  # and resumed
+    assert restore(kernel, journal).clean
+    assert kernel.read(UNIFIED, "/nightly", "cgroup.freeze") == "0\n"
+
+
+def test_a_full_disk_does_not_keep_the_undo_from_its_end(tmp_path, monkeypatch):
+    kernel = make_node(2, False)
+    before = knobs(kernel)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    asyncio.run(agent.tick())
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    successor = make_agent(kernel, tmp_path, Calibration())
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert restore(kernel, successor.journal).clean
+    assert knobs(kernel) == before
+
+
+def test_a_handover_thaws_for_nobody_may_come(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    placement = agent.tier.ensure_job("train")
+    agent.tier.move(kernel.spawn("hog").pid, placement)
+    agent.recorder.arm = "off-frozen"
+    asyncio.run(agent.tick())
+    frozen = ("/nightly", placement.path)
+    assert [kernel.read(UNIFIED, path, "cgroup.freeze") for path in frozen] == ["1\n", "1\n"]
+    asyncio.run(agent.close(handover=True))
+    assert [kernel.read(UNIFIED, path, "cgroup.freeze") for path in frozen] == ["0\n", "0\n"]
+    assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n", "the rest is the successor's"
+
+
+def test_a_pid_that_was_given_away_is_not_moved(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    placement = agent.tier.ensure_job("train")
+    stranger = kernel.spawn("hog", "/web")
+    with pytest.raises(CgroupGone):
+        agent.tier.move(stranger.pid, placement, expected_start=1)
+    assert stranger.where[UNIFIED] == "/web"
+
+
+def test_a_handover_of_another_boot_is_ignored(tmp_path):
+    kernel = make_node(2, False)
+    state = StateDirectory(tmp_path)
+    state.save("handover.json", {"boot_id": "another", "laws": {"cpu": {"mode": "floor", "hold_until": 1e9}}})
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.state = state
+    agent.open()
+    assert agent.laws.cpu.mode == "open"
 
 
 def test_a_handover_leaves_the_grants_and_the_laws_memory_to_the_successor(tmp_path):
