@@ -4,11 +4,14 @@ import pytest
 
 from colocate.actuate.tier import check_job_name
 from colocate.cgroupfs import UNIFIED, parse_mounts
-from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.config import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.errors import BadInput
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.cgroup import inodes_of
+from colocate.observe.latency import LatencyScraper
+from colocate.observe.observer import Observer
 from colocate.observe.workloads import discover, find_tree, pod_uid
+from colocate.snapshot import Latency
 
 
 @pytest.mark.parametrize("name", ["train", "a", "job-1", "x.y"])
@@ -95,6 +98,15 @@ def test_what_matches_nothing_is_a_problem():
 
 def test_a_pattern_may_match_many():
     assert problems(make("/a", "/a/x1", "/a/x2"), service("web", "/a/x*"))[0] == ["web-0", "web-1"]
+
+
+def test_all_that_an_entry_chose_have_its_latency():
+    policy = ColocationPolicy(spec=PolicySpec(services=(service("web", "/a/x*"),)))
+    scraper = LatencyScraper()
+    scraper.readings["web"] = Latency((0.1,), (1.0, 1.0), 0.0)
+    observer = Observer(make("/a", "/a/x1", "/a/x2"), policy, dict, scraper)
+    seen = observer.snapshot(0.0, 0.0).of("service")
+    assert [(w.name, w.latency) for w in seen] == [(n, scraper.readings["web"]) for n in ("web-0", "web-1")]
 
 
 def test_batch_that_also_holds_a_service_is_not_governed():
