@@ -117,6 +117,14 @@ def parse_time(text: str) -> float:
     return seconds
 
 
+def seconds_of(text: str | None) -> float | None:
+    """Seconds since the epoch; None if it is no time. For what anybody may have written into an object."""
+    try:
+        return parse_time(text) if text else None
+    except ValueError:
+        return None
+
+
 def parse_percent(text: str | float) -> float:
     """A percentage between 0 and 100. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", str(text).strip())

@@ -264,14 +264,21 @@ def _read(options: argparse.Namespace) -> ClusterSnapshot:
 
 def _load(path: Path) -> ClusterSnapshot:
     try:
-        return load(path.read_bytes())
+        return load(_bytes(path))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _file(given: str) -> Path:
     path = Path(given)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         raise BadInput(f"{given}: no such file")
     return path
 
@@ -328,14 +335,14 @@ _Loader.yaml_implicit_resolvers = {
 def what_if(options: argparse.Namespace) -> int:
     """Exit 0 if everything asked about would start at once, 1 if not."""
     try:
-        text = sys.stdin.read() if options.file == "-" else _file(options.file).read_text()
+        text = sys.stdin.read() if options.file == "-" else _bytes(_file(options.file)).decode()
         manifests = list(yaml.load_all(text, Loader=_Loader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of `!!timestamp foo`, and UTF-8
         raise BadInput(f"{options.file}: not YAML: {' '.join(str(error).split())}") from error
     taken = _read(options)
     try:
-        scheduler = taken.settings.schedulers[0]
-        pods, groups = pods_of(manifests, options.namespace or "default", scheduler, taken.taken, taken.classes)
+        schedulers = taken.settings.schedulers
+        pods, groups = pods_of(manifests, options.namespace or "default", schedulers, taken.taken, taken.classes)
     except BadInput as error:
         raise BadInput(f"{options.file}: {error}") from error
     verdicts = ask(taken, pods, groups)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
 import msgspec
+import structlog
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import load_incluster_config, load_kube_config
@@ -32,6 +33,8 @@ CONNECTIONS = 300
 """A few more than the controller has writes under way."""
 TIMEOUT_SECONDS = 30.0
 BUSY_ATTEMPTS = 5
+RENEW_SECONDS = 10.0
+log = structlog.get_logger()
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
@@ -72,7 +75,8 @@ def path_of(collection: str, namespace: str = "", name: str = "", subresource: s
 class Api:
     """One connection pool to one API server."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, renew: Callable[[], Awaitable[None]] | None = None) -> None:
+        self._renew, self._renewed = renew, 0.0
         configuration.connection_pool_maxsize = CONNECTIONS
         configuration.client_session_kwargs = {"trust_env": False}  # a proxy of the environment is not for this traffic
         configuration.retries = None
@@ -85,19 +89,22 @@ class Api:
         """By the kubeconfig named, `$KUBECONFIG`, the service account of this pod, or `~/.kube/config`."""
         configuration = Configuration()
         named = kubeconfig or os.environ.get("KUBECONFIG")
+        inside = not named and os.path.exists(SERVICE_ACCOUNT)
+
+        async def read() -> None:
+            await load_kube_config(named or None, context, configuration, False)  # type: ignore[no-untyped-call]
+
         try:
-            if not named and os.path.exists(SERVICE_ACCOUNT):
+            if inside:  # its tokens are read again by the library as they change
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
-                await load_kube_config(named or None, context, configuration, False)  # type: ignore[no-untyped-call]
+                await read()
+            if not configuration.host.startswith(("http://", "https://")):
+                raise ValueError(f"cluster.server is {configuration.host!r}, not a URL")
+            api = cls(configuration, None if inside else read)
         except Exception as error:
             said = " ".join(str(error).split())
             raise BadInput(f"the kubeconfig {named or '~/.kube/config'} cannot be used: {said}") from error
-        if not configuration.host.startswith(("http://", "https://")):
-            raise BadInput(
-                f"the kubeconfig {named or '~/.kube/config'}: cluster.server is {configuration.host!r}, not a URL"
-            )
-        api = cls(configuration)
         try:
             yield api
         finally:
@@ -136,15 +143,32 @@ class Api:
         content_type: str,
         timeout_seconds: float,
     ) -> bytes:
-        try:
-            response = await self._send(method, path, body, query, content_type, aiohttp.ClientTimeout(timeout_seconds))
-            async with response:
-                content = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unreachable(f"{self.server} does not answer: {error or type(error).__name__}") from error
+        timeout = aiohttp.ClientTimeout(timeout_seconds)
+        for again in (False, True):
+            try:
+                response = await self._send(method, path, body, query, content_type, timeout)
+                async with response:
+                    content = await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise Unreachable(f"{self.server} does not answer: {error or type(error).__name__}") from error
+            if response.status != 401 or again or not await self._has_renewed():
+                break  # what was answered with 401 was not done
         if response.status >= 400:
             raise _error(response, content)
         return content
+
+    async def _has_renewed(self) -> bool:
+        """Ask the kubeconfig's plugin for a new token; those that the clouds give live for minutes."""
+        now = asyncio.get_running_loop().time()
+        if self._renew is None or now - self._renewed < RENEW_SECONDS:
+            return self._renewed > 0 and now - self._renewed < RENEW_SECONDS
+        self._renewed = now
+        try:
+            await self._renew()
+        except Exception as error:  # noqa: BLE001 - a plugin may fail in any way
+            log.warning("token_not_renewed", error=" ".join(str(error).split()))
+            return False
+        return True
 
     async def get(self, kind: type[T], path: str) -> T:
         """One object."""
@@ -156,6 +180,8 @@ class Api:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=idle_seconds)
             response = await self._send("GET", path, None, query, JSON, timeout)
             async with response:
+                if response.status == 401:
+                    await self._has_renewed()  # for the next attempt
                 if response.status >= 400:
                     raise _error(response, await response.read())
                 async for line in response.content:

@@ -31,12 +31,18 @@ from colocate.objects import PLAN_API, POD_GROUP_API, Condition, GangPlan, Pod, 
 EPOCH = "colocate.io/epoch"
 PLAN = "colocate.io/plan"
 COMPONENT = "colocate-controller"
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 log = structlog.get_logger()
 
 
 def now_text() -> str:
     """The wall clock as the API server writes it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(TIME)
+
+
+def text_of(seconds: float) -> str:
+    """A time in seconds since the epoch, as the API server writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime(TIME)
 
 
 class Binder:

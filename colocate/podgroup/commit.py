@@ -133,6 +133,11 @@ def _without(plan: GangPlan, dropped: list[PlannedMember]) -> GangPlan:
     return msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, members=members))
 
 
+def take_back(plan: GangPlan) -> GangPlan:
+    """A plan that came late: the room that it is made for may have been given to others since."""
+    return _begin_roll_back(plan, "PlanTooLate", "it was written after its time: nothing of it was bound").plan
+
+
 def _begin_roll_back(plan: GangPlan, reason: str, message: str) -> Next:
     return Next(_in(plan, "RollingBack", reason, message), [])
 
@@ -163,5 +168,8 @@ def _in(plan: GangPlan, phase: PlanPhase, reason: str, message: str) -> GangPlan
 
 
 def owned(pod: Pod) -> bool:
-    """Whether somebody makes it anew elsewhere when it is deleted; static and DaemonSet pods come back in place."""
-    return any(owner.kind not in ("Node", "DaemonSet") for owner in pod.metadata.owner_references)
+    """Whether a controller makes it anew elsewhere when it is deleted; static and DaemonSet pods come back in place.
+
+    An owner that is no controller is there for garbage collection only.
+    """
+    return any(o.controller and o.kind not in ("Node", "DaemonSet") for o in pod.metadata.owner_references)

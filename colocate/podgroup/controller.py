@@ -30,15 +30,15 @@ from colocate.objects import (
 )
 from colocate.podgroup.binder import EPOCH, Binder, now_text
 from colocate.podgroup.cluster import CARRIED_ON, OPEN_PHASES, Cluster
-from colocate.podgroup.commit import Bind, advance, owned
+from colocate.podgroup.commit import Bind, advance, owned, take_back
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.feed import Feed, now_seconds
-from colocate.podgroup.gangs import gang_key, is_group, sort_members
+from colocate.podgroup.gangs import gang_key, is_group, sort_members, without_former_runs
 from colocate.podgroup.hands import Hands
 from colocate.podgroup.metrics import Metrics
 from colocate.podgroup.queue import Queue, Start
 from colocate.podgroup.status import StatusWriter, empty_plan
-from colocate.units import parse_time
+from colocate.units import seconds_of
 
 LARGE, LOOK_SECONDS = 200, 2e-5
 """A gang of at least so many members is looked at again only after so long for each of them."""
@@ -46,6 +46,8 @@ GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
 ROLL_BACK_SECONDS = 1.0
 """A gang that is being taken back is looked at again after so long."""
+SEARCHES_A_CYCLE = 16
+"""For so many gangs victims are looked for in one go: watches and the lease must not wait."""
 UNSEEN_SECONDS = 5.0
 """A bind that succeeded and is not seen in the watch for so long is read back."""
 log = structlog.get_logger()
@@ -64,7 +66,7 @@ class Controller:
 
     def __init__(self, api: Api, settings: Settings, election: Election) -> None:
         self._api, self.settings, self._election = api, settings, election
-        self.cluster, self.queue = Cluster(), Queue(settings)
+        self.cluster, self.queue = Cluster(), Queue(settings, SEARCHES_A_CYCLE)
         self.metrics = Metrics()
         self._hands = Hands(self.cluster, self.queue, Binder(api, 0, election), self.metrics)
         self._status = StatusWriter(self.cluster, self.queue, self._hands.save_waiting)
@@ -78,6 +80,8 @@ class Controller:
         """When open plans are looked at whatever the watches tell."""
         self._not_before: dict[str, float] = {}
         """Large gang -> when it is looked at again."""
+        self._inherited: set[str] = set()
+        """The plans that were there when its time in office began."""
         self._said: dict[str, str] = {}
         """Gang -> the defect that was logged of it."""
         self._tasks: asyncio.TaskGroup
@@ -144,6 +148,7 @@ class Controller:
 
         A lease that somebody deleted tells of no predecessor and counts from 0 again; plans and marks of pods tell.
         """
+        self._inherited = {p.spec.plan_id for p in self.cluster.plans.values()}
         binder, latest = self._hands.binder, max((p.spec.epoch for p in self.cluster.plans.values()), default=-1)
         binder.epoch = max(binder.epoch, latest + 1)
         led_before = any(EPOCH in p.metadata.annotations for p in self.cluster.pods.values())
@@ -155,10 +160,11 @@ class Controller:
             for p in self.cluster.pods.values()
             if p.spec.scheduler_name in self.settings.schedulers and not p.spec.node_name and not p.terminal
         ]
+        since = now_seconds()
         log.info("fencing", predecessor=self._election.predecessor, pods=len(pending))
 
         async def fence(pod: Pod) -> None:
-            await self._hands.limited(self._hands.fence(pod))
+            await self._hands.limited(self._hands.fence(pod, since))
             self.alive_at = now_seconds()
 
         await asyncio.gather(*(fence(p) for p in pending))
@@ -200,6 +206,8 @@ class Controller:
                 text = f"made room for {eviction.key}, which is more important"
                 self._hands.spawn(victim.metadata.uid, self._hands.delete(victim, "PreemptionByScheduler", text))
         self._status.touch_waiting()
+        if self.queue.unfinished:
+            self.feed.wake.set()
 
     def _due(self) -> set[str]:
         """The gangs to be looked at now: a look at ten thousand members takes as long as many binds."""
@@ -229,7 +237,7 @@ class Controller:
         if plan.spec.plan_id not in self._began:
             age = 0.0
             if plan.spec.created and plan.spec.epoch != self._hands.binder.epoch:
-                age = now - parse_time(plan.spec.created)
+                age = now - (seconds_of(plan.spec.created) or now)
             self._began[plan.spec.plan_id] = now - min(max(age, 0.0), plan.spec.timeout_seconds)
         return now - self._began[plan.spec.plan_id]
 
@@ -246,14 +254,20 @@ class Controller:
             return
         members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
         if before is not None and before.status.phase == "Repairing":
-            members = [m for m in before.spec.members if m.uid in self.cluster.pods] + members
-        plan = before or empty_plan(start.key)
+            still = [self.cluster.pods.get(m.uid) for m in before.spec.members]
+            alive = {p.metadata.uid for p in still if p is not None and not p.terminal}
+            members = [m for m in before.spec.members if m.uid in alive] + members
+        plan, plan_id, created = before or empty_plan(start.key), uuid.uuid4().hex[:12], now_text()
+        if before is not None and before.status.phase == "Repairing":  # one time for all attempts: it must end
+            created = before.spec.created or created
+            self._began[plan_id] = now_seconds() - self._elapsed(before)
+            self._began.pop(before.spec.plan_id, None)
         spec = GangPlanSpec(
             pod_group=group.metadata.name,
             pod_group_uid=group.metadata.uid,
-            plan_id=uuid.uuid4().hex[:12],
+            plan_id=plan_id,
             epoch=self._hands.binder.epoch,
-            created=now_text(),
+            created=created,
             began=(before.spec.began if before is not None and self._lives(start.key) else None) or now_text(),
             timeout_seconds=group.spec.schedule_timeout_seconds or self.settings.timeout_seconds,
             min_member=self._quorum(start, group),
@@ -293,11 +307,15 @@ class Controller:
             p.metadata.uid not in planned
             and not p.deleting
             and (p.status.phase == "Succeeded" or bool(p.spec.node_name and not p.terminal))
-            for p in self.cluster.pods_of(key)
+            for p in without_former_runs(self.cluster.pods_of(key))
         )
+        if plan.status.phase == "Binding" and self._late(plan) and not any(p.spec.node_name for p in pods.values()):
+            self._hands.spawn(key, self._hands.save(key, take_back(plan)))
+            return
         after = advance(plan, pods, alive, beside, self._elapsed(plan))
         if after.plan is not plan:
             if after.plan.status.phase == "Waiting":
+                self._began.pop(plan.spec.plan_id, None)
                 if planned & self._busy.keys():
                     return  # a bind is still on its way: its room is kept until it is known what came of it
                 self.queue.rest(key, now_seconds())
@@ -320,6 +338,11 @@ class Controller:
                 self._hands.spawn(uid, self._hands.bind(step.pod, step.node, plan.spec.plan_id))
             else:
                 self._hands.spawn(uid, self._hands.delete(step.pod, step.reason, plan.status.message))
+
+    def _late(self, plan: GangPlan) -> bool:
+        """Whether a plan was written when nobody reckoned with it any more: a request that was long under way."""
+        former = plan.spec.epoch < self._hands.binder.epoch and plan.spec.plan_id not in self._inherited
+        return former or plan.spec.plan_id in self._hands.abandoned
 
     def _bury(self) -> None:
         """Members on a node that was deleted will never end by themselves: their owners may replace them at once."""

@@ -13,10 +13,11 @@ from colocate.objects import Pod
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.fit import Gang
 from colocate.podgroup.place import place
-from colocate.units import parse_time
+from colocate.units import seconds_of
 
 RUNTIME = "colocate.io/expected-runtime-seconds"
 LEAST_RUNS = 3
+MOST_DIGITS = 9
 _SUFFIX = re.compile(r"(-[a-z0-9]{5}|-?\d+)$")
 
 Interval = tuple[float, float]
@@ -37,14 +38,15 @@ def durations(cluster: Cluster) -> dict[str, list[float]]:
     for pod in cluster.pods.values():
         ended = next((c.last_transition_time for c in pod.status.conditions if c.type == "Ready"), None)
         if pod.status.phase == "Succeeded" and pod.status.start_time and ended and family(pod):
-            found.setdefault(family(pod), []).append(max(parse_time(ended) - parse_time(pod.status.start_time), 0.0))
+            took = (seconds_of(ended) or 0.0) - (seconds_of(pod.status.start_time) or 0.0)
+            found.setdefault(family(pod), []).append(max(took, 0.0))
     return found
 
 
 def runtime(pod: Pod, known: dict[str, list[float]]) -> Interval | None:
     """(least, most) seconds that a pod takes in all; None if nothing is known."""
     declared = pod.metadata.annotations.get(RUNTIME, "")
-    if declared.isascii() and declared.isdecimal():
+    if declared.isascii() and declared.isdecimal() and len(declared) <= MOST_DIGITS:
         return float(declared), float(declared)
     before = known.get(family(pod), [])
     if len(before) >= LEAST_RUNS:
@@ -56,12 +58,12 @@ def runtime(pod: Pod, known: dict[str, list[float]]) -> Interval | None:
 
 
 def end_of(pod: Pod, known: dict[str, list[float]], now: float) -> Interval | None:
-    """When a pod that runs will have ended, never before now; None if nothing is known."""
+    """When a pod that runs will have ended, never before now; None if nothing is known, or it has run for longer."""
     takes = runtime(pod, known)
     if takes is None:
         return None
-    began = parse_time(pod.status.start_time) if pod.status.start_time else now
-    return max(began + takes[0], now), max(began + takes[1], now)
+    began = seconds_of(pod.status.start_time) or now
+    return (max(began + takes[0], now), began + takes[1]) if began + takes[1] >= now else None
 
 
 def starts_at(cluster: Cluster, gang: Gang, now: float) -> Interval | None:

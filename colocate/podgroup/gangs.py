@@ -74,10 +74,38 @@ class Members(NamedTuple):
         return max((p.spec.priority for p in (*self.pending, *self.gated, *self.bound)), default=0)
 
 
+def _run_of(pod: Pod) -> str:
+    """Who made the pod for one run: pods of a JobSet have a Job for each role, and a label in common."""
+    owner = next((o.uid for o in pod.metadata.owner_references if o.controller), "")
+    return pod.metadata.labels.get("jobset.sigs.k8s.io/jobset-uid") or owner
+
+
+def _of_former_run(done: Pod, runs: set[str], began: str) -> bool:
+    """Whether a completed pod is of a run before the living members': another owner's, and over before they were made.
+
+    RFC 3339 times of the API server are in UTC to the second, so their texts are in the order of time.
+    """
+    ended = next((c.last_transition_time for c in done.status.conditions if c.type == "Ready"), None)
+    return bool(_run_of(done)) and _run_of(done) not in runs and ended is not None and ended < began
+
+
+def without_former_runs(pods: Iterable[Pod]) -> list[Pod]:
+    """The pods of a gang without those that completed in a former run: a CronJob's runs share one PodGroup."""
+    pods = list(pods)
+    if not any(p.status.phase == "Succeeded" for p in pods):
+        return pods
+    living = [p for p in pods if not p.terminal]
+    began = min((p.metadata.creation_timestamp or "" for p in living), default="")
+    runs = {_run_of(p) for p in living}
+    return [p for p in pods if p.status.phase != "Succeeded" or not _of_former_run(p, runs, began)]
+
+
 def sort_members(pods: Iterable[Pod], schedulers: tuple[str, ...]) -> Members:
     """Tell the members of a gang apart; `schedulers` are the names we answer to."""
     found = Members([], [], [], [], [], [], [])
-    for pod in sorted(pods, key=lambda p: (-p.spec.priority, p.metadata.creation_timestamp or "", _natural(p))):
+    for pod in sorted(
+        without_former_runs(pods), key=lambda p: (-p.spec.priority, p.metadata.creation_timestamp or "", _natural(p))
+    ):
         if pod.status.phase == "Succeeded":
             found.succeeded.append(pod)
         elif pod.status.phase == "Failed":

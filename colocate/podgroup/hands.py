@@ -16,11 +16,11 @@ from typing import Any
 import msgspec
 import structlog
 
-from colocate.kube.client import ApiError, Unreachable, pause
+from colocate.kube.client import TIMEOUT_SECONDS, ApiError, Unreachable, pause
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, GangPlan, GangPlanSpec, GangPlanStatus, Pod
 from colocate.podgroup.binder import Binder, now_text
-from colocate.podgroup.cluster import OPEN_PHASES, Cluster
+from colocate.podgroup.cluster import HOLDING_PHASES, OPEN_PHASES, Cluster
 from colocate.podgroup.feed import Feed, now_seconds
 from colocate.podgroup.gangs import gang_key, is_group
 from colocate.podgroup.metrics import Metrics
@@ -29,9 +29,10 @@ from colocate.podgroup.status import empty_plan, may_be_told
 
 WRITES_AT_ONCE = 256
 FENCE_ATTEMPTS, REFUSED = 5, (400, 403, 422)
+FENCE_SECONDS = 2 * TIMEOUT_SECONDS
 BACKLOG = 512
 """Writes that wait or are under way."""
-BIND_ATTEMPTS = 8
+BIND_ATTEMPTS = DELETE_ATTEMPTS = 8
 OBJECT_NAME = re.compile(r"[^/]+/[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 """`namespace/name`, the name a DNS subdomain (RFC 1123)."""
 log = structlog.get_logger()
@@ -45,6 +46,8 @@ class Hands:
         self.tasks: asyncio.TaskGroup
         self.woken = 0.0
         """When the change came that is decided on."""
+        self.abandoned: set[str] = set()
+        """Plans whose saving was not answered and had not been done when it was looked at: it may be done yet."""
         self._locks: dict[str, asyncio.Lock] = {}
         """Of plans: one write at a time."""
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
@@ -53,14 +56,19 @@ class Hands:
         """What is to be told of what was done."""
         self.feed, self.touched, self._busy = feed, touched, feed.busy
 
-    async def fence(self, pod: Pod) -> Pod | None:
-        """Stamp an unbound pod, however long that takes; the pod as it is then."""
+    async def fence(self, pod: Pod, since: float | None = None) -> Pod | None:
+        """Stamp an unbound pod, however long the API server is away; the pod as it is then.
+
+        One that it answers with an error, so long after `since` (now) that no request can still be under way, is left.
+        """
+        began = since or now_seconds()
         for attempt in count():
             try:
                 now = await self.binder.stamp(pod)
                 break
             except (ApiError, Unreachable) as error:
-                if isinstance(error, ApiError) and error.status in REFUSED and attempt >= FENCE_ATTEMPTS:
+                refused = isinstance(error, ApiError) and error.status in REFUSED and attempt >= FENCE_ATTEMPTS
+                if refused or (isinstance(error, ApiError) and now_seconds() - began >= FENCE_SECONDS):
                     log.error("pod_not_fenced", pod=pod.metadata.name, error=str(error))
                     return None  # one pod that nobody may change must not keep everybody waiting
                 await pause(error, min(attempt, 6), random.random())
@@ -171,12 +179,17 @@ class Hands:
             self.feed.on_pod(pod, None)
 
     async def delete(self, pod: Pod, reason: str, message: str) -> None:
-        """Ask for the end of a pod."""
-        try:
-            await self.binder.delete(pod, reason, message, at_once=pod.spec.node_name not in self.cluster.ledger.rows)
-        except (ApiError, Unreachable) as error:
-            log.warning("delete_failed", pod=pod.metadata.name, error=str(error))
-            await pause(error, 3, random.random())
+        """Ask for the end of a pod. One that could not be asked for is no victim any more."""
+        for attempt in range(DELETE_ATTEMPTS):
+            at_once = pod.spec.node_name not in self.cluster.ledger.rows
+            try:
+                await self.binder.delete(pod, reason, message, at_once=at_once)
+                break
+            except (ApiError, Unreachable) as error:
+                log.warning("delete_failed", pod=pod.metadata.name, error=str(error))
+                await pause(error, attempt, random.random())
+        else:
+            self.queue.not_evicted(pod.metadata.uid)
         self._done(pod.metadata.uid, gang_key(pod))
 
     async def save_fenced(self, key: str, plan: GangPlan, unbound: list[Pod]) -> None:
@@ -195,6 +208,9 @@ class Hands:
                 raise LeadershipLost(f"plan {key} is of epoch {known.spec.epoch}: another leads")
             if known is not None:
                 plan = msgspec.structs.replace(plan, metadata=known.metadata)
+            if plan.status.phase == "Running":  # what was forbidden is permitted by now
+                allowed = [c for c in plan.status.conditions if c.type != "Permitted"]
+                plan = msgspec.structs.replace(plan, status=msgspec.structs.replace(plan.status, conditions=allowed))
             try:
                 self.cluster.set_plan(key, await self.binder.save(plan))
                 if known is None or known.status.phase != plan.status.phase:
@@ -239,8 +255,12 @@ class Hands:
                 await pause(error, min(attempt, 6), random.random())
         kept = self.cluster.plans.get(key)
         if kept is None or kept.spec.plan_id != plan.spec.plan_id:
+            self.abandoned.add(plan.spec.plan_id)
+            holds = kept is not None and kept.status.phase in HOLDING_PHASES
+            held = {m.uid for m in kept.spec.members} if kept is not None and holds else set()
             for member in plan.spec.members:
-                self.cluster.withdraw(member.uid)
+                if member.uid not in held:
+                    self.cluster.withdraw(member.uid)
 
     async def forget(self, key: str, plan: GangPlan) -> None:
         """Remove the plan of a group that is gone."""
@@ -249,6 +269,7 @@ class Hands:
                 await self.binder.forget(plan)
             except (ApiError, Unreachable) as error:
                 log.warning("plan_not_forgotten", gang=key, error=str(error))
+        self._locks.pop(key, None)
         self._done(key, key)
 
     def _done(self, what: str, key: str) -> None:

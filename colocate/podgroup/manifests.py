@@ -40,7 +40,7 @@ class _PodTemplate(msgspec.Struct):
 
 
 def pods_of(
-    manifests: list[Any], namespace: str, scheduler: str, now: str, classes: Sequence[PriorityClass] = ()
+    manifests: list[Any], namespace: str, schedulers: tuple[str, ...], now: str, classes: Sequence[PriorityClass] = ()
 ) -> tuple[list[Pod], list[PodGroup]]:
     """Pods and groups of these manifests, as if they were created now. Raises BadInput that names the place.
 
@@ -54,7 +54,7 @@ def pods_of(
         where = f"document {i + 1} ({manifest['kind']})"
         try:
             before = len(pods)
-            _add(manifest, namespace, scheduler, now, pods, groups)
+            _add(manifest, namespace, schedulers, now, pods, groups)
             pods[before:] = [_with_priority(pod, classes) for pod in pods[before:]]
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from error
@@ -95,7 +95,12 @@ def _flat(manifests: list[Any]) -> Iterator[Any]:
 
 
 def _add(
-    manifest: dict[str, Any], namespace: str, scheduler: str, now: str, pods: list[Pod], groups: list[PodGroup]
+    manifest: dict[str, Any],
+    namespace: str,
+    schedulers: tuple[str, ...],
+    now: str,
+    pods: list[Pod],
+    groups: list[PodGroup],
 ) -> None:
     kind, meta = manifest["kind"], msgspec.convert(manifest.get("metadata", {}), ObjectMeta)
     name = meta.name or kind.lower()
@@ -123,6 +128,7 @@ def _add(
     total = sum(t.replicas for t in templates)
     if total + len(pods) > MAX_PODS:
         raise BadInput(f"{total} pods: at most {MAX_PODS} can be asked about")
+    named = False
     together = kind not in ("Pod", "Job", "Deployment", "ReplicaSet", "StatefulSet")
     for role, replicas, template in templates:
         shape = msgspec.convert(template, _PodTemplate)
@@ -133,11 +139,15 @@ def _add(
         except ValueError as error:
             raise BadInput(f"resources: {error}") from error
         labels = dict(shape.metadata.labels)
+        named = named or POD_GROUP_LABEL in labels
         if together:
             labels.setdefault(POD_GROUP_LABEL, name)
+        said = (template.get("spec") or {}).get("schedulerName", schedulers[0])  # operators fill in what is not said
+        if said not in schedulers:
+            raise BadInput(f"spec.schedulerName is {said!r}: that scheduler places these pods; ours: {schedulers[0]}")
         for i in range(replicas):
             one = name if kind == "Pod" else "-".join(filter(None, (name, role, str(i))))
-            owner = [] if kind == "Pod" else [OwnerReference(kind=kind, name=name, uid=f"what-if/{name}")]
+            whose = OwnerReference(kind=kind, name=name, uid=f"what-if/{name}", controller=True)
             made = msgspec.structs.replace(
                 shape.metadata,
                 name=one,
@@ -145,11 +155,13 @@ def _add(
                 uid=f"what-if/{namespace}/{one}",
                 labels=labels,
                 creation_timestamp=now,
-                owner_references=owner,
+                deletion_timestamp=None,
+                owner_references=[] if kind == "Pod" else [whose],
             )
-            spec_of_pod = msgspec.structs.replace(shape.spec, scheduler_name=scheduler, node_name="")
+            spec_of_pod = msgspec.structs.replace(shape.spec, scheduler_name=said, node_name="")
             pods.append(Pod(metadata=made, spec=spec_of_pod))
-    if together and not any(g.metadata.name == name for g in groups) and POD_GROUP_LABEL not in meta.labels:
+    named = named or POD_GROUP_LABEL in meta.labels or any(g.metadata.name == name for g in groups)
+    if together and not named:
         group = ObjectMeta(name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}")
         groups.append(PodGroup(metadata=group, spec=PodGroupSpec(min_member=max(total, 1))))
 

@@ -27,7 +27,7 @@ from colocate.podgroup.ledger import Holding
 from colocate.podgroup.place import place
 from colocate.podgroup.preempt import Preemption, preempt
 from colocate.podgroup.reservations import Reservations
-from colocate.units import parse_time
+from colocate.units import seconds_of
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
 NOMINATION_SECONDS = 30.0
@@ -87,8 +87,18 @@ Hopeless = dict[tuple[object, ...], tuple[int, Shortage]]
 class Queue:
     """All gangs that wait."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, searches: int | None = None) -> None:
         self.settings = settings
+        self._searches = searches
+        """How many gangs a cycle may look for victims for; None: all."""
+        self._searches_left = 0
+        self.unfinished = False
+        """The last cycle has left gangs to the next one: with as many victims as gangs it would take too long."""
+        self._shadow: tuple[str, float | None] | None = None
+        """The head of this cycle, and when it can start."""
+        self._durations: dict[str, list[float]] | None = None
+        self._hopeless_victims: dict[tuple[object, ...], tuple[int, int]] = {}
+        """Within one cycle: signature -> quorum and priority for which no victims made room."""
         self.waiting: dict[str, Waiting] = {}
         self.order: list[str] = []
         """The gangs that wait, as they were last tried."""
@@ -104,14 +114,15 @@ class Queue:
 
         Gangs that are `put_off` have changed and will be looked at in a later cycle; what is reserved for them stands.
         """
+        self._searches_left = self._searches or len(self._entries) + len(dirty)
+        self.unfinished, self._shadow, self._durations, self._hopeless_victims = False, None, None, {}
         self._evicted &= cluster.pods.keys()
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
         decided = Decisions([], [], [])
         freed = self.reservations.expire(now)
         for key in dirty:
-            if self._refresh_safely(cluster, key, now, decided):
-                freed = self._owed_less(cluster, key, now) or freed
+            freed = self._refresh_safely(cluster, key, now, decided) or freed
         if freed:
             self._try_all_again()
         hopeless: Hopeless = {}
@@ -146,14 +157,15 @@ class Queue:
         self._tell(key, "InternalError", f"it could not be decided: {error!r}", capacity=False)
 
     def _refresh_safely(self, cluster: Cluster, key: str, now: float, decided: Decisions) -> bool:
+        """Look at a gang again; whether it is owed less than before, so that there may be room for others."""
         try:
             self._refresh(cluster, key, now)
+            return self._owed_less(cluster, key, now)
         except Exception as error:  # noqa: BLE001
             self._entries.pop(key, None)
             self.waiting.setdefault(key, Waiting(since=now, members_at=now))
             self._failed(cluster, key, (), error, decided)
             return False
-        return True
 
     def _owed_less(self, cluster: Cluster, key: str, now: float) -> bool:
         if not self.reservations.concerns(cluster, key):
@@ -165,9 +177,9 @@ class Queue:
         for key in {*cluster.members, *cluster.groups}:
             plan, since = cluster.plans.get(key), now
             if plan is not None and plan.status.phase == "Waiting" and plan.status.waiting_since:
-                since = min(parse_time(plan.status.waiting_since), now)
+                since = min(seconds_of(plan.status.waiting_since) or now, now)
             pods = cluster.pods_of(key)
-            made = [parse_time(p.metadata.creation_timestamp) for p in pods if p.metadata.creation_timestamp]
+            made = [seconds_of(p.metadata.creation_timestamp) or now for p in pods]
             created = sort_members(pods, self.settings.schedulers).created
             self.waiting[key] = Waiting(since=since, members_at=min(max(made, default=now), now), created=created)
 
@@ -204,7 +216,7 @@ class Queue:
         """Build a gang's entry anew from its pods."""
         entry = entry_of(cluster, key, self.settings)
         if entry is None:
-            self._forget(key)
+            self._forget(cluster, key)
             return
         self._entries[key] = entry
         before = self.waiting.get(key, Waiting(since=now, members_at=now))
@@ -212,9 +224,13 @@ class Queue:
             before = msgspec.structs.replace(before, members_at=now)
         self.waiting[key] = msgspec.structs.replace(before, question=None, created=entry.members.created)
 
-    def _forget(self, key: str) -> None:
+    def _forget(self, cluster: Cluster, key: str) -> None:
         self._entries.pop(key, None)
         self.waiting.pop(key, None)
+        if not any(uid in cluster.planned for uid in cluster.members.get(key, ())):
+            self.holds.drop(cluster, key, NOMINATED)  # whoever wanted the places has gone or runs
+        if key not in cluster.groups and not cluster.members.get(key):
+            self._resting.pop(key, None)
 
     def _try_all_again(self) -> None:
         """Room that was kept for one is free to all: no node has changed, and yet more may fit."""
@@ -359,11 +375,23 @@ class Queue:
         else:
             if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
                 return None
+            signature = _signature(gang)
+            quorum, priority = self._hopeless_victims.get(signature, (gang.quorum + 1, entry.members.priority))
+            if gang.quorum >= quorum and entry.members.priority <= priority:
+                return None  # nobody's going made room for its like
+            if not self._searches_left:
+                self.unfinished = True
+                self.waiting[entry.key] = msgspec.structs.replace(self.waiting[entry.key], gain=-1)
+                return None
+            self._searches_left -= 1
             with self.holds.usable_by(cluster, entry.key):
                 if gang.leave and place(cluster.ledger, gang._replace(leave=())) is not None:
                     return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
-                found = preempt(cluster, gang, entry.key, entry.members.priority, self._evicted)
+                yielding = self._yielding(entry, now)
+                found = preempt(cluster, gang, entry.key, entry.members.priority, now, self._evicted, yielding)
             if found is None:
+                if not yielding:
+                    self._hopeless_victims[signature] = (gang.quorum, entry.members.priority)
                 return None
             grace = max(p.spec.termination_grace_period_seconds or 30 for p in found.victims)
             self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
@@ -373,6 +401,27 @@ class Queue:
         told = {"reason": "WaitingForPreemption", "message": message, "capacity": False, "gain": cluster.gain}
         self.waiting[entry.key] = msgspec.structs.replace(memory, **told)
         return Evict(entry.key, found) if found is not None else None
+
+    def _yielding(self, entry: Entry, now: float) -> frozenset[str]:
+        """The gangs that are broken as this one is, and come after it: of two that each lack a member, one must go.
+
+        Not before the places of lost members have been held for their time.
+        """
+        if not entry.broken:
+            return frozenset()
+        return frozenset(
+            other.key
+            for other in self._entries.values()
+            if other.broken and other.order > entry.order and self._waits_in_vain(other.key, now)
+        )
+
+    def _waits_in_vain(self, key: str, now: float) -> bool:
+        memory = self.waiting.get(key)
+        return memory is not None and memory.capacity and now - memory.since >= self.settings.slot_seconds
+
+    def not_evicted(self, uid: str) -> None:
+        """A victim could not be told to go: it may be chosen again."""
+        self._evicted.discard(uid)
 
     def lost(self, cluster: Cluster, holding: Holding, key: str, now: float) -> None:
         """A bound member of a gang is gone or has failed: keep its place for the one that replaces it.
@@ -391,6 +440,13 @@ class Queue:
         members, group = sort_members(cluster.pods_of(key), self.settings.schedulers), cluster.groups.get(key)
         return group is not None and 0 < members.satisfied < group.spec.min_member
 
+    def _end(self, cluster: Cluster, placed: list[Placed], now: float) -> float:
+        """When the last of these will have ended at the latest; never, if nothing is known of one."""
+        if self._durations is None:
+            self._durations = durations(cluster)
+        takes = [runtime(cluster.pods[m.uid], self._durations) for m, _ in placed if m.uid in cluster.pods]
+        return now + max((t[1] if t is not None else float("inf") for t in takes), default=0.0)
+
     def _fits_an_empty_cluster(self, cluster: Cluster, gang: Gang) -> bool:
         with cluster.ledger.empty():
             return place(cluster.ledger, gang._replace(leave=())) is not None
@@ -398,19 +454,14 @@ class Queue:
     def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry, now: float) -> bool:
         """Whether these end before the head can start, or the head still fits beside them when all else has ended."""
         question = self.waiting[head.key].question
-        shadow = starts_at(cluster, question, now) if question is not None else None
-        if shadow is not None and _end(cluster, placed, now) <= shadow[0]:
+        if self._shadow is None or self._shadow[0] != head.key:
+            shadow = starts_at(cluster, question, now) if question is not None else None
+            self._shadow = (head.key, None if shadow is None else shadow[0])
+        if self._shadow[1] is not None and self._end(cluster, placed, now) <= self._shadow[1]:
             return True
         ledger = cluster.ledger
         with ledger.empty(), ledger.with_also(one.holding for one in placed):
             return question is None or place(cluster.ledger, question._replace(leave=())) is not None
-
-
-def _end(cluster: Cluster, placed: list[Placed], now: float) -> float:
-    """When the last of these will have ended at the latest; never, if nothing is known of one."""
-    known = durations(cluster)
-    takes = [runtime(cluster.pods[m.uid], known) for m, _ in placed if m.uid in cluster.pods]
-    return now + max((t[1] if t is not None else float("inf") for t in takes), default=0.0)
 
 
 def _signature(gang: Gang) -> tuple[object, ...]:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from colocate.objects import Pod
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Debt
+from colocate.podgroup.gangs import without_former_runs
 from colocate.podgroup.shape import Shape, amounts
-from colocate.units import parse_time
+from colocate.units import seconds_of
 
 
 class Reservation(NamedTuple):
@@ -103,7 +104,7 @@ class Reservations:
         began = self._began(cluster, key, holding, now)
         if began is None or now >= began + self._lease_seconds:
             return None
-        done = [p for p in pods if p.status.phase == "Succeeded"]
+        done = [p for p in without_former_runs(pods) if p.status.phase == "Succeeded"]
         try:
             rest = rest_of_min_resources(cluster, key, [*kept, *(cluster.shape(p) for p in (*holding, *done))])
         except ValueError:
@@ -118,4 +119,4 @@ class Reservations:
         anew = not any(p.spec.node_name for p in holding)
         if anew and (plan is None or plan.status.phase not in HOLDING_PHASES):
             return now  # promised in this cycle; its plan is being written
-        return parse_time(plan.spec.began) if plan is not None and plan.spec.began else None
+        return seconds_of(plan.spec.began) if plan is not None else None

@@ -30,6 +30,7 @@ from colocate.units import parse_quantity
 ALWAYS = "Always"
 MOST = 2**53
 """No amount is larger: sums over all nodes must stay within 64 bits."""
+MOST_OF_A_POD = 2**50
 KNOWN_OPERATORS = frozenset({"In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"})
 VolumeTerms = Callable[[str, str], "NodeSelector | str | None"]
 """(namespace, claim) -> where its volume can be reached from, None for everywhere, or why that is not known."""
@@ -173,6 +174,9 @@ def requests_of(pod: Pod) -> dict[str, int]:
     whole = pod.spec.resources
     total.update({name: _amount(name, text) for name, text in {**whole.limits, **whole.requests}.items()})
     _add(total, amounts(pod.spec.overhead))
+    for name, amount in total.items():
+        if amount > MOST_OF_A_POD:
+            raise ValueError(f"{amount} of {name} in all its containers is not an amount that a node could have")
     return {**{name: amount for name, amount in total.items() if amount}, "pods": 1}
 
 

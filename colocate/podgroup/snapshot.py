@@ -160,7 +160,9 @@ def what_if(snapshot: ClusterSnapshot, pods: list[Pod], groups: list[PodGroup]) 
     """What the next cycle would decide about these, were they created now."""
     more = msgspec.structs.replace(snapshot, pods=[*snapshot.pods, *pods], groups=[*snapshot.groups, *groups])
     asked = {gang_key(p) for p in pods} | {f"{g.metadata.namespace}/{g.metadata.name}" for g in groups}
-    return [verdict for verdict in decide(more) if verdict.gang in asked]
+    found = {verdict.gang: verdict for verdict in decide(more)}
+    busy = "what this gang has planned already is being carried out or taken back: ask again"
+    return [found.get(key) or Verdict(gang=key, outcome="Wait", reason="Busy", message=busy) for key in sorted(asked)]
 
 
 def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
@@ -172,7 +174,7 @@ def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
         return None
     found, when, position, fits = [], None, queue.order.index(key) + 1, True
     entry = entry_of(cluster, key, snapshot.settings)
-    if verdicts[key].outcome == "Wait" and queue.waiting[key].question is not None and entry is not None:
+    if verdicts[key].reason == "Unschedulable" and queue.waiting[key].question is not None and entry is not None:
         owed = queue.reservations.against(key, entry.members.priority)
         gang, _ = question(cluster, entry, snapshot.settings, owed)
         satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied

@@ -19,7 +19,7 @@ from colocate.errors import ColocateError
 from colocate.kube.client import ApiError, Unreachable
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, GangPlan, GangPlanStatus, ObjectMeta, Pod, PodGroup, PodGroupStatus
-from colocate.podgroup.binder import Binder, now_text
+from colocate.podgroup.binder import Binder, now_text, text_of
 from colocate.podgroup.cluster import CARRIED_ON, Cluster
 from colocate.podgroup.feed import now_seconds
 from colocate.podgroup.gangs import group_status, is_group, sort_members
@@ -35,6 +35,7 @@ SETTLED_SECONDS = 1.0
 PODS_AT_ONCE = 64
 """Of one gang; the others come with the next rounds."""
 FORGET_SECONDS = 60.0
+NEAR_THE_HEAD = 20
 log = structlog.get_logger()
 Save = Callable[[str, GangPlanStatus], Awaitable[None]]
 
@@ -47,9 +48,11 @@ class StatusWriter:
         self.conditions = False
         """Whether the installed PodGroup schema has conditions."""
         self._touched: dict[str, None] = {}
+        self._positions: dict[str, int] = {}
         self._written: dict[str, float] = {}
         self._told: dict[str, tuple[str, str, float]] = {}
         """Gang -> the reason and message that its users were told last, and when."""
+        self._told_positions: dict[str, int] = {}
         self._told_pods: dict[str, tuple[str, str]] = {}
         self._heard: dict[str, str] = {}
         """Gang -> the reason of its last Event."""
@@ -62,9 +65,18 @@ class StatusWriter:
 
     def touch_waiting(self) -> None:
         """The queue has decided: whoever has another reason now is told."""
+        self._positions = {key: i + 1 for i, key in enumerate(self._queue.order)}
         for key, memory in self._queue.waiting.items():
-            if self._told.get(key, ("", "", 0.0))[:2] != (memory.reason, memory.message):
+            said = self._told.get(key, ("", "", 0.0))[:2]
+            if said != (memory.reason, memory.message) or self._position_is_stale(key):
                 self._touched[key] = None
+
+    def _position_is_stale(self, key: str) -> bool:
+        """Near the head every step is told; far from it, where all move with every start, only half the way."""
+        told, now = self._told_positions.get(key), self._positions.get(key, 0)
+        if told is None or told == now:
+            return False
+        return min(told, now) <= NEAR_THE_HEAD or not told / 2 < now < told * 2
 
     async def run(self, binder: Binder) -> None:
         """Until cancelled. Raises LeadershipLost."""
@@ -102,7 +114,9 @@ class StatusWriter:
             self._written.pop(key, None)
             return
         pods = self._cluster.pods_of(key)
-        if pods and not any(p.spec.scheduler_name in self._queue.settings.schedulers for p in pods):
+        if not any(p.spec.scheduler_name in self._queue.settings.schedulers for p in pods) and (
+            pods or (group.status.phase not in ("", "Pending") and key not in self._cluster.plans)
+        ):
             return  # another scheduler's group
         status = group_status(group, pods)
         if self.conditions:
@@ -138,13 +152,14 @@ class StatusWriter:
         memory = self._queue.waiting.get(key)
         if memory is None or not memory.reason:
             self._told.pop(key, None)
+            self._told_positions.pop(key, None)
             self._heard.pop(key, None)
             await self._no_longer_waits(key)
             return
         told_reason, told_message, at = self._told.get(key, ("", "", 0.0))
         now, failure = time.monotonic(), None
-        numbers = told_message != memory.message and now - at >= MESSAGE_SECONDS  # they change all the time
-        if told_reason != memory.reason or numbers:
+        stale = told_message != memory.message or self._position_is_stale(key)  # numbers change all the time
+        if told_reason != memory.reason or (stale and now - at >= MESSAGE_SECONDS):
             self._told[key] = (memory.reason, memory.message, now)
             try:
                 await self._tell_plan(key, memory)
@@ -213,16 +228,16 @@ class StatusWriter:
         about, group = self._about(key), self._cluster.groups.get(key)
         if about is None or not is_group(key):
             return
-        position = self._queue.order.index(key) + 1 if key in self._queue.order else 0
         status = GangPlanStatus(
             phase="Waiting",
             reason=memory.reason,
             message=memory.message,
-            position=position,
-            waiting_since=about.metadata.creation_timestamp,
+            position=self._positions.get(key, 0),
+            waiting_since=text_of(memory.since),
             observed_generation=group.metadata.generation if group is not None else 0,
         )
         await self._save(key, status)
+        self._told_positions[key] = status.position
 
 
 def may_be_told(plan: GangPlan | None) -> bool:

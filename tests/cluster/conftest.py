@@ -101,7 +101,7 @@ class World:
         if group:
             meta["labels"]["scheduling.x-k8s.io/pod-group"] = group
         if owned and not namespace:
-            own = {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": self.owner}
+            own = {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": self.owner, "controller": True}
             meta["ownerReferences"] = [owner or own]
         container = {
             "name": "c",

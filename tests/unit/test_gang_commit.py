@@ -16,9 +16,9 @@ from colocate.objects import (
     PodSpec,
     PodStatus,
 )
-from colocate.podgroup.commit import Bind, Delete, advance
+from colocate.podgroup.commit import Bind, Delete, advance, owned
 
-OWNER = [OwnerReference(kind="Job", name="j", uid="j")]
+OWNER = [OwnerReference(kind="Job", name="j", uid="j", controller=True)]
 
 
 def plan(phase="Binding", count=3, least=3, timeout=60):
@@ -189,6 +189,19 @@ def test_members_outside_the_plan_count_for_the_quorum():
     before = plan(count=1, least=3)
     after = advance(before, {"u0": waiting(0)}, ALIVE, 2, 1.0)
     assert [type(s) for s in after.steps] == [Bind]
+
+
+@pytest.mark.parametrize(
+    ("controller", "kind", "expected"),
+    [
+        pytest.param(True, "Job", True, id="a controller"),
+        pytest.param(False, "PodGroup", False, id="an owner for garbage collection makes nothing anew"),
+        pytest.param(True, "DaemonSet", False, id="a DaemonSet's come back in place"),
+    ],
+)
+def test_who_makes_a_pod_anew(controller, kind, expected):
+    owner = OwnerReference(kind=kind, name="o", uid="o", controller=controller)
+    assert owned(Pod(metadata=ObjectMeta(name="p", owner_references=[owner]))) is expected
 
 
 def test_what_is_left_of_a_gang_that_was_taken_back_is_named():

@@ -11,7 +11,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from colocate.objects import GangPlan, GangPlanSpec, GangPlanStatus, ObjectMeta, PlannedMember, PodStatus
+from colocate.objects import (
+    Condition,
+    DisruptionBudget,
+    DisruptionBudgetSpec,
+    DisruptionBudgetStatus,
+    GangPlan,
+    GangPlanSpec,
+    GangPlanStatus,
+    LabelSelector,
+    ObjectMeta,
+    OwnerReference,
+    PlannedMember,
+    PodGroupSpec,
+    PodStatus,
+)
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.gangs import is_group
@@ -216,6 +230,185 @@ def test_a_gang_that_is_broken_goes_whole_with_its_surplus():
     made.add("high", 2, 2, priority=5)
     (evicted,) = made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
     assert len(evicted.preemption.victims) == 4
+
+
+def leaving_since(made, name, text):
+    one = made.cluster.pods[name]
+    made.cluster.set_pod(replace(one, metadata=replace(one.metadata, deletion_timestamp=text)))
+
+
+def test_a_pod_that_should_have_ended_long_ago_makes_no_room_by_itself():
+    made = one_slot_held()
+    made.cluster.set_node(node("m", 1))
+    made.dirty.discard("ns/high")
+    made.add("low2", 1, 1)
+    made.cycle()
+    leaving_since(made, "low-0", "1970-01-01T00:00:00Z")
+    assert made.queue.cycle(made.cluster, {"ns/high"}, 20.0).evictions == []
+    (evicted,) = made.queue.cycle(made.cluster, {"ns/high"}, 100.0).evictions
+    assert [p.metadata.name for p in evicted.preemption.victims] == ["low2-0"]
+
+
+def test_a_victim_that_could_not_be_told_to_go_may_be_chosen_again():
+    made = one_slot_held()
+    made.cluster.budgets["ns/b"] = budget(1)
+    assert made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
+    assert made.queue.cycle(made.cluster, {"ns/high"}, 2.0).evictions == [], "its going is awaited"
+    made.queue.not_evicted("low-0")
+    assert made.queue.cycle(made.cluster, {"ns/high"}, 1000.0).evictions
+
+
+def budget(allowed):
+    spec = DisruptionBudgetSpec(selector=LabelSelector())
+    status = DisruptionBudgetStatus(disruptions_allowed=allowed)
+    return DisruptionBudget(metadata=ObjectMeta(name="b", namespace="ns"), spec=spec, status=status)
+
+
+def test_a_budget_is_spent_on_victims_and_not_on_those_that_are_looked_at():
+    made = Simulated()
+    made.cluster.set_node(node("small", 1))
+    made.cluster.set_node(node("large", 2))
+    made.cluster.budgets["ns/b"] = budget(1)
+    for name, cpu, on in (("v0", 1, "small"), ("v1", 2, "large")):
+        made.cluster.groups[f"ns/{name}"] = group(name, 1)
+        made.cluster.set_pod(pod(f"{name}-0", name, cpu))
+        bind(made, f"{name}-0", on)
+    made.add("high", 1, 1, cpu=2, priority=5)
+    (evicted,) = made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
+    assert [p.metadata.name for p in evicted.preemption.victims] == ["v1-0"]
+
+
+def test_no_more_victims_go_than_their_budget_allows():
+    made = Simulated()
+    made.cluster.set_node(node("n", 2))
+    made.cluster.budgets["ns/b"] = budget(1)
+    made.add("v0", 1, 1)
+    made.add("v1", 1, 1)
+    made.cycle()
+    made.add("high", 1, 1, cpu=2, priority=5)
+    assert made.queue.cycle(made.cluster, made.dirty, 1.0).evictions == []
+
+
+def test_of_hundreds_of_small_victims_only_those_that_must_go_do():
+    made = Simulated()
+    for i in range(100):
+        made.cluster.set_node(node(f"n{i:03}", 4))
+    for i in range(400):
+        made.add(f"v{i:03}", 1, 1)
+    made.cycle()
+    made.add("high", 30, 30, cpu=2, priority=5)
+    (evicted,) = made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
+    assert len(evicted.preemption.victims) == 60
+
+
+def test_a_cycle_looks_for_victims_for_so_many_and_leaves_the_others_to_the_next():
+    made = Simulated()
+    made.queue = Queue(Settings(), searches=2)
+    made.cluster.set_node(node("n", 4))
+    for i in range(4):
+        made.add(f"low{i}", 1, 1)
+    made.cycle()
+    for i in range(4):
+        made.add(f"high{i}", 1, 1, cpu=1 + i % 3, priority=5)
+    first = made.queue.cycle(made.cluster, made.dirty, 1.0)
+    assert made.queue.unfinished
+    second = made.queue.cycle(made.cluster, set(), 2.0)
+    assert len(first.evictions) == 2
+    assert {e.key for e in second.evictions}.isdisjoint({e.key for e in first.evictions})
+
+
+def test_of_two_gangs_that_each_lack_a_member_one_goes():
+    made = Simulated(slot_seconds=60.0)
+    for i in range(4):
+        made.cluster.set_node(node(f"n{i}", 1))
+    made.add("a", 2, 2)
+    made.add("b", 2, 2)
+    made.cycle()
+    for lost in ("a-1", "b-1"):
+        made.cluster.remove_node(made.cluster.pods[lost].spec.node_name)
+        made.cluster.remove_pod(lost)
+        made.cluster.set_pod(pod(f"{lost}-again", lost[0]))
+        made.dirty.add(f"ns/{lost[0]}")
+    made.cycle()
+    assert [len(made.bound(name)) for name in "ab"] == [1, 1], "the places of the lost are held first"
+    made.now += 130.0
+    made.cycle()
+    made.now += 130.0
+    made.cycle()
+    assert [len(made.bound(name)) for name in "ab"] == [2, 0]
+
+
+def test_what_a_preemptor_was_promised_is_free_once_it_is_gone():
+    made = one_slot_held()
+    made.queue.cycle(made.cluster, made.dirty, 1.0)
+    made.cluster.remove_pod("low-0")
+    made.cluster.remove_pod("high-0")
+    made.cluster.groups.pop("ns/high")
+    made.add("other", 1, 1)
+    assert [s.key for s in made.queue.cycle(made.cluster, {"ns/high", "ns/other"}, 2.0).starts] == ["ns/other"]
+
+
+def test_a_group_that_is_submitted_anew_does_not_back_off_for_its_namesake():
+    made = Simulated()
+    made.cluster.set_node(node("n", 1))
+    made.add("g", 1, 1)
+    made.queue.rest("ns/g", 0.0)
+    assert made.queue.cycle(made.cluster, {"ns/g"}, 1.0).starts == []
+    made.cluster.remove_pod("g-0")
+    made.cluster.groups.pop("ns/g")
+    made.queue.cycle(made.cluster, {"ns/g"}, 2.0)
+    made.add("g", 1, 1)
+    assert len(made.queue.cycle(made.cluster, {"ns/g"}, 3.0).starts) == 1
+
+
+def run_of_a_cron_job(made, run, size, *, done, hour=10):
+    job = [OwnerReference(kind="Job", name=f"nightly-{run}", uid=f"job-{run}", controller=True)]
+    for i in range(size):
+        one = pod(f"r{run}-{i}", "g")
+        meta = replace(one.metadata, owner_references=job, creation_timestamp=f"2026-05-0{run}T{hour}:00:00Z")
+        ended = [Condition(type="Ready", status="False", last_transition_time=f"2026-05-0{run}T{hour + 1}:00:00Z")]
+        status = PodStatus(phase="Succeeded", conditions=ended) if done else PodStatus()
+        made.cluster.set_pod(replace(one, metadata=meta, status=status))
+    made.dirty.add("ns/g")
+
+
+def test_what_completed_in_a_former_run_is_no_quorum_of_this_one():
+    made = Simulated()
+    made.cluster.set_node(node("n", 2))
+    made.cluster.groups["ns/g"] = group("g", 4)
+    run_of_a_cron_job(made, 1, 4, done=True)
+    run_of_a_cron_job(made, 2, 4, done=False)
+    assert made.queue.cycle(made.cluster, made.dirty, 1.0).starts == []
+    made.cluster.set_node(node("m", 2))
+    (start,) = made.queue.cycle(made.cluster, set(), 2.0).starts
+    assert len(start.placed) == 4
+
+
+def test_what_completed_in_this_run_is_counted_whoever_made_it():
+    made = Simulated()
+    made.cluster.set_node(node("n", 2))
+    made.cluster.groups["ns/g"] = group("g", 4)
+    run_of_a_cron_job(made, 1, 2, done=True, hour=10)
+    run_of_a_cron_job(made, 2, 2, done=False)
+    for name in ("r2-0", "r2-1"):  # made before the others had ended
+        one = made.cluster.pods[name]
+        made.cluster.set_pod(replace(one, metadata=replace(one.metadata, creation_timestamp="2026-05-01T10:30:00Z")))
+    (start,) = made.queue.cycle(made.cluster, made.dirty, 1.0).starts
+    assert len(start.placed) == 2
+
+
+def test_a_plan_that_says_nonsense_stops_nobody():
+    made = Simulated()
+    made.cluster.set_node(node("n", 3))
+    made.add("g", 1, 1)
+    made.cycle()
+    made.cluster.groups["ns/g"] = replace(
+        made.cluster.groups["ns/g"], spec=PodGroupSpec(min_member=1, min_resources={"cpu": "2"})
+    )
+    plan = made.cluster.plans["ns/g"]
+    made.cluster.set_plan("ns/g", replace(plan, spec=replace(plan.spec, began="yesterday")))
+    made.add("other", 1, 1)
+    assert [s.key for s in made.queue.cycle(made.cluster, {"ns/g", "ns/other"}, 1.0).starts] == ["ns/other"]
 
 
 def test_a_gang_does_not_evict_its_own_members():

@@ -48,7 +48,7 @@ def node(name: str, cpu: int = 4, *, cordoned: bool = False, taint: str = "") ->
 
 
 def pod(name: str, group: str = "", cpu: int = 1, on: str = "", priority: int = 0, **annotations: str) -> Pod:
-    owner = [OwnerReference(kind="Job", name=f"{group or name}-1", uid="o")]
+    owner = [OwnerReference(kind="Job", name=f"{group or name}-1", uid="o", controller=True)]
     made = NOW if not on else "2026-05-01T11:59:00Z"
     meta = ObjectMeta(
         name=name,
@@ -170,10 +170,10 @@ URGENT = PriorityClass(metadata=ObjectMeta(name="urgent"), value=1000)
 
 def test_a_priority_class_gives_its_pods_their_priority():
     named = {"kind": "Pod", "metadata": {"name": "p"}, "spec": {"priorityClassName": "urgent", "containers": [{}]}}
-    (one,), _ = pods_of([named], "ns", "colocate", NOW, [URGENT])
+    (one,), _ = pods_of([named], "ns", ("colocate",), NOW, [URGENT])
     assert one.spec.priority == 1000
     with pytest.raises(BadInput, match=r"spec\.priorityClassName 'urgent' does not exist; known: none"):
-        pods_of([named], "ns", "colocate", NOW)
+        pods_of([named], "ns", ("colocate",), NOW)
 
 
 def test_what_does_not_fit_of_a_gang_is_counted():
@@ -182,7 +182,7 @@ def test_what_does_not_fit_of_a_gang_is_counted():
 
 
 def test_a_job_without_a_group_is_pods_alone():
-    pods, groups = pods_of([JOB], "ns", "colocate", NOW)
+    pods, groups = pods_of([JOB], "ns", ("colocate",), NOW)
     assert groups == []
     verdicts = what_if(cluster([node("a")], [], []), pods, groups)
     assert [v.outcome for v in verdicts] == ["Start", "Start", "Wait"]
@@ -190,7 +190,7 @@ def test_a_job_without_a_group_is_pods_alone():
 
 @pytest.mark.parametrize(("nodes", "outcome"), [(1, "Wait"), (2, "Start")])
 def test_an_mpi_job_is_one_gang(nodes, outcome):
-    pods, groups = pods_of([MPI], "ns", "colocate", NOW)
+    pods, groups = pods_of([MPI], "ns", ("colocate",), NOW)
     (verdict,) = what_if(cluster([node(f"n{i}") for i in range(nodes)], [], []), pods, groups)
     assert (verdict.gang, verdict.outcome) == ("ns/pi", outcome)
 
@@ -215,6 +215,10 @@ def test_an_mpi_job_is_one_gang(nodes, outcome):
         ({"kind": "RayCluster", "spec": {"headGroupSpec": None}}, r"document 1 \(RayCluster\)"),
         ({"kind": "Pod", "spec": {"containers": []}}, "without containers"),
         (
+            {"kind": "Pod", "spec": {"schedulerName": "default-scheduler", "containers": [{}]}},
+            "spec.schedulerName is 'default-scheduler'",
+        ),
+        (
             {"kind": "Pod", "spec": {"containers": [{"resources": {"requests": {"cpu": "12Gbananas"}}}]}},
             "'12Gbananas' is not a quantity",
         ),
@@ -222,7 +226,7 @@ def test_an_mpi_job_is_one_gang(nodes, outcome):
 )
 def test_a_manifest_that_cannot_be_used_is_refused(manifest, message):
     with pytest.raises(BadInput, match=message):
-        pods_of([manifest], "ns", "colocate", NOW)
+        pods_of([manifest], "ns", ("colocate",), NOW)
 
 
 TIMES = {
