@@ -222,6 +222,8 @@ class ContainerStatus(Lean, frozen=True):
 
     name: str = ""
     started: bool | None = None
+    allocated_resources: Quantities = {}
+    """What the kubelet has set aside for it: while a resize to less is under way, more than it asks for (KEP-1287)."""
 
 
 class PodStatus(Lean, frozen=True):

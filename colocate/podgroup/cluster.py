@@ -142,7 +142,8 @@ class Cluster:
 
     def shape(self, pod: Pod) -> Shape:
         """A pod's shape; equal ones are one object while the pod's specification is the same."""
-        uid, seen = pod.metadata.uid, (pod.spec, self._volumes_version if pod.spec.volumes else 0)
+        allocated = tuple(s.allocated_resources for s in pod.status.container_statuses if s.allocated_resources)
+        uid, seen = pod.metadata.uid, (pod.spec, self._volumes_version if pod.spec.volumes else 0, allocated)
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
             shape = shape_of(pod, self._where)

@@ -134,11 +134,11 @@ def _amount(resource: str, text: str | float) -> int:
     return math.ceil(value * 1000) if resource == "cpu" else math.ceil(value)
 
 
-def _asked(container: Container) -> dict[str, int]:
-    return {
-        name: _amount(name, text)
-        for name, text in {**container.resources.limits, **container.resources.requests}.items()
-    }
+def _asked(container: Container, allocated: Mapping[str, Quantities]) -> dict[str, int]:
+    asked = amounts({**container.resources.limits, **container.resources.requests})
+    for name, amount in amounts(allocated.get(container.name, {})).items():
+        asked[name] = max(asked.get(name, 0), amount)
+    return asked
 
 
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
@@ -158,12 +158,13 @@ def requests_of(pod: Pod) -> dict[str, int]:
     the pod's own resources replace the sum for what they name; overhead is added. Raises ValueError.
     """
     running: dict[str, int] = {}
+    allocated = {s.name: s.allocated_resources for s in pod.status.container_statuses if s.allocated_resources}
     for container in pod.spec.containers:
-        _add(running, _asked(container))
+        _add(running, _asked(container, allocated))
     sidecars: dict[str, int] = {}
     starting: dict[str, int] = {}
     for container in pod.spec.init_containers:
-        asked = _asked(container)
+        asked = _asked(container, {})
         if container.restart_policy == ALWAYS:
             _add(sidecars, asked)
         else:

@@ -83,7 +83,7 @@ class World:
         *,
         namespace: str = "",
         owned: bool = True,
-        owner: dict[str, str] | None = None,
+        owner: dict[str, Any] | None = None,
         labels: dict[str, str] | None = None,
         annotations: dict[str, str] | None = None,
         spec: dict[str, Any] | None = None,

@@ -100,7 +100,7 @@ class Proxy:
         if what == "drop":
             return self._cut(incoming)
         if what.isdigit():
-            reason = {"400": "BadRequest", "410": "Expired", "429": "TooManyRequests"}[what]
+            reason = {"400": "BadRequest", "410": "Expired", "429": "TooManyRequests", "500": "InternalError"}[what]
             return web.json_response({"kind": "Status", "code": int(what), "reason": reason}, status=int(what))
         for _ in range(2 if what == "twice" else 1):
             answer = await self._ask(incoming, body)

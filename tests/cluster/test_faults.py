@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from colocate.kube.client import LEASES, Api, path_of
+from colocate.demo.controlplane import ControlPlane
+from colocate.kube.client import LEASES, NODES, PLANS, Api, path_of
+from colocate.objects import PLAN_API
 from tests.cluster.conftest import HIGH, LOW, World, leader
 from tests.cluster.proxy import Fault, Hold, Proxy, Request, healthy
 
@@ -44,6 +47,67 @@ async def two_gangs_and_a_preemption(world: World) -> None:
         await world.group(name, least)
         for i in range(count):
             await world.pod(f"{name}-{i}", name, cpu=1, spec={"priorityClassName": priority})
+
+
+async def test_a_pod_that_a_webhook_keeps_from_being_changed_does_not_stop_a_new_leader(
+    world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colocate.podgroup.hands.FENCE_SECONDS", 2.0)
+
+    async def webhook_is_down(request: Request) -> str:
+        return "500" if request.method == "PATCH" and request.path.endswith("/pods/stuck") else "pass"
+
+    former = {"holderIdentity": "former", "leaseDurationSeconds": 1, "leaseTransitions": 3}
+    former |= {"acquireTime": "2026-01-01T00:00:00.000000Z", "renewTime": "2026-01-01T00:00:00.000000Z"}
+    await world.create(LEASES, {"metadata": {"name": "colocate-controller"}, "spec": former})
+    await world.node("n", cpu=2, memory="1Gi")
+    await world.pod("stuck", cpu=1, spec={"schedulingGates": [{"name": "webhook"}]})
+    await world.pod("other", cpu=1)
+    proxy.fault = webhook_is_down
+    async with Api.connect(str(proxy.kubeconfig())) as api:
+        beside = World(api, world.namespace)
+        async with leader(beside, lease_seconds=4.0):
+            await world.until_bound("other")
+
+
+async def test_a_plan_that_was_written_after_its_time_is_taken_back(world: World) -> None:
+    """A request of a former leader, that the API server carried out long after it was sent."""
+    await world.node("n", cpu=1, memory="1Gi")
+    async with leader(world):
+        await world.pod("other", cpu=1)
+        await world.until_bound("other")
+        await world.group("pg", 1)
+        await world.pod("late", "pg", cpu=1)
+        await world.told("pg", "Unschedulable")
+        plan, uid = await world.plan("pg"), (await world.pods())["late"].metadata.uid
+        members = [{"name": "late", "uid": uid, "node": "n"}]
+        spec = {"podGroup": "pg", "planId": "late", "epoch": -1, "minMember": 1, "timeoutSeconds": 60}
+        meta = {"name": "pg", "namespace": world.namespace, "resourceVersion": plan.metadata.resource_version}
+        body = {"apiVersion": PLAN_API, "kind": "GangPlan", "metadata": meta, "spec": {**spec, "members": members}}
+        body["status"] = {"phase": "Binding", "reason": "Binding"}
+        await world.api.request("PUT", path_of(PLANS, world.namespace, "pg"), body)
+        assert "written after its time" in await world.told("pg", "BackingOff")
+        await world.only_bound("other")
+
+
+async def test_a_token_that_has_run_out_is_asked_for_anew(plane: ControlPlane, tmp_path: Path) -> None:
+    """Of an exec plugin, as the clouds have them: its tokens live for minutes."""
+    config = yaml.safe_load(plane.kubeconfig().read_text())
+    good, count = config["users"][0]["user"]["token"], tmp_path / "count"
+    plugin = tmp_path / "plugin"
+    plugin.write_text(
+        f"""#!/bin/sh
+token=expired; [ -e {count} ] && token={good}; touch {count}
+echo '{{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{{"token":"'$token'"}}}}'
+"""
+    )
+    plugin.chmod(0o755)
+    run = {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin), "interactiveMode": "Never"}
+    config["users"][0]["user"] = {"exec": run}
+    file = tmp_path / "exec.kubeconfig"
+    file.write_text(yaml.safe_dump(config))
+    async with Api.connect(str(file)) as api:
+        assert b"NodeList" in await api.request("GET", NODES)
 
 
 async def settled(world: World) -> None:

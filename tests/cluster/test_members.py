@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ MPI_JOB = {
     "kind": "MPIJob",
     "name": "pi",
     "uid": "0c0ffee0-0000-4000-8000-000000000000",
+    "controller": True,
 }
 RACK = "topology.kubernetes.io/rack"
 
@@ -267,6 +269,30 @@ async def test_a_gang_whose_member_is_never_replaced_is_taken_back(world: World)
         message = await world.told("pg", "BackingOff")
         assert message == "1 of 2 members were taken by their kubelets in time; taken back"
         assert "p0" not in await world.bound()
+
+
+async def test_a_kubelet_that_refuses_every_replacement_does_not_hold_a_gang_for_ever(world: World) -> None:
+    """All attempts to repair a start share its one timeout."""
+    refused = {"colocate.io/simulated-rejection": "UnexpectedAdmissionError"}
+    for i in range(2):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+
+    async def owner() -> None:
+        for i in range(100):
+            await world.pod(f"p1-{i}", "pg", cpu=1, annotations=refused)
+            while (await world.pods())[f"p1-{i}"].status.phase != "Failed":
+                await asyncio.sleep(0.05)
+
+    async with leader(world):
+        await world.group("pg", 2, scheduleTimeoutSeconds=4)
+        await world.pod("p0", "pg", cpu=1)
+        making = asyncio.ensure_future(owner())
+        try:
+            assert "taken back" in await world.told("pg", "BackingOff")
+            assert "p0" not in await world.pods()
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
 
 
 async def test_a_node_that_goes_away_before_its_kubelet_answers(world: World) -> None:

@@ -13,6 +13,7 @@ from colocate.objects import (
     Affinity,
     Container,
     ContainerPort,
+    ContainerStatus,
     LabelSelector,
     Node,
     NodeSpec,
@@ -22,6 +23,7 @@ from colocate.objects import (
     PodAffinity,
     PodAffinityTerm,
     PodSpec,
+    PodStatus,
     Quantities,
     Resources,
     Taint,
@@ -305,6 +307,23 @@ def test_overhead_limits_and_whole_pod_resources():
         "memory": (1 << 30) + (10 << 20),
         "pods": 1,
     }
+
+
+def test_a_pod_that_is_being_made_smaller_holds_what_its_kubelet_has_set_aside():
+    """KEP-1287"""
+    asks = PodSpec(containers=[Container(name="c", resources=Resources(requests={"cpu": "1", "memory": "2Gi"}))])
+    status = PodStatus(
+        container_statuses=[ContainerStatus(name="c", allocated_resources={"cpu": "3", "memory": "1Gi"})]
+    )
+    one = Pod(metadata=ObjectMeta(name="p"), spec=asks, status=status)
+    assert requests_of(one) == {"cpu": 3000, "memory": 2 << 30, "pods": 1}
+
+
+def test_what_all_containers_ask_for_is_an_amount_that_a_node_could_have():
+    huge = [Container(resources=Resources(requests={"memory": "8Pi"})) for _ in range(1100)]
+    one = Pod(metadata=ObjectMeta(name="p"), spec=PodSpec(node_name="a", containers=huge))
+    assert "not an amount that a node could have" in shape_of(one).unsupported
+    assert shape_of(one).requests == (("pods", 1),)
 
 
 def test_an_unknown_constraint_is_no_guess():
