@@ -49,6 +49,46 @@ class Counted(NamedTuple):
     """Whether pods that are being deleted count."""
 
 
+class _Counts:
+    """How many pods each selector counts on each node, and which of them a pod with certain labels may concern."""
+
+    def __init__(self) -> None:
+        self._known: dict[Counted, tuple[LabelSelector, Ints]] = {}
+        self._by_label: dict[tuple[str, str] | None, list[Counted]] = {}
+        """A label that a selector asks for -> what it counts; None for selectors that ask for none by name."""
+
+    def get(self, counted: Counted) -> Ints | None:
+        """The counts, if they are known."""
+        known = self._known.get(counted)
+        return None if known is None else known[1]
+
+    def add(self, counted: Counted, selector: LabelSelector, counts: Ints) -> None:
+        """Keep these; of too many the one that was asked for first goes, and is counted anew if need be."""
+        if len(self._known) >= MAX_COUNTED:
+            oldest = next(iter(self._known))
+            label = _label_asked_for(self._known.pop(oldest)[0])
+            self._by_label[label].remove(oldest)
+            if not self._by_label[label]:
+                del self._by_label[label]
+        self._known[counted] = (selector, counts)
+        self._by_label.setdefault(_label_asked_for(selector), []).append(counted)
+
+    def concerning(self, labels: Mapping[str, str]) -> Iterator[tuple[Counted, LabelSelector, Ints]]:
+        """What may count a pod with these labels."""
+        for label in (None, *labels.items()):
+            for counted in self._by_label.get(label, ()):
+                yield counted, *self._known[counted]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known.clear()
+        self._by_label.clear()
+
+
+def _label_asked_for(selector: LabelSelector) -> tuple[str, str] | None:
+    return next(iter(selector.match_labels.items()), None)
+
+
 def tolerates(tolerations: Iterable[Toleration], taint: Taint) -> bool:
     """Whether any of them tolerates the taint (core/v1 helper ToleratesTaint)."""
     return any(
@@ -127,7 +167,7 @@ class Ledger:
         self._taint_codes: Ints | None = None
         self._taint_sets: list[tuple[Taint, ...]] = []
         self._static: dict[int, tuple[Shape, Mask]] = {}
-        self._counts: dict[Counted, tuple[LabelSelector, Ints]] = {}
+        self._counts = _Counts()
         self._apart: dict[tuple[object, ...], tuple[Term, dict[str, int]]] = {}
         self._ports: dict[HostPort, dict[str, int]] = {}
 
@@ -248,7 +288,7 @@ class Ledger:
         """The ledger as if nothing were held anywhere; as before afterwards."""
         kept = self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports
         self.used, self.holdings, self._on = np.zeros_like(self.used), {}, {}
-        self._labelled, self._counts, self._apart, self._ports = {}, {}, {}, {}
+        self._labelled, self._counts, self._apart, self._ports = {}, _Counts(), {}, {}
         try:
             yield
         finally:
@@ -281,7 +321,7 @@ class Ledger:
             self.column(resource)
         if row is not None:
             self._account(self.used[row], holding.shape, sign)
-            for counted, (selector, counts) in self._counts.items():
+            for counted, selector, counts in self._counts.concerning(holding.labels):
                 if selects(counted, selector, holding):
                     counts[row] += sign
         for term in holding.shape.anti_affinity:
@@ -365,15 +405,15 @@ class Ledger:
         if term.selector is None:
             return np.zeros(len(self.names), dtype=np.int64)
         counted = Counted(selector_text(term.selector), term.namespaces, leaving)
-        if counted not in self._counts:
+        found = self._counts.get(counted)
+        if found is None:
             counts = np.zeros(len(self.names), dtype=np.int64)
             for holding in self._candidates(term.selector):
                 if holding.node in self.rows and selects(counted, term.selector, holding):
                     counts[self.rows[holding.node]] += 1
-            if len(self._counts) >= MAX_COUNTED:
-                del self._counts[next(iter(self._counts))]  # the one that was asked for first; counted anew if need be
-            self._counts[counted] = (term.selector, counts)
-        return self._counts[counted][1]
+            self._counts.add(counted, term.selector, counts)
+            return counts
+        return found
 
     def _candidates(self, selector: LabelSelector) -> Iterable[Holding]:
         """The pods that a selector may select: those with the rarest of the labels that it asks for."""
