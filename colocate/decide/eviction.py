@@ -26,6 +26,8 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     """Monotonic seconds; then it is killed."""
     reason: str
     message: str
+    killed: float = 0.0
+    """When it was first killed."""
     inodes: dict[str, int] = {}
     """Of the cgroup that was told: one that its owner has made anew since is another."""
 
@@ -66,7 +68,7 @@ def decide_eviction(
         if id_ in jobs
         and _alive(snapshot, id_)
         and e.inodes == jobs[id_].inodes
-        and now < e.deadline + KILLING_SECONDS  # whatever runs then has been started since
+        and not (e.killed and now >= e.killed + KILLING_SECONDS)  # whatever runs then has been started since
     }
     actions: list[Action] = []
     for id_, wish in wishes.items():
@@ -77,9 +79,10 @@ def decide_eviction(
         under_way[id_] = Eviction(deadline=deadline, reason=wish.reason, message=wish.message, inodes=inodes)
         actions.append(_action(id_, jobs[id_].path, "signal", "SIGTERM", wish.reason, wish.message))
     thaws = []
-    for id_, eviction in under_way.items():
+    for id_, eviction in list(under_way.items()):
         thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=eviction.message))
         if now >= eviction.deadline:
+            under_way[id_] = msgspec.structs.replace(eviction, killed=eviction.killed or now)
             actions.append(_action(id_, jobs[id_].path, "cgroup.kill", "1", eviction.reason, eviction.message))
     if under_way:
         names = ", ".join(jobs[i].name for i in under_way)

@@ -59,6 +59,8 @@ def decide_freeze(
             if frozen_for > spec.freeze.max_frozen and wish.law != EVALUATE:
                 message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {spec.freeze.max_frozen:g} s)"
                 follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
+        elif job.frozen and job.id in state.since:
+            since[job.id] = state.since[job.id]  # until it really is thawed
         wanted = "1" if wish is not None else "0"
         others = job.in_place and job.id not in state.since and job.id not in thaw  # froze it, a `docker pause` say
         if job.frozen != (wanted == "1") and not (wanted == "0" and others):

@@ -76,7 +76,8 @@ class Api:
     """One connection pool to one API server."""
 
     def __init__(self, configuration: Configuration, renew: Callable[[], Awaitable[None]] | None = None) -> None:
-        self._renew, self._renewed = renew, 0.0
+        self._renew, self._renewed, self._has_token = renew, float("-inf"), False
+        self._renewing = asyncio.Lock()
         configuration.connection_pool_maxsize = CONNECTIONS
         configuration.client_session_kwargs = {"trust_env": False}  # a proxy of the environment is not for this traffic
         configuration.retries = None
@@ -159,16 +160,19 @@ class Api:
 
     async def _has_renewed(self) -> bool:
         """Ask the kubeconfig's plugin for a new token; those that the clouds give live for minutes."""
-        now = asyncio.get_running_loop().time()
-        if self._renew is None or now - self._renewed < RENEW_SECONDS:
-            return self._renewed > 0 and now - self._renewed < RENEW_SECONDS
-        self._renewed = now
-        try:
-            await self._renew()
-        except Exception as error:  # noqa: BLE001 - a plugin may fail in any way
-            log.warning("token_not_renewed", error=" ".join(str(error).split()))
+        if self._renew is None:
             return False
-        return True
+        async with self._renewing:
+            now = asyncio.get_running_loop().time()
+            if now - self._renewed >= RENEW_SECONDS:  # else somebody has asked while we waited
+                self._renewed = now
+                try:
+                    await self._renew()
+                    self._has_token = True
+                except Exception as error:  # noqa: BLE001 - a plugin may fail in any way
+                    self._has_token = False
+                    log.warning("token_not_renewed", error=" ".join(str(error).split()))
+            return self._has_token
 
     async def get(self, kind: type[T], path: str) -> T:
         """One object."""

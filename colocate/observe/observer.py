@@ -47,6 +47,8 @@ class Observer:
         self._sequence = 0
         self._inodes: dict[str, dict[str, int]] = {}
         self._pages = FilePages()
+        self._governed: set[str] = set()
+        """The cgroups of batch in place, as of the last tick."""
 
     def _section(self, name: str, collect: Callable[[], Any], otherwise: Any) -> Any:
         try:
@@ -105,8 +107,15 @@ class Observer:
 
     def _workloads(self) -> dict[str, Workload]:
         targets, self.problems = discover(
-            self._port, self.tree, self.policy.spec, self._jobs(), self._known_inodes, self.lister.pods
+            self._port,
+            self.tree,
+            self.policy.spec,
+            self._jobs(),
+            self._known_inodes,
+            self.lister.pods,
+            self._governed,
         )
+        self._governed = {t.path for t in targets if t.in_place}
         self._inodes = {t.path: t.inodes for t in targets}
         self._pages.forget_others(self._inodes)
         self._pages.tick = self._sequence

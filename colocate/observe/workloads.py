@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import os.path
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Protocol
 
 import msgspec
@@ -21,6 +21,8 @@ from colocate.observe.pods import Pod
 from colocate.snapshot import Objective
 
 MAX_SEARCH_DEPTH = 3
+WRAPPERS = frozenset({"sh", "bash", "dash", "busybox", "tini", "dumb-init", "docker-init", "catatonit", "s6-svscan"})
+"""What stands above a command in a service or container of its own."""
 PLAIN_TIER = "colocate-batch"
 
 
@@ -61,6 +63,11 @@ class Target(msgspec.Struct, frozen=True):
     """The policy entry that chose it: its latency and objective are those of all that the entry chose."""
     pids: tuple[int, ...] | None = None
     """Processes whose run delay is read; None: those of the cgroup."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it is batch that is governed where it is."""
+        return bool(self.known.get("in_place"))
 
 
 class Inodes(Protocol):
@@ -184,18 +191,32 @@ def select(
     return _by_labels(port, hierarchy, tree, selector, pods), None
 
 
-def _parent(port: FilePort, pid: int) -> int:
-    stat = port.proc(f"/proc/{pid}/stat")
-    return int(stat.rpartition(")")[2].split()[1]) if stat else 0
+def _line_of(port: FilePort, pid: int) -> list[int]:
+    """A process and its ancestors; empty if it has ended."""
+    found: list[int] = []
+    while pid > 1 and (stat := port.proc(f"/proc/{pid}/stat")):
+        found.append(pid)
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return found
+
+
+def _is_wrapper(port: FilePort, pid: int) -> bool:
+    """Whether a process only stands above a command: a script or an init, without a terminal (tty_nr, proc(5))."""
+    before, _, after = (port.proc(f"/proc/{pid}/stat") or "").rpartition(")")
+    return bool(after) and before.partition("(")[2] in WRAPPERS and after.split()[4] == "0"
 
 
 def _stranger(port: FilePort, path: str, chosen: set[int]) -> int | None:
-    """A process of a cgroup that a command did not choose, itself or as an ancestor's: a shell, another user's job."""
+    """A process of a cgroup that is neither chosen, nor a child of one that is, nor the script that started it.
+
+    In a login session, or on a terminal, the shell is a stranger: its user works there.
+    """
+    above = {a for pid in chosen for a in _line_of(port, pid)}
+    session = path.rpartition("/")[2].startswith("session-")
     for pid in processes_below(port, main_hierarchy(port), path):
-        line = pid
-        while line > 1 and line not in chosen:
-            line = _parent(port, line)
-        if line not in chosen and _parent(port, pid):  # not one that has ended meanwhile
+        line = _line_of(port, pid)
+        started_it = pid in above and not session and _is_wrapper(port, pid)
+        if line and not chosen.intersection(line) and not started_it:
             return pid
     return None
 
@@ -221,6 +242,7 @@ def _configured(
     inodes: Inodes,
     own: set[str],
     on_node: Mapping[str, str],
+    governed: Set[str],
 ) -> list[Target]:
     paths, pids = select(port, tree, entry.selector, pods)
     if not paths:
@@ -243,7 +265,7 @@ def _configured(
         elif why := _not_ours_to_govern(path, {**on_node, **claimed}, own):
             problems[entry.name] = f"{entry.name}: {why}"
             continue
-        elif pids is not None and (stranger := _stranger(port, path, set(pids))) is not None:
+        elif pids and path not in governed and (stranger := _stranger(port, path, set(pids))) is not None:
             command = " ".join((port.proc(f"/proc/{stranger}/cmdline") or "?").replace("\0", " ").split())[:60]
             problems[entry.name] = (
                 f"{entry.name}: {path} also holds process {stranger} ({command}): start the batch work in a cgroup of "
@@ -279,6 +301,10 @@ def _pods(port: FilePort, tree: Tree, pods: Mapping[str, Pod], inodes: Inodes) -
     return targets
 
 
+def _is_or_serves_in(target: Target, pod: str) -> bool:
+    return target.path == pod or (target.tier == "service" and target.path.startswith(f"{pod}/"))
+
+
 def _besteffort(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Inodes) -> list[Target]:
     hierarchy, targets = main_hierarchy(port), []
     if tree.besteffort and tree.besteffort not in claimed and port.inode(hierarchy, tree.besteffort) is not None:
@@ -294,10 +320,12 @@ def discover(
     jobs: dict[str, dict[str, Any]],
     inodes: Inodes,
     pods: Mapping[str, Pod],
+    governed: Set[str] = frozenset(),
 ) -> tuple[list[Target], dict[str, str]]:
     """All workloads of the node, and the problems met, by the name of the policy entry.
 
-    `jobs` has what is known of a job by the name of its directory in the tier, `pods` of a pod by its uid.
+    `jobs` has what is known of a job by the name of its directory in the tier, `pods` of a pod by its uid. Batch in the
+    cgroups that are `governed` already stays so though a stranger looks in (`docker exec`).
     """
     problems: dict[str, str] = {}
     claimed: dict[str, str] = {}
@@ -307,10 +335,11 @@ def discover(
     found = _pods(port, tree, pods, inodes) if tree.kubepods is not None else []
     on_node = {pod.path: f"the pod {pod.name}" for pod in found}
     for entry in entries:
-        targets.extend(_configured(port, tree, pods, entry, claimed, problems, inodes, own, on_node))
+        targets.extend(_configured(port, tree, pods, entry, claimed, problems, inodes, own, on_node, governed))
     if tree.kubepods is not None:
-        # A pod of which a part is claimed by the policy counts by that part: never twice.
-        targets.extend(p for p in found if not any(c == p.path or c.startswith(f"{p.path}/") for c in claimed))
+        # A pod that is in the policy, or whose service is, counts by that: never twice.
+        chosen = [t for t in targets if t.tier == "service" or t.in_place]
+        targets.extend(p for p in found if not any(_is_or_serves_in(t, p.path) for t in chosen))
         targets.extend(_besteffort(port, tree, claimed, inodes))
     for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
         path = joined(tree.tier_path, child)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gc
 import uuid
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -204,7 +205,9 @@ class Controller:
             self.metrics.preempted.inc(len(eviction.preemption.victims))
             for victim in eviction.preemption.victims:
                 text = f"made room for {eviction.key}, which is more important"
-                self._hands.spawn(victim.metadata.uid, self._hands.delete(victim, "PreemptionByScheduler", text))
+                wanted = partial(self.queue.makes_room, eviction.key)
+                deletion = self._hands.delete(victim, "PreemptionByScheduler", text, wanted)
+                self._hands.spawn(victim.metadata.uid, deletion)
         self._status.touch_waiting()
         if self.queue.unfinished:
             self.feed.wake.set()
@@ -352,7 +355,12 @@ class Controller:
             gone = pod.spec.node_name in lost and not pod.terminal and ours
             if gone and pod.metadata.uid not in self._busy:
                 text = f"node {pod.spec.node_name} was deleted"
-                self._hands.spawn(pod.metadata.uid, self._hands.delete(pod, "DeletionByNodeLoss", text))
+                still_lost = partial(self._is_lost, pod.spec.node_name)
+                deletion = self._hands.delete(pod, "DeletionByNodeLoss", text, still_lost)
+                self._hands.spawn(pod.metadata.uid, deletion)
+
+    def _is_lost(self, node: str) -> bool:
+        return node not in self.cluster.ledger.rows
 
     def _read_back_unseen(self) -> None:
         """A bind whose success the watch does not show is asked for."""

@@ -6,30 +6,21 @@ or what pods of the same owner have taken before. Nothing is guessed about the r
 
 from __future__ import annotations
 
-import re
 from statistics import quantiles
 
 from colocate.objects import Pod
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.fit import Gang
+from colocate.podgroup.gangs import family
 from colocate.podgroup.place import place
 from colocate.units import seconds_of
 
 RUNTIME = "colocate.io/expected-runtime-seconds"
 LEAST_RUNS = 3
 MOST_DIGITS = 9
-_SUFFIX = re.compile(r"(-[a-z0-9]{5}|-?\d+)$")
 
 Interval = tuple[float, float]
 """(earliest, latest), in seconds since the epoch."""
-
-
-def family(pod: Pod) -> str:
-    """What runs of the same work have in common: namespace, and owner's kind and name without its running number."""
-    owners = pod.metadata.owner_references
-    if not owners:
-        return ""
-    return f"{pod.metadata.namespace}/{owners[0].kind}/{_SUFFIX.sub('', owners[0].name)}"
 
 
 def durations(cluster: Cluster) -> dict[str, list[float]]:

@@ -8,11 +8,13 @@ pod without the label is a gang of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from colocate.objects import POD_GROUP_LABEL, Pod, PodGroup, PodGroupStatus
 
+_SUFFIX = re.compile(r"(-[a-z0-9]{5}|-?\d+)$")
 POD = "pod:"
 """A key that begins so, after the namespace, names a pod that is a gang of its own."""
 
@@ -81,23 +83,38 @@ def _run_of(pod: Pod) -> str:
 
 
 def _of_former_run(done: Pod, runs: set[str], began: str) -> bool:
-    """Whether a completed pod is of a run before the living members': another owner's, and over before they were made.
+    """Whether a completed pod is of a run before the living members': over before they were made, and of another owner.
 
     RFC 3339 times of the API server are in UTC to the second, so their texts are in the order of time.
     """
     ended = next((c.last_transition_time for c in done.status.conditions if c.type == "Ready"), None)
-    return bool(_run_of(done)) and _run_of(done) not in runs and ended is not None and ended < began
+    return _run_of(done) not in runs and ended is not None and ended < began
+
+
+def family(pod: Pod) -> str:
+    """What runs of the same work have in common: namespace, and owner's kind and name without its running number."""
+    owners = pod.metadata.owner_references
+    if not owners:
+        return ""
+    return f"{pod.metadata.namespace}/{owners[0].kind}/{_SUFFIX.sub('', owners[0].name)}"
 
 
 def without_former_runs(pods: Iterable[Pod]) -> list[Pod]:
-    """The pods of a gang without those that completed in a former run: a CronJob's runs share one PodGroup."""
+    """The pods of a gang without those that completed in a former run: a CronJob's runs share one PodGroup.
+
+    Owners of other names may be other roles of the same run: what they have completed counts.
+    """
     pods = list(pods)
     if not any(p.status.phase == "Succeeded" for p in pods):
         return pods
     living = [p for p in pods if not p.terminal]
     began = min((p.metadata.creation_timestamp or "" for p in living), default="")
-    runs = {_run_of(p) for p in living}
-    return [p for p in pods if p.status.phase != "Succeeded" or not _of_former_run(p, runs, began)]
+    runs, families = {_run_of(p) for p in living}, {family(p) for p in living} - {""}
+    return [
+        p
+        for p in pods
+        if p.status.phase != "Succeeded" or family(p) not in families or not _of_former_run(p, runs, began)
+    ]
 
 
 def sort_members(pods: Iterable[Pod], schedulers: tuple[str, ...]) -> Members:

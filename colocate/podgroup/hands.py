@@ -178,9 +178,12 @@ class Hands:
         elif pod.metadata.uid in self.cluster.pods:
             self.feed.on_pod(pod, None)
 
-    async def delete(self, pod: Pod, reason: str, message: str) -> None:
-        """Ask for the end of a pod. One that could not be asked for is no victim any more."""
+    async def delete(self, pod: Pod, reason: str, message: str, wanted: Callable[[], bool] = lambda: False) -> None:
+        """Ask for the end of a pod; again only while it is `wanted`. One that could not be asked for is no victim."""
         for attempt in range(DELETE_ATTEMPTS):
+            if attempt and not wanted():
+                self.queue.not_evicted(pod.metadata.uid)
+                break
             at_once = pod.spec.node_name not in self.cluster.ledger.rows
             try:
                 await self.binder.delete(pod, reason, message, at_once=at_once)

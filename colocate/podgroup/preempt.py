@@ -119,21 +119,19 @@ def preempt(
     spent: Set[str] = frozenset(),
     yielding: Set[str] = frozenset(),
 ) -> Preemption | None:
-    """Victims for a gang that does not fit; None if no permitted victims make room for its quorum.
+    """Victims for a gang that does not fit, none where others are leaving; None if no permitted ones make room for it.
 
     For members beyond the quorum no other gang is broken: they take what is surplus elsewhere, or pods alone. Pods of
     the gangs `yielding` may go though they are as important.
     """
-    if min(cluster.priorities, default=priority) >= priority + bool(yielding):
-        return None
-    if not any(m.shape.affinity for m in gang.members):  # which needs the pods that are there
+    if not any(m.shape.affinity or m.shape.spread for m in gang.members):  # which look at the pods that are there
         with cluster.ledger.empty():
             if not place(cluster.ledger, gang._replace(leave=())):
                 return None
     leaving = [h.uid for h in cluster.ledger.holdings.values() if h.leaving and not _stuck(cluster, h.uid, now)]
     with cluster.ledger.without(leaving):
         if leaving and place(cluster.ledger, gang):
-            return None  # what is leaving already makes room: nobody more need go
+            return Preemption([], [], [])  # what is leaving already makes room: nobody more need go
     search = Search(key, priority, spent, yielding)
     for shared in (False, True):
         found = _search(cluster, gang, search, shared=shared)
@@ -207,7 +205,7 @@ def _fewer(cluster: Cluster, gang: Gang, units: list[list[Pod]]) -> list[list[Po
     near = [unit for unit in units if any(p.spec.node_name in nodes for p in unit)]
     if len(near) < len(units) and _placed(cluster, gang, [p for unit in near for p in unit]):
         units = near
-    step, questions = max(len(units) // 2, 1), 0
+    step, questions = 1 if len(units) <= MAX_QUESTIONS else len(units) // 2, 0
     while True:
         start = 0
         while start < len(units) and questions < MAX_QUESTIONS:

@@ -92,8 +92,10 @@ class Queue:
         self._searches = searches
         """How many gangs a cycle may look for victims for; None: all."""
         self._searches_left = 0
-        self.unfinished = False
-        """The last cycle has left gangs to the next one: with as many victims as gangs it would take too long."""
+        self._searching: set[str] = set()
+        """Gangs that earlier cycles have left to this one."""
+        self._left_over: list[str] = []
+        """Gangs that are left to the next ones, the first first."""
         self._shadow: tuple[str, float | None] | None = None
         """The head of this cycle, and when it can start."""
         self._durations: dict[str, list[float]] | None = None
@@ -114,8 +116,8 @@ class Queue:
 
         Gangs that are `put_off` have changed and will be looked at in a later cycle; what is reserved for them stands.
         """
-        self._searches_left = self._searches or len(self._entries) + len(dirty)
-        self.unfinished, self._shadow, self._durations, self._hopeless_victims = False, None, None, {}
+        self._give_searches(len(dirty))
+        self._shadow, self._durations, self._hopeless_victims = None, None, {}
         self._evicted &= cluster.pods.keys()
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
@@ -148,6 +150,28 @@ class Queue:
         for start in decided.starts:
             self._refresh_safely(cluster, start.key, now, decided)
         return decided
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether gangs were left to the next cycle."""
+        return bool(self._left_over)
+
+    def _give_searches(self, more: int) -> None:
+        most = self._searches or len(self._entries) + more
+        self._searching, self._left_over = set(self._left_over[:most]), self._left_over[most:]
+        self._searches_left = most - len(self._searching)
+        for key in self._searching & self.waiting.keys():
+            self.waiting[key] = msgspec.structs.replace(self.waiting[key], gain=-1)
+
+    def _may_search(self, key: str) -> bool:
+        if key in self._searching:
+            return True
+        if self._searches_left:
+            self._searches_left -= 1
+            return True
+        if key not in self._left_over:
+            self._left_over.append(key)
+        return False
 
     def _failed(self, cluster: Cluster, key: str, pending: Iterable[Pod], error: Exception, decided: Decisions) -> None:
         """A gang could not be decided: what was promised to it is void, and its users are told."""
@@ -379,19 +403,20 @@ class Queue:
             quorum, priority = self._hopeless_victims.get(signature, (gang.quorum + 1, entry.members.priority))
             if gang.quorum >= quorum and entry.members.priority <= priority:
                 return None  # nobody's going made room for its like
-            if not self._searches_left:
-                self.unfinished = True
-                self.waiting[entry.key] = msgspec.structs.replace(self.waiting[entry.key], gain=-1)
-                return None
-            self._searches_left -= 1
+            yielding = self._yielding(entry, now)
+            if not yielding and min(cluster.priorities, default=entry.members.priority) >= entry.members.priority:
+                return None  # nobody is less important
             with self.holds.usable_by(cluster, entry.key):
                 if gang.leave and place(cluster.ledger, gang._replace(leave=())) is not None:
                     return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
-                yielding = self._yielding(entry, now)
+                if not self._may_search(entry.key):
+                    return None
                 found = preempt(cluster, gang, entry.key, entry.members.priority, now, self._evicted, yielding)
             if found is None:
                 if not yielding:
                     self._hopeless_victims[signature] = (gang.quorum, entry.members.priority)
+                return None
+            if not found.victims:
                 return None
             grace = max(p.spec.termination_grace_period_seconds or 30 for p in found.victims)
             self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
@@ -418,6 +443,10 @@ class Queue:
     def _waits_in_vain(self, key: str, now: float) -> bool:
         memory = self.waiting.get(key)
         return memory is not None and memory.capacity and now - memory.since >= self.settings.slot_seconds
+
+    def makes_room(self, key: str) -> bool:
+        """Whether victims are still to go for this gang."""
+        return key in self.holds.keys(NOMINATED)
 
     def not_evicted(self, uid: str) -> None:
         """A victim could not be told to go: it may be chosen again."""

@@ -168,7 +168,7 @@ class _Seen:
 def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]]]:
     """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window.
 
-    A window with too few requests, or in which the quantile is beyond all buckets, has none.
+    A window with too few requests has none; one in which the quantile is beyond all buckets has infinity.
     """
     found: dict[str, dict[str, list[tuple[str, float]]]] = {}
     for (window, name), end in seen.latest.items():
@@ -182,8 +182,9 @@ def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]
         counts = [c - p for c, p in zip(cumulative, [0.0, *cumulative[:-1]], strict=True)]
         for key, q, least in (("p50", 0.5, 100), ("p99", 0.99, 100), ("p99.9", 0.999, P999_REQUESTS)):
             value = quantile_of(end["bounds_seconds"], counts, q)
-            if value is not None and cumulative[-1] >= least and not beyond_buckets(counts, q):
-                figures.setdefault(key, []).append((seen.arms[window], 1e3 * value))
+            if value is not None and cumulative[-1] >= least:
+                value = math.inf if beyond_buckets(counts, q) else 1e3 * value
+                figures.setdefault(key, []).append((seen.arms[window], value))
     return found
 
 
@@ -279,9 +280,10 @@ def _switchback(connection: Any, seen: _Seen, report: Report, off: str, wash_out
     on_batch, off_batch = both("sum(batch*dt)/sum(dt)")
     report.compared.append(_compare("batch work", "cores", on_batch, off_batch, "difference"))
     for name, figures in _service_windows(seen).items():
-        if "p99" not in figures:  # the verdict must not speak for it
-            report.compared.append(Compared(f"{name} p99", "ms", None, None, None, None, None, "ratio"))
-        for key, values in figures.items():
+        for key, values in {"p99": [], **figures}.items():
+            if not values or any(math.isinf(v) for _, v in values):  # the verdict must not speak for it
+                report.compared.append(Compared(f"{name} {key}", "ms", None, None, None, None, None, "ratio"))
+                continue
             with_batch = [v for arm, v in values if arm == "on"]
             alone = [v for arm, v in values if arm == off]
             report.compared.append(_compare(f"{name} {key}", "ms", with_batch, alone, "ratio"))

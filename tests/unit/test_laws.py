@@ -597,6 +597,22 @@ def test_an_eviction_ends_soon_after_the_kill():
     assert max(kills) < 112
 
 
+def test_an_eviction_kills_once_at_least_however_late_the_tick():
+    state = decide_eviction(make.snapshot(make.job(), at=100), SPEC, [request("evict")], EvictionState()).state
+    late = decide_eviction(make.snapshot(make.job(), at=160), SPEC, [], state)
+    assert [a.knob for a in late.actions] == ["cgroup.kill"]
+
+
+def test_what_we_froze_in_place_is_thawed_until_it_is():
+    frozen = make.job(in_place=True, frozen=True)
+    state = FreezeState(since={"job:train": 90.0})
+    for _ in range(3):  # the write fails
+        found = decide_freeze(make.snapshot(frozen), SPEC, [], state)
+        assert [a.value for a in found.actions] == ["0"]
+        state = found.state
+    assert decide_freeze(make.snapshot(make.job(in_place=True)), SPEC, [], state).state.since == {}
+
+
 def test_what_others_froze_in_place_is_not_ours_to_thaw():
     paused = make.job(in_place=True, frozen=True)
     assert decide_freeze(make.snapshot(paused), SPEC, [], FreezeState()).actions == []

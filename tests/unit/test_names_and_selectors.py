@@ -126,13 +126,42 @@ def test_batch_chosen_by_its_command_is_governed_with_its_children():
     assert problems(kernel, by_command("train", "train.py")) == (["train"], {})
 
 
-def test_a_command_in_a_session_with_others_does_not_put_them_below_services():
-    kernel = make("/session")
-    shell = kernel.spawn("hog", "/session", command="bash")
-    kernel.spawn("hog", "/session", command="vim train.py", ppid=shell.pid)
+@pytest.mark.parametrize(
+    ("cgroup", "above", "governed"),
+    [
+        pytest.param("/session-3.scope", "bash", False, id="a login session is its user's"),
+        pytest.param("/cron.service", "cron", False, id="a daemon that runs other work too"),
+        pytest.param("/run-7.scope", "sh", True, id="a script of its own"),
+        pytest.param("/docker-1f.scope", "tini", True, id="the init of its container"),
+    ],
+)
+def test_a_command_does_not_put_whoever_lives_with_it_below_services(cgroup, above, governed):
+    kernel = make(cgroup)
+    parent = kernel.spawn("hog", cgroup, command=above)
+    kernel.spawn("hog", cgroup, command="python train.py", ppid=parent.pid)
     names, found = problems(kernel, by_command("train", "train.py"))
-    assert names == []
-    assert f"also holds process {shell.pid} (bash)" in found["train"]
+    assert names == ["train"] * governed
+    assert governed or f"also holds process {parent.pid} ({above})" in found["train"]
+
+
+def test_batch_that_is_governed_stays_so_while_somebody_looks_in():
+    kernel = make("/night")
+    kernel.spawn("hog", "/night", command="python train.py")
+    entry = by_command("train", "train.py")
+    observer = Observer(kernel, ColocationPolicy(spec=PolicySpec(batch=(entry,))), dict, LatencyScraper())
+    assert [w.name for w in observer.snapshot(0.0, 0.0).of("batch")] == ["train"]
+    kernel.spawn("hog", "/night", command="top")
+    assert [w.name for w in observer.snapshot(1.0, 1.0).of("batch")] == ["train"]
+
+
+def test_a_pod_whose_batch_cannot_be_governed_stays_a_service():
+    kernel = kubernetes()
+    container = "/kubepods/burstable/podA/c1"
+    kernel.spawn("hog", container, command="nginx")
+    kernel.spawn("hog", container, command="python train.py")
+    names, found = problems(kernel, by_command("train", "train.py"))
+    assert names == ["pod-A"]
+    assert "also holds process" in found["train"]
 
 
 def kubernetes():

@@ -38,7 +38,7 @@ def test_nothing_changed_is_an_empty_patch(value):
     assert merge_patch(value, value) == {}
 
 
-def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None):
+def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0):
     """An agent's life on the kernel model, recorded."""
     kernel = ModelKernel(version=2)
     for path in ("/web", "/nightly"):
@@ -72,7 +72,8 @@ def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=Non
                 recorder.arm, recorder.window = arm, recorder.window + changed
             good += 300
             bad += 30 if i % 9 == 4 else 0
-            counts = (good, good + bad, good + bad)
+            past = sum(beyond for j in range(i + 1) if arms and arms[j * len(arms) // ticks] == "on" and j % 3 == 0)
+            counts = (good, good + bad, good + bad + past)
             agent.scraper.readings["web"] = Latency((0.01, 0.05), counts, kernel.monotonic())
             if later is not None and i == ticks // 2:
                 agent.set_policy(later)
@@ -212,6 +213,14 @@ def test_a_switchback_compares_windows_with_intervals(tmp_path):
     assert {c.name for c in report.compared} >= {"batch work", "web p50", "web p99"}
     assert report.machines_saved is not None
     assert report.supported
+
+
+def test_a_service_whose_p99_is_beyond_its_buckets_is_not_said_to_notice_nothing(tmp_path):
+    arms = ["on", "off-frozen", "off-frozen", "on"] * 3
+    live(tmp_path, ticks=240, arms=arms, beyond=100)
+    report = evaluate(tmp_path, wash_out=1.0)
+    assert report.supported
+    assert "judge web p99: the data do not support a verdict on services" in report.verdict
 
 
 def test_too_few_windows_support_no_verdict(tmp_path):
