@@ -173,21 +173,22 @@ def test_an_evaluation_says_so_when_its_agent_ends(agent, dirs):  # noqa: F811
     assert "of 60 was not measured" in said
 
 
-def test_an_evaluation_whose_caller_is_stopped_ends(agent, dirs, monkeypatch):  # noqa: F811
+def test_an_evaluation_whose_caller_is_stopped_ends(agent, dirs):  # noqa: F811
     running = agent()
     assert wait_for(lambda: running.ask("status")["ticks"] > 2)
     command = [*CLI, "evaluate", "--windows", "60", "--window", "1s", "--wash-out", "0s", "-o", "json"]
     evaluation = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    other = client.Connection(running.socket)
     try:
-        second = [*CLI, "evaluate", "--windows", "4", "--window", "1s", "--wash-out", "0s", "-o", "json"]
         records = running.directory / "state" / "records"
         assert wait_for(lambda: b'"arm":"o' in b"".join(f.read_bytes() for f in records.glob("*.jsonl")))
         evaluation.send_signal(signal.SIGSTOP)
-        refused = subprocess.run(second, capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
-        assert "another evaluation is running" in refused.stderr
+        with pytest.raises(ColocateError, match="another evaluation is running"):
+            other.ask(op="arm", arm="on", seconds=1.0)
         time.sleep(1 + ARM_LATE_SECONDS + 2 * PATIENCE)
-        assert subprocess.run(second, capture_output=True, timeout=60 * PATIENCE, check=False).returncode == 0
+        assert other.ask(op="arm", arm="on", seconds=1.0) == {"ok": True}
     finally:
+        other.close()
         evaluation.kill()
         evaluation.wait()
 
