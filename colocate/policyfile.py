@@ -17,6 +17,8 @@ from colocate.errors import BadInput, ConfigError
 from colocate.units import parse_bytes, parse_cores, parse_duration, parse_percent
 
 _SCHEMA = inspect.type_info(ColocationPolicy)
+NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+"""What PyYAML raises: the latter three of `0x_`, `!!timestamp foo` and very deep nesting."""
 _PARSERS: dict[str, Callable[[Any], float | int]] = {
     "duration": parse_duration,
     "bytes": parse_bytes,
@@ -78,18 +80,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """What a YAML text says. Raises BadInput."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of `!!timestamp foo` and the like
-        said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise BadInput(f"{source} is not YAML: {said}") from error
-
-
 def parse_policy(text: str, source: str) -> ColocationPolicy:
     """The policy in a YAML text. Raises ConfigError, and BadInput if it is no YAML."""
-    data = parse_yaml(text, source)
+    try:
+        data = yaml.load(text, _Loader)
+    except NOT_YAML as error:
+        said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise BadInput(f"{source} is not YAML: {said}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):

@@ -55,6 +55,7 @@ from colocate.podgroup.feed import now_seconds
 from colocate.podgroup.manifests import pods_of
 from colocate.podgroup.snapshot import KIND, VERSION, ClusterSnapshot, Explanation, Verdict, decide, explain, load
 from colocate.podgroup.snapshot import what_if as ask
+from colocate.policyfile import NOT_YAML
 from colocate.units import format_duration
 
 SILENT_SECONDS = 120.0
@@ -337,7 +338,7 @@ def what_if(options: argparse.Namespace) -> int:
     try:
         text = sys.stdin.read() if options.file == "-" else _bytes(_file(options.file)).decode()
         manifests = list(yaml.load_all(text, Loader=_Loader))
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of `!!timestamp foo`, and UTF-8
+    except NOT_YAML as error:
         raise BadInput(f"{options.file}: not YAML: {' '.join(str(error).split())}") from error
     taken = _read(options)
     try:

@@ -11,7 +11,7 @@ from colocate.cli.host import socket_path
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.client import EXIT_REFUSED, connect_or_embed
 from colocate.jobs.client import run as run_job
-from colocate.units import CPU_PERIOD_US, CPU_QUOTA_MIN_US, MOST_CORES
+from colocate.units import CPU_PERIOD_US, CPU_QUOTA_MIN_US
 
 LEAST_BYTES = 1 << 20
 
@@ -37,8 +37,6 @@ def _check(options: argparse.Namespace) -> None:
         raise BadInput("no command given: colocate run [options] -- CMD ...")
     if options.cpus is not None and options.cpus < CPU_QUOTA_MIN_US / CPU_PERIOD_US:
         raise BadInput(f"--cpus {options.cpus:g}: the kernel gives no less than 10m")
-    if options.cpus is not None and options.cpus > MOST_CORES:
-        raise BadInput(f"--cpus {options.cpus:g}: no machine has more than {MOST_CORES}")
     if options.memory is not None and options.memory < LEAST_BYTES:
         raise BadInput(f"--memory {options.memory}: less than 1Mi runs no process")
     if options.max_runtime == 0:

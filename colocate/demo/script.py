@@ -209,16 +209,8 @@ class Demo:
 
     async def _load(self, rate: float | None, seconds: float) -> list[Sample]:
         """Requests at this mean rate, or as fast as the service answers."""
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "colocate.demo.load",
-            "--seconds",
-            str(seconds),
-            "--seed",
-            str(self._seed),
-        ]
+        options = ["--seconds", str(seconds), "--seed", str(self._seed)]
+        command = [sys.executable, "-P", "-m", "colocate.demo.load", *options]
         command += ["--closed", str(4 * len(self._cpus))] if rate is None else ["--rate", str(rate)]
         command += self._urls
         load = await Process.start(self._node, joined(self._node.path, "client"), command, {})

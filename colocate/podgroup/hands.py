@@ -10,7 +10,7 @@ import asyncio
 import random
 import re
 from collections.abc import Callable, Coroutine
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 import msgspec
@@ -180,10 +180,7 @@ class Hands:
 
     async def delete(self, pod: Pod, reason: str, message: str, wanted: Callable[[], bool] = lambda: False) -> None:
         """Ask for the end of a pod; again only while it is `wanted`. One that could not be asked for is no victim."""
-        for attempt in range(DELETE_ATTEMPTS):
-            if attempt and not wanted():
-                self.queue.not_evicted(pod.metadata.uid)
-                break
+        for attempt in takewhile(lambda i: i == 0 or wanted(), range(DELETE_ATTEMPTS)):
             at_once = pod.spec.node_name not in self.cluster.ledger.rows
             try:
                 await self.binder.delete(pod, reason, message, at_once=at_once)

@@ -186,11 +186,21 @@ def bind(made, name, on):
     made.cluster.set_pod(replace(one, spec=replace(one.spec, node_name=on), status=PodStatus(phase="Running")))
 
 
-def leave(made, name):
+def leave(made, name, due=None):
+    """A pod is leaving, and has time to until `due`, by default until it was made."""
     one = made.cluster.pods[name]
-    made.cluster.set_pod(
-        replace(one, metadata=replace(one.metadata, deletion_timestamp=one.metadata.creation_timestamp))
-    )
+    due = due or one.metadata.creation_timestamp
+    made.cluster.set_pod(replace(one, metadata=replace(one.metadata, deletion_timestamp=due)))
+
+
+def two_slots_held():
+    """Two nodes of one CPU, held by `low` and `low2`."""
+    made = one_slot_held()
+    made.cluster.set_node(node("m", 1))
+    made.dirty.discard("ns/high")
+    made.add("low2", 1, 1)
+    made.cycle()
+    return made
 
 
 def one_slot_held():
@@ -212,11 +222,7 @@ def test_a_preemptor_starts_when_its_victim_has_gone_though_nothing_else_changes
 
 
 def test_nobody_is_evicted_where_somebody_is_leaving_anyway():
-    made = one_slot_held()
-    made.cluster.set_node(node("m", 1))
-    made.dirty.discard("ns/high")
-    made.add("low2", 1, 1)
-    made.cycle()
+    made = two_slots_held()
     leave(made, "low-0")
     decided = made.queue.cycle(made.cluster, {"ns/high"}, 1.0)
     assert (decided.starts, decided.evictions) == ([], [])
@@ -232,18 +238,9 @@ def test_a_gang_that_is_broken_goes_whole_with_its_surplus():
     assert len(evicted.preemption.victims) == 4
 
 
-def leaving_since(made, name, text):
-    one = made.cluster.pods[name]
-    made.cluster.set_pod(replace(one, metadata=replace(one.metadata, deletion_timestamp=text)))
-
-
 def test_a_pod_that_should_have_ended_long_ago_makes_no_room_by_itself():
-    made = one_slot_held()
-    made.cluster.set_node(node("m", 1))
-    made.dirty.discard("ns/high")
-    made.add("low2", 1, 1)
-    made.cycle()
-    leaving_since(made, "low-0", "1970-01-01T00:00:00Z")
+    made = two_slots_held()
+    leave(made, "low-0", "1970-01-01T00:00:00Z")
     assert made.queue.cycle(made.cluster, {"ns/high"}, 20.0).evictions == []
     (evicted,) = made.queue.cycle(made.cluster, {"ns/high"}, 100.0).evictions
     assert [p.metadata.name for p in evicted.preemption.victims] == ["low2-0"]
