@@ -16,7 +16,8 @@ import msgspec
 
 from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, NodeSelector, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.gangs import gang_key
-from colocate.podgroup.ledger import Holding, Ledger
+from colocate.podgroup.holding import Holding
+from colocate.podgroup.ledger import Ledger
 from colocate.podgroup.shape import Shape, shape_of
 
 T = TypeVar("T")

@@ -209,7 +209,7 @@ class Controller:
                 deletion = self._hands.delete(victim, "PreemptionByScheduler", text, wanted)
                 self._hands.spawn(victim.metadata.uid, deletion)
         self._status.touch_waiting()
-        if self.queue.unfinished:
+        if self.queue.victims.unfinished:
             self.feed.wake.set()
 
     def _due(self) -> set[str]:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from colocate.podgroup.ledger import Holding, Ints, Ledger, Mask
+from colocate.podgroup.holding import Holding
+from colocate.podgroup.ledger import Ints, Ledger, Mask
 from colocate.podgroup.shape import HostPort, Shape, Term
 
 NEVER = np.iinfo(np.int64).max
@@ -50,6 +51,15 @@ class Gang(NamedTuple):
     """What must be free beside the members, over all nodes that they may use (minResources)."""
     leave: tuple[Debt, ...] = ()
     """What must stay free for others (reservations.py)."""
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Two gangs with equal signatures fit alike, but for the size of their quorum."""
+        shapes = {id(m.shape): m.shape for m in self.members}
+        if len(shapes) > 1 or self.fixed or self.reserve:
+            return (self.members[0].uid,)
+        member, left = self.members[0], tuple((id(d.shape), tuple(sorted(d.amounts.items()))) for d in self.leave)
+        return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, self.required_topology, left
 
 
 class Placed(NamedTuple):

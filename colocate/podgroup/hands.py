@@ -189,7 +189,7 @@ class Hands:
                 log.warning("delete_failed", pod=pod.metadata.name, error=str(error))
                 await pause(error, attempt, random.random())
         else:
-            self.queue.not_evicted(pod.metadata.uid)
+            self.queue.victims.spared(pod.metadata.uid)
         self._done(pod.metadata.uid, gang_key(pod))
 
     async def save_fenced(self, key: str, plan: GangPlan, unbound: list[Pod]) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.fit import Placed
-from colocate.podgroup.ledger import Holding
+from colocate.podgroup.holding import Holding
 from colocate.podgroup.shape import Shape
 
 SLOT, NOMINATED = "slot:", "nominated:"

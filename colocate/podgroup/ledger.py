@@ -10,83 +10,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from colocate.objects import LabelSelector, Node, NodeSelector, NodeSelectorTerm, Taint, Toleration
-from colocate.podgroup.shape import HostPort, Shape, Term, amounts, matches, selector_keys, selector_text
+from colocate.podgroup.holding import Counted, Counts, Holding, selects
+from colocate.podgroup.shape import HostPort, Shape, Term, amounts, selector_keys, selector_text
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 UNSCHEDULABLE = Taint(key="node.kubernetes.io/unschedulable", effect="NoSchedule")
 MAX_STANDING = 1024
-MAX_COUNTED = 64
 REPELLING = ("NoSchedule", "NoExecute")
-
-
-class Holding(NamedTuple):
-    """A pod that holds capacity on a node."""
-
-    uid: str
-    name: str
-    namespace: str
-    node: str
-    shape: Shape
-    labels: Mapping[str, str]
-    leaving: bool = False
-    """Being deleted: it holds its room, but spreads no more."""
-
-
-class Counted(NamedTuple):
-    """Which pods a selector counts: those that it selects in these namespaces (None: all)."""
-
-    selector: str
-    namespaces: tuple[str, ...] | None
-    leaving: bool
-    """Whether pods that are being deleted count."""
-
-
-class _Counts:
-    """How many pods each selector counts on each node, and which of them a pod with certain labels may concern."""
-
-    def __init__(self) -> None:
-        self._known: dict[Counted, tuple[LabelSelector, Ints]] = {}
-        self._by_label: dict[tuple[str, str] | None, list[Counted]] = {}
-        """A label that a selector asks for -> what it counts; None for selectors that ask for none by name."""
-
-    def get(self, counted: Counted) -> Ints | None:
-        """The counts, if they are known."""
-        known = self._known.get(counted)
-        return None if known is None else known[1]
-
-    def add(self, counted: Counted, selector: LabelSelector, counts: Ints) -> None:
-        """Keep these; of too many the one that was asked for first goes, and is counted anew if need be."""
-        if len(self._known) >= MAX_COUNTED:
-            oldest = next(iter(self._known))
-            label = _label_asked_for(self._known.pop(oldest)[0])
-            self._by_label[label].remove(oldest)
-            if not self._by_label[label]:
-                del self._by_label[label]
-        self._known[counted] = (selector, counts)
-        self._by_label.setdefault(_label_asked_for(selector), []).append(counted)
-
-    def concerning(self, labels: Mapping[str, str]) -> Iterator[tuple[Counted, LabelSelector, Ints]]:
-        """What may count a pod with these labels."""
-        for label in (None, *labels.items()):
-            for counted in self._by_label.get(label, ()):
-                yield counted, *self._known[counted]
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._known.clear()
-        self._by_label.clear()
-
-
-def _label_asked_for(selector: LabelSelector) -> tuple[str, str] | None:
-    return next(iter(selector.match_labels.items()), None)
 
 
 def tolerates(tolerations: Iterable[Toleration], taint: Taint) -> bool:
@@ -167,7 +104,7 @@ class Ledger:
         self._taint_codes: Ints | None = None
         self._taint_sets: list[tuple[Taint, ...]] = []
         self._static: dict[int, tuple[Shape, Mask]] = {}
-        self._counts = _Counts()
+        self._counts = Counts()
         self._apart: dict[tuple[object, ...], tuple[Term, dict[str, int]]] = {}
         self._ports: dict[HostPort, dict[str, int]] = {}
 
@@ -288,7 +225,7 @@ class Ledger:
         """The ledger as if nothing were held anywhere; as before afterwards."""
         kept = self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports
         self.used, self.holdings, self._on = np.zeros_like(self.used), {}, {}
-        self._labelled, self._counts, self._apart, self._ports = {}, _Counts(), {}, {}
+        self._labelled, self._counts, self._apart, self._ports = {}, Counts(), {}, {}
         try:
             yield
         finally:
@@ -452,12 +389,3 @@ def _tally(nodes: dict[str, int], node: str, sign: int) -> None:
     nodes[node] = nodes.get(node, 0) + sign
     if not nodes[node]:
         del nodes[node]
-
-
-def selects(counted: Counted, selector: LabelSelector, holding: Holding) -> bool:
-    """Whether a counter counts this pod."""
-    if holding.leaving and not counted.leaving:
-        return False
-    if counted.namespaces is not None and holding.namespace not in counted.namespaces:
-        return False
-    return matches(selector, holding.labels)

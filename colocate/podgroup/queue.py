@@ -22,11 +22,12 @@ from colocate.podgroup.estimate import durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
 from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
 from colocate.podgroup.gangs import is_group, sort_members
+from colocate.podgroup.holding import Holding
 from colocate.podgroup.holds import NOMINATED, SLOT, Holds
-from colocate.podgroup.ledger import Holding
 from colocate.podgroup.place import place
-from colocate.podgroup.preempt import Preemption, preempt
+from colocate.podgroup.preempt import Preemption
 from colocate.podgroup.reservations import Reservations
+from colocate.podgroup.victims import Victims
 from colocate.units import seconds_of
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
@@ -89,25 +90,15 @@ class Queue:
 
     def __init__(self, settings: Settings, searches: int | None = None) -> None:
         self.settings = settings
-        self._searches = searches
-        """How many gangs a cycle may look for victims for; None: all."""
-        self._searches_left = 0
-        self._searching: set[str] = set()
-        """Gangs that earlier cycles have left to this one."""
-        self._left_over: list[str] = []
-        """Gangs that are left to the next ones, the first first."""
+        self.victims = Victims(searches)
         self._shadow: tuple[str, float | None] | None = None
         """The head of this cycle, and when it can start."""
         self._durations: dict[str, list[float]] | None = None
-        self._hopeless_victims: dict[tuple[object, ...], tuple[int, int]] = {}
-        """Within one cycle: signature -> quorum and priority for which no victims made room."""
         self.waiting: dict[str, Waiting] = {}
         self.order: list[str] = []
         """The gangs that wait, as they were last tried."""
         self._entries: dict[str, Entry] = {}
         self.holds, self.reservations = Holds(), Reservations(settings.reservation_seconds)
-        self._evicted: set[str] = set()
-        """uids of victims that have not gone yet."""
         self._resting: dict[str, tuple[float, int]] = {}
         """Gang -> until when it is left alone, and how often that has been so."""
 
@@ -116,9 +107,9 @@ class Queue:
 
         Gangs that are `put_off` have changed and will be looked at in a later cycle; what is reserved for them stands.
         """
-        self._give_searches(len(dirty))
-        self._shadow, self._durations, self._hopeless_victims = None, None, {}
-        self._evicted &= cluster.pods.keys()
+        for key in self.victims.begin(cluster, len(self._entries) + len(dirty)) & self.waiting.keys():
+            self.waiting[key] = msgspec.structs.replace(self.waiting[key], gain=-1)
+        self._shadow, self._durations = None, None
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
         decided = Decisions([], [], [])
@@ -150,28 +141,6 @@ class Queue:
         for start in decided.starts:
             self._refresh_safely(cluster, start.key, now, decided)
         return decided
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether gangs were left to the next cycle."""
-        return bool(self._left_over)
-
-    def _give_searches(self, more: int) -> None:
-        most = self._searches or len(self._entries) + more
-        self._searching, self._left_over = set(self._left_over[:most]), self._left_over[most:]
-        self._searches_left = most - len(self._searching)
-        for key in self._searching & self.waiting.keys():
-            self.waiting[key] = msgspec.structs.replace(self.waiting[key], gain=-1)
-
-    def _may_search(self, key: str) -> bool:
-        if key in self._searching:
-            return True
-        if self._searches_left:
-            self._searches_left -= 1
-            return True
-        if key not in self._left_over:
-            self._left_over.append(key)
-        return False
 
     def _failed(self, cluster: Cluster, key: str, pending: Iterable[Pod], error: Exception, decided: Decisions) -> None:
         """A gang could not be decided: what was promised to it is void, and its users are told."""
@@ -307,13 +276,12 @@ class Queue:
                 return None
         owed = self.reservations.against(entry.key, entry.members.priority)
         gang, note = question(cluster, entry, self.settings, owed)
-        signature = _signature(gang)
         with self.holds.usable_by(cluster, entry.key):
-            known = hopeless.get(signature)
+            known = hopeless.get(gang.signature)
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
-                placed, reason, message = self._room(cluster, gang, head, signature, hopeless, now)
+                placed, reason, message = self._room(cluster, gang, head, hopeless, now)
         if not placed:
             self.waiting[entry.key] = msgspec.structs.replace(
                 memory,
@@ -359,7 +327,6 @@ class Queue:
         cluster: Cluster,
         gang: Gang,
         head: Entry | None,
-        signature: tuple[object, ...],
         hopeless: Hopeless,
         now: float,
     ) -> tuple[list[Placed] | None, str, str]:
@@ -369,7 +336,7 @@ class Queue:
             placed = []  # nothing is owed to others by members that are only wished for
         if placed is None:
             why = shortage(cluster.ledger, gang)
-            hopeless[signature] = (gang.quorum, why)
+            hopeless[gang.signature] = (gang.quorum, why)
             return None, "Unschedulable", why.text
         if not placed:
             return placed, "SurplusWaits", f"the quorum runs; {len(gang.members)} more members wait for room"
@@ -394,34 +361,14 @@ class Queue:
     def _make_room(self, cluster: Cluster, entry: Entry, gang: Gang, now: float) -> Evict | None:
         """Victims for a gang that does not fit; its places are kept until they have gone."""
         found = None
-        if entry.key in self.holds.keys(NOMINATED):
-            message = "its victims have not gone yet"
-        else:
-            if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
-                return None
-            signature = _signature(gang)
-            quorum, priority = self._hopeless_victims.get(signature, (gang.quorum + 1, entry.members.priority))
-            if gang.quorum >= quorum and entry.members.priority <= priority:
-                return None  # nobody's going made room for its like
-            yielding = self._yielding(entry, now)
-            if not yielding and min(cluster.priorities, default=entry.members.priority) >= entry.members.priority:
-                return None  # nobody is less important
-            with self.holds.usable_by(cluster, entry.key):
-                if gang.leave and place(cluster.ledger, gang._replace(leave=())) is not None:
-                    return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
-                if not self._may_search(entry.key):
-                    return None
-                found = preempt(cluster, gang, entry.key, entry.members.priority, now, self._evicted, yielding)
+        message = "its victims have not gone yet"
+        if not self.makes_room(entry.key):
+            found = self.victims.find(cluster, entry, gang, self._yielding(entry, now), self.holds, now)
             if found is None:
-                if not yielding:
-                    self._hopeless_victims[signature] = (gang.quorum, entry.members.priority)
-                return None
-            if not found.victims:
                 return None
             grace = max(p.spec.termination_grace_period_seconds or 30 for p in found.victims)
             self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
             message = f"{len(found.victims)} pods of lower priority are leaving"
-            self._evicted.update(p.metadata.uid for p in found.victims)
         memory = self.waiting[entry.key]
         told = {"reason": "WaitingForPreemption", "message": message, "capacity": False, "gain": cluster.gain}
         self.waiting[entry.key] = msgspec.structs.replace(memory, **told)
@@ -448,10 +395,6 @@ class Queue:
         """Whether victims are still to go for this gang."""
         return key in self.holds.keys(NOMINATED)
 
-    def not_evicted(self, uid: str) -> None:
-        """A victim could not be told to go: it may be chosen again."""
-        self._evicted.discard(uid)
-
     def lost(self, cluster: Cluster, holding: Holding, key: str, now: float) -> None:
         """A bound member of a gang is gone or has failed: keep its place for the one that replaces it.
 
@@ -459,8 +402,8 @@ class Queue:
         """
         plan = cluster.plans.get(key)
         taken_back = plan is not None and plan.status.phase == "RollingBack"
-        if holding.uid in self._evicted:
-            self._evicted.discard(holding.uid)
+        if self.victims.going(holding.uid):
+            self.victims.spared(holding.uid)
         elif is_group(key) and not taken_back:
             self.holds.keep_slot(cluster, holding, key, now + self.settings.slot_seconds)
 
@@ -491,12 +434,3 @@ class Queue:
         ledger = cluster.ledger
         with ledger.empty(), ledger.with_also(one.holding for one in placed):
             return question is None or place(cluster.ledger, question._replace(leave=())) is not None
-
-
-def _signature(gang: Gang) -> tuple[object, ...]:
-    """Two gangs with equal signatures fit alike, but for the size of their quorum."""
-    shapes = {id(m.shape): m.shape for m in gang.members}
-    if len(shapes) > 1 or gang.fixed or gang.reserve:
-        return (gang.members[0].uid,)
-    member, left = gang.members[0], tuple((id(d.shape), tuple(sorted(d.amounts.items()))) for d in gang.leave)
-    return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, gang.required_topology, left

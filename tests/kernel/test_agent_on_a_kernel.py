@@ -319,9 +319,7 @@ def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, a
     node.knob(path.removeprefix(node.path), "cgroup.freeze", "1")
     assert frozen(node)
     running.stop(signal.SIGKILL)
-    started = time.monotonic()
     assert wait_for(lambda: not frozen(node), 5)
-    assert time.monotonic() - started < 5
     assert read_knob(node.port, tier, "cpu.weight", inodes_of(node.port, tier)) == "1"
     job.terminate()
     job.wait(10 * PATIENCE)
@@ -375,7 +373,9 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     job.wait(10 * PATIENCE)
     running.stop()
     assert got / (got + batch) >= 0.95, f"BestEffort {got:.2f} s, batch {batch:.2f} s"
-    assert median <= 1.25 * alone_median
+    assert median <= 1.25 * alone_median, (
+        f"{median} s, alone {alone_median} s; {got:.2f} s BestEffort, {batch:.2f} s batch"
+    )
 
 
 def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):

@@ -32,7 +32,8 @@ from colocate.objects import (
 )
 from colocate.podgroup.explain import shortage
 from colocate.podgroup.fit import Gang, Member
-from colocate.podgroup.ledger import Holding, Ledger
+from colocate.podgroup.holding import Holding
+from colocate.podgroup.ledger import Ledger
 from colocate.podgroup.place import place
 from colocate.podgroup.shape import requests_of, shape_of
 

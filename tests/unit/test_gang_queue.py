@@ -251,7 +251,7 @@ def test_a_victim_that_could_not_be_told_to_go_may_be_chosen_again():
     made.cluster.budgets["ns/b"] = budget(1)
     assert made.queue.cycle(made.cluster, made.dirty, 1.0).evictions
     assert made.queue.cycle(made.cluster, {"ns/high"}, 2.0).evictions == [], "its going is awaited"
-    made.queue.not_evicted("low-0")
+    made.queue.victims.spared("low-0")
     assert made.queue.cycle(made.cluster, {"ns/high"}, 1000.0).evictions
 
 
@@ -309,10 +309,10 @@ def test_a_cycle_looks_for_victims_for_so_many_and_leaves_the_others_to_the_next
         made.add(f"high{i}", 1, 1, cpu=1 + i % 3, priority=5)
     first = made.queue.cycle(made.cluster, made.dirty, 1.0)
     assert [e.key for e in first.evictions] == ["ns/high0", "ns/high1"]
-    assert made.queue.unfinished
+    assert made.queue.victims.unfinished
     second = made.queue.cycle(made.cluster, set(), 2.0)
     assert [e.key for e in second.evictions] == ["ns/high3"], "high2 needs three, and one is left"
-    assert not made.queue.unfinished
+    assert not made.queue.victims.unfinished
 
 
 def test_of_two_gangs_that_each_lack_a_member_one_goes():
