@@ -11,7 +11,7 @@ bin="$cache/$(cat ./*/go.mod ./*/go.sum ../kube-binaries.sh | sha256sum | cut -c
 
 needed=$(sed -n 's/^go //p' kubernetes/go.mod)
 missing=""
-for name in etcd kube-apiserver kube-scheduler kube-controller-manager kwok kubelet containerd containerd-shim-runc-v2 ctr; do
+for name in etcd kube-apiserver kube-scheduler kube-controller-manager kubectl kwok kubelet containerd containerd-shim-runc-v2 ctr; do
   [ -x "$bin/$name" ] || missing="$missing $name"
 done
 [ -n "$missing" ] || exit 0

@@ -388,6 +388,9 @@ def _print_explanation(found: Explanation, waiting: int) -> None:
         print("  it would not fit even if everything else ended")
     elif found.estimate_seconds is not None:
         low, high = (format_duration(s) for s in found.estimate_seconds)
-        print(f"  as others end, it starts in {low}" + (f" to {high}" if high != low else ""))
+        if not found.estimate_seconds[0]:  # of the least nothing is known
+            print(f"  as others end, it starts within {high}")
+        else:
+            print(f"  as others end, it starts in {low}" + (f" to {high}" if high != low else ""))
     elif verdict.outcome == "Wait" and verdict.reason == "Unschedulable":
         print("  when it starts is not known: too little is known of how long the others run")

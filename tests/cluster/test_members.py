@@ -474,22 +474,6 @@ RBAC = {
 }
 
 
-async def test_the_api_server_takes_what_kustomize_would_give_it(api: Api, limited: Api) -> None:
-    """Strictly: an unknown or doubled field would be refused."""
-    collections = {**RBAC, "Deployment": "/apis/apps/v1/deployments", "CustomResourceDefinition": DEFINITIONS}
-    taken = []
-    for name in yaml.safe_load((MANIFESTS / "base/kustomization.yaml").read_text())["resources"]:
-        for body in yaml.safe_load_all((MANIFESTS / "base" / name).read_text()):
-            path = path_of(collections[body["kind"]], body["metadata"].get("namespace", ""))
-            try:
-                await api.request("POST", path, body, query={"dryRun": "All", "fieldValidation": "Strict"})
-            except ApiError as error:
-                if error.status != 409:  # it is there already
-                    raise
-            taken.append(body["kind"])
-    assert {"Deployment", "ClusterRole", "CustomResourceDefinition"} <= set(taken)
-
-
 @contextlib.asynccontextmanager
 async def limited_leader(limited: Api) -> AsyncIterator[Controller]:
     """A leader that may only do what the manifests say, its lease in its own namespace."""

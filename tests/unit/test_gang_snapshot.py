@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colocate.cli.main import main
 from colocate.errors import BadInput, StateTooNew
 from colocate.objects import (
     POD_GROUP_LABEL,
@@ -143,6 +144,16 @@ def test_nothing_is_said_of_runtimes_that_are_not_known():
     found = explain(cluster([node("a")], [pod("x", cpu=4, on="a"), *gang(3)], [group("g", 3)]), "ns/g")
     assert found is not None
     assert found.estimate_seconds is None
+
+
+def test_of_a_deadline_only_the_most_is_said(tmp_path, capsys):
+    ends = pod("x", cpu=4, on="a")
+    ends = replace(ends, spec=replace(ends.spec, active_deadline_seconds=1860))
+    taken = cluster([node("a")], [ends, *gang(3)], [group("g", 3)])
+    file = tmp_path / "cluster.json"
+    file.write_bytes(msgspec.json.encode(replace(taken, verdicts=decide(taken))))
+    assert main(["explain", "podgroup", "g", "-n", "ns", "--snapshot", str(file)]) == 0
+    assert "  as others end, it starts within 30 min" in capsys.readouterr().out.splitlines()
 
 
 JOB = {

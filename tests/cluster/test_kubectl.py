@@ -1,0 +1,87 @@
+"""The documented commands, typed into a real kubectl."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from colocate.demo.controlplane import ControlPlane, binaries
+from colocate.errors import HostUnfit
+from tests.cluster.conftest import MANIFESTS, World, leader
+
+DOCS = (MANIFESTS.parent / "docs" / "gangs.md").read_text()
+Kubectl = Callable[..., str]
+
+
+@pytest.fixture
+def kubectl(plane: ControlPlane, tmp_path: Path) -> Kubectl:
+    """Runs kubectl as the administrator, our plugin in its path; what it prints. A failure fails the test."""
+    try:
+        program = binaries("kubectl") / "kubectl"
+    except HostUnfit as error:
+        pytest.skip(str(error))
+    plugins = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    surroundings = {"KUBECONFIG": str(plane.kubeconfig()), "HOME": str(tmp_path), "PATH": plugins}
+
+    def run(*arguments: str, code: int = 0) -> str:
+        found = subprocess.run([program, *arguments], env=surroundings, capture_output=True, text=True, timeout=60)
+        assert found.returncode == code, found.stderr
+        return found.stdout
+
+    return run
+
+
+def test_the_base_is_what_an_api_server_takes(kubectl: Kubectl, world: World) -> None:
+    """Strictly: an unknown or doubled field is refused."""
+    kubectl("apply", "-f", str(MANIFESTS / "base" / "namespace.yaml"))
+    taken = kubectl("apply", "-k", str(MANIFESTS / "base"), "--dry-run=server", "--validate=strict", "-o", "name")
+    assert "deployment.apps/colocate-controller" in taken.split()
+    assert "clusterrole.rbac.authorization.k8s.io/colocate-controller" in taken.split()
+    assert "customresourcedefinition.apiextensions.k8s.io/gangplans.colocate.io" in taken.split()
+
+
+def documented(after: str) -> list[str]:
+    """The lines of the first block after these words."""
+    return re.split(r"\n?```[a-z]*\n", DOCS.partition(after)[2])[1].splitlines()
+
+
+async def test_the_documented_gang_waits_is_explained_and_runs(world: World, kubectl: Kubectl, tmp_path: Path) -> None:
+    for i in range(8):
+        await world.node(f"n{i}", cpu=8, memory="32Gi", nvidia_com__gpu=8)
+    kubectl("cordon", "n7")
+    train = tmp_path / "train.yaml"
+    train.write_text("\n".join(documented("## Use")))
+    inside, told = ("-n", world.namespace), documented("three of them used by another gang")
+    async with leader(world):
+        await world.group("other", 3)
+        for i in range(3):
+            runs = {"colocate.io/expected-runtime-seconds": "1800"}
+            await world.pod(f"other-{i}", "other", annotations=runs, nvidia_com__gpu=8)
+        await world.until_bound("other-0", "other-1", "other-2")
+        kubectl("apply", "-f", str(train), *inside)
+
+        async def explained() -> list[str]:
+            said = kubectl("colocate", "explain", "podgroup", "train", *inside)
+            lines = said.replace(f"{world.namespace}/", "ml/").splitlines()
+            return lines if lines == told[1:-3] else []
+
+        await world.until(explained, "the gang is explained as documented")
+        await world.told("train", "Unschedulable")
+        kubectl("uncordon", "n7")
+
+        async def running() -> str:
+            row = kubectl("get", "podgroup", "train", *inside).splitlines()[1]
+            return row if row.split()[1:4] == ["Running", "5", "5"] else ""
+
+        await world.until(running, "the gang runs")
+        said = kubectl("colocate", "explain", "podgroup", "train", *inside).replace(f"{world.namespace}/", "ml/")
+        assert said.strip() == told[-1]
+        assert "Started" in kubectl("get", "gangplans", *inside, "-o", "yaml")
+        kubectl("delete", "-f", str(train), *inside)
