@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from colocate.demo.controlplane import ControlPlane
-from colocate.kube.client import DEFINITIONS, MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
 from tests.cluster.conftest import HIGH, LOW, MANIFESTS, World, leader
