@@ -22,7 +22,7 @@ from colocate.podgroup.entries import Settings
 from tests.cluster.proxy import Proxy
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
-PATIENCE = 20.0
+PATIENCE = 60.0
 HIGH, MID, LOW, LOWEST = "test-high", "test-mid", "test-low", "test-lowest"
 POLITE = "test-polite"
 PRIORITIES = {POLITE: 1000, HIGH: 1000, MID: 500, LOW: 100, LOWEST: 50}

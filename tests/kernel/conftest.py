@@ -109,8 +109,8 @@ def colocate(*arguments: str, **options: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=120 * PATIENCE, **options)  # type: ignore[call-overload, no-any-return]
 
 
-def wait_for(condition: object, seconds: float = 10.0) -> bool:
-    """Poll a condition; an emulated machine is given more time."""
+def wait_for(condition: object, seconds: float = 30.0) -> bool:
+    """Poll a condition: long enough for a busy machine, longer for an emulated one. How fast is for the benchmarks."""
     assert callable(condition)
     deadline = time.monotonic() + seconds * PATIENCE
     while time.monotonic() < deadline:

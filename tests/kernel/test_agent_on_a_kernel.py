@@ -41,7 +41,7 @@ class AgentProcess:
         command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(self.config), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.socket = directory / "run" / "agent.sock"
-        assert wait_for(self.socket.exists, 20), self.process.stderr.read() if self.process.stderr else ""
+        assert wait_for(self.socket.exists), self.process.stderr.read() if self.process.stderr else ""
 
     def ask(self, command, *arguments):
         found = colocate(command, "-o", "json", *arguments)
@@ -157,7 +157,7 @@ def test_the_http_server_tells_health_and_metrics(node, dirs):
             except OSError:
                 return ""
 
-        assert wait_for(lambda: get("/readyz"), 20)
+        assert wait_for(lambda: get("/readyz"))
         assert "last tick" in get("/healthz")
         assert 'colocate_node_cpu_cores{tier="batch"}' in get("/metrics")
         assert json.loads(get("/debug/plan"))["plan"]["verdicts"]
@@ -170,9 +170,9 @@ def test_an_invalid_policy_keeps_the_old_one_in_force_and_says_why(agent):
     running = agent()
     good = running.config.read_text()
     running.config.write_text(good.replace("tick: 250ms", "tik: 250ms"))
-    assert wait_for(lambda: "did you mean tick" in str(running.ask("status")["problems"]), 10)
+    assert wait_for(lambda: "did you mean tick" in str(running.ask("status")["problems"]))
     running.config.write_text(good)
-    assert wait_for(lambda: "policy" not in running.ask("status")["problems"], 10)
+    assert wait_for(lambda: "policy" not in running.ask("status")["problems"])
     running.stop()
 
 
@@ -296,8 +296,8 @@ def test_without_an_agent_run_brings_one_that_ends_after_its_last_job(dirs, node
     config.write_text(f"spec: {{nodeRoot: {node.path}}}")
     found = run("--config", str(config), "--", "sh", "-c", "exit 4")
     assert found.returncode == 4, found.stderr
-    assert wait_for(lambda: not (dirs / "run" / "agent.sock").exists(), 15)
-    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}, 10)
+    assert wait_for(lambda: not (dirs / "run" / "agent.sock").exists())
+    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {})
 
 
 # -- crashes ------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, a
     node.knob(path.removeprefix(node.path), "cgroup.freeze", "1")
     assert frozen(node)
     running.stop(signal.SIGKILL)
-    assert wait_for(lambda: not frozen(node), 5)
+    assert wait_for(lambda: not frozen(node))
     assert read_knob(node.port, tier, "cpu.weight", inodes_of(node.port, tier)) == "1"
     job.terminate()
     job.wait(10 * PATIENCE)
@@ -332,7 +332,7 @@ def test_the_next_start_undoes_a_crash_and_removes_what_is_empty(node, agent):
     running = agent(more="batch: [{name: nightly, selector: {cgroup: /nightly}}]")
     assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == "1")
     running.stop(signal.SIGKILL)
-    assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == before, 8)
+    assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == before)
     assert colocate("restore").returncode == 0
     assert inodes_of(node.port, tier_of(node)) == {}
 
@@ -401,7 +401,7 @@ def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
             read_knob(node.port, tier, "cpu.max", inodes)
         ).startswith("max")
 
-    moved = wait_for(elsewhere, 15)
+    moved = wait_for(elsewhere, 60)  # others may use the CPU meanwhile
     job.terminate()
     job.wait(10 * PATIENCE)
     running.stop()

@@ -72,7 +72,7 @@ def test_a_relative_policy_is_found_from_where_the_user_is(dirs, node):
     (dirs / "mine.yaml").write_text(f"spec: {{nodeRoot: {node.path}, http: {{enabled: false}}}}")
     found = run("--config", "mine.yaml", "--", "sh", "-c", "exit 4", cwd=dirs)
     assert found.returncode == 4, found.stderr
-    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}, 15)
+    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {})
 
 
 def test_closed_output_does_not_change_a_jobs_exit_code(agent):  # noqa: F811
@@ -104,7 +104,7 @@ def test_jobs_without_an_agent_go_on_and_their_directories_go_with_the_last(node
     assert "Traceback" not in said
     assert inodes_of(node.port, joined(tier_of(node), "long"))
     assert job.wait(30 * PATIENCE) == 9
-    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {}, 10)
+    assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {})
 
 
 def test_an_agent_that_cannot_start_does_not_cut_off_the_one_that_runs(node, agent, tmp_path):  # noqa: F811
@@ -206,7 +206,7 @@ def test_a_connection_runs_one_job(agent, dirs):  # noqa: F811
         with pytest.raises(ColocateError, match="cores"):
             other.ask(op="run", pid=children[1].pid, name="big", cores=1e305)
         other.close()
-        assert wait_for(lambda: running.ask("status")["jobs"] == 0, 15)
+        assert wait_for(lambda: running.ask("status")["jobs"] == 0)
     finally:
         for child in children:
             child.kill()
@@ -221,9 +221,9 @@ def test_nothing_is_imported_from_where_the_agent_was_started(node, dirs):
     command = [sys.executable, "-P", "-m", "colocate.cli.main", "agent", "--config", str(config)]
     running = subprocess.Popen(command, cwd=dirs, stderr=subprocess.DEVNULL)
     try:
-        assert wait_for((dirs / "run" / "agent.sock").exists, 20)
+        assert wait_for((dirs / "run" / "agent.sock").exists)
         children = pathlib.Path(f"/proc/{running.pid}/task/{running.pid}/children")
-        assert wait_for(lambda: "guardian" in command_of(children), 10)
+        assert wait_for(lambda: "guardian" in command_of(children))
         time.sleep(2 * PATIENCE)  # it has imported what it needs
         assert not (dirs / "ran").exists()
     finally:
@@ -292,7 +292,7 @@ def test_a_demo_that_is_ended_leaves_nothing(tmp_path, number):
     demo = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     hierarchy = port.layout.controllers["cpu"]
     mine = f"colocate-demo-{demo.pid}-{start_time(port, demo.pid)}"
-    assert wait_for(lambda: mine in port.children(hierarchy, "/"), 30)
+    assert wait_for(lambda: mine in port.children(hierarchy, "/"))
     time.sleep(1)
     demo.send_signal(number)
     assert demo.wait(30 * PATIENCE) == 128 + number
