@@ -146,7 +146,7 @@ async def test_a_controller_killed_at_any_write_is_succeeded(
 
         proxy.fault = kill
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(killed.wait(), 30)
+            await asyncio.wait_for(killed.wait(), 8)
         proxy.fault = healthy
         first.kill()
         first.wait()
