@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 from colocate.demo.controlplane import ControlPlane, install
 from colocate.kube.client import MERGE, NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
@@ -28,6 +29,16 @@ POLITE = "test-polite"
 PRIORITIES = {POLITE: 1000, HIGH: 1000, MID: 500, LOW: 100, LOWEST: 50}
 QUIET = 0.4
 """For so long nothing more may happen, before a test says that something did not."""
+
+
+RBAC = {
+    "Namespace": "/api/v1/namespaces",
+    "ServiceAccount": "/api/v1/serviceaccounts",
+    "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
+    "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "Role": "/apis/rbac.authorization.k8s.io/v1/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/rolebindings",
+}
 
 
 @pytest.fixture(scope="package")  # not the session: it would run on beside the suites that follow
@@ -267,3 +278,18 @@ async def leader(
         with contextlib.suppress(asyncio.CancelledError):
             await task
         assert not failed, "the controller ended by itself"
+
+
+@pytest.fixture
+async def limited(plane: ControlPlane, api: Api) -> AsyncIterator[Api]:
+    """The controller's own service account, with the role that the manifests give it."""
+    for manifest in ("base/namespace.yaml", "rbac/controller.yaml"):
+        for body in yaml.safe_load_all((MANIFESTS / manifest).read_text()):
+            kind, namespace = body["kind"], body["metadata"].get("namespace", "")
+            collection = RBAC[kind]
+            with contextlib.suppress(ApiError):
+                await api.request("POST", path_of(collection, namespace), body)
+    async with Api.connect(str(plane.kubeconfig("colocate"))) as connected:
+        yield connected
+    await api.request("DELETE", f"{RBAC['ClusterRole']}/colocate-controller")
+    await api.request("DELETE", f"{RBAC['ClusterRoleBinding']}/colocate-controller")

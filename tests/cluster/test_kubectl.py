@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import os
 import re
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from colocate.demo.controlplane import ControlPlane, binaries
 from colocate.errors import HostUnfit
@@ -44,6 +47,52 @@ def test_the_base_is_what_an_api_server_takes(kubectl: Kubectl, world: World) ->
     assert "deployment.apps/colocate-controller" in taken.split()
     assert "clusterrole.rbac.authorization.k8s.io/colocate-controller" in taken.split()
     assert "customresourcedefinition.apiextensions.k8s.io/gangplans.colocate.io" in taken.split()
+
+
+AS_ITS_POD = """
+mount --make-rprivate / && mount -t tmpfs tmpfs /var/run && mkdir -p /var/run/secrets/kubernetes.io || exit 9
+cp -r $ACCOUNT /var/run/secrets/kubernetes.io/serviceaccount && mount -o remount,bind,ro / || exit 9
+for made in /tmp /var/tmp /dev/shm; do mount --bind $made $made && mount -o remount,bind,ro $made || exit 9; done
+exec "$@"
+"""
+"""A read-only file system with the service account's files: what manifests/base asks for."""
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+
+
+@pytest.fixture
+def _as_nobody() -> None:
+    look = ["unshare", "-m", *NOBODY, sys.executable, "-c", "import colocate.cli.main"]
+    if os.geteuid() != 0 or subprocess.run(look, cwd=MANIFESTS.parent, capture_output=True).returncode:
+        pytest.skip("needs root, a mount namespace, and a checkout and a Python that every user may read")
+
+
+@pytest.mark.usefixtures("_as_nobody", "limited")
+async def test_the_controller_leads_as_its_pod_runs_it(world: World, plane: ControlPlane, tmp_path: Path) -> None:
+    (cluster,), (user,) = (yaml.safe_load(plane.kubeconfig("colocate").read_text())[k] for k in ("clusters", "users"))
+    host, _, port = cluster["cluster"]["server"].removeprefix("https://").rpartition(":")
+    account = tmp_path / "serviceaccount"
+    account.mkdir(mode=0o755)
+    (account / "token").write_text(user["user"]["token"])
+    (account / "ca.crt").write_bytes(base64.b64decode(cluster["cluster"]["certificate-authority-data"]))
+    surroundings = {"PATH": os.environ["PATH"], "ACCOUNT": str(account)}
+    surroundings |= {
+        "KUBERNETES_SERVICE_HOST": host,
+        "KUBERNETES_SERVICE_PORT": port,
+        "PYTHONPATH": str(MANIFESTS.parent),
+    }
+    program = [*NOBODY, sys.executable, "-m", "colocate.cli.main", "controller"]
+    command = ["unshare", "-m", "sh", "-c", AS_ITS_POD, "sh", *program]
+    running = await asyncio.create_subprocess_exec(*command, env=surroundings, stderr=asyncio.subprocess.PIPE)
+    try:
+        await world.node("n", cpu=2, memory="1Gi")
+        await world.group("g", 2)
+        for name in ("a", "b"):
+            await world.pod(name, "g", cpu=1)
+        await world.until_bound("a", "b")
+    finally:
+        running.terminate()
+        _, said = await asyncio.wait_for(running.communicate(), 30)
+    assert running.returncode == 0, said.decode()
 
 
 def documented(after: str) -> list[str]:

@@ -9,13 +9,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import yaml
 
-from colocate.demo.controlplane import ControlPlane
 from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.podgroup.controller import Controller
 from colocate.podgroup.entries import Settings
-from tests.cluster.conftest import HIGH, LOW, MANIFESTS, World, leader
+from tests.cluster.conftest import HIGH, LOW, RBAC, World, leader
 
 MPI_JOB = {
     "apiVersion": "kubeflow.org/v2beta1",
@@ -447,31 +445,6 @@ async def test_a_label_that_is_added_after_binding_counts_from_then_on(world: Wo
 
 
 # permissions
-
-
-@pytest.fixture
-async def limited(plane: ControlPlane, api: Api) -> AsyncIterator[Api]:
-    """The controller's own service account, with the role that the manifests give it."""
-    for manifest in ("base/namespace.yaml", "rbac/controller.yaml"):
-        for body in yaml.safe_load_all((MANIFESTS / manifest).read_text()):
-            kind, namespace = body["kind"], body["metadata"].get("namespace", "")
-            collection = RBAC[kind]
-            with contextlib.suppress(ApiError):
-                await api.request("POST", path_of(collection, namespace), body)
-    async with Api.connect(str(plane.kubeconfig("colocate"))) as connected:
-        yield connected
-    await api.request("DELETE", f"{RBAC['ClusterRole']}/colocate-controller")
-    await api.request("DELETE", f"{RBAC['ClusterRoleBinding']}/colocate-controller")
-
-
-RBAC = {
-    "Namespace": "/api/v1/namespaces",
-    "ServiceAccount": "/api/v1/serviceaccounts",
-    "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
-    "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
-    "Role": "/apis/rbac.authorization.k8s.io/v1/roles",
-    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/rolebindings",
-}
 
 
 @contextlib.asynccontextmanager
