@@ -27,8 +27,6 @@ from colocate.podgroup.queue import Queue, Waiting
 
 ROUND_SECONDS = 0.1
 AGAIN_SECONDS = 1.0
-FIRST_SECONDS = 0.5
-"""Of a new gang nothing is told for so long: its members are still being made, and most can start by then."""
 GROUPS_A_ROUND = 32
 MESSAGE_SECONDS = 5.0
 """A message that only has other numbers is told again after so long."""
@@ -64,7 +62,6 @@ class StatusWriter:
     def touch(self, key: str) -> None:
         """Something about this gang may have changed."""
         self._touched[key] = None
-        self._written.setdefault(key, time.monotonic() + FIRST_SECONDS - AGAIN_SECONDS)
 
     def touch_waiting(self) -> None:
         """The queue has decided: whoever has another reason now is told."""
@@ -72,7 +69,7 @@ class StatusWriter:
         for key, memory in self._queue.waiting.items():
             said = self._told.get(key, ("", "", 0.0))[:2]
             if said != (memory.reason, memory.message) or self._position_is_stale(key):
-                self.touch(key)
+                self._touched[key] = None
 
     def _position_is_stale(self, key: str) -> bool:
         """Near the head every step is told; far from it, where all move with every start, only half the way."""

@@ -29,8 +29,6 @@ POLITE = "test-polite"
 PRIORITIES = {POLITE: 1000, HIGH: 1000, MID: 500, LOW: 100, LOWEST: 50}
 QUIET = 0.4
 """For so long nothing more may happen, before a test says that something did not."""
-
-
 RBAC = {
     "Namespace": "/api/v1/namespaces",
     "ServiceAccount": "/api/v1/serviceaccounts",

@@ -319,7 +319,9 @@ def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, a
     node.knob(path.removeprefix(node.path), "cgroup.freeze", "1")
     assert frozen(node)
     running.stop(signal.SIGKILL)
+    started = time.monotonic()
     assert wait_for(lambda: not frozen(node))
+    assert time.monotonic() - started < 5
     assert read_knob(node.port, tier, "cpu.weight", inodes_of(node.port, tier)) == "1"
     job.terminate()
     job.wait(10 * PATIENCE)
