@@ -22,12 +22,12 @@ from benchmarks.common import Runs, bar, reference_loop
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.actuate.writer import Drift
-from colocate.agent import Agent
-from colocate.cgroupfs import KernelPort
-from colocate.config import BatchPolicy, ColocationPolicy, PolicySpec, Selector
+from colocate.agent.loop import Agent
+from colocate.cgroup.port import KernelPort
 from colocate.jobs.client import Connection
 from colocate.model import reference
 from colocate.plan import Outcome, Plan
+from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector
 from colocate.snapshot import NodeSnapshot
 
 ROUNDS = 3

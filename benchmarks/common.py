@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from colocate.calibrate import machine_facts
-from colocate.cgroupfs import KernelPort
+from colocate.calibrate.measure import machine_facts
+from colocate.cgroup.port import KernelPort
 from colocate.errors import BadInput
 from colocate.model.statistics import Interval
 

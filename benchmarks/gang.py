@@ -27,7 +27,7 @@ import aiohttp
 import msgspec
 
 from benchmarks.common import Runs, bar, reference_loop
-from colocate.demo.controlplane import ControlPlane, install
+from colocate.demo.gang.controlplane import ControlPlane, install
 from colocate.errors import HostUnfit
 from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, path_of
 from colocate.kube.reflector import Reflector

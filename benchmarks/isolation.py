@@ -19,18 +19,19 @@ import msgspec
 from benchmarks.common import Runs, bar, reference_loop
 from benchmarks.services import WithNginx, WithPostgres, lacks
 from colocate.actuate.statedir import default_state_dir
-from colocate.calibrate import PROBE
-from colocate.cgroupfs import KernelPort, joined
+from colocate.agent.numba_cache import load_kernels
+from colocate.calibrate.measure import PROBE
+from colocate.calibrate.probe import WorkCounter
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import inodes_of, joined
+from colocate.cgroup.v1 import read_knob
 from colocate.cli.host import configure_logs
-from colocate.compiler import load_kernels
-from colocate.config import Calibration
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
 from colocate.demo.script import SERVICE_POD, Demo, Process
-from colocate.knobs import read_knob
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
-from colocate.observe.cgroup import inodes_of, oom_kills, read_workload
+from colocate.observe.cgroup import oom_kills, read_workload
 from colocate.observe.node import capacity, figures
-from colocate.probe import WorkCounter
+from colocate.calibration import Calibration
 from tools.guest import Guest
 from tools.guest import lacks as guest_lacks
 

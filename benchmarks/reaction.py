@@ -24,14 +24,23 @@ from aiohttp import web
 from benchmarks.common import Runs, bar, reference_loop
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
-from colocate.agent import Agent, Tick
-from colocate.calibrate import PROBE
-from colocate.cgroupfs import UNIFIED, KernelPort, joined
+from colocate.agent.loop import Agent, Tick
+from colocate.calibrate.measure import PROBE
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import inodes_of, joined
+from colocate.cgroup.v1 import write_knob
 from colocate.cli.host import configure_logs
-from colocate.config import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
-from colocate.knobs import write_knob
 from colocate.model import reference
-from colocate.observe.cgroup import inodes_of, parse_pressure
+from colocate.observe.cgroup import parse_pressure
+from colocate.policy.schema import (
+    ColocationPolicy,
+    MemoryPolicy,
+    PolicySpec,
+    Selector,
+    ServiceLevelObjective,
+    ServicePolicy,
+)
 from tools.guest import Guest
 from tools.guest import lacks as guest_lacks
 

@@ -15,11 +15,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from colocate.cgroupfs import joined
-from colocate.config import ServiceLevelObjective
+from colocate.cgroup.tree import joined
 from colocate.demo.load import Sample
 from colocate.demo.script import SERVICE_POD, Demo, Process
 from colocate.errors import HostUnfit
+from colocate.policy.schema import ServiceLevelObjective
 
 CLIENTS = 8
 SCALE = 2

@@ -7,6 +7,7 @@
         - PermissionMissing
     - AlreadyRunning       exit 1: another agent owns this node
     - StateTooNew          exit 1: a state directory written by a newer version
+    - StateTooOld          exit 1: a state or record of an older version
     - JournalBroken        exit 1: before-values cannot be kept
 
 Everything else is a bug and keeps its traceback.
@@ -69,6 +70,10 @@ class AlreadyRunning(ColocateError):  # noqa: N818
 
 class StateTooNew(ColocateError):  # noqa: N818
     """The state directory was written by a newer version; going on would lose what it knows."""
+
+
+class StateTooOld(ColocateError):  # noqa: N818
+    """A state of an older version, which this program does not read: what it learnt is learnt anew."""
 
 
 class JournalBroken(ColocateError):  # noqa: N818

@@ -1,7 +1,9 @@
 """What is known of one node at one instant: frozen nouns, made by `observe`, read by `model` and `decide`.
 
-Counters are cumulative as the kernel gives them; rates are the model's. `None` means that the kernel does not offer
-the figure. A workload is known by its id and by the inode of its directory in each hierarchy, never by its path alone.
+Counters are cumulative as the kernel gives them; rates are the model's. Each section and each workload carries the time
+at which it was read: a reading that failed is shown again with its old time, and gives no rate. `None` means that the
+kernel does not offer the figure. A workload is known by its id and by the inode of its directory in each hierarchy,
+never by its path alone.
 """
 
 from __future__ import annotations
@@ -40,21 +42,28 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     tier: Tier
     path: str
     inodes: dict[str, int] = {}
+    at_seconds: float = 0.0
+    """Monotonic time at which its figures were read; 0: with the snapshot."""
     cpu_usage_us: int | None = None
     throttled_us: int | None = None
+    """By its own CPU limit."""
     cpu_pressure_us: int | None = None
     """`some total=` of cpu.pressure."""
     memory_pressure_us: int | None = None
     memory_pressure_full_us: int | None = None
-    run_delay_us: int | None = None
-    """Sum of the second field of /proc/<pid>/task/*/schedstat."""
+    waited_us: int | None = None
+    """Time in which at least one of its threads waited for a CPU, from their run delays: PSI's unit, without PSI."""
     memory_bytes: int | None = None
     working_set_bytes: int | None = None
     """Usage less inactive file pages, as kubelet computes it."""
+    memory_limit_hits: int | None = None
+    """How often it met its own memory limit (memory.events.local high + max; v1: memory.failcnt)."""
     processes: int | None = None
     frozen: bool = False
     knobs: dict[str, str] = {}
     """Values on disk of the knobs that our laws write, in the v2 vocabulary."""
+    found: dict[str, str] = {}
+    """Of batch in place: the values that its owner gave, before ours. No law gives it more."""
     objective: Objective | None = None
     latency: Latency | None = None
     priority: int = 0
@@ -65,6 +74,8 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     started_seconds: float = 0.0
     """Monotonic, as `checkpointed_seconds` is."""
     checkpointed_seconds: float | None = None
+    checkpointed_cpu_us: int = 0
+    """Its CPU time at its last checkpoint."""
     requested_cores: float | None = None
     max_runtime_seconds: float | None = None
 
@@ -82,15 +93,21 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     memory_bytes: int
     memory_available_bytes: int | None = None
     swap_free_bytes: int = 0
+    node_at_seconds: float = 0.0
+    """Monotonic time of the node's own figures; 0: with the snapshot."""
     cpu_busy_us: int | None = None
     """Of the node's CPUs together, user + system + irq + steal excluded idle and iowait."""
     cpu_idle_us: int | None = None
     cpu_idle_each_us: dict[str, int] = {}
     """Idle time of each CPU (keyed by its number as text, as in JSON), to see on which CPUs somebody waits in vain."""
+    reserved_cpus: tuple[int, ...] = ()
+    """CPUs that belong to one workload alone (a Guaranteed pod's exclusive ones, isolated ones): never batch's."""
+    strangers_us: dict[str, int] = {}
+    """CPU time of cgroups that are neither a service's, BestEffort's, batch's nor above one: who else may disturb."""
     workloads: dict[str, Workload] = {}
     tier: Workload | None = None
-    stale_ticks: dict[str, int] = {}
-    """Sections whose collector failed, with the number of ticks since its last success."""
+    stale_seconds: dict[str, float] = {}
+    """Sections whose collector failed, with the age of what is shown in its place."""
     capabilities: tuple[str, ...] = ()
     """Of `freeze kill memory.high memory.reclaim cpu.idle psi`: what this kernel and tier offer."""
 

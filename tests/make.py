@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from colocate.config import PolicySpec
 from colocate.model.forecast import Forecast, WorkloadForecast
+from colocate.policy.schema import PolicySpec
 from colocate.snapshot import NodeSnapshot, Objective, Workload
 
 GIB = 1 << 30

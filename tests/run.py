@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from colocate.cgroupfs import KernelPort
-from colocate.demo.controlplane import binaries
+from colocate.cgroup.port import KernelPort
+from colocate.demo.gang.controlplane import binaries
 from colocate.errors import HostUnfit
 from tools.guest import lacks as guest_lacks
 

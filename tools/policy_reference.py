@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from colocate import config
+from colocate.policy import schema as config
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "policy.md"
 HEAD = """# The policy, field by field
@@ -18,7 +18,7 @@ HEAD = """# The policy, field by field
 One schema: `apiVersion: colocate.io/v1alpha1`, `kind: ColocationPolicy`, then `metadata.name` and `spec`. Every field
 has a default except where it says *required*. Durations are written `20ms`, `1.5s`, `1m30s`; bytes `512Mi`; cores
 `2`, `500m`; percentages `65` or `65%`. An unknown field is an error that names the nearest known one. This page is
-generated from `colocate/config.py` (`python -m tools.policy_reference`).
+generated from `colocate/policy/schema.py` (`python -m tools.policy_reference`).
 """
 
 

@@ -1,7 +1,9 @@
 """A small process that outlives the agent: when the agent dies without a word, it thaws and puts back what was found.
 
 It holds the read end of a pipe. `done` or `handover` on it means that the agent has ended in order; end of file without
-a word means that it was killed. Where jobs go on without an agent it stays until the last one has ended, and takes
+a word means that it was killed. Each tick sends a heartbeat with the time that may pass until the next: an agent that
+hangs (SIGSTOP, a stuck disk) for longer is not undone, for it may come back, but nothing stays frozen or at its floor:
+everything is thawed and opened, and asserted again when the agent goes on. Where jobs go on without an agent it stays until the last one has ended, and takes
 their directories away, unless a successor owns them by then. It is started in a session of its own, outside the tier,
 so that neither Ctrl-C nor a freeze reaches it.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import time
@@ -19,8 +22,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from colocate.actuate.restore import Report
 
-WORDS = (b"done", b"handover")
-OCCUPIED = b"occupied"
+WORDS = ("done", "handover")
+OCCUPIED = "occupied"
 """The agent has ended in order, but jobs go on in the tier."""
 LOOK_AGAIN_SECONDS = 1.0
 
@@ -40,6 +43,7 @@ class Guardian:
         if self._write >= 0:
             os.close(self._write)
         read, self._write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._write, False)
         self._process = subprocess.Popen(
             # -P and "/": it runs as root, and must not import what somebody left in the directory we were started in.
             [sys.executable, "-P", "-m", "colocate.actuate.guardian", *self._arguments],
@@ -51,11 +55,17 @@ class Guardian:
         )
         os.close(read)
 
-    def dismiss(self, word: bytes = b"done") -> None:
+    def beat(self, seconds: float) -> None:
+        """Tell it that the agent is alive, and for how long it may be silent now."""
+        if self._write >= 0:
+            with contextlib.suppress(OSError):  # full: it has not read for a long time, and needs no more
+                os.write(self._write, f"beat {seconds:g}\n".encode())
+
+    def dismiss(self, word: str = "done") -> None:
         """Tell it that the agent ends in order."""
         if self._write >= 0:
             with contextlib.suppress(OSError):
-                os.write(self._write, word)
+                os.write(self._write, f"{word}\n".encode())
             os.close(self._write)
             self._write = -1
         if self._process is not None and word == OCCUPIED:
@@ -68,10 +78,7 @@ class Guardian:
 def main(state_dir: str, lock_dir: str, node_root: str) -> int:
     """Wait for the end of the agent; undo if it came without a word."""
     agent = os.getppid()
-    said = b""
-    while chunk := os.read(0, 64):
-        said += chunk
-    if said in WORDS:
+    if _listen(Path(state_dir)) in WORDS:
         return 0
     while True:
         report = undo(Path(state_dir), Path(lock_dir), node_root, agent)
@@ -82,6 +89,38 @@ def main(state_dir: str, lock_dir: str, node_root: str) -> int:
         _wait_until_empty(report.occupied)
 
 
+def _listen(state_dir: Path) -> str:
+    """The agent's last word; empty if it was killed. Meanwhile nothing stays held by an agent that hangs."""
+    said, patience, rest = "", None, ""
+    while True:
+        ready, _, _ = select.select([0], [], [], patience)
+        if not ready:
+            release(state_dir)
+            patience = None  # once for each time that it hangs
+            continue
+        chunk = os.read(0, 4096)
+        if not chunk:
+            return said
+        *lines, rest = (rest + chunk.decode()).split("\n")
+        for line in lines:
+            if line.startswith("beat "):
+                patience = float(line.split()[1])
+            else:
+                said = line
+
+
+def release(state_dir: Path) -> None:
+    """Thaw and open what a hung agent holds; its journal stays as it is, for it may come back."""
+    from colocate.actuate.journal import Journal, boot_id
+    from colocate.actuate.restore import let_go
+    from colocate.cgroup.port import KernelPort
+
+    port = KernelPort()
+    journal = Journal(state_dir, boot_id())  # read only: it is opened for writing with the first entry
+    let_go(port, journal)
+    port.close()
+
+
 def undo(state_dir: Path, lock_dir: Path, node_root: str, agent: int) -> Report | None:
     """Undo what the journal knows, as soon as the agent has let go of its locks; None if a successor is there."""
     # Imported only now: until then the guardian should cost next to nothing.
@@ -89,7 +128,7 @@ def undo(state_dir: Path, lock_dir: Path, node_root: str, agent: int) -> Report 
     from colocate.actuate.restore import restore
     from colocate.actuate.scratch import sweep
     from colocate.actuate.statedir import Lock
-    from colocate.cgroupfs import KernelPort
+    from colocate.cgroup.port import KernelPort
     from colocate.errors import AlreadyRunning
 
     locks: list[Lock] = []
@@ -118,7 +157,8 @@ def undo(state_dir: Path, lock_dir: Path, node_root: str, agent: int) -> Report 
 
 def _wait_until_empty(paths: list[str]) -> None:
     """Wait until no process is left in these cgroups; whoever reads the dead agent's stderr need not wait with us."""
-    from colocate.cgroupfs import KernelPort, processes_anywhere
+    from colocate.cgroup.port import KernelPort
+    from colocate.cgroup.tree import processes_anywhere
 
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal
 import msgspec
 
 from colocate.errors import JournalBroken, StateTooNew
-from colocate.knobs import same
+from colocate.knob import same
 
 JOURNAL_VERSION = 1
 PREALLOCATED_BYTES = 1 << 20
@@ -130,6 +131,7 @@ class Journal:
         self._compacted = 0
         """How many entries the last compaction left."""
         self._fd = -1
+        self._lock = threading.RLock()  # workers of several targets add entries
 
     def _open(self) -> None:
         """Rewrite the file with the entries that still count, preallocated, and put it in place atomically."""
@@ -155,6 +157,10 @@ class Journal:
 
     def add(self, *entries: Entry) -> None:
         """Append entries and sync them once. Raises JournalBroken; then the change must not be made."""
+        with self._lock:
+            self._add(entries)
+
+    def _add(self, entries: tuple[Entry, ...]) -> None:
         line = b"".join(_line(entry) for entry in entries)
         try:
             if self._fd < 0 or self._offset + len(line) > os.fstat(self._fd).st_size:
@@ -174,12 +180,31 @@ class Journal:
 
     def replace(self, entries: Iterable[Entry]) -> None:
         """Keep only these entries."""
-        self.entries = list(entries)
+        with self._lock:
+            self._replace(list(entries))
+
+    def _replace(self, entries: list[Entry]) -> None:
+        self.entries = entries
         try:
             self._open()
         except OSError as error:
             self.broken = f"{self.path}: {error.strerror}"
             raise JournalBroken(f"the journal {self.path} cannot be written: {error.strerror}") from error
+
+    def astray(self) -> bool:
+        """Whether the file that is written is not the one at its path: somebody emptied or moved the directory."""
+        if self._fd < 0:
+            return False
+        try:
+            return os.fstat(self._fd).st_ino != os.stat(self.path).st_ino
+        except OSError:
+            return True
+
+    def rewrite(self) -> None:
+        """Write all entries anew to its path. Raises JournalBroken."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        self.replace(self.entries)
 
     def close(self) -> None:
         """Close the file; an empty journal is removed."""

@@ -16,9 +16,9 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal, newest_found
-from colocate.cgroupfs import (
-    CgroupGone,
-    FilePort,
+from colocate.cgroup.port import CgroupGone, FilePort
+from colocate.cgroup.tree import (
+    inodes_of,
     joined,
     processes,
     processes_anywhere,
@@ -26,9 +26,9 @@ from colocate.cgroupfs import (
     rmdir_tree,
     start_time,
 )
+from colocate.cgroup.v1 import read_knob, write_knob
 from colocate.errors import JournalBroken
-from colocate.knobs import read_knob, same, write_knob
-from colocate.observe.cgroup import inodes_of
+from colocate.knob import same
 
 log = structlog.get_logger()
 _FREEZERS = {"cgroup.freeze": "0", "freezer.state": "THAWED"}
@@ -249,6 +249,22 @@ def restore_paths(port: FilePort, journal: Journal, paths: set[str]) -> Report:
     kept = [e for e in journal.entries if e not in mine or e in unresolved]
     with contextlib.suppress(JournalBroken):
         journal.replace(kept)
+    return report
+
+
+def let_go(port: FilePort, journal: Journal) -> Report:
+    """Thaw everything, lift every limit of ours, and put found values back, without touching the journal."""
+    report = Report()
+    thaw_everything(port, journal, report)
+    values = [e for e in journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"]
+    _restore_values(port, values, report)
+    made = sorted({e.path for e in journal.entries if e.kind == "made"})
+    for path in made:  # parents first, so that a child's limits may be widened after its parent's
+        try:
+            if inodes_of(port, path):
+                open_tier(port, path, is_tier=not any(path.startswith(f"{p}/") for p in made))
+        except OSError as error:
+            report.failed.append(f"{path}: {error.strerror}")
     return report
 
 

@@ -12,20 +12,11 @@ import re
 import time
 
 from colocate.actuate.restore import kill_below
-from colocate.cgroupfs import (
-    STEPPED_ASIDE,
-    UNIFIED,
-    FilePort,
-    joined,
-    processes,
-    processes_anywhere,
-    rmdir_tree,
-    start_time,
-)
+from colocate.cgroup.layout import STEPPED_ASIDE, UNIFIED
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes, processes_anywhere, rmdir_tree, start_time
+from colocate.cgroup.v1 import write_knob
 from colocate.errors import refuse
-from colocate.knobs import write_knob
-from colocate.observe.cgroup import inodes_of
-from colocate.observe.workloads import cgroup_of
 
 _NAME = re.compile(r"colocate-(?:demo|calibrate|test|bench)-(\d+)-(\d+)")
 _SKIPPED = ("devices", "hugetlb", "net_cls")

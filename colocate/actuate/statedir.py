@@ -88,6 +88,7 @@ class StateDirectory:
         file = self.path / name
         part = file.with_suffix(".part")
         try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o750)  # somebody may have emptied it
             with open(part, "wb") as out:
                 out.write(msgspec.json.encode({"stateVersion": STATE_VERSION, **data}))
                 out.flush()

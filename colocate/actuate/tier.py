@@ -15,10 +15,11 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal
-from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, joined, processes_anywhere, rmdir_tree, start_time
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import CgroupGone, FilePort
+from colocate.cgroup.tree import Tree, cgroup_of, joined, processes_anywhere, rmdir_tree, start_time
+from colocate.cgroup.v1 import file_writes, read_knob, write_knob
 from colocate.errors import BadInput, HostUnfit, JournalBroken, refuse
-from colocate.knobs import file_writes, write_knob
-from colocate.observe.workloads import Tree, cgroup_of
 
 log = structlog.get_logger()
 MEND = "run as root, with cgroups mounted for writing, or let root run an agent and join its group"
@@ -67,7 +68,9 @@ class TierMaker:
             self._enable_controllers(self.tree.tier_path)
         placement = self._ensure(self.tree.tier_path)
         try:
-            write_knob(self._port, placement.path, "cpu.weight", "1", placement.inodes)
+            # An idle group is below every weight, and the kernel refuses it one.
+            if read_knob(self._port, placement.path, "cpu.idle", placement.inodes) != "1":
+                write_knob(self._port, placement.path, "cpu.weight", "1", placement.inodes)
         except OSError as error:
             refuse(placement.path, error, MEND)
         if self._port.layout.version == 2:
@@ -119,6 +122,11 @@ class TierMaker:
             value = self._port.read(hierarchy, parent, file)
             if value and value.strip():
                 self._port.write(hierarchy, path, file, value.strip())
+
+    def enable_for(self, path: str) -> None:
+        """Let a cgroup that is not ours have the controllers that its parents were offered. Raises HostUnfit."""
+        if self._port.layout.version == 2:
+            self._enable_controllers(path)
 
     def _enable_controllers(self, path: str) -> None:
         """Enable what is offered from the node root down, journaled: those directories are not ours."""

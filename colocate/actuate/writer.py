@@ -1,29 +1,33 @@
 """Applies a Plan: journal first, write, read back. One action failing gives a failed Outcome; the tick goes on.
 
-What may block for seconds (memory.high, memory.reclaim, v1's limits) runs off the loop with a deadline. The writer
-remembers what it wrote, so that somebody else's writing is noticed on the next snapshot.
+What may block runs in a worker of its target: knobs at which the kernel reclaims memory, and everything in cgroups that
+are not ours, for there the before-value must be on disk first. Its outcome comes with a later tick. The writer remembers
+what it wrote, so that somebody else's writing is noticed on the next snapshot, and what owners had given before.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import signal
+from functools import partial
 
 import msgspec
 import structlog
 
-from colocate.actuate.journal import Entry, Journal
+from colocate.actuate.journal import Entry, Journal, newest_found
 from colocate.actuate.restore import kill_below
-from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, processes_below
-from colocate.decide.pipeline import already
+from colocate.actuate.workers import Workers
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import CgroupGone, FilePort
+from colocate.cgroup.tree import processes_below
+from colocate.cgroup.v1 import FileWrite, decode_knob, file_writes
 from colocate.errors import JournalBroken
-from colocate.knobs import WRITE_ONLY, FileWrite, file_writes, same
-from colocate.plan import Action, Outcome, Plan
+from colocate.knob import KNOBS, is_act, same
+from colocate.plan import Action, Outcome, Plan, Status
 from colocate.snapshot import NodeSnapshot, Workload
 
 log = structlog.get_logger()
-BLOCKING_DEADLINE_SECONDS = 2.0
+SETTLE_SECONDS = 2.0
 YIELD_SECONDS = 60.0
 
 
@@ -52,8 +56,9 @@ class Writer:
         self._port, self._journal, self._shadow = port, journal, shadow
         self._written: dict[tuple[str, str], tuple[dict[str, int], str]] = {}
         self._yielded: dict[tuple[str, str], float] = {}
-        self._blocking: dict[tuple[str, str], asyncio.Task[Outcome]] = {}
+        self._workers: Workers[list[Outcome]] = Workers()
         self._complained: dict[tuple[str, str], tuple[str, int | None]] = {}
+        self._found: dict[tuple[str, str], tuple[dict[str, int], str]] = {}
 
     def drifts(self, snapshot: NodeSnapshot, *, yields: bool, kubernetes: bool) -> list[Drift]:
         """Knobs whose value on disk is not the one that we wrote last; with `yields` they are left alone a while."""
@@ -64,22 +69,49 @@ class Writer:
         for key, (inodes, value) in list(self._written.items()):
             workload = known.get(key[0])
             if workload is None or workload.inodes != inodes:
-                del self._written[key]
+                self._written.pop(key, None)
                 continue
             current = workload.knobs.get(key[1])
-            if current is not None and not already(key[1], value, current) and not same(key[1], value, current):
+            if current is None or self._workers.busy(workload.path):
+                continue  # a write of our own that has not come back is no drift
+            if not same(key[1], value, current):
                 found.append(Drift(key[0], key[1], value, current, _guess(key[1], current, kubernetes)))
-                del self._written[key]
+                self._written.pop(key, None)
                 if yields:
                     self._yielded[key] = snapshot.monotonic_seconds + YIELD_SECONDS
         return found
 
+    def found(self, workload: Workload) -> dict[str, str]:
+        """What its owner had given batch in place before us, or gave since: never is it given more. Empty if not in place."""
+        if not workload.in_place:
+            return {}
+        values = {}
+        for knob, current in workload.knobs.items():
+            key = (workload.id, knob)
+            kept = self._found.get(key)
+            if kept is None or kept[0] != workload.inodes:
+                kept = (workload.inodes, self._journaled(workload, knob) or current)
+            written = self._written.get(key)
+            if written is not None and not same(knob, written[1], current) and not self._workers.busy(workload.path):
+                kept = (workload.inodes, current)  # somebody else's since: that is what counts now
+            self._found[key] = kept
+            values[knob] = kept[1]
+        return values
+
+    def _journaled(self, workload: Workload, knob: str) -> str | None:
+        """The value that a predecessor found before it changed the knob, in the v2 vocabulary."""
+        entries = [e for e in self._journal.entries if e.kind == "value" and e.path == workload.path]
+        found, _ = newest_found(e for e in entries if workload.inodes.get(e.hierarchy) == e.inode)
+        texts = {key[3]: entry.found for key, entry in found.items()}
+        return decode_knob(knob, texts) if texts else None
+
     async def apply(self, plan: Plan, snapshot: NodeSnapshot) -> list[Outcome]:
-        """Apply the actions in their order."""
+        """Apply the actions in their order. What a worker does is `started`; what has come back meanwhile is added."""
         known: dict[str, Workload] = dict(snapshot.workloads)
         if snapshot.tier is not None:
             known["tier"] = snapshot.tier
-        outcomes = []
+        outcomes = [outcome for done in self._workers.arrived() for outcome in done]
+        later: dict[str, list[tuple[Action, Workload]]] = {}
         for action in plan.actions:
             workload = known.get(action.workload)
             if workload is None:
@@ -88,66 +120,70 @@ class Writer:
                 outcomes.append(self._outcome(action, "shadow", found=workload.knobs.get(action.knob)))
             elif self._yielded.get((action.workload, action.knob), 0.0) > snapshot.monotonic_seconds:
                 outcomes.append(self._outcome(action, "skipped", error="yielded to another writer"))
+            elif KNOBS[action.knob].blocking or (workload.in_place and not is_act(action.knob)):
+                later.setdefault(action.path, []).append((action, workload))
+                outcomes.append(self._outcome(action, "started"))
             else:
-                outcomes.append(await self._apply_one(action, workload))
+                outcomes.append(self._write(action, workload))
+        for path, actions in later.items():
+            self._workers.submit(path, partial(self._write_all, actions))
         return outcomes
 
-    def _outcome(self, action: Action, status: str, *, found: str | None = None, error: str = "") -> Outcome:
-        return msgspec.convert(
-            {
-                "workload": action.workload,
-                "knob": action.knob,
-                "value": action.value,
-                "status": status,
-                "found": found,
-                "error": error,
-                "reason": action.reason,
-            },
-            Outcome,
-        )
+    def _write_all(self, actions: list[tuple[Action, Workload]]) -> list[Outcome]:
+        return [self._write(action, workload) for action, workload in actions]
 
-    async def _apply_one(self, action: Action, workload: Workload) -> Outcome:
-        if not action.knob.startswith("memory."):
-            return self._write(action, workload)
-        key = (action.workload, action.knob)
-        running = self._blocking.get(key)
-        if running is not None and not running.done():
-            return self._outcome(action, "skipped", error="the last write has not come back yet")
-        task = asyncio.create_task(asyncio.to_thread(self._write, action, workload))
-        self._blocking[key] = task
-        try:
-            return await asyncio.wait_for(asyncio.shield(task), BLOCKING_DEADLINE_SECONDS)
-        except TimeoutError:
-            return self._outcome(action, "failed", error="the kernel is still reclaiming")
+    def _outcome(self, action: Action, status: Status, *, found: str | None = None, error: str = "") -> Outcome:
+        return Outcome(
+            workload=action.workload,
+            knob=action.knob,
+            value=action.value,
+            status=status,
+            found=found,
+            error=error,
+            reason=action.reason,
+        )
 
     def _write(self, action: Action, workload: Workload) -> Outcome:
         try:
             if action.knob == "signal":
-                number = signal.Signals[action.value]
-                pids = self._pids(workload)
-                for pid in pids:
-                    self._port.kill(pid, number)
-                return self._outcome(action, "applied", found=str(len(pids)))
+                return self._signal(action, workload)
             if action.knob == "cgroup.kill":
                 return self._outcome(action, "applied", found=str(kill_below(self._port, action.path, workload.inodes)))
             writes = file_writes(self._port.layout, action.knob, action.value, workload.inodes)
             writes = [w for w in writes if w.hierarchy in workload.inodes]
             if not writes:
                 return self._outcome(action, "skipped", error="this host has no such knob")
+            if not is_act(action.knob):
+                self._written[(action.workload, action.knob)] = (workload.inodes, action.value)
             changed, before = False, None
             for write in writes:
                 found = self._write_file(write, action, workload)
                 changed = changed or found is not None
                 before = before or found
-            self._written[(action.workload, action.knob)] = (workload.inodes, action.value)
             return self._outcome(action, "applied" if changed else "unchanged", found=before)
         except CgroupGone:
             return self._outcome(action, "skipped", error="the cgroup is gone")
         except (JournalBroken, KeyError, ValueError) as error:
+            self._written.pop((action.workload, action.knob), None)
             return self._outcome(action, "skipped", error=f"{type(error).__name__}: {error}")
         except OSError as error:
+            self._written.pop((action.workload, action.knob), None)
             self._complain(action, error)
             return self._outcome(action, "failed", error=f"{errno.errorcode.get(error.errno or 0)}: {error.strerror}")
+
+    def _signal(self, action: Action, workload: Workload) -> Outcome:
+        """Send a signal to those processes that handle it: its default action would end helpers of who does.
+
+        If nobody handles SIGTERM all get it, for they shall end; any other signal is then not sent.
+        """
+        number = signal.Signals[action.value]
+        pids = sorted({p for h in workload.inodes for p in processes_below(self._port, h, workload.path)})
+        handling = [pid for pid in pids if _handles(self._port, pid, number)]
+        if not handling and number != signal.SIGTERM:
+            return self._outcome(action, "skipped", error=f"no process of {workload.name} handles {action.value}")
+        for pid in handling or pids:
+            self._port.kill(pid, number)
+        return self._outcome(action, "applied", found=str(len(handling or pids)))
 
     def _complain(self, action: Action, error: OSError) -> None:
         """Log a failure once, not every tick until it is mended."""
@@ -157,17 +193,18 @@ class Writer:
             loud = log.error if error.errno in (errno.EINVAL, errno.EBUSY) else log.warning
             loud("write_failed", path=action.path, knob=action.knob, value=action.value, error=error.strerror)
 
-    def _pids(self, workload: Workload) -> list[int]:
-        return sorted({p for h in workload.inodes for p in processes_below(self._port, h, workload.path)})
-
     def _write_file(self, write: FileWrite, action: Action, workload: Workload) -> str | None:
         """The value found if the file was changed, None if it already had the value. Raises OSError, JournalBroken."""
         inode = workload.inodes[write.hierarchy]
-        write_only = write.file in WRITE_ONLY
+        write_only = is_act(write.file)
         found = None if write_only else self._port.read(write.hierarchy, action.path, write.file, inode)
         if found is not None and same(write.file, write.value, found):
             return None
         if found is None and not write_only:
+            if self._port.inode(write.hierarchy, action.path) == inode:
+                raise OSError(
+                    errno.ENOENT, f"{action.path} has no {write.file}: its parent hands out no such controller"
+                )
             raise CgroupGone(errno.ENOENT, f"{action.path}/{write.file} is gone")
         if workload.in_place and not write_only:
             self._journal.add(*self._before_values(write, action, inode, found or ""))
@@ -209,7 +246,13 @@ class Writer:
         return [replace(entry, file=weight, found=before, wanted=w) for w in (default, idle)] + [entry]
 
     async def settle(self) -> None:
-        """Wait for writes that are still under way, at most the deadline."""
-        pending = [t for t in self._blocking.values() if not t.done()]
-        if pending:
-            await asyncio.wait(pending, timeout=BLOCKING_DEADLINE_SECONDS)
+        """Wait for writes that are still under way, for a moment."""
+        await self._workers.settle(SETTLE_SECONDS)
+
+
+def _handles(port: FilePort, pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (SigCgt of /proc/<pid>/status, a mask in hexadecimal)."""
+    for line in (port.proc(f"/proc/{pid}/status") or "").splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False

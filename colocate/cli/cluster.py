@@ -55,7 +55,7 @@ from colocate.podgroup.feed import now_seconds
 from colocate.podgroup.manifests import pods_of
 from colocate.podgroup.snapshot import KIND, VERSION, ClusterSnapshot, Explanation, Verdict, decide, explain, load
 from colocate.podgroup.snapshot import what_if as ask
-from colocate.policyfile import NOT_YAML
+from colocate.policy.file import NOT_YAML
 from colocate.units import format_duration
 
 SILENT_SECONDS = 120.0

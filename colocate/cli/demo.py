@@ -50,7 +50,7 @@ def _gang(options: argparse.Namespace) -> int:
     from rich.live import Live
     from rich.table import Table
 
-    from colocate.demo.gangs import GangDemo
+    from colocate.demo.gang.gangs import GangDemo
 
     console, said = Console(stderr=True), ""
     with (
@@ -130,9 +130,9 @@ def demo(options: argparse.Namespace) -> int:
 
 def _real(options: argparse.Namespace) -> Result:
     from colocate.actuate.statedir import StateDirectory
-    from colocate.calibrate import load_calibration
-    from colocate.cgroupfs import KernelPort
-    from colocate.compiler import load_kernels
+    from colocate.agent.numba_cache import load_kernels
+    from colocate.calibrate.measure import load_calibration
+    from colocate.cgroup.port import KernelPort
     from colocate.demo.script import Demo
 
     port = KernelPort()

@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 
 from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
+from colocate.calibration import Calibration
 from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
-from colocate.config import Calibration, ColocationPolicy
 from colocate.errors import BadInput, ColocateError
+from colocate.policy.schema import ColocationPolicy
 
 
 def state_dir(options: argparse.Namespace) -> Path:
@@ -49,9 +50,9 @@ def configure_logs(least: int = 20) -> None:
 
 def doctor(options: argparse.Namespace) -> int:
     """Exit 0 when a tier is possible, 1 when not."""
-    from colocate.calibrate import load_calibration
-    from colocate.cgroupfs import KernelPort
-    from colocate.observe.host import checks
+    from colocate.calibrate.measure import load_calibration
+    from colocate.cgroup.port import KernelPort
+    from colocate.doctor import checks
 
     port = KernelPort()
     found = checks(port)
@@ -94,8 +95,8 @@ def print_calibration(calibration: Calibration) -> None:
 
 def calibrate_command(options: argparse.Namespace) -> int:
     """Measure and keep it."""
-    from colocate.calibrate import FILE, calibrate
-    from colocate.cgroupfs import KernelPort
+    from colocate.calibrate.measure import FILE, calibrate
+    from colocate.cgroup.port import KernelPort
 
     state = StateDirectory(state_dir(options))
     if not os.access(state.path, os.W_OK):
@@ -118,8 +119,8 @@ def agent(options: argparse.Namespace) -> int:
     """Run until SIGTERM."""
     import asyncio
 
-    from colocate.policyfile import load_policy
-    from colocate.service import Service
+    from colocate.agent.daemon import Service
+    from colocate.policy.file import load_policy
 
     configure_logs()
     policy = load_policy(Path(options.config)) if options.config else ColocationPolicy()
@@ -148,7 +149,7 @@ def agent(options: argparse.Namespace) -> int:
 def _in_own_scope(policy: ColocationPolicy) -> ColocationPolicy:
     """An ordinary user's node is the cgroup that was delegated to him, if this is cgroup v2."""
     from colocate.actuate.scratch import base_path, step_aside
-    from colocate.cgroupfs import KernelPort
+    from colocate.cgroup.port import KernelPort
 
     port = KernelPort()
     own = base_path(port)
@@ -163,7 +164,7 @@ def restore_command(options: argparse.Namespace) -> int:
     from colocate.actuate.restore import Report, restore
     from colocate.actuate.scratch import sweep
     from colocate.actuate.statedir import Lock
-    from colocate.cgroupfs import KernelPort
+    from colocate.cgroup.port import KernelPort
 
     directory = state_dir(options)
     if not directory.is_dir():

@@ -115,7 +115,7 @@ def _begin(connection: Connection, arm: str, seconds: float, which: str) -> None
 
 def replay(options: argparse.Namespace) -> int:
     """Exit 1 if the recorded policy does not reproduce the recorded plans."""
-    from colocate.policyfile import load_policy
+    from colocate.policy.file import load_policy
     from colocate.report.replay import replay as replay_records
 
     path = Path(options.records)

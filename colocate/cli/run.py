@@ -46,7 +46,7 @@ def _check(options: argparse.Namespace) -> None:
         if given is not None and not given.isprintable():
             raise BadInput(f"--{option} {given!r}: is not printable text")
     if options.config:
-        from colocate.policyfile import load_policy
+        from colocate.policy.file import load_policy
 
         load_policy(Path(options.config))
 

@@ -6,13 +6,10 @@ Jobs past their declared maximum runtime are evicted by the same steps. designs/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import msgspec
 
-from colocate.config import PolicySpec
-from colocate.plan import Action, Rejected, Request, Verdict
+from colocate.decide.law import Decision, View, act
+from colocate.plan import Request, Verdict
 from colocate.snapshot import NodeSnapshot
 
 LAW = "eviction"
@@ -38,23 +35,11 @@ class EvictionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     under_way: dict[str, Eviction] = {}
 
 
-class Decision(NamedTuple):
-    """What the law wants this tick; `requests` are thaws."""
-
-    state: EvictionState
-    actions: list[Action]
-    verdict: Verdict
-    rejected: list[Rejected]
-    requests: list[Request]
-
-
-def decide_eviction(
-    snapshot: NodeSnapshot, spec: PolicySpec, requests: Sequence[Request], state: EvictionState
-) -> Decision:
-    """The eviction law for one tick."""
-    now = snapshot.monotonic_seconds
+def decide_eviction(view: View, state: EvictionState) -> Decision:
+    """The eviction law for one tick; its requests are thaws."""
+    snapshot, now = view.snapshot, view.now
     jobs = {w.id: w for w in snapshot.of("batch")}
-    wishes = {r.workload: r for r in requests if r.verb == "evict" and r.workload in jobs}
+    wishes = {r.workload: r for r in view.requests if r.verb == "evict" and r.workload in jobs}
     for job in jobs.values():
         limit = job.max_runtime_seconds
         if limit is not None and job.started_seconds and now - job.started_seconds > limit:
@@ -62,28 +47,21 @@ def decide_eviction(
             wishes.setdefault(
                 job.id, Request(verb="evict", workload=job.id, law=LAW, reason="MaxRuntime", message=message)
             )
-    under_way = {
-        id_: e
-        for id_, e in state.under_way.items()
-        if id_ in jobs
-        and _alive(snapshot, id_)
-        and e.inodes == jobs[id_].inodes
-        and not (e.killed and now >= e.killed + KILLING_SECONDS)  # whatever runs then has been started since
-    }
-    actions: list[Action] = []
+    under_way = {id_: e for id_, e in state.under_way.items() if still_leaving(snapshot, id_, e, now)}
+    actions = []
     for id_, wish in wishes.items():
         if id_ in under_way or not _alive(snapshot, id_):
             continue
-        deadline = now + spec.memory.termination_grace
+        deadline = now + view.spec.memory.termination_grace
         inodes = jobs[id_].inodes
         under_way[id_] = Eviction(deadline=deadline, reason=wish.reason, message=wish.message, inodes=inodes)
-        actions.append(_action(id_, jobs[id_].path, "signal", "SIGTERM", wish.reason, wish.message))
+        actions.append(act(LAW, jobs[id_], "signal", "SIGTERM", wish.reason, wish.message))
     thaws = []
     for id_, eviction in list(under_way.items()):
         thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=eviction.message))
         if now >= eviction.deadline:
             under_way[id_] = msgspec.structs.replace(eviction, killed=eviction.killed or now)
-            actions.append(_action(id_, jobs[id_].path, "cgroup.kill", "1", eviction.reason, eviction.message))
+            actions.append(act(LAW, jobs[id_], "cgroup.kill", "1", eviction.reason, eviction.message))
     if under_way:
         names = ", ".join(jobs[i].name for i in under_way)
         first = next(iter(under_way.values()))
@@ -93,10 +71,14 @@ def decide_eviction(
     return Decision(EvictionState(under_way=under_way), actions, verdict, [], thaws)
 
 
+def still_leaving(snapshot: NodeSnapshot, id_: str, eviction: Eviction, now: float) -> bool:
+    """Whether a job that was told to go is still on its way; what its owner has made anew is another."""
+    job = snapshot.workloads.get(id_)
+    if job is None or not _alive(snapshot, id_) or eviction.inodes != job.inodes:
+        return False
+    return not (eviction.killed and now >= eviction.killed + KILLING_SECONDS)  # whatever runs then was started since
+
+
 def _alive(snapshot: NodeSnapshot, id_: str) -> bool:
     processes = snapshot.workloads[id_].processes
     return processes is None or processes > 0
-
-
-def _action(workload: str, path: str, knob: str, value: str, reason: str, message: str) -> Action:
-    return Action(workload=workload, path=path, knob=knob, value=value, reason=reason, message=message, law=LAW)

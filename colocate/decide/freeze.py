@@ -6,14 +6,10 @@ evicted or signalled is thawed first. designs/0003-freeze.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import msgspec
 
-from colocate.config import PolicySpec
-from colocate.plan import Action, Rejected, Request, Verdict
-from colocate.snapshot import NodeSnapshot
+from colocate.decide.law import Decision, View, act
+from colocate.plan import Rejected, Request, Verdict
 
 LAW = "freeze"
 EVALUATE = "evaluate"
@@ -26,26 +22,15 @@ class FreezeState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     since: dict[str, float] = {}
 
 
-class Decision(NamedTuple):
-    """What the law wants this tick; `requests` are evictions for the next one."""
+def decide_freeze(view: View, state: FreezeState) -> Decision:
+    """The freeze law for one tick; its requests are evictions for the next one.
 
-    state: FreezeState
-    actions: list[Action]
-    verdict: Verdict
-    rejected: list[Rejected]
-    requests: list[Request]
-
-
-def decide_freeze(
-    snapshot: NodeSnapshot, spec: PolicySpec, requests: Sequence[Request], state: FreezeState
-) -> Decision:
-    """The freeze law for one tick. A thaw request beats a freeze request: a job that must end must run."""
-    now = snapshot.monotonic_seconds
-    freeze = {r.workload: r for r in requests if r.verb == "freeze"}
-    thaw = {r.workload: r for r in requests if r.verb == "thaw"}
-    actions: list[Action] = []
-    rejected: list[Rejected] = []
-    follow: list[Request] = []
+    A thaw request beats a freeze request: a job that must end must run.
+    """
+    snapshot, now, most = view.snapshot, view.now, view.spec.freeze.max_frozen
+    freeze = {r.workload: r for r in view.requests if r.verb == "freeze"}
+    thaw = {r.workload: r for r in view.requests if r.verb == "thaw"}
+    actions, rejected, follow = [], [], []
     since: dict[str, float] = {}
     for job in snapshot.of("batch"):
         wish = freeze.get(job.id)
@@ -54,10 +39,11 @@ def decide_freeze(
             rejected.append(Rejected(law=LAW, considered=f"freezing {job.name} for {wish.law}", why=why))
             wish = None
         if wish is not None:
-            since[job.id] = state.since.get(job.id, now)
+            # Read back, not wished: one that cannot be frozen is not frozen too long.
+            since[job.id] = state.since.get(job.id, now) if job.frozen or job.id not in state.since else now
             frozen_for = now - since[job.id]
-            if frozen_for > spec.freeze.max_frozen and wish.law != EVALUATE:
-                message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {spec.freeze.max_frozen:g} s)"
+            if frozen_for > most and wish.law != EVALUATE:
+                message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {most:g} s)"
                 follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
         elif job.frozen and job.id in state.since:
             since[job.id] = state.since[job.id]  # until it really is thawed
@@ -66,21 +52,11 @@ def decide_freeze(
         if job.frozen != (wanted == "1") and not (wanted == "0" and others):
             reason = wish.reason if wish is not None else "Thaw"
             message = wish.message if wish is not None else "nothing asks for a freeze any more"
-            actions.append(
-                Action(
-                    workload=job.id,
-                    path=job.path,
-                    knob="cgroup.freeze",
-                    value=wanted,
-                    reason=reason,
-                    message=message,
-                    law=LAW,
-                )
-            )
+            actions.append(act(LAW, job, "cgroup.freeze", wanted, reason, message))
     state = FreezeState(since=since)
     if since:
         longest = max(now - t for t in since.values())
-        message = f"{len(since)} job(s) frozen, the longest for {longest:.1f} s of at most {spec.freeze.max_frozen:g} s"
+        message = f"{len(since)} job(s) frozen, the longest for {longest:.1f} s of at most {most:g} s"
         verdict = Verdict(law=LAW, state="frozen", reason="FreezeRequested", message=message)
     else:
         verdict = Verdict(law=LAW, state="thawed", reason="NothingFrozen", message="no law asks for a freeze")

@@ -1,20 +1,19 @@
-"""The memory law: batch has what the services will not need, and gives it back by a ladder while they stall.
+"""The memory law: batch has what the services will not need, and gives it back by a ladder while they stall for want.
 
-Owns memory.high, memory.max and memory.reclaim of the tier, and the checkpoint signal. v2 rungs: high -> reclaim ->
-checkpoint signal (high lifted until its deadline) -> freeze request (skipped without swap: it frees nothing) -> evict
-request. v1 has no memory.high; its limit kills inside the group when reached, so it is never set below usage plus
-headroom and the ladder is reclaim -> checkpoint -> evict. Page cache is not pressure: the evidence is the services'
-stall time and the memory that is left without cache. designs/0002-memory.md.
+Owns memory.high, memory.max and memory.reclaim of batch, and the checkpoint signal. A stall moves batch only if it can
+be batch's doing: the node is short of memory, batch holds some of it, and the service is not at its own limit. v2 rungs:
+high -> reclaim -> checkpoint signal (high lifted until its deadline) -> freeze request (skipped without swap: it frees
+nothing) -> evict request. v1 has no memory.high; its limit kills inside the group when reached, so it is never below
+usage plus headroom and the ladder is limit -> reclaim -> checkpoint -> evict. One shortage evicts one job at a time:
+what is on its way out, and what it will free, counts. Page cache is not pressure. designs/0002-memory.md.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import msgspec
 
-from colocate.config import PolicySpec
-from colocate.model.forecast import Forecast
+from colocate.decide.law import Decision, View, act
+from colocate.knob import narrowest
 from colocate.plan import Action, Rejected, Request, Verdict
 from colocate.snapshot import NodeSnapshot, Workload
 from colocate.units import format_bytes
@@ -25,6 +24,10 @@ V1_HEADROOM_BYTES = 64 << 20
 GRAIN_BYTES = 1 << 20
 HYSTERESIS_RATIO = 0.02
 CRITICAL_RATIO = 0.01
+SHORT_RATIO = 0.1
+"""Of the node: with more than this left (cache counted), nobody stalls for want of the node's memory."""
+STUCK_RATIO = 0.5
+"""A job whose processes all stall more than this at our limit does no work, though it runs."""
 RUNGS_V2 = ("high", "reclaim", "checkpoint", "freeze", "evict")
 RUNGS_V1 = ("limit", "reclaim", "checkpoint", "evict")
 
@@ -40,31 +43,12 @@ class MemoryState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     allowance_bytes: int = 0
     signalled: dict[str, float] = {}
     """Jobs that were sent their checkpoint signal in this episode, with the deadline."""
-
-
-class Decision(NamedTuple):
-    """What the law wants this tick."""
-
-    state: MemoryState
-    actions: list[Action]
-    verdict: Verdict
-    rejected: list[Rejected]
-    requests: list[Request]
-
-
-def allowance_bytes(snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec) -> int:
-    """node - services' forecast working set - everybody else's use - reserve, in MiB; never below 64 MiB.
-
-    Everybody else is what is neither available nor a service's nor batch's.
-    """
-    reserve = int(snapshot.memory_bytes * spec.memory.reserve / 100)
-    services = sum(w.working_set_bytes or 0 for w in snapshot.of("service"))
-    batch = batch_bytes(snapshot)
-    others = 0
-    if snapshot.memory_available_bytes is not None:
-        others = max(snapshot.memory_bytes - snapshot.memory_available_bytes - services - batch, 0)
-    left = snapshot.memory_bytes - forecast.services_peak_bytes - others - reserve
-    return max(left // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES)
+    leaving: tuple[str, ...] = ()
+    """Jobs that were on their way out at the last look."""
+    settled: float = 0.0
+    """Until then a stall may still be one of before the last eviction freed its memory."""
+    stuck: dict[str, float] = {}
+    """Since when a job stalls at our limit."""
 
 
 def batch_bytes(snapshot: NodeSnapshot) -> int:
@@ -75,100 +59,184 @@ def batch_bytes(snapshot: NodeSnapshot) -> int:
     return sum(w.working_set_bytes or 0 for w in snapshot.of("batch"))
 
 
-def pressure(snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec) -> str:
-    """Who stalls, in words; empty if nobody does."""
+def allowance_bytes(view: View) -> int:
+    """node - services' forecast working set - everybody else's use - reserve, in MiB; never below 64 MiB.
+
+    Everybody else is what is neither available nor a service's nor batch's.
+    """
+    snapshot = view.snapshot
+    reserve = int(snapshot.memory_bytes * view.spec.memory.reserve / 100)
+    services = sum(w.working_set_bytes or 0 for w in snapshot.of("service"))
+    others = 0
+    if snapshot.memory_available_bytes is not None:
+        used = snapshot.memory_bytes - snapshot.memory_available_bytes
+        others = max(used - services - batch_bytes(snapshot), 0)
+    left = snapshot.memory_bytes - view.forecast.services_peak_bytes - others - reserve
+    return max(left // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES)
+
+
+def pressure(view: View) -> tuple[str, list[Rejected]]:
+    """Who stalls for want of memory that batch could give back, in words, empty if nobody; and who stalls otherwise."""
+    snapshot, spec = view.snapshot, view.spec
+    left, total = snapshot.memory_available_bytes, snapshot.memory_bytes
+    short = left is None or left < SHORT_RATIO * total
+    batch = batch_bytes(snapshot)
+    why, rejected = "", []
     for workload in snapshot.of("service"):
-        ratio = forecast.workloads[workload.id].memory_pressure_ratio
-        if ratio is not None and ratio > spec.memory.pressure / 100:
-            return f"{workload.name} stalls on memory {ratio:.1%} of the time (over {spec.memory.pressure:g} %)"
-    left = snapshot.memory_available_bytes
-    if left is not None and left < CRITICAL_RATIO * snapshot.memory_bytes:
-        return f"only {format_bytes(left)} of the node's memory are left"
-    return ""
+        now = view.forecast.workloads[workload.id]
+        ratio = now.memory_pressure_ratio
+        if ratio is None or ratio <= spec.memory.pressure / 100:
+            continue
+        text = f"{workload.name} stalls on memory {ratio:.1%} of the time (over {spec.memory.pressure:g} %)"
+        cause = ""
+        if now.at_own_limit:
+            cause = "it is at its own limit"
+        elif not short:
+            cause = f"{format_bytes(left or 0)} of {format_bytes(total)} are free on the node"
+        elif batch < LEAST_BYTES:
+            cause = f"batch holds only {format_bytes(batch)}"
+        if cause:
+            rejected.append(Rejected(law=LAW, considered="the ladder", why=f"{text}, but {cause}"))
+        elif not why:
+            why = text
+    if not why and left is not None and left < CRITICAL_RATIO * total:
+        why = f"only {format_bytes(left)} of the node's memory are left"
+        if batch < LEAST_BYTES:
+            rejected.append(
+                Rejected(law=LAW, considered="the ladder", why=f"{why}, but batch holds only {format_bytes(batch)}")
+            )
+            why = ""
+    return why, rejected
 
 
-def _advance(
-    state: MemoryState, stalls: bool, rungs: tuple[str, ...], snapshot: NodeSnapshot, spec: PolicySpec
-) -> MemoryState:
-    now, replace = snapshot.monotonic_seconds, msgspec.structs.replace
+def _helps(rung: str, snapshot: NodeSnapshot, v2: bool) -> bool:
+    """Whether a rung can do anything here."""
+    batch = snapshot.of("batch")
+    if rung == "checkpoint":
+        return any(w.checkpoint_signal for w in batch)
+    if rung == "freeze":
+        return snapshot.swap_free_bytes > 0
+    if rung == "limit":
+        return snapshot.tier is not None and (snapshot.tier.working_set_bytes or 0) >= LEAST_BYTES
+    return rung not in ("high", "reclaim") or v2 or snapshot.tier is not None
+
+
+def _advance(state: MemoryState, stalls: bool, rungs: tuple[str, ...], view: View) -> MemoryState:
+    now, replace, memory = view.now, msgspec.structs.replace, view.spec.memory
+    v2 = rungs is RUNGS_V2
     if not stalls:
-        if state.rung >= 0 and now - state.pressed >= spec.memory.calm:
+        if state.rung >= 0 and now - state.pressed >= memory.calm:
             # Down to the first rung, then calm: the rungs between are acts, not limits to be held.
             calmer = replace(state, rung=0, since=now, pressed=now)
-            return calmer if state.rung > 0 else MemoryState(allowance_bytes=state.allowance_bytes)
+            return calmer if state.rung > 0 else replace(state, rung=-1, since=now, pressed=0.0)
         return state
     state = replace(state, pressed=now)
     if state.rung < 0:
-        return replace(state, rung=0, since=now)
-    waiting = rungs[state.rung] == "checkpoint" and any(now < d for d in state.signalled.values())
-    if now - state.since < spec.memory.rung or waiting or state.rung + 1 >= len(rungs):
-        return state
-    following = state.rung + 1
-    if rungs[following] == "checkpoint" and not any(w.checkpoint_signal for w in snapshot.of("batch")):
-        following += 1
-    if rungs[following] == "freeze" and snapshot.swap_free_bytes == 0:
+        following = 0
+    else:
+        waiting = rungs[state.rung] == "checkpoint" and any(now < d for d in state.signalled.values())
+        if now - state.since < memory.rung or waiting or state.rung + 1 >= len(rungs):
+            return state
+        following = state.rung + 1
+    while following + 1 < len(rungs) and not _helps(rungs[following], view.snapshot, v2):
         following += 1
     return replace(state, rung=following, since=now)
 
 
-def decide_memory(snapshot: NodeSnapshot, forecast: Forecast, spec: PolicySpec, state: MemoryState) -> Decision:
+def _settle(state: MemoryState, view: View) -> MemoryState:
+    """Notice that an eviction has ended: what was felt until then says nothing of what is left."""
+    leaving = tuple(sorted(view.evicting))
+    gone = [id_ for id_ in state.leaving if id_ not in view.evicting]
+    settled = view.now + max(view.spec.memory.rung, view.forecast.interval_seconds) if gone else state.settled
+    return msgspec.structs.replace(state, leaving=leaving, settled=settled)
+
+
+def _stuck(state: MemoryState, view: View) -> tuple[MemoryState, list[Request]]:
+    """Jobs that crawl at a limit of ours, neither killed nor running: they hold memory and do no work."""
+    since: dict[str, float] = {}
+    requests = []
+    tier = view.snapshot.tier
+    for job in view.snapshot.of("batch"):
+        ratio = view.forecast.workloads[job.id].memory_full_ratio
+        limited = job if job.in_place else tier
+        high = limited.knobs.get("memory.high", "max") if limited is not None else "max"
+        ours = high.isdigit() and high != (limited.found.get("memory.high") if limited is not None else None)
+        at_high = ours and limited is not None and (limited.memory_bytes or 0) >= 0.9 * int(high)
+        if not at_high or ratio is None or ratio < STUCK_RATIO:
+            continue
+        since[job.id] = state.stuck.get(job.id, view.now)
+        lasted = view.now - since[job.id]
+        if lasted > view.spec.freeze.max_frozen and job.id not in view.evicting:
+            mark = format_bytes(int(high))
+            message = f"{job.name} stalls {ratio:.0%} of the time at its limit of {mark}, for {lasted:.0f} s already"
+            requests.append(Request(verb="evict", workload=job.id, law=LAW, reason="MemoryStuck", message=message))
+    return msgspec.structs.replace(state, stuck=since), requests
+
+
+def decide_memory(view: View, state: MemoryState) -> Decision:
     """The memory law for one tick."""
+    snapshot, spec = view.snapshot, view.spec
     v2 = "memory.high" in snapshot.capabilities
     rungs = RUNGS_V2 if v2 else RUNGS_V1
-    used = batch_bytes(snapshot)
-    allowed = allowance_bytes(snapshot, forecast, spec)
+    allowed = allowance_bytes(view)
     if state.allowance_bytes and abs(allowed - state.allowance_bytes) <= HYSTERESIS_RATIO * state.allowance_bytes:
         allowed = state.allowance_bytes
-    why = pressure(snapshot, forecast, spec)
-    rejected = []
-    if why and used < LEAST_BYTES:
-        rejected.append(
-            Rejected(law=LAW, considered="the ladder", why=f"{why}, but batch holds only {format_bytes(used)}")
-        )
+    state = _settle(state, view)
+    why, rejected = pressure(view)
+    if why and view.now < state.settled:
+        rejected.append(Rejected(law=LAW, considered="the next rung", why="an eviction has just freed memory"))
         why = ""
-    stale = snapshot.stale_ticks.get("workloads", 0)
+    stale = view.stale("workloads")
+    left_open = stale >= spec.staleness.open_after
     if stale < spec.staleness.stop_tightening_after:
-        state = _advance(state, bool(why), rungs, snapshot, spec)
-    if stale >= spec.staleness.open_after:
+        state = _advance(state, bool(why), rungs, view)
+    if left_open:
         state = MemoryState()
-    state = msgspec.structs.replace(state, allowance_bytes=allowed)
+    state, requests = _stuck(msgspec.structs.replace(state, allowance_bytes=allowed), view)
     rung = rungs[state.rung] if state.rung >= 0 else "calm"
-    reason = "MemoryPressure" if state.rung >= 0 else "MemoryAllowance"
-    message = why or (
-        f"allowance {format_bytes(allowed)} = node {format_bytes(snapshot.memory_bytes)} - services' peak "
-        f"{format_bytes(forecast.services_peak_bytes)} - others - reserve {spec.memory.reserve:g} %"
-        if state.rung < 0
-        else f"calm since {snapshot.monotonic_seconds - state.pressed:.1f} s, rung {rung} still in force"
-    )
-    signalled = dict(state.signalled)
-    actions = _limits(snapshot, state, rung, allowed, used, v2, reason, message, stale >= spec.staleness.open_after)
-    requests: list[Request] = []
+    reason, message = _words(view, state, rung, why, allowed)
+    actions = _limits(view, state, rung, reason, message, v2=v2, left_open=left_open)
     if why and rung == "checkpoint":
-        for job in snapshot.of("batch"):
-            if job.checkpoint_signal and job.id not in signalled:
-                # One deadline for all: jobs that come and go must not hold the ladder here for ever.
-                signalled[job.id] = state.since + spec.memory.checkpoint_deadline
-                actions.append(_action(job, "signal", job.checkpoint_signal, "CheckpointSignal", message))
+        state, signals = _signals(view, state, message)
+        actions += signals
     if why and rung == "freeze":
-        requests = [_request("freeze", w, message) for w in snapshot.of("batch")]
-    if why and rung == "evict" and snapshot.of("batch"):
-        victim = least_loss(snapshot, forecast)
-        requests = [_request("evict", w, message) for w in victim]
-    state = msgspec.structs.replace(state, signalled=signalled if state.rung >= 0 else {})
+        requests += [_request("freeze", w, message) for w in snapshot.of("batch")]
+    if why and rung == "evict" and not view.evicting:
+        requests += [_request("evict", w, message) for w in least_loss(view)]
+    if state.rung < 0:
+        state = msgspec.structs.replace(state, signalled={})
     numbers = {
         "node_bytes": float(snapshot.memory_bytes),
-        "services_peak_bytes": float(forecast.services_peak_bytes),
-        "batch_bytes": float(used),
+        "services_peak_bytes": float(view.forecast.services_peak_bytes),
+        "batch_bytes": float(batch_bytes(snapshot)),
         "allowance_bytes": float(allowed),
     }
+    if requests:
+        reason, message = requests[0].reason, requests[0].message
     verdict = Verdict(law=LAW, state=rung, reason=reason, message=message, numbers=numbers)
     return Decision(state, actions, verdict, rejected, requests)
 
 
-def _action(workload: Workload, knob: str, value: str, reason: str, message: str) -> Action:
-    return Action(
-        workload=workload.id, path=workload.path, knob=knob, value=value, reason=reason, message=message, law=LAW
+def _words(view: View, state: MemoryState, rung: str, why: str, allowed: int) -> tuple[str, str]:
+    if why:
+        leaving = f"; {len(view.evicting)} job(s) on their way out" if view.evicting else ""
+        return "MemoryPressure", why + leaving
+    if state.rung >= 0:
+        return "MemoryPressure", f"calm since {view.now - state.pressed:.1f} s, rung {rung} still in force"
+    return "MemoryAllowance", (
+        f"allowance {format_bytes(allowed)} = node {format_bytes(view.snapshot.memory_bytes)} - services' peak "
+        f"{format_bytes(view.forecast.services_peak_bytes)} - others - reserve {view.spec.memory.reserve:g} %"
     )
+
+
+def _signals(view: View, state: MemoryState, message: str) -> tuple[MemoryState, list[Action]]:
+    signalled, actions = dict(state.signalled), []
+    for job in view.snapshot.of("batch"):
+        if job.checkpoint_signal and job.id not in signalled and job.id not in view.evicting:
+            # One deadline for all: jobs that come and go must not hold the ladder here for ever.
+            signalled[job.id] = state.since + view.spec.memory.checkpoint_deadline
+            actions.append(act(LAW, job, "signal", job.checkpoint_signal, "CheckpointSignal", message))
+    return msgspec.structs.replace(state, signalled=signalled), actions
 
 
 def _request(verb: str, workload: Workload, message: str) -> Request:
@@ -182,62 +250,73 @@ def _request(verb: str, workload: Workload, message: str) -> Request:
 
 
 def _limits(
-    snapshot: NodeSnapshot,
-    state: MemoryState,
-    rung: str,
-    allowed: int,
-    used: int,
-    v2: bool,
-    reason: str,
-    message: str,
-    left_open: bool,
+    view: View, state: MemoryState, rung: str, reason: str, message: str, *, v2: bool, left_open: bool
 ) -> list[Action]:
-    tier = snapshot.tier
-    if tier is None or tier.memory_bytes is None:
-        return []
+    now_reclaimed = rung == "reclaim" and state.since == state.pressed == view.now
     actions = []
-    if not v2:
-        least = tier.memory_bytes + V1_HEADROOM_BYTES
-        value = max(allowed, least) // GRAIN_BYTES * GRAIN_BYTES
-        current = tier.knobs.get("memory.max", "max")
-        if left_open:
-            actions.append(_action(tier, "memory.max", "max", reason, message))
-        elif not current.isdigit() or int(current) < least or abs(int(current) - value) > HYSTERESIS_RATIO * value:
-            actions.append(_action(tier, "memory.max", str(value), reason, message))
-        if rung == "reclaim" and state.since == state.pressed == snapshot.monotonic_seconds:
-            actions.append(_action(tier, "memory.reclaim", str(used // 4), reason, message))
-        return actions
-    if left_open or rung == "checkpoint":
-        value_text = "max"  # a job that is throttled at its high mark cannot write its checkpoint in time
-    elif state.rung >= 0:
-        value_text = str(max(min(allowed, int(used * 0.9)) // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES))
-        current = tier.knobs.get("memory.high", "max")
-        if current.isdigit() and int(current) <= int(value_text):
-            value_text = current  # never widened while they stall
-    else:
-        value_text = str(allowed)
-    actions.append(_action(tier, "memory.high", value_text, reason, message))
-    if rung == "reclaim" and state.since == state.pressed == snapshot.monotonic_seconds:
-        actions.append(_action(tier, "memory.reclaim", str(max(used // 4, GRAIN_BYTES)), reason, message))
+    tier = view.snapshot.tier
+    governed = [w for w in view.snapshot.of("batch") if w.in_place and "memory.high" in w.knobs]
+    if tier is not None and tier.memory_bytes is not None:
+        value = _tier_value(tier, state, rung, v2=v2, left_open=left_open)
+        if value is not None:
+            actions.append(act(LAW, tier, "memory.high" if v2 else "memory.max", value, reason, message))
+        if now_reclaimed and (tier.working_set_bytes or 0) >= GRAIN_BYTES:
+            amount = max((tier.working_set_bytes or 0) // 4, GRAIN_BYTES)
+            actions.append(act(LAW, tier, "memory.reclaim", str(amount), reason, message))
+    for workload in governed:  # only while a service stalls; then its owner's own value is back
+        found = workload.found.get("memory.high", workload.knobs["memory.high"])
+        held = workload.working_set_bytes or 0
+        value = found
+        if state.rung >= 0 and rung != "checkpoint" and held >= LEAST_BYTES and not left_open:
+            mark = str(max(int(held * 0.9) // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES))
+            value = narrowest("memory.high", _never_widened(workload, mark), found)
+        actions.append(act(LAW, workload, "memory.high", value, reason, message))
+        if now_reclaimed and held >= LEAST_BYTES:
+            actions.append(act(LAW, workload, "memory.reclaim", str(held // 4), reason, message))
     return actions
 
 
-def lost_work(workload: Workload, forecast: Forecast, now_seconds: float) -> float:
-    """Core-seconds plus GiB-seconds since the last checkpoint (or the start): what an eviction throws away."""
+def _never_widened(workload: Workload, value: str) -> str:
+    """While services stall a mark that is lower already stays."""
+    current = workload.knobs.get("memory.high", "max")
+    return current if current.isdigit() and int(current) <= int(value) else value
+
+
+def _tier_value(tier: Workload, state: MemoryState, rung: str, *, v2: bool, left_open: bool) -> str | None:
+    """The tier's limit; None to leave it."""
+    allowed, used = state.allowance_bytes, tier.working_set_bytes or 0
+    if left_open or (v2 and rung == "checkpoint"):
+        return "max"  # a job that is throttled at its high mark cannot write its checkpoint in time
+    if not v2:
+        least = (tier.memory_bytes or 0) + V1_HEADROOM_BYTES
+        wanted = max(allowed, least) // GRAIN_BYTES * GRAIN_BYTES
+        current = tier.knobs.get("memory.max", "max")
+        stays = current.isdigit() and int(current) >= least and abs(int(current) - wanted) <= HYSTERESIS_RATIO * wanted
+        return None if stays else str(wanted)
+    if state.rung < 0:
+        return str(allowed)
+    return _never_widened(tier, str(max(min(allowed, int(used * 0.9)) // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES)))
+
+
+def lost_work(workload: Workload, now_seconds: float) -> float:
+    """What an eviction throws away: CPU-seconds that were spent, and GiB held for seconds, since the last checkpoint.
+
+    Without a checkpoint: since the start of its oldest process.
+    """
     since = workload.checkpointed_seconds or workload.started_seconds or now_seconds
-    cores = workload.requested_cores or forecast.workloads[workload.id].usage_cores or 0.0
-    return max(now_seconds - since, 0.0) * (cores + (workload.working_set_bytes or 0) / (1 << 30))
+    spent = max((workload.cpu_usage_us or 0) - workload.checkpointed_cpu_us, 0) / 1e6
+    return spent + max(now_seconds - since, 0.0) * (workload.working_set_bytes or 0) / (1 << 30)
 
 
-def least_loss(snapshot: NodeSnapshot, forecast: Forecast) -> list[Workload]:
+def least_loss(view: View) -> list[Workload]:
     """The job to evict: lowest priority, then least lost work; a gang counts and goes whole; never an empty one."""
     gangs: dict[str, list[Workload]] = {}
-    for workload in snapshot.of("batch"):
+    for workload in view.snapshot.of("batch"):
         if (workload.working_set_bytes or 0) > 0:
             gangs.setdefault(workload.gang or workload.id, []).append(workload)
 
     def cost(members: list[Workload]) -> tuple[int, float, str]:
-        lost = sum(lost_work(w, forecast, snapshot.monotonic_seconds) for w in members)
+        lost = sum(lost_work(w, view.now) for w in members)
         return max(w.priority for w in members), round(lost, 3), members[0].id
 
     return min(gangs.values(), key=cost, default=[])

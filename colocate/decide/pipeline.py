@@ -1,4 +1,4 @@
-"""Joins the laws: runs them in order, hands requests on, drops what is already so, and orders what is left.
+"""Joins the laws: runs them in order, hands requests on, settles conflicts, drops what is already so, orders the rest.
 
 The order of writing is the kernel's demand: thaw before signals, `cpu.idle` off before a weight, limits widened from
 parent to child and then tightened from child to parent, freezing last. Sources: cgroup-v2.rst; the nested rule is
@@ -7,19 +7,32 @@ KEP-1287's and koordinator's updater.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
-from colocate.config import Calibration, PolicySpec
+from colocate.calibration import Calibration
 from colocate.decide.cpu import CpuState, decide_cpu
-from colocate.decide.eviction import EvictionState, decide_eviction
+from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
+from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
+from colocate.errors import StateTooNew, StateTooOld
+from colocate.knob import KNOBS, place, same, width
 from colocate.model.forecast import Forecast
-from colocate.plan import Action, Plan, Request
+from colocate.plan import Action, Plan, Rejected, Request
+from colocate.policy.schema import PolicySpec
 from colocate.snapshot import NodeSnapshot, Workload
-from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist, parse_cpulist
+from colocate.units import cpu_max, format_cpulist
 
-_ONCE = ("signal", "cgroup.kill", "memory.reclaim")
+LAWS: tuple[tuple[str, Law], ...] = (
+    ("cpu", decide_cpu),
+    ("memory", decide_memory),
+    ("eviction", decide_eviction),
+    ("freeze", decide_freeze),
+)
+"""Each with the field of LawState that is its memory, in an order in which requests reach their owner."""
+LAWS_VERSION = 2
 
 
 class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -31,80 +44,77 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     eviction: EvictionState = EvictionState()
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
+    version: int = 0
+    """Of the laws that wrote it, in a record or a handover; 0 is this program's, for a default is not written."""
 
 
-def already(knob: str, wanted: str, found: str | None) -> bool:
-    """Whether the value on disk means what is wanted."""
-    if found is None or knob in _ONCE:
-        return False
-    if knob == "cpuset.cpus":
-        return parse_cpulist(found) == parse_cpulist(wanted)
-    if knob == "cpu.max":
-        return cores_of_cpu_max(found) == cores_of_cpu_max(wanted)
-    return found == wanted
+def laws_to_builtins(state: LawState) -> Any:
+    """For a keyframe or a handover, with the version."""
+    return msgspec.to_builtins(msgspec.structs.replace(state, version=LAWS_VERSION))
 
 
-def _size(knob: str, value: str) -> float:
-    """How wide a limit is; larger is wider."""
-    if knob == "cpuset.cpus":
-        return float(len(parse_cpulist(value)))
-    if value.startswith("max"):
-        return float("inf")
-    if knob == "cpu.max":
-        return cores_of_cpu_max(value) or 0.0
-    return float(value)
-
-
-def order(actions: list[Action], workloads: dict[str, Workload]) -> list[Action]:
-    """The same actions in an order in which every intermediate state is allowed by the kernel."""
-
-    def key(action: Action) -> tuple[int, int, str, str]:
-        depth = action.path.count("/")
-        knob, value = action.knob, action.value
-        place = {"signal": 1, "memory.reclaim": 7, "cgroup.kill": 9}.get(knob, 4)
-        if knob == "cgroup.freeze":
-            place = 0 if value == "0" else 8
-        elif knob == "cpu.idle":
-            place = 2 if value == "0" else 5
-        elif knob == "cpu.weight":
-            place = 3
-        elif place == 4:
-            found = workloads[action.workload].knobs.get(knob) if action.workload in workloads else None
-            tightens = found is None or _size(knob, value) < _size(knob, found)
-            place, depth = (6, -depth) if tightens else (4, depth)
-        return place, depth, action.workload, knob
-
-    return sorted(actions, key=key)
+def laws_from_builtins(data: object, source: str) -> LawState:
+    """The state again. Raises StateTooNew or StateTooOld naming `source`, and msgspec.ValidationError."""
+    version = data.get("version", 1) if isinstance(data, dict) else 1
+    if version != LAWS_VERSION:
+        error = StateTooNew if version > LAWS_VERSION else StateTooOld
+        raise error(f"{source} has the memory of laws version {version}, this colocate knows version {LAWS_VERSION}")
+    return msgspec.structs.replace(msgspec.convert(data, LawState), version=0)
 
 
 OFF_FROZEN, OFF_UNMANAGED = "off-frozen", "off-unmanaged"
 """Arms of an evaluation in which co-location is off: batch frozen, or at the weight of a service without any limit."""
 
 
-def _evaluation(arm: str, snapshot: NodeSnapshot, actions: list[Action]) -> tuple[list[Action], list[Request]]:
-    """What an evaluation's off arm makes of the CPU law's actions."""
-    message = f"`colocate evaluate` is measuring the arm {arm}"
-    if arm == OFF_FROZEN:
-        return actions, [
-            Request(verb="freeze", workload=w.id, law=EVALUATE, reason="Evaluation", message=message)
-            for w in snapshot.of("batch")
-        ]
-    if arm == OFF_UNMANAGED:
-        everywhere = format_cpulist(snapshot.cpus)
-        open_values = {"cpu.weight": "100", "cpu.idle": "0", "cpu.max": cpu_max(None), "cpuset.cpus": everywhere}
+def order(actions: list[Action], workloads: dict[str, Workload]) -> list[Action]:
+    """The same actions in an order in which every intermediate state is allowed by the kernel."""
 
-        def value(action: Action) -> str:
-            job = snapshot.workloads.get(action.workload)
-            if action.knob == "cpu.max" and job is not None and job.requested_cores is not None:
-                return cpu_max(job.requested_cores)  # what a job asked for is no rule of ours
-            return open_values[action.knob]
+    def key(action: Action) -> tuple[int, int, str, str]:
+        workload = workloads.get(action.workload)
+        found = workload.knobs.get(action.knob) if workload is not None else None
+        first, depth = place(action.knob, action.value, found, action.path.count("/"))
+        return first, depth, action.workload, action.knob
 
-        return [
-            msgspec.structs.replace(a, value=value(a), reason="Evaluation", message=message)
-            for a in actions
-            if a.knob in open_values
-        ], []
-    return actions, []
+    return sorted(actions, key=key)
+
+
+def settle(actions: list[Action]) -> tuple[list[Action], list[Rejected]]:
+    """One value a knob: where two laws want one, the narrower wins, and the loser is recorded."""
+    kept: dict[tuple[object, str], Action] = {}
+    rejected = []
+    for action in actions:
+        key = (action.target, action.knob)
+        other = kept.get(key)
+        if other is None or KNOBS[action.knob].codec == "act":
+            kept[key if other is None else (action.target, f"{action.knob} {len(kept)}")] = action
+            continue
+        loser = action
+        if width(action.knob, action.value) < width(other.knob, other.value):
+            kept[key], loser = action, other
+        winner = kept[key]
+        why = f"{winner.law} wants {winner.value}, which is narrower ({winner.reason})"
+        rejected.append(Rejected(law=loser.law, considered=f"{loser.knob} = {loser.value}", why=why))
+    return list(kept.values()), rejected
+
+
+def _unmanaged(snapshot: NodeSnapshot, message: str) -> list[Action]:
+    """Every law is off: the tier at the weight of a service without a limit, batch in place as its owner had it."""
+    actions = []
+    opened = {"cpu.idle": "0", "cpu.weight": "100", "cpu.max": cpu_max(None), "memory.high": "max", "memory.max": "max"}
+    opened["cpuset.cpus"] = format_cpulist(snapshot.cpus)
+    tier = [snapshot.tier] if snapshot.tier is not None else []
+    for workload in [*tier, *(w for w in snapshot.of("batch") if w.in_place)]:
+        values = workload.found if workload.in_place else opened
+        idle = values.get("cpu.idle") == "1"
+        for knob, value in values.items():
+            if knob in workload.knobs and not (knob == "cpu.weight" and idle):
+                actions.append(act(EVALUATE, workload, knob, value, "Evaluation", message))
+    for job in snapshot.of("batch"):
+        if not job.in_place and job.requested_cores is not None:  # what a job asked for is no rule of ours
+            actions.append(act(EVALUATE, job, "cpu.max", cpu_max(job.requested_cores), "Evaluation", message))
+        if not job.in_place and job.knobs.get("cpuset.cpus"):
+            actions.append(act(EVALUATE, job, "cpuset.cpus", opened["cpuset.cpus"], "Evaluation", message))
+    return actions
 
 
 def decide(
@@ -116,37 +126,43 @@ def decide(
     arm: str = "",
 ) -> tuple[LawState, Plan]:
     """The next state of all laws and this tick's plan. `arm` is set while an evaluation runs."""
-    replace = msgspec.structs.replace
-    cpu = decide_cpu(snapshot, forecast, spec, calibration, state.cpu)
-    memory = decide_memory(snapshot, forecast, spec, state.memory)
-    cpu_actions, evaluation = _evaluation(arm, snapshot, cpu.actions)
-    unmanaged = arm == OFF_UNMANAGED
-    wishes = [*state.pending, *(() if unmanaged else cpu.requests), *memory.requests, *evaluation]
-    eviction = decide_eviction(snapshot, spec, wishes, state.eviction)
-    freeze = decide_freeze(snapshot, spec, [*wishes, *eviction.requests], state.freeze)
+    now = snapshot.monotonic_seconds
+    under_way = state.eviction.under_way
+    evicting = frozenset(id_ for id_, e in under_way.items() if still_leaving(snapshot, id_, e, now))
+    view = View(snapshot, forecast, spec, calibration, state.pending, evicting)
+    message = f"`colocate evaluate` is measuring the arm {arm}"
+    if arm == OFF_FROZEN:
+        frozen = [
+            Request(verb="freeze", workload=w.id, law=EVALUATE, reason="Evaluation", message=message)
+            for w in snapshot.of("batch")
+        ]
+        view = view._replace(requests=(*view.requests, *frozen))
+    decisions: dict[str, Decision] = {}
+    for name, law in LAWS:
+        # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
+        if arm == OFF_UNMANAGED and name in ("cpu", "memory"):
+            continue
+        decisions[name] = law(view, getattr(state, name))
+        view = view._replace(requests=(*view.requests, *decisions[name].requests))
     known = dict(snapshot.workloads)
     if snapshot.tier is not None:
         known[snapshot.tier.id] = snapshot.tier
-    actions = [
-        a
-        for a in (*cpu_actions, *memory.actions, *eviction.actions, *freeze.actions)
-        if not already(a.knob, a.value, known[a.workload].knobs.get(a.knob))
-    ]
-    # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
-    law_of_cpu = cpu.state
-    if unmanaged:  # `ticks` too: where the tier is then says nothing of where it was sent
-        law_of_cpu = replace(state.cpu, besteffort=replace(state.cpu.besteffort, ticks=0))
-    following = LawState(
-        cpu=law_of_cpu,
-        memory=memory.state,
-        freeze=freeze.state,
-        eviction=eviction.state,
-        pending=tuple(freeze.requests),
+    wanted = [a for d in decisions.values() for a in d.actions]
+    if arm == OFF_UNMANAGED:
+        wanted += _unmanaged(snapshot, message)
+    wanted, rejected = settle(wanted)
+    actions = [a for a in wanted if not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))]
+    following = msgspec.structs.replace(
+        state,
+        **{name: d.state for name, d in decisions.items()},
+        pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
+    looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),
-        verdicts=(cpu.verdict, memory.verdict, eviction.verdict, freeze.verdict),
-        rejected=(*cpu.rejected, *memory.rejected, *eviction.rejected, *freeze.rejected),
+        verdicts=tuple(d.verdict for d in decisions.values()),
+        rejected=(*rejected, *(r for d in decisions.values() for r in d.rejected)),
+        look_again_seconds=min(looks, default=None),
     )
     return following, plan

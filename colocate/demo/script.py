@@ -24,11 +24,23 @@ import msgspec
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.actuate.statedir import StateDirectory
-from colocate.agent import Agent, Tick
-from colocate.calibrate import calibrate, machine_facts
-from colocate.cgroupfs import KernelPort, joined
-from colocate.config import (
-    Calibration,
+from colocate.agent.loop import Agent, Tick
+from colocate.agent.socket import JobServer
+from colocate.calibrate.measure import calibrate, machine_facts
+from colocate.calibrate.probe import WorkCounter
+from colocate.calibration import Calibration
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import inodes_of, joined
+from colocate.cgroup.v1 import write_knob
+from colocate.demo.digest import Digest, compare
+from colocate.demo.inference import METRIC
+from colocate.demo.load import Sample
+from colocate.demo.result import ARMS, TITLES, Arm, Result, summarize
+from colocate.errors import HostUnfit
+from colocate.model.interference import effective_machine_utilization
+from colocate.model.kernels import Kernels
+from colocate.observe.node import capacity, figures
+from colocate.policy.schema import (
     ColocationPolicy,
     CpuPolicy,
     Metadata,
@@ -37,18 +49,6 @@ from colocate.config import (
     ServiceLevelObjective,
     ServicePolicy,
 )
-from colocate.demo.digest import Digest, compare
-from colocate.demo.load import Sample
-from colocate.demo.result import ARMS, TITLES, Arm, Result, summarize
-from colocate.demo.service import METRIC
-from colocate.errors import HostUnfit
-from colocate.jobs.server import JobServer
-from colocate.knobs import write_knob
-from colocate.model.interference import effective_machine_utilization
-from colocate.model.kernels import Kernels
-from colocate.observe.cgroup import inodes_of
-from colocate.observe.node import capacity, figures
-from colocate.probe import WorkCounter
 
 NODE_BYTES = 1 << 30
 LOAD_RATIO = 0.2
@@ -197,7 +197,7 @@ class Demo:
     async def _worker(self, cpu: int) -> Process:
         shared = self._directory / "metrics"
         shared.mkdir(exist_ok=True)
-        command = [sys.executable, "-P", "-m", "colocate.demo.service", "--cpu", str(cpu)]
+        command = [sys.executable, "-P", "-m", "colocate.demo.inference", "--cpu", str(cpu)]
         command += ["--service-seconds", str(self._service_seconds)]
         group = joined(self._node.path, SERVICE_POD)
         worker = await Process.start(self._node, group, command, {"PROMETHEUS_MULTIPROC_DIR": str(shared)})

@@ -11,15 +11,15 @@ import math
 import random
 
 from colocate.actuate.journal import Journal
-from colocate.agent import Agent
-from colocate.cgroupfs import processes
-from colocate.config import ColocationPolicy, CpuPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.agent.loop import Agent
+from colocate.cgroup.tree import processes
 from colocate.demo.load import Sample, day_rate
 from colocate.demo.result import ARMS, Arm, Result, summarize
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.machine import Request, Task
 from colocate.model import kernels
 from colocate.model.interference import effective_machine_utilization
+from colocate.policy.schema import ColocationPolicy, CpuPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
 
 CPUS = 2

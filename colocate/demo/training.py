@@ -11,7 +11,7 @@ import signal
 
 import numpy as np
 
-from colocate.probe import WorkCounter
+from colocate.calibrate.probe import WorkCounter
 
 BATCH = 256
 WIDTH = 64

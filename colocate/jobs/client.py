@@ -30,6 +30,7 @@ EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 EMBEDDED_START_SECONDS = 20.0
 ANSWER_SECONDS = 10.0
+ATTACH_MILLISECONDS = 500
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
@@ -50,7 +51,7 @@ class Connection:
         except OSError as error:
             self.socket.close()
             raise NotAnswering(f"no agent answers on {path}: start one with `colocate agent`") from error
-        self._path = path
+        self.path = path
         self._buffer = b""
 
     def read_line(self) -> dict[str, Any] | None:
@@ -59,7 +60,7 @@ class Connection:
             try:
                 chunk = self.socket.recv(1 << 16)
             except TimeoutError as error:
-                raise NotAnswering(f"the agent on {self._path} has not answered for {ANSWER_SECONDS:g} s") from error
+                raise NotAnswering(f"the agent on {self.path} has not answered for {ANSWER_SECONDS:g} s") from error
             except OSError:
                 return None
             if not chunk:
@@ -69,7 +70,7 @@ class Connection:
         try:
             return msgspec.json.decode(line, type=dict[str, Any])
         except msgspec.MsgspecError as error:
-            raise NotAnswering(f"what answers on {self._path} is no colocate agent") from error
+            raise NotAnswering(f"what answers on {self.path} is no colocate agent") from error
 
     @property
     def has_line(self) -> bool:
@@ -81,10 +82,10 @@ class Connection:
         try:
             self.socket.sendall(msgspec.json.encode(message) + b"\n")
         except OSError as error:
-            raise NotAnswering(f"the agent on {self._path} has ended") from error
+            raise NotAnswering(f"the agent on {self.path} has ended") from error
         answer = self.read_line()
         if answer is None:
-            raise NotAnswering(f"the agent on {self._path} closed the connection")
+            raise NotAnswering(f"the agent on {self.path} closed the connection")
         if "error" in answer:
             raise ColocateError(str(answer["error"]))
         return answer
@@ -172,32 +173,61 @@ def _pass_signals(child: int) -> None:
         signal.signal(number, signal.SIG_IGN if from_terminal else forward)
 
 
-def _wait(child: int, connection: Connection) -> tuple[int, str]:
-    """The child's wait status, and why it was evicted if it was."""
-    evicted = ""
-    pidfd = os.pidfd_open(child)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.register(connection.socket, select.POLLIN)
-    while True:
-        ready = dict(poll.poll(0 if connection.has_line else None))
-        if connection.has_line or connection.socket.fileno() in ready:
-            message = None
-            with contextlib.suppress(NotAnswering):
-                message = connection.read_line()
-            if message is None:
-                poll.unregister(connection.socket)  # the agent has gone; the job goes on
-            elif "evicted" in message:
-                evicted = str(message["evicted"])
-        if pidfd in ready and connection.socket.fileno() not in ready and not connection.has_line:
-            _, status = os.waitpid(child, 0)
+class _Watch:
+    """Waits for the end of the child, and listens to the agent meanwhile; to its successor, if it has gone."""
+
+    def __init__(self, child: int, connection: Connection, job: str) -> None:
+        self.child, self.job = child, job
+        self.connection: Connection | None = connection
+        self.path, self.evicted = connection.path, ""
+
+    def _attach(self) -> None:
+        """Be the job's caller again, if an agent answers. Whatever fails is tried again."""
+        with contextlib.suppress(ColocateError):
+            connection = Connection(self.path)
+            try:
+                connection.ask(op="attach", job=self.job)
+            except ColocateError:
+                connection.close()
+                raise
+            self.connection = connection
+
+    def _hear(self) -> None:
+        assert self.connection is not None
+        message = None
+        with contextlib.suppress(NotAnswering):
+            message = self.connection.read_line()
+        if message is None:
+            self.connection.close()
+            self.connection = None  # the agent has gone; the job goes on
+        elif "evicted" in message:
+            self.evicted = str(message["evicted"])
+
+    def wait(self) -> int:
+        """The child's wait status."""
+        pidfd = os.pidfd_open(self.child)
+        try:
+            while True:
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                known = self.connection
+                if known is not None:
+                    poll.register(known.socket, select.POLLIN)
+                waits = None if known is not None else ATTACH_MILLISECONDS
+                ready = dict(poll.poll(0 if known is not None and known.has_line else waits))
+                if known is not None and (known.has_line or known.socket.fileno() in ready):
+                    self._hear()
+                elif pidfd in ready:
+                    return os.waitpid(self.child, 0)[1]
+                elif known is None:
+                    self._attach()
+        finally:
             os.close(pidfd)
-            return status, evicted
 
 
-def _tell_oom(status: int, connection: Connection) -> None:
-    """Say so if the kernel's OOM killer was at work in the job's own limit: 137 alone would not tell."""
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+def _tell_oom(connection: Connection | None) -> None:
+    """Say so if the kernel's OOM killer was at work in the job: the exit code is that of whoever outlived its victim."""
+    if connection is not None:
         with contextlib.suppress(ColocateError):
             told = connection.ask(op="ended")
             if told.get("oom_kills"):
@@ -214,7 +244,7 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
     child, go = _fork(command)
     try:
         # A signal in this moment ends us and so the child, which is still waiting for its go.
-        connection.ask(op="run", pid=child, command=shown, **request)
+        job = str(connection.ask(op="run", pid=child, command=shown, **request)["job"])
     except ColocateError:
         os.close(go)
         os.waitpid(child, 0)
@@ -223,11 +253,13 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
     with contextlib.suppress(BrokenPipeError):  # a child that has been killed meanwhile has a status of its own
         os.write(go, b"g")
     os.close(go)
-    status, evicted = _wait(child, connection)
-    _tell_oom(status, connection)
-    connection.close()
-    if evicted:
-        print(f"colocate: evicted: {evicted}", file=sys.stderr)
+    watch = _Watch(child, connection, job)
+    status = watch.wait()
+    _tell_oom(watch.connection)
+    if watch.connection is not None:
+        watch.connection.close()
+    if watch.evicted:
+        print(f"colocate: evicted: {watch.evicted}", file=sys.stderr)
         return EXIT_EVICTED
     if os.WIFSIGNALED(status):
         return 128 + os.WTERMSIG(status)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from colocate.cgroupfs import UNIFIED
+from colocate.cgroup.layout import UNIFIED
 from colocate.kernelmodel.port import ModelKernel
 
 KUBELET_PERIOD_SECONDS = 60.0

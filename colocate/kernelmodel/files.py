@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from colocate.cgroupfs import UNIFIED, CgroupGone, Layout
+from colocate.cgroup.layout import UNIFIED, Layout
+from colocate.cgroup.port import CgroupGone
 from colocate.kernelmodel.group import PAGE, Group, refuse
 from colocate.kernelmodel.machine import Machine, Task
 
@@ -18,13 +19,19 @@ V2_CONTROLLERS = ("cpuset", "cpu", "io", "memory", "pids")
 _V2_FILES = {
     "cpu": ("cpu.weight", "cpu.idle", "cpu.max"),
     "cpuset": ("cpuset.cpus", "cpuset.mems", "cpuset.cpus.effective"),
-    "memory": ("memory.max", "memory.high", "memory.current", "memory.stat", "memory.reclaim"),
+    "memory": ("memory.max", "memory.high", "memory.current", "memory.stat", "memory.reclaim", "memory.events"),
 }
 _V1_FILES = {
     "cpu": ("cpu.shares", "cpu.idle", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.stat"),
     "cpuacct": ("cpuacct.usage",),
     "cpuset": ("cpuset.cpus", "cpuset.mems", "cpuset.effective_cpus"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "memory.force_empty"),
+    "memory": (
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "memory.stat",
+        "memory.force_empty",
+        "memory.failcnt",
+    ),
     "freezer": ("freezer.state",),
 }
 _PRESSURE = ("cpu.pressure", "memory.pressure", "io.pressure")
@@ -35,6 +42,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.cpu = self.throttled = self.cpu_pressure = self.memory_pressure = 0.0
+        self.limit_hits = 0
         self.budget = 0.0
         self.period_start = 0.0
 
@@ -175,6 +183,10 @@ class ModelFiles:
             return f"{int(usage.cpu * 1e9)}\n"
         if file in ("memory.current", "memory.usage_in_bytes"):
             return f"{self.memory_usage(hierarchy, path)}\n"
+        if file == "memory.events":
+            return f"low 0\nhigh {usage.limit_hits}\nmax 0\noom 0\noom_kill 0\n"
+        if file == "memory.failcnt":
+            return f"{usage.limit_hits}\n"
         if file == "memory.stat":
             key = "inactive_file" if hierarchy == UNIFIED else "total_inactive_file"
             return f"{key} {self.page_cache_bytes if path == '/' else 0}\n"
@@ -290,7 +302,8 @@ class ModelFiles:
         if file == "cmdline":
             return task.command.replace(" ", "\0")
         if file == "status":
-            return f"Name:\t{task.command}\nPPid:\t{task.ppid}\nUid:\t{task.uid}\n"
+            caught = sum(1 << (number - 1) for number in task.handlers)
+            return f"Name:\t{task.command}\nPPid:\t{task.ppid}\nUid:\t{task.uid}\nSigCgt:\t{caught:016x}\n"
         if file == "schedstat":
             return f"{int(task.usage_seconds * 1e9)} {int(task.waited_seconds * 1e9)} 1\n"
         return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from colocate.cgroupfs import UNIFIED, joined
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.tree import joined
 from colocate.kernelmodel.files import ModelFiles
 from colocate.kernelmodel.machine import Task
 

@@ -2,6 +2,7 @@
 
 A workload's peak is the largest of its p95 over a decaying histogram (half-life 12 h for CPU, 24 h for memory, as
 VPA and koordlet keep), the peak of this and the next half hour on earlier days, and its smoothed use now, plus 10 %.
+Nothing counts ticks: every rate, weight and time constant is in the seconds between two readings.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from colocate.config import PolicySpec
 from colocate.model.histogram import (
     CPU_BOUNDS_CORES,
     CPU_HALF_LIFE_SECONDS,
@@ -22,40 +22,66 @@ from colocate.model.kernels import Kernels
 from colocate.model.reference import Floats
 from colocate.model.slack import (
     beyond_buckets,
+    beyond_target,
     quantile_of,
     slack_of_latency,
     slack_of_waiting,
     trim_window,
     window_counts,
 )
+from colocate.policy.schema import PolicySpec
 from colocate.snapshot import Latency, NodeSnapshot, Workload
 
 SLOTS = 48
 AHEAD = 1
 MARGIN = 1.1
-SEASON_FADE = 0.999
-MODEL_VERSION = 1
+SEASON_KEPT_A_DAY = 0.7
+RISE_SECONDS, FALL_SECONDS = 1.1, 4.5
+"""Time constants of the smoothed use: it rises with the load and falls behind it."""
+SILENT_SECONDS = 5.0
+MODEL_VERSION = 2
 BEYOND_BUCKETS_SLACK = -1.0
 """Of a p99 above every bucket: nobody knows how far, so it counts as twice its target."""
+COUNTERS = (
+    "cpu_usage_us", "cpu_pressure_us", "waited_us", "throttled_us", "memory_pressure_us", "memory_pressure_full_us",
+    "memory_limit_hits",
+)  # fmt: skip
+TOTALS = ("waited_seconds", "used_seconds", "requests", "over_requests")
 
 
 class WorkloadForecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One workload now and soon. Ratios are shares of time since the last snapshot."""
+    """One workload now and soon. Ratios are shares of the time since its last reading; None without a new one.
 
+    The totals grow for as long as the model knows the workload, whatever its own counters do; a difference of two is
+    what happened between two readings.
+    """
+
+    at_seconds: float = 0.0
     usage_cores: float | None = None
     peak_cores: float | None = None
     working_set_bytes: int | None = None
     peak_working_set_bytes: int | None = None
     cpu_waiting_ratio: float | None = None
+    """It waited for a CPU, what its own limit throttled taken out."""
     memory_pressure_ratio: float | None = None
     memory_full_ratio: float | None = None
     throttled_ratio: float | None = None
+    at_own_limit: bool = False
+    """It met its own memory limit since its last reading."""
+    waited_seconds: float = 0.0
+    used_seconds: float = 0.0
+    requests: float = 0.0
+    over_requests: float = 0.0
+    """Of them, beyond the target."""
     p99_seconds: float | None = None
     window_requests: int = 0
     new_requests: int = 0
+    latency_at_seconds: float = 0.0
     slack: float | None = None
     evidence: str = ""
     """`latency` (the service's own histogram) or `waiting` (pressure and run delay)."""
+    silent: int = 0
+    """1: its histogram went silent while it had requests; 2: nor was it within its target then."""
 
 
 class Forecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -74,19 +100,44 @@ class Forecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     idle_cores: float | None = None
     idle_cpus: tuple[int, ...] = ()
     """CPUs that were idle for more than half of the interval."""
+    stranger: str = ""
+    """The cgroup outside of services and batch that uses most CPU, and how much."""
+    stranger_cores: float = 0.0
+
+
+def _rows(*shape: int, fill: float = np.nan) -> Any:
+    return msgspec.field(default_factory=lambda: np.full((0, *shape), fill))
+
+
+class NodeBefore(msgspec.Struct, frozen=True, kw_only=True):
+    """The node's counters at its last reading."""
+
+    at_seconds: float
+    busy_us: int | None = None
+    idle_us: int | None = None
+    idle_each_us: dict[str, int] = {}
+    strangers_us: dict[str, int] = {}
+    tier_us: int | None = None
+    tier_at_seconds: float = 0.0
 
 
 class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     """What the model remembers; rows of the arrays belong to `ids`."""
 
     ids: tuple[str, ...] = ()
-    cpu_weights: Floats = msgspec.field(default_factory=lambda: np.zeros((0, CPU_BOUNDS_CORES.size)))
-    memory_weights: Floats = msgspec.field(default_factory=lambda: np.zeros((0, MEMORY_BOUNDS_BYTES.size)))
-    season_cores: Floats = msgspec.field(default_factory=lambda: np.zeros((0, SLOTS)))
-    smooth_cores: Floats = msgspec.field(default_factory=lambda: np.zeros(0))
-    smooth_waiting: Floats = msgspec.field(default_factory=lambda: np.zeros(0))
-    previous: NodeSnapshot | None = None
+    inodes: tuple[int, ...] = ()
+    """Of each workload's directory: another one is another workload."""
+    counters: Floats = _rows(len(COUNTERS))
+    at_seconds: Floats = _rows()
+    totals: Floats = _rows(len(TOTALS), fill=0.0)
+    cpu_weights: Floats = _rows(CPU_BOUNDS_CORES.size, fill=0.0)
+    memory_weights: Floats = _rows(MEMORY_BOUNDS_BYTES.size, fill=0.0)
+    season_cores: Floats = _rows(SLOTS)
+    smooth_cores: Floats = _rows()
+    slot: int = -1
+    node: NodeBefore | None = None
     windows: dict[str, tuple[Latency, ...]] = {}
+    snapshot_seconds: float | None = None
 
 
 def _aligned(state: ModelState, ids: tuple[str, ...]) -> ModelState:
@@ -102,41 +153,53 @@ def _aligned(state: ModelState, ids: tuple[str, ...]) -> ModelState:
         result[known] = array[old[known]]
         return result
 
-    return ModelState(
+    return msgspec.structs.replace(
+        state,
         ids=ids,
+        inodes=tuple(state.inodes[i] if i >= 0 else 0 for i in old),
+        counters=take(state.counters, np.nan),
+        at_seconds=take(state.at_seconds, np.nan),
+        totals=take(state.totals, 0.0),
         cpu_weights=take(state.cpu_weights, 0.0),
         memory_weights=take(state.memory_weights, 0.0),
         season_cores=take(state.season_cores, np.nan),
         smooth_cores=take(state.smooth_cores, np.nan),
-        smooth_waiting=take(state.smooth_waiting, np.nan),
-        previous=state.previous,
-        windows=state.windows,
     )
 
 
-def _column(workloads: list[Workload | None], field: str) -> Floats:
-    values = [getattr(w, field) if w is not None else None for w in workloads]
-    return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+def _inode(workload: Workload) -> int:
+    return min(workload.inodes.values(), default=0)
 
 
-def _latency(state: ModelState, workload: Workload) -> tuple[tuple[Latency, ...], dict[str, Any]]:
-    """The new window of readings and the figures they give."""
-    old = state.windows.get(workload.id, ())
-    if workload.latency is None or workload.objective is None:
+def _latency(
+    old: tuple[Latency, ...], workload: Workload, totals: Floats, now: float
+) -> tuple[tuple[Latency, ...], dict[str, Any]]:
+    """The new window of readings and the figures they give; the totals of requests are moved on in place."""
+    reading, objective = workload.latency, workload.objective
+    if reading is None or objective is None:
         return (), {}
-    window = trim_window((*old, workload.latency), workload.objective.window_seconds)
+    window = trim_window((*old, reading), objective.window_seconds)
+    figures: dict[str, Any] = {"latency_at_seconds": reading.at_seconds}
+    if len(window) > 1 and old and old[-1].at_seconds < reading.at_seconds:
+        before = window[-2]
+        figures["new_requests"] = max(int(reading.counts[-1] - before.counts[-1]), 0)
+        totals[2] += reading.counts[-1] - before.counts[-1]
+        target = objective.p99_seconds
+        beyond = [beyond_target(r.bounds_seconds, r.counts, target) for r in (before, reading)]
+        totals[3] += max(beyond[1] - beyond[0], 0.0)
     counts = window_counts(window)
     total = int(sum(counts))
-    figures: dict[str, Any] = {"window_requests": total}
-    if old and old[-1].at_seconds < workload.latency.at_seconds:
-        figures["new_requests"] = max(int(workload.latency.counts[-1] - old[-1].counts[-1]), 0)
-    if total >= workload.objective.minimum_samples:
-        p99 = quantile_of(workload.latency.bounds_seconds, counts, 0.99)
-        if p99 is not None:
-            figures["p99_seconds"] = round(p99, 6)
-            slack = slack_of_latency(workload.objective.p99_seconds, p99)
-            figures["slack"] = min(slack, BEYOND_BUCKETS_SLACK) if beyond_buckets(counts, 0.99) else slack
-            figures["evidence"] = "latency"
+    figures["window_requests"] = total
+    p99 = quantile_of(reading.bounds_seconds, counts, 0.99) if counts else None
+    if p99 is not None:
+        slack = slack_of_latency(objective.p99_seconds, p99)
+        slack = min(slack, BEYOND_BUCKETS_SLACK) if beyond_buckets(counts, 0.99) else slack
+        if total >= objective.minimum_samples:
+            figures |= {"p99_seconds": round(p99, 6), "slack": slack}
+        if now - reading.at_seconds > max(SILENT_SECONDS, objective.window_seconds) and total > 0:
+            figures["silent"] = 2 if slack < 0 else 1
+    if "silent" not in figures:
+        figures["evidence"] = "latency"
     return window, figures
 
 
@@ -145,111 +208,171 @@ def _numbers(values: Floats, digits: int) -> list[float | None]:
     return [None if v != v else v for v in np.round(values, digits).tolist()]
 
 
+def _counters(workloads: list[Workload]) -> Floats:
+    values = [[getattr(w, field) for field in COUNTERS] for w in workloads]
+    return np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float64).reshape(
+        len(workloads), len(COUNTERS)
+    )
+
+
+def waiting_ratios(pressure: Floats, waited: Floats, throttled: Floats) -> Floats:
+    """The share of time in which a workload waited for a CPU that others had, shape (n,).
+
+    PSI `some` (else the same from run delays) counts the time in which its own limit throttled it; that is taken out.
+    """
+    waiting = np.where(np.isnan(pressure), waited, pressure)
+    ratios: Floats = np.clip(waiting - np.where(np.isnan(throttled), 0.0, throttled), 0.0, 1.0)
+    return ratios
+
+
 def forecast(
     snapshot: NodeSnapshot, state: ModelState, spec: PolicySpec, kernels: Kernels
 ) -> tuple[ModelState, Forecast]:
     """The next model state and the forecast for this snapshot."""
-    previous = state.previous
-    seconds = snapshot.monotonic_seconds - previous.monotonic_seconds if previous else 0.0
     ids = tuple(sorted(snapshot.workloads))
     state = _aligned(state, ids)
     now = [snapshot.workloads[i] for i in ids]
-    before: list[Workload | None] = []
-    for workload in now:
-        old = previous.workloads.get(workload.id) if previous else None
-        before.append(old if old is not None and old.inodes == workload.inodes else None)
-    elapsed = seconds if seconds > 0 else np.nan
-
-    def rate(field: str) -> Floats:
-        return kernels.rates(_column(list(now), field), _column(before, field), elapsed) / 1e6
-
-    cores = rate("cpu_usage_us")
-    run_delay, pressure = rate("run_delay_us"), rate("cpu_pressure_us")
-    waiting = np.minimum(np.fmax(run_delay, pressure), 1.0)
-    memory_some, memory_full = rate("memory_pressure_us"), rate("memory_pressure_full_us")
-    throttled = rate("throttled_us")
-    working_set = _column(list(now), "working_set_bytes")
+    inodes = tuple(_inode(w) for w in now)
+    at = np.array([w.at_seconds or snapshot.monotonic_seconds for w in now])
+    same = np.array([old in (0, new) for old, new in zip(state.inodes, inodes, strict=True)], dtype=bool)
+    elapsed = np.where(same, at - state.at_seconds, np.nan)
+    elapsed = np.where(elapsed > 0.0, elapsed, np.nan)  # read again without a new reading: no rate
+    counters = _counters(now)
+    rates = [kernels.rates(counters[:, i], state.counters[:, i], elapsed) for i in range(len(COUNTERS))]
+    cores, pressure, waited, throttled, some, full = (r / 1e6 for r in rates[:6])
+    hits = rates[6]
+    waiting = waiting_ratios(pressure, waited, throttled)
+    seconds = np.where(np.isnan(elapsed), 0.0, elapsed)
+    totals = state.totals.copy()
+    totals[:, 0] += np.where(np.isnan(waiting), 0.0, waiting) * seconds
+    totals[:, 1] += np.where(np.isnan(cores), 0.0, cores) * seconds
+    working_set = np.array([np.nan if w.working_set_bytes is None else float(w.working_set_bytes) for w in now])
     slot = int(snapshot.time_seconds % 86400 / 86400 * SLOTS)
-    step = seconds if seconds > 0 else 0.0
-    cpu_weights = kernels.histogram_add(
-        state.cpu_weights, CPU_BOUNDS_CORES, cores, float(2.0 ** (-step / CPU_HALF_LIFE_SECONDS))
-    )
+    entered = slot != state.slot
+    cpu_weights = kernels.histogram_add(state.cpu_weights, CPU_BOUNDS_CORES, cores, seconds, CPU_HALF_LIFE_SECONDS)
     memory_weights = kernels.histogram_add(
-        state.memory_weights, MEMORY_BOUNDS_BYTES, working_set, float(2.0 ** (-step / MEMORY_HALF_LIFE_SECONDS))
+        state.memory_weights, MEMORY_BOUNDS_BYTES, working_set, seconds, MEMORY_HALF_LIFE_SECONDS
     )
-    smooth_cores = kernels.smooth(state.smooth_cores, cores, 0.6, 0.2)
-    smooth_waiting = kernels.smooth(state.smooth_waiting, waiting, 0.5, 0.5)
-    season = kernels.season_add(state.season_cores, slot, smooth_cores, SEASON_FADE)
+    smooth_cores = kernels.smooth(state.smooth_cores, cores, seconds, RISE_SECONDS, FALL_SECONDS)
+    season = kernels.season_add(state.season_cores, slot, smooth_cores, SEASON_KEPT_A_DAY if entered else 1.0)
     p95 = kernels.histogram_quantile(cpu_weights, CPU_BOUNDS_CORES, 0.95)
     peak_cores = kernels.peak(p95, season, slot, AHEAD, smooth_cores, MARGIN)
     p98 = kernels.histogram_quantile(memory_weights, MEMORY_BOUNDS_BYTES, 0.98)
     peak_bytes = np.fmax(p98, working_set) * MARGIN
 
+    windows: dict[str, tuple[Latency, ...]] = {}
+    latencies: list[dict[str, Any]] = []
+    for i, workload in enumerate(now):
+        figures: dict[str, Any] = {}
+        if workload.tier == "service" and workload.objective is not None:
+            old = state.windows.get(workload.id, ())
+            windows[workload.id], figures = _latency(old, workload, totals[i], snapshot.monotonic_seconds)
+        latencies.append(figures)
     rows = zip(
         now,
-        *(_numbers(a, 4) for a in (cores, peak_cores, smooth_waiting, memory_some, memory_full, throttled)),
+        *(_numbers(a, 4) for a in (cores, peak_cores, waiting, some, full, throttled)),
         _numbers(peak_bytes, 0),
+        (hits > 0.0).tolist(),
+        np.round(totals, 6).tolist(),
+        at.tolist(),
+        latencies,
         strict=True,
     )
     result: dict[str, WorkloadForecast] = {}
-    windows: dict[str, tuple[Latency, ...]] = {}
-    for workload, used, peak, waits, some, full, held, most in rows:
-        figures: dict[str, Any] = {}
-        if workload.tier == "service":
-            windows[workload.id], figures = _latency(state, workload)
-            if "slack" not in figures and waits is not None:
-                figures["slack"] = slack_of_waiting(spec.cpu.pressure / 100, waits)
-                figures["evidence"] = "waiting"
+    for workload, used, peak, waits, stalls, all_stall, held, most, at_limit, total, read, figures in rows:
+        if workload.tier == "service" and "evidence" not in figures and waits is not None:
+            figures.setdefault("slack", slack_of_waiting(spec.cpu.pressure / 100, waits))
+            figures["evidence"] = "waiting"
         result[workload.id] = WorkloadForecast(
+            at_seconds=read,
             usage_cores=used,
             peak_cores=peak,
             working_set_bytes=workload.working_set_bytes,
             peak_working_set_bytes=None if most is None else int(most),
             cpu_waiting_ratio=waits,
-            memory_pressure_ratio=some,
-            memory_full_ratio=full,
+            memory_pressure_ratio=stalls,
+            memory_full_ratio=all_stall,
             throttled_ratio=held,
+            at_own_limit=at_limit,
+            waited_seconds=total[0],
+            used_seconds=total[1],
+            requests=total[2],
+            over_requests=total[3],
             **figures,
         )
+    before = state.node
     state = ModelState(
         ids=ids,
+        inodes=inodes,
+        counters=counters,
+        at_seconds=at,
+        totals=totals,
         cpu_weights=cpu_weights,
         memory_weights=memory_weights,
         season_cores=season,
         smooth_cores=smooth_cores,
-        smooth_waiting=smooth_waiting,
-        previous=snapshot,
+        slot=slot,
+        node=_node_now(snapshot),
         windows={k: v for k, v in windows.items() if v},
+        snapshot_seconds=snapshot.monotonic_seconds,
     )
-    return state, _node(snapshot, previous, result, elapsed)
+    return state, _node(snapshot, before, result)
 
 
-def _node(
-    snapshot: NodeSnapshot, previous: NodeSnapshot | None, workloads: dict[str, WorkloadForecast], seconds: float
-) -> Forecast:
+def _node_now(snapshot: NodeSnapshot) -> NodeBefore:
+    tier = snapshot.tier
+    return NodeBefore(
+        at_seconds=snapshot.node_at_seconds or snapshot.monotonic_seconds,
+        busy_us=snapshot.cpu_busy_us,
+        idle_us=snapshot.cpu_idle_us,
+        idle_each_us=snapshot.cpu_idle_each_us,
+        strangers_us=snapshot.strangers_us,
+        tier_us=None if tier is None else tier.cpu_usage_us,
+        tier_at_seconds=0.0 if tier is None else tier.at_seconds or snapshot.monotonic_seconds,
+    )
+
+
+def _stranger(snapshot: NodeSnapshot, before: NodeBefore | None, seconds: float) -> tuple[str, float]:
+    """The cgroup of nobody that we know which used most CPU, with its cores."""
+    if before is None or seconds <= 0:
+        return "", 0.0
+    used = {p: us - before.strangers_us[p] for p, us in snapshot.strangers_us.items() if p in before.strangers_us}
+    path = max(used, key=lambda p: (used[p], p), default="")
+    return path, round(max(used.get(path, 0), 0) / 1e6 / seconds, 4)
+
+
+def _node(snapshot: NodeSnapshot, before: NodeBefore | None, workloads: dict[str, WorkloadForecast]) -> Forecast:
     def total(tier: str, field: str) -> float:
         values = [getattr(workloads[w.id], field) for w in snapshot.workloads.values() if w.tier == tier]
         return float(sum(v for v in values if v is not None))
 
+    at = snapshot.node_at_seconds or snapshot.monotonic_seconds
+    seconds = max(at - before.at_seconds, 0.0) if before is not None else 0.0
     busy: float | None = None
     idle: float | None = None
-    if previous and snapshot.cpu_busy_us is not None and previous.cpu_busy_us is not None and seconds > 0:
-        busy = (snapshot.cpu_busy_us - previous.cpu_busy_us) / 1e6 / seconds
-        idle_us = (snapshot.cpu_idle_us or 0) - (previous.cpu_idle_us or 0)
+    idle_cpus: tuple[int, ...] = ()
+    if before is not None and snapshot.cpu_busy_us is not None and before.busy_us is not None and seconds > 0:
+        busy = (snapshot.cpu_busy_us - before.busy_us) / 1e6 / seconds
+        idle_us = (snapshot.cpu_idle_us or 0) - (before.idle_us or 0)
         idle = min(max(idle_us / 1e6 / seconds, 0.0), float(len(snapshot.cpus)))
-    batch = total("batch", "usage_cores")
-    if snapshot.tier and previous and previous.tier and snapshot.tier.cpu_usage_us is not None and seconds > 0:
-        used = snapshot.tier.cpu_usage_us - (previous.tier.cpu_usage_us or 0)
-        batch = max(used / 1e6 / seconds, batch) if used >= 0 else batch
-    idle_cpus = tuple(
-        int(cpu)
-        for cpu, us in sorted(snapshot.cpu_idle_each_us.items(), key=lambda item: int(item[0]))
-        if previous and cpu in previous.cpu_idle_each_us and us - previous.cpu_idle_each_us[cpu] > 0.5e6 * seconds
-    )
+        idle_cpus = tuple(
+            sorted(
+                int(cpu)
+                for cpu, us in snapshot.cpu_idle_each_us.items()
+                if cpu in before.idle_each_us and us - before.idle_each_us[cpu] > 0.5e6 * seconds
+            )
+        )
+    batch, tier = total("batch", "usage_cores"), snapshot.tier
+    if before is not None and tier is not None and tier.cpu_usage_us is not None and before.tier_us is not None:
+        lasted = (tier.at_seconds or snapshot.monotonic_seconds) - before.tier_at_seconds
+        in_place = sum(workloads[w.id].usage_cores or 0.0 for w in snapshot.of("batch") if w.in_place)
+        used = tier.cpu_usage_us - before.tier_us
+        batch = max(used / 1e6 / lasted + in_place, batch) if used >= 0 and lasted > 0 else batch
     services, besteffort = total("service", "usage_cores"), total("besteffort", "usage_cores")
     waiting = [workloads[w.id].cpu_waiting_ratio or 0.0 for w in snapshot.workloads.values() if w.tier == "besteffort"]
+    stranger, stranger_cores = _stranger(snapshot, before, seconds)
     return Forecast(
-        interval_seconds=0.0 if np.isnan(seconds) else round(seconds, 6),
+        interval_seconds=round(seconds, 6),
         workloads=workloads,
         node_cores=float(len(snapshot.cpus)),
         services_cores=round(services, 4),
@@ -261,4 +384,6 @@ def _node(
         system_cores=0.0 if busy is None else round(max(busy - services - besteffort - batch, 0.0), 4),
         idle_cores=None if idle is None else round(idle, 4),
         idle_cpus=idle_cpus,
+        stranger=stranger,
+        stranger_cores=stranger_cores,
     )

@@ -12,15 +12,16 @@ from colocate.model.reference import Floats
 
 
 @numba.njit(cache=True, nogil=True)
-def histogram_add(weights: Floats, bounds: Floats, values: Floats, decay: float) -> Floats:
+def histogram_add(weights: Floats, bounds: Floats, values: Floats, seconds: Floats, half_life: float) -> Floats:
     """See reference.histogram_add."""
+    result = weights.copy()
     n, b = weights.shape
-    result = np.empty((n, b))
     for i in range(n):
-        for j in range(b):
-            result[i, j] = weights[i, j] * decay
-        if not np.isnan(values[i]):
-            result[i, min(np.searchsorted(bounds, values[i]), b - 1)] += 1.0
+        if not np.isnan(values[i]) and seconds[i] > 0.0:
+            decay = np.exp2(-seconds[i] / half_life)
+            for j in range(b):
+                result[i, j] *= decay
+            result[i, min(np.searchsorted(bounds, values[i]), b - 1)] += seconds[i]
     return result
 
 
@@ -47,7 +48,7 @@ def histogram_quantile(weights: Floats, bounds: Floats, q: float) -> Floats:
 
 
 @numba.njit(cache=True, nogil=True)
-def smooth(previous: Floats, values: Floats, alpha_up: float, alpha_down: float) -> Floats:
+def smooth(previous: Floats, values: Floats, seconds: Floats, rise: float, fall: float) -> Floats:
     """See reference.smooth."""
     result = np.empty(values.size)
     for i in range(values.size):
@@ -57,18 +58,21 @@ def smooth(previous: Floats, values: Floats, alpha_up: float, alpha_down: float)
             result[i] = values[i]
         else:
             delta = values[i] - previous[i]
-            result[i] = previous[i] + (alpha_up if delta > 0.0 else alpha_down) * delta
+            share = 1.0 - np.exp(-seconds[i] / (rise if delta > 0.0 else fall))
+            result[i] = previous[i] + share * delta
     return result
 
 
 @numba.njit(cache=True, nogil=True)
-def season_add(season: Floats, slot: int, values: Floats, fade: float) -> Floats:
+def season_add(season: Floats, slot: int, values: Floats, kept: float) -> Floats:
     """See reference.season_add."""
     result = season.copy()
     for i in range(values.size):
-        if not np.isnan(values[i]):
-            old = result[i, slot] * fade
-            result[i, slot] = max(values[i], old)
+        old = result[i, slot] * kept
+        if np.isnan(values[i]):
+            result[i, slot] = old
+        else:
+            result[i, slot] = values[i] if np.isnan(old) else max(values[i], old)
     return result
 
 
@@ -90,21 +94,21 @@ def peak(quantile: Floats, season: Floats, slot: int, ahead: int, smoothed: Floa
 
 
 @numba.njit(cache=True, nogil=True)
-def rates(now: Floats, before: Floats, seconds: float) -> Floats:
+def rates(now: Floats, before: Floats, seconds: Floats) -> Floats:
     """See reference.rates."""
     result = np.empty(now.size)
     for i in range(now.size):
         delta = now[i] - before[i]
-        result[i] = delta / seconds if delta >= 0.0 else np.nan
+        result[i] = delta / seconds[i] if delta >= 0.0 and seconds[i] > 0.0 else np.nan
     return result
 
 
 def warm() -> None:
     """Compile every kernel, or load it from the cache, now: the first tick need not wait for it."""
     rows, row, values = np.zeros((1, 2)), np.zeros(2), np.zeros(1)
-    histogram_add(rows, row, values, 1.0)
+    histogram_add(rows, row, values, values, 1.0)
     histogram_quantile(rows, row, 0.5)
-    smooth(values, values, 1.0, 1.0)
+    smooth(values, values, values, 1.0, 1.0)
     season_add(rows, 0, values, 1.0)
     peak(values, rows, 0, 1, values, 1.0)
-    rates(values, values, 1.0)
+    rates(values, values, values)

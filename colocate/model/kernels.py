@@ -11,22 +11,24 @@ from colocate.model.reference import Floats
 class Kernels(Protocol):
     """What `reference` and `jit` both offer."""
 
-    def histogram_add(self, weights: Floats, bounds: Floats, values: Floats, decay: float) -> Floats:
+    def histogram_add(
+        self, weights: Floats, bounds: Floats, values: Floats, seconds: Floats, half_life: float
+    ) -> Floats:
         """See reference.histogram_add."""
 
     def histogram_quantile(self, weights: Floats, bounds: Floats, q: float) -> Floats:
         """See reference.histogram_quantile."""
 
-    def smooth(self, previous: Floats, values: Floats, alpha_up: float, alpha_down: float) -> Floats:
+    def smooth(self, previous: Floats, values: Floats, seconds: Floats, rise: float, fall: float) -> Floats:
         """See reference.smooth."""
 
-    def season_add(self, season: Floats, slot: int, values: Floats, fade: float) -> Floats:
+    def season_add(self, season: Floats, slot: int, values: Floats, kept: float) -> Floats:
         """See reference.season_add."""
 
     def peak(self, quantile: Floats, season: Floats, slot: int, ahead: int, smoothed: Floats, margin: float) -> Floats:
         """See reference.peak."""
 
-    def rates(self, now: Floats, before: Floats, seconds: float) -> Floats:
+    def rates(self, now: Floats, before: Floats, seconds: Floats) -> Floats:
         """See reference.rates."""
 
 

@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def histogram_add(weights: Floats, bounds: Floats, values: Floats, decay: float) -> Floats:
-    """Decaying histograms after one more sample each: shape (n, b).
+def histogram_add(weights: Floats, bounds: Floats, values: Floats, seconds: Floats, half_life: float) -> Floats:
+    """Decaying histograms of time after one more sample each: shape (n, b); `seconds` (n,) is what a sample stands for.
 
-    Old weight is multiplied by `decay` = 2^(-dt / half-life), the sample has weight 1 in the first bucket whose upper
-    bound is not below it (VPA's decaying exponential histogram, vertical-pod-autoscaler/pkg/recommender/util).
+    Old weight is multiplied by 2^(-seconds / half_life), the sample has the weight of its seconds in the first bucket
+    whose upper bound is not below it (VPA's decaying exponential histogram, vertical-pod-autoscaler/pkg/recommender).
+    A row without a value, or without time, is left as it is.
     """
-    result = weights * decay
-    rows = np.flatnonzero(~np.isnan(values))
+    rows = np.flatnonzero(~np.isnan(values) & (seconds > 0.0))
+    result = weights.copy()
+    result[rows] *= np.exp2(-seconds[rows] / half_life)[:, None]
     columns = np.minimum(np.searchsorted(bounds, values[rows]), bounds.size - 1)
-    result[rows, columns] += 1.0
+    result[rows, columns] += seconds[rows]
     return result
 
 
@@ -33,19 +35,22 @@ def histogram_quantile(weights: Floats, bounds: Floats, q: float) -> Floats:
     return np.where(totals > 0.0, bounds[columns], np.nan)
 
 
-def smooth(previous: Floats, values: Floats, alpha_up: float, alpha_down: float) -> Floats:
-    """Exponential smoothing that may rise faster than it falls, shape (n,); NaN where neither is known."""
+def smooth(previous: Floats, values: Floats, seconds: Floats, rise: float, fall: float) -> Floats:
+    """Exponential smoothing that may rise faster than it falls, shape (n,); NaN where neither is known.
+
+    `rise` and `fall` are time constants in seconds; `seconds` (n,) is the time since the value before.
+    """
     delta = values - previous
-    moved = previous + np.where(delta > 0.0, alpha_up, alpha_down) * delta
-    return np.where(np.isnan(values), previous, np.where(np.isnan(previous), values, moved))
+    share = 1.0 - np.exp(-seconds / np.where(delta > 0.0, rise, fall))
+    return np.where(np.isnan(values), previous, np.where(np.isnan(previous), values, previous + share * delta))
 
 
-def season_add(season: Floats, slot: int, values: Floats, fade: float) -> Floats:
-    """The peak of each slot of the day, shape (n, s): the larger of the value and the faded old peak."""
+def season_add(season: Floats, slot: int, values: Floats, kept: float) -> Floats:
+    """The peak of each slot of the day, shape (n, s): the larger of the value and `kept` times the old peak."""
     result = season.copy()
-    old = result[:, slot] * fade
-    kept = np.where(old > values, old, values)
-    result[:, slot] = np.where(np.isnan(values), result[:, slot], np.where(np.isnan(old), values, kept))
+    old = result[:, slot] * kept
+    largest = np.where(old > values, old, values)
+    result[:, slot] = np.where(np.isnan(values), old, np.where(np.isnan(old), values, largest))
     return result
 
 
@@ -63,7 +68,8 @@ def peak(quantile: Floats, season: Floats, slot: int, ahead: int, smoothed: Floa
     return np.where(best < 0.0, np.nan, best * margin)
 
 
-def rates(now: Floats, before: Floats, seconds: float) -> Floats:
-    """Growth a second of cumulative counters, shape (n,); NaN where a reading is missing or the counter was reset."""
+def rates(now: Floats, before: Floats, seconds: Floats) -> Floats:
+    """Growth a second of cumulative counters, shape (n,); NaN where a reading is missing or old, or was reset."""
     delta = now - before
-    return np.where(delta >= 0.0, delta / seconds, np.nan)
+    known = (delta >= 0.0) & (seconds > 0.0)
+    return np.where(known, delta / np.where(known, seconds, 1.0), np.nan)

@@ -51,6 +51,17 @@ def quantile_of(bounds_seconds: Sequence[float], counts: Sequence[float], q: flo
     return bounds_seconds[-1]
 
 
+def beyond_target(bounds_seconds: Sequence[float], counts: Sequence[float], target_seconds: float) -> float:
+    """How many of the cumulative counts are requests beyond the target; linear within the bucket in which it lies."""
+    below, lower = 0.0, 0.0
+    for bound, cumulative in zip(bounds_seconds, counts, strict=False):
+        if bound >= target_seconds:
+            share = (target_seconds - lower) / (bound - lower) if bound > lower else 1.0
+            return counts[-1] - (below + share * (cumulative - below))
+        below, lower = cumulative, bound
+    return counts[-1] - below
+
+
 def beyond_buckets(counts: Sequence[float], q: float) -> bool:
     """Whether the quantile lies above the highest finite bound, so that `quantile_of` cannot tell how far."""
     total = sum(counts)

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from colocate.errors import StateTooNew
-from colocate.model.forecast import MODEL_VERSION, SLOTS, ModelState
+from colocate.errors import StateTooNew, StateTooOld
+from colocate.model.forecast import COUNTERS, MODEL_VERSION, SLOTS, TOTALS, ModelState, NodeBefore
 from colocate.model.histogram import CPU_BOUNDS_CORES, MEMORY_BOUNDS_BYTES
 from colocate.model.reference import Floats
-from colocate.snapshot import Latency, NodeSnapshot
+from colocate.snapshot import Latency
 
 
 def _sparse(array: Floats) -> list[list[list[float]]]:
@@ -40,34 +40,60 @@ def to_builtins(state: ModelState) -> dict[str, Any]:
     return {
         "version": MODEL_VERSION,
         "ids": list(state.ids),
+        "inodes": list(state.inodes),
+        "counters": [_vector(row) for row in state.counters],
+        "at_seconds": _vector(state.at_seconds),
+        "totals": state.totals.tolist(),
         "cpu_weights": _sparse(state.cpu_weights),
         "memory_weights": _sparse(state.memory_weights),
         "season_cores": _sparse(state.season_cores),
         "smooth_cores": _vector(state.smooth_cores),
-        "smooth_waiting": _vector(state.smooth_waiting),
-        "previous": msgspec.to_builtins(state.previous),
+        "slot": state.slot,
+        "node": msgspec.to_builtins(state.node),
         "windows": msgspec.to_builtins(state.windows),
+        "snapshot_seconds": state.snapshot_seconds,
     }
 
 
 def from_builtins(data: dict[str, Any], source: str) -> ModelState:
-    """The state again. Raises StateTooNew naming `source` if a newer version wrote it."""
+    """The state again. Raises StateTooNew naming `source` if a newer version wrote it, StateTooOld for an older one."""
     if data["version"] > MODEL_VERSION:
         raise StateTooNew(
             f"{source} has model version {data['version']}, this colocate knows up to {MODEL_VERSION}: "
             "install the newer version again, or give another --state-dir"
         )
+    if data["version"] < MODEL_VERSION:
+        raise StateTooOld(f"{source} has model version {data['version']}, this colocate reads version {MODEL_VERSION}")
 
     def vector(values: list[float | None]) -> Floats:
         return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
+    n = len(data["ids"])
     return ModelState(
         ids=tuple(data["ids"]),
+        inodes=tuple(data["inodes"]),
+        counters=np.array([vector(row) for row in data["counters"]], dtype=np.float64).reshape(n, len(COUNTERS)),
+        at_seconds=vector(data["at_seconds"]),
+        totals=np.array(data["totals"], dtype=np.float64).reshape(n, len(TOTALS)),
         cpu_weights=_dense(data["cpu_weights"], CPU_BOUNDS_CORES.size, 0.0),
         memory_weights=_dense(data["memory_weights"], MEMORY_BOUNDS_BYTES.size, 0.0),
         season_cores=_dense(data["season_cores"], SLOTS, np.nan),
         smooth_cores=vector(data["smooth_cores"]),
-        smooth_waiting=vector(data["smooth_waiting"]),
-        previous=msgspec.convert(data["previous"], NodeSnapshot | None),
+        slot=data["slot"],
+        node=msgspec.convert(data["node"], NodeBefore | None),
         windows=msgspec.convert(data["windows"], dict[str, tuple[Latency, ...]]),
+        snapshot_seconds=data["snapshot_seconds"],
+    )
+
+
+def without_times(state: ModelState) -> ModelState:
+    """What was learnt of the workloads, without the counters and times of another boot or process."""
+    return msgspec.structs.replace(
+        state,
+        inodes=(0,) * len(state.ids),
+        counters=np.full_like(state.counters, np.nan),
+        at_seconds=np.full_like(state.at_seconds, np.nan),
+        node=None,
+        windows={},
+        snapshot_seconds=None,
     )

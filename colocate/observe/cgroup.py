@@ -9,32 +9,32 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from colocate.cgroupfs import UNIFIED, FilePort, processes_below
-from colocate.knobs import read_knob
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import joined, processes_below
+from colocate.cgroup.v1 import read_knob
+from colocate.knob import HELD
 from colocate.snapshot import Tier, Workload
 
-GOVERNED_KNOBS = ("cpu.weight", "cpu.idle", "cpu.max", "cpuset.cpus", "memory.high", "memory.max", "cgroup.freeze")
-
-
-INACTIVE_FILE_TICKS = 5
+INACTIVE_FILE_SECONDS = 5.0
 INACTIVE_FILE_MOVED_RATIO = 1 / 64
 
 
 class InactiveFile(NamedTuple):
-    """A reading of inactive file pages, with the usage and the tick at which it was taken."""
+    """A reading of inactive file pages, with the usage and the time at which it was taken."""
 
     inode: int
     usage_bytes: int
     bytes: int
-    tick: int
+    at_seconds: float
     stalled_us: int | None
     """Of its memory pressure: a service that stalls is looked at closely."""
 
-    def good(self, inode: int, usage_bytes: int, stalled_us: int | None, tick: int) -> bool:
+    def good(self, inode: int, usage_bytes: int, stalled_us: int | None, now: float) -> bool:
         """Whether it still stands: memory.stat costs as much as all other files of a cgroup together."""
         moved = abs(usage_bytes - self.usage_bytes) > INACTIVE_FILE_MOVED_RATIO * self.usage_bytes
         same = inode == self.inode and stalled_us == self.stalled_us
-        return same and not moved and tick - self.tick < INACTIVE_FILE_TICKS
+        return same and not moved and 0 <= now - self.at_seconds < INACTIVE_FILE_SECONDS
 
 
 class FilePages:
@@ -42,19 +42,29 @@ class FilePages:
 
     def __init__(self) -> None:
         self._kept: dict[str, InactiveFile] = {}
-        self.tick = 0
+        self._hits: dict[str, tuple[int, int | None, int | None]] = {}
+        self.now = 0.0
 
     def keep(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None, inactive_bytes: int) -> None:
         """Note a reading."""
-        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, self.tick, stalled_us)
+        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, self.now, stalled_us)
 
     def known(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None) -> int | None:
         """Bytes of a reading that still stands."""
         kept = self._kept.get(path)
-        return kept.bytes if kept is not None and kept.good(inode, usage_bytes, stalled_us, self.tick) else None
+        return kept.bytes if kept is not None and kept.good(inode, usage_bytes, stalled_us, self.now) else None
+
+    def limit_hits(self, port: FilePort, path: str, inodes: dict[str, int], stalled_us: int | None) -> int | None:
+        """How often a cgroup met its own limit: read anew only when it has stalled since, else it stands."""
+        inode = inodes.get(port.layout.hierarchy("memory") or "", 0)
+        kept = self._hits.get(path)
+        if kept is None or kept[0] != inode or kept[1] is None or kept[1] != stalled_us:
+            kept = self._hits[path] = (inode, stalled_us, limit_hits(port, path, inodes))
+        return kept[2]
 
     def forget_others(self, paths: Collection[str]) -> None:
         """Only these cgroups are left."""
+        self._hits = {path: kept for path, kept in self._hits.items() if path in paths}
         if len(self._kept) > len(paths):
             self._kept = {path: kept for path, kept in self._kept.items() if path in paths}
 
@@ -87,10 +97,20 @@ def parse_flat_keyed(text: str | None, *keys: str) -> list[int | None]:
     return found
 
 
-def inodes_of(port: FilePort, path: str) -> dict[str, int]:
-    """The inode of a cgroup in each hierarchy in which it exists."""
-    found = {h: port.inode(h, path) for h in port.layout.mounts}
-    return {h: i for h, i in found.items() if i is not None}
+def limit_hits(port: FilePort, path: str, inodes: dict[str, int]) -> int | None:
+    """How often a cgroup, or one below it, met its own memory limit or high mark; None if the kernel does not say.
+
+    memory.events (hierarchical); on v1 memory.failcnt of it and of its children.
+    """
+    hierarchy = port.layout.hierarchy("memory")
+    if hierarchy not in inodes:
+        return None
+    if hierarchy == UNIFIED:
+        counts = parse_flat_keyed(port.read(hierarchy, path, "memory.events", inodes[hierarchy]), "high", "max")
+        return None if counts == [None, None] else sum(c or 0 for c in counts)
+    paths = [path, *(joined(path, c) for c in port.children(hierarchy, path))]
+    texts = [port.read(hierarchy, p, "memory.failcnt") for p in paths]
+    return sum(int(t) for t in texts if t) if any(texts) else None
 
 
 def oom_kills(port: FilePort, path: str, inodes: dict[str, int]) -> tuple[int, bool]:
@@ -116,13 +136,13 @@ def _cpu_v2(port: FilePort, path: str, inode: int) -> dict[str, Any]:
     return {"cpu_usage_us": usage, "throttled_us": throttled}
 
 
-def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int], throttling: bool) -> dict[str, Any]:
+def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     cpuacct, cpu = port.layout.hierarchy("cpuacct"), port.layout.hierarchy("cpu")
     if cpuacct in inodes:
         usage = port.read(cpuacct, path, "cpuacct.usage", inodes[cpuacct])
         figures["cpu_usage_us"] = int(usage) // 1000 if usage else None
-    if throttling and cpu in inodes:
+    if cpu in inodes:
         (throttled,) = parse_flat_keyed(port.read(cpu, path, "cpu.stat", inodes[cpu]), "throttled_time")
         figures["throttled_us"] = None if throttled is None else throttled // 1000
     return figures
@@ -167,7 +187,7 @@ def read_workload(
         return None
     governed = tier in ("batch", "tier")
     v2 = port.layout.version == 2
-    figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes, governed)
+    figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes)
     if figures.get("cpu_usage_us") is None and port.read(main, path, "cgroup.procs", inodes[main]) is None:
         return None
     if UNIFIED in inodes and "psi" in port.layout.controllers:
@@ -176,8 +196,11 @@ def read_workload(
         memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
         figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
     figures.update(_memory(port, path, inodes, None if governed else pages, figures.get("memory_pressure_us")))
+    if tier == "service" and pages is not None:
+        stalled = figures.get("memory_pressure_us")
+        figures["memory_limit_hits"] = pages.limit_hits(port, path, inodes, stalled)
     if governed:
-        knobs = {k: read_knob(port, path, k, inodes) for k in GOVERNED_KNOBS}
+        knobs = {k: read_knob(port, path, k, inodes) for k in HELD}
         figures["knobs"] = {k: v for k, v in knobs.items() if v is not None}
         figures["frozen"] = figures["knobs"].get("cgroup.freeze") == "1"
         figures["processes"] = len(processes_below(port, main, path))

@@ -1,66 +1,32 @@
 """What a service feels: its own latency histogram, scraped from its Prometheus endpoint.
 
-The text format is prometheus.io/docs/instrumenting/exposition_formats; parsing is prometheus-client's. A reading is the
-cumulative histogram as it is: deltas, counter resets and quantiles are the model's.
+A reading is the cumulative histogram as it is, with its time: deltas, counter resets and quantiles are the model's. A
+page is filtered line by line as it arrives and parsed in a thread, so that one of megabytes keeps nobody waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from colocate.config import ServiceLevelObjective
-from colocate.observe.http import read_body
+import structlog
+
+from colocate.observe.histogram_page import HistogramReader, ScrapeFailed
+from colocate.policy.schema import ServiceLevelObjective
 from colocate.snapshot import Latency
 
 if TYPE_CHECKING:  # imported with the first scrape: a node without objectives starts 0.1 s sooner and 10 MiB smaller
     import aiohttp
 
-MAX_BODY_BYTES = 8 << 20
-STALE_SECONDS = 5.0
-
-
-class ScrapeFailed(Exception):  # noqa: N818 - an expected event of a loop, shown as a problem
-    """The endpoint is down, slow, or does not expose the histogram."""
-
-
-def parse_histogram(text: str, metric: str, labels: Mapping[str, str], at_seconds: float) -> Latency:
-    """The sum of the matching series of one histogram. Raises ScrapeFailed."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    wanted = set(labels.items())
-    counts: dict[float, float] = {}
-    lines = [line for line in text.splitlines() if metric in line]
-    try:
-        families = list(text_string_to_metric_families("\n".join(lines) + "\n"))
-    except (ValueError, KeyError) as error:
-        raise ScrapeFailed(f"not Prometheus text: {error}") from error
-    for family in families:
-        for sample in family.samples:
-            if sample.name == f"{metric}_bucket" and wanted <= set(sample.labels.items()):
-                bound = _bound(sample.labels.get("le", ""), metric)
-                counts[bound] = counts.get(bound, 0.0) + sample.value
-    if math.inf not in counts or len(counts) < 2:
-        raise ScrapeFailed(f"no histogram {metric} with labels {dict(labels)} (series {metric}_bucket with le)")
-    bounds = sorted(counts)
-    cumulative = [0.0, *(counts[b] for b in bounds)]
-    if not all(math.isfinite(c) for c in cumulative) or any(b < a for a, b in itertools.pairwise(cumulative)):
-        raise ScrapeFailed(f"the buckets of {metric} are not cumulative counts")
-    return Latency(tuple(bounds[:-1]), tuple(counts[b] for b in bounds), round(at_seconds, 6))
-
-
-def _bound(text: str, metric: str) -> float:
-    try:
-        bound = float(text)
-    except ValueError:
-        bound = math.nan
-    if not bound >= 0:
-        raise ScrapeFailed(f"a bucket of {metric} has le={text!r}, which is no upper bound in seconds")
-    return bound
+log = structlog.get_logger()
+MAX_WANTED_BYTES = 8 << 20
+MAX_PAGE_BYTES = 64 << 20
+REFUSED_SECONDS = 60.0
+"""How long a page that is too large is let be."""
+MIXED_SECONDS = 60.0
+"""How long after the last sign of it a page is taken as that of several processes."""
 
 
 def boundary_warning(latency: Latency, target_seconds: float) -> str:
@@ -76,27 +42,101 @@ def boundary_warning(latency: Latency, target_seconds: float) -> str:
     return f"no bucket boundary near the target {target_seconds:g} s (nearest {near:g} s): add one, or p99 is a guess"
 
 
+class _Mixture:
+    """Whether successive pages belong to one process: a worker's page after another's has counts that fall and rise."""
+
+    def __init__(self) -> None:
+        self._highest: tuple[float, Latency] | None = None
+        """The page before the last fall, and when it was read."""
+        self._last: tuple[Latency, float | None] | None = None
+        self._starts: dict[float, float] = {}
+        self.until = float("-inf")
+
+    def add(self, reading: Latency, start: float | None, now: float) -> bool:
+        """Take a page in; whether pages are known to be mixed."""
+        last = self._last
+        self._last = (reading, start)
+        if last is not None and last[0].bounds_seconds == reading.bounds_seconds:
+            fell = any(b < a for a, b in zip(last[0].counts, reading.counts, strict=True))
+            if fell and self._highest is not None and now - self._highest[0] < MIXED_SECONDS:
+                self.until = now + MIXED_SECONDS  # it fell again: no process starts anew each moment
+            if fell:
+                self._highest = (now, last[0])
+            elif self._highest is not None and now - self._highest[0] < MIXED_SECONDS:
+                before = self._highest[1]
+                if before.bounds_seconds == reading.bounds_seconds and reading.counts[-1] >= before.counts[-1] > 0:
+                    self.until = now + MIXED_SECONDS  # the former count is back
+        if start is not None:
+            if (
+                last is not None
+                and last[1] not in (None, start)
+                and now - self._starts.get(start, -1e9) < MIXED_SECONDS
+            ):
+                self.until = now + MIXED_SECONDS  # a process that had answered before answers again
+            self._starts[start] = now
+            self._starts = {s: t for s, t in self._starts.items() if now - t < MIXED_SECONDS}
+        return now < self.until
+
+
+class _Source:
+    """One service's endpoint."""
+
+    def __init__(self, slo: ServiceLevelObjective) -> None:
+        self.slo = slo
+        self.reader = HistogramReader(slo.metric, slo.labels, slo.unit, slo.p99)
+        self.mixture = _Mixture()
+        self.running: asyncio.Task[None] | None = None
+        self.not_before = float("-inf")
+
+
 class LatencyScraper:
     """Keeps the latest reading of each service; one request at a time per service, so a slow one delays no other."""
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._sources: dict[str, _Source] = {}
         self.readings: dict[str, Latency] = {}
         self.problems: dict[str, str] = {}
 
-    async def _scrape(self, name: str, slo: ServiceLevelObjective) -> None:
+    async def _fetch(self, source: _Source) -> bytes:
+        """The wanted lines of the page. Raises ScrapeFailed if it is too large."""
         import aiohttp
 
         if self._session is None:
             self._session = aiohttp.ClientSession(trust_env=False)
+        timeout = aiohttp.ClientTimeout(total=source.slo.scrape_timeout)
+        async with self._session.get(source.slo.url, timeout=timeout) as response:
+            if response.status != 200:
+                raise ScrapeFailed(f"HTTP status {response.status}")
+            wanted, left, total, kept = [], b"", 0, 0
+            async for chunk in response.content.iter_any():
+                total += len(chunk)
+                *lines, left = (left + chunk).split(b"\n")
+                found = [line for line in lines if line.startswith(source.reader.prefixes)]
+                wanted += found
+                kept += sum(map(len, found))
+                if total > MAX_PAGE_BYTES or kept > MAX_WANTED_BYTES or len(left) > MAX_WANTED_BYTES:
+                    source.not_before = time.monotonic() + REFUSED_SECONDS
+                    raise ScrapeFailed(
+                        f"more than {MAX_WANTED_BYTES >> 20} MiB of text for {source.slo.metric}: choose series by "
+                        f"`labels`; it is asked again in {REFUSED_SECONDS:g} s"
+                    )
+            return b"\n".join([*wanted, left])
+
+    async def _scrape(self, name: str, source: _Source) -> None:
+        import aiohttp
+
+        slo = source.slo
         try:
-            timeout = aiohttp.ClientTimeout(total=slo.scrape_timeout)
-            async with self._session.get(slo.url, timeout=timeout) as response:
-                if response.status != 200:
-                    raise ScrapeFailed(f"HTTP status {response.status}")
-                body = await read_body(response, MAX_BODY_BYTES)
-            reading = parse_histogram(body.decode(errors="replace"), slo.metric, slo.labels, time.monotonic())
+            page = await self._fetch(source)
+            at = time.monotonic()
+            reading, start = await asyncio.to_thread(source.reader.read, page, at)
+            if source.mixture.add(reading, start, at):
+                self.readings.pop(name, None)  # evidence that is known to be mixed is worse than none
+                raise ScrapeFailed(
+                    "successive pages do not belong to one process (counts fall and come back): expose all workers "
+                    "together; until then waiting is the evidence"
+                )
             self.readings[name] = reading
             self.problems.pop(name, None)
             if warning := boundary_warning(reading, slo.p99):
@@ -104,32 +144,45 @@ class LatencyScraper:
         except TimeoutError:
             self.problems[name] = f"{slo.url} did not answer within {slo.scrape_timeout:g} s"
         except (aiohttp.ClientError, OSError, ScrapeFailed) as error:
-            # What a stranger's page says may end up on a terminal.
-            said = "".join(c if c.isprintable() else "?" for c in str(error)[:300])
-            self.problems[name] = f"{slo.url}: {said}"
+            self.problems[name] = f"{slo.url}: {_printable(error)}"
+        except Exception as error:
+            # A stranger's page may bring down a parser, never the objective without a word.
+            self.problems[name] = f"{slo.url}: {type(error).__name__}: {_printable(error)}"
+            log.exception("scrape_failed", service=name)
 
     async def scrape(self, objectives: Mapping[str, ServiceLevelObjective], wait_seconds: float) -> None:
         """Start a scrape of every service that has none under way and wait a little for the answers."""
-        for name, slo in objectives.items():
-            task = self._running.get(name)
-            if task is None or task.done():
-                self._running[name] = asyncio.create_task(self._scrape(name, slo))
-        for name in set(self._running) - set(objectives):
-            self._running.pop(name).cancel()
-            self.readings.pop(name, None)
-            self.problems.pop(name, None)
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=wait_seconds)
         now = time.monotonic()
         for name, slo in objectives.items():
-            reading = self.readings.get(name)
-            if reading is not None and now - reading.at_seconds > max(STALE_SECONDS, slo.window):
-                del self.readings[name]  # an old quantile is no evidence; the law falls back to waiting
+            source = self._sources.get(name)
+            if source is None or source.slo != slo:
+                self._forget(name)
+                source = self._sources[name] = _Source(slo)
+            if (source.running is None or source.running.done()) and now >= source.not_before:
+                source.running = asyncio.create_task(self._scrape(name, source))
+        for name in set(self._sources) - set(objectives):
+            self._forget(name)
+        running = [s.running for s in self._sources.values() if s.running is not None and not s.running.done()]
+        if running and wait_seconds > 0:
+            await asyncio.wait(running, timeout=wait_seconds)
+
+    def _forget(self, name: str) -> None:
+        source = self._sources.pop(name, None)
+        if source is not None and source.running is not None:
+            source.running.cancel()
+        self.readings.pop(name, None)
+        self.problems.pop(name, None)
 
     async def close(self) -> None:
         """Cancel what is under way and close the connections."""
-        for task in self._running.values():
+        running = [s.running for s in self._sources.values() if s.running is not None]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
+
+
+def _printable(error: Exception) -> str:
+    """What a stranger's page says may end up on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(error)[:300])

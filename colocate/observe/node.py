@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from colocate.cgroupfs import UNIFIED, FilePort
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import FilePort
 from colocate.observe.cgroup import parse_flat_keyed
 from colocate.units import parse_cpulist
 

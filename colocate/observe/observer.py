@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import structlog
 
-from colocate.cgroupfs import UNIFIED, FilePort, processes
-from colocate.config import BatchPolicy, ColocationPolicy, ServicePolicy
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import Tree, find_tree, inodes_of, main_hierarchy, processes_below, start_time
 from colocate.observe import node as node_figures
-from colocate.observe.cgroup import FilePages, inodes_of, read_workload
+from colocate.observe.cgroup import FilePages, read_workload
 from colocate.observe.latency import LatencyScraper
+from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.pods import PodLister
-from colocate.observe.schedstat import run_delay_us
-from colocate.observe.workloads import Target, Tree, discover, find_tree, main_hierarchy
+from colocate.observe.schedstat import RunDelays
+from colocate.observe.workloads import Target, discover
+from colocate.policy.schema import BatchPolicy, ColocationPolicy, ServicePolicy
 from colocate.snapshot import NodeSnapshot, Objective, Workload
 
 log = structlog.get_logger()
-REDISCOVER_TREE_EVERY = 10
+REDISCOVER_TREE_SECONDS = 10.0
+TICKS_A_SECOND = 100
+"""USER_HZ, in which /proc counts."""
 
 
 class Observer:
@@ -30,8 +36,10 @@ class Observer:
         policy: ColocationPolicy,
         jobs: Callable[[], dict[str, dict[str, Any]]],
         scraper: LatencyScraper,
+        monotonic: Callable[[], float] | None = None,
     ) -> None:
-        self._port, self._jobs, self._scraper = port, jobs, scraper
+        """`monotonic` tells when a workload was read; without it, all are read at the snapshot's time."""
+        self._port, self._jobs, self._scraper, self._monotonic = port, jobs, scraper, monotonic
         self.policy = policy
         self.lister = PodLister()
         self.capacity = node_figures.capacity(port, policy.spec.node_root)
@@ -42,23 +50,38 @@ class Observer:
         self.extra_problems: dict[str, str] = {}
         """Problems of the shell (an invalid policy file), shown with the others."""
         self.vanished = 0
-        self._stale: dict[str, int] = {}
-        self._last: dict[str, Any] = {}
+        self.looks_for_strangers = False
+        """Whether it matters who else uses the CPUs."""
+        self._last: dict[str, tuple[float, Any]] = {}
+        """section -> when it was read last, and what it said."""
+        self._failing: set[str] = set()
+        self._workloads_before: dict[str, Workload] = {}
+        self._delays = RunDelays()
+        self._started: dict[str, tuple[dict[str, int], float]] = {}
+        self._reserved: tuple[int, ...] = ()
+        self._tree_at = float("-inf")
         self._sequence = 0
+        self._at = 0.0
         self._inodes: dict[str, dict[str, int]] = {}
         self._pages = FilePages()
+        self._targets: list[Target] = []
         self._governed: set[str] = set()
         """The cgroups of batch in place, as of the last tick."""
 
-    def _section(self, name: str, collect: Callable[[], Any], otherwise: Any) -> Any:
+    def _now(self) -> float:
+        return round(self._monotonic(), 6) if self._monotonic is not None else self._at
+
+    def _section(self, name: str, collect: Callable[[], Any], otherwise: Any) -> tuple[float, Any]:
+        """When it was read, and what it says: that of an earlier time if the collector fails now."""
         try:
-            self._last[name] = collect()
-            self._stale.pop(name, None)
+            self._last[name] = (self._now(), collect())
+            self._failing.discard(name)
         except (OSError, ValueError, IndexError) as error:
-            self._stale[name] = self._stale.get(name, 0) + 1
-            if self._stale[name] == 1:
+            if name not in self._failing:
                 log.warning("collector_failed", section=name, error=str(error))
-        return self._last.get(name, otherwise)
+            self._failing.add(name)
+            self._last.setdefault(name, (self._at, otherwise))
+        return self._last[name]
 
     def _capabilities(self) -> tuple[str, ...]:
         layout, offered = self._port.layout, []
@@ -77,19 +100,21 @@ class Observer:
         return tuple(offered)
 
     def _read(self, target: Target) -> Workload | None:
-        known = dict(target.known)
+        known, at = dict(target.known), self._now()
+        psi = "psi" in self._port.layout.controllers and UNIFIED in target.inodes
         if target.tier == "service":
             entry = target.entry or target.name
             if entry in self.objectives:
                 known["objective"] = self.objectives[entry]
             if entry in self._scraper.readings:
                 known["latency"] = self._scraper.readings[entry]
-            if target.pids is not None:
-                known["run_delay_us"] = run_delay_us(self._port, target.pids)
-            elif known.get("objective") is not None or "psi" not in self._port.layout.controllers:
-                hierarchy = next(iter(target.inodes))
-                pids = processes(self._port, hierarchy, target.path)
-                known["run_delay_us"] = run_delay_us(self._port, pids)
+        if target.tier != "batch" and (target.pids is not None or not psi):
+            pids = target.pids
+            if pids is None:
+                pids = tuple(processes_below(self._port, next(iter(target.inodes)), target.path))
+            known["waited_us"] = self._delays.waited_us(self._port, target.id, pids, at)
+        if target.in_place:
+            known["started_seconds"] = self._started_seconds(target)
         tier: Any = target.tier
         workload = read_workload(
             self._port,
@@ -99,11 +124,37 @@ class Observer:
             path=target.path,
             inodes=target.inodes,
             pages=self._pages,
+            at_seconds=at,
             **known,
         )
         if workload is None:
             self.vanished += 1
+        elif target.pids is not None and workload.waited_us is not None:
+            # The cgroup of chosen processes may be shared: what they themselves waited is what counts.
+            workload = msgspec.structs.replace(workload, cpu_pressure_us=None)
         return workload
+
+    def _read_or_keep(self, target: Target) -> Workload | None:
+        """One unreadable cgroup is stale by itself: what was known of it stays, with its old time."""
+        try:
+            return self._read(target)
+        except (OSError, ValueError, IndexError) as error:
+            self.problems[target.id] = f"{target.name}: {target.path} cannot be read: {error}"
+            before = self._workloads_before.get(target.id)
+            return before if before is not None and before.inodes == target.inodes else None
+
+    def _started_seconds(self, target: Target) -> float:
+        """Monotonic time at which the oldest process of a cgroup started; 0 if it has none."""
+        kept = self._started.get(target.path)
+        if kept is not None and kept[0] == target.inodes and kept[1]:
+            return kept[1]
+        pids = processes_below(self._port, next(iter(target.inodes)), target.path)
+        starts = [s for pid in pids if (s := start_time(self._port, pid)) is not None]
+        uptime = (self._port.proc("/proc/uptime") or "").split()
+        boot = self._at - float(uptime[0]) if uptime else 0.0  # /proc counts from the boot, suspended time included
+        found = round(boot + min(starts) / TICKS_A_SECOND, 3) if starts else 0.0
+        self._started[target.path] = (target.inodes, found)
+        return found
 
     def _workloads(self) -> dict[str, Workload]:
         targets, self.problems = discover(
@@ -118,12 +169,20 @@ class Observer:
         self._governed = {t.path for t in targets if t.in_place}
         self._inodes = {t.path: t.inodes for t in targets}
         self._pages.forget_others(self._inodes)
-        self._pages.tick = self._sequence
+        self._pages.now = self._at
         self.problems.update(self.extra_problems)
         if self.lister.problem:
             self.problems["kubelet"] = self.lister.problem
-        found = (self._read(t) for t in targets if t.inodes)
-        return {w.id: w for w in found if w is not None}
+        self._targets = targets
+        self._delays.forget_others(t.id for t in targets)
+        found = [self._read_or_keep(t) for t in targets if t.inodes]
+        self._workloads_before = {w.id: w for w in found if w is not None}
+        return self._workloads_before
+
+    def _strangers(self) -> dict[str, int]:
+        if not self.looks_for_strangers:
+            return {}
+        return strangers_us(self._port, self.tree, (t.path for t in self._targets))
 
     def _known_inodes(self, path: str, main_inode: int | None = None) -> dict[str, int]:
         """The inodes of a cgroup, looked up anew only if its main one is another: ten stat calls a cgroup add up."""
@@ -159,7 +218,10 @@ class Observer:
         inodes = inodes_of(self._port, self.tree.tier_path)
         if not inodes:
             return None
-        return read_workload(self._port, id_="tier", name="tier", tier="tier", path=self.tree.tier_path, inodes=inodes)
+        path = self.tree.tier_path
+        return read_workload(
+            self._port, id_="tier", name="tier", tier="tier", path=path, inodes=inodes, at_seconds=self._now()
+        )
 
     def refresh_pods(self) -> None:
         """Ask the kubelet for its pods, in the background, if a selector needs them."""
@@ -173,29 +235,44 @@ class Observer:
     def snapshot(self, time_seconds: float, monotonic_seconds: float) -> NodeSnapshot:
         """Everything known now. Times are given, so that a model's clock can stand in."""
         self._sequence += 1
-        if self._sequence % REDISCOVER_TREE_EVERY == 1:
-            self.capacity, self.tree = self._section("tree", self._discover_tree, (self.capacity, self.tree))
+        self._at = round(monotonic_seconds, 6)
+        if not 0 <= self._at - self._tree_at < REDISCOVER_TREE_SECONDS:
+            self._tree_at = self._at
+            _, (self.capacity, self.tree) = self._section("tree", self._discover_tree, (self.capacity, self.tree))
+            rediscovered = True
+        else:
+            rediscovered = False
         have = self.capacity
-        figures = self._section(
+        node_at, figures = self._section(
             "node",
             lambda: node_figures.figures(self._port, self.tree.root, have.cpus, have.memory_bytes),
             node_figures.NodeFigures(None, None, None, 0, {}),
         )
+        workloads_at, workloads = self._section("workloads", self._workloads, {})
+        tier_at, tier = self._section("tier", self._tier, None)
+        if rediscovered:
+            _, self._reserved = self._section(
+                "reserved", lambda: reserved_cpus(self._port, self.tree, have.cpus, self._targets), ()
+            )
+        ages = {"node": node_at, "workloads": workloads_at, "tier": tier_at}
         return NodeSnapshot(
             sequence=self._sequence,
             time_seconds=round(time_seconds, 3),
-            monotonic_seconds=round(monotonic_seconds, 6),
+            monotonic_seconds=self._at,
             cgroup_version=self._port.layout.version,
             cpus=have.cpus,
             cores=have.cores,
             memory_bytes=have.memory_bytes,
+            node_at_seconds=node_at,
             cpu_busy_us=figures.cpu_busy_us,
             cpu_idle_us=figures.cpu_idle_us,
             cpu_idle_each_us=figures.cpu_idle_each_us,
             memory_available_bytes=figures.memory_available_bytes,
             swap_free_bytes=figures.swap_free_bytes,
-            workloads=self._section("workloads", self._workloads, {}),
-            tier=self._section("tier", self._tier, None),
-            stale_ticks=dict(self._stale),
+            reserved_cpus=self._reserved,
+            strangers_us=self._section("strangers", self._strangers, {})[1],
+            workloads=workloads,
+            tier=tier,
+            stale_seconds={name: round(self._at - at, 6) for name, at in ages.items() if name in self._failing},
             capabilities=self._capabilities(),
         )

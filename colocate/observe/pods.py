@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from colocate.config import KubeletPolicy
 from colocate.observe.http import read_body
+from colocate.policy.schema import KubeletPolicy
 
 MAX_BODY_BYTES = 32 << 20
 

@@ -13,7 +13,8 @@ import select
 import threading
 from collections.abc import Callable
 
-from colocate.cgroupfs import UNIFIED, FilePort
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import FilePort
 from colocate.observe.cgroup import parse_pressure
 
 TRIGGER_WINDOW_US = 500_000

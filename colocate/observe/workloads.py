@@ -15,39 +15,15 @@ from typing import Any, Protocol
 
 import msgspec
 
-from colocate.cgroupfs import UNIFIED, FilePort, joined, processes_below
-from colocate.config import BatchPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import Tree, cgroup_of, joined, main_hierarchy, processes_below
 from colocate.observe.pods import Pod
+from colocate.policy.schema import BatchPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Objective
 
 MAX_SEARCH_DEPTH = 3
 WRAPPERS = frozenset({"sh", "bash", "dash", "busybox", "tini", "dumb-init", "docker-init", "catatonit", "s6-svscan"})
 """What stands above a command in a service or container of its own."""
-PLAIN_TIER = "colocate-batch"
-
-
-class Tree(msgspec.Struct, frozen=True):
-    """Where things are on this node."""
-
-    root: str
-    kubepods: str | None
-    systemd_driver: bool
-    tier_path: str
-
-    @property
-    def besteffort(self) -> str | None:
-        """kubelet's BestEffort group."""
-        return self.kubepods and joined(self.kubepods, self._level("besteffort"))
-
-    @property
-    def burstable(self) -> str | None:
-        """kubelet's Burstable group."""
-        return self.kubepods and joined(self.kubepods, self._level("burstable"))
-
-    def _level(self, name: str) -> str:
-        if not self.systemd_driver or self.kubepods is None:
-            return name
-        return f"{self.kubepods.rpartition('/')[2].removesuffix('.slice')}-{name}.slice"
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -77,38 +53,6 @@ class Inodes(Protocol):
         """hierarchy -> inode."""
 
 
-def main_hierarchy(port: FilePort) -> str:
-    """The hierarchy that is searched: the CPU controller's, else any."""
-    return port.layout.hierarchy("cpu") or next(iter(port.layout.mounts))
-
-
-def find_kubepods(port: FilePort, root: str) -> str | None:
-    """The path of kubelet's tree below the root, by its name, breadth first; None on a plain host."""
-    hierarchy = main_hierarchy(port)
-    level = [root]
-    for _ in range(MAX_SEARCH_DEPTH):
-        following = []
-        for path in level:
-            for child in port.children(hierarchy, path):
-                base = child.removesuffix(".slice")
-                if base == "kubepods" or base.endswith("-kubepods"):
-                    return joined(path, child)
-                following.append(joined(path, child))
-        level = following
-    return None
-
-
-def find_tree(port: FilePort, root: str) -> Tree:
-    """Where kubelet's groups and our tier are, or belong."""
-    kubepods = find_kubepods(port, root)
-    if kubepods is None:
-        return Tree(root, None, systemd_driver=False, tier_path=joined(root, PLAIN_TIER))
-    systemd = kubepods.endswith(".slice")
-    base = kubepods.rpartition("/")[2].removesuffix(".slice")
-    tier = joined(kubepods, f"{base}-batch.slice" if systemd else "batch")
-    return Tree(root, kubepods, systemd, tier)
-
-
 def pod_uid(name: str) -> str | None:
     """The pod uid in a cgroup directory's name, as kubelet reads it: exactly two parts around `pod`.
 
@@ -129,15 +73,6 @@ def _glob(port: FilePort, hierarchy: str, root: str, pattern: str) -> list[str]:
         else:
             found = [joined(p, part) for p in found]
     return [p for p in found if port.inode(hierarchy, p) is not None]
-
-
-def cgroup_of(port: FilePort, pid: int, hierarchy: str) -> str | None:
-    """The path of a process's cgroup in a hierarchy, from /proc/<pid>/cgroup."""
-    for line in (port.proc(f"/proc/{pid}/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if (hierarchy == UNIFIED and not controllers) or (controllers and controllers == hierarchy):
-            return os.path.normpath(path)
-    return None
 
 
 def _by_command(port: FilePort, hierarchy: str, text: str) -> tuple[list[str], list[int]]:

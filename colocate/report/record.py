@@ -8,27 +8,32 @@ for SQL. Segments are rotated, compressed and capped in total. A full disk degra
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from colocate import __version__
-from colocate.config import Calibration, ColocationPolicy, RecordPolicy
-from colocate.decide.pipeline import LawState
-from colocate.errors import BadInput, StateTooNew
+from colocate.calibration import Calibration
+from colocate.decide.pipeline import LawState, laws_to_builtins
+from colocate.errors import BadInput, StateTooNew, StateTooOld
 from colocate.model.forecast import Forecast, ModelState
 from colocate.model.state import to_builtins
 from colocate.plan import Outcome, Plan
+from colocate.policy.schema import ColocationPolicy, RecordPolicy
 from colocate.snapshot import NodeSnapshot
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 MEMORY_LINES = 600
+MOST_PENDING = 120
+"""Lines that may wait for a slow disk."""
 PREFIX = "records-"
 _EVERY_LINE = {"time", "sequence", "snapshot", "plan", "series"}
 
@@ -107,13 +112,90 @@ def series(snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, Any]:
     return row
 
 
-class Recorder:
-    """Writes the records of one agent."""
+class Before(NamedTuple):
+    """What a tick was decided from, beside its snapshot, and under."""
 
-    def __init__(self, directory: Path | None, policy: RecordPolicy, backend: str) -> None:
-        self._directory, self._policy, self.backend = directory, policy, backend
+    model: ModelState
+    laws: LawState
+    policy: ColocationPolicy
+    calibration: Calibration
+    arm: str = ""
+    window: int = 0
+
+
+class _Disk:
+    """The segments of one directory. Its methods may block: they are called from one thread at a time."""
+
+    def __init__(self, directory: Path, policy: RecordPolicy) -> None:
+        self._directory, self._policy = directory, policy
         self._file: Any = None
-        self._size = 0
+        self.size = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the next line begins a segment."""
+        return self._file is None or self.size > self._policy.segment_bytes
+
+    def _segments(self) -> list[Path]:
+        return sorted(self._directory.glob(f"{PREFIX}*"))
+
+    def _rotate(self, time_seconds: float) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        if self._file is not None:
+            finished = Path(self._file.name)
+            self._file.close()
+            self._file = None
+            packed = finished.with_suffix(".jsonl.gz")
+            part = finished.with_suffix(".part")
+            with finished.open("rb") as source, gzip.open(part, "wb", compresslevel=4) as target:
+                target.write(source.read())
+            part.replace(packed)
+            finished.unlink()
+        total, newest = 0, -1
+        for segment in reversed(self._segments()):
+            digits = segment.name.removeprefix(PREFIX).partition(".")[0]
+            newest = max(newest, int(digits) if digits.isdigit() else -1)
+            total += segment.stat().st_size
+            if total > self._policy.max_bytes - self._policy.segment_bytes:
+                segment.unlink(missing_ok=True)
+        # Names sort in the order of writing, also after the clock was set back.
+        number = max(int(time_seconds * 1000), newest + 1)
+        self._file = open(self._directory / f"{PREFIX}{number:015d}.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self.size = 0
+
+    def write(self, encoded: bytes, time_seconds: float, *, rotate: bool) -> str:
+        """Append a line; why it could not be, or empty."""
+        try:
+            if rotate:
+                self._rotate(time_seconds)
+            elif os.fstat(self._file.fileno()).st_nlink == 0 or not Path(self._file.name).exists():
+                self.close()  # somebody took the file away: what is written into it nobody reads
+                raise OSError(errno.ENOENT, "the file is gone; another is begun")
+            written = os.write(self._file.fileno(), encoded)
+            if written != len(encoded):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.size += written
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.close()
+            return str(error.strerror)
+        return ""
+
+    def close(self) -> None:
+        """Close the segment."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Recorder:
+    """Writes the records of one agent: lines are made here, and written by a thread where `threaded`."""
+
+    def __init__(self, directory: Path | None, policy: RecordPolicy, backend: str, *, threaded: bool = False) -> None:
+        self._policy, self.backend = policy, backend
+        self._disk = _Disk(directory, policy) if directory is not None else None
+        self._thread = ThreadPoolExecutor(1, "colocate-records") if threaded and directory is not None else None
+        self._pending: deque[Future[str]] = deque()
         self._since_keyframe: int | None = None
         self._under: tuple[ColocationPolicy, Calibration, str] | None = None
         """What the last tick was decided under: another needs a keyframe, or replay would go on with the old one."""
@@ -126,63 +208,33 @@ class Recorder:
         self.window = 0
         """Set by `evaluate`: which arm and which window of a switchback this tick belongs to."""
 
-    def _segments(self) -> list[Path]:
-        assert self._directory is not None
-        return sorted(self._directory.glob(f"{PREFIX}*"))
-
-    def _rotate(self, time_seconds: float) -> None:
-        assert self._directory is not None
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o750)
-        if self._file is not None:
-            finished = Path(self._file.name)
-            self._file.close()
-            self._file = None
-            packed = finished.with_suffix(".jsonl.gz")
-            part = finished.with_suffix(".part")
-            with finished.open("rb") as source, gzip.open(part, "wb", compresslevel=4) as target:
-                target.write(source.read())
-            part.replace(packed)
-            finished.unlink()
-        total = 0
-        for segment in reversed(self._segments()):
-            total += segment.stat().st_size
-            if total > self._policy.max_bytes - self._policy.segment_bytes:
-                segment.unlink(missing_ok=True)
-        name = f"{PREFIX}{int(time_seconds * 1000):015d}.jsonl"
-        self._file = open(self._directory / name, "ab", buffering=0)  # noqa: SIM115 - kept open across ticks
-        self._size = 0
+    def _frame(self, before: Before) -> dict[str, Any]:
+        return {
+            "version": RECORD_VERSION,
+            "colocate": __version__,
+            "backend": self.backend,
+            "model": to_builtins(before.model),
+            "laws": laws_to_builtins(before.laws),
+            "policy": msgspec.to_builtins(before.policy),
+            "calibration": msgspec.to_builtins(before.calibration),
+        }
 
     def write(
-        self,
-        snapshot: NodeSnapshot,
-        forecast: Forecast,
-        plan: Plan,
-        outcomes: list[Outcome],
-        model_before: ModelState,
-        laws_before: LawState,
-        policy: ColocationPolicy,
-        calibration: Calibration,
+        self, snapshot: NodeSnapshot, forecast: Forecast, plan: Plan, outcomes: list[Outcome], before: Before
     ) -> None:
-        """Record one tick. Never raises for a disk that is full or gone."""
+        """Record one tick. Never raises for a disk that is full or gone, and waits for none that is slow."""
+        self._look_at_pending()
         row, actions = msgspec.to_builtins(snapshot), plan_builtins(plan)
-        rotate = self._directory is not None and (self._file is None or self._size > self._policy.segment_bytes)
-        under = (policy, calibration, self.backend)
+        rotate = self._disk is not None and self._disk.full and not self._pending
+        under = (before.policy, before.calibration, self.backend)
         changed = self._under is None or any(was is not now for was, now in zip(self._under, under, strict=True))
         self._under = under
         key = changed or rotate or self._since_keyframe is None or self._since_keyframe >= self._policy.keyframe_every
         line: dict[str, Any] = {"time": snapshot.time_seconds, "sequence": snapshot.sequence}
-        if self.arm:
-            line["arm"], line["window"] = self.arm, self.window
+        if before.arm:
+            line["arm"], line["window"] = before.arm, before.window
         if key:
-            line["keyframe"] = {
-                "version": RECORD_VERSION,
-                "colocate": __version__,
-                "backend": self.backend,
-                "model": to_builtins(model_before),
-                "laws": msgspec.to_builtins(laws_before),
-                "policy": msgspec.to_builtins(policy),
-                "calibration": msgspec.to_builtins(calibration),
-            }
+            line["keyframe"] = self._frame(before)
             line["snapshot"], line["plan"] = row, actions
             self._since_keyframe = 0
         else:
@@ -194,30 +246,37 @@ class Recorder:
         line["series"] = series(snapshot, forecast)
         encoded = msgspec.json.encode(line) + b"\n"
         self.recent.append(encoded)
-        if self._directory is None:
-            return
-        try:
-            if rotate:
-                self._rotate(snapshot.time_seconds)
-            written = os.write(self._file.fileno(), encoded)
-            if written != len(encoded):
-                raise OSError(28, "No space left on device")
-            self._size += written
-            self.degraded = ""
-        except OSError as error:
-            self.degraded = f"records are kept in memory only: {error.strerror}"
+        if self._disk is not None:
+            self._hand_over(encoded, snapshot.time_seconds, rotate=rotate)
+
+    def _hand_over(self, encoded: bytes, time_seconds: float, *, rotate: bool) -> None:
+        assert self._disk is not None
+        if self._thread is None:
+            self._note(self._disk.write(encoded, time_seconds, rotate=rotate))
+        elif len(self._pending) >= MOST_PENDING:
+            self._note("the disk does not keep up")
+        else:
+            self._pending.append(self._thread.submit(self._disk.write, encoded, time_seconds, rotate=rotate))
+
+    def _look_at_pending(self) -> None:
+        while self._pending and self._pending[0].done():
+            self._note(self._pending.popleft().result())
+
+    def _note(self, failed: str) -> None:
+        if failed:
+            self.degraded = f"records are kept in memory only: {failed}"
             self.lost_lines += 1
             self._since_keyframe = None  # a gap: the next line that fits must stand alone
-            with contextlib.suppress(OSError):
-                if self._file is not None:
-                    self._file.close()
-            self._file = None
+        else:
+            self.degraded = ""
 
     def close(self) -> None:
-        """Close the segment."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Write what is pending and close the segment."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._look_at_pending()
+        if self._disk is not None:
+            self._disk.close()
 
 
 def segments(path: Path) -> list[Path]:
@@ -257,9 +316,11 @@ def read_full(path: Path) -> Iterator[dict[str, Any]]:
         for line in read_lines(segment):
             frame = line.get("keyframe")
             if frame is not None:
-                if frame["version"] > RECORD_VERSION:
-                    raise StateTooNew(
-                        f"{segment} has record version {frame['version']}: use colocate {frame['colocate']}"
+                if frame["version"] != RECORD_VERSION:
+                    error = StateTooNew if frame["version"] > RECORD_VERSION else StateTooOld
+                    raise error(
+                        f"{segment} has record version {frame['version']}, this colocate reads {RECORD_VERSION}: use "
+                        f"colocate {frame['colocate']}"
                     )
                 snapshot, plan = line["snapshot"], line["plan"]
             elif snapshot is None:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from colocate.config import Calibration, ColocationPolicy
-from colocate.decide.pipeline import LawState, decide
+from colocate.calibration import Calibration
+from colocate.decide.pipeline import LawState, decide, laws_from_builtins
 from colocate.model import kernels
 from colocate.model.forecast import ModelState, forecast
 from colocate.model.state import from_builtins
-from colocate.policyfile import policy_of_builtins
+from colocate.policy.file import policy_of_builtins
+from colocate.policy.schema import ColocationPolicy
 from colocate.report.record import plan_builtins, read_full
 from colocate.snapshot import NodeSnapshot
 
@@ -55,9 +56,9 @@ def replay(path: Path, other: ColocationPolicy | None = None) -> Iterator[Replay
                 kernel = kernels.load(jit=backend == "numba")
             policy = other or policy_of_builtins(frame["policy"])
             calibration = msgspec.convert(frame["calibration"], Calibration)
-            if other is None or model.previous is None:  # another policy keeps its own state across keyframes
+            if other is None or model.snapshot_seconds is None:  # another policy keeps its own state across keyframes
                 model = from_builtins(frame["model"], str(path))
-                laws = msgspec.convert(frame["laws"], LawState)
+                laws = laws_from_builtins(frame["laws"], str(path))
         snapshot = msgspec.convert(line["snapshot"], NodeSnapshot, strict=False)
         model, seen = forecast(snapshot, model, policy.spec, kernel)
         laws, plan = decide(snapshot, seen, policy.spec, calibration, laws, line.get("arm", ""))

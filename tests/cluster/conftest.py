@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import yaml
 
-from colocate.demo.controlplane import ControlPlane, install
+from colocate.demo.gang.controlplane import ControlPlane, install
 from colocate.kube.client import MERGE, NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
 from colocate.objects import GangPlan, Pod, PodGroup

@@ -20,9 +20,9 @@ import tarfile
 from pathlib import Path
 
 from colocate.actuate.scratch import ScratchNode, sweep
-from colocate.cgroupfs import KernelPort
-from colocate.demo import controlplane
-from colocate.demo.controlplane import ControlPlane, binaries
+from colocate.cgroup.port import KernelPort
+from colocate.demo.gang import controlplane
+from colocate.demo.gang.controlplane import ControlPlane, binaries
 from colocate.errors import HostUnfit
 
 BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from colocate.demo.controlplane import ControlPlane
+from colocate.demo.gang.controlplane import ControlPlane
 from colocate.kube.client import LEASES, NODES, PLANS, Api, path_of
 from colocate.objects import PLAN_API
 from tests.cluster.conftest import HIGH, LOW, World, leader

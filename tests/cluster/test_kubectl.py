@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colocate.demo.controlplane import ControlPlane, binaries
+from colocate.demo.gang.controlplane import ControlPlane, binaries
 from colocate.errors import HostUnfit
 from tests.cluster.conftest import MANIFESTS, World, leader
 

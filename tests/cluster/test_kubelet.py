@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from colocate.demo.controlplane import ControlPlane
+from colocate.demo.gang.controlplane import ControlPlane
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, path_of
 from colocate.objects import Node

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from colocate.demo.controlplane import ControlPlane
+from colocate.demo.gang.controlplane import ControlPlane
 from colocate.kube.client import DEFINITIONS, LEASES, Api, path_of
 from colocate.podgroup.entries import Settings
 from tests.cluster.conftest import World, leader

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from colocate.actuate.scratch import ScratchNode, sweep
-from colocate.cgroupfs import KernelPort, joined
-from colocate.knobs import write_knob
-from colocate.observe.cgroup import inodes_of
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import inodes_of, joined
+from colocate.cgroup.v1 import write_knob
 
 PATIENCE = float(os.environ.get("COLOCATE_TEST_PATIENCE", "1"))
 HOG = "while True: pass"

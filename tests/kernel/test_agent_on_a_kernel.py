@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 
-from colocate.cgroupfs import UNIFIED, joined, processes_below
-from colocate.knobs import read_knob
-from colocate.observe.cgroup import inodes_of
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.tree import inodes_of, joined, processes_below
+from colocate.cgroup.v1 import read_knob
 from tests.kernel.conftest import DUTY, HOG, PATIENCE, colocate, wait_for
 
 POLICY = """

@@ -15,11 +15,11 @@ import time
 
 import pytest
 
-from colocate.cgroupfs import KernelPort, joined, start_time
+from colocate.agent.socket import ARM_LATE_SECONDS
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import inodes_of, joined, start_time
 from colocate.errors import ColocateError, NotAnswering
 from colocate.jobs import client
-from colocate.jobs.server import ARM_LATE_SECONDS
-from colocate.observe.cgroup import inodes_of
 from tests.kernel.conftest import HOG, PATIENCE, colocate, wait_for
 from tests.kernel.test_agent_on_a_kernel import AgentProcess, agent, run, tier_of  # noqa: F401 - a fixture
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import restore
-from colocate.agent import Agent
-from colocate.cgroupfs import UNIFIED, KernelPort, joined
-from colocate.config import (
+from colocate.agent.loop import Agent
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import joined
+from colocate.model import reference
+from colocate.calibration import Calibration
+from colocate.policy.schema import (
     BatchPolicy,
-    Calibration,
     ColocationPolicy,
     CpuPolicy,
     FreezePolicy,
@@ -24,7 +27,6 @@ from colocate.config import (
     Selector,
     ServicePolicy,
 )
-from colocate.model import reference
 from colocate.snapshot import Latency, Objective
 from tests.kernel.conftest import HOG, PATIENCE
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from colocate.actuate.journal import Journal, boot_id
-from colocate.agent import Agent
-from colocate.calibrate import PROBE
-from colocate.cgroupfs import UNIFIED
-from colocate.config import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.agent.loop import Agent
+from colocate.calibrate.measure import PROBE
+from colocate.cgroup.layout import UNIFIED
 from colocate.model import reference
 from colocate.observe.pressure import PressureWatch
+from colocate.policy.schema import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
 from tests.kernel.conftest import PATIENCE
 
 GROW = """

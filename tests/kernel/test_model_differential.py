@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colocate.cgroupfs import UNIFIED, joined
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.tree import joined
 from colocate.kernelmodel import ModelKernel
 
 WRITES_V1 = [

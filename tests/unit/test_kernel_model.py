@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from colocate.cgroupfs import UNIFIED, CgroupGone
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import CgroupGone
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor, SystemdActor
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colocate.config import Calibration, CpuPolicy, PolicySpec
 from colocate.decide import besteffort
 from colocate.decide.cpu import CpuState, chosen_cpus, decide_cpu, guard_rail_cores
 from colocate.decide.eviction import EvictionState, decide_eviction
@@ -16,6 +15,8 @@ from colocate.decide.memory import MemoryState, allowance_bytes, decide_memory, 
 from colocate.decide.pipeline import OFF_UNMANAGED, LawState, decide, order
 from colocate.model.forecast import WorkloadForecast
 from colocate.plan import Action, Request
+from colocate.calibration import Calibration
+from colocate.policy.schema import CpuPolicy, PolicySpec
 from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist
 from tests import make
 from tests.make import GIB, SPEC

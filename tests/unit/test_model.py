@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from colocate.calibrate import judge
-from colocate.config import PolicySpec
+from colocate.calibrate.measure import judge
 from colocate.errors import StateTooNew
 from colocate.model import kernels, reference
 from colocate.model.forecast import ModelState, forecast
@@ -20,6 +19,7 @@ from colocate.model.interference import effective_machine_utilization, machines_
 from colocate.model.slack import quantile_of, slack_of_latency, trim_window, window_counts
 from colocate.model.state import from_builtins, to_builtins
 from colocate.model.statistics import difference_interval, mean_interval, ratio_interval
+from colocate.policy.schema import PolicySpec
 from colocate.snapshot import Latency, Objective
 from tests import make
 

@@ -3,14 +3,14 @@
 import pytest
 
 from colocate.actuate.tier import check_job_name
-from colocate.cgroupfs import UNIFIED, parse_mounts
-from colocate.config import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.cgroup.layout import UNIFIED, parse_mounts
+from colocate.cgroup.tree import find_tree, inodes_of
 from colocate.errors import BadInput
 from colocate.kernelmodel import ModelKernel
-from colocate.observe.cgroup import inodes_of
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.observer import Observer
-from colocate.observe.workloads import discover, find_tree, pod_uid
+from colocate.observe.workloads import discover, pod_uid
+from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency
 
 

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from colocate.config import ColocationPolicy
 from colocate.errors import BadInput, ConfigError
-from colocate.policyfile import load_policy, parse_policy, policy_of_builtins
+from colocate.policy.file import load_policy, parse_policy, policy_of_builtins
+from colocate.policy.schema import ColocationPolicy
 
 FULL = """
 apiVersion: colocate.io/v1alpha1

@@ -9,11 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colocate.actuate.journal import Journal
-from colocate.agent import Agent
-from colocate.config import BatchPolicy, ColocationPolicy, CpuPolicy, PolicySpec, RecordPolicy, Selector, ServicePolicy
+from colocate.agent.loop import Agent
 from colocate.errors import BadInput, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.model import kernels
+from colocate.policy.schema import (
+    BatchPolicy,
+    ColocationPolicy,
+    CpuPolicy,
+    PolicySpec,
+    RecordPolicy,
+    Selector,
+    ServicePolicy,
+)
 from colocate.report.evaluate import Compared, Report, evaluate, to_rows, verdict_of
 from colocate.report.page import write_report
 from colocate.report.record import Recorder, apply_patch, merge_patch, read_full, read_lines, segments

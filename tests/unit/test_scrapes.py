@@ -7,13 +7,14 @@ import socket
 import pytest
 from aiohttp import web
 
-from colocate.cgroupfs import UNIFIED
-from colocate.config import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.tree import find_tree, inodes_of
 from colocate.kernelmodel import ModelKernel
-from colocate.observe.cgroup import FilePages, inodes_of
+from colocate.observe.cgroup import FilePages
 from colocate.observe.latency import MAX_BODY_BYTES, LatencyScraper
 from colocate.observe.pods import Pod, PodLister, parse_pods
-from colocate.observe.workloads import discover, find_tree
+from colocate.observe.workloads import discover
+from colocate.policy.schema import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
 
 HISTOGRAM = """# TYPE lat histogram
 lat_bucket{code="200",le="0.01"} 90

@@ -10,21 +10,15 @@ from hypothesis import strategies as st
 from colocate.actuate.journal import Entry, Journal, compacted, newest_found, read_entries
 from colocate.actuate.restore import restore
 from colocate.actuate.statedir import Lock, StateDirectory
-from colocate.agent import Agent
-from colocate.cgroupfs import UNIFIED, CgroupGone
-from colocate.config import (
-    BatchPolicy,
-    Calibration,
-    ColocationPolicy,
-    FreezePolicy,
-    PolicySpec,
-    Selector,
-    ServicePolicy,
-)
+from colocate.agent.loop import Agent
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import CgroupGone
 from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor
 from colocate.model import reference
+from colocate.calibration import Calibration
+from colocate.policy.schema import BatchPolicy, ColocationPolicy, FreezePolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
 
 GIB = 1 << 30

@@ -1,4 +1,4 @@
-"""Watches an API server by itself and counts what gang scheduling did: `python -m colocate.demo.observer KUBECONFIG`.
+"""Watches an API server by itself and counts what gangs did: `python -m colocate.demo.gang.observer KUBECONFIG`.
 
 It knows nothing of the controller. When its input ends it prints one JSON object: gangs that started, gangs that were
 found partly bound for longer than a grace, nodes that were ever promised more than they have, gangs that were whole

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from colocate.demo.controlplane import ControlPlane, install
+from colocate.demo.gang.controlplane import ControlPlane, install
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
 from colocate.objects import POD_GROUP_LABEL, GangPlan, Pod
@@ -57,7 +57,7 @@ class GangDemo:
         async with Api.connect(kubeconfig) as self._api:
             await self._prepare()
             with (
-                self._process("colocate.demo.observer", kubeconfig) as observer,
+                self._process("colocate.demo.gang.observer", kubeconfig) as observer,
                 self._process(
                     "colocate.cli.main", "controller", "--kubeconfig", kubeconfig, "--lease-namespace", NAMESPACE
                 ) as controller,

@@ -1,7 +1,8 @@
 """The agent's socket: JSON lines. Jobs are registered, explained and told of their eviction, never started by us.
 
 Mode 0660 with the group `colocate` where it exists. A job's connection stays open as long as its caller lives; when it
-closes, what the job left behind is told to end.
+closes, what the job left behind is told to end. After a restart of the agent a caller attaches to its job again. What
+may block (fsync of a job's journal entries) runs in a thread: a thousand callers cannot keep the loop from the services.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import msgspec
 import structlog
 
 from colocate.actuate.restore import kill_below, thaw_below
-from colocate.actuate.tier import check_job_name
-from colocate.agent import Agent, Tick
-from colocate.cgroupfs import joined, processes_anywhere, start_time
-from colocate.config import SIGNALS
+from colocate.actuate.tier import Placement, check_job_name
+from colocate.agent.loop import Agent, Tick
+from colocate.agent.peer import Peer, check_child, identify
+from colocate.agent.registry import Job, Wanted
+from colocate.cgroup.tree import inodes_of, joined, processes_anywhere, start_time
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
-from colocate.jobs.peer import Peer, check_child, identify
-from colocate.jobs.registry import Job, Wanted
-from colocate.observe.cgroup import inodes_of, oom_kills
+from colocate.observe.cgroup import oom_kills
+from colocate.policy.schema import SIGNALS
 from colocate.units import format_bytes
 
 log = structlog.get_logger()
@@ -64,6 +65,9 @@ class JobServer:
         self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._callers: dict[asyncio.Task[None], int] = {}
         self._closing = False
+        self._taken: set[str] = set()
+        """Names of jobs that are just being placed."""
+        self._placing = asyncio.Lock()
         self._evaluating: asyncio.StreamWriter | None = None
         self._arm_until = 0.0
         agent.on_evicted.append(self._tell_evicted)
@@ -72,7 +76,7 @@ class JobServer:
     @property
     def busy(self) -> bool:
         """Whether a job is known or is being cleaned up."""
-        return bool(self._agent.registry.jobs or self._ending)
+        return bool(self._agent.registry.jobs or self._ending or self._taken)
 
     async def start(self) -> None:
         """Listen; a socket that nobody listens on any more is replaced. Raises BadInput if the path cannot be used."""
@@ -128,7 +132,7 @@ class JobServer:
                 return  # one user must not use up the descriptors of everybody's agent
             while line := await reader.readline():
                 try:
-                    answer = self._answer(line, peer, writer, job)
+                    answer = await self._answer(line, peer, writer, job)
                 except (ColocateError, msgspec.MsgspecError) as error:
                     answer = {"error": str(error)}
                 except OSError as error:
@@ -150,17 +154,22 @@ class JobServer:
                 self._end(job)
             writer.close()
 
-    def _answer(self, line: bytes, peer: Peer, writer: asyncio.StreamWriter, job: str) -> dict[str, Any]:
+    async def _answer(self, line: bytes, peer: Peer, writer: asyncio.StreamWriter, job: str) -> dict[str, Any]:
         """The answer to one request; `job` is the one that this connection runs."""
         request = msgspec.json.decode(line, type=dict[str, Any])
         op = request.get("op")
         if op == "run":
-            return self._run(msgspec.convert(request, RunRequest), peer, job)
+            return await self._run(msgspec.convert(request, RunRequest), peer, job)
+        if op == "attach":
+            return self._attach(str(request.get("job")), peer, writer, job)
         if op == "checkpointed":
             known = self._agent.registry.jobs.get(str(request.get("job")))
             if known is None or peer.uid not in (0, known.uid):
                 raise BadInput(f"no job {request.get('job')!r} of yours")
             known.checkpointed_seconds = round(self._agent.clock.monotonic(), 3)
+            last = self._agent.last
+            seen = last.snapshot.workloads.get(f"job:{known.name}") if last is not None else None
+            known.checkpointed_cpu_us = (seen.cpu_usage_us or 0) if seen is not None else 0
             return {"ok": True}
         if op == "ended":
             return self._ended(job)
@@ -168,9 +177,13 @@ class JobServer:
             return {**self._agent.explain(), "jobs": msgspec.to_builtins(list(self._agent.registry.jobs.values()))}
         if op == "status":
             return self._status()
+        if op == "records":
+            if peer.uid not in (0, os.geteuid()):
+                raise BadInput("records show every workload of the node: only root or the agent's user may read them")
+            return {"lines": [line.decode() for line in self._agent.recorder.recent]}
         if op == "arm":
             return self._arm(msgspec.convert(request, ArmRequest), peer, writer)
-        raise BadInput(f"unknown op {op!r}; known: arm, run, checkpointed, ended, explain, status")
+        raise BadInput(f"unknown op {op!r}; known: arm, attach, run, checkpointed, ended, explain, records, status")
 
     def _ended(self, name: str) -> dict[str, Any]:
         """Whether the kernel's OOM killer was at work in a job, and by which limit."""
@@ -223,27 +236,41 @@ class JobServer:
         self._agent.recorder.window += 1
         self._agent.wake(f"evaluation arm {arm}")
 
-    def _run(self, request: RunRequest, peer: Peer, running: str) -> dict[str, Any]:
+    def _attach(self, name: str, peer: Peer, writer: asyncio.StreamWriter, running: str) -> dict[str, Any]:
+        """The caller of a job of before our restart is there again."""
+        known = self._agent.registry.jobs.get(name)
+        if known is None or peer.uid not in (0, known.uid):
+            raise BadInput(f"no job {name!r} of yours")
+        if running or name in self._connections:
+            raise BadInput(f"the job {name!r} has its caller")
+        if check_child(self._agent.port, peer, known.pid) != known.start_time:
+            raise BadInput(f"process {known.pid} is another by now")
+        if known.evicted:
+            writer.write(msgspec.json.encode({"evicted": known.evicted}) + b"\n")
+        return {"job": name, "path": known.path}
+
+    async def _run(self, request: RunRequest, peer: Peer, running: str) -> dict[str, Any]:
         agent = self._agent
         if agent.shadow:
             raise BadInput("the agent runs with --shadow and writes nothing, so it cannot take a job")
         name = check_job_name(request.name or f"job-{request.pid}")
-        if name in agent.registry.jobs:
-            raise BadInput(f"--name {name!r} is taken by a running job (pid {agent.registry.jobs[name].pid})")
+        if peer.uid not in (0, os.geteuid()):
+            name = check_job_name(f"{name}.{peer.uid}")  # names of one user are no business of another's
+        if name in agent.registry.jobs or name in self._taken:
+            known = agent.registry.jobs.get(name)
+            raise BadInput(f"--name {name!r} is taken by a running job" + (f" (pid {known.pid})" if known else ""))
         if request.checkpoint_signal not in ("", *SIGNALS):
             what = f"--checkpoint-signal {request.checkpoint_signal!r}"
             raise BadInput(f"{what} is no signal that a job can handle; known: {', '.join(SIGNALS)}")
         if running:
             raise BadInput(f"this connection runs {running!r} already: a job ends with its own connection")
         start = check_child(agent.port, peer, request.pid)
-        placement = agent.tier.ensure_job(name)
+        self._taken.add(name)
         try:
-            if request.memory_bytes is not None:
-                agent.tier.set_job_knob(placement, "memory.max", str(request.memory_bytes))
-            agent.tier.move(request.pid, placement, start)
-        except OSError:
-            agent.tier.remove_job(placement.path)
-            raise
+            async with self._placing:
+                placement = await asyncio.to_thread(self._place, name, request, start)
+        finally:
+            self._taken.discard(name)
         agent.registry.add(
             Job(
                 **{**{f: getattr(request, f) for f in Wanted.__struct_fields__}, "name": name},
@@ -257,6 +284,19 @@ class JobServer:
         agent.wake(f"job {name}")
         log.info("job_started", job=name, uid=peer.uid, pid=request.pid, path=placement.path, by_pidfd=peer.by_pidfd)
         return {"job": name, "path": placement.path}
+
+    def _place(self, name: str, request: RunRequest, start: int) -> Placement:
+        """Make the job's directory and move its process there; runs in a thread."""
+        tier = self._agent.tier
+        placement = tier.ensure_job(name)
+        try:
+            if request.memory_bytes is not None:
+                tier.set_job_knob(placement, "memory.max", str(request.memory_bytes))
+            tier.move(request.pid, placement, start)
+        except OSError:
+            tier.remove_job(placement.path)
+            raise
+        return placement
 
     def _tell_evicted(self, job: Job) -> None:
         writer = self._connections.get(job.name)

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from colocate.cgroupfs import UNIFIED, KernelPort
-from colocate.observe.workloads import find_kubepods, main_hierarchy
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import find_kubepods, main_hierarchy
 
 FOREIGN_AGENTS = ("koordlet", "vc-agent", "katalyst-agent", "crane-agent", "rubik", "oomd", "systemd-oomd")
 

@@ -12,8 +12,8 @@ import msgspec
 import yaml
 from msgspec import inspect
 
-from colocate.config import ColocationPolicy, check
 from colocate.errors import BadInput, ConfigError
+from colocate.policy.schema import ColocationPolicy, check
 from colocate.units import parse_bytes, parse_cores, parse_duration, parse_percent
 
 _SCHEMA = inspect.type_info(ColocationPolicy)

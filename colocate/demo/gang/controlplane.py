@@ -43,7 +43,7 @@ CONTROLLERS = (
     "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller"
 )
 HERE = Path(__file__).resolve()
-MANIFESTS = next(p for p in (HERE.with_name("crd"), HERE.parents[2] / "manifests" / "crd") if p.is_dir())
+MANIFESTS = next(p for p in (HERE.with_name("crd"), HERE.parents[3] / "manifests" / "crd") if p.is_dir())
 """Beside this file in an installed wheel, in `manifests/` in a checkout."""
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -20,20 +21,23 @@ from colocate.actuate.journal import Journal
 from colocate.actuate.restore import Report, restore, restore_paths, thaw_everything
 from colocate.actuate.statedir import StateDirectory
 from colocate.actuate.tier import TierMaker
-from colocate.actuate.writer import Drift, Writer
-from colocate.cgroupfs import FilePort, joined, start_time
-from colocate.config import Calibration, ColocationPolicy
-from colocate.decide.pipeline import LawState, decide
-from colocate.errors import ColocateError, JournalBroken
-from colocate.jobs.registry import Job, Registry
+from colocate.actuate.workers import Workers
+from colocate.actuate.writer import SETTLE_SECONDS, Drift, Writer
+from colocate.agent.registry import Job, Registry
+from colocate.calibration import Calibration
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import joined, start_time
+from colocate.decide.pipeline import LawState, decide, laws_from_builtins, laws_to_builtins
+from colocate.errors import ColocateError, JournalBroken, StateTooOld
 from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
-from colocate.model.state import from_builtins, to_builtins
+from colocate.model.state import from_builtins, to_builtins, without_times
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.observer import Observer
 from colocate.observe.pressure import PressureWatch
 from colocate.plan import Outcome, Plan
-from colocate.report.record import Recorder
+from colocate.policy.schema import ColocationPolicy
+from colocate.report.record import Before, Recorder
 from colocate.snapshot import NodeSnapshot
 
 log = structlog.get_logger()
@@ -42,6 +46,10 @@ HANDOVER_FILE = "handover.json"
 SAVE_MODEL_EVERY_SECONDS = 300.0
 SCRAPE_WAIT_RATIO = 0.15
 FORGET_TOGETHER = 20
+LEAST_BETWEEN_SECONDS = 0.1
+"""Between two ticks, whoever wakes us."""
+MOST_BUSY_RATIO = 0.25
+"""Of one CPU, that being woken may cost."""
 
 
 class Clock(Protocol):
@@ -87,7 +95,10 @@ class Agent:
         self.calibration = calibration or Calibration()
         self.registry = Registry(state)
         self.scraper = LatencyScraper()
-        self.observer = Observer(port, policy, self.registry.known, self.scraper)
+        own_clock = clock is time  # a model's clock stands still while a tick reads
+        self.observer = Observer(
+            port, policy, self.registry.known, self.scraper, clock.monotonic if own_clock else None
+        )
         self.writer = Writer(port, journal, shadow=shadow)
         self.tier = TierMaker(port, journal, self.observer.tree)
         self.recorder = recorder or Recorder(None, policy.spec.records, "none")
@@ -99,7 +110,10 @@ class Agent:
         self.on_tick: list[Callable[[Tick], None]] = []
         self.on_evicted: list[Callable[[Job], None]] = []
         self._next_kernels: tuple[Kernels, str] | None = None
+        self._next_policy: ColocationPolicy | None = None
         self._wake = asyncio.Event()
+        self._woken = False
+        self._workers: Workers[bool] = Workers()
         self._model_saved = 0.0
         self._forgotten: set[str] = set()
 
@@ -112,8 +126,8 @@ class Agent:
         try:
             if data["boot_id"] != self.journal.boot_id:
                 return False  # its times are of another clock, and what it governed is gone
-            self.laws = msgspec.convert(data["laws"], LawState)
-        except (KeyError, msgspec.ValidationError) as error:
+            self.laws = laws_from_builtins(data["laws"], str(self.state.path / HANDOVER_FILE))
+        except (KeyError, ColocateError, msgspec.ValidationError) as error:
             log.warning("handover_unusable", error=str(error))
             return False
         return True
@@ -122,10 +136,9 @@ class Agent:
         """Undo what a predecessor left (unless it handed over) and make the tier. Raises HostUnfit, StateTooNew."""
         if self.state is not None and (data := self.state.load(MODEL_FILE)) is not None:
             try:
-                model = from_builtins(data, str(self.state.path / MODEL_FILE))
                 # Times of another boot or process cannot be compared; what was learnt of the workloads stays.
-                self.model = msgspec.structs.replace(model, previous=None, windows={})
-            except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+                self.model = without_times(from_builtins(data, str(self.state.path / MODEL_FILE)))
+            except (KeyError, TypeError, ValueError, StateTooOld, msgspec.ValidationError) as error:
                 log.warning("model_state_unusable", error=str(error))
         handover = not self.shadow and self._take_over()
         report = Report() if handover or self.shadow else restore(self.port, self.journal)
@@ -137,7 +150,7 @@ class Agent:
 
     def set_policy(self, policy: ColocationPolicy) -> None:
         """Put another policy in force with the next tick."""
-        self.policy = self.observer.policy = policy
+        self._next_policy = policy
         self._wake.set()
 
     def set_kernels(self, kernels: Kernels, backend: str) -> None:
@@ -149,37 +162,59 @@ class Agent:
         log.debug("woken", why=why)
         self._wake.set()
 
+    def _begin(self) -> None:
+        """What changed since the last tick is in force from now on, for a whole tick."""
+        if self._next_kernels is not None:
+            (self.kernels, self.recorder.backend), self._next_kernels = self._next_kernels, None
+        if self._next_policy is not None:
+            self.policy = self.observer.policy = self._next_policy
+            self._next_policy = None
+
+    def _observe(self) -> tuple[NodeSnapshot, list[Drift]]:
+        """The snapshot with what owners had given, and who else writes our knobs."""
+        snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
+        kubernetes = self.observer.tree.kubepods is not None
+        in_place = {i: w for i, w in snapshot.workloads.items() if w.in_place}
+        if in_place:  # before drifts are looked at, which forgets what we wrote
+            replace = msgspec.structs.replace
+            given = {i: replace(w, found=self.writer.found(w)) for i, w in in_place.items()}
+            snapshot = replace(snapshot, workloads={**snapshot.workloads, **given})
+        drifts = self.writer.drifts(snapshot, yields=self.policy.spec.drift == "yield", kubernetes=kubernetes)
+        for drift in drifts:
+            log.warning("drift", **msgspec.to_builtins(drift), policy=self.policy.spec.drift)
+        return snapshot, drifts
+
     async def tick(self) -> Tick:
         """Observe, model, decide, actuate, record: once."""
         started = time.perf_counter()
-        if self._next_kernels is not None:
-            (self.kernels, self.recorder.backend), self._next_kernels = self._next_kernels, None
-        spec = self.policy.spec
+        self._begin()
+        spec, policy, arm, window = self.policy.spec, self.policy, self.recorder.arm, self.recorder.window
         objectives = {s.name: s.slo for s in spec.services if s.slo is not None}
-        await self.scraper.scrape(objectives, min(SCRAPE_WAIT_RATIO * spec.tick, 0.1))
+        # A tick that was woken is about memory: it waits for nobody's page.
+        await self.scraper.scrape(objectives, 0.0 if self._woken else min(SCRAPE_WAIT_RATIO * spec.tick, 0.1))
         self.observer.refresh_pods()
-        snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
+        snapshot, drifts = self._observe()
         former, self.tier.tree = self.tier.tree.tier_path, self.observer.tree
-        if former != self.tier.tree.tier_path and not self.shadow:
-            self.tier.remove_job(former)  # unless jobs are in it, which follow
-        kubernetes = self.observer.tree.kubepods is not None
-        drifts = self.writer.drifts(snapshot, yields=spec.drift == "yield", kubernetes=kubernetes)
-        for drift in drifts:
-            log.warning("drift", **msgspec.to_builtins(drift), policy=spec.drift)
         model_before, laws_before = self.model, self.laws
         self.model, seen = forecast(snapshot, self.model, spec, self.kernels)
-        self.laws, plan = decide(snapshot, seen, spec, self.calibration, self.laws, self.recorder.arm)
+        self.laws, plan = decide(snapshot, seen, spec, self.calibration, self.laws, arm)
+        cpu = next((v for v in plan.verdicts if v.law == "cpu"), None)
+        self.observer.looks_for_strangers = cpu is not None and cpu.reason != "NothingSuffers"
         if not self.shadow:
             # Its caller hears of an eviction before the signal arrives, and can tell it from another end.
-            for job in self.registry.note(plan, snapshot.monotonic_seconds):
+            for job in self.registry.note(plan, snapshot):
                 for told in self.on_evicted:
                     told(job)
-            self._release(snapshot)
         outcomes = await self.writer.apply(plan, snapshot)
         for outcome in outcomes:
             key = (outcome.reason, outcome.status)
             self.counts[key] = self.counts.get(key, 0) + 1
-        self.recorder.write(snapshot, seen, plan, outcomes, model_before, laws_before, self.policy, self.calibration)
+        if not self.shadow:
+            if former != self.tier.tree.tier_path:
+                self.tier.remove_job(former)  # unless jobs are in it, which follow
+            self._release(snapshot)
+        before = Before(model_before, laws_before, policy, self.calibration, arm, window)
+        self.recorder.write(snapshot, seen, plan, outcomes, before)
         self._housekeep(snapshot)
         self.last = Tick(snapshot, seen, plan, outcomes, drifts, time.perf_counter() - started)
         for told_tick in self.on_tick:
@@ -190,7 +225,7 @@ class Agent:
         """Put back what was found in a cgroup that is no longer batch in place: the policy or its selector changed."""
         governed = {w.path for w in snapshot.of("batch") if w.in_place}
         left = {e.path for e in self.journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"}
-        if snapshot.stale_ticks or not (left - governed):
+        if snapshot.stale_seconds or not (left - governed):
             return
         report = restore_paths(self.port, self.journal, left - governed)
         log.info("released", paths=sorted(left - governed), restored=report.restored, failed=report.failed)
@@ -200,13 +235,44 @@ class Agent:
             self.watch.watch(self.observer.watched(snapshot))
         if self.guardian is not None and not self.shadow:
             self.guardian.ensure()
+            self.guardian.beat(max(self.policy.spec.freeze.max_frozen, 5 * self.policy.spec.tick))
         if not self.shadow:
             if snapshot.tier is None:
                 self.tier.ensure_tier()
+            self._enable_in_place(snapshot)
             self._rehome()
+        if self.state is not None and self.journal.astray():
+            self._workers.submit("journal", self._rewrite_journal)
         if self.state is not None and snapshot.monotonic_seconds - self._model_saved > SAVE_MODEL_EVERY_SECONDS:
             self._model_saved = snapshot.monotonic_seconds
-            self.state.save(MODEL_FILE, to_builtins(self.model))
+            save = partial(self.state.save, MODEL_FILE, to_builtins(self.model))
+            self._workers.submit(MODEL_FILE, save)
+
+    def _rewrite_journal(self) -> bool:
+        try:
+            self.journal.rewrite()
+        except JournalBroken as error:
+            log.error("journal_broken", error=str(error))
+            return False
+        log.warning("journal_rewritten", path=str(self.journal.path), why="the file was gone")
+        self.registry.save()
+        return True
+
+    def _enable_in_place(self, snapshot: NodeSnapshot) -> None:
+        """Batch in place whose parent hands out no cpu controller gets one, journaled, or is named as ungovernable."""
+        for workload in snapshot.of("batch"):
+            if not workload.in_place or "cpu.max" in workload.knobs:
+                self.observer.extra_problems.pop(f"{workload.id} (cpu)", None)
+                continue
+            why = ""
+            try:
+                self.tier.enable_for(workload.path)
+            except (ColocateError, OSError) as error:
+                why = str(error).splitlines()[0]
+            self.observer.extra_problems[f"{workload.id} (cpu)"] = (
+                f"{workload.name}: {workload.path} has no cpu controller, so its CPU use cannot be governed"
+                + (f": {why}" if why else "")
+            )
 
     def _rehome(self) -> None:
         """Jobs follow the tier: a kubelet that starts after us makes its tree then, and the tier belongs in there."""
@@ -227,7 +293,7 @@ class Agent:
             log.info("job_rehomed", job=job.name, former=former, path=job.path)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Tick until told to stop; at once when a service stalls on memory."""
+        """Tick until told to stop; sooner when a service stalls on memory, or a law wants to look again."""
         spec = self.policy.spec
         self.watch = PressureWatch(self.port, self.wake, spec.memory.pressure / 100, spec.memory.poll)
         async with asyncio.TaskGroup() as tasks:
@@ -235,40 +301,43 @@ class Agent:
             stopping = tasks.create_task(stop.wait())
             following = time.monotonic()
             while not stop.is_set():
-                await self.tick()
+                begun = time.monotonic()
+                done = await self.tick()
                 now = time.monotonic()  # a tick that was woken early must not put off the next ones
-                following = max(min(following, now) + self.policy.spec.tick, now + 0.01)
+                following = max(min(following, begun) + self.policy.spec.tick, now + 0.01)
+                again = done.plan.look_again_seconds
+                due = following if again is None else min(following, max(begun + again, now + LEAST_BETWEEN_SECONDS))
+                earliest = max(begun + LEAST_BETWEEN_SECONDS, begun + (now - begun) / MOST_BUSY_RATIO)
                 woken = tasks.create_task(self._wake.wait())
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait(
-                        {woken, stopping},
-                        timeout=max(following - time.monotonic(), 0.0),
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
+                await _first_of({woken, stopping}, due - time.monotonic())
+                if woken.done():  # whoever wakes us cannot keep us busy
+                    await _first_of({stopping}, min(earliest, due) - time.monotonic())
                 woken.cancel()
+                self._woken = self._wake.is_set()
                 self._wake.clear()
             watching.cancel()
 
     async def close(self, *, handover: bool = False) -> Report:
         """Stop in order: undo, or leave the grants to a successor."""
         report = Report()
-        word = b""  # without a word the guardian undoes what could not be undone here
+        word = ""  # without a word the guardian undoes what could not be undone here
         try:
             await self.writer.settle()
             if not self.shadow and handover:
                 thaw_everything(self.port, self.journal, report)  # nobody may be there to thaw it
             elif not self.shadow:
                 report = restore(self.port, self.journal)
-            word = b"handover" if handover else OCCUPIED if report.occupied else b"done"
+            word = "handover" if handover else OCCUPIED if report.occupied else "done"
         finally:
             if self.guardian is not None:
                 self.guardian.dismiss(word)
+            await self._workers.settle(SETTLE_SECONDS)
             if self.state is not None:
                 self.state.save(MODEL_FILE, to_builtins(self.model))
                 if handover:
-                    self.state.save(
-                        HANDOVER_FILE, {"boot_id": self.journal.boot_id, "laws": msgspec.to_builtins(self.laws)}
-                    )
+                    laws = laws_to_builtins(self.laws)
+                    self.state.save(HANDOVER_FILE, {"boot_id": self.journal.boot_id, "laws": laws})
+            self.registry.close()
             self.journal.close()
             self.recorder.close()
             await self.scraper.close()
@@ -292,7 +361,7 @@ class Agent:
     def problems(self) -> dict[str, str]:
         """What an operator should mend, by what it is about."""
         scraped = {f"{name} (latency)": f"{name}: {problem}" for name, problem in self.scraper.problems.items()}
-        return {**self.observer.problems, **scraped}
+        return {**self.observer.problems, **self.observer.extra_problems, **scraped}
 
     def explain(self) -> dict[str, Any]:
         """The last tick as plain data, for the socket and /debug/plan."""
@@ -310,3 +379,9 @@ class Agent:
             "shadow": self.shadow,
             "tick_seconds": self.last.seconds,
         }
+
+
+async def _first_of(tasks: set[asyncio.Task[Any]], seconds: float) -> None:
+    """Wait until one of them is done, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait(tasks, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)

@@ -17,11 +17,8 @@ import threading
 from collections import OrderedDict
 from typing import Protocol
 
-import msgspec
+from colocate.cgroup.layout import STEPPED_ASIDE, Layout, discover_layout
 
-UNIFIED = "unified"
-STEPPED_ASIDE = "colocate-self"
-"""The leaf of an ordinary user's delegated cgroup into which we step aside; what is delegated is its parent."""
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ESTALE)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENXIO)
@@ -30,24 +27,6 @@ _KEPT_FILES = 4096
 _HOT = frozenset({"cpuacct.usage", "cpu.stat", "memory.usage_in_bytes", "memory.current", "memory.stat"})
 _HOT |= {"cpu.pressure", "memory.pressure"}
 """Read every tick: their descriptors are kept, which saves two of three system calls."""
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """Where the hierarchies are mounted and which controller lives in which."""
-
-    mounts: dict[str, str]
-    """hierarchy -> mount point"""
-    controllers: dict[str, str]
-    """controller -> hierarchy; besides kernel controllers `psi`, `freeze` and `kill`"""
-
-    @property
-    def version(self) -> int:
-        """2 if the CPU controller is in the unified hierarchy, else 1."""
-        return 2 if self.controllers.get("cpu", UNIFIED) == UNIFIED else 1
-
-    def hierarchy(self, controller: str) -> str | None:
-        """The hierarchy of a controller, None if the kernel does not offer it."""
-        return self.controllers.get(controller)
 
 
 class CgroupGone(OSError):  # noqa: N818 - named like FileNotFoundError's meaning, not its suffix
@@ -85,60 +64,6 @@ class FilePort(Protocol):
 
     def kill(self, pid: int, signal_number: int) -> bool:
         """Send a signal; False if the process is gone."""
-
-
-def parse_mounts(text: str) -> Layout:
-    """The layout that a /proc/self/mountinfo or /proc/mounts text describes. The first mount of a hierarchy counts."""
-    mounts: dict[str, str] = {}
-    controllers: dict[str, str] = {}
-    known = {"cpu", "cpuacct", "cpuset", "memory", "freezer", "blkio", "pids", "devices", "hugetlb", "net_cls"}
-    for line in text.splitlines():
-        fields = line.split()
-        if len(fields) < 4 or fields[2] not in ("cgroup", "cgroup2"):
-            continue
-        where = fields[1].replace("\\040", " ")
-        if fields[2] == "cgroup2":
-            mounts.setdefault(UNIFIED, where)
-            continue
-        here = [o for o in fields[3].split(",") if o in known]
-        named = [o.removeprefix("name=") for o in fields[3].split(",") if o.startswith("name=")]
-        if here or named:
-            name = ",".join(here) or f"name={named[0]}"
-            if name not in mounts:
-                mounts[name] = where
-                controllers.update({c: name for c in here if c not in controllers})
-    if "freezer" in controllers:
-        controllers["freeze"] = controllers["freezer"]
-    return Layout(mounts, controllers)
-
-
-def discover_layout(mounts_text: str, own_path: str = "/") -> Layout:
-    """The layout of this host, with what the unified hierarchy offers: its controllers, PSI, freeze and kill.
-
-    `own_path` is the caller's own cgroup there for an ordinary user, who has the controllers delegated to it at most.
-    """
-    layout = parse_mounts(mounts_text)
-    if UNIFIED not in layout.mounts:
-        return layout
-    root = layout.mounts[UNIFIED]
-    controllers = dict(layout.controllers)
-    try:
-        with open(f"{root}{own_path.rstrip('/')}/cgroup.controllers") as file:
-            offered = file.read().split()
-    except OSError:
-        offered = []
-    for controller in offered:
-        name = "blkio" if controller == "io" else controller
-        controllers.setdefault(name, UNIFIED)
-    if os.path.exists("/proc/pressure/cpu"):
-        controllers["psi"] = UNIFIED
-    controllers["freeze"] = UNIFIED  # v1's freezer holds back SIGKILL; cgroup.freeze does not
-    release = tuple(int(p) for p in os.uname().release.split("-")[0].split(".")[:2])
-    if release >= (5, 14):
-        controllers["kill"] = UNIFIED
-    if controllers.get("cpu") == UNIFIED:
-        controllers.setdefault("cpuacct", UNIFIED)
-    return Layout(layout.mounts, controllers)
 
 
 class KernelPort:
@@ -352,40 +277,3 @@ class KernelPort:
             os.close(self._files.popitem()[1][0])
         for hierarchy, path in list(self._directories):
             self._forget(hierarchy, path)
-
-
-def joined(*parts: str) -> str:
-    """A cgroup path of its parts: absolute, without double or trailing slashes."""
-    return "/" + "/".join(p.strip("/") for p in parts if p.strip("/"))
-
-
-def processes(port: FilePort, hierarchy: str, path: str, inode: int | None = None) -> list[int]:
-    """The processes directly in a cgroup, from cgroup.procs; not those of other pid namespaces, which are 0 there."""
-    text = port.read(hierarchy, path, "cgroup.procs", inode)
-    return [int(p) for p in text.split() if p != "0"] if text else []
-
-
-def processes_below(port: FilePort, hierarchy: str, path: str) -> list[int]:
-    """The processes of a cgroup and of all its descendants."""
-    found = processes(port, hierarchy, path)
-    for child in port.children(hierarchy, path):
-        found.extend(processes_below(port, hierarchy, joined(path, child)))
-    return found
-
-
-def processes_anywhere(port: FilePort, path: str) -> set[int]:
-    """The processes below a path in any hierarchy: a job may have left one of them by itself."""
-    return {pid for hierarchy in port.layout.mounts for pid in processes_below(port, hierarchy, path)}
-
-
-def rmdir_tree(port: FilePort, hierarchy: str, path: str) -> bool:
-    """Remove a tree without processes, children first; False if it is occupied. True also if it is gone."""
-    for child in port.children(hierarchy, path):
-        rmdir_tree(port, hierarchy, joined(path, child))
-    return port.rmdir(hierarchy, path)
-
-
-def start_time(port: FilePort, pid: int) -> int | None:
-    """A process's start in clock ticks since boot (field 22 of /proc/<pid>/stat): with the pid, its identity."""
-    stat = port.proc(f"/proc/{pid}/stat")
-    return int(stat.rpartition(")")[2].split()[19]) if stat else None

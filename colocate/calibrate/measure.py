@@ -22,14 +22,15 @@ import structlog
 
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.actuate.statedir import StateDirectory
-from colocate.cgroupfs import FilePort
-from colocate.config import Calibration, ColocationPolicy
+from colocate.calibrate.probe import WorkCounter
+from colocate.calibration import Calibration
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import inodes_of
+from colocate.cgroup.v1 import write_knob
 from colocate.errors import ColocateError, HostUnfit
-from colocate.knobs import write_knob
 from colocate.model.statistics import ratio_interval
-from colocate.observe.cgroup import inodes_of
 from colocate.observe.node import capacity, figures
-from colocate.probe import WorkCounter
+from colocate.policy.schema import ColocationPolicy
 from colocate.units import cpu_max, format_cpulist
 
 log = structlog.get_logger()

@@ -45,7 +45,10 @@ class ServiceLevelObjective(Spec, frozen=True):
     url: str
     """Where the service exposes its metrics, e.g. `http://127.0.0.1:9100/metrics`."""
     metric: str
-    """The histogram's name without `_bucket`, in seconds, e.g. `http_request_duration_seconds`."""
+    """The histogram's name without `_bucket`, e.g. `http_request_duration_seconds`."""
+    unit: Literal["seconds", "milliseconds", "microseconds"] | None = None
+    """Of its bounds; without it the name's end tells (`_milliseconds`, `_ms`, `_us`), or the page's `# UNIT`, else
+    seconds."""
     labels: dict[str, str] = {}
     """Only series with these labels are added up."""
     minimum_samples: int = 100
@@ -80,20 +83,15 @@ class CpuPolicy(Spec, frozen=True):
     """Of the node, never granted while a grant is in force."""
     floor: Cores = 0.01
     """The least grant: what batch keeps when a service suffers."""
-    growth: Percent = 10.0
-    """Of the node, the most a grant grows in one tick."""
+    question: Duration = 3.0
+    """How long batch is at its floor, and then open again, when it is asked whether it is what a service suffers from."""
     hold_down: Duration = 10.0
-    """How long at least the floor or its replacement stands after a violation; doubles with each, to 5 minutes."""
-    no_growth_below: Percent = 10.0
-    """Slack (of the SLO) under which a growing grant stops growing."""
-    growth_above: Percent = 20.0
-    """Slack over which a grant begins to grow."""
-    trial_ticks: int = 3
-    trial_requests: int = 400
+    """How long a grant stands before more is tried, after batch was found to harm; doubles with each, to 2 minutes."""
     pressure: Percent = 20.0
-    """Without an SLO: the share of time in which some task of a service may wait for a CPU before it counts as hurt."""
+    """The share of time in which a service may wait for a CPU before batch is asked, and what batch may add to it."""
     best_effort_waits: Percent = 5.0
-    """The share of time in which a BestEffort task may wait for a CPU before batch makes room."""
+    """The share of time in which BestEffort may wait for a CPU before batch is asked, and of its CPU use that batch may
+    take away."""
 
 
 class MemoryPolicy(Spec, frozen=True):
@@ -122,10 +120,10 @@ class FreezePolicy(Spec, frozen=True):
 class StalenessPolicy(Spec, frozen=True):
     """What happens when readings are old."""
 
-    stop_tightening_after: int = 3
-    """Ticks."""
-    open_after: int = 10
-    """Ticks until the tier is left open."""
+    stop_tightening_after: Duration = 3.0
+    """Readings older than this tighten nothing any more."""
+    open_after: Duration = 10.0
+    """Readings older than this leave the tier open."""
 
 
 class RecordPolicy(Spec, frozen=True):
@@ -192,21 +190,6 @@ class ColocationPolicy(Spec, frozen=True):
     spec: PolicySpec = PolicySpec()
 
 
-class Calibration(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What was measured of this kernel's CPU levers (calibrate.py); the default is what holds without measuring."""
-
-    lever: Literal["weight", "idle"] = "weight"
-    rungs: tuple[Literal["cpuset", "quota", "freeze"], ...] = ("cpuset", "quota", "freeze")
-    """The order in which replacements of the floor are tried."""
-    kernel: str = ""
-    machine: dict[str, str] = {}
-    """HZ, preemption model, CPU model: a calibration of another machine is not used."""
-    measured_seconds: float = 0.0
-    """Wall clock of the measurement; 0 if never."""
-    evidence: dict[str, dict[str, float]] = {}
-    """Per arm: p99_ms, work, and the paired ratio to weight 1 with its 95 % interval."""
-
-
 def _check_range(path: str, value: float, low: float, high: float, unit: str = "") -> None:
     if not low <= value <= high:
         raise ConfigError(path, f"{value:g}{unit} is impossible", f"write a value between {low:g} and {high:g}{unit}")
@@ -222,21 +205,19 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     if not spec.node_root.startswith("/") or ".." in spec.node_root.split("/"):
         raise ConfigError("$.spec.nodeRoot", f"{spec.node_root!r} is not absolute", "start it with /, without ..")
     if spec.staleness.open_after < spec.staleness.stop_tightening_after:
-        raise ConfigError(
-            "$.spec.staleness.openAfter", "is below stopTighteningAfter", "write a larger number of ticks"
-        )
-    _check_range("$.spec.staleness.stopTighteningAfter", spec.staleness.stop_tightening_after, 1, 10**6)
+        raise ConfigError("$.spec.staleness.openAfter", "is below stopTighteningAfter", "write a longer duration")
+    _check_range("$.spec.staleness.stopTighteningAfter", spec.staleness.stop_tightening_after, 0.1, 86400, "s")
     _check_range("$.spec.freeze.maxFrozen", spec.freeze.max_frozen, 0.1, 86400, "s")
     _check_range("$.spec.cpu.reserve", spec.cpu.reserve, 0, 90, "%")
     _check_range("$.spec.memory.reserve", spec.memory.reserve, 0, 90, "%")
     _check_range("$.spec.records.segmentBytes", spec.records.segment_bytes, 1 << 16, spec.records.max_bytes)
     _check_range("$.spec.tick", spec.tick, 0.05, 60, "s")
-    _check_range("$.spec.cpu.growth", spec.cpu.growth, 0.1, 100, "%")
+    _check_range("$.spec.cpu.question", spec.cpu.question, 0.5, 60, "s")
+    _check_range("$.spec.cpu.holdDown", spec.cpu.hold_down, 0.1, 3600, "s")
+    _check_range("$.spec.cpu.bestEffortWaits", spec.cpu.best_effort_waits, 0.1, 100, "%")
     _check_range("$.spec.cpu.floor", spec.cpu.floor, 0.01, 1024)
     _check_range("$.spec.cpu.pressure", spec.cpu.pressure, 0.1, 100, "%")
     _check_range("$.spec.memory.pressure", spec.memory.pressure, 0.1, 100, "%")
-    _check_range("$.spec.cpu.trialTicks", spec.cpu.trial_ticks, 1, 1000)
-    _check_range("$.spec.cpu.trialRequests", spec.cpu.trial_requests, 0, 10**6)
     _check_range("$.spec.memory.poll", spec.memory.poll, 0.01, 10, "s")
     _check_range("$.spec.kubelet.every", spec.kubelet.every, 1, 3600, "s")
     if not spec.kubelet.url.startswith(("http://", "https://")):
@@ -244,8 +225,6 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.http.port", spec.http.port, 0, 65535)
     _check_range("$.spec.records.maxBytes", spec.records.max_bytes, 1 << 20, 1 << 40)
     _check_range("$.spec.records.keyframeEvery", spec.records.keyframe_every, 1, 10**6)
-    if spec.cpu.growth_above < spec.cpu.no_growth_below:
-        raise ConfigError("$.spec.cpu.growthAbove", "is below noGrowthBelow", "write growthAbove >= noGrowthBelow")
     names: dict[str, str] = {}
     entries: list[tuple[str, ServicePolicy | BatchPolicy]] = [
         *((f"$.spec.services[{i}]", s) for i, s in enumerate(spec.services)),

@@ -16,15 +16,15 @@ from colocate.actuate.guardian import Guardian
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import Report
 from colocate.actuate.statedir import Lock, StateDirectory
-from colocate.agent import Agent, Tick
-from colocate.calibrate import ensure_calibration, load_calibration
-from colocate.cgroupfs import KernelPort
-from colocate.compiler import load_compiled, prepare
-from colocate.config import ColocationPolicy
+from colocate.agent.loop import Agent, Tick
+from colocate.agent.numba_cache import load_compiled, prepare
+from colocate.agent.socket import JobServer
+from colocate.calibrate.measure import ensure_calibration, load_calibration
+from colocate.cgroup.port import KernelPort
 from colocate.errors import BadInput, ColocateError
-from colocate.jobs.server import JobServer
 from colocate.model import kernels
-from colocate.policyfile import load_policy
+from colocate.policy.file import load_policy
+from colocate.policy.schema import ColocationPolicy
 from colocate.report.record import Recorder
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Service:
         if all(port.inode(h, policy.spec.node_root) is None for h in port.layout.mounts):
             raise BadInput(f"$.spec.nodeRoot: there is no cgroup {policy.spec.node_root} on this host")
         self._compiles = prepare(state.path)
-        recorder = Recorder(state.path / "records", policy.spec.records, "numpy")
+        recorder = Recorder(state.path / "records", policy.spec.records, "numpy", threaded=True)
         root = policy.spec.node_root
         guardian = None if self._shadow else Guardian(state.path, self._runtime, root)
         return Agent(
@@ -230,6 +230,8 @@ class Service:
 
     def _count(self, tick: Tick) -> None:
         self._drifts += len(tick.drifts)
+        if "WATCHDOG_USEC" in os.environ:
+            notify_systemd("WATCHDOG=1")
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -11,7 +11,8 @@ import struct
 
 import msgspec
 
-from colocate.cgroupfs import FilePort, start_time
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import start_time
 from colocate.errors import BadInput
 
 SO_PEERPIDFD = 77

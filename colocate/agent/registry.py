@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import msgspec
 
 from colocate.actuate.statedir import StateDirectory
 from colocate.plan import Plan
+from colocate.snapshot import NodeSnapshot
 from colocate.units import MOST_BYTES, MOST_CORES
 
 FILE = "jobs.json"
@@ -36,6 +38,8 @@ class Job(Wanted, kw_only=True, omit_defaults=True):
     started_seconds: float
     """Monotonic, like all times of a job: any agent of this boot reads it right, whatever happens to the clock."""
     checkpointed_seconds: float | None = None
+    checkpointed_cpu_us: int = 0
+    """Its CPU time at its last checkpoint."""
     evicted: str = ""
     """Why, once it was told to go."""
 
@@ -45,6 +49,7 @@ class Registry:
 
     def __init__(self, state: StateDirectory | None) -> None:
         self._state = state
+        self._disk = ThreadPoolExecutor(1, "colocate-registry")  # an fsync must not hold up the loop
         self.jobs: dict[str, Job] = {}
         data = state.load(FILE) if state is not None else None
         if state is not None and data is not None:
@@ -56,7 +61,11 @@ class Registry:
     def save(self) -> None:
         """Write the jobs down."""
         if self._state is not None:
-            self._state.save(FILE, {"jobs": msgspec.to_builtins(list(self.jobs.values()))})
+            self._disk.submit(self._state.save, FILE, {"jobs": msgspec.to_builtins(list(self.jobs.values()))})
+
+    def close(self) -> None:
+        """Wait until all is written down."""
+        self._disk.shutdown(wait=True)
 
     def add(self, job: Job) -> None:
         """A new job."""
@@ -73,17 +82,18 @@ class Registry:
         return {
             name: {
                 "priority": job.priority,
-                "gang": job.gang,
+                "gang": f"{job.uid}/{job.gang}" if job.gang else "",
                 "checkpoint_signal": job.checkpoint_signal,
                 "started_seconds": job.started_seconds,
                 "checkpointed_seconds": job.checkpointed_seconds,
+                "checkpointed_cpu_us": job.checkpointed_cpu_us,
                 "requested_cores": job.cores,
                 "max_runtime_seconds": job.max_runtime_seconds,
             }
             for name, job in self.jobs.items()
         }
 
-    def note(self, plan: Plan, monotonic_seconds: float) -> list[Job]:
+    def note(self, plan: Plan, snapshot: NodeSnapshot) -> list[Job]:
         """Mark what a plan does to jobs; those newly evicted are returned. A sent checkpoint signal counts as one."""
         evicted = []
         for action in plan.actions:
@@ -91,7 +101,8 @@ class Registry:
             if job is None:
                 continue
             if action.knob == "signal" and action.reason == "CheckpointSignal":
-                job.checkpointed_seconds = monotonic_seconds
+                job.checkpointed_seconds = snapshot.monotonic_seconds
+                job.checkpointed_cpu_us = snapshot.workloads[action.workload].cpu_usage_us or 0
             elif action.knob in ("signal", "cgroup.kill") and not job.evicted:
                 job.evicted = f"{action.reason}: {action.message}"
                 evicted.append(job)

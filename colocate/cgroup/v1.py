@@ -1,4 +1,4 @@
-"""The one table between the laws' vocabulary (cgroup v2 file names) and the files of this host's hierarchies.
+"""Between the laws' vocabulary (cgroup v2 file names, `knob`) and the files of this host's hierarchies.
 
 The v1 side uses cgroupspy's file interfaces as codecs. The weight conversion is ours: kubelet's BestEffort has
 cpu.shares 2 on v1 and cpu.weight 1 on v2, and both mean "the least". On v1 a frozen freezer cgroup holds back even
@@ -7,19 +7,18 @@ SIGKILL, so the unified hierarchy's `cgroup.freeze` is used wherever the cgroup 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cgroupspy.interfaces import CommaDashSetFile, IntegerFile
 
-from colocate.cgroupfs import UNIFIED, CgroupGone, FilePort, Layout
+from colocate.cgroup.layout import UNIFIED, Layout
+from colocate.cgroup.port import CgroupGone, FilePort
+from colocate.knob import KNOBS, UNLIMITED_V1
 from colocate.units import CPU_PERIOD_US, format_cpulist, parse_cpulist, shares_of_weight, weight_of_shares
 
 _INTEGER = IntegerFile("")
 _CPUS = CommaDashSetFile("")
-_PAGE_BYTES = 4096
-_UNLIMITED_V1 = 0x7FFFFFFFFFFFF000
-
-WRITE_ONLY = ("memory.reclaim", "cgroup.kill", "memory.force_empty")
 
 
 class FileWrite(NamedTuple):
@@ -70,24 +69,38 @@ def file_writes(layout: Layout, knob: str, value: str, inodes: dict[str, int] | 
     hierarchy = layout.hierarchy(controller)
     if hierarchy is None:
         return []
-    if hierarchy == UNIFIED:
-        return [FileWrite(UNIFIED, knob, value)]
+    if hierarchy == UNIFIED:  # a write of no bytes never reaches the kernel: an empty cpuset is a line feed
+        return [FileWrite(UNIFIED, knob, value or "\n")]
     return [FileWrite(layout.controllers[c], file, text) for c, file, text in _encode_v1(knob, value)]
 
 
-def same(file: str, wanted: str, found: str) -> bool:
-    """Whether the kernel's text means what was written: numbers, page rounding, `max` and CPU lists considered."""
-    wanted, found = wanted.strip(), found.strip()
-    if wanted == found:
-        return True
-    if file == "cpuset.cpus":
-        return parse_cpulist(wanted) == parse_cpulist(found)
-    if file.startswith("memory."):
-        high, low = (_UNLIMITED_V1 if t in ("max", "-1") else int(t) if t.isdigit() else -1 for t in (wanted, found))
-        return high // _PAGE_BYTES == low // _PAGE_BYTES and high >= 0
-    if file == "freezer.state":
-        return wanted == "FROZEN" and found == "FREEZING"
-    return False
+def _files_of(knob: str, v2: bool) -> tuple[str, ...]:
+    """The files that a knob's value is read from."""
+    if v2:
+        return (knob,)
+    if knob == "cpu.max":
+        return "cpu.cfs_quota_us", "cpu.cfs_period_us"
+    return (KNOBS[knob].v1 or knob,)
+
+
+def decode_knob(knob: str, texts: Mapping[str, str]) -> str | None:
+    """A knob's value in the v2 vocabulary, of the texts of its files by name, v1's or v2's; None if they are missing."""
+    if knob == "cgroup.freeze":
+        state = texts.get("freezer.state")
+        return texts.get(knob, "").strip() or (None if state is None else "0" if state.strip() == "THAWED" else "1")
+    if knob in texts:
+        text = texts[knob].strip()
+        return format_cpulist(_CPUS.sanitize_get(text)) if knob == "cpuset.cpus" and text else text
+    if knob == "cpu.max" and "cpu.cfs_quota_us" in texts:
+        value = _INTEGER.sanitize_get(texts["cpu.cfs_quota_us"])
+        period = int(texts.get("cpu.cfs_period_us", CPU_PERIOD_US))
+        return f"{'max' if value is None else value} {period}"
+    text = texts.get(KNOBS[knob].v1 or knob, "").strip()
+    if not text:
+        return None
+    if knob == "cpu.weight":
+        return str(weight_of_shares(int(text)))
+    return "max" if int(text) >= UNLIMITED_V1 else text
 
 
 def read_knob(port: FilePort, path: str, knob: str, inodes: dict[str, int]) -> str | None:
@@ -98,28 +111,11 @@ def read_knob(port: FilePort, path: str, knob: str, inodes: dict[str, int]) -> s
     hierarchy = layout.hierarchy(knob.partition(".")[0])
     if hierarchy is None or hierarchy not in inodes:
         return None
-    inode = inodes[hierarchy]
-    if hierarchy == UNIFIED:
-        text = port.read(UNIFIED, path, knob, inode)
-        return text.strip() if text is not None else None
-    if knob == "cpu.max":
-        quota = port.read(hierarchy, path, "cpu.cfs_quota_us", inode)
-        period = port.read(hierarchy, path, "cpu.cfs_period_us", inode)
-        if quota is None or period is None:
-            return None
-        value = _INTEGER.sanitize_get(quota)
-        return f"{'max' if value is None else value} {int(period)}"
-    file = {"cpu.weight": "cpu.shares", "memory.max": "memory.limit_in_bytes"}.get(knob, knob)
-    text = port.read(hierarchy, path, file, inode)
-    if text is None:
+    files = _files_of(knob, hierarchy == UNIFIED)
+    texts = {file: port.read(hierarchy, path, file, inodes[hierarchy]) for file in files}
+    if any(text is None for text in texts.values()):
         return None
-    if knob == "cpu.weight":
-        return str(weight_of_shares(int(text)))
-    if knob == "memory.max":
-        return "max" if int(text) >= _UNLIMITED_V1 else text.strip()
-    if knob == "cpuset.cpus":
-        return format_cpulist(_CPUS.sanitize_get(text))
-    return text.strip()
+    return decode_knob(knob, {file: text for file, text in texts.items() if text is not None})
 
 
 def _read_freeze(port: FilePort, path: str, inodes: dict[str, int]) -> str | None:

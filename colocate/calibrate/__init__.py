@@ -1,0 +1,1 @@
+"""Which CPU lever serves this kernel: measure, judge, and the probe that is run."""

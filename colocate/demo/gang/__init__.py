@@ -1,0 +1,1 @@
+"""The demonstration of gang scheduling: a real API server, simulated nodes."""

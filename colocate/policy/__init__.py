@@ -1,0 +1,1 @@
+"""The ColocationPolicy: its schema (pure), and how a file becomes one."""
