@@ -189,7 +189,7 @@ class _Run:
             again = tick.plan.look_again_seconds
             if again is not None and again < due:
                 due, following = max(again, 0.1), following - spec.tick
-            self.kernel.advance(round(min(due, self.world.seconds - t), 6))
+            self.kernel.advance(max(round(min(due, self.world.seconds - t), 6), 0.01))
         await agent.close()
         work = self.worked_outside / self.outside if self.outside else self.done / self.world.seconds
         return Outcome(work, self.first / WARM_SECONDS, self.harmed / max(self.exposed, 1e-9), answered, said)
