@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from colocate.calibration import Calibration
+from colocate.decide.law import View
 from colocate.model.forecast import Forecast, WorkloadForecast
+from colocate.plan import Request
 from colocate.policy.schema import PolicySpec
 from colocate.snapshot import NodeSnapshot, Objective, Workload
 
@@ -29,10 +33,14 @@ def service(name: str = "web", **changes: Any) -> Workload:
 
 
 def job(name: str = "train", **changes: Any) -> Workload:
-    known: dict[str, Any] = {"knobs": OPEN_KNOBS, "processes": 1, "working_set_bytes": GIB // 4}
-    return Workload(
-        id=f"job:{name}", name=name, tier="batch", path=f"/batch/{name}", inodes={"unified": 11}, **{**known, **changes}
-    )
+    known: dict[str, Any] = {
+        "knobs": OPEN_KNOBS,
+        "processes": 1,
+        "working_set_bytes": GIB // 4,
+        "inodes": {"unified": 11},
+        "path": f"/batch/{name}",
+    }
+    return Workload(id=f"job:{name}", name=name, tier="batch", **{**known, **changes})
 
 
 def besteffort(**changes: Any) -> Workload:
@@ -72,15 +80,22 @@ def forecast(workloads: dict[str, WorkloadForecast] | None = None, **changes: An
     return Forecast(**{**known, **changes})
 
 
-def latency_evidence(slack: float, new_requests: int = 200) -> WorkloadForecast:
-    return WorkloadForecast(
-        slack=slack, evidence="latency", p99_seconds=0.02 * (1 - slack), new_requests=new_requests, usage_cores=0.5
-    )
-
-
-def waiting_evidence(ratio: float, threshold: float = 0.2) -> WorkloadForecast:
-    return WorkloadForecast(
-        slack=round((threshold - ratio) / threshold, 4), evidence="waiting", cpu_waiting_ratio=ratio, usage_cores=0.5
+def view(
+    now: NodeSnapshot,
+    seen: Forecast | None = None,
+    *,
+    spec: PolicySpec | None = None,
+    calibration: Calibration | None = None,
+    requests: Sequence[Request] = (),
+    evicting: Iterable[str] = (),
+) -> View:
+    return View(
+        now,
+        seen if seen is not None else forecast({i: WorkloadForecast() for i in now.workloads}),
+        spec or SPEC,
+        calibration or Calibration(),
+        tuple(requests),
+        frozenset(evicting),
     )
 
 

@@ -70,6 +70,7 @@ ALARM_LEVEL = 0.02
 """A share of requests beyond the target is believed to be over its budget if chance gives it less often than this."""
 SETTLE_SHARE = 2.0 / 3.0
 NEAR_SECONDS = 1.0
+LEAST_DISPLACED_CORES = 0.015
 LEAST_SECONDS = 0.4
 """What is felt in less than this is not judged."""
 MOST_CHANGES, MOST_CHANGES_OF_LATENCY = 12.0, 40.0
@@ -155,7 +156,7 @@ def harm(kind: float, off: float, pressure_ratio: float, besteffort_ratio: float
         return pressure_ratio
     if kind == LATENCY:
         return ERROR_BUDGET_RATIO + max(off, 0.0) / 3.0
-    return 0.02 + besteffort_ratio * abs(off)
+    return max(besteffort_ratio * abs(off), LEAST_DISPLACED_CORES)
 
 
 def weigh(kind: float, row: Row, pressure_ratio: float, besteffort_ratio: float) -> None:
@@ -467,7 +468,8 @@ def _while_asking(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
     else:
         for i in range(len(rows)):
             if rows[i][ASKED] > 0.0 and _harmed(rows[i], seen[i][KIND], inputs):
-                _after_on(node, rows, seen, inputs, now)
+                # Its scheduled end counts, so that how often it is looked at moves no later phase.
+                _after_on(node, rows, seen, inputs, max(node[UNTIL], now))
                 return ASKED_NOW, who
         enough = _measured(rows, seen, now, node[UNTIL], LEAST_REQUESTS, MOST_PHASE_SECONDS)
         if now >= node[UNTIL] - 1e-6 and enough:
@@ -536,7 +538,7 @@ def _taken_back(node: Row, rows: Rows, inputs: Row, start: float) -> None:
         return
     if node[ELSEWHERE] < 0.0:
         node[ELSEWHERE] = 1.0
-    _hold(node, rows, node[BEFORE], start, start - since)
+    _hold(node, rows, node[BEFORE], start, math.ceil(inputs[NOW] - since - 1e-6))
 
 
 def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
@@ -547,7 +549,7 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
             _ask(node, rows, inputs, now)
             return ASKED_NOW, i
         if row[ASKED] == 2.0 and _harmed(row, seen[i][KIND], inputs):
-            _taken_back(node, rows, inputs, now)
+            _taken_back(node, rows, inputs, max(node[UNTIL], now))
             return CAUSED, i
     enough = _measured(rows, seen, now, node[UNTIL], LEAST_REQUESTS_TO_GROW, MOST_STEP_SECONDS)
     if now < node[UNTIL] - 1e-6 or not enough:

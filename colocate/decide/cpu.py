@@ -19,7 +19,7 @@ from colocate.model.forecast import Forecast, WorkloadForecast
 from colocate.plan import Action, Rejected, Verdict
 from colocate.policy.schema import PolicySpec
 from colocate.snapshot import NodeSnapshot, Workload
-from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist, parse_cpulist
+from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist
 
 LAW = "cpu"
 LOOK_AGAIN_SECONDS = 0.5
@@ -45,6 +45,11 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     subjects: dict[str, tuple[float, ...]] = {}
     """`workload id/kind` -> its row."""
     cpus: tuple[int, ...] | None = None
+
+    @property
+    def confined_to(self) -> tuple[int, ...] | None:
+        """The CPUs to which batch is kept just now."""
+        return self.cpus if self.node and self.node[law.ELSEWHERE] > 0.0 else None
 
     @property
     def mode(self) -> str:
@@ -183,11 +188,7 @@ def _step(
     inputs[law.HOLD_SECONDS], inputs[law.PRESSURE_RATIO] = spec.cpu.hold_down, spec.cpu.pressure / 100
     inputs[law.BESTEFFORT_RATIO] = spec.cpu.best_effort_waits / 100
     reason, who = law.step(node, rows, seen, inputs)
-    cpus = state.cpus
-    if node[law.ELSEWHERE] <= 0.0:
-        cpus = None
-    elif cpus is None:
-        cpus = tuple(idle)
+    cpus = None if node[law.ELSEWHERE] == 0.0 else state.cpus or tuple(idle)
     kept = {s.key: tuple(round(v, 9) for v in row) for s, row in zip(subjects, rows, strict=True)}
     following = CpuState(node=tuple(round(v, 9) for v in node), subjects=kept, cpus=cpus)
     return following, rows, reason, subjects[who] if who >= 0 else None
@@ -312,7 +313,7 @@ def _message(view: View, state: CpuState, code: int, subject: Subject | None, ro
     answer = _answer(subject, row) or feels
     grant = f"{state.grant_cores:g} cores" if state.grant_cores is not None else "the CPUs that are idle"
     if code == law.TRYING_MORE:
-        what = "no limit" if state.grant_cores is None and state.cpus is None else grant
+        what = "no limit" if state.grant_cores is None and state.confined_to is None else grant
         return f"{answer}; {what} is tried for {left:.1f} s"
     return f"{answer}: batch keeps {grant}, more is tried in {left:.0f} s"
 
@@ -328,8 +329,8 @@ def _limits(view: View, state: CpuState) -> tuple[Limits, list[Rejected]]:
     """The grant as a cpuset where it is whole cores and every target can be confined, else as a quota."""
     snapshot, grant = view.snapshot, state.grant_cores
     everywhere = shared_cpus(snapshot)
-    if state.cpus is not None:
-        return Limits(None, state.cpus), []
+    if state.confined_to is not None:
+        return Limits(None, state.confined_to), []
     if grant is None:
         return Limits(None, everywhere), []
     rungs = [r for r in view.calibration.rungs if r != "freeze"]
@@ -344,11 +345,12 @@ def _limits(view: View, state: CpuState) -> tuple[Limits, list[Rejected]]:
 def _actions(view: View, limits: Limits, reason: str, message: str) -> list[Action]:
     snapshot, calibration = view.snapshot, view.calibration
     actions, tier_cores = [], limits.cores
+    confined = limits.cpus != snapshot.cpus
     for workload, share in _targets(snapshot, view.forecast):
         cores = None if limits.cores is None else limits.cores * share
         if workload.tier == "tier":
             tier_cores = cores
-        for knob, value in _wanted(workload, cores, limits.cpus, calibration).items():
+        for knob, value in _wanted(workload, cores, limits.cpus, confined, calibration).items():
             of_class = knob in ("cpu.idle", "cpu.weight")
             why = "CalibratedClass" if of_class else reason
             text = f"lever {calibration.lever} of this kernel" if of_class else message
@@ -356,7 +358,9 @@ def _actions(view: View, limits: Limits, reason: str, message: str) -> list[Acti
     return actions + _job_actions(snapshot, tier_cores, limits.cpus)
 
 
-def _wanted(workload: Workload, cores: float | None, cpus: tuple[int, ...], calibration: Calibration) -> dict[str, str]:
+def _wanted(
+    workload: Workload, cores: float | None, cpus: tuple[int, ...], confined: bool, calibration: Calibration
+) -> dict[str, str]:
     """The values of one target's knobs, never wider than what its owner gave."""
     wanted = {"cpu.max": cpu_max(cores)}
     if "cpu.idle" in workload.knobs:
@@ -367,9 +371,9 @@ def _wanted(workload: Workload, cores: float | None, cpus: tuple[int, ...], cali
     for knob, found in workload.found.items():
         if knob in wanted:
             wanted[knob] = narrowest(knob, wanted[knob], found)
-    if workload.in_place and set(cpus) >= set(parse_cpulist(workload.found.get("cpuset.cpus", "")) or cpus):
+    if workload.in_place and not confined:  # nothing of ours: as its owner had it
         wanted.pop("cpuset.cpus", None)
-        if "cpuset.cpus" in workload.found:  # nothing of ours: as its owner had it
+        if "cpuset.cpus" in workload.found:
             wanted["cpuset.cpus"] = workload.found["cpuset.cpus"]
     if wanted.get("cpu.idle") == "1":
         del wanted["cpu.weight"]  # the kernel refuses a weight for an idle group

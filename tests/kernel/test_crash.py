@@ -13,11 +13,11 @@ from typing import Any
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import restore
 from colocate.agent.loop import Agent
+from colocate.calibration import Calibration
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined
 from colocate.model import reference
-from colocate.calibration import Calibration
 from colocate.policy.schema import (
     BatchPolicy,
     ColocationPolicy,

@@ -11,13 +11,13 @@ from colocate.actuate.journal import Entry, Journal, compacted, newest_found, re
 from colocate.actuate.restore import restore
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent.loop import Agent
+from colocate.calibration import Calibration
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone
 from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor
 from colocate.model import reference
-from colocate.calibration import Calibration
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, FreezePolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
 
