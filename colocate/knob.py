@@ -73,12 +73,15 @@ def same(file: str, one: str, other: str) -> bool:
         return False
     if one == other:
         return True
-    if codec == "cpulist":
-        return parse_cpulist(one) == parse_cpulist(other)
+    try:
+        if codec == "cpulist":
+            return parse_cpulist(one) == parse_cpulist(other)
+        if file == "cpu.max":
+            return cores_of_cpu_max(one) == cores_of_cpu_max(other)
+    except ValueError:  # what somebody wrote that is no value
+        return False
     if codec == "bytes":
         return _bytes(one) // _PAGE_BYTES == _bytes(other) // _PAGE_BYTES and _bytes(one) >= 0
-    if file == "cpu.max":
-        return cores_of_cpu_max(one) == cores_of_cpu_max(other)
     return file == "freezer.state" and {one, other} == {"FROZEN", "FREEZING"}
 
 

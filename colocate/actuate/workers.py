@@ -21,6 +21,7 @@ class Workers(Generic[T]):
         self._running: dict[Hashable, asyncio.Task[None]] = {}
         self._waiting: dict[Hashable, Callable[[], T]] = {}
         self._done: list[T] = []
+        self._failed: BaseException | None = None
 
     def busy(self, key: Hashable) -> bool:
         """Whether something is under way for a target."""
@@ -36,15 +37,23 @@ class Workers(Generic[T]):
         try:
             while (work := self._waiting.pop(key, None)) is not None:
                 self._done.append(await asyncio.to_thread(work))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self._failed = error  # it ends whoever asks for what has arrived, as if it had been done at once
         finally:
             self._running.pop(key, None)
 
     def arrived(self) -> list[T]:
-        """What has come back since the last call."""
+        """What has come back since the last call. Raises what a worker could not handle."""
+        if self._failed is not None:
+            raise self._failed
         done, self._done = self._done, []
         return done
 
     async def settle(self, seconds: float) -> None:
-        """Wait until nothing is under way, at most so long."""
+        """Wait until nothing is under way, at most so long. Raises what a worker could not handle."""
         if self._running:
-            await asyncio.wait(self._running.values(), timeout=seconds)
+            await asyncio.wait(list(self._running.values()), timeout=seconds)
+        if self._failed is not None:
+            raise self._failed

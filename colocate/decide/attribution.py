@@ -587,6 +587,27 @@ def _lost(rows: Rows, seen: Rows) -> int:
     return -1
 
 
+def resume(node: Row, rows: Rows, seen: Rows) -> None:
+    """Another's rule was in force for a while: what was felt then is forgotten, and a question under way is not answered."""
+    for i in range(len(rows)):
+        row = rows[i]
+        row[AT], row[T], row[N] = seen[i][SEEN_AT], seen[i][SEEN_T], seen[i][SEEN_N]
+        row[WAITED], row[FROM_AT], row[ALARMED] = seen[i][SEEN_WAITED], NEVER, 0.0
+        _forget_before(row)
+        if node[MODE] != HELD:
+            row[ASKED] = 0.0
+    if node[MODE] != HELD:
+        _open(node, rows, row_time(rows))
+
+
+def row_time(rows: Rows) -> float:
+    """The time of the newest reading."""
+    newest = 0.0
+    for row in rows:
+        newest = max(newest, row[AT])
+    return newest
+
+
 def step(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
     """One look: `node` and `rows` (one a subject) are changed in place, `seen` (one a subject) and `inputs` are read.
 

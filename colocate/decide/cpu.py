@@ -45,6 +45,8 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     subjects: dict[str, tuple[float, ...]] = {}
     """`workload id/kind` -> its row."""
     cpus: tuple[int, ...] | None = None
+    suspended: bool = False
+    """Another's rule was in force in the last tick."""
 
     @property
     def confined_to(self) -> tuple[int, ...] | None:
@@ -187,6 +189,8 @@ def _step(
     inputs[law.FLOOR_CORES], inputs[law.QUESTION_SECONDS] = spec.cpu.floor, spec.cpu.question
     inputs[law.HOLD_SECONDS], inputs[law.PRESSURE_RATIO] = spec.cpu.hold_down, spec.cpu.pressure / 100
     inputs[law.BESTEFFORT_RATIO] = spec.cpu.best_effort_waits / 100
+    if state.suspended:
+        law.resume(node, rows, seen)
     reason, who = law.step(node, rows, seen, inputs)
     cpus = None if node[law.ELSEWHERE] == 0.0 else state.cpus or tuple(idle)
     kept = {s.key: tuple(round(v, 9) for v in row) for s, row in zip(subjects, rows, strict=True)}

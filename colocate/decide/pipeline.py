@@ -137,9 +137,12 @@ def decide(
             for w in snapshot.of("batch")
         ]
         view = view._replace(requests=(*view.requests, *frozen))
+    off = arm in (OFF_FROZEN, OFF_UNMANAGED)
+    if off:
+        # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
+        state = msgspec.structs.replace(state, cpu=msgspec.structs.replace(state.cpu, suspended=True))
     decisions: dict[str, Decision] = {}
     for name, law in LAWS:
-        # What a service feels while another's rule is in force says nothing about ours: nothing is learnt from it.
         if arm == OFF_UNMANAGED and name in ("cpu", "memory"):
             continue
         decisions[name] = law(view, getattr(state, name))
@@ -154,7 +157,7 @@ def decide(
     actions = [a for a in wanted if not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))]
     following = msgspec.structs.replace(
         state,
-        **{name: d.state for name, d in decisions.items()},
+        **{name: d.state for name, d in decisions.items() if not (off and name == "cpu")},
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]

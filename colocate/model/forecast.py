@@ -19,7 +19,7 @@ from colocate.model.histogram import (
     MEMORY_HALF_LIFE_SECONDS,
 )
 from colocate.model.kernels import Kernels
-from colocate.model.reference import Floats
+from colocate.model.reference import Floats, approach, decay
 from colocate.model.slack import (
     beyond_buckets,
     beyond_target,
@@ -249,11 +249,12 @@ def forecast(
     working_set = np.array([np.nan if w.working_set_bytes is None else float(w.working_set_bytes) for w in now])
     slot = int(snapshot.time_seconds % 86400 / 86400 * SLOTS)
     entered = slot != state.slot
-    cpu_weights = kernels.histogram_add(state.cpu_weights, CPU_BOUNDS_CORES, cores, seconds, CPU_HALF_LIFE_SECONDS)
-    memory_weights = kernels.histogram_add(
-        state.memory_weights, MEMORY_BOUNDS_BYTES, working_set, seconds, MEMORY_HALF_LIFE_SECONDS
-    )
-    smooth_cores = kernels.smooth(state.smooth_cores, cores, seconds, RISE_SECONDS, FALL_SECONDS)
+    left = decay(seconds, CPU_HALF_LIFE_SECONDS)
+    cpu_weights = kernels.histogram_add(state.cpu_weights, CPU_BOUNDS_CORES, cores, seconds, left)
+    left = decay(seconds, MEMORY_HALF_LIFE_SECONDS)
+    memory_weights = kernels.histogram_add(state.memory_weights, MEMORY_BOUNDS_BYTES, working_set, seconds, left)
+    rise, fall = approach(seconds, RISE_SECONDS), approach(seconds, FALL_SECONDS)
+    smooth_cores = kernels.smooth(state.smooth_cores, cores, rise, fall)
     season = kernels.season_add(state.season_cores, slot, smooth_cores, SEASON_KEPT_A_DAY if entered else 1.0)
     p95 = kernels.histogram_quantile(cpu_weights, CPU_BOUNDS_CORES, 0.95)
     peak_cores = kernels.peak(p95, season, slot, AHEAD, smooth_cores, MARGIN)

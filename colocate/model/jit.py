@@ -12,15 +12,14 @@ from colocate.model.reference import Floats
 
 
 @numba.njit(cache=True, nogil=True)
-def histogram_add(weights: Floats, bounds: Floats, values: Floats, seconds: Floats, half_life: float) -> Floats:
+def histogram_add(weights: Floats, bounds: Floats, values: Floats, seconds: Floats, left: Floats) -> Floats:
     """See reference.histogram_add."""
     result = weights.copy()
     n, b = weights.shape
     for i in range(n):
         if not np.isnan(values[i]) and seconds[i] > 0.0:
-            decay = np.exp2(-seconds[i] / half_life)
             for j in range(b):
-                result[i, j] *= decay
+                result[i, j] *= left[i]
             result[i, min(np.searchsorted(bounds, values[i]), b - 1)] += seconds[i]
     return result
 
@@ -48,7 +47,7 @@ def histogram_quantile(weights: Floats, bounds: Floats, q: float) -> Floats:
 
 
 @numba.njit(cache=True, nogil=True)
-def smooth(previous: Floats, values: Floats, seconds: Floats, rise: float, fall: float) -> Floats:
+def smooth(previous: Floats, values: Floats, rise: Floats, fall: Floats) -> Floats:
     """See reference.smooth."""
     result = np.empty(values.size)
     for i in range(values.size):
@@ -58,8 +57,7 @@ def smooth(previous: Floats, values: Floats, seconds: Floats, rise: float, fall:
             result[i] = values[i]
         else:
             delta = values[i] - previous[i]
-            share = 1.0 - np.exp(-seconds[i] / (rise if delta > 0.0 else fall))
-            result[i] = previous[i] + share * delta
+            result[i] = previous[i] + (rise[i] if delta > 0.0 else fall[i]) * delta
     return result
 
 
@@ -106,9 +104,9 @@ def rates(now: Floats, before: Floats, seconds: Floats) -> Floats:
 def warm() -> None:
     """Compile every kernel, or load it from the cache, now: the first tick need not wait for it."""
     rows, row, values = np.zeros((1, 2)), np.zeros(2), np.zeros(1)
-    histogram_add(rows, row, values, values, 1.0)
+    histogram_add(rows, row, values, values, values)
     histogram_quantile(rows, row, 0.5)
-    smooth(values, values, values, 1.0, 1.0)
+    smooth(values, values, values, values)
     season_add(rows, 0, values, 1.0)
     peak(values, rows, 0, 1, values, 1.0)
     rates(values, values, values)

@@ -11,15 +11,13 @@ from colocate.model.reference import Floats
 class Kernels(Protocol):
     """What `reference` and `jit` both offer."""
 
-    def histogram_add(
-        self, weights: Floats, bounds: Floats, values: Floats, seconds: Floats, half_life: float
-    ) -> Floats:
+    def histogram_add(self, weights: Floats, bounds: Floats, values: Floats, seconds: Floats, left: Floats) -> Floats:
         """See reference.histogram_add."""
 
     def histogram_quantile(self, weights: Floats, bounds: Floats, q: float) -> Floats:
         """See reference.histogram_quantile."""
 
-    def smooth(self, previous: Floats, values: Floats, seconds: Floats, rise: float, fall: float) -> Floats:
+    def smooth(self, previous: Floats, values: Floats, rise: Floats, fall: Floats) -> Floats:
         """See reference.smooth."""
 
     def season_add(self, season: Floats, slot: int, values: Floats, kept: float) -> Floats:

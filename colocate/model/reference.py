@@ -12,16 +12,26 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def histogram_add(weights: Floats, bounds: Floats, values: Floats, seconds: Floats, half_life: float) -> Floats:
+def decay(seconds: Floats, half_life: float) -> Floats:
+    """What is left of a weight after so many seconds, shape (n,): 2^(-seconds / half_life)."""
+    return np.exp2(-seconds / half_life)
+
+
+def approach(seconds: Floats, constant: float) -> Floats:
+    """How far a smoothed value goes towards a new one in so many seconds, shape (n,): 1 - e^(-seconds / constant)."""
+    return 1.0 - np.exp(-seconds / constant)
+
+
+def histogram_add(weights: Floats, bounds: Floats, values: Floats, seconds: Floats, left: Floats) -> Floats:
     """Decaying histograms of time after one more sample each: shape (n, b); `seconds` (n,) is what a sample stands for.
 
-    Old weight is multiplied by 2^(-seconds / half_life), the sample has the weight of its seconds in the first bucket
-    whose upper bound is not below it (VPA's decaying exponential histogram, vertical-pod-autoscaler/pkg/recommender).
-    A row without a value, or without time, is left as it is.
+    Old weight is multiplied by `left` (`decay`), the sample has the weight of its seconds in the first bucket whose
+    upper bound is not below it (VPA's decaying exponential histogram, vertical-pod-autoscaler/pkg/recommender). A row
+    without a value, or without time, is left as it is.
     """
     rows = np.flatnonzero(~np.isnan(values) & (seconds > 0.0))
     result = weights.copy()
-    result[rows] *= np.exp2(-seconds[rows] / half_life)[:, None]
+    result[rows] *= left[rows, None]
     columns = np.minimum(np.searchsorted(bounds, values[rows]), bounds.size - 1)
     result[rows, columns] += seconds[rows]
     return result
@@ -35,13 +45,13 @@ def histogram_quantile(weights: Floats, bounds: Floats, q: float) -> Floats:
     return np.where(totals > 0.0, bounds[columns], np.nan)
 
 
-def smooth(previous: Floats, values: Floats, seconds: Floats, rise: float, fall: float) -> Floats:
+def smooth(previous: Floats, values: Floats, rise: Floats, fall: Floats) -> Floats:
     """Exponential smoothing that may rise faster than it falls, shape (n,); NaN where neither is known.
 
-    `rise` and `fall` are time constants in seconds; `seconds` (n,) is the time since the value before.
+    `rise` and `fall` (n,) are how far it goes either way (`approach`).
     """
     delta = values - previous
-    share = 1.0 - np.exp(-seconds / np.where(delta > 0.0, rise, fall))
+    share = np.where(delta > 0.0, rise, fall)
     return np.where(np.isnan(values), previous, np.where(np.isnan(previous), values, previous + share * delta))
 
 

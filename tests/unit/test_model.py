@@ -26,6 +26,7 @@ from tests import make
 JIT = kernels.load(jit=True)
 VALUES = st.one_of(st.floats(0, 64, allow_subnormal=False), st.just(math.nan))
 ROWS = 7
+SECONDS = npst.arrays(np.float64, ROWS, elements=st.floats(0, 100, allow_subnormal=False))
 COLUMN = npst.arrays(np.float64, ROWS, elements=VALUES)
 BOUNDS = exponential_bounds(0.01, 1.3, 32.0)
 WEIGHTS = npst.arrays(np.float64, (ROWS, BOUNDS.size), elements=st.floats(0, 1e3, allow_subnormal=False))
@@ -38,9 +39,9 @@ def same(name, *arguments):
 
 
 @settings(deadline=None, max_examples=60)
-@given(WEIGHTS, COLUMN, st.floats(0.1, 1.0))
-def test_histogram_add_is_the_same_in_both(weights, values, decay):
-    same("histogram_add", weights, BOUNDS, values, decay)
+@given(WEIGHTS, COLUMN, SECONDS)
+def test_histogram_add_is_the_same_in_both(weights, values, seconds):
+    same("histogram_add", weights, BOUNDS, values, seconds, reference.decay(seconds, 3600.0))
 
 
 @settings(deadline=None, max_examples=60)
@@ -50,9 +51,9 @@ def test_histogram_quantile_is_the_same_in_both(weights, q):
 
 
 @settings(deadline=None, max_examples=60)
-@given(COLUMN, COLUMN, st.floats(0.05, 1.0), st.floats(0.05, 1.0))
-def test_smooth_is_the_same_in_both(previous, values, up, down):
-    same("smooth", previous, values, up, down)
+@given(COLUMN, COLUMN, SECONDS, st.floats(0.5, 10.0), st.floats(0.5, 10.0))
+def test_smooth_is_the_same_in_both(previous, values, seconds, rise, fall):
+    same("smooth", previous, values, reference.approach(seconds, rise), reference.approach(seconds, fall))
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,7 +69,7 @@ def test_peak_is_the_same_in_both(quantile, season, slot, smoothed):
 
 
 @settings(deadline=None, max_examples=60)
-@given(COLUMN, COLUMN, st.one_of(st.floats(0.01, 10), st.just(math.nan)))
+@given(COLUMN, COLUMN, npst.arrays(np.float64, ROWS, elements=st.one_of(st.floats(0, 10), st.just(math.nan))))
 def test_rates_is_the_same_in_both(now, before, seconds):
     same("rates", now, before, seconds)
 
@@ -77,19 +78,23 @@ def test_rates_is_the_same_in_both(now, before, seconds):
 def test_a_quantile_is_never_below_the_value_it_stands_for(values):
     weights = np.zeros((1, CPU_BOUNDS_CORES.size))
     for value in values:
-        weights = reference.histogram_add(weights, CPU_BOUNDS_CORES, np.array([value]), 1.0)
+        weights = reference.histogram_add(weights, CPU_BOUNDS_CORES, np.array([value]), np.ones(1), np.ones(1))
     found = reference.histogram_quantile(weights, CPU_BOUNDS_CORES, 1.0)[0]
     assert max(values) <= found <= max(values) * 1.06 + 0.011
 
 
 def test_old_samples_fade_by_half_in_a_half_life():
-    weights = reference.histogram_add(np.zeros((1, BOUNDS.size)), BOUNDS, np.array([1.0]), 1.0)
-    weights = reference.histogram_add(weights, BOUNDS, np.array([math.nan]), 0.5)
-    assert weights.sum() == 0.5
+    weights = reference.histogram_add(np.zeros((1, BOUNDS.size)), BOUNDS, np.array([1.0]), np.ones(1), np.ones(1))
+    minute = np.array([60.0])
+    left = reference.decay(minute, 60.0)
+    weights = reference.histogram_add(weights, BOUNDS, np.array([1.0]), minute, left)
+    assert weights.sum() == 60.5
+    same = reference.histogram_add(weights, BOUNDS, np.array([math.nan]), minute, left)
+    assert same.sum() == 60.5, "what is not known changes nothing"
 
 
 def test_a_counter_that_was_reset_gives_no_rate():
-    found = reference.rates(np.array([5.0, 10.0]), np.array([9.0, 4.0]), 2.0)
+    found = reference.rates(np.array([5.0, 10.0]), np.array([9.0, 4.0]), np.array([2.0, 2.0]))
     assert math.isnan(found[0])
     assert found[1] == 3.0
 

@@ -138,7 +138,7 @@ def test_an_unmanaged_window_switches_every_law_off():
     assert values["tier", "memory.high"] == "max"
     assert values["job:train", "cpu.max"] == "50000 100000", "what a job asked for is no rule of ours"
     assert values["job:nightly", "cpu.max"] == "70000 100000", "what its owner gave is none either"
-    assert (after.cpu, after.memory) == (state.cpu, state.memory), "nothing is learnt from it"
+    assert (after.cpu, after.memory) == (CpuState(suspended=True), state.memory), "nothing is learnt from it"
 
 
 @pytest.mark.parametrize(

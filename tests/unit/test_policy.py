@@ -23,14 +23,14 @@ spec:
   - name: nightly
     selector: {cgroup: /nightly}
     checkpointSignal: SIGUSR1
-  cpu: {growth: 5%, floor: 100m}
+  cpu: {pressure: 5%, floor: 100m}
   records: {maxBytes: 64Mi}
 """
 
 
 def test_a_full_policy_is_read_with_its_quantities():
     spec = parse_policy(FULL, "policy.yaml").spec
-    assert (spec.tick, spec.cpu.growth, spec.cpu.floor, spec.records.max_bytes) == (0.5, 5.0, 0.1, 64 << 20)
+    assert (spec.tick, spec.cpu.pressure, spec.cpu.floor, spec.records.max_bytes) == (0.5, 5.0, 0.1, 64 << 20)
     assert spec.services[0].slo is not None
     assert spec.services[0].slo.p99 == 0.02
 
@@ -47,7 +47,7 @@ def test_a_policy_survives_a_record():
 @pytest.mark.parametrize(
     ("text", "path", "hint"),
     [
-        pytest.param("spec: {cpu: {grwoth: 3}}", "$.spec.cpu.grwoth", "growth", id="a misspelt field"),
+        pytest.param("spec: {cpu: {presure: 3}}", "$.spec.cpu.presure", "pressure", id="a misspelt field"),
         pytest.param(
             "spec: {services: [{name: a, selector: {cgrop: x}}]}",
             "$.spec.services[0].selector.cgrop",
@@ -58,7 +58,7 @@ def test_a_policy_survives_a_record():
         pytest.param("spec: {tick: soon}", "$.spec.tick", "20ms", id="no duration"),
         pytest.param("spec: {tick: 0}", "$.spec.tick", "between", id="an impossible number"),
         pytest.param(
-            "spec: {cpu: {growth: 110%}}", "$.spec.cpu.growth", "between 0 and 100", id="a percentage over 100"
+            "spec: {cpu: {pressure: 110%}}", "$.spec.cpu.pressure", "between 0 and 100", id="a percentage over 100"
         ),
         pytest.param("spec: {drift: fight}", "$.spec.drift", "", id="a word that is none of the choices"),
         pytest.param("spec: {cpu: {pressure: 0}}", "$.spec.cpu.pressure", "between", id="a threshold of nothing"),
@@ -99,7 +99,7 @@ def test_a_policy_survives_a_record():
         pytest.param(
             "spec: {staleness: {stopTighteningAfter: 5, openAfter: 2}}",
             "$.spec.staleness.openAfter",
-            "larger number of ticks",
+            "longer duration",
             id="open before it stops tightening",
         ),
         pytest.param("spec: {freeze: {maxFrozen: 0s}}", "$.spec.freeze.maxFrozen", "between", id="frozen for no time"),

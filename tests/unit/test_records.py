@@ -46,7 +46,7 @@ def test_nothing_changed_is_an_empty_patch(value):
     assert merge_patch(value, value) == {}
 
 
-def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0):
+def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0, late=30):
     """An agent's life on the kernel model, recorded."""
     kernel = ModelKernel(version=2)
     for path in ("/web", "/nightly"):
@@ -79,13 +79,14 @@ def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=Non
                 changed = i * len(arms) // ticks != (i - 1) * len(arms) // ticks
                 recorder.arm, recorder.window = arm, recorder.window + changed
             good += 300
-            bad += 30 if i % 9 == 4 else 0
+            bad += late if i % 9 == 4 else 0
             past = sum(beyond for j in range(i + 1) if arms and arms[j * len(arms) // ticks] == "on" and j % 3 == 0)
             counts = (good, good + bad, good + bad + past)
             agent.scraper.readings["web"] = Latency((0.01, 0.05), counts, kernel.monotonic())
             if later is not None and i == ticks // 2:
                 agent.set_policy(later)
             await agent.tick()
+            await agent.writer.settle()
             if on_tick is not None:
                 on_tick(i, recorder)
             kernel.advance(0.25)
@@ -171,10 +172,10 @@ def test_a_full_disk_degrades_to_memory_and_heals(tmp_path):
     def full(i, recorder):
         target = tmp_path / "records"
         if i == 10:
-            recorder._file.close()
+            recorder._disk._file.close()
             target.rename(tmp_path / "away")
             target.write_text("in the way")
-            recorder._size = 10**9
+            recorder._disk.size = 10**9
         if i == 20:
             target.unlink()
             (tmp_path / "away").rename(target)
@@ -189,7 +190,7 @@ def test_a_full_disk_degrades_to_memory_and_heals(tmp_path):
 def test_records_of_a_newer_version_are_refused_by_name(tmp_path):
     live(tmp_path)
     (segment,) = segments(tmp_path)
-    segment.write_bytes(segment.read_bytes().replace(b'"version":1,"colocate"', b'"version":99,"colocate"'))
+    segment.write_bytes(segment.read_bytes().replace(b'"version":2,"colocate"', b'"version":99,"colocate"'))
     with pytest.raises(StateTooNew, match="records-"):
         list(read_full(segment))
 
@@ -211,7 +212,7 @@ def test_without_windows_there_is_no_verdict(tmp_path):
 
 def test_a_switchback_compares_windows_with_intervals(tmp_path):
     arms = ["on", "off-frozen"] * 6
-    live(tmp_path, ticks=240, arms=arms)
+    live(tmp_path, ticks=240, arms=arms, late=2)
     report = evaluate(tmp_path, wash_out=1.0, machines=100)
     assert report.arms == {"on": 6, "off-frozen": 6}
     gain = report.compared[0]

@@ -11,7 +11,7 @@ from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import find_tree, inodes_of
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.cgroup import FilePages
-from colocate.observe.latency import MAX_BODY_BYTES, LatencyScraper
+from colocate.observe.latency import MAX_WANTED_BYTES, LatencyScraper
 from colocate.observe.pods import Pod, PodLister, parse_pods
 from colocate.observe.workloads import discover
 from colocate.policy.schema import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
@@ -75,12 +75,17 @@ async def test_labels_choose_the_series():
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        pytest.param(web.Response(text="<html>hello lat_bucket{</html>"), "not Prometheus text", id="HTML"),
+        pytest.param(web.Response(text="<html>hello lat_bucket{</html>"), "no histogram lat", id="HTML"),
         pytest.param(web.Response(text="up 1\n"), "no histogram lat with labels", id="another metric"),
         pytest.param(web.Response(text="lat 3\nlat_sum 3\n"), "no histogram lat", id="a summary, not a histogram"),
-        pytest.param(web.Response(body=b"\xff\xfe\x00lat"), "not Prometheus text", id="bytes"),
+        pytest.param(web.Response(body=b"\xff\xfe\x00lat"), "no histogram lat", id="bytes"),
+        pytest.param(web.Response(text="lat_bucket{le=\n"), "not Prometheus text", id="half a line"),
         pytest.param(web.Response(status=500), "HTTP status 500", id="an error"),
-        pytest.param(web.Response(text="lat\n" * (MAX_BODY_BYTES // 4 + 1)), "more than 8 MiB", id="far too much"),
+        pytest.param(
+            web.Response(text="lat_bucket\n" * (MAX_WANTED_BYTES // 10 + MAX_WANTED_BYTES // 50)),
+            "more than 8 MiB",
+            id="far too much",
+        ),
     ],
 )
 async def test_what_is_no_histogram_is_a_problem_that_says_why(answer, says):
@@ -199,22 +204,22 @@ def test_pods_without_labels_match_no_selector():
 
 
 @pytest.mark.parametrize(
-    ("usage", "tick", "inode", "stalled", "stands"),
+    ("usage", "seconds", "inode", "stalled", "stands"),
     [
         pytest.param(6400, 1, 7, 0, True, id="nothing has changed"),
         pytest.param(6500, 4, 7, 0, True, id="usage has moved by a little"),
         pytest.param(6501, 1, 7, 0, False, id="usage has moved by more than a 64th"),
         pytest.param(6400, 1, 7, 9, False, id="it has stalled on memory since"),
-        pytest.param(6400, 5, 7, 0, False, id="the reading is five ticks old"),
+        pytest.param(6400, 5, 7, 0, False, id="the reading is five seconds old"),
         pytest.param(6400, 1, 8, 0, False, id="another cgroup has the name now"),
     ],
 )
 def test_a_reading_of_file_pages_stands_for_a_while(
-    usage: int, tick: int, inode: int, stalled: int, stands: bool
+    usage: int, seconds: float, inode: int, stalled: int, stands: bool
 ) -> None:
     pages = FilePages()
     pages.keep("/x", 7, 6400, 0, 100)
-    pages.tick = tick
+    pages.now = seconds
     assert pages.known("/x", inode, usage, stalled) == (100 if stands else None)
     pages.forget_others([])
     assert pages.known("/x", 7, 6400, 0) is None

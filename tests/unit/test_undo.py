@@ -97,6 +97,13 @@ def make_agent(kernel, directory, calibration):
     return agent
 
 
+async def settled(agent):
+    """One tick, and what workers do beside it."""
+    tick = await agent.tick()
+    await agent.writer.settle()
+    return tick
+
+
 async def live(kernel, agent, ticks=16):
     """A life with a violation, a trial of every rung, a job, and an end in order."""
     agent.open()
@@ -109,6 +116,7 @@ async def live(kernel, agent, ticks=16):
         good += 200.0
         agent.scraper.readings["web"] = Latency((0.01, 0.05), (good, good + bad, good + bad), kernel.monotonic())
         await agent.tick()
+        await agent.writer.settle()  # what workers do beside the loop belongs to this life too
         kernel.advance(1.0) if i % 4 == 0 else setattr(kernel.machine, "now", kernel.machine.now + 1.0)
     kernel.kill(task.pid, 9)
     await agent.close()
@@ -186,7 +194,7 @@ def test_what_somebody_else_wrote_since_is_left_to_them(tmp_path):
     kernel = make_node(2, False)
     agent = make_agent(kernel, tmp_path, Calibration())
     agent.open()
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
     assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n"
     kernel.write(UNIFIED, "/nightly", "cpu.weight", "55")
     report = asyncio.run(agent.close())
@@ -198,10 +206,10 @@ def test_what_was_asserted_again_over_an_administrator_goes_back_to_the_administ
     kernel = make_node(2, False)
     agent = make_agent(kernel, tmp_path, Calibration())
     agent.open()
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
     kernel.write(UNIFIED, "/nightly", "cpu.weight", "55")
     kernel.machine.now += 1
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
     assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n"
     asyncio.run(agent.close())
     assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "55\n"
@@ -212,13 +220,14 @@ def test_drift_is_noticed_and_asserted_again_or_yielded(tmp_path):
         directory.mkdir()
         kernel = make_node(2, False)
         agent = make_agent(kernel, directory, Calibration())
-        agent.policy = ColocationPolicy(spec=PolicySpec(batch=agent.policy.spec.batch, drift=policy))
-        agent.set_policy(agent.policy)
+        agent.set_policy(ColocationPolicy(spec=PolicySpec(batch=agent.policy.spec.batch, drift=policy)))
         agent.open()
         await agent.tick()
+        await agent.writer.settle()
         kernel.write(UNIFIED, "/nightly", "cpu.weight", "55")
         kernel.machine.now += 1
         tick = await agent.tick()
+        await agent.writer.settle()
         return kernel.read(UNIFIED, "/nightly", "cpu.weight"), tick.drifts
 
     again, drifts = asyncio.run(drifted("reassert", tmp_path / "a"))
@@ -237,7 +246,14 @@ def test_without_a_journal_only_our_own_directories_are_touched(tmp_path):
     agent.journal.add = refuse
     kernel.write(UNIFIED, "/", "cgroup.subtree_control", "+cpuset +io +pids")
     agent.open()
-    outcomes = asyncio.run(agent.tick()).outcomes
+
+    async def ticks():
+        await agent.tick()
+        await agent.writer.settle()
+        kernel.machine.now += 1
+        return (await agent.tick()).outcomes
+
+    outcomes = asyncio.run(ticks())
     assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "37\n"
     assert kernel.read(UNIFIED, "/colocate-batch", "cpu.weight") == "1\n"
     assert "skipped" in {o.status for o in outcomes}
@@ -249,7 +265,7 @@ def test_shadow_writes_nothing(tmp_path):
     agent.shadow = agent.writer._shadow = True
     before, writes = knobs(kernel), kernel.writes
     agent.open()
-    tick = asyncio.run(agent.tick())
+    tick = asyncio.run(settled(agent))
     asyncio.run(agent.close())
     assert kernel.writes == writes
     assert knobs(kernel) == before
@@ -261,11 +277,11 @@ def test_a_cgroup_that_leaves_the_policy_gets_its_values_back_at_once(tmp_path):
     before = knobs(kernel)
     agent = make_agent(kernel, tmp_path, Calibration())
     agent.open()
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
     assert kernel.read(UNIFIED, "/nightly", "cpu.weight") == "1\n"
     agent.set_policy(ColocationPolicy(spec=PolicySpec(services=agent.policy.spec.services)))
     kernel.machine.now += 1
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
     found = knobs(kernel)
     assert {k: v for k, v in found.items() if k[1] == "/nightly" and k in before} == {
         k: v for k, v in before.items() if k[1] == "/nightly"
@@ -289,7 +305,7 @@ def test_a_full_disk_does_not_keep_the_undo_from_its_end(tmp_path, monkeypatch):
     before = knobs(kernel)
     agent = make_agent(kernel, tmp_path, Calibration())
     agent.open()
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
 
     def full(*_arguments):
         raise OSError(28, "No space left on device")
@@ -307,7 +323,7 @@ def test_a_handover_thaws_for_nobody_may_come(tmp_path):
     placement = agent.tier.ensure_job("train")
     agent.tier.move(kernel.spawn("hog").pid, placement)
     agent.recorder.arm = "off-frozen"
-    asyncio.run(agent.tick())
+    asyncio.run(settled(agent))
     frozen = ("/nightly", placement.path)
     assert [kernel.read(UNIFIED, path, "cgroup.freeze") for path in frozen] == ["1\n", "1\n"]
     asyncio.run(agent.close(handover=True))
@@ -350,7 +366,7 @@ def test_a_handover_leaves_the_grants_and_the_laws_memory_to_the_successor(tmp_p
 
     kernel = make_node(2, False)
     laws = asyncio.run(first())
-    assert laws.cpu.mode == "floor"
+    assert laws.cpu.mode == "asking, at the floor"
     assert kernel.read(UNIFIED, "/colocate-batch", "cpu.max") != "max 100000\n"
     successor = make_agent(kernel, tmp_path, Calibration())
     successor.state = StateDirectory(tmp_path)
