@@ -83,7 +83,7 @@ WHOLE_EVERY_SECONDS = 120.0
 """How often the first off phase of a question is a whole one."""
 MOST_ACQUITTALS = 8.0
 """Who was acquitted again and again varies much by itself: each time it takes twice as much to ask anew."""
-MOST_HOLD_SECONDS = 120.0
+MOST_HOLD_SECONDS = 240.0
 HOLD_PER_FAILED_SECOND = 30.0
 STEP = 3.0
 NOISE_CORES = 0.1
@@ -207,7 +207,7 @@ def _take_in(row: Row, seen: Row, inputs: Row) -> None:
     row[ALARMED] = 0.0
     if seen[SEEN_AT] <= row[AT]:
         return
-    step = seen[SEEN_AT] - row[AT]
+    step, more, further = seen[SEEN_AT] - row[AT], seen[SEEN_T] - row[T], seen[SEEN_N] - row[N]
     row[AT], row[T], row[N], row[WAITED] = seen[SEEN_AT], seen[SEEN_T], seen[SEEN_N], seen[SEEN_WAITED]
     kind, lately = seen[KIND], row[AT] - row[NEAR_AT]
     count, exposure = row[T] - row[NEAR_T], row[N] - row[NEAR_N]
@@ -220,8 +220,10 @@ def _take_in(row: Row, seen: Row, inputs: Row) -> None:
         else:
             alarm = (row[WAITED] - row[NEAR_WAITED]) / lately > inputs[BESTEFFORT_RATIO]
         row[ALARMED] = 1.0 if alarm else 0.0
-        if row[CLEARED_UNTIL] != NEVER:
-            _still_cleared(row, kind, count, exposure, step, inputs)
+    if row[CLEARED_UNTIL] != NEVER and further > 0.0:
+        _still_cleared(row, kind, more, further, step, inputs)
+    if row[CLEARED_UNTIL] != NEVER:
+        row[ALARMED] = 0.0
     if lately >= NEAR_SECONDS - 1e-6:
         row[NEAR_AT], row[NEAR_T], row[NEAR_N], row[NEAR_WAITED] = row[AT], row[T], row[N], row[WAITED]
     aged = row[AT] - row[OLD_AT]
@@ -237,19 +239,16 @@ def _still_cleared(row: Row, kind: float, count: float, exposure: float, step: f
     if kind == LATENCY:
         low = min(max(row[CLEARED_AT], 0.5 * ERROR_BUDGET_RATIO), 1.0 - 1e-6)
         high = min(row[CLEARED_AT] + limit, 1.0 - 1e-9)
-        share = step / max(row[AT] - row[NEAR_AT], step)  # of what was felt lately, what is new
         gain = count * math.log(high / low) + (exposure - count) * math.log((1.0 - high) / (1.0 - low))
-        row[RISEN] = max(row[RISEN] + share * gain, 0.0)
+        row[RISEN] = max(row[RISEN] + gain, 0.0)
         over = row[RISEN] > 7.0 * row[ACQUITTALS] and high > low
     else:
-        row[RISEN] = max(row[RISEN] + (level - row[CLEARED_AT] - 0.5 * limit) * step, 0.0)
+        row[RISEN] = max(row[RISEN] + count - (row[CLEARED_AT] + 0.5 * limit) * exposure, 0.0)
         over = row[RISEN] > 2.0 * limit * row[ACQUITTALS]
     if level < row[CLEARED_AT]:  # its load falls: so does what is called its own
         row[CLEARED_AT] += (level - row[CLEARED_AT]) * (1.0 - math.exp(-step / FADE_SECONDS))
     if over or row[AT] >= row[CLEARED_UNTIL]:
         row[CLEARED_UNTIL] = NEVER
-    else:
-        row[ALARMED] = 0.0
 
 
 def _fold(row: Row, kind: float, on: bool, inputs: Row) -> None:
@@ -391,6 +390,8 @@ def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
         for row in rows:
             row[ASKED] = 0.0 if row[ASKED] < 2.0 else 2.0
         node[TRIED_ELSEWHERE] = 0.0
+        if node[WHOLE] > 0.0:  # harm that outlasts batch costs more each time that more is tried
+            node[HOLD] = max(node[HOLD], 2.0 * inputs[HOLD_SECONDS])
         _hold(node, rows, inputs[FLOOR_CORES], until, 0.0)
         return
     node[PHASES] += 1.0

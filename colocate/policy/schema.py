@@ -86,7 +86,7 @@ class CpuPolicy(Spec, frozen=True):
     question: Duration = 3.0
     """How long batch is at its floor, and then open again, when it is asked whether it is what a service suffers from."""
     hold_down: Duration = 10.0
-    """How long a grant stands before more is tried, after batch was found to harm; doubles with each, to 2 minutes."""
+    """How long a grant stands before more is tried, after batch was found to harm; doubles with each, to 4 minutes."""
     pressure: Percent = 20.0
     """The share of time in which a service may wait for a CPU before batch is asked, and what batch may add to it."""
     best_effort_waits: Percent = 5.0

@@ -404,8 +404,8 @@ def close(one, other):
 
 
 WORLDS = st.tuples(
-    st.sampled_from([0.0, 0.05, 0.5, 0.7]),  # by itself
-    st.sampled_from([0.0, 0.5, 0.9]),  # what batch adds
+    st.sampled_from([0.0, 0.05, 0.5]),  # by itself
+    st.sampled_from([0.0, 0.9]),  # what batch adds: at no step of the ladder just what it may
     st.floats(2.0, 12.0).map(lambda t: round(t, 2)),  # when it begins
 )
 
