@@ -26,7 +26,7 @@ from colocate.actuate.writer import SETTLE_SECONDS, Drift, Writer
 from colocate.agent.registry import Job, Registry
 from colocate.calibration import Calibration
 from colocate.cgroup.port import FilePort
-from colocate.cgroup.tree import joined, start_time
+from colocate.cgroup.tree import cgroup_of, joined, main_hierarchy, start_time
 from colocate.decide.pipeline import LawState, decide, laws_from_builtins, laws_to_builtins
 from colocate.errors import ColocateError, JournalBroken, StateTooOld
 from colocate.model.forecast import Forecast, ModelState, forecast
@@ -50,6 +50,7 @@ LEAST_BETWEEN_SECONDS = 0.1
 """Between two ticks, whoever wakes us."""
 MOST_BUSY_RATIO = 0.25
 """Of one CPU, that being woken may cost."""
+STRAYS_EVERY_SECONDS = 5.0
 
 
 class Clock(Protocol):
@@ -113,6 +114,7 @@ class Agent:
         self._next_policy: ColocationPolicy | None = None
         self._wake = asyncio.Event()
         self._woken = False
+        self._strays_at = float("-inf")
         self._workers: Workers[bool] = Workers()
         self._model_saved = 0.0
         self._forgotten: set[str] = set()
@@ -240,6 +242,7 @@ class Agent:
             if snapshot.tier is None:
                 self.tier.ensure_tier()
             self._enable_in_place(snapshot)
+            self._look_for_strays(snapshot.monotonic_seconds)
             self._rehome()
         if self.state is not None and self.journal.astray():
             self._workers.submit("journal", self._rewrite_journal)
@@ -273,6 +276,21 @@ class Agent:
                 f"{workload.name}: {workload.path} has no cpu controller, so its CPU use cannot be governed"
                 + (f": {why}" if why else "")
             )
+
+    def _look_for_strays(self, now: float) -> None:
+        """A job whose process has left the tier (sudo, systemd-run, a daemon of its own) is governed no more: say so."""
+        if now - self._strays_at < STRAYS_EVERY_SECONDS:
+            return
+        self._strays_at = now
+        hierarchy = main_hierarchy(self.port)
+        for job in self.registry.jobs.values():
+            path = cgroup_of(self.port, job.pid, hierarchy)
+            astray = path is not None and path != job.path and not path.startswith(f"{job.path}/")
+            if astray and start_time(self.port, job.pid) == job.start_time:
+                said = f"{job.name}: its process {job.pid} has left the tier for {path}, and is not governed there"
+                self.observer.extra_problems[f"job {job.name}"] = said
+            else:
+                self.observer.extra_problems.pop(f"job {job.name}", None)
 
     def _rehome(self) -> None:
         """Jobs follow the tier: a kubelet that starts after us makes its tree then, and the tier belongs in there."""

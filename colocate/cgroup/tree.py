@@ -12,6 +12,7 @@ import msgspec
 
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import FilePort
+from colocate.errors import HostUnfit
 
 MAX_SEARCH_DEPTH = 3
 PLAIN_TIER = "colocate-batch"
@@ -98,20 +99,37 @@ def main_hierarchy(port: FilePort) -> str:
     return port.layout.hierarchy("cpu") or next(iter(port.layout.mounts))
 
 
-def find_kubepods(port: FilePort, root: str) -> str | None:
-    """The path of kubelet's tree below the root, by its name, breadth first; None on a plain host."""
-    hierarchy = main_hierarchy(port)
-    level = [root]
+def _named_kubepods(port: FilePort, root: str) -> list[str]:
+    """Every cgroup near the root that has the name of kubelet's tree, breadth first."""
+    hierarchy, level, found = main_hierarchy(port), [root], []
     for _ in range(MAX_SEARCH_DEPTH):
         following = []
         for path in level:
             for child in port.children(hierarchy, path):
                 base = child.removesuffix(".slice")
                 if base == "kubepods" or base.endswith("-kubepods"):
-                    return joined(path, child)
-                following.append(joined(path, child))
+                    found.append(joined(path, child))
+                else:
+                    following.append(joined(path, child))
         level = following
-    return None
+    return found
+
+
+def find_kubepods(port: FilePort, root: str) -> str | None:
+    """The path of kubelet's tree below the root; None on a plain host. Raises HostUnfit if two trees have pods.
+
+    A kubelet that went from one cgroup driver to the other leaves its old tree behind until the next boot, empty.
+    """
+    found = _named_kubepods(port, root)
+    if len(found) > 1:
+        alive = [path for path in found if processes_below(port, main_hierarchy(port), path)]
+        if len(alive) > 1:
+            raise HostUnfit(
+                f"pods run in two trees: {' and '.join(alive)}",
+                "reboot the node, or name one by nodeRoot: a tier can be below BestEffort in one of them only",
+            )
+        found = alive or found
+    return found[0] if found else None
 
 
 def find_tree(port: FilePort, root: str) -> Tree:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,29 @@ def _file(options: argparse.Namespace) -> Path:
 
 def report(options: argparse.Namespace) -> int:
     """Exit 0 also if the data do not support a verdict: the report says so."""
-    records = Path(options.records) if options.records else state_dir(options)
-    _show(evaluate_records(records, since_seconds=options.since, machines=options.machines), options)
+    if options.records:
+        _show(evaluate_records(Path(options.records), since_seconds=options.since, machines=options.machines), options)
+        return 0
+    with contextlib.ExitStack() as stack:
+        records = _kept_in_memory(options, stack) or state_dir(options)
+        _show(evaluate_records(records, since_seconds=options.since, machines=options.machines), options)
     return 0
+
+
+def _kept_in_memory(options: argparse.Namespace, stack: contextlib.ExitStack) -> Path | None:
+    """What an agent keeps in memory because its disk refuses records, as a file; None if it does not."""
+    try:
+        connection = Connection(socket_path(options))
+    except NotAnswering:
+        return None
+    stack.callback(connection.close)
+    if connection.ask(op="status").get("records", "ok") == "ok":
+        return None
+    lines = connection.ask(op="records")["lines"]
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="colocate-"))) / "records-memory.jsonl"
+    path.write_text("".join(lines))
+    print("the agent's disk refuses records: this is what it has kept in memory", file=sys.stderr)
+    return path
 
 
 def order_of_windows(count: int, off: str, seed: int) -> list[str]:

@@ -31,6 +31,8 @@ from __future__ import annotations
 
 import math
 
+from colocate.model.special import incomplete_beta
+
 Row = list[float]
 Rows = list[list[float]]
 
@@ -112,37 +114,10 @@ def new_node(node: Row, hold_seconds: float) -> None:
 
 
 def binomial_tail(count: float, total: float, share: float) -> float:
-    """P(K >= count) for K binomial, `total` trials of probability `share`: the regularized incomplete beta function.
-
-    By Lentz's continued fraction (Numerical Recipes, 6.4); exact to 1e-9. Whole or interpolated counts.
-    """
+    """P(K >= count) for K binomial, `total` trials of probability `share`; whole or interpolated counts."""
     if count <= 0.0:
         return 1.0
-    if count > total:
-        return 0.0
-    a, b, x = count, total - count + 1.0, share
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(1.0 - x))
-    mirrored = x > (a + 1.0) / (a + b + 2.0)
-    if mirrored:
-        a, b, x = b, a, 1.0 - x
-    c, d = 1.0, 1.0 - (a + b) * x / (a + 1.0)
-    d = 1.0 / (d if abs(d) > 1e-30 else 1e-30)
-    result = d
-    for m in range(1, 400):
-        for even in (True, False):
-            if even:
-                term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-            else:
-                term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-            d = 1.0 + term * d
-            d = 1.0 / (d if abs(d) > 1e-30 else 1e-30)
-            c = 1.0 + term / c
-            c = c if abs(c) > 1e-30 else 1e-30
-            result *= d * c
-        if abs(d * c - 1.0) < 1e-10:
-            break
-    value = front * result / a
-    return 1.0 - value if mirrored else value
+    return incomplete_beta(count, total - count + 1.0, share) if count <= total else 0.0
 
 
 def over_budget(count: float, total: float) -> bool:

@@ -1,6 +1,6 @@
-"""Intervals for comparisons: Student's t for a few paired rounds, the percentile bootstrap for many windows.
+"""Intervals for comparisons of pairs: Student's t, which is honest for four of them as for forty.
 
-The bootstrap is seeded, so that it repeats (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+Windows of a switchback are compared with their neighbours, so that drift hits both alike.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
-SEED = 20261121
+from colocate.model.special import student_quantile
 
 
 class Interval(NamedTuple):
@@ -35,63 +34,40 @@ class Interval(NamedTuple):
         return "fail" if self.high < bound else "undecided"
 
 
-def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return values[generator.integers(0, values.size, (RESAMPLES, values.size))]
+def _student(values: NDArray[np.float64], comparisons: int) -> tuple[float, float]:
+    """The mean of a few values and the half width of its 95 % interval; infinite for a single one.
 
-
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131,
-          2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
-"""The 97.5 % quantile of Student's t with 1, 2, 3 ... degrees of freedom; 1.96 beyond."""
-
-
-def _student(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean of a few values and the half width of its 95 % interval; infinite for a single one."""
+    With several comparisons each interval is wider, so that all of them hold together (Bonferroni).
+    """
     if values.size < 2:
         return float(values.mean()), float("inf")
-    freedom = values.size - 1
-    t = _T_975[freedom - 1] if freedom <= len(_T_975) else 1.96
+    t = student_quantile(1.0 - 0.025 / comparisons, float(values.size - 1))
     return float(values.mean()), float(t * values.std(ddof=1) / np.sqrt(values.size))
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], comparisons: int = 1) -> Interval:
     """The geometric mean of paired ratios with its interval. Raises ValueError for no or non-positive pairs.
 
-    Student's t on the logarithms: a bootstrap of four or five rounds would be far too sure of itself.
+    Student's t on the logarithms: a bootstrap of four or five pairs would be far too sure of itself.
     """
     a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if a.size == 0 or a.size != b.size or (a <= 0).any() or (b <= 0).any():
         raise ValueError("ratios need pairs of positive numbers")
-    middle, half = _student(np.log(a / b))
+    middle, half = _student(np.log(a / b), comparisons)
     return Interval(float(np.exp(middle)), float(np.exp(middle - half)), float(np.exp(middle + half)))
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float], comparisons: int = 1) -> Interval:
     """The mean with its interval by Student's t. Raises ValueError without values."""
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("no values")
-    middle, half = _student(array)
+    middle, half = _student(array, comparisons)
     return Interval(middle, middle - half, middle + half)
 
 
-def difference_interval(on: Sequence[float], off: Sequence[float], seed: int = SEED) -> Interval:
-    """mean(on) - mean(off) of two independent samples of windows with its bootstrap interval. Raises ValueError."""
-    a, b = np.asarray(on, dtype=np.float64), np.asarray(off, dtype=np.float64)
-    if a.size == 0 or b.size == 0:
-        raise ValueError("both arms need windows")
-    means = _resampled(a, seed).mean(axis=1) - _resampled(b, seed + 1).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(a.mean() - b.mean()), float(low), float(high))
-
-
-def relative_interval(on: Sequence[float], off: Sequence[float], seed: int = SEED) -> Interval:
-    """mean(on) / mean(off) of two independent samples of windows with its bootstrap interval. Raises ValueError."""
-    a, b = np.asarray(on, dtype=np.float64), np.asarray(off, dtype=np.float64)
-    if a.size == 0 or b.size == 0 or b.mean() <= 0:
-        raise ValueError("both arms need windows, and the reference a positive mean")
-    denominators = _resampled(b, seed + 1).mean(axis=1)
-    numerators = _resampled(a, seed).mean(axis=1)
-    kept = denominators > 0
-    low, high = np.quantile(numerators[kept] / denominators[kept], [0.025, 0.975])
-    return Interval(float(a.mean() / b.mean()), float(low), float(high))
+def difference_interval(on: Sequence[float], off: Sequence[float], comparisons: int = 1) -> Interval:
+    """The mean of on - off over pairs of windows with its interval. Raises ValueError for no pairs."""
+    if len(on) != len(off):
+        raise ValueError("differences need pairs")
+    return mean_interval([a - b for a, b in zip(on, off, strict=True)], comparisons)

@@ -11,13 +11,14 @@ import structlog
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, find_tree, inodes_of, main_hierarchy, processes_below, start_time
+from colocate.errors import HostUnfit
 from colocate.observe import node as node_figures
 from colocate.observe.cgroup import FilePages, read_workload
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.pods import PodLister
 from colocate.observe.schedstat import RunDelays
-from colocate.observe.workloads import Target, discover
+from colocate.observe.workloads import Target, Units, discover
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, ServicePolicy
 from colocate.snapshot import NodeSnapshot, Objective, Workload
 
@@ -57,6 +58,7 @@ class Observer:
         self._failing: set[str] = set()
         self._workloads_before: dict[str, Workload] = {}
         self._delays = RunDelays()
+        self._units = Units()
         self._started: dict[str, tuple[dict[str, int], float]] = {}
         self._reserved: tuple[int, ...] = ()
         self._tree_at = float("-inf")
@@ -165,6 +167,8 @@ class Observer:
             self._known_inodes,
             self.lister.pods,
             self._governed,
+            self._units,
+            self._at,
         )
         self._governed = {t.path for t in targets if t.in_place}
         self._inodes = {t.path: t.inodes for t in targets}
@@ -212,7 +216,12 @@ class Observer:
 
     def _discover_tree(self) -> tuple[node_figures.Capacity, Tree]:
         root = self.policy.spec.node_root
-        return node_figures.capacity(self._port, root), find_tree(self._port, root)
+        self.extra_problems.pop("tree", None)
+        try:
+            tree = find_tree(self._port, root)
+        except HostUnfit as error:
+            self.extra_problems["tree"], tree = str(error), self.tree
+        return node_figures.capacity(self._port, root), tree
 
     def _tier(self) -> Workload | None:
         inodes = inodes_of(self._port, self.tree.tier_path)

@@ -7,11 +7,12 @@ host the policy's selectors say it. Sources: kubelet pkg/kubelet/cm (names and l
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import os
 import os.path
 from collections.abc import Mapping, Set
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -21,7 +22,13 @@ from colocate.observe.pods import Pod
 from colocate.policy.schema import BatchPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Objective
 
-MAX_SEARCH_DEPTH = 3
+SEARCH_AGAIN_SECONDS = 5.0
+UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
+ONLOOKERS = frozenset(
+    {"vi", "vim", "nvim", "nano", "emacs", "less", "more", "tail", "head", "cat", "grep", "awk", "sed", "man", "watch"}
+    | {"journalctl", "ps", "pgrep", "pkill", "top", "htop", "strace", "gdb", "perf", "ssh", "sudo", "su", "git"}
+)
+"""Programs that only look at what their arguments name."""
 WRAPPERS = frozenset({"sh", "bash", "dash", "busybox", "tini", "dumb-init", "docker-init", "catatonit", "s6-svscan"})
 """What stands above a command in a service or container of its own."""
 
@@ -75,33 +82,72 @@ def _glob(port: FilePort, hierarchy: str, root: str, pattern: str) -> list[str]:
     return [p for p in found if port.inode(hierarchy, p) is not None]
 
 
-def _by_command(port: FilePort, hierarchy: str, text: str) -> tuple[list[str], list[int]]:
+def _by_command(port: FilePort, hierarchy: str, tree: Tree, text: str) -> tuple[list[str], list[int], str]:
+    """Cgroups and pids of processes whose command line contains the text, and what else contains it, in words.
+
+    Never what runs in the tier, nor who only looks at a file or another process of that name.
+    """
     paths: dict[str, None] = {}
     pids: list[int] = []
+    also = ""
     for entry in port.proc_list("/proc"):
-        if (
-            entry.isdigit()
-            and int(entry) != os.getpid()
-            and text in (port.proc(f"/proc/{entry}/cmdline") or "").replace("\0", " ")
-        ):
-            path = cgroup_of(port, int(entry), hierarchy)
-            if path is not None:
-                paths[path] = None
-                pids.append(int(entry))
-    return list(paths), pids
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        words = (port.proc(f"/proc/{entry}/cmdline") or "").rstrip("\0").split("\0")
+        if text not in " ".join(words):
+            continue
+        path = cgroup_of(port, int(entry), hierarchy)
+        if path is None or path == tree.tier_path or path.startswith(f"{tree.tier_path}/"):
+            continue
+        program = words[0].rpartition("/")[2]
+        if program in ONLOOKERS and text not in program:
+            also = f"process {entry} ({' '.join(words)[:60]}) only names it: it is left out"
+            continue
+        paths[path] = None
+        pids.append(int(entry))
+    return list(paths), pids, also
 
 
-def _by_unit(port: FilePort, hierarchy: str, root: str, unit: str) -> list[str]:
-    level = [root]
-    for _ in range(MAX_SEARCH_DEPTH + 1):
-        following = []
-        for path in level:
+class Units:
+    """Where the units of systemd are, at any depth: looked for anew at most every few seconds."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, list[str]] = {}
+        self._at = float("-inf")
+
+    def _walk(self, port: FilePort, hierarchy: str, root: str) -> None:
+        self._paths = {}
+        waiting = [root]
+        while waiting:
+            path = waiting.pop()
             for child in port.children(hierarchy, path):
-                if child == unit:
-                    return [joined(path, child)]
-                following.append(joined(path, child))
-        level = following
-    return []
+                where = joined(path, child)
+                if child.endswith(UNIT_SUFFIXES):
+                    self._paths.setdefault(child, []).append(where)
+                waiting.append(where)
+
+    def find(self, port: FilePort, root: str, unit: str, now: float) -> list[str]:
+        """The cgroups of a unit, or of all that a pattern means."""
+        hierarchy = main_hierarchy(port)
+        found = self._known(port, hierarchy, unit)
+        if not found and now - self._at >= SEARCH_AGAIN_SECONDS:
+            self._at = now
+            self._walk(port, hierarchy, root)
+            found = self._known(port, hierarchy, unit)
+        return found
+
+    def _known(self, port: FilePort, hierarchy: str, unit: str) -> list[str]:
+        names = [unit] if unit in self._paths else fnmatch.filter(sorted(self._paths), unit)
+        return [p for n in names for p in self._paths[n] if port.inode(hierarchy, p) is not None]
+
+    def near(self, unit: str) -> str:
+        """What may be meant by a unit that is not there, in words."""
+        stem = unit.partition(".")[0].rstrip("@*")
+        begin = [n for n in sorted(self._paths) if n.startswith(stem) and n != unit][:3]
+        if begin:
+            return f"; units that begin so: {', '.join(begin)}"
+        close = difflib.get_close_matches(unit, self._paths, n=1, cutoff=0.6)
+        return f"; did you mean {close[0]}?" if close else ""
 
 
 def _by_labels(port: FilePort, hierarchy: str, tree: Tree, selector: Selector, pods: Mapping[str, Pod]) -> list[str]:
@@ -111,19 +157,34 @@ def _by_labels(port: FilePort, hierarchy: str, tree: Tree, selector: Selector, p
     return [f"{level}/{c}" for level in levels for c in port.children(hierarchy, level) if pod_uid(c) in wanted]
 
 
+class Selected(NamedTuple):
+    """What a selector means here."""
+
+    paths: list[str]
+    pids: list[int] | None = None
+    """Processes, if it chose those."""
+    hint: str = ""
+    """What to look at if that is not what was meant."""
+
+
 def select(
-    port: FilePort, tree: Tree, selector: Selector, pods: Mapping[str, Pod]
-) -> tuple[list[str], list[int] | None]:
-    """The cgroup paths a selector means, and the pids if it chose processes. `pods` are those of this node by uid."""
+    port: FilePort, tree: Tree, selector: Selector, pods: Mapping[str, Pod], units: Units, now: float = 0.0
+) -> Selected:
+    """The cgroups that a selector means. `pods` are those of this node by uid."""
     root = tree.root
     hierarchy = main_hierarchy(port)
     if selector.cgroup is not None:
-        return _glob(port, hierarchy, root, selector.cgroup), None
+        mount = port.layout.mounts.get(hierarchy, "")
+        path = selector.cgroup.removeprefix(mount) if mount.startswith("/") else selector.cgroup
+        near = "" if not path.startswith("/sys/fs/cgroup") else "; write the path below the mount of the hierarchy"
+        return Selected(_glob(port, hierarchy, root, path), hint=near)
     if selector.systemd_unit is not None:
-        return _by_unit(port, hierarchy, root, selector.systemd_unit), None
+        found = units.find(port, root, selector.systemd_unit, now)
+        return Selected(found, hint="" if found else units.near(selector.systemd_unit))
     if selector.command is not None:
-        return _by_command(port, hierarchy, selector.command)
-    return _by_labels(port, hierarchy, tree, selector, pods), None
+        paths, pids, also = _by_command(port, hierarchy, tree, selector.command)
+        return Selected(paths, pids, f"; {also}" if also else "")
+    return Selected(_by_labels(port, hierarchy, tree, selector, pods))
 
 
 def _line_of(port: FilePort, pid: int) -> list[int]:
@@ -169,8 +230,6 @@ def _not_ours_to_govern(path: str, claimed: Mapping[str, str], own: set[str]) ->
 
 def _configured(
     port: FilePort,
-    tree: Tree,
-    pods: Mapping[str, Pod],
     entry: ServicePolicy | BatchPolicy,
     claimed: dict[str, str],
     problems: dict[str, str],
@@ -178,13 +237,15 @@ def _configured(
     own: set[str],
     on_node: Mapping[str, str],
     governed: Set[str],
+    selected: Selected,
+    kubernetes: bool,
 ) -> list[Target]:
-    paths, pids = select(port, tree, entry.selector, pods)
+    paths, pids, hint = selected
     if not paths:
-        where = (
-            "on this node" if tree.kubepods or entry.selector.pod_selector is None else ": there is no kubepods tree"
-        )
-        problems[entry.name] = f"{entry.name}: its selector matches nothing {where}"
+        where = "on this node" if kubernetes or entry.selector.pod_selector is None else ": there is no kubepods tree"
+        problems[entry.name] = f"{entry.name}: its selector matches nothing {where}{hint}"
+    elif hint:
+        problems[f"{entry.name} (command)"] = f"{entry.name}: {hint.removeprefix('; ')}"
     targets = []
     service = isinstance(entry, ServicePolicy)
     for i, path in enumerate(paths):
@@ -194,6 +255,12 @@ def _configured(
         claimed[path] = entry.name
         name = entry.name if len(paths) == 1 else f"{entry.name}-{i}"
         known: dict[str, Any] = {}
+        if service and path == "/":
+            problems[entry.name] = (
+                f"{entry.name}: runs in the root cgroup: the whole machine would be this service; start it in a cgroup "
+                "of its own (a systemd unit with CPUAccounting=yes, systemd-run)"
+            )
+            continue
         if isinstance(entry, ServicePolicy):
             if entry.slo is not None:
                 known["objective"] = Objective(entry.slo.p99, entry.slo.minimum_samples, entry.slo.window)
@@ -210,7 +277,7 @@ def _configured(
         else:
             known = {
                 "priority": entry.priority,
-                "gang": entry.gang,
+                "gang": f"policy/{entry.gang}" if entry.gang else "",
                 "checkpoint_signal": entry.checkpoint_signal or "",
                 "in_place": True,
             }
@@ -256,12 +323,15 @@ def discover(
     inodes: Inodes,
     pods: Mapping[str, Pod],
     governed: Set[str] = frozenset(),
+    units: Units | None = None,
+    now: float = 0.0,
 ) -> tuple[list[Target], dict[str, str]]:
     """All workloads of the node, and the problems met, by the name of the policy entry.
 
     `jobs` has what is known of a job by the name of its directory in the tier, `pods` of a pod by its uid. Batch in the
     cgroups that are `governed` already stays so though a stranger looks in (`docker exec`).
     """
+    units = units if units is not None else Units()
     problems: dict[str, str] = {}
     claimed: dict[str, str] = {}
     targets: list[Target] = []
@@ -270,7 +340,10 @@ def discover(
     found = _pods(port, tree, pods, inodes) if tree.kubepods is not None else []
     on_node = {pod.path: f"the pod {pod.name}" for pod in found}
     for entry in entries:
-        targets.extend(_configured(port, tree, pods, entry, claimed, problems, inodes, own, on_node, governed))
+        chosen_by = select(port, tree, entry.selector, pods, units, now)
+        targets.extend(
+            _configured(port, entry, claimed, problems, inodes, own, on_node, governed, chosen_by, bool(tree.kubepods))
+        )
     if tree.kubepods is not None:
         # A pod that is in the policy, or whose service is, counts by that: never twice.
         chosen = [t for t in targets if t.tier == "service" or t.in_place]

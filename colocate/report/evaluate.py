@@ -1,7 +1,7 @@
 """The utilization evaluation: what co-location gained, at what cost to services, from records, with intervals.
 
-Records are queried with duckdb over their flat `series`. Arms of a switchback (`colocate evaluate`) are compared window
-by window, the wash-out at the start of each window left out; without arms the report describes and draws no verdict.
+Records are queried with duckdb over their flat `series`. Arms of a switchback (`colocate evaluate`) are compared pair by
+pair of neighbouring windows, the wash-out at the start of each left out; without arms the report draws no verdict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from colocate.errors import BadInput
 from colocate.model.interference import machines_saved
 from colocate.model.slack import beyond_buckets, quantile_of
-from colocate.model.statistics import Interval, difference_interval, relative_interval
+from colocate.model.statistics import Interval, difference_interval, ratio_interval
 from colocate.report.record import read_full, read_lines, segments
 
 MIN_WINDOWS = 4
@@ -93,25 +93,47 @@ def _load(path: Path, since_seconds: float | None) -> tuple[Any, list[dict[str, 
     return connection, lines
 
 
-def _windows(connection: Any, expression: str, arm_filter: str, wash_out: float) -> list[float]:
-    """One value a window, without the wash-out at its start."""
+Windows = dict[int, tuple[str, float]]
+"""window -> (arm, value)"""
+
+
+def _windows(connection: Any, expression: str, wash_out: float) -> Windows:
+    """One value a window of an evaluation, without the wash-out at its start."""
     rows = connection.execute(
         f"with w as (select *, time - min(time) over (partition by win) as age from tick) "
-        f"select {expression} from w where {arm_filter} and age >= ? and dt > 0 group by win order by win",
+        f"select win, any_value(arm), {expression} from w where arm <> '' and age >= ? and dt > 0 group by win",
         [wash_out],
     ).fetchall()
-    return [float(r[0]) for r in rows if r[0] is not None]
+    return {int(win): (arm, float(value)) for win, arm, value in rows if value is not None}
 
 
-def _compare(name: str, unit: str, on: list[float], off: list[float], kind: str) -> Compared:
+def paired(windows: Windows, off: str) -> tuple[list[float], list[float]]:
+    """(on, off) of neighbouring windows of different arms: as they were drawn, so that drift hits both alike."""
+    on_values, off_values = [], []
+    waiting: tuple[int, str, float] | None = None
+    for window, (arm, value) in sorted(windows.items()):
+        if arm not in ("on", off):
+            continue
+        if waiting is not None and waiting[1] != arm and window - waiting[0] == 1:
+            with_batch, without = (value, waiting[2]) if arm == "on" else (waiting[2], value)
+            on_values.append(with_batch)
+            off_values.append(without)
+            waiting = None
+        else:
+            waiting = (window, arm, value)
+    return on_values, off_values
+
+
+def _compare(name: str, unit: str, windows: Windows, off: str, kind: str, comparisons: int = 1) -> Compared:
+    on, without = paired(windows, off)
     mean_on = sum(on) / len(on) if on else None
-    mean_off = sum(off) / len(off) if off else None
+    mean_off = sum(without) / len(without) if without else None
     interval: Interval | None = None
-    if len(on) >= 2 and len(off) >= 2:
+    if len(on) >= 2:
         if kind == "difference":
-            interval = difference_interval(on, off)
-        elif mean_off:
-            interval = relative_interval(on, off)
+            interval = difference_interval(on, without, comparisons)
+        elif min(*on, *without) > 0:
+            interval = ratio_interval(on, without, comparisons)
     if interval is None:
         return Compared(name, unit, mean_on, mean_off, None, None, None, kind)
     return Compared(name, unit, mean_on, mean_off, interval.value, interval.low, interval.high, kind)
@@ -165,12 +187,12 @@ class _Seen:
             self.lost_core_seconds += max(used - self._saved_us.pop(job.get("id", ""), 0), 0) / 1e6
 
 
-def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]]]:
-    """service -> figure -> (arm, value) a window: p50, p99 and p99.9 from the histogram's growth within the window.
+def _service_windows(seen: _Seen) -> dict[str, dict[str, Windows]]:
+    """service -> figure -> window -> (arm, value): p50, p99 and p99.9 from the histogram's growth within the window.
 
     A window with too few requests has none; one in which the quantile is beyond all buckets has infinity.
     """
-    found: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    found: dict[str, dict[str, Windows]] = {}
     for (window, name), end in seen.latest.items():
         figures = found.setdefault(name, {})
         begin = seen.first[window, name]
@@ -184,7 +206,7 @@ def _service_windows(seen: _Seen) -> dict[str, dict[str, list[tuple[str, float]]
             value = quantile_of(end["bounds_seconds"], counts, q)
             if value is not None and cumulative[-1] >= least:
                 value = math.inf if beyond_buckets(counts, q) else 1e3 * value
-                figures.setdefault(key, []).append((seen.arms[window], value))
+                figures.setdefault(key, {})[window] = (seen.arms[window], value)
     return found
 
 
@@ -225,14 +247,66 @@ def evaluate(
     return report
 
 
+def _effective(flat: list[dict[str, Any]]) -> float:
+    """Effective machine utilization (Heracles, ISCA 2015) as far as records tell it.
+
+    The services' load as a share of the most that they had in these records, by requests where they are counted and by
+    CPU otherwise, plus batch CPU as a share of the node.
+    """
+    loads, batch, seconds = [], 0.0, 0.0
+    for line in flat:
+        series = line["series"]
+        if series["dt"] <= 0:
+            continue
+        requests = sum(s.get("requests", 0) for s in series.get("service", {}).values())
+        loads.append((requests / series["dt"], series["services"], series["dt"]))
+        batch += series["batch"] / series["cores"] * series["dt"]
+        seconds += series["dt"]
+    if not seconds:
+        return 0.0
+    column = 0 if sum(r for r, _, _ in loads) > 0 else 1
+    ordered = sorted(load[column] for load in loads)
+    most = ordered[int(0.99 * (len(ordered) - 1))]  # one odd tick is no peak
+    mean = sum(load[column] * load[2] for load in loads) / seconds
+    return round((min(mean / most, 1.0) if most > 0 else 0.0) + batch / seconds, 4)
+
+
+def _hours(connection: Any, flat: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Per hour: who used the node, how long services were past their target, how long they waited, evictions."""
+    hourly = connection.execute(
+        "select floor(time/3600)*3600, sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), "
+        "sum(batch*dt)/sum(cores*dt) from tick where dt > 0 group by 1 order by 1"
+    ).fetchall()
+    names = ("time", "services", "besteffort", "batch")
+    hours = {h[0]: dict(zip(names, (round(v, 4) for v in h), strict=True)) for h in hourly}
+    for line in flat:
+        hour, series = hours.get(line["time"] // 3600 * 3600), line["series"]
+        if hour is None:
+            continue
+        felt = series.get("service", {}).values()
+        past = any(s.get("slack", 1.0) < 0 for s in felt)
+        hour["past_target_seconds"] = round(hour.get("past_target_seconds", 0.0) + past * series["dt"], 1)
+        waited = max((s.get("waiting", 0.0) for s in felt), default=0.0)
+        hour["waited_seconds"] = round(hour.get("waited_seconds", 0.0) + waited * series["dt"], 1)
+        told = sum(
+            o["knob"] == "signal" and o["status"] == "applied" and o["reason"] != "CheckpointSignal"
+            for o in line.get("outcomes", [])
+        )
+        hour["evictions"] = hour.get("evictions", 0.0) + told
+    return list(hours.values())
+
+
 def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: Report) -> None:
     row = connection.execute(
         "select sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), sum(batch*dt)/sum(cores*dt), "
         "sum(system*dt)/sum(cores*dt), sum(services_peak*dt)/sum(cores*dt), sum(frozen*dt), "
-        "sum((services > services_peak)::int) from tick where dt > 0"
+        "sum((services > peak_before)::int), sum((services_peak+batch)*dt)/sum(cores*dt) "
+        "from (select *, lag(services_peak) over (order by time) as peak_before from tick) where dt > 0"
     ).fetchone()
     keys = ("services", "besteffort", "batch", "system", "services_peak")
     report.utilization = {k: round(v or 0.0, 4) for k, v in zip(keys, row, strict=False)}
+    report.utilization["allocated"] = round(row[7] or 0.0, 4)
+    report.utilization["effective"] = _effective(flat)
     report.costs = {
         "frozen_seconds": round(row[5] or 0.0, 1),
         "evictions": float(seen.evictions),
@@ -240,13 +314,7 @@ def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: 
         "throttled_seconds": round(seen.throttled_us / 1e6, 2),
         "lost_core_seconds": round(seen.lost_core_seconds, 1),
     }
-    hourly = connection.execute(
-        "select floor(time/3600)*3600, sum(services*dt)/sum(cores*dt), sum(besteffort*dt)/sum(cores*dt), "
-        "sum(batch*dt)/sum(cores*dt) from tick where dt > 0 group by 1 order by 1"
-    ).fetchall()
-    report.hours = [
-        dict(zip(("time", "services", "besteffort", "batch"), (round(v, 4) for v in h), strict=True)) for h in hourly
-    ]
+    report.hours = _hours(connection, flat)
     step = max(len(flat) // 240, 1)
     for line in flat[::step]:
         series = line["series"]
@@ -254,7 +322,8 @@ def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: 
         report.points[-1]["time"] = line["time"] - report.start_seconds
     for line in flat:
         for name, values in line["series"].get("service", {}).items():
-            entry = report.services.setdefault(name, {"requests": 0.0, "worst_slack": 1.0, "stall": 0.0})
+            entry = report.services.setdefault(name, {"requests": 0.0, "worst_slack": 1.0, "stall": 0.0, "waited": 0.0})
+            entry["waited"] += values.get("waiting", 0.0) * line["series"]["dt"]
             entry["requests"] += values.get("requests", 0)
             entry["worst_slack"] = min(entry["worst_slack"], values.get("slack", 1.0))
             entry["stall"] += values.get("stall", 0.0) * line["series"]["dt"]
@@ -266,27 +335,20 @@ def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: 
 
 
 def _switchback(connection: Any, seen: _Seen, report: Report, off: str, wash_out: float) -> None:
-    on_filter, off_filter = "arm = 'on'", f"arm = '{off}'"
-
-    def both(expression: str) -> tuple[list[float], list[float]]:
-        return (
-            _windows(connection, expression, on_filter, wash_out),
-            _windows(connection, expression, off_filter, wash_out),
-        )
-
     busy = "sum((services+besteffort+batch+system)*dt)/sum(cores*dt)*100"
-    on, without = both(busy)
-    report.compared.append(_compare("CPU utilization", "%", on, without, "difference"))
-    on_batch, off_batch = both("sum(batch*dt)/sum(dt)")
-    report.compared.append(_compare("batch work", "cores", on_batch, off_batch, "difference"))
-    for name, figures in _service_windows(seen).items():
-        for key, values in {"p99": [], **figures}.items():
-            if not values or any(math.isinf(v) for _, v in values):  # the verdict must not speak for it
+    utilization = _windows(connection, busy, wash_out)
+    report.compared.append(_compare("CPU utilization", "%", utilization, off, "difference"))
+    batch = _windows(connection, "sum(batch*dt)/sum(dt)", wash_out)
+    report.compared.append(_compare("batch work", "cores", batch, off, "difference"))
+    services = _service_windows(seen)
+    for name, figures in services.items():
+        for key, values in {"p99": {}, **figures}.items():
+            if not values or any(math.isinf(v) for _, v in values.values()):  # the verdict must not speak for it
                 report.compared.append(Compared(f"{name} {key}", "ms", None, None, None, None, None, "ratio"))
                 continue
-            with_batch = [v for arm, v in values if arm == "on"]
-            alone = [v for arm, v in values if arm == off]
-            report.compared.append(_compare(f"{name} {key}", "ms", with_batch, alone, "ratio"))
+            # One verdict over all services: each interval is as much wider as there are services.
+            report.compared.append(_compare(f"{name} {key}", "ms", values, off, "ratio", len(services)))
+    on, without = paired(utilization, off)
     if on and without and off == "off-frozen":
         before, after = sum(without) / len(without) / 100, sum(on) / len(on) / 100
         saved = machines_saved(report.machines, before, after)
@@ -300,7 +362,7 @@ def verdict_of(report: Report) -> str:
             f"No on/off windows in these records, so nothing can be said of gain or cost: batch used "
             f"{report.utilization['batch']:.1%} of the node. Measure with `colocate evaluate`."
         )
-    fewest = min(report.arms.get("on", 0), report.arms.get(report.off, 0))
+    fewest = min(report.arms.get("on", 0), report.arms.get(report.off, 0))  # pairs, at most
     by_name = {c.name: c for c in report.compared}
     gain = by_name.get("CPU utilization")
     tails = [c for c in report.compared if c.name.endswith(" p99")]

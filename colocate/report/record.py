@@ -35,6 +35,8 @@ MEMORY_LINES = 600
 MOST_PENDING = 120
 """Lines that may wait for a slow disk."""
 PREFIX = "records-"
+NOTED_RATIO = 0.02
+"""A service without an SLO is in the series while it waits or stalls more than this."""
 _EVERY_LINE = {"time", "sequence", "snapshot", "plan", "series"}
 
 
@@ -90,7 +92,8 @@ def series(snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, Any]:
             "waiting": now.cpu_waiting_ratio or None,
             "stall": now.memory_pressure_ratio or None,
         }
-        if workload.objective is not None:
+        suffers = (now.cpu_waiting_ratio or 0.0) >= NOTED_RATIO or (now.memory_pressure_ratio or 0.0) >= NOTED_RATIO
+        if workload.objective is not None or suffers:
             services[workload.name] = {k: v for k, v in figures.items() if v is not None}
     jobs = {w.name: forecast.workloads[w.id].usage_cores or 0.0 for w in snapshot.of("batch")}
     row: dict[str, Any] = {

@@ -58,7 +58,7 @@ def life(root: str, directory: Path, job: int, seed: int) -> None:
         node_root=root,
         services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
         batch=(BatchPolicy(name="nightly", selector=Selector(cgroup="/nightly")),),
-        cpu=CpuPolicy(trial_ticks=1, trial_requests=10, hold_down=0.01),
+        cpu=CpuPolicy(question=0.5, hold_down=0.1),
         freeze=FreezePolicy(max_frozen=60.0),
     )
     rungs: Any = generator.choice([("freeze", "cpuset", "quota"), ("quota", "freeze"), ("cpuset", "freeze")])

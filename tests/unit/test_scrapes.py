@@ -223,3 +223,146 @@ def test_a_reading_of_file_pages_stands_for_a_while(
     assert pages.known("/x", inode, usage, stalled) == (100 if stands else None)
     pages.forget_others([])
     assert pages.known("/x", 7, 6400, 0) is None
+
+
+# -- what pages really look like ----------------------------------------------------------------------------------
+
+
+def page(name="lat", bounds=("0.01", "0.02", "+Inf"), counts=(90, 99, 100), labels=""):
+    return "".join(f'{name}_bucket{{{labels}le="{b}"}} {c}\n' for b, c in zip(bounds, counts, strict=True))
+
+
+async def read(text, **changes):
+    async with serving(web.Response(text=text)) as url:
+        return await scrape(url, **changes)
+
+
+MILLISECONDS = ("0.5", "1", "5", "10", "100", "10000", "+Inf")
+
+
+@pytest.mark.parametrize(
+    ("metric", "head", "changes"),
+    [
+        pytest.param("lat_milliseconds", "", {}, id="the name says so"),
+        pytest.param("lat_ms", "", {}, id="a short name says so"),
+        pytest.param("lat", "# UNIT lat milliseconds\n", {}, id="the page says so"),
+        pytest.param("lat", "", {"unit": "milliseconds"}, id="the policy says so"),
+    ],
+)
+async def test_bounds_in_milliseconds_are_read_as_such(metric, head, changes):
+    text = head + page(metric, MILLISECONDS, (1, 2, 3, 4, 5, 6, 7))
+    reading, _ = await read(text, metric=metric, p99=0.03, **changes)
+    assert reading.bounds_seconds[:3] == (0.0005, 0.001, 0.005)
+
+
+async def test_bounds_that_look_like_milliseconds_are_refused_with_the_mend():
+    reading, problem = await read(page(bounds=MILLISECONDS, counts=(1, 2, 3, 4, 5, 6, 7)), p99=0.03)
+    assert reading is None
+    assert "look like milliseconds" in problem
+    assert "slo.unit: milliseconds" in problem
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\r", "\x0c", "\x1c", "}", "} 7", " # {", "\\"])
+async def test_a_strangers_character_in_a_label_costs_nothing(character):
+    path = character.replace("\\", "\\\\")
+    text = page(labels=f'path="/search?q=a{path}b",') + page(labels='path="/",', counts=(1, 1, 1))
+    reading, problem = await read(text)
+    assert (reading.counts, problem) == ((91.0, 100.0, 101.0), "")
+
+
+async def test_a_bad_line_costs_one_line():
+    reading, problem = await read('lat_bucket{path="\nlat_bucket{le="0.01" 3\n' + page())
+    assert (reading.counts, problem) == ((90.0, 99.0, 100.0), "")
+
+
+async def test_exemplars_and_timestamps_are_not_the_value():
+    text = 'lat_bucket{le="0.02"} 99 1700000000000\nlat_bucket{le="+Inf"} 100 # {trace_id="a} 1"} 0.3 1.0\n'
+    reading, _ = await read(text)
+    assert reading.counts == (99.0, 100.0)
+
+
+async def test_series_are_added_up_on_the_bounds_that_all_have():
+    fast = page(bounds=("0.01", "0.02", "+Inf"), counts=(5, 9, 10), labels='handler="read",')
+    slow = page(bounds=("0.02", "0.5", "+Inf"), counts=(7, 9, 10), labels='handler="write",')
+    reading, problem = await read(fast + slow)
+    assert (reading.bounds_seconds, reading.counts, problem) == ((0.02,), (16.0, 20.0), "")
+
+
+async def test_series_without_a_common_bound_are_named():
+    fast = page(bounds=("0.01", "+Inf"), counts=(5, 10), labels='handler="read",')
+    slow = page(bounds=("0.5", "+Inf"), counts=(9, 10), labels='handler="write",')
+    reading, problem = await read(fast + slow)
+    assert reading is None
+    assert "different buckets" in problem
+    assert "choose one by `labels`" in problem
+
+
+async def test_another_kind_of_histogram_is_named():
+    _, problem = await read('lat_bucket{vmrange="1.0e-02...1.1e-02"} 3\n')
+    assert "vmrange" in problem
+
+
+async def test_a_page_of_megabytes_is_read_and_the_decoys_cost_nothing():
+    decoys = "".join(f'other_bucket{{path="/{i}",le="0.1"}} {i}\n' for i in range(250_000))
+    assert len(decoys) > 8 << 20
+    wanted = "".join(page(labels=f'path="/{i}",') for i in range(2000))
+    reading, problem = await read(decoys + wanted, scrape_timeout=20.0)
+    assert (reading.counts[-1], problem) == (200_000.0, "")
+
+
+async def test_what_was_refused_for_its_size_is_not_fetched_again_at_once():
+    asked: list[int] = []
+
+    async def large(_request):
+        asked.append(1)
+        return web.Response(text="lat_bucket\n" * (MAX_WANTED_BYTES // 9))
+
+    async with serving(large) as url:
+        scraper = LatencyScraper()
+        slo = ServiceLevelObjective(p99=0.02, url=url, metric="lat", scrape_timeout=10.0)
+        for _ in range(3):
+            await scraper.scrape({"web": slo}, 10.0)
+        await scraper.close()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("start_time", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 0, 1, 2, 1, 0)])
+async def test_pages_of_several_workers_are_no_evidence_and_are_said_to_be(order, start_time):
+    asked: list[int] = []
+
+    async def workers(_request):
+        worker = order[len(asked) % len(order)]
+        asked.append(worker)
+        total = (100, 70_000, 1500)[worker] + 3 * asked.count(worker)
+        text = page(counts=(total * 94 // 100, total * 94 // 100, total))
+        return web.Response(text=text + (f"process_start_time_seconds 1.7e9{worker}\n" if start_time else ""))
+
+    async with serving(workers) as url:
+        scraper = LatencyScraper()
+        slo = ServiceLevelObjective(p99=0.02, url=url, metric="lat")
+        for _ in range(12):
+            await scraper.scrape({"web": slo}, 2.0)
+        reading, problem = scraper.readings.get("web"), scraper.problems.get("web", "")
+        await scraper.close()
+    assert reading is None
+    assert "do not belong to one process" in problem
+
+
+async def test_a_service_that_restarted_once_is_evidence():
+    asked: list[int] = []
+
+    async def restarted(_request):
+        asked.append(1)
+        total = 1000 + len(asked) if len(asked) < 4 else 3 * len(asked)
+        return web.Response(text=page(counts=(total, total, total)) + f"process_start_time_seconds {len(asked) // 4}\n")
+
+    async with serving(restarted) as url:
+        scraper = LatencyScraper()
+        slo = ServiceLevelObjective(p99=0.02, url=url, metric="lat")
+        for _ in range(7):
+            await scraper.scrape({"web": slo}, 2.0)
+        reading, problem = scraper.readings.get("web"), scraper.problems.get("web", "")
+        await scraper.close()
+    assert reading is not None
+    assert problem == ""
