@@ -36,7 +36,8 @@ class Workers(Generic[T]):
     async def _run(self, key: Hashable) -> None:
         try:
             while (work := self._waiting.pop(key, None)) is not None:
-                self._done.append(await asyncio.to_thread(work))
+                done = await asyncio.to_thread(work)
+                self._done.append(done)
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001

@@ -90,9 +90,13 @@ class Writer:
             key = (workload.id, knob)
             kept = self._found.get(key)
             if kept is None or kept[0] != workload.inodes:
-                kept = (workload.inodes, self._journaled(workload, knob) or current)
+                before = self._journaled(workload, knob)
+                if before is not None:  # what is there now a predecessor wrote
+                    self._written.setdefault(key, (workload.inodes, current))
+                kept = (workload.inodes, current if before is None else before)
             written = self._written.get(key)
-            if written is not None and not same(knob, written[1], current) and not self._workers.busy(workload.path):
+            ours = written is not None and same(knob, written[1], current)
+            if not ours and not same(knob, kept[1], current) and not self._workers.busy(workload.path):
                 kept = (workload.inodes, current)  # somebody else's since: that is what counts now
             self._found[key] = kept
             values[knob] = kept[1]

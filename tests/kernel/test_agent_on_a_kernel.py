@@ -15,6 +15,7 @@ import pytest
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import inodes_of, joined, processes_below
 from colocate.cgroup.v1 import read_knob
+from colocate.observe.cgroup import read_workload
 from tests.kernel.conftest import DUTY, HOG, PATIENCE, colocate, wait_for
 
 POLICY = """
@@ -394,17 +395,24 @@ def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
     job = subprocess.Popen(
         [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG]
     )
-    tier = joined(node.path, "kubepods", "batch")
-    inodes = {}
+    tier, above = joined(node.path, "kubepods", "batch"), joined(node.path, "kubepods", "besteffort")
 
-    def elsewhere():
-        inodes.update(inodes_of(node.port, tier))
-        return read_knob(node.port, tier, "cpuset.cpus", inodes) == "1" and str(
-            read_knob(node.port, tier, "cpu.max", inodes)
-        ).startswith("max")
+    def used(path):
+        found = read_workload(
+            node.port, id_=path, name=path, tier="service", path=path, inodes=inodes_of(node.port, path)
+        )
+        return (found.cpu_usage_us or 0) / 1e6 if found is not None else 0.0
 
-    moved = wait_for(elsewhere, 60)  # others may use the CPU meanwhile
+    def both_run():
+        """BestEffort has its CPU, and batch the other one, over five seconds."""
+        before, started = (used(above), used(tier)), time.monotonic()
+        time.sleep(5)
+        seconds = time.monotonic() - started
+        rates = ((used(above) - before[0]) / seconds, (used(tier) - before[1]) / seconds)
+        return rates[0] > 0.8 and rates[1] > 0.6
+
+    found = wait_for(both_run, 60)  # others may use the CPUs meanwhile
     job.terminate()
     job.wait(10 * PATIENCE)
     running.stop()
-    assert moved
+    assert found

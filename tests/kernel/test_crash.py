@@ -52,7 +52,7 @@ def knobs(port: KernelPort, path: str) -> dict[tuple[str, str, str], str]:
 
 
 def life(root: str, directory: Path, job: int, seed: int) -> None:
-    """What the agent does until it is killed: violations, trials of every rung, freezes, changes of a foreign group."""
+    """What the agent does until it is killed: violations, floors, questions, changes of a foreign group."""
     port, generator = KernelPort(), random.Random(seed)
     spec = PolicySpec(
         node_root=root,
@@ -76,6 +76,7 @@ def life(root: str, directory: Path, job: int, seed: int) -> None:
             bad += 20 if generator.random() < 0.3 else 0
             agent.scraper.readings["web"] = Latency((0.01, 0.05), (good, good + bad, good + bad), time.monotonic())
             await agent.tick()
+            await asyncio.sleep(0.002)  # workers write beside the loop
 
     asyncio.run(run())
 
@@ -103,7 +104,7 @@ def test_a_sigkill_at_any_moment_leaves_the_node_as_it_was_found(node, tmp_path)
                 life(node.path, directory, job.pid, moment)
             finally:
                 os._exit(3)
-        time.sleep(generator.uniform(0.0, 0.25) * PATIENCE)
+        time.sleep(generator.uniform(0.0, 0.55) * PATIENCE)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"moment {moment}: the agent ended by itself"

@@ -14,6 +14,7 @@ from colocate.agent.loop import Agent
 from colocate.calibration import Calibration
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone
+from colocate.decide.law import act
 from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor
@@ -509,3 +510,131 @@ def test_a_journal_of_a_long_day_stays_small(tmp_path):
     assert newest_found(journal.entries)[0]["unified", "/x", 7, "cpu.max"].found == "0"
     journal.close()
     assert len(Journal(tmp_path, "boot").entries) == len(journal.entries)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_with_the_idle_class_a_job_can_start_and_a_successor_can_take_over(version, tmp_path):
+    """While cpu.idle is 1 the kernel refuses a weight."""
+
+    async def life():
+        kernel = make_node(version, False)
+        first = make_agent(kernel, tmp_path, Calibration(lever="idle"))
+        first.open()
+        for _ in range(2):
+            await settled(first)
+            kernel.machine.now += 1
+        hierarchy = UNIFIED if version == 2 else "cpu"
+        assert kernel.read(hierarchy, "/colocate-batch", "cpu.idle") == "1\n"
+        assert first.tier.ensure_job("train").path == "/colocate-batch/train"
+        await first.close(handover=True)
+        successor = make_agent(kernel, tmp_path, Calibration(lever="idle"))
+        successor.state = None
+        assert successor.tier.ensure_tier().path == "/colocate-batch"
+        await successor.close()
+
+    asyncio.run(life())
+
+
+def test_batch_in_place_keeps_its_owners_quota_and_idle_class(tmp_path):
+    kernel = make_node(2, False)
+    kernel.write(UNIFIED, "/nightly", "cpu.max", "50000 100000")
+    kernel.write(UNIFIED, "/nightly", "cpu.idle", "1")
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+
+    async def ticks():
+        for _ in range(3):
+            await settled(agent)
+            kernel.advance(0.5)
+            assert kernel.read(UNIFIED, "/nightly", "cpu.max") == "50000 100000\n"
+            assert kernel.read(UNIFIED, "/nightly", "cpu.idle") == "1\n"
+        await agent.close()
+
+    asyncio.run(ticks())
+
+
+def test_what_an_owner_gives_less_later_is_respected(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+
+    async def ticks():
+        await settled(agent)
+        kernel.write(UNIFIED, "/nightly", "cpu.max", "30000 100000")
+        for _ in range(3):
+            kernel.machine.now += 1
+            await settled(agent)
+        assert kernel.read(UNIFIED, "/nightly", "cpu.max") == "30000 100000\n"
+        await agent.close()
+        assert kernel.read(UNIFIED, "/nightly", "cpu.max") == "30000 100000\n"
+
+    asyncio.run(ticks())
+
+
+def test_a_slow_write_of_ours_is_no_drift_and_keeps_no_tick_waiting(tmp_path):
+    """memory.high takes its value first and reclaims then."""
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    plain = kernel.write
+
+    def slow(hierarchy, path, file, value, inode=None):
+        plain(hierarchy, path, file, value, inode)
+        if file == "memory.high":
+            time.sleep(0.4)
+
+    async def ticks():
+        await settled(agent)
+        kernel.write = slow
+        kernel.machine.memory_bytes //= 2
+        agent.observer._tree_at = float("-inf")
+        drifts = []
+        for _ in range(6):
+            kernel.machine.now += 0.05
+            started = time.perf_counter()
+            drifts += (await agent.tick()).drifts
+            assert time.perf_counter() - started < 0.3
+            await asyncio.sleep(0.02)
+        await agent.writer.settle()
+        outcomes = (await agent.tick()).outcomes
+        assert drifts == []
+        assert agent.writer._yielded == {}
+        assert [o.status for o in outcomes if o.knob == "memory.high"] == ["applied"]
+        await agent.close()
+
+    asyncio.run(ticks())
+
+
+def test_a_checkpoint_signal_goes_to_those_who_handle_it(tmp_path):
+    kernel = make_node(2, False)
+    agent = make_agent(kernel, tmp_path, Calibration())
+    agent.open()
+    placement = agent.tier.ensure_job("train")
+    saved = []
+    shell, trainer, helper = (kernel.spawn("sleep", command=c) for c in ("sh", "trainer", "loader"))
+    trainer.handlers[10] = lambda: saved.append("state")
+    for task in (shell, trainer, helper):
+        agent.tier.move(task.pid, placement)
+
+    async def signalled(name):
+        tick = await settled(agent)
+        job = tick.snapshot.workloads["job:train"]
+        return agent.writer._signal(act("memory", job, "signal", name, "CheckpointSignal", "because"), job)
+
+    assert asyncio.run(signalled("SIGUSR1")).found == "1"
+    assert saved == ["state"]
+    assert {shell.pid, trainer.pid, helper.pid} <= set(kernel.machine.tasks), "nobody died of it"
+    refused = asyncio.run(signalled("SIGUSR2"))
+    assert (refused.status, refused.error) == ("skipped", "no process of train handles SIGUSR2")
+    assert {shell.pid, trainer.pid, helper.pid} <= set(kernel.machine.tasks)
+
+
+def test_a_journal_whose_file_is_gone_is_written_anew(tmp_path):
+    journal = Journal(tmp_path, "boot")
+    journal.add(written("cpu.weight", "37", "1"))
+    assert not journal.astray()
+    journal.path.unlink()
+    assert journal.astray()
+    journal.rewrite()
+    assert not journal.astray()
+    assert [e.found for e in Journal(tmp_path, "boot").entries] == ["37"]
