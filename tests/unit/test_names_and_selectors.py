@@ -5,10 +5,12 @@ import pytest
 from colocate.actuate.tier import check_job_name
 from colocate.cgroup.layout import UNIFIED, parse_mounts
 from colocate.cgroup.tree import find_tree, inodes_of
-from colocate.errors import BadInput
+from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.latency import LatencyScraper
+from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.observer import Observer
+from colocate.observe.schedstat import RunDelays
 from colocate.observe.workloads import discover, pod_uid
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency
@@ -201,3 +203,139 @@ def test_mounts_are_read_with_the_controllers_they_hold():
     assert layout.mounts[UNIFIED] == "/sys/fs/cgroup/unified"
     assert layout.version == 1
     assert parse_mounts("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0").version == 2
+
+
+# -- what nodes really look like ----------------------------------------------------------------------------------
+
+
+def test_the_tier_is_in_the_tree_in_which_pods_run():
+    kernel = make("/kubepods", "/kubepods/podold", "/kubepods.slice", "/kubepods.slice/kubepods-podnew.slice")
+    kernel.spawn("sleep", "/kubepods.slice/kubepods-podnew.slice")
+    assert find_tree(kernel, "/").kubepods == "/kubepods.slice"
+
+
+def test_two_trees_with_pods_are_refused_with_both_paths():
+    kernel = make("/kubepods", "/kubepods/podold", "/kubepods.slice", "/kubepods.slice/kubepods-podnew.slice")
+    for path in ("/kubepods/podold", "/kubepods.slice/kubepods-podnew.slice"):
+        kernel.spawn("sleep", path)
+    with pytest.raises(HostUnfit, match=r"/kubepods and /kubepods\.slice"):
+        find_tree(kernel, "/")
+
+
+DEEP = (
+    "/user.slice", "/user.slice/user-1000.slice", "/user.slice/user-1000.slice/user@1000.service",
+    "/user.slice/user-1000.slice/user@1000.service/app.slice",
+    "/user.slice/user-1000.slice/user@1000.service/app.slice/shop.service",
+    "/system.slice", "/system.slice/system-postgresql.slice",
+    "/system.slice/system-postgresql.slice/postgresql@16-main.service",
+)  # fmt: skip
+
+
+def unit(name):
+    return ServicePolicy(name="db", selector=Selector(systemd_unit=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        pytest.param("shop.service", "", id="a user's unit, five levels down"),
+        pytest.param("postgresql@16-main.service", "", id="an instance of a template"),
+        pytest.param("postgresql@*.service", "", id="a pattern"),
+        pytest.param(
+            "postgresql.service", "units that begin so: postgresql@16-main.service", id="the wrapper of a template"
+        ),
+        pytest.param("shpo.service", "did you mean shop.service?", id="a slip of the pen"),
+    ],
+)
+def test_units_are_found_at_any_depth_or_said_what_is_near(name, says):
+    _, found = problems(make(*DEEP), unit(name))
+    assert (found == {}) == (says == "")
+    assert says in "".join(found.values())
+
+
+def test_a_service_in_the_root_cgroup_is_refused_for_it_would_be_the_whole_machine():
+    kernel = make()
+    kernel.spawn("hog", "/", command="cart --serve")
+    _, found = problems(kernel, ServicePolicy(name="cart", selector=Selector(command="cart")))
+    assert "the whole machine would be this service" in found["cart"]
+
+
+@pytest.mark.parametrize("kind", ["service", "batch"])
+def test_a_command_never_claims_the_tiers_own_jobs(kind):
+    kernel = make("/pg", "/colocate-batch", "/colocate-batch/dump")
+    kernel.spawn("hog", "/pg", command="postgres -D /data")
+    kernel.spawn("hog", "/colocate-batch/dump", command="pg_dump postgres")
+    policy = (ServicePolicy if kind == "service" else BatchPolicy)(name="pg", selector=Selector(command="postgres"))
+    spec = PolicySpec(**{"services" if kind == "service" else "batch": (policy,)})
+    targets, _ = discover(kernel, find_tree(kernel, "/"), spec, {}, lambda p, _i=None: inodes_of(kernel, p), {})
+    assert {t.id: t.path for t in targets} == {
+        f"{kind}:pg": "/pg",
+        "job:dump": "/colocate-batch/dump",
+    }
+
+
+@pytest.mark.parametrize("onlooker", ["tail -f /var/log/postgres.log", "/usr/bin/vim postgres.conf"])
+def test_who_only_looks_at_a_file_of_that_name_is_left_out_and_named(onlooker):
+    kernel = make("/pg", "/session-4.scope")
+    kernel.spawn("hog", "/pg", command="postgres -D /data")
+    kernel.spawn("sleep", "/session-4.scope", command=onlooker)
+    entry = ServicePolicy(name="pg", selector=Selector(command="postgres"))
+    _, found = problems(kernel, entry)
+    assert onlooker in found["pg (command)"]
+    assert "left out" in found["pg (command)"]
+
+
+def test_exclusive_cpus_of_a_guaranteed_pod_are_reserved():
+    kernel = make(
+        "/kubepods",
+        "/kubepods/podguaranteed",
+        "/kubepods/besteffort",
+        "/kubepods/besteffort/podx",
+        "/kubepods/burstable",
+    )
+    for path in ("/", "/kubepods", "/kubepods/besteffort"):
+        kernel.write(UNIFIED, path, "cgroup.subtree_control", "+cpuset")
+    kernel.write(UNIFIED, "/kubepods/podguaranteed", "cpuset.cpus", "1")
+    tree = find_tree(kernel, "/")
+    targets, _ = discover(kernel, tree, PolicySpec(), {}, lambda p, _i=None: inodes_of(kernel, p), {})
+    assert reserved_cpus(kernel, tree, (0, 1), targets) == (1,)
+
+
+def test_one_unreadable_cgroup_is_stale_by_itself():
+    kernel = make("/a", "/b")
+    spec = PolicySpec(services=(service("a", "/a"), service("b", "/b")))
+    observer = Observer(kernel, ColocationPolicy(spec=spec), dict, LatencyScraper())
+    observer.snapshot(0.0, 10.0)
+    plain = kernel.read
+
+    def refuse(hierarchy, path, file, inode=None):
+        if path == "/a" and file == "cpu.stat":
+            raise OSError(5, "Input/output error")
+        return plain(hierarchy, path, file, inode)
+
+    kernel.read = refuse
+    now = observer.snapshot(1.0, 11.0)
+    assert {w.name: w.at_seconds for w in now.workloads.values()} == {"a": 10.0, "b": 11.0}
+    assert now.stale_seconds == {}
+    assert "cannot be read" in observer.problems["service:a"]
+
+
+def test_the_largest_stranger_is_seen_and_known_workloads_are_none():
+    kernel = make(
+        "/web", "/system.slice", "/system.slice/backup.service", "/system.slice/shop.service", "/colocate-batch"
+    )
+    kernel.usage("/system.slice/backup.service").cpu = 7.0
+    known = ["/web", "/system.slice/shop.service"]
+    assert strangers_us(kernel, find_tree(kernel, "/"), known) == {"/system.slice/backup.service": 7_000_000}
+
+
+def test_threads_that_end_take_nothing_back_and_waiting_is_a_share_of_time():
+    kernel = make("/a")
+    one, two = kernel.spawn("hog", "/a"), kernel.spawn("hog", "/a")
+    delays = RunDelays()
+    assert delays.waited_us(kernel, "a", [one.pid, two.pid], 0.0) == 0
+    one.waited_seconds = two.waited_seconds = 0.5
+    assert delays.waited_us(kernel, "a", [one.pid, two.pid], 1.0) == 750_000, "half of the time each: three quarters"
+    kernel.kill(two.pid, 9)
+    one.waited_seconds = 0.7
+    assert delays.waited_us(kernel, "a", [one.pid], 2.0) == 950_000
