@@ -22,6 +22,7 @@ from colocate.actuate.statedir import default_state_dir
 from colocate.agent.numba_cache import load_kernels
 from colocate.calibrate.measure import PROBE
 from colocate.calibrate.probe import WorkCounter
+from colocate.calibration import Calibration
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
 from colocate.cgroup.v1 import read_knob
@@ -31,7 +32,6 @@ from colocate.demo.script import SERVICE_POD, Demo, Process
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import oom_kills, read_workload
 from colocate.observe.node import capacity, figures
-from colocate.calibration import Calibration
 from tools.guest import Guest
 from tools.guest import lacks as guest_lacks
 

@@ -23,7 +23,7 @@ from colocate.agent.loop import Agent
 from colocate.kernelmodel.fluid import FluidKernel
 from colocate.model import reference
 from colocate.model.statistics import mean_interval
-from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.policy.schema import ColocationPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
 
 SEEDS = 20
@@ -71,7 +71,7 @@ class Noise:
 
 
 class Service(NamedTuple):
-    """What one service feels: `own(t)` by itself, and `added(t, share)` beside batch that runs `share` of what it wants."""
+    """What one service feels: `own(t)` by itself, `added(t, share)` beside batch that runs `share` of what it wants."""
 
     own: Callable[[float], float]
     added: Callable[[float, float], float] = lambda _t, _share: 0.0
@@ -208,6 +208,14 @@ def wave(level: float, swing: float, period: float, phase: float = 0.0) -> Calla
     return lambda t: level + swing * math.sin(2 * math.pi * (t / period + phase))
 
 
+def square(high: float, low: float, period: float, phase: float) -> Callable[[float], float]:
+    return lambda t: high if (t + phase) % period < period / 2 else low
+
+
+def both(one: Callable[[float], float], other: Callable[[float], float]) -> Callable[[float], float]:
+    return lambda t: one(t) + other(t)
+
+
 def adds(points: float) -> Callable[[float, float], float]:
     return lambda _t, share: points * share
 
@@ -258,7 +266,7 @@ WORLDS = [
     ),
     World(
         "strangers take the CPU for five minutes",
-        lambda s: [Service(lambda t, n=Noise(0.05, s): (0.6 if 60 <= t < 360 else 0.05) + n(t), adds(0.03))],  # type: ignore[misc]
+        lambda s: [Service(both(lambda t: 0.6 if 60 <= t < 360 else 0.05, Noise(0.05, s)), adds(0.03))],
         work=0.9,
         harmed=0.0,
         stranger=lambda t: 1.6 if 60 <= t < 360 else 0.0,
@@ -302,15 +310,19 @@ WORLDS = [
     ),
     World(
         "load periodic with the tick",
-        lambda s: [Service(lambda t, p=s / 20: 0.5 if (t + p) % 1.0 < 0.5 else 0.1, adds(0.02))],  # type: ignore[misc]
+        lambda s: [Service(square(0.5, 0.1, 1.0, s / 20), adds(0.02))],
         work=0.9,
     ),
     World(
         "load periodic with two ticks",
-        lambda s: [Service(lambda t, p=s / 10: 0.45 if (t + p) % 2.0 < 1.0 else 0.1, adds(0.02))],  # type: ignore[misc]
+        lambda s: [Service(square(0.45, 0.1, 2.0, s / 10), adds(0.02))],
         work=0.9,
     ),
-    World("3 requests a second, within the SLO", lambda _s: [Service(steady(0.003), requests_a_second=3.0)], work=0.999),
+    World(
+        "3 requests a second, within the SLO",
+        lambda _s: [Service(steady(0.003), requests_a_second=3.0)],
+        work=0.999,
+    ),
     World(
         "3 requests a second, harmed",
         lambda _s: [Service(steady(0.003), lambda t, share: 0.3 * share if t >= 120 else 0.0, 3.0)],

@@ -3,9 +3,9 @@
 It holds the read end of a pipe. `done` or `handover` on it means that the agent has ended in order; end of file without
 a word means that it was killed. Each tick sends a heartbeat with the time that may pass until the next: an agent that
 hangs (SIGSTOP, a stuck disk) for longer is not undone, for it may come back, but nothing stays frozen or at its floor:
-everything is thawed and opened, and asserted again when the agent goes on. Where jobs go on without an agent it stays until the last one has ended, and takes
-their directories away, unless a successor owns them by then. It is started in a session of its own, outside the tier,
-so that neither Ctrl-C nor a freeze reaches it.
+everything is thawed and opened, and asserted again when the agent goes on. Where jobs go on without an agent it stays
+until the last one has ended, and takes their directories away, unless a successor owns them by then. It is started in a
+session of its own, outside the tier, so that neither Ctrl-C nor a freeze reaches it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Applies a Plan: journal first, write, read back. One action failing gives a failed Outcome; the tick goes on.
 
 What may block runs in a worker of its target: knobs at which the kernel reclaims memory, and everything in cgroups that
-are not ours, for there the before-value must be on disk first. Its outcome comes with a later tick. The writer remembers
-what it wrote, so that somebody else's writing is noticed on the next snapshot, and what owners had given before.
+are not ours, for there the before-value must be on disk first. Its outcome comes with a later tick. The writer
+remembers what it wrote, so that somebody else's writing is noticed on the next snapshot, and what owners had given
+before.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Writer:
         return found
 
     def found(self, workload: Workload) -> dict[str, str]:
-        """What its owner had given batch in place before us, or gave since: never is it given more. Empty if not in place."""
+        """What its owner had given batch in place before us, or gave since; empty if it is not in place."""
         if not workload.in_place:
             return {}
         values = {}

@@ -564,7 +564,7 @@ def _lost(rows: Rows, seen: Rows) -> int:
 
 
 def resume(node: Row, rows: Rows, seen: Rows) -> None:
-    """Another's rule was in force for a while: what was felt then is forgotten, and a question under way is not answered."""
+    """Another's rule was in force: what was felt then is forgotten, and a question under way is not answered."""
     for i in range(len(rows)):
         row = rows[i]
         row[AT], row[T], row[N] = seen[i][SEEN_AT], seen[i][SEEN_T], seen[i][SEEN_N]

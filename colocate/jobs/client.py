@@ -226,7 +226,7 @@ class _Watch:
 
 
 def _tell_oom(connection: Connection | None) -> None:
-    """Say so if the kernel's OOM killer was at work in the job: the exit code is that of whoever outlived its victim."""
+    """Say so if the OOM killer was at work in the job: the exit code is that of whoever outlived its victim."""
     if connection is not None:
         with contextlib.suppress(ColocateError):
             told = connection.ask(op="ended")

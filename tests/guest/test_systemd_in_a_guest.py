@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -58,6 +59,40 @@ def test_an_ordinary_user_without_an_agent_brings_one_in_a_scope_of_his_own(gues
     assert left.strip() == ""
 
 
+UNIT = Path(__file__).resolve().parents[2] / "manifests" / "systemd" / "colocate.service"
+
+
+def test_the_shipped_unit_starts_feeds_its_watchdog_and_is_undone_when_it_is_killed(guest):
+    program = (
+        '#!/bin/sh\nexec env COLOCATE_JIT=off PYTHONPATH=/opt/site:/opt/project python3 -m colocate.cli.main "$@"\n'
+    )
+    policy = "spec: {http: {enabled: false}, calibrate: false}\n"
+    files = {"/usr/local/bin/colocate": program, "/etc/colocate/policy.yaml": policy}
+    files["/run/systemd/system/colocate.service"] = UNIT.read_text()
+    for path, text in files.items():
+        code, output = guest.run(f"mkdir -p $(dirname {path}); cat > {path} <<'END'\n{text}END\nchmod 755 {path}")
+        assert code == 0, output
+    code, output = guest.run("systemctl daemon-reload && systemctl start colocate && systemctl is-active colocate", 200)
+    assert (code, output.strip()) == (0, "active"), output
+    _, fed = guest.run(
+        "sleep 5; systemctl show -P WatchdogTimestampMonotonic colocate; systemctl show -P WatchdogUSec colocate"
+    )
+    first, timeout = fed.split()
+    assert (int(first) > 0, timeout) == (True, "1min"), fed
+    _, later = guest.run("sleep 5; systemctl show -P WatchdogTimestampMonotonic colocate")
+    assert int(later) > int(first), "each tick feeds it"
+    _, output = guest.run(
+        "systemctl kill -s KILL --kill-whom=main colocate; "
+        'for i in $(seq 150); do [ "$(systemctl show -P NRestarts colocate)" = 1 ] && break; sleep 0.2; done; '
+        f'for i in $(seq 150); do [ "$(systemctl is-active colocate)" = active ] && break; sleep 0.2; done; '
+        f"systemctl is-active colocate; cat {TIER}/cpu.weight"
+    )
+    assert output.split() == ["active", "1"], output
+    guest.run("systemctl stop colocate", 200)
+    _, left = guest.run(f"ls -d {TIER} 2>/dev/null")
+    assert left.strip() == ""
+
+
 @pytest.fixture(scope="module")
 def agent(guest: Guest) -> Iterator[None]:
     config = "spec: {http: {enabled: false}, calibrate: false, tick: 500ms}"
@@ -83,7 +118,7 @@ def test_members_of_the_group_run_jobs_in_roots_tier_under_their_own_uid(guest, 
         as_uid(1000, "1000,900", "run --name mine -- sh -c 'id -u; cat /proc/self/cgroup; exit 5'")
     )
     assert code == 5, output
-    assert output.split() == ["1000", "0::/colocate-batch/mine"]
+    assert output.split() == ["1000", "0::/colocate-batch/mine.1000"], "names of one user are no business of another's"
 
 
 def test_strangers_are_told_which_group_they_need(guest, agent):

@@ -266,7 +266,7 @@ def test_a_command_never_claims_the_tiers_own_jobs(kind):
     kernel.spawn("hog", "/pg", command="postgres -D /data")
     kernel.spawn("hog", "/colocate-batch/dump", command="pg_dump postgres")
     policy = (ServicePolicy if kind == "service" else BatchPolicy)(name="pg", selector=Selector(command="postgres"))
-    spec = PolicySpec(**{"services" if kind == "service" else "batch": (policy,)})
+    spec = PolicySpec(services=(policy,)) if isinstance(policy, ServicePolicy) else PolicySpec(batch=(policy,))
     targets, _ = discover(kernel, find_tree(kernel, "/"), spec, {}, lambda p, _i=None: inodes_of(kernel, p), {})
     assert {t.id: t.path for t in targets} == {
         f"{kind}:pg": "/pg",
