@@ -278,44 +278,7 @@ class Agent:
             )
 
     def _look_for_strays(self, now: float) -> None:
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-"""A job whose process has left the tier (sudo, systemd-run, a daemon of its own) is governed no more: say
-so.
-"""
+        """A job whose process has left the tier (sudo, systemd-run, a daemon) is governed no more: say so."""
         if now - self._strays_at < STRAYS_EVERY_SECONDS:
             return
         self._strays_at = now

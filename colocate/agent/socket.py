@@ -2,7 +2,8 @@
 
 Mode 0660 with the group `colocate` where it exists. A job's connection stays open as long as its caller lives; when it
 closes, what the job left behind is told to end. After a restart of the agent a caller attaches to its job again. What
-may block (fsync of a job's journal entries) runs in a thread: a thousand callers cannot keep the loop from the services.
+may block (fsync of a job's journal entries) runs in a thread: a thousand callers cannot keep the loop from the
+services.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _files_of(knob: str, v2: bool) -> tuple[str, ...]:
 
 
 def decode_knob(knob: str, texts: Mapping[str, str]) -> str | None:
-    """A knob's value in the v2 vocabulary, of the texts of its files by name, v1's or v2's; None if they are missing."""
+    """A knob's value in the v2 vocabulary, from the texts of its files by name; None if they are missing."""
     if knob == "cgroup.freeze":
         state = texts.get("freezer.state")
         return texts.get(knob, "").strip() or (None if state is None else "0" if state.strip() == "THAWED" else "1")

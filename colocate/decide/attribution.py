@@ -14,9 +14,9 @@ what changes slowly by itself cancels. Lengths are drawn by a hash, so that no l
     D = mean of x(on) - x(off)          h = what batch may add (`harm`)
     L = log likelihood(adds h or more) - log likelihood(adds h/2 or less), D normal with the variance seen so far
 
-L >= ln 19 after an off phase condemns, L <= -ln 19 after an on phase acquits (Wald's bounds at 5 %). Pulses are short, a
-third of the question; but harm may outlast a short one (a cache). So the first off phase is a whole question long, and
-where the answer of short pulses disagrees with what was felt at its end, whole questions are asked instead.
+L >= ln 19 after an off phase condemns, L <= -ln 19 after an on phase acquits (Wald's bounds at 5 %). Pulses are short,
+a third of the question; but harm may outlast a short one (a cache). So the first off phase is a whole question long,
+and where the answer of short pulses disagrees with what was felt at its end, whole questions are asked instead.
 
 Who is acquitted is asked again when x rises by what batch may add (a cumulative sum), or after ten minutes. Who is
 condemned has a small grant; more is tried, step by step, after a hold that doubles with each failure, and a step that

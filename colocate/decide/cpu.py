@@ -1,8 +1,9 @@
 """The CPU law: the calibrated class first; a grant only while batch is asked, or was found to harm.
 
 Owns cpu.weight, cpu.idle, cpu.max and cpuset.cpus of the tier and of batch governed in place. What it remembers and
-when it changes is `attribution`'s: this file says what that law is told, and what follows from its answer. BestEffort is
-one more subject, whose CPU batch may not take. Batch in place never gets more than its owner gave. designs/0001-cpu.md.
+when it changes is `attribution`'s: this file says what that law is told, and what follows from its answer. BestEffort
+is one more subject, whose CPU batch may not take. Batch in place never gets more than its owner gave.
+designs/0001-cpu.md.
 """
 
 from __future__ import annotations

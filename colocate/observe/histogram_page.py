@@ -1,9 +1,9 @@
 """One service's latency histogram out of a page of Prometheus text: exact, line by line, in milliseconds for megabytes.
 
-The format is prometheus.io/docs/instrumenting/exposition_formats: only a line feed ends a line, label values may hold any
-other character. One bad line costs one line. prometheus-client's parser goes character by character in Python and takes
-seconds for a page of megabytes, so the few kinds of lines that are wanted are read here; what stands before the value
-of a line is the same on every page, so it is taken apart once and remembered.
+The format is prometheus.io/docs/instrumenting/exposition_formats: only a line feed ends a line, label values may hold
+any other character. One bad line costs one line. prometheus-client's parser goes character by character in Python and
+takes seconds for a page of megabytes, so the few kinds of lines that are wanted are read here; what stands before the
+value of a line is the same on every page, so it is taken apart once and remembered.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Time in which somebody waited for a CPU, from the run delays of single threads: PSI's `some`, without PSI.
 
 The second field of /proc/<pid>/task/*/schedstat is nanoseconds on the run queue (Documentation/scheduler/
-sched-stats.rst). A sum over threads is no share of time, and falls when a thread ends. So each thread's growth since the
-last look is a share of that time, and the share in which at least one waited is 1 - product(1 - share), as if they
+sched-stats.rst). A sum over threads is no share of time, and falls when a thread ends. So each thread's growth since
+the last look is a share of that time, and the share in which at least one waited is 1 - product(1 - share), as if they
 waited independently. Reading is O(threads), so it is done for few; PSI covers the others at the cost of one read.
 """
 

@@ -84,7 +84,7 @@ class CpuPolicy(Spec, frozen=True):
     floor: Cores = 0.01
     """The least grant: what batch keeps when a service suffers."""
     question: Duration = 3.0
-    """How long batch is at its floor, and then open again, when it is asked whether it is what a service suffers from."""
+    """How long batch is at its floor when it is asked whether it is what a service suffers from."""
     hold_down: Duration = 10.0
     """How long a grant stands before more is tried, after batch was found to harm; doubles with each, to 4 minutes."""
     pressure: Percent = 20.0

@@ -1,7 +1,7 @@
 """The utilization evaluation: what co-location gained, at what cost to services, from records, with intervals.
 
-Records are queried with duckdb over their flat `series`. Arms of a switchback (`colocate evaluate`) are compared pair by
-pair of neighbouring windows, the wash-out at the start of each left out; without arms the report draws no verdict.
+Records are queried with duckdb over their flat `series`. Arms of a switchback (`colocate evaluate`) are compared pair
+by pair of neighbouring windows, the wash-out at the start of each left out; without arms the report draws no verdict.
 """
 
 from __future__ import annotations

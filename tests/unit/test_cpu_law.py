@@ -24,7 +24,7 @@ FLOOR = SPEC.cpu.floor
 
 
 class Node:
-    """Services whose waiting (or late share) is a function of time and of what batch runs; batch always wants all CPUs."""
+    """Services whose waiting (or late share) is a function of time and of what batch runs."""
 
     def __init__(
         self, waiting=None, late=None, *, rate=100.0, spec=SPEC, cores=((0,), (1,)), calibration=None, **changes
