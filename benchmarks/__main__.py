@@ -5,18 +5,28 @@ from __future__ import annotations
 import logging
 import sys
 
-from benchmarks import agent, gang, isolation, reaction
+from benchmarks import agent, gang, isolation, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.host import configure_logs
 from colocate.errors import ColocateError
 
-SUITES = {"agent": agent.run, "reaction": reaction.run, "isolation": isolation.run, "gang": gang.run}
+SUITES = {
+    "worlds": worlds.run,
+    "speed": speed.run,
+    "agent": agent.run,
+    "reaction": reaction.run,
+    "isolation": isolation.run,
+    "gang": gang.run,
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run the suites named (default: all); 0 whatever the bars say, for a missed bar is a finding."""
     configure_logs(logging.ERROR)
     full = "--full" in arguments
+    if arguments == ["worlds", "-o", "json"]:
+        print(worlds.as_json())
+        return 0
     named = [a for a in arguments if not a.startswith("-")]
     names = named or [
         name for name in SUITES if full or name != "gang"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from benchmarks.common import RESULTS
 from colocate.actuate.journal import Journal
 from colocate.agent.loop import Agent
 from colocate.kernelmodel.fluid import FluidKernel
@@ -372,11 +373,16 @@ def measure(seeds: int = SEEDS, only: str = "") -> list[dict[str, Any]]:
     return [judge(WORLDS[i], [outcomes[i, seed] for seed in range(seeds)]) for i in chosen]
 
 
-def run(_full: bool, *, as_json: bool = False) -> list[str]:
-    """One line a world."""
+def as_json() -> str:
+    """The rows as JSON."""
+    return msgspec.json.format(msgspec.json.encode(measure()), indent=2).decode()
+
+
+def run(_full: bool) -> list[str]:
+    """One line a world; the rows are kept, for they repeat by seed."""
     rows = measure()
-    if as_json:
-        return [msgspec.json.format(msgspec.json.encode(rows), indent=2).decode()]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "worlds.jsonl").write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     return [
         f"{'pass' if r['pass'] else 'fail':9s} worlds: {r['world']}: batch work {r['batch_work_ratio']:.3f} "
         f"[{r['low']:.3f}, {r['high']:.3f}], first minute {r['first_minute_ratio']:.3f}, harmed {r['harmed_ratio']:.4f}"

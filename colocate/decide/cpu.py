@@ -194,8 +194,8 @@ def _step(
         law.resume(node, rows, seen)
     reason, who = law.step(node, rows, seen, inputs)
     cpus = None if node[law.ELSEWHERE] == 0.0 else state.cpus or tuple(idle)
-    kept = {s.key: tuple(round(v, 9) for v in row) for s, row in zip(subjects, rows, strict=True)}
-    following = CpuState(node=tuple(round(v, 9) for v in node), subjects=kept, cpus=cpus)
+    kept = {s.key: tuple(row) for s, row in zip(subjects, rows, strict=True)}
+    following = CpuState(node=tuple(node), subjects=kept, cpus=cpus)
     return following, rows, reason, subjects[who] if who >= 0 else None
 
 

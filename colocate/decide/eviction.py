@@ -35,6 +35,24 @@ class EvictionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tru
     under_way: dict[str, Eviction] = {}
 
 
+STAYS, TOLD, WAITED_FOR, KILLED = range(4)
+
+
+def proceed(
+    alive: bool, wished: bool, deadline: float, killed: float, now: float, grace_seconds: float
+) -> tuple[int, float, float]:
+    """The core: (what is done, deadline, when it was first killed) of one job; deadline 0: it was not told to go."""
+    if not alive or (killed > 0.0 and now >= killed + KILLING_SECONDS):  # whatever runs then was started since
+        deadline = killed = 0.0
+    if deadline <= 0.0:
+        if not (alive and wished):
+            return STAYS, 0.0, 0.0
+        return TOLD, now + grace_seconds, 0.0
+    if now >= deadline:
+        return KILLED, deadline, killed if killed > 0.0 else now
+    return WAITED_FOR, deadline, killed
+
+
 def decide_eviction(view: View, state: EvictionState) -> Decision:
     """The eviction law for one tick; its requests are thaws."""
     snapshot, now = view.snapshot, view.now
@@ -47,21 +65,24 @@ def decide_eviction(view: View, state: EvictionState) -> Decision:
             wishes.setdefault(
                 job.id, Request(verb="evict", workload=job.id, law=LAW, reason="MaxRuntime", message=message)
             )
-    under_way = {id_: e for id_, e in state.under_way.items() if still_leaving(snapshot, id_, e, now)}
-    actions = []
-    for id_, wish in wishes.items():
-        if id_ in under_way or not _alive(snapshot, id_):
+    under_way: dict[str, Eviction] = {}
+    actions, thaws = [], []
+    for id_, job in jobs.items():
+        known, wish = state.under_way.get(id_), wishes.get(id_)
+        if known is not None and known.inodes != job.inodes:
+            known = None  # what its owner has made anew is another
+        deadline, killed = (known.deadline, known.killed) if known is not None else (0.0, 0.0)
+        grace = view.spec.memory.termination_grace
+        done, deadline, killed = proceed(_alive(snapshot, id_), wish is not None, deadline, killed, now, grace)
+        if done == TOLD and wish is not None:
+            known = Eviction(deadline=deadline, reason=wish.reason, message=wish.message, inodes=job.inodes)
+            actions.append(act(LAW, job, "signal", "SIGTERM", wish.reason, wish.message))
+        if done == STAYS or known is None:
             continue
-        deadline = now + view.spec.memory.termination_grace
-        inodes = jobs[id_].inodes
-        under_way[id_] = Eviction(deadline=deadline, reason=wish.reason, message=wish.message, inodes=inodes)
-        actions.append(act(LAW, jobs[id_], "signal", "SIGTERM", wish.reason, wish.message))
-    thaws = []
-    for id_, eviction in list(under_way.items()):
-        thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=eviction.message))
-        if now >= eviction.deadline:
-            under_way[id_] = msgspec.structs.replace(eviction, killed=eviction.killed or now)
-            actions.append(act(LAW, jobs[id_], "cgroup.kill", "1", eviction.reason, eviction.message))
+        under_way[id_] = msgspec.structs.replace(known, killed=killed)
+        if done == KILLED:
+            actions.append(act(LAW, job, "cgroup.kill", "1", known.reason, known.message))
+        thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=known.message))
     if under_way:
         names = ", ".join(jobs[i].name for i in under_way)
         first = next(iter(under_way.values()))

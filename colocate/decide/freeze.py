@@ -22,6 +22,16 @@ class FreezeState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     since: dict[str, float] = {}
 
 
+def since_of(wanted: bool, frozen: bool, since: float, now: float) -> float:
+    """The core: since when a job has been frozen by us, -1 if it is not.
+
+    What was read back counts, not what was wished: one that cannot be frozen is not frozen too long.
+    """
+    if wanted:
+        return since if frozen and since >= 0.0 else now
+    return since if frozen and since >= 0.0 else -1.0
+
+
 def decide_freeze(view: View, state: FreezeState) -> Decision:
     """The freeze law for one tick; its requests are evictions for the next one.
 
@@ -38,15 +48,12 @@ def decide_freeze(view: View, state: FreezeState) -> Decision:
             why = f"{thaw[job.id].law}: {thaw[job.id].message}"
             rejected.append(Rejected(law=LAW, considered=f"freezing {job.name} for {wish.law}", why=why))
             wish = None
-        if wish is not None:
-            # Read back, not wished: one that cannot be frozen is not frozen too long.
-            since[job.id] = state.since.get(job.id, now) if job.frozen or job.id not in state.since else now
-            frozen_for = now - since[job.id]
-            if frozen_for > most and wish.law != EVALUATE:
-                message = f"{job.name} has been frozen for {frozen_for:.0f} s (at most {most:g} s)"
-                follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
-        elif job.frozen and job.id in state.since:
-            since[job.id] = state.since[job.id]  # until it really is thawed
+        began = since_of(wish is not None, job.frozen, state.since.get(job.id, -1.0), now)
+        if began >= 0.0:
+            since[job.id] = began
+        if wish is not None and now - began > most and wish.law != EVALUATE:
+            message = f"{job.name} has been frozen for {now - began:.0f} s (at most {most:g} s)"
+            follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
         wanted = "1" if wish is not None else "0"
         others = job.in_place and job.id not in state.since and job.id not in thaw  # froze it, a `docker pause` say
         if job.frozen != (wanted == "1") and not (wanted == "0" and others):

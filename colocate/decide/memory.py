@@ -10,6 +10,8 @@ time: what is on its way out, and what it will free, counts. Page cache is not p
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from colocate.decide.law import Decision, View, act
@@ -59,27 +61,78 @@ def batch_bytes(snapshot: NodeSnapshot) -> int:
     return sum(w.working_set_bytes or 0 for w in snapshot.of("batch"))
 
 
-def allowance_bytes(view: View) -> int:
+def allow(
+    node_bytes: float, peak_bytes: float, others_bytes: float, reserve_ratio: float, before_bytes: float
+) -> float:
+    """The core: what batch may have, in whole MiB; small changes of the one `before` (0: none) are not followed."""
+    left = node_bytes - peak_bytes - others_bytes - math.floor(node_bytes * reserve_ratio)
+    allowed = max(math.floor(left / GRAIN_BYTES) * GRAIN_BYTES, LEAST_BYTES)
+    if before_bytes > 0.0 and abs(allowed - before_bytes) <= HYSTERESIS_RATIO * before_bytes:
+        return before_bytes
+    return float(allowed)
+
+
+def presses(
+    stall_ratio: float,
+    threshold_ratio: float,
+    left_bytes: float,
+    node_bytes: float,
+    own_limit: bool,
+    batch_bytes: float,
+) -> bool:
+    """The core: whether a service's stall can be batch's doing."""
+    if not stall_ratio > threshold_ratio or own_limit or batch_bytes < LEAST_BYTES:
+        return False
+    return left_bytes < SHORT_RATIO * node_bytes
+
+
+def climb(
+    rung: int,
+    since: float,
+    pressed: float,
+    now: float,
+    stalls: bool,
+    waits: bool,
+    helps: int,
+    rungs: int,
+    rung_seconds: float,
+    calm_seconds: float,
+) -> tuple[int, float, float]:
+    """The core: the next (rung, since, pressed). `helps` has a bit for each rung that can do anything here."""
+    if not stalls:
+        if rung >= 0 and now - pressed >= calm_seconds:
+            # Down to the first rung, then calm: the rungs between are acts, not limits to be held.
+            return (0, now, now) if rung > 0 else (-1, now, 0.0)
+        return rung, since, pressed
+    following = 0
+    if rung >= 0:
+        if now - since < rung_seconds or waits or rung + 1 >= rungs:
+            return rung, since, now
+        following = rung + 1
+    while following + 1 < rungs and not (helps >> following) & 1:
+        following += 1
+    return following, now, now
+
+
+def allowance_bytes(view: View, before: int = 0) -> int:
     """node - services' forecast working set - everybody else's use - reserve, in MiB; never below 64 MiB.
 
     Everybody else is what is neither available nor a service's nor batch's.
     """
     snapshot = view.snapshot
-    reserve = int(snapshot.memory_bytes * view.spec.memory.reserve / 100)
     services = sum(w.working_set_bytes or 0 for w in snapshot.of("service"))
     others = 0
     if snapshot.memory_available_bytes is not None:
         used = snapshot.memory_bytes - snapshot.memory_available_bytes
         others = max(used - services - batch_bytes(snapshot), 0)
-    left = snapshot.memory_bytes - view.forecast.services_peak_bytes - others - reserve
-    return max(left // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES)
+    peak, reserve = view.forecast.services_peak_bytes, view.spec.memory.reserve / 100
+    return int(allow(snapshot.memory_bytes, peak, others, reserve, before))
 
 
 def pressure(view: View) -> tuple[str, list[Rejected]]:
     """Who stalls for want of memory that batch could give back, in words, empty if nobody; and who stalls otherwise."""
     snapshot, spec = view.snapshot, view.spec
     left, total = snapshot.memory_available_bytes, snapshot.memory_bytes
-    short = left is None or left < SHORT_RATIO * total
     batch = batch_bytes(snapshot)
     why, rejected = "", []
     for workload in snapshot.of("service"):
@@ -88,14 +141,13 @@ def pressure(view: View) -> tuple[str, list[Rejected]]:
         if ratio is None or ratio <= spec.memory.pressure / 100:
             continue
         text = f"{workload.name} stalls on memory {ratio:.1%} of the time (over {spec.memory.pressure:g} %)"
-        cause = ""
-        if now.at_own_limit:
-            cause = "it is at its own limit"
-        elif not short:
-            cause = f"{format_bytes(left or 0)} of {format_bytes(total)} are free on the node"
-        elif batch < LEAST_BYTES:
+        threshold, remains = spec.memory.pressure / 100, 0.0 if left is None else float(left)
+        if not presses(ratio, threshold, remains, total, now.at_own_limit, batch):
             cause = f"batch holds only {format_bytes(batch)}"
-        if cause:
+            if now.at_own_limit:
+                cause = "it is at its own limit"
+            elif left is not None and left >= SHORT_RATIO * total:
+                cause = f"{format_bytes(left)} of {format_bytes(total)} are free on the node"
             rejected.append(Rejected(law=LAW, considered="the ladder", why=f"{text}, but {cause}"))
         elif not why:
             why = text
@@ -122,25 +174,15 @@ def _helps(rung: str, snapshot: NodeSnapshot, v2: bool) -> bool:
 
 
 def _advance(state: MemoryState, stalls: bool, rungs: tuple[str, ...], view: View) -> MemoryState:
-    now, replace, memory = view.now, msgspec.structs.replace, view.spec.memory
-    v2 = rungs is RUNGS_V2
-    if not stalls:
-        if state.rung >= 0 and now - state.pressed >= memory.calm:
-            # Down to the first rung, then calm: the rungs between are acts, not limits to be held.
-            calmer = replace(state, rung=0, since=now, pressed=now)
-            return calmer if state.rung > 0 else replace(state, rung=-1, since=now, pressed=0.0)
-        return state
-    state = replace(state, pressed=now)
-    if state.rung < 0:
-        following = 0
-    else:
-        waiting = rungs[state.rung] == "checkpoint" and any(now < d for d in state.signalled.values())
-        if now - state.since < memory.rung or waiting or state.rung + 1 >= len(rungs):
-            return state
-        following = state.rung + 1
-    while following + 1 < len(rungs) and not _helps(rungs[following], view.snapshot, v2):
-        following += 1
-    return replace(state, rung=following, since=now)
+    memory, v2 = view.spec.memory, rungs is RUNGS_V2
+    helps = sum(1 << i for i, rung in enumerate(rungs) if _helps(rung, view.snapshot, v2))
+    waits = (
+        state.rung >= 0 and rungs[state.rung] == "checkpoint" and any(view.now < d for d in state.signalled.values())
+    )
+    rung, since, pressed = climb(
+        state.rung, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs), memory.rung, memory.calm
+    )
+    return msgspec.structs.replace(state, rung=rung, since=since, pressed=pressed)
 
 
 def _settle(state: MemoryState, view: View) -> MemoryState:
@@ -178,9 +220,7 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     snapshot, spec = view.snapshot, view.spec
     v2 = "memory.high" in snapshot.capabilities
     rungs = RUNGS_V2 if v2 else RUNGS_V1
-    allowed = allowance_bytes(view)
-    if state.allowance_bytes and abs(allowed - state.allowance_bytes) <= HYSTERESIS_RATIO * state.allowance_bytes:
-        allowed = state.allowance_bytes
+    allowed = allowance_bytes(view, state.allowance_bytes)
     state = _settle(state, view)
     why, rejected = pressure(view)
     if why and view.now < state.settled:
