@@ -47,6 +47,7 @@ def test_doctor_finds_a_tier_possible(guest):
         pytest.param("test_memory.py", 600, id="memory is given back"),
         pytest.param("test_agent_on_a_kernel.py", 1800, id="the agent and its command line"),
         pytest.param("test_bad_moments.py", 1200, id="bad moments"),
+        pytest.param("test_hung_and_restarted.py", 900, id="hung and restarted agents"),
     ],
 )
 def test_the_kernel_suite_passes_on_v2(guest, file, seconds):
