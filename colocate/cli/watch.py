@@ -182,27 +182,53 @@ def _explain_node(options: argparse.Namespace) -> int:
     if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0
+    _print_explanation(data, name, wide=options.output == "wide")
+    return 0
+
+
+def _print_explanation(data: dict[str, Any], name: str | None, *, wide: bool) -> None:
+    """Sentences first: what, why, what would change it; the fields behind them with -o wide."""
     if name is not None:
-        print(f"{data['workload']['name']} ({data['workload']['tier']}) at {data['workload']['path']}")
-        for key, value in sorted(data["forecast_of_workload"].items()):
-            print(f"  {key} = {value}")
-        for knob, value in sorted(data["workload"].get("knobs", {}).items()):
-            print(f"  {knob} = {value}")
+        print(_sentence_of(data["workload"], data["forecast_of_workload"]))
+        if wide:
+            for key, value in sorted(data["forecast_of_workload"].items()):
+                print(f"  {key} = {value}")
+            for knob, value in sorted(data["workload"].get("knobs", {}).items()):
+                print(f"  {knob} = {value}")
     for verdict in data["plan"]["verdicts"]:
-        print(f"{verdict['law']}: {verdict['reason']} ({verdict['state']})\n  {verdict['message']}")
+        print(f"{verdict['law']}: {verdict['message']}\n  {verdict['reason']} ({verdict['state']})")
         numbers = verdict.get("numbers", {})
-        if numbers:
+        if numbers and wide:
             print("  " + ", ".join(f"{k} {v:g}" for k, v in numbers.items()))
     for item in data["plan"].get("rejected", []):
         print(f"rejected ({item['law']}): {item['considered']}: {item['why']}")
     for outcome in data["outcomes"]:
-        print(
-            f"{outcome['status']}: {outcome['workload']} {outcome['knob']} = {outcome['value']} ({outcome['reason']})"
-        )
+        if wide or outcome["status"] in ("failed", "skipped"):
+            done = f"{outcome['workload']} {outcome['knob']} = {outcome['value']} ({outcome['reason']})"
+            print(f"{outcome['status']}: {done}" + (f": {outcome['error']}" if outcome.get("error") else ""))
     for drift in data["drifts"]:
         print(f"drift: {drift['knob']} of {drift['workload']} is {drift['found']}, probably by {drift['probably']}")
     for problem in data["problems"].values():
         print(f"problem: {problem}")
-    calibration = data["calibration"]
-    print(f"lever: {calibration.get('lever', 'weight')} (designs/0001-cpu.md)")
-    return 0
+    if wide:
+        print(f"lever: {data['calibration'].get('lever', 'weight')} (designs/0001-cpu.md)")
+
+
+def _sentence_of(workload: dict[str, Any], now: dict[str, Any]) -> str:
+    """One workload in a sentence: what it is, what it uses, what it feels."""
+    kind = {"service": "a service", "besteffort": "BestEffort", "batch": "batch work"}.get(workload["tier"], "the tier")
+    place = " in place" if workload.get("in_place") else ""
+    said = [f"uses {now['usage_cores']:.2f} cores"] if "usage_cores" in now else ["has no new reading"]
+    if "peak_cores" in now:
+        said.append(f"may need {now['peak_cores']:.2f}")
+    if now.get("cpu_waiting_ratio"):
+        said.append(f"waits for a CPU {now['cpu_waiting_ratio']:.1%} of the time")
+    if now.get("memory_pressure_ratio"):
+        said.append(f"stalls on memory {now['memory_pressure_ratio']:.1%} of the time")
+    objective = workload.get("objective")
+    if objective is not None and "p99_seconds" in now:
+        target = format_duration(objective["p99_seconds"])
+        said.append(f"has a p99 of {format_duration(now['p99_seconds'])} of its target {target}")
+    if workload.get("frozen"):
+        said.append("is frozen")
+    return f"{workload['name']} is {kind}{place} at {workload['path']}: it {', '.join(said)}"

@@ -56,24 +56,33 @@ class ServiceLevelObjective(Spec, frozen=True):
     window: Duration = 5.0
     """Requests of this long are judged together."""
     scrape_timeout: Duration = 0.5
+    """An answer that takes longer is given up; no tick waits for it."""
 
 
 class ServicePolicy(Spec, frozen=True):
     """A latency-sensitive service that must not be hurt."""
 
     name: str
+    """As it is called in reasons, metrics and reports."""
     selector: Selector
+    """Where it runs; all cgroups that match are this service."""
     slo: ServiceLevelObjective | None = None
+    """Without one it is judged by how long it waits for a CPU."""
 
 
 class BatchPolicy(Spec, frozen=True):
     """Batch work that is already running somewhere: governed in place, never moved."""
 
     name: str
+    """As it is called in reasons, metrics and reports."""
     selector: Selector
+    """Where it runs."""
     priority: int = 0
+    """Lower priorities are evicted first."""
     checkpoint_signal: str | None = None
+    """Asks those of its processes that handle it to save their state, e.g. `SIGUSR1`, before it is evicted."""
     gang: str = ""
+    """Batch of one gang is evicted together, and its lost work counts together."""
 
 
 class CpuPolicy(Spec, frozen=True):
@@ -98,6 +107,7 @@ class MemoryPolicy(Spec, frozen=True):
     """The memory law (designs/0002-memory.md)."""
 
     reserve: Percent = 5.0
+    """Of the node's memory, never part of what batch may have."""
     pressure: Percent = 5.0
     """The share of time in which some task of a service may stall on memory before the ladder starts."""
     poll: Duration = 0.075
@@ -107,7 +117,9 @@ class MemoryPolicy(Spec, frozen=True):
     calm: Duration = 10.0
     """How long without pressure before a rung is undone."""
     checkpoint_deadline: Duration = 10.0
+    """How long jobs have to save their state before the ladder goes on."""
     termination_grace: Duration = 5.0
+    """Between SIGTERM and the kill of an evicted job."""
 
 
 class FreezePolicy(Spec, frozen=True):
@@ -130,28 +142,37 @@ class RecordPolicy(Spec, frozen=True):
     """Where records go and how large they may grow."""
 
     max_bytes: Bytes = 200 << 20
+    """Of all segments together; the oldest go first."""
     segment_bytes: Bytes = 8 << 20
+    """A segment that is larger is compressed and another begun."""
     keyframe_every: int = 300
-    """Ticks."""
+    """Ticks between lines that stand alone; replay can start at each."""
 
 
 class KubeletPolicy(Spec, frozen=True):
     """How the kubelet of this node is asked for its pods; used only if a podSelector is."""
 
     url: str = "https://127.0.0.1:10250"
+    """Of the kubelet of this very node."""
     token_file: str = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    """A token that may read nodes/pods; read again at each question."""
     ca_file: str = ""
     """Who signed the kubelet's serving certificate; empty: the system's authorities."""
     insecure_skip_tls_verify: bool = False
+    """Do not check the kubelet's certificate, which is often signed by itself."""
     every: Duration = 10.0
+    """How often it is asked."""
 
 
 class HttpPolicy(Spec, frozen=True):
     """Where /metrics, /healthz, /readyz and /debug/plan are served; port 0 takes any free port."""
 
     host: str = "127.0.0.1"
+    """The address to listen on."""
     port: int = 9464
+    """The port; 0 takes any free one."""
     enabled: bool = True
+    """Whether anything is served."""
 
 
 class PolicySpec(Spec, frozen=True):
@@ -160,15 +181,25 @@ class PolicySpec(Spec, frozen=True):
     node_root: str = "/"
     """The cgroup that is taken as the node; `/` is the machine."""
     tick: Duration = 1.0
+    """How often the node is looked at; a memory stall, or a question under way, is looked at sooner."""
     services: tuple[ServicePolicy, ...] = ()
+    """What must not be hurt. Guaranteed and Burstable pods are services without being named."""
     batch: tuple[BatchPolicy, ...] = ()
+    """Running batch work that is governed where it is. Jobs of `colocate run` are batch without being named."""
     cpu: CpuPolicy = CpuPolicy()
+    """Of the CPU law."""
     memory: MemoryPolicy = MemoryPolicy()
+    """Of the memory law."""
     freeze: FreezePolicy = FreezePolicy()
+    """Of the freeze law."""
     staleness: StalenessPolicy = StalenessPolicy()
+    """When readings are too old."""
     records: RecordPolicy = RecordPolicy()
+    """Of the records."""
     http: HttpPolicy = HttpPolicy()
+    """Of the HTTP server."""
     kubelet: KubeletPolicy = KubeletPolicy()
+    """Of the kubelet, for `podSelector`."""
     drift: Literal["reassert", "yield"] = "reassert"
     """When somebody else writes one of our knobs: write it again, or leave it to them."""
     calibrate: bool = True

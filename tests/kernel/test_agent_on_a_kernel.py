@@ -134,7 +134,9 @@ def test_status_top_explain_and_metrics_answer(node, agent):
     verdicts = running.ask("top")["plan"]["verdicts"]
     assert {v["law"] for v in verdicts} == {"cpu", "memory", "eviction", "freeze"}
     shown = colocate("explain", "web").stdout
-    assert "guard_rail_cores" in shown
+    assert shown.startswith("web is a service at "), "sentences first"
+    assert "guard_rail_cores" not in shown
+    assert "guard_rail_cores" in colocate("explain", "web", "-o", "wide").stdout
     assert colocate("explain", "nobody").returncode == 2
     running.stop()
 
