@@ -1,14 +1,16 @@
 """The one table of knobs: how a value is written, when two mean the same, which is wider, and their order in a plan.
 
 Knobs are named as cgroup v2 names its files; v1's files stand beside those that they are the other spelling of. A new
-knob is one row here and the law that owns it. Sources: cgroup-v2.rst, cgroup-v1/{cpusets,memory,freezer-subsystem}.rst.
+knob is one row here, its law in `decide/` and that law's line in `pipeline.LAWS`; what reads it back, undoes it and
+orders it goes by this table. A value of another form needs a codec here as well. Sources: cgroup-v2.rst,
+cgroup-v1/{cpusets,memory,freezer-subsystem}.rst.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from colocate.units import cores_of_cpu_max, parse_cpulist
+from colocate.units import cores_of_cpu_max, format_cpulist, parse_cpulist
 
 Codec = Literal["number", "bandwidth", "cpulist", "bytes", "flag", "act"]
 _PAGE_BYTES = 4096
@@ -99,10 +101,10 @@ def width(knob: str, value: str) -> float:
 
 
 def narrowest(knob: str, one: str, other: str) -> str:
-    """Of two values the one that leaves less; of CPU lists what both allow, or `one` if that is nothing."""
+    """Of two values the one that leaves less; of CPU lists what both allow, or `other` if that is nothing."""
     if KNOBS[knob].codec == "cpulist" and one.strip() and other.strip():
         both = [c for c in parse_cpulist(one) if c in parse_cpulist(other)]
-        return ",".join(map(str, both)) if both else one
+        return format_cpulist(both) if both else other
     return one if width(knob, one) <= width(knob, other) else other
 
 

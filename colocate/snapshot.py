@@ -109,7 +109,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     stale_seconds: dict[str, float] = {}
     """Sections whose collector failed, with the age of what is shown in its place."""
     capabilities: tuple[str, ...] = ()
-    """Of `freeze kill memory.high memory.reclaim cpu.idle psi`: what this kernel and tier offer."""
+    """Of `psi freeze kill memory.high memory.reclaim memory.max cpuset`: what this kernel offers."""
 
     def of(self, tier: Tier) -> list[Workload]:
         """The workloads of one tier, in the order of their ids."""

@@ -28,7 +28,7 @@ from colocate.cgroup.tree import (
 )
 from colocate.cgroup.v1 import read_knob, write_knob
 from colocate.errors import JournalBroken
-from colocate.knob import same
+from colocate.knob import KNOBS, same
 
 log = structlog.get_logger()
 _FREEZERS = {"cgroup.freeze": "0", "freezer.state": "THAWED"}
@@ -154,10 +154,13 @@ def open_tier(port: FilePort, path: str, *, is_tier: bool) -> None:
     """The open state of a directory of ours: no limit of ours in force, the tier at the least weight."""
     inodes = inodes_of(port, path)
     parent = path.rpartition("/")[0] or "/"
-    opened = [("cpu.idle", "0"), ("cpu.max", "max 100000"), ("memory.high", "max")]
-    if is_tier:  # a job's own weight and --memory stay as they were asked for
-        opened += [("cpu.weight", "1"), ("memory.max", "max")]
-    for knob, value in opened:
+    kept = (
+        () if is_tier else ("cpu.weight", "memory.max")
+    )  # a job's own weight and --memory stay as they were asked for
+    for knob, row in KNOBS.items():
+        value = row.open_value
+        if not value or knob in kept or row.codec == "act" or knob == "cgroup.freeze":
+            continue
         current = read_knob(port, path, knob, inodes)
         if current is not None and current != value:
             write_knob(port, path, knob, value, inodes)

@@ -593,13 +593,15 @@ def step(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
         _take_in(rows[i], seen[i], inputs)
     lost = _lost(rows, seen)
     if lost >= 0:  # losing sight of a patient is no recovery
-        rows[lost][ASKED] = 2.0
+        rows[lost][ASKED] = max(rows[lost][ASKED], 1.0)
         if node[MODE] != HELD or node[GRANT] == UNLIMITED:
             node[ELSEWHERE] = 0.0
             _hold(node, rows, inputs[FLOOR_CORES], inputs[NOW], 0.0)
         node[UNTIL] = max(node[UNTIL], inputs[NOW] + NEAR_SECONDS)
         node[REASON], node[WHO] = SIGNAL_LOST, lost
         return SIGNAL_LOST, lost
+    if node[REASON] == SIGNAL_LOST and node[MODE] == HELD and _worst(rows, 1.0) >= 0 and _worst(rows, 2.0) < 0:
+        _ask(node, rows, inputs, inputs[NOW])  # it answers again, and nothing was found against batch: ask
     if node[MODE] == OPEN:
         reason, who = _while_open(node, rows, inputs)
     elif node[MODE] in (ASKING_OFF, ASKING_ON):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from colocate.calibration import Calibration
-from colocate.decide import attribution as law
+from colocate.decide import attribution as pulse
 from colocate.decide.law import Decision, View, act
 from colocate.knob import narrowest
 from colocate.model.forecast import Forecast, WorkloadForecast
@@ -27,16 +27,16 @@ LOOK_AGAIN_SECONDS = 0.5
 """While batch is tried beside a service that may be harmed."""
 MODES = ("open", "asking, at the floor", "asking, open", "held", "trying more")
 REASONS = {
-    law.NOTHING_SUFFERS: "NothingSuffers",
-    law.BATCH_IDLE: "NotCausedByBatch",
-    law.NOT_CAUSED: "NotCausedByBatch",
-    law.ASKED_NOW: "BatchAsked",
-    law.CAUSED: "CausedByBatch",
-    law.TRYING_MORE: "TryingMore",
-    law.SIGNAL_LOST: "SignalLost",
+    pulse.NOTHING_SUFFERS: "NothingSuffers",
+    pulse.BATCH_IDLE: "NotCausedByBatch",
+    pulse.NOT_CAUSED: "NotCausedByBatch",
+    pulse.ASKED_NOW: "BatchAsked",
+    pulse.CAUSED: "CausedByBatch",
+    pulse.TRYING_MORE: "TryingMore",
+    pulse.SIGNAL_LOST: "SignalLost",
 }
 WAITING, LATENCY, DISPLACED = "waiting", "latency", "displaced"
-_KINDS = {WAITING: law.WAITING, LATENCY: law.LATENCY, DISPLACED: law.DISPLACED}
+_KINDS = {WAITING: pulse.WAITING, LATENCY: pulse.LATENCY, DISPLACED: pulse.DISPLACED}
 
 
 class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -52,17 +52,17 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     @property
     def confined_to(self) -> tuple[int, ...] | None:
         """The CPUs to which batch is kept just now."""
-        return self.cpus if self.node and self.node[law.ELSEWHERE] > 0.0 else None
+        return self.cpus if self.node and self.node[pulse.ELSEWHERE] > 0.0 else None
 
     @property
     def mode(self) -> str:
         """Where the law is, in words."""
-        return MODES[int(self.node[law.MODE])] if self.node else MODES[0]
+        return MODES[int(self.node[pulse.MODE])] if self.node else MODES[0]
 
     @property
     def grant_cores(self) -> float | None:
         """The cores that are granted; None: no quota."""
-        return None if not self.node or self.node[law.GRANT] == law.UNLIMITED else self.node[law.GRANT]
+        return None if not self.node or self.node[pulse.GRANT] == pulse.UNLIMITED else self.node[pulse.GRANT]
 
 
 class Subject(NamedTuple):
@@ -76,14 +76,18 @@ class Subject(NamedTuple):
     @property
     def seen(self) -> list[float]:
         """What `attribution` is told of it."""
-        now, row = self.now, [0.0] * law.SUBJECT_INPUTS
-        row[law.KIND], row[law.SEEN_AT], row[law.SEEN_WAITED] = _KINDS[self.kind], now.at_seconds, now.waited_seconds
-        row[law.SEEN_T], row[law.SEEN_N] = now.waited_seconds, now.at_seconds
+        now, row = self.now, [0.0] * pulse.SUBJECT_INPUTS
+        row[pulse.KIND], row[pulse.SEEN_AT], row[pulse.SEEN_WAITED] = (
+            _KINDS[self.kind],
+            now.at_seconds,
+            now.waited_seconds,
+        )
+        row[pulse.SEEN_T], row[pulse.SEEN_N] = now.waited_seconds, now.at_seconds
         if self.kind == LATENCY:
-            row[law.SEEN_AT], row[law.SEEN_T] = now.latency_at_seconds, now.over_requests
-            row[law.SEEN_N], row[law.SILENT] = now.requests, float(now.silent)
+            row[pulse.SEEN_AT], row[pulse.SEEN_T] = now.latency_at_seconds, now.over_requests
+            row[pulse.SEEN_N], row[pulse.SILENT] = now.requests, float(now.silent)
         elif self.kind == DISPLACED:
-            row[law.SEEN_T] = -now.used_seconds
+            row[pulse.SEEN_T] = -now.used_seconds
         return row
 
     def feels(self) -> str:
@@ -160,7 +164,7 @@ def _in_force(snapshot: NodeSnapshot, forecast: Forecast, floor: float) -> bool:
     for workload in _governed(snapshot):
         held = cores_of_cpu_max(workload.knobs.get("cpu.max", "max"))
         used = forecast.batch_cores if workload.tier == "tier" else forecast.workloads[workload.id].usage_cores or 0.0
-        if (held is None or held > floor + 1e-6) and used > floor + law.NOISE_CORES:
+        if (held is None or held > floor + 1e-6) and used > floor + pulse.NOISE_CORES:
             return False
     return True
 
@@ -170,30 +174,33 @@ def _step(
 ) -> tuple[CpuState, list[list[float]], int, Subject | None]:
     """One look of `attribution`: the next state, the subjects' rows, the reason, and whom to name."""
     snapshot, forecast, spec = view.snapshot, view.forecast, view.spec
-    node = list(state.node) or [0.0] * law.NODE_STATE
+    node = list(state.node) or [0.0] * pulse.NODE_STATE
     if not state.node:
-        law.new_node(node, spec.cpu.hold_down)
+        pulse.new_node(node, spec.cpu.hold_down)
     rows, seen = [], [s.seen for s in subjects]
     for subject, now in zip(subjects, seen, strict=True):
-        row = list(state.subjects.get(subject.key, ())) or [0.0] * law.SUBJECT_STATE
+        row = list(state.subjects.get(subject.key, ())) or [0.0] * pulse.SUBJECT_STATE
         if subject.key not in state.subjects:
-            window = subject.workload.objective.window_seconds if subject.workload.objective else law.NEAR_SECONDS
-            law.new_subject(row, now, window)
+            window = subject.workload.objective.window_seconds if subject.workload.objective else pulse.NEAR_SECONDS
+            pulse.new_subject(row, now, window)
         rows.append(row)
     idle = [c for c in forecast.idle_cpus if c in shared_cpus(snapshot)]
-    inputs = [0.0] * law.NODE_INPUTS
-    inputs[law.NOW], inputs[law.BATCH_CORES] = view.now, forecast.batch_cores
-    inputs[law.IN_FORCE] = float(_in_force(snapshot, forecast, spec.cpu.floor))
-    inputs[law.RAIL_CORES], inputs[law.NODE_CORES] = guard_rail_cores(forecast, spec), forecast.node_cores
+    inputs = [0.0] * pulse.NODE_INPUTS
+    inputs[pulse.NOW], inputs[pulse.BATCH_CORES] = view.now, forecast.batch_cores
+    inputs[pulse.IN_FORCE] = float(_in_force(snapshot, forecast, spec.cpu.floor))
+    inputs[pulse.RAIL_CORES], inputs[pulse.NODE_CORES] = (
+        guard_rail_cores(forecast, spec),
+        forecast.node_cores,
+    )
     some = 0 < len(idle) < len(snapshot.cpus)
-    inputs[law.IDLE_CPUS] = float(len(idle) if some and can_confine(snapshot) else 0)
-    inputs[law.FLOOR_CORES], inputs[law.QUESTION_SECONDS] = spec.cpu.floor, spec.cpu.question
-    inputs[law.HOLD_SECONDS], inputs[law.PRESSURE_RATIO] = spec.cpu.hold_down, spec.cpu.pressure / 100
-    inputs[law.BESTEFFORT_RATIO] = spec.cpu.best_effort_waits / 100
+    inputs[pulse.IDLE_CPUS] = float(len(idle) if some and can_confine(snapshot) else 0)
+    inputs[pulse.FLOOR_CORES], inputs[pulse.QUESTION_SECONDS] = spec.cpu.floor, spec.cpu.question
+    inputs[pulse.HOLD_SECONDS], inputs[pulse.PRESSURE_RATIO] = spec.cpu.hold_down, spec.cpu.pressure / 100
+    inputs[pulse.BESTEFFORT_RATIO] = spec.cpu.best_effort_waits / 100
     if state.suspended:
-        law.resume(node, rows, seen)
-    reason, who = law.step(node, rows, seen, inputs)
-    cpus = None if node[law.ELSEWHERE] == 0.0 else state.cpus or tuple(idle)
+        pulse.resume(node, rows, seen)
+    reason, who = pulse.step(node, rows, seen, inputs)
+    cpus = None if node[pulse.ELSEWHERE] == 0.0 else state.cpus or tuple(idle)
     kept = {s.key: tuple(row) for s, row in zip(subjects, rows, strict=True)}
     following = CpuState(node=tuple(node), subjects=kept, cpus=cpus)
     return following, rows, reason, subjects[who] if who >= 0 else None
@@ -240,12 +247,12 @@ def decide_cpu(view: View, state: CpuState) -> Decision:
 
 def _look_again(state: CpuState, now: float) -> float | None:
     """At the end of a phase, and twice a second while batch runs beside a service that it may harm."""
-    mode = state.node[law.MODE]
-    if mode == law.OPEN:
+    mode = state.node[pulse.MODE]
+    if mode == pulse.OPEN:
         return None
-    ends = max(state.node[law.UNTIL] - now, 0.05)
-    marked = state.node[law.MARK] - now
-    if mode in (law.ASKING_ON, law.TRYING):
+    ends = max(state.node[pulse.UNTIL] - now, 0.05)
+    marked = state.node[pulse.MARK] - now
+    if mode in (pulse.ASKING_ON, pulse.TRYING):
         return min(ends, LOOK_AGAIN_SECONDS)
     return min(ends, marked) if marked > 0.05 else ends
 
@@ -255,12 +262,12 @@ def _of_subject(row: list[float]) -> dict[str, float]:
     if not row:
         return {}
     return {
-        "level": round(row[law.LEVEL], 4),
-        "off": round(row[law.OFF_SUM] / max(row[law.OFF], 1.0), 4),
-        "on": round(row[law.ON_SUM] / max(row[law.ON], 1.0), 4),
-        "added": round(row[law.ADDED], 4),
-        "certainty": round(row[law.CERTAINTY], 3),
-        "questions": row[law.ON] + row[law.OFF],
+        "level": round(row[pulse.LEVEL], 4),
+        "off": round(row[pulse.OFF_SUM] / max(row[pulse.OFF], 1.0), 4),
+        "on": round(row[pulse.ON_SUM] / max(row[pulse.ON], 1.0), 4),
+        "added": round(row[pulse.ADDED], 4),
+        "certainty": round(row[pulse.CERTAINTY], 3),
+        "questions": row[pulse.ON] + row[pulse.OFF],
     }
 
 
@@ -272,9 +279,9 @@ def _share(kind: str, value: float) -> str:
 
 def _answer(subject: Subject, row: list[float]) -> str:
     """What was found, in words."""
-    if row[law.ON] < 1.0 or row[law.OFF] < 1.0:
+    if row[pulse.ON] < 1.0 or row[pulse.OFF] < 1.0:
         return ""
-    without, beside = row[law.OFF_SUM] / row[law.OFF], row[law.ON_SUM] / row[law.ON]
+    without, beside = row[pulse.OFF_SUM] / row[pulse.OFF], row[pulse.ON_SUM] / row[pulse.ON]
     verb = {WAITING: "waits", LATENCY: "is late with", DISPLACED: "gets"}[subject.kind]
     alone, both = _share(subject.kind, without), _share(subject.kind, beside)
     return f"{subject.workload.name} {verb} {alone} without batch and {both} beside it"
@@ -282,7 +289,7 @@ def _answer(subject: Subject, row: list[float]) -> str:
 
 def _others(forecast: Forecast) -> str:
     """Who else it may be, in words."""
-    if forecast.stranger_cores < law.NOISE_CORES:
+    if forecast.stranger_cores < pulse.NOISE_CORES:
         return ""
     return f"; {forecast.stranger} uses {forecast.stranger_cores:.2f} cores, and is neither a service nor batch"
 
@@ -291,33 +298,33 @@ def _message(view: View, state: CpuState, code: int, subject: Subject | None, ro
     """What, why, and what would change it."""
     spec, forecast = view.spec, view.forecast
     if subject is None:
-        if code == law.NOTHING_SUFFERS:
+        if code == pulse.NOTHING_SUFFERS:
             services = len(view.snapshot.of("service"))
             return (
                 f"none of {services} service(s) suffers: no limit"
                 if services
                 else "no service: the class alone protects"
             )
-        return f"{MODES[int(state.node[law.MODE])]}: nobody suffers any more"
-    feels, left = subject.feels(), max(state.node[law.UNTIL] - view.now, 0.0)
-    if code == law.SIGNAL_LOST:
+        return f"{MODES[int(state.node[pulse.MODE])]}: nobody suffers any more"
+    feels, left = subject.feels(), max(state.node[pulse.UNTIL] - view.now, 0.0)
+    if code == pulse.SIGNAL_LOST:
         name = subject.workload.name
-        return f"{name} was past its target, and its histogram has been silent since: batch stays at its floor"
-    if code == law.BATCH_IDLE:
+        return f"{name} has not answered since it was past its target or asked about: batch stays at its floor"
+    if code == pulse.BATCH_IDLE:
         return f"{feels}, but batch hardly runs ({forecast.batch_cores:.2f} cores)" + _others(forecast)
-    if code == law.NOT_CAUSED:
+    if code == pulse.NOT_CAUSED:
         answer = _answer(subject, row) or f"{subject.workload.name} was not helped by less batch"
         return f"{feels}: not batch's doing ({answer}){_others(forecast)}"
-    if code == law.ASKED_NOW:
-        where = "at its floor" if state.node[law.MODE] == law.ASKING_OFF else "open again"
+    if code == pulse.ASKED_NOW:
+        where = "at its floor" if state.node[pulse.MODE] == pulse.ASKING_OFF else "open again"
         text = f"{feels}; is it batch? It is {where} to find out"
-        if state.node[law.MODE] == law.ASKING_OFF and not _in_force(view.snapshot, forecast, spec.cpu.floor):
+        if state.node[pulse.MODE] == pulse.ASKING_OFF and not _in_force(view.snapshot, forecast, spec.cpu.floor):
             text += ", but the floor is not in force yet"
         answer = _answer(subject, row)
         return f"{text} ({answer} so far)" if answer else text
     answer = _answer(subject, row) or feels
     grant = f"{state.grant_cores:g} cores" if state.grant_cores is not None else "the CPUs that are idle"
-    if code == law.TRYING_MORE:
+    if code == pulse.TRYING_MORE:
         what = "no limit" if state.grant_cores is None and state.confined_to is None else grant
         return f"{answer}; {what} is tried for {left:.1f} s"
     return f"{answer}: batch keeps {grant}, more is tried in {left:.0f} s"

@@ -18,7 +18,7 @@ from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
 from colocate.errors import StateTooNew, StateTooOld
-from colocate.knob import KNOBS, place, same, width
+from colocate.knob import KNOBS, narrowest, place, same, width
 from colocate.model.forecast import Forecast
 from colocate.plan import Action, Plan, Rejected, Request
 from colocate.policy.schema import PolicySpec
@@ -97,6 +97,14 @@ def settle(actions: list[Action]) -> tuple[list[Action], list[Rejected]]:
     return list(kept.values()), rejected
 
 
+def within_found(action: Action, workload: Workload) -> Action:
+    """The same, never wider than what its owner had given batch in place; here once, so that no law can forget it."""
+    found = workload.found.get(action.knob)
+    if found is None or KNOBS[action.knob].codec == "act":
+        return action
+    return msgspec.structs.replace(action, value=narrowest(action.knob, action.value, found))
+
+
 def _unmanaged(snapshot: NodeSnapshot, message: str) -> list[Action]:
     """Every law is off: the tier at the weight of a service without a limit, batch in place as its owner had it."""
     actions = []
@@ -153,7 +161,7 @@ def decide(
     wanted = [a for d in decisions.values() for a in d.actions]
     if arm == OFF_UNMANAGED:
         wanted += _unmanaged(snapshot, message)
-    wanted, rejected = settle(wanted)
+    wanted, rejected = settle([within_found(a, known[a.workload]) for a in wanted])
     actions = [a for a in wanted if not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))]
     following = msgspec.structs.replace(
         state,
