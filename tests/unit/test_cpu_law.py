@@ -15,7 +15,7 @@ from colocate.knob import width
 from colocate.model.forecast import WorkloadForecast
 from colocate.policy.schema import CpuPolicy, PolicySpec
 from colocate.snapshot import Latency
-from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist
+from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist, parse_cpulist
 from tests import make
 from tests.make import OBJECTIVE, SPEC
 
@@ -517,6 +517,8 @@ def test_batch_in_place_is_never_given_more_than_its_owner_gave(found, points, l
         for action in node.decision.actions:
             if action.workload == "job:nightly" and action.knob in found:
                 assert width(action.knob, action.value) <= width(action.knob, found[action.knob])
+                if action.knob == "cpuset.cpus" and found["cpuset.cpus"]:
+                    assert set(parse_cpulist(action.value)) <= set(parse_cpulist(found["cpuset.cpus"]))
 
 
 def test_a_quota_and_an_idle_class_that_were_found_stay_in_force():
