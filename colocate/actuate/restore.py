@@ -248,10 +248,10 @@ def restore_paths(port: FilePort, journal: Journal, paths: set[str]) -> Report:
     """Put back what was found in these cgroups, which are no longer governed, and forget them."""
     report = Report()
     mine = [e for e in journal.entries if e.kind == "value" and e.path in paths]
-    unresolved = _restore_values(port, mine, report)
-    kept = [e for e in journal.entries if e not in mine or e in unresolved]
-    with contextlib.suppress(JournalBroken):
-        journal.replace(kept)
+    unresolved = {e.key for e in _restore_values(port, mine, report)}
+    resolved = {e.key for e in mine} - unresolved
+    with contextlib.suppress(JournalBroken):  # filtered where the journal is locked: workers add to it meanwhile
+        journal.replace(e for e in journal.entries if e.kind != "value" or e.key not in resolved)
     return report
 
 

@@ -23,6 +23,11 @@ class Workers(Generic[T]):
         self._done: list[T] = []
         self._failed: BaseException | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._running
+
     def busy(self, key: Hashable) -> bool:
         """Whether something is under way for a target."""
         return key in self._running

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import threading
 from functools import partial
 
 import msgspec
@@ -60,6 +61,11 @@ class Writer:
         self._workers: Workers[list[Outcome]] = Workers()
         self._complained: dict[tuple[str, str], tuple[str, int | None]] = {}
         self._found: dict[tuple[str, str], tuple[dict[str, int], str]] = {}
+        self._ours: dict[tuple[str, str], tuple[dict[str, int], set[str]]] = {}
+        """Every value that we wrote into a knob of batch in place, or a predecessor did."""
+        self._queued: dict[str, list[tuple[Action, Workload]]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
 
     def drifts(self, snapshot: NodeSnapshot, *, yields: bool, kubernetes: bool) -> list[Drift]:
         """Knobs whose value on disk is not the one that we wrote last; with `yields` they are left alone a while."""
@@ -89,26 +95,38 @@ class Writer:
         values = {}
         for knob, current in workload.knobs.items():
             key = (workload.id, knob)
-            kept = self._found.get(key)
+            kept, ours = self._found.get(key), self._ours.get(key)
+            if ours is None or ours[0] != workload.inodes:
+                ours = self._ours[key] = (workload.inodes, set())
             if kept is None or kept[0] != workload.inodes:
-                before = self._journaled(workload, knob)
-                if before is not None:  # what is there now a predecessor wrote
-                    self._written.setdefault(key, (workload.inodes, current))
+                before, wrote = self._journaled(workload, knob)
+                ours[1].update(wrote)
                 kept = (workload.inodes, current if before is None else before)
-            written = self._written.get(key)
-            ours = written is not None and same(knob, written[1], current)
-            if not ours and not same(knob, kept[1], current) and not self._workers.busy(workload.path):
+            known = same(knob, kept[1], current) or any(same(knob, value, current) for value in ours[1])
+            if not known and not self._workers.busy(workload.path):
                 kept = (workload.inodes, current)  # somebody else's since: that is what counts now
             self._found[key] = kept
             values[knob] = kept[1]
         return values
 
-    def _journaled(self, workload: Workload, knob: str) -> str | None:
-        """The value that a predecessor found before it changed the knob, in the v2 vocabulary."""
+    def forget_written(self) -> None:
+        """We were away for so long that our guardian has let everything go: what is there now is no drift."""
+        self._written.clear()
+
+    def close(self) -> bool:
+        """Write no more, also not what a worker still waits with; whether one does."""
+        self._closed = True
+        return not self._workers.idle
+
+    def _journaled(self, workload: Workload, knob: str) -> tuple[str | None, list[str]]:
+        """What a predecessor found before it changed the knob, and what it wrote, in the v2 vocabulary."""
         entries = [e for e in self._journal.entries if e.kind == "value" and e.path == workload.path]
-        found, _ = newest_found(e for e in entries if workload.inodes.get(e.hierarchy) == e.inode)
-        texts = {key[3]: entry.found for key, entry in found.items()}
-        return decode_knob(knob, texts) if texts else None
+        found, wrote = newest_found(e for e in entries if workload.inodes.get(e.hierarchy) == e.inode)
+        if not found:
+            return None, []
+        before = decode_knob(knob, {key[3]: entry.found for key, entry in found.items()})
+        written = [decode_knob(knob, {key[3]: value}) for key, values in wrote.items() for value in values]
+        return before, [value for value in written if value is not None]
 
     async def apply(self, plan: Plan, snapshot: NodeSnapshot) -> list[Outcome]:
         """Apply the actions in their order. What a worker does is `started`; what has come back meanwhile is added."""
@@ -131,10 +149,22 @@ class Writer:
             else:
                 outcomes.append(self._write(action, workload))
         for path, actions in later.items():
-            self._workers.submit(path, partial(self._write_all, actions))
+            outcomes += self._queue(path, actions)
+            self._workers.submit(path, partial(self._write_queued, path))
         return outcomes
 
-    def _write_all(self, actions: list[tuple[Action, Workload]]) -> list[Outcome]:
+    def _queue(self, path: str, actions: list[tuple[Action, Workload]]) -> list[Outcome]:
+        """Add to what waits for a target: a knob's newest value counts, an act is never dropped."""
+        newer = {(a.workload, a.knob) for a, _ in actions if not is_act(a.knob)}
+        with self._lock:
+            waiting = self._queued.get(path, [])
+            dropped = [a for a, _ in waiting if (a.workload, a.knob) in newer]
+            self._queued[path] = [w for w in waiting if (w[0].workload, w[0].knob) not in newer] + actions
+        return [self._outcome(a, "skipped", error="a newer value came first") for a in dropped]
+
+    def _write_queued(self, path: str) -> list[Outcome]:
+        with self._lock:
+            actions = self._queued.pop(path, [])
         return [self._write(action, workload) for action, workload in actions]
 
     def _outcome(self, action: Action, status: Status, *, found: str | None = None, error: str = "") -> Outcome:
@@ -160,6 +190,9 @@ class Writer:
                 return self._outcome(action, "skipped", error="this host has no such knob")
             if not is_act(action.knob):
                 self._written[(action.workload, action.knob)] = (workload.inodes, action.value)
+                if workload.in_place:
+                    ours = self._ours.setdefault((action.workload, action.knob), (workload.inodes, set()))
+                    ours[1].add(action.value)
             changed, before = False, None
             for write in writes:
                 found = self._write_file(write, action, workload)
@@ -213,6 +246,8 @@ class Writer:
             raise CgroupGone(errno.ENOENT, f"{action.path}/{write.file} is gone")
         if workload.in_place and not write_only:
             self._journal.add(*self._before_values(write, action, inode, found or ""))
+            if self._closed:
+                raise CgroupGone(errno.ESHUTDOWN, "the agent has ended meanwhile")
         try:
             self._port.write(write.hierarchy, action.path, write.file, write.value, inode)
         except OSError as error:

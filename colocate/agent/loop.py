@@ -172,6 +172,11 @@ class Agent:
             self.policy = self.observer.policy = self._next_policy
             self._next_policy = None
 
+    @property
+    def _patience(self) -> float:
+        """How long we may be silent before our guardian lets everything go, in seconds."""
+        return max(self.policy.spec.freeze.max_frozen, 5 * self.policy.spec.tick)
+
     def _observe(self) -> tuple[NodeSnapshot, list[Drift]]:
         """The snapshot with what owners had given, and who else writes our knobs."""
         snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
@@ -181,6 +186,8 @@ class Agent:
             replace = msgspec.structs.replace
             given = {i: replace(w, found=self.writer.found(w)) for i, w in in_place.items()}
             snapshot = replace(snapshot, workloads={**snapshot.workloads, **given})
+        if self.last is not None and snapshot.monotonic_seconds - self.last.snapshot.monotonic_seconds > self._patience:
+            self.writer.forget_written()
         drifts = self.writer.drifts(snapshot, yields=self.policy.spec.drift == "yield", kubernetes=kubernetes)
         for drift in drifts:
             log.warning("drift", **msgspec.to_builtins(drift), policy=self.policy.spec.drift)
@@ -229,15 +236,22 @@ class Agent:
         left = {e.path for e in self.journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"}
         if snapshot.stale_seconds or not (left - governed):
             return
-        report = restore_paths(self.port, self.journal, left - governed)
-        log.info("released", paths=sorted(left - governed), restored=report.restored, failed=report.failed)
+        gone = left - governed
+        if not self._workers.busy("release"):
+
+            def release() -> bool:
+                report = restore_paths(self.port, self.journal, gone)
+                log.info("released", paths=sorted(gone), restored=report.restored, failed=report.failed)
+                return True
+
+            self._workers.submit("release", release)
 
     def _housekeep(self, snapshot: NodeSnapshot) -> None:
         if self.watch is not None:
             self.watch.watch(self.observer.watched(snapshot))
         if self.guardian is not None and not self.shadow:
             self.guardian.ensure()
-            self.guardian.beat(max(self.policy.spec.freeze.max_frozen, 5 * self.policy.spec.tick))
+            self.guardian.beat(self._patience)
         if not self.shadow:
             if snapshot.tier is None:
                 self.tier.ensure_tier()
@@ -341,11 +355,14 @@ class Agent:
         word = ""  # without a word the guardian undoes what could not be undone here
         try:
             await self.writer.settle()
+            stuck = self.writer.close()
             if not self.shadow and handover:
                 thaw_everything(self.port, self.journal, report)  # nobody may be there to thaw it
             elif not self.shadow:
                 report = restore(self.port, self.journal)
             word = "handover" if handover else OCCUPIED if report.occupied else "done"
+            if stuck and not handover:
+                word = ""  # what that worker may still do the guardian undoes, once we are gone
         finally:
             if self.guardian is not None:
                 self.guardian.dismiss(word)

@@ -162,7 +162,7 @@ class JobServer:
         if op == "run":
             return await self._run(msgspec.convert(request, RunRequest), peer, job)
         if op == "attach":
-            return self._attach(str(request.get("job")), peer, writer, job)
+            return self._attach(str(request.get("job")), peer, job)
         if op == "checkpointed":
             known = self._agent.registry.jobs.get(str(request.get("job")))
             if known is None or peer.uid not in (0, known.uid):
@@ -237,7 +237,7 @@ class JobServer:
         self._agent.recorder.window += 1
         self._agent.wake(f"evaluation arm {arm}")
 
-    def _attach(self, name: str, peer: Peer, writer: asyncio.StreamWriter, running: str) -> dict[str, Any]:
+    def _attach(self, name: str, peer: Peer, running: str) -> dict[str, Any]:
         """The caller of a job of before our restart is there again."""
         known = self._agent.registry.jobs.get(name)
         if known is None or peer.uid not in (0, known.uid):
@@ -246,9 +246,7 @@ class JobServer:
             raise BadInput(f"the job {name!r} has its caller")
         if check_child(self._agent.port, peer, known.pid) != known.start_time:
             raise BadInput(f"process {known.pid} is another by now")
-        if known.evicted:
-            writer.write(msgspec.json.encode({"evicted": known.evicted}) + b"\n")
-        return {"job": name, "path": known.path}
+        return {"job": name, "path": known.path, "evicted": known.evicted}
 
     async def _run(self, request: RunRequest, peer: Peer, running: str) -> dict[str, Any]:
         agent = self._agent

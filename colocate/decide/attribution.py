@@ -43,9 +43,9 @@ WAITING, LATENCY, DISPLACED = 0.0, 1.0, 2.0
 
 # What is remembered of a subject. Times are monotonic seconds; NEVER means none.
 (AT, T, N, WAITED, NEAR_AT, NEAR_T, NEAR_N, NEAR_WAITED, OLD_AT, OLD_T, OLD_N, OLDER_AT, OLDER_T, OLDER_N,
- FROM_AT, FROM_T, FROM_N, CHANGES, ADDED_SUM, ADDED_SQUARES, LAST, ON, ON_SUM, OFF, OFF_SUM, EXPOSURE, FIRST_OFF,
- ASKED, CLEARED_UNTIL, CLEARED_AT, CLEARED_ON, ACQUITTALS, RISEN, LEVEL, ADDED, VARIANCE, CERTAINTY, ALARMED,
- WINDOW, SUBJECT_STATE) = range(40)  # fmt: skip
+ FROM_AT, FROM_T, FROM_N, CHANGES, ADDED_SUM, ADDED_SQUARES, LAST, ON, ON_SUM, OFF, OFF_SUM, EXPOSURE, UNHEARD,
+ FIRST_OFF, ASKED, CLEARED_UNTIL, CLEARED_AT, CLEARED_ON, ACQUITTALS, RISEN, LEVEL, ADDED, VARIANCE, CERTAINTY, ALARMED,
+ WINDOW, SUBJECT_STATE) = range(41)  # fmt: skip
 NEVER = -1.0
 # ASKED: 0 not suspected, 1 batch is asked about it, 2 batch was found to harm it.
 
@@ -78,6 +78,9 @@ LEAST_SECONDS = 0.4
 MOST_CHANGES, MOST_CHANGES_OF_LATENCY = 12.0, 40.0
 MOST_PHASE_SECONDS, MOST_STEP_SECONDS = 10.0, 60.0
 MOST_CHANGE = 4.0
+MOST_UNHEARD = 4.0
+LOST_SECONDS = 600.0
+"""How long a service that went silent keeps batch at its floor; then its waiting has to tell."""
 LEAST_REQUESTS, LEAST_REQUESTS_TO_GROW = 20.0, 100.0
 CLEARED_SECONDS = 600.0
 FADE_SECONDS = 60.0
@@ -229,7 +232,10 @@ def _still_cleared(row: Row, kind: float, count: float, exposure: float, step: f
 def _fold(row: Row, kind: float, on: bool, inputs: Row) -> None:
     """A phase is over: its level joins those of its kind, and its difference to the phase before."""
     felt, exposure = _felt(row)
-    if exposure <= 0.0:
+    if exposure <= 0.0:  # it has no requests any more, or cannot be read: nobody can be asked about it for ever
+        row[UNHEARD] += 1.0
+        if row[UNHEARD] >= MOST_UNHEARD and row[ASKED] == 1.0:
+            row[ASKED] = 0.0
         return
     if row[ON] + row[OFF] >= 1.0:
         limit = harm(kind, row[OFF_SUM] / max(row[OFF], 1.0), inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
@@ -312,6 +318,8 @@ def _first_off(node: Row, rows: Rows, inputs: Row, start: float) -> None:
 
 def _open(node: Row, rows: Rows, start: float) -> None:
     node[ELSEWHERE] = node[TRIED_ELSEWHERE] = node[WHOLE] = 0.0
+    for row in rows:
+        row[ASKED] = 0.0
     _go(node, rows, OPEN, UNLIMITED, start, 0.0)
 
 
@@ -352,7 +360,7 @@ def _measured(rows: Rows, seen: Rows, now: float, until: float, least_requests: 
 
 def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
     """The end of an off phase: condemn, or open and compare."""
-    until, condemned = node[UNTIL], False
+    until, condemned, asked = node[UNTIL], False, False
     for i in range(len(rows)):
         row = rows[i]
         _fold(row, seen[i][KIND], False, inputs)
@@ -361,6 +369,10 @@ def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
             or (_asked_enough(row, seen[i][KIND]) and row[CERTAINTY] > UNDECIDED)
         ):
             row[ASKED], condemned = 2.0, True
+        asked = asked or row[ASKED] > 0.0
+    if not asked:
+        _open(node, rows, until)
+        return
     if condemned:
         for row in rows:
             row[ASKED] = 0.0 if row[ASKED] < 2.0 else 2.0
@@ -432,10 +444,12 @@ def _while_asking(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
             _begin_measuring(row)
     who = _worst(rows, 1.0)
     if off and inputs[IN_FORCE] == 0.0 and now >= node[UNTIL] + MOST_STEP_SECONDS:
-        for row in rows:  # a floor that is never in force answers nothing
-            row[ASKED] = 0.0
+        asked = _worst(rows, 1.0)
+        for row in rows:  # a floor that is never in force answers nothing, and is not asked for again soon
+            if row[ASKED] > 0.0:
+                _clear(row, now, max(row[LEVEL], 0.0))
         _open(node, rows, now)
-        return NOTHING_SUFFERS, -1
+        return NOT_CAUSED, asked
     if off:
         enough = _measured(rows, seen, now, node[UNTIL], LEAST_REQUESTS, MOST_PHASE_SECONDS)
         if now >= node[UNTIL] - 1e-6 and inputs[IN_FORCE] > 0.0 and enough:
@@ -555,9 +569,11 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
     return TRYING_MORE, who
 
 
-def _lost(rows: Rows, seen: Rows) -> int:
+def _lost(rows: Rows, seen: Rows, now: float) -> int:
     """The subject whose histogram went silent while it did badly, or while it is asked about; -1 if none."""
     for i in range(len(rows)):
+        if now - rows[i][AT] >= LOST_SECONDS:
+            continue
         if seen[i][SILENT] >= 2.0 or (seen[i][SILENT] >= 1.0 and rows[i][ASKED] > 0.0):
             return i
     return -1
@@ -591,10 +607,10 @@ def step(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
     """
     for i in range(len(rows)):
         _take_in(rows[i], seen[i], inputs)
-    lost = _lost(rows, seen)
+    lost = _lost(rows, seen, inputs[NOW])
     if lost >= 0:  # losing sight of a patient is no recovery
         rows[lost][ASKED] = max(rows[lost][ASKED], 1.0)
-        if node[MODE] != HELD or node[GRANT] == UNLIMITED:
+        if node[MODE] != HELD or node[GRANT] == UNLIMITED or node[GRANT] > inputs[FLOOR_CORES]:
             node[ELSEWHERE] = 0.0
             _hold(node, rows, inputs[FLOOR_CORES], inputs[NOW], 0.0)
         node[UNTIL] = max(node[UNTIL], inputs[NOW] + NEAR_SECONDS)

@@ -155,8 +155,12 @@ def _targets(snapshot: NodeSnapshot, forecast: Forecast) -> list[tuple[Workload,
 
 
 def can_confine(snapshot: NodeSnapshot) -> bool:
-    """Whether all batch work can be kept to chosen CPUs."""
-    return all("cpuset.cpus" in w.knobs for w in _governed(snapshot))
+    """Whether all batch work can be kept to chosen CPUs.
+
+    v1 refuses a cpuset less than a child's, and every container that a runtime made below batch in place has one.
+    """
+    v1 = snapshot.cgroup_version == 1
+    return all("cpuset.cpus" in w.knobs and not (v1 and w.in_place) for w in _governed(snapshot))
 
 
 def _in_force(snapshot: NodeSnapshot, forecast: Forecast, floor: float) -> bool:
@@ -250,7 +254,8 @@ def _look_again(state: CpuState, now: float) -> float | None:
     mode = state.node[pulse.MODE]
     if mode == pulse.OPEN:
         return None
-    ends = max(state.node[pulse.UNTIL] - now, 0.05)
+    left = state.node[pulse.UNTIL] - now
+    ends = left if left > 0.05 else LOOK_AGAIN_SECONDS
     marked = state.node[pulse.MARK] - now
     if mode in (pulse.ASKING_ON, pulse.TRYING):
         return min(ends, LOOK_AGAIN_SECONDS)
@@ -312,6 +317,8 @@ def _message(view: View, state: CpuState, code: int, subject: Subject | None, ro
         return f"{name} has not answered since it was past its target or asked about: batch stays at its floor"
     if code == pulse.BATCH_IDLE:
         return f"{feels}, but batch hardly runs ({forecast.batch_cores:.2f} cores)" + _others(forecast)
+    if code == pulse.NOT_CAUSED and not _in_force(view.snapshot, forecast, spec.cpu.floor) and not row[pulse.ON]:
+        return f"{feels}; the floor did not come into force, so nobody can tell whether it is batch: no limit"
     if code == pulse.NOT_CAUSED:
         answer = _answer(subject, row) or f"{subject.workload.name} was not helped by less batch"
         return f"{feels}: not batch's doing ({answer}){_others(forecast)}"
@@ -341,12 +348,12 @@ def _limits(view: View, state: CpuState) -> tuple[Limits, list[Rejected]]:
     """The grant as a cpuset where it is whole cores and every target can be confined, else as a quota."""
     snapshot, grant = view.snapshot, state.grant_cores
     everywhere = shared_cpus(snapshot)
-    if state.confined_to is not None:
-        return Limits(None, state.confined_to), []
+    if state.confined_to is not None:  # an exclusive pod may have come since
+        return Limits(None, tuple(c for c in state.confined_to if c in everywhere) or everywhere), []
     if grant is None:
         return Limits(None, everywhere), []
     rungs = [r for r in view.calibration.rungs if r != "freeze"]
-    if grant >= 1.0 and rungs[:1] == ["cpuset"]:
+    if grant >= 1.0 and grant > view.spec.cpu.floor and rungs[:1] == ["cpuset"]:
         if can_confine(snapshot):
             return Limits(None, chosen_cpus(snapshot, int(grant))), []
         why = "batch in place has no cpuset of its own"

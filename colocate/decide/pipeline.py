@@ -100,7 +100,7 @@ def settle(actions: list[Action]) -> tuple[list[Action], list[Rejected]]:
 def within_found(action: Action, workload: Workload) -> Action:
     """The same, never wider than what its owner had given batch in place; here once, so that no law can forget it."""
     found = workload.found.get(action.knob)
-    if found is None or KNOBS[action.knob].codec == "act":
+    if found is None or KNOBS[action.knob].codec == "act" or action.knob == "cgroup.freeze":  # what must end must run
         return action
     return msgspec.structs.replace(action, value=narrowest(action.knob, action.value, found))
 

@@ -186,7 +186,7 @@ class _Watch:
         with contextlib.suppress(ColocateError):
             connection = Connection(self.path)
             try:
-                connection.ask(op="attach", job=self.job)
+                self.evicted = str(connection.ask(op="attach", job=self.job).get("evicted") or self.evicted)
             except ColocateError:
                 connection.close()
                 raise

@@ -53,16 +53,28 @@ def reserved_cpus(port: FilePort, tree: Tree, cpus: tuple[int, ...], targets: It
     alone = set(parse_cpulist(port.proc("/sys/devices/system/cpu/isolated") or ""))
     shared: set[int] = set()
     if hierarchy is not None and tree.kubepods is not None:
-        for target in targets:
-            if not target.id.startswith("pod:"):
-                continue
-            guaranteed = target.path.rpartition("/")[0] == tree.kubepods
-            paths = [target.path, *(joined(target.path, c) for c in port.children(hierarchy, target.path))]
-            for path in paths:
-                own = set(parse_cpulist((port.read(hierarchy, path, "cpuset.cpus") or "").strip()))
-                if guaranteed and own and own < set(cpus):
-                    alone |= own
-                elif not guaranteed:
-                    shared |= own
+        owned: list[set[int]] = []
+        for pod in sorted({p for t in targets if (p := _pod_of(tree, t.path)) is not None}):
+            guaranteed = pod.rpartition("/")[0] == tree.kubepods
+            paths = [pod, *(joined(pod, c) for c in port.children(hierarchy, pod))]
+            texts = [port.read(hierarchy, path, "cpuset.cpus") or "" for path in paths]
+            own = {c for text in texts for c in parse_cpulist(text.strip()) if text.strip()}
+            if guaranteed and own and own < set(cpus):
+                owned.append(own)
+            elif not guaranteed:
+                shared |= own
+        # CPUs that two Guaranteed pods have are the shared pool's: exclusive ones belong to one.
+        for i, own in enumerate(owned):
+            alone |= own.difference(*(other for j, other in enumerate(owned) if j != i))
     alone -= shared if shared < set(cpus) else set()
-    return tuple(sorted(alone.intersection(cpus))) if alone.intersection(cpus) != set(cpus) else ()
+    alone &= set(cpus)
+    return tuple(sorted(alone)) if alone != set(cpus) else ()
+
+
+def _pod_of(tree: Tree, path: str) -> str | None:
+    """The pod's cgroup in which a workload is, or which it is."""
+    for level in (tree.burstable, tree.besteffort, tree.kubepods):
+        if level is not None and path.startswith(f"{level}/"):
+            pod = joined(level, path[len(level) + 1 :].split("/")[0])
+            return None if pod in (tree.burstable, tree.besteffort, tree.tier_path) else pod
+    return None

@@ -171,6 +171,8 @@ class _Disk:
         try:
             if rotate:
                 self._rotate(time_seconds)
+            elif self._file is None:
+                raise OSError(errno.ENOENT, "the segment that it belongs to was not begun")
             elif os.fstat(self._file.fileno()).st_nlink == 0 or not Path(self._file.name).exists():
                 self.close()  # somebody took the file away: what is written into it nobody reads
                 raise OSError(errno.ENOENT, "the file is gone; another is begun")
@@ -263,7 +265,9 @@ class Recorder:
 
     def _look_at_pending(self) -> None:
         while self._pending and self._pending[0].done():
-            self._note(self._pending.popleft().result())
+            done = self._pending.popleft()
+            error = done.exception()
+            self._note(done.result() if error is None else f"{type(error).__name__}: {error}")
 
     def _note(self, failed: str) -> None:
         if failed:

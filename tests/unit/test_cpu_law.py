@@ -40,6 +40,7 @@ class Node:
         self.tier_knobs["cpuset.cpus"] = format_cpulist(self.cpus)
         self.taken_seconds = self.be_waited = self.work = 0.0
         self.grants: list[tuple[float, float | None]] = []
+        self.messages: list[str] = []
         self.applies = True
         self.figures: Callable[[], dict[str, object]] = dict
 
@@ -102,6 +103,7 @@ class Node:
             if action.workload == "tier":
                 self.tier_knobs[action.knob] = action.value
         self.grants.append((self.now, self.state.grant_cores))
+        self.messages.append(self.decision.verdict.message)
         return self.decision.verdict.reason
 
     def tick(self, seconds=1.0):
@@ -270,7 +272,9 @@ def test_a_floor_that_is_not_read_back_acquits_nobody():
     node.look()
     assert set(node.run(30)) == {"BatchAsked"}
     assert "not in force" in node.decision.verdict.message
-    assert node.run(120)[-1] != "NotCausedByBatch"
+    node.run(120)
+    assert not any("not batch's doing" in message for message in node.messages)
+    assert any("nobody can tell" in message for message in node.messages)
 
 
 def test_a_larger_grant_never_passes_the_guard_rail():
@@ -411,7 +415,7 @@ WORLDS = st.tuples(
 
 @settings(deadline=None, max_examples=40)
 @given(WORLDS, st.lists(st.sampled_from([0.1, 0.5, 0.25, 1.0]), min_size=5, max_size=30))
-def test_the_same_world_sampled_otherwise_has_the_same_grants_within_one_interval(world, mixture):
+def test_the_same_world_sampled_otherwise_has_the_same_grants_within_two_intervals(world, mixture):
     level, points, start = world
 
     def grants(paces):
@@ -424,13 +428,14 @@ def test_the_same_world_sampled_otherwise_has_the_same_grants_within_one_interva
             node.tick(min(paces[i % len(paces)], max(again, 0.1) if again is not None else 9.0))
         return node.grants
 
+    # Two: the sample that raises the alarm may be one interval late, and the one that ends a later phase another.
     reference = grants([0.1])
     for paces in ([0.5], [1.0], mixture):
         found = grants(paces)
         wrong = [
             t / 10
             for t in range(1000, 1290)
-            if not any(close(at(found, t / 10), at(reference, t / 10 + d / 10)) for d in range(-11, 12))
+            if not any(close(at(found, t / 10), at(reference, t / 10 + d / 10)) for d in range(-21, 22))
         ]
         assert len(wrong) <= 2, (paces, wrong)
 
