@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> int:
         print(f"benchmarks: {error}", file=sys.stderr)
         return error.exit_code
     print(*lines, sep="\n")
-    (RESULTS / "summary.txt").write_text("\n".join(lines) + "\n")
+    if not named:  # of some suites only it would lose the others
+        (RESULTS / "summary.txt").write_text("\n".join(lines) + "\n")
     return 0
 
 

@@ -68,8 +68,9 @@ ERROR_BUDGET_RATIO = 0.01
 """Of requests beyond the target of a p99."""
 UNDECIDED = 0.5
 """After the last question the likelier answer has to do; below this it is that batch is innocent."""
-ALARM_LEVEL = 0.02
-"""A share of requests beyond the target is believed to be over its budget if chance gives it less often than this."""
+ALARM_LEVEL, HARM_LEVEL = 0.002, 0.02
+"""A share of requests beyond the target is believed to be over its budget, or more than without batch, if chance gives
+it less often than this. The first is looked for all the time, so that chance has many occasions."""
 SETTLE_SHARE = 2.0 / 3.0
 NEAR_SECONDS = 1.0
 LEAST_DISPLACED_CORES = 0.015
@@ -78,6 +79,8 @@ LEAST_SECONDS = 0.4
 MOST_CHANGES, MOST_CHANGES_OF_LATENCY = 12.0, 40.0
 MOST_PHASE_SECONDS, MOST_STEP_SECONDS = 10.0, 60.0
 MOST_CHANGE = 4.0
+SHORT_PHASES = 3.0
+"""How many short off phases it takes to say that harm outlasts them."""
 MOST_UNHEARD = 4.0
 LOST_SECONDS = 600.0
 """How long a service that went silent keeps batch at its floor; then its waiting has to tell."""
@@ -125,7 +128,7 @@ def binomial_tail(count: float, total: float, share: float) -> float:
 
 def over_budget(count: float, total: float) -> bool:
     """Whether so many of so many requests beyond the target are more than a service within its p99 shows by chance."""
-    return count >= 1.5 and binomial_tail(count, total, ERROR_BUDGET_RATIO) < ALARM_LEVEL
+    return count >= 2.5 and binomial_tail(count, total, ERROR_BUDGET_RATIO) < ALARM_LEVEL
 
 
 def harm(kind: float, off: float, pressure_ratio: float, besteffort_ratio: float) -> float:
@@ -271,7 +274,7 @@ def _harmed(row: Row, kind: float, inputs: Row) -> bool:
         return False
     if kind == LATENCY:
         share = min(max(off, ERROR_BUDGET_RATIO), 0.999)
-        return binomial_tail(felt * exposure, exposure, share) < ALARM_LEVEL
+        return binomial_tail(felt * exposure, exposure, share) < HARM_LEVEL
     return True
 
 
@@ -390,6 +393,14 @@ def _asked_enough(row: Row, kind: float) -> bool:
     return row[CHANGES] >= (MOST_CHANGES_OF_LATENCY if kind == LATENCY else MOST_CHANGES)
 
 
+def _outlasts(row: Row, on: float) -> bool:
+    """Whether the short off phases feel like those beside batch rather than like the end of the whole one before."""
+    short = row[OFF] - 1.0
+    return short >= SHORT_PHASES and (row[OFF_SUM] - row[FIRST_OFF]) / short - row[FIRST_OFF] > 0.5 * (
+        on - row[FIRST_OFF]
+    )
+
+
 def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None:
     """The end of an on phase: acquit whom the answer is clear of; ask again for the others."""
     left, disagree = False, False
@@ -399,12 +410,15 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
         if row[ASKED] == 0.0:
             continue
         felt, off = row[ON_SUM] / max(row[ON], 1.0), row[OFF_SUM] / max(row[OFF], 1.0)
+        limit = harm(seen[i][KIND], off, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+        differs = felt - row[FIRST_OFF] > max(0.75 * limit, 1.5 * math.sqrt(row[VARIANCE]))
+        if node[WHOLE] == 0.0 and differs and _outlasts(row, felt):
+            node[WHOLE] = 1.0
+            _first_off(node, rows, inputs, at)
+            return
         if row[CERTAINTY] > -ODDS and not (_asked_enough(row, seen[i][KIND]) and row[CERTAINTY] <= UNDECIDED):
             left = True
-        elif node[WHOLE] == 0.0 and felt - row[FIRST_OFF] > max(
-            0.75 * harm(seen[i][KIND], off, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO]),
-            1.5 * math.sqrt(row[VARIANCE]),
-        ):
+        elif node[WHOLE] == 0.0 and differs:
             disagree = True
         else:
             _clear(row, at, felt)

@@ -95,8 +95,8 @@ class Subject(NamedTuple):
         name, now, objective = self.workload.name, self.now, self.workload.objective
         if self.kind == LATENCY and objective is not None:
             target = objective.p99_seconds * 1e3
-            p99 = f"p99 {now.p99_seconds * 1e3:.2f} ms" if now.p99_seconds is not None else "few requests"
-            return f"{name}: {p99} of target {target:.2f} ms"
+            p99 = f"p99 {now.p99_seconds * 1e3:.2f} ms" if now.p99_seconds is not None else "too few requests for a p99"
+            return f"{name}: {p99}, target {target:.2f} ms"
         return f"{name} waits for a CPU {now.cpu_waiting_ratio or 0.0:.1%} of the time"
 
 
