@@ -1,7 +1,10 @@
 """What a service feels beside batch: p99, batch work and effective utilization in each arm, paired round by round.
 
-Arms: alone, unmanaged, kubelet's BestEffort, koordlet's law on BestEffort, ours; the order is reversed in every second
-round. The same cells run here and in the guest (full cgroup v2, another kernel). Rounds are fixed in `SUBSET`.
+Arms: alone, unmanaged, kubelet's BestEffort, koordlet's law on BestEffort, ours at the policy's defaults, ours at the
+demo's faster values, and BestEffort and ours again while a third party burns CPU beside them; the order is reversed in
+every second round. The same cells run here and in the guest (full cgroup v2, another kernel). Rounds are fixed in
+`SUBSET` and `FULL`. The rows of our arms keep what the CPU law said and what the service waited, tick by tick, so that
+a miss can be traced.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import msgspec
 from benchmarks.common import Runs, bar, reference_loop
 from benchmarks.services import WithNginx, WithPostgres, lacks
 from colocate.actuate.statedir import default_state_dir
+from colocate.agent.loop import Tick
 from colocate.agent.numba_cache import load_kernels
 from colocate.calibrate.measure import PROBE
 from colocate.calibrate.probe import WorkCounter
@@ -32,28 +36,33 @@ from colocate.demo.script import SERVICE_POD, Demo, Process
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import oom_kills, read_workload
 from colocate.observe.node import capacity, figures
+from colocate.policy.schema import ColocationPolicy, PolicySpec, ServiceLevelObjective
 from tools.guest import Guest
 from tools.guest import lacks as guest_lacks
 
-ARMS = ("alone", "unmanaged", "besteffort", "koordlet", "colocate")
+ARMS = (
+    "alone", "unmanaged", "besteffort", "koordlet", "colocate", "colocate/demo", "besteffort/disturbed",
+    "colocate/disturbed",
+)  # fmt: skip
+PLAIN_ARMS = ARMS[:5]
 BATCHES = ("training", "hogs", "growth", "stream", "cache", "beside")
 """`beside` is CPU hogs with a plain BestEffort group of hogs beside them."""
 CPU_BATCHES = ("training", "hogs")
 SERVICES = ("inference", "postgres", "nginx")
-SUBSET = {
-    ("here", "inference", "training"): 4,
-    ("here", "inference", "hogs"): 4,
-    ("here", "inference", "growth"): 4,
-    ("here", "postgres", "hogs"): 4,
-    ("here", "nginx", "hogs"): 4,
-    ("guest", "inference", "hogs"): 4,
-}
-FULL = {("here", s, b): 8 for s in SERVICES for b in BATCHES} | {
+SUBSET = {("here", s, "hogs"): 3 for s in SERVICES}
+FULL = {("here", s, b): 6 for s in SERVICES for b in BATCHES} | {
     ("guest", "inference", b): 6 for b in ("training", "hogs", "growth", "beside")
 }
-SECONDS = {"here": 8.0, "guest": 16.0}
-BARS = {"besteffort": 1.05, "here": 1.25, "guest": 1.1, "growth_besteffort": 0.5, "work": 0.9, "effective": 0.9}
+SECONDS = {"here": 20.0, "guest": 20.0}
+FULL_SECONDS = 60.0
+BARS = {"besteffort": 1.05, "here": 1.25, "guest": 1.1, "growth_besteffort": 0.5, "work": 0.9, "effective": 0.9,
+        "disturbed": 1.1, "bought": 0.8}  # fmt: skip
 LEAST = 1e-3
+
+
+def arms_of(batch: str) -> tuple[str, ...]:
+    """Which arms a cell has: what the CPU law's values and a third party change is asked beside CPU work only."""
+    return ARMS if batch in CPU_BATCHES else PLAIN_ARMS
 
 
 class Cell(Demo):
@@ -66,6 +75,8 @@ class Cell(Demo):
         self._others: list[WorkCounter] = []
         self._others_per_second = 0.0
         self.rows: list[dict[str, Any]] = []
+        self._arm_policy = ""
+        self._ticks: list[dict[str, Any]] = []
 
     async def _serve(self, serving: list[Process]) -> None:
         self._serving = serving
@@ -83,11 +94,14 @@ class Cell(Demo):
 
     async def _arms(self, calibration: Calibration) -> None:
         service = joined(self._node.path, SERVICE_POD)
-        for arm in ("alone", *(ARMS[1:] if self._round % 2 == 0 else ARMS[:0:-1])):
+        arms = arms_of(self._batch)
+        for arm in ("alone", *(arms[1:] if self._round % 2 == 0 else arms[:0:-1])):
             killed, _ = oom_kills(self._port, service, inodes_of(self._port, service))
-            async with self._besteffort_beside(arm):
-                await (self._koordlet() if arm == "koordlet" else self._arm(arm, calibration))
-            found = self._result.arms[arm]
+            plain, _, self._arm_policy = arm.partition("/")
+            self._ticks = []
+            async with self._besteffort_beside(arm), self._disturbed(arm):
+                await (self._koordlet() if arm == "koordlet" else self._arm(plain, calibration))
+            found = self._result.arms[plain]
             gone = sum(p.process.returncode is not None for p in self._serving)
             lost = max(oom_kills(self._port, service, inodes_of(self._port, service))[0] - killed, gone)
             self.rows.append(
@@ -103,6 +117,7 @@ class Cell(Demo):
                     "batch_lost": found.batch_processes_lost,
                     "service_lost": lost,
                     "besteffort_work": round(self._others_per_second, 1),
+                    "ticks": self._ticks,
                 }
             )
             if lost:
@@ -133,6 +148,46 @@ class Cell(Demo):
         finally:
             for hog in hogs:
                 await hog.end()
+
+    @contextlib.asynccontextmanager
+    async def _disturbed(self, arm: str) -> AsyncIterator[None]:
+        """A third party, neither service nor batch, that burns CPU while the arm runs."""
+        burning: list[Process] = []
+        if arm.endswith("/disturbed"):
+            self._node.make("stranger")
+            path = joined(self._node.path, "stranger")
+            command = [sys.executable, "-IS", str(PROBE), "hog", str(self._directory / "stranger")]
+            burning.append(await Process.start(self._node, path, command, {}))
+        try:
+            yield
+        finally:
+            for process in burning:
+                await process.end()
+
+    def _policy(self) -> ColocationPolicy:
+        """The policy's defaults, but for the arm that has the demo's faster values."""
+        policy = super()._policy()
+        if self._arm_policy == "demo":
+            return policy
+        replace = msgspec.structs.replace
+        named = [(p, p.slo and ServiceLevelObjective(p.slo.p99, p.slo.url, p.slo.metric)) for p in policy.spec.services]
+        services = tuple(replace(p, slo=slo) for p, slo in named)
+        plain = PolicySpec(node_root=policy.spec.node_root, services=services)
+        return replace(policy, spec=plain)
+
+    def _decided(self, tick: Tick) -> None:
+        super()._decided(tick)
+        said = next((v for v in tick.plan.verdicts if v.law == "cpu"), None)
+        service = tick.forecast.workloads.get("service:inference")
+        self._ticks.append(
+            {
+                "at": round(tick.snapshot.monotonic_seconds, 3),
+                "reason": said.reason if said else "",
+                "grant": said.numbers.get("grant_cores") if said else None,
+                "waited": round(service.waited_seconds, 4) if service else None,
+                "p99_ms": round(service.p99_seconds * 1e3, 2) if service and service.p99_seconds is not None else None,
+            }
+        )
 
     async def _measure(self, arm: str, jobs: list[Process]) -> None:
         """Also the work of the BestEffort group beside, while batch runs."""
@@ -204,7 +259,7 @@ def run_cell(service: str, batch: str, round_: int, seconds: float) -> list[dict
     cell = CELLS[service](KernelPort(), batch, round_, seconds)
     result = asyncio.run(cell.run(Calibration(), kernels))
     reference = reference_loop()
-    common = {"service": service, "batch": batch, "round": round_, "reference": reference}
+    common = {"service": service, "batch": batch, "round": round_, "seconds": seconds, "reference": reference}
     return [{**common, **row, "host_unchanged": result.host_unchanged} for row in cell.rows]
 
 
@@ -212,18 +267,22 @@ def run(full: bool) -> list[str]:
     """Run what is missing; the summary."""
     runs = Runs("isolation")
     cells = FULL if full else SUBSET
+    lasts = dict.fromkeys(SECONDS, FULL_SECONDS) if full else SECONDS
     missing = [
         (where, service, batch, round_)
         for round_ in range(max(cells.values()))  # rounds first: what is cut short is balanced
         for (where, service, batch), rounds in cells.items()
         if round_ < rounds
-        and not all(runs.has(where=where, service=service, batch=batch, round=round_, arm=arm) for arm in ARMS)
+        and not all(
+            runs.has(where=where, service=service, batch=batch, round=round_, arm=arm, seconds=lasts[where])
+            for arm in arms_of(batch)
+        )
     ]
     notes = {f"          {s}: did not run, it lacks {lacks(s)}" for _, s, _, _ in missing if lacks(s)}
     for where, service, batch, round_ in missing:
         if where == "here" and not lacks(service):
             print(f"isolation: {service} beside {batch}, round {round_ + 1}", file=sys.stderr, flush=True)
-            for row in run_cell(service, batch, round_, SECONDS[where]):
+            for row in run_cell(service, batch, round_, lasts[where]):
                 runs.add(where=where, **row)
     inside = [cell for cell in missing if cell[0] == "guest"]
     if inside and guest_lacks():
@@ -234,7 +293,7 @@ def run(full: bool) -> list[str]:
                 print(
                     f"isolation: {service} beside {batch} in the guest, round {round_ + 1}", file=sys.stderr, flush=True
                 )
-                command = f"python3 -m benchmarks.isolation {service} {batch} {round_} {SECONDS[where]}"
+                command = f"python3 -m benchmarks.isolation {service} {batch} {round_} {lasts[where]}"
                 code, output = guest.run(command, 900)
                 if code:
                     raise RuntimeError(f"in the guest: {output[-2000:]}")
@@ -244,25 +303,40 @@ def run(full: bool) -> list[str]:
     return [*sorted(notes), *summary(runs)]
 
 
-def _ratio(rows: list[dict[str, Any]], field: str, other: str) -> Interval:
+def _ratio(rows: list[dict[str, Any]], field: str, other: str, ours: str = "colocate") -> Interval:
     """Ours to another arm's, round by round. Nothing done counts as next to nothing, not as a round that was not."""
     values = {(r["arm"], r["round"]): max(r[field] or 0.0, LEAST) for r in rows}
-    rounds = sorted(i for arm, i in values if arm == "colocate" and (other, i) in values)
-    return ratio_interval([values["colocate", i] for i in rounds], [values[other, i] for i in rounds])
+    rounds = sorted(i for arm, i in values if arm == ours and (other, i) in values)
+    return ratio_interval([values[ours, i] for i in rounds], [values[other, i] for i in rounds])
+
+
+def _disturbed_bars(cell: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Beside a third party: no worse than BestEffort, and batch work that is given up has to buy something."""
+    ours, plain = "colocate/disturbed", "besteffort/disturbed"
+    p99, work = _ratio(rows, "p99_ms", plain, ours), _ratio(rows, "work", plain, ours)
+    bought = BARS["disturbed"] if work.value >= BARS["work"] else BARS["bought"]
+    return [
+        bar(f"{cell}, disturbed: p99 to BestEffort's", p99.below(bought), p99, bought),
+        bar(f"{cell}, disturbed: batch work to BestEffort's", "reported", work, BARS["work"]),
+    ]
 
 
 def summary(runs: Runs) -> list[str]:
     """Each bar by the interval of paired ratios over the rounds."""
     lines = []
     every = [r for r in runs.runs if "batch" in r]
-    for where, service, batch in dict.fromkeys((r["where"], r["service"], r["batch"]) for r in every):
-        rows = [r for r in every if (r["where"], r["service"], r["batch"]) == (where, service, batch)]
-        cell = f"{service} beside {batch}" + (" (guest)" if where == "guest" else "")
+
+    def key(row: dict[str, Any]) -> tuple[str, str, str, float]:
+        return row["where"], row["service"], row["batch"], row["seconds"]
+
+    for where, service, batch, seconds in dict.fromkeys(key(r) for r in every):
+        rows = [r for r in every if key(r) == (where, service, batch, seconds)]
+        cell = f"{service} beside {batch}, {seconds:g} s" + (" (guest)" if where == "guest" else "")
         lines.append(f"{cell}: medians of {1 + max(r['round'] for r in rows)} rounds")
-        for arm in ARMS:
+        for arm in arms_of(batch):
             here = [r for r in rows if r["arm"] == arm]
             lines.append(
-                f"          {arm:10s} p99 {_median(here, 'p99_ms'):8.2f} ms  work {_median(here, 'work'):9.0f}/s  CPU "
+                f"          {arm:20s} p99 {_median(here, 'p99_ms'):8.2f} ms  work {_median(here, 'work'):9.0f}/s  CPU "
                 f"{_median(here, 'cpu'):4.0%}  lost: service {sum(r['service_lost'] for r in here)}, batch "
                 f"{sum(r['batch_lost'] for r in here)}, requests {sum(r['failed'] for r in here)}"
                 + (f"  BestEffort's work {_median(here, 'besteffort_work'):.0f}/s" if batch == "beside" else "")
@@ -282,6 +356,9 @@ def _bars(cell: str, where: str, batch: str, rows: list[dict[str, Any]]) -> list
             bar(f"{cell}: p99 to BestEffort's", to_plain.below(BARS["besteffort"]), to_plain, BARS["besteffort"]),
             bar(f"{cell}: p99 to alone", to_alone.below(alone), to_alone, alone),
             bar(f"{cell}: batch work to BestEffort's", gained.above(BARS["work"]), gained, BARS["work"]),
+            bar(f"{cell}: p99 to BestEffort's, demo's policy", "reported", *_demo(rows, "p99_ms")),
+            bar(f"{cell}: batch work to BestEffort's, demo's policy", "reported", *_demo(rows, "work")),
+            *_disturbed_bars(cell, rows),
             bar(f"{cell}: effective utilization", effective.above(BARS["effective"]), effective, BARS["effective"], ""),
         ]
     elif batch == "growth":
@@ -303,6 +380,10 @@ def _bars(cell: str, where: str, batch: str, rows: list[dict[str, Any]]) -> list
     lines.append(bar(f"{cell}: p99 to koordlet's law", "reported", _ratio(rows, "p99_ms", "koordlet"), 1.0))
     lines.append(bar(f"{cell}: batch work to koordlet's law", "reported", _ratio(rows, "work", "koordlet"), 1.0))
     return lines
+
+
+def _demo(rows: list[dict[str, Any]], field: str) -> tuple[Interval, float]:
+    return _ratio(rows, field, "besteffort", "colocate/demo"), BARS["work" if field == "work" else "besteffort"]
 
 
 def _median(rows: list[dict[str, Any]], field: str) -> float:

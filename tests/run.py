@@ -83,8 +83,10 @@ def main(arguments: list[str]) -> int:
             shutil.copyfileobj(output, sys.stdout.buffer)
             sys.stdout.buffer.flush()
             output.close()
+    chosen = {suite for lanes in (SLOW if slow else QUICK) for lane in lanes for suite in lane}
     for suite, lack in lacks.items():
-        print(f"suite {suite}: {'ran' if not lack else 'did not run, it lacks ' + lack}")
+        ran = "ran" if suite in chosen else "has only slow tests"
+        print(f"suite {suite}: {ran if not lack else 'did not run, it lacks ' + lack}")
     if not slow:
         print("what is slow (cgroup v2 in a virtual machine, a death at every write): make test-slow")
     if not os.environ.get("COLOCATE_TRACES"):

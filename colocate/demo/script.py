@@ -118,6 +118,7 @@ class Demo:
         self._counters: list[WorkCounter] = []
         self._progress_files: list[Path] = []
         self._result = Result(simulated=False, host_unchanged=False)
+        self._seen: list[str] = []
         self._target_seconds = 0.02
 
     async def run(self, calibration: Calibration | None, kernels: Kernels) -> Result:
@@ -314,8 +315,17 @@ class Demo:
         )
         return ColocationPolicy(metadata=Metadata(name="demo"), spec=spec)
 
+    def _decided(self, tick: Tick) -> None:
+        """What is new of what was decided, for the report; the CPU law's word at least every ten ticks."""
+        for verdict in tick.plan.verdicts:
+            text = f"{verdict.law}: {verdict.reason} ({verdict.state})"
+            sometimes = verdict.law == "cpu" and tick.snapshot.sequence % 10 == 0
+            if text not in self._seen[-8:] or sometimes:
+                self._seen.append(text)
+                self._result.decisions.append(f"tick {tick.snapshot.sequence}: {text}: {verdict.message}")
+
     async def _colocate(self, calibration: Calibration) -> None:
-        state = StateDirectory(self._directory / "state")
+        state = StateDirectory(Path(tempfile.mkdtemp(prefix="state-", dir=self._directory)))  # arms learn by themselves
         agent = Agent(
             self._port,
             self._policy(),
@@ -325,17 +335,7 @@ class Demo:
             calibration=calibration,
         )
         agent.open()
-        seen: list[str] = []
-
-        def note(tick: Tick) -> None:
-            for verdict in tick.plan.verdicts:
-                text = f"{verdict.law}: {verdict.reason} ({verdict.state})"
-                sometimes = verdict.law == "cpu" and tick.snapshot.sequence % 10 == 0
-                if text not in seen[-8:] or sometimes:
-                    seen.append(text)
-                    self._result.decisions.append(f"tick {tick.snapshot.sequence}: {text}: {verdict.message}")
-
-        agent.on_tick.append(note)
+        agent.on_tick.append(self._decided)
         server = JobServer(agent, self._directory / "agent.sock")
         stop = asyncio.Event()
         await server.start()
