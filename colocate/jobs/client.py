@@ -31,6 +31,8 @@ EXIT_NOT_FOUND = 127
 EMBEDDED_START_SECONDS = 20.0
 ANSWER_SECONDS = 10.0
 ATTACH_MILLISECONDS = 500
+LAST_WORD_SECONDS = 3.0
+"""How long an agent is looked for that may have killed the child."""
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
@@ -203,6 +205,16 @@ class _Watch:
         elif "evicted" in message:
             self.evicted = str(message["evicted"])
 
+    def _last_word(self, pidfd: int) -> None:
+        """The child has ended while no agent was heard. A successor may have evicted it: ask while it is known."""
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)  # not reaped, so that its pid still is its own
+        killed = ended is not None and ended.si_code != os.CLD_EXITED
+        deadline = time.monotonic() + (LAST_WORD_SECONDS if killed else 0.0)
+        self._attach()
+        while self.connection is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self._attach()
+
     def wait(self) -> int:
         """The child's wait status."""
         pidfd = os.pidfd_open(self.child)
@@ -218,6 +230,8 @@ class _Watch:
                 if known is not None and (known.has_line or known.socket.fileno() in ready):
                     self._hear()
                 elif pidfd in ready:
+                    if known is None:
+                        self._last_word(pidfd)
                     return os.waitpid(self.child, 0)[1]
                 elif known is None:
                     self._attach()

@@ -391,7 +391,7 @@ def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
     node.knob("kubepods/besteffort", "cpu.weight", "1")
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two CPUs")
-    running = AgentProcess(node, dirs, tick="200ms")
+    running = AgentProcess(node, dirs, tick=f"{200 * PATIENCE:.0f}ms")
     for _ in range(2):
         node.start("kubepods/besteffort/podhog", HOG, cpu=0)
     job = subprocess.Popen(
@@ -405,16 +405,20 @@ def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
         )
         return (found.cpu_usage_us or 0) / 1e6 if found is not None else 0.0
 
+    agents = 0.0 if PATIENCE == 1 else 0.3  # what the agent itself takes of an emulated CPU
+    seen = []
+
     def both_run():
         """BestEffort has its CPU, and batch the other one, over five seconds."""
         before, started = (used(above), used(tier)), time.monotonic()
         time.sleep(5)
         seconds = time.monotonic() - started
         rates = ((used(above) - before[0]) / seconds, (used(tier) - before[1]) / seconds)
-        return rates[0] > 0.8 and rates[1] > 0.6
+        seen.append(rates)
+        return rates[0] > 0.8 - agents and rates[1] > 0.6 - agents
 
     found = wait_for(both_run, 60)  # others may use the CPUs meanwhile
     job.terminate()
     job.wait(10 * PATIENCE)
     running.stop()
-    assert found
+    assert found, seen

@@ -84,11 +84,19 @@ def test_a_state_directory_that_is_emptied_costs_no_undo(node, agent, dirs):
     assert wait_for(lambda: weight(node, "nightly") == found)
 
 
-def test_a_job_of_before_a_restart_is_told_of_its_eviction_by_the_successor(node, agent):
+@pytest.mark.parametrize(
+    ("longest", "between"),
+    [
+        pytest.param("8s", 0.0, id="which its caller has found by then"),
+        pytest.param("3s", 3.0, id="in its first tick"),
+    ],
+)
+def test_a_job_of_before_a_restart_is_told_of_its_eviction_by_the_successor(node, agent, longest, between):
     first = agent()
-    job = start_job("long", "sleep", "120", options=("--max-runtime", "8s"))
+    job = start_job("long", "sleep", "120", options=("--max-runtime", longest))
     assert wait_for(lambda: first.ask("status")["jobs"] == 1)
     first.stop()
+    time.sleep(between)
     second = agent()
     _, said = job.communicate(timeout=60 * PATIENCE)
     assert job.returncode == EXIT_EVICTED, said
