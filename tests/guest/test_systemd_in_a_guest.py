@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def test_the_shipped_unit_starts_feeds_its_watchdog_and_is_undone_when_it_is_kil
     files = {"/usr/local/bin/colocate": program, "/etc/colocate/policy.yaml": policy}
     files["/run/systemd/system/colocate.service"] = UNIT.read_text()
     for path, text in files.items():
-        code, output = guest.run(f"mkdir -p $(dirname {path}); cat > {path} <<'END'\n{text}END\nchmod 755 {path}")
+        coded = base64.b64encode(text.encode()).decode()
+        code, output = guest.run(f"mkdir -p $(dirname {path}); echo {coded} | base64 -d > {path}; chmod 755 {path}")
         assert code == 0, output
     code, output = guest.run("systemctl daemon-reload && systemctl start colocate && systemctl is-active colocate", 200)
     assert (code, output.strip()) == (0, "active"), output
