@@ -348,7 +348,8 @@ class Guest:
         if self._systemd:
             line += " guest.systemd systemd.unit=guest.service systemd.show_status=0"
         self._qemu = subprocess.Popen(
-            ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max",
+            ["setpriv", "--pdeathsig", "KILL",  # nobody ends it if we are killed
+             "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max",
              "-smp", str(self._cpus), "-m", str(MEMORY_MIB), "-nographic", "-nodefaults", "-no-reboot",
              "-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initrd"), "-append", line,
              "-drive", f"file={image / 'root.img'},if=virtio,format=raw,snapshot=on,cache=unsafe",
