@@ -403,7 +403,7 @@ def _outlasts(row: Row, on: float) -> bool:
 
 def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None:
     """The end of an on phase: acquit whom the answer is clear of; ask again for the others."""
-    left, disagree = False, False
+    left, disagree, outlasts = False, False, False
     for i in range(len(rows)):
         row = rows[i]
         _fold(row, seen[i][KIND], True, inputs)
@@ -413,16 +413,15 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
         limit = harm(seen[i][KIND], off, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
         differs = felt - row[FIRST_OFF] > max(0.75 * limit, 1.5 * math.sqrt(row[VARIANCE]))
         if node[WHOLE] == 0.0 and differs and _outlasts(row, felt):
-            node[WHOLE] = 1.0
-            _first_off(node, rows, inputs, at)
-            return
+            outlasts = True
+            break
         if row[CERTAINTY] > -ODDS and not (_asked_enough(row, seen[i][KIND]) and row[CERTAINTY] <= UNDECIDED):
             left = True
         elif node[WHOLE] == 0.0 and differs:
             disagree = True
         else:
             _clear(row, at, felt)
-    if not left and disagree:
+    if outlasts or (not left and disagree):
         node[WHOLE] = 1.0
         _first_off(node, rows, inputs, at)
         return
@@ -458,12 +457,11 @@ def _while_asking(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
             _begin_measuring(row)
     who = _worst(rows, 1.0)
     if off and inputs[IN_FORCE] == 0.0 and now >= node[UNTIL] + MOST_STEP_SECONDS:
-        asked = _worst(rows, 1.0)
         for row in rows:  # a floor that is never in force answers nothing, and is not asked for again soon
             if row[ASKED] > 0.0:
                 _clear(row, now, max(row[LEVEL], 0.0))
         _open(node, rows, now)
-        return NOT_CAUSED, asked
+        return NOT_CAUSED, who
     if off:
         enough = _measured(rows, seen, now, node[UNTIL], LEAST_REQUESTS, MOST_PHASE_SECONDS)
         if now >= node[UNTIL] - 1e-6 and inputs[IN_FORCE] > 0.0 and enough:

@@ -56,9 +56,8 @@ def decide_freeze(view: View, state: FreezeState) -> Decision:
             follow.append(Request(verb="evict", workload=job.id, law=LAW, reason="FrozenTooLong", message=message))
         wanted = "1" if wish is not None else "0"
         paused = job.found.get("cgroup.freeze", "1") == "1"
-        others = (
-            job.in_place and paused and job.id not in state.since and job.id not in thaw
-        )  # froze it, a `docker pause` say
+        # Others froze it, by a `docker pause` say.
+        others = job.in_place and paused and job.id not in state.since and job.id not in thaw
         if job.frozen != (wanted == "1") and not (wanted == "0" and others):
             reason = wish.reason if wish is not None else "Thaw"
             message = wish.message if wish is not None else "nothing asks for a freeze any more"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -118,3 +120,64 @@ def wait_for(condition: object, seconds: float = 30.0) -> bool:
             return True
         time.sleep(0.02)
     return bool(condition())
+
+
+POLICY = """
+apiVersion: colocate.io/v1alpha1
+kind: ColocationPolicy
+metadata: {{name: test}}
+spec:
+  nodeRoot: {root}
+  tick: {tick}
+  calibrate: false
+  services: [{{name: web, selector: {{cgroup: /web}}}}]
+  {more}
+  http: {{port: 0, enabled: false}}
+"""
+
+
+class AgentProcess:
+    """A real `colocate agent`."""
+
+    def __init__(self, node, directory, tick="250ms", more="", options=()):
+        self.node, self.directory = node, directory
+        self.config = directory / "policy.yaml"
+        self.config.write_text(POLICY.format(root=node.path, tick=tick, more=more))
+        command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(self.config), *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.socket = directory / "run" / "agent.sock"
+        assert wait_for(self.socket.exists), self.process.stderr.read() if self.process.stderr else ""
+
+    def ask(self, command, *arguments):
+        found = colocate(command, "-o", "json", *arguments)
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout)
+
+    def stop(self, number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        assert self.process.stderr is not None
+        said = self.process.stderr.read()
+        self.process.wait(20 * PATIENCE)
+        self.process.stderr.close()
+        return said
+
+
+@pytest.fixture
+def agent(node, dirs):
+    node.make("web")
+    made = []
+
+    def start(**options):
+        made.append(AgentProcess(node, dirs, **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        if one.process.returncode is None:
+            one.process.send_signal(signal.SIGCONT)  # a test may have stopped it
+            one.stop(signal.SIGKILL)
+
+
+def tier_of(node):
+    return joined(node.path, "colocate-batch")

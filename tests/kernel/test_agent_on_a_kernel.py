@@ -16,66 +16,7 @@ from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import inodes_of, joined, processes_below
 from colocate.cgroup.v1 import read_knob
 from colocate.observe.cgroup import read_workload
-from tests.kernel.conftest import DUTY, HOG, PATIENCE, colocate, wait_for
-
-POLICY = """
-apiVersion: colocate.io/v1alpha1
-kind: ColocationPolicy
-metadata: {{name: test}}
-spec:
-  nodeRoot: {root}
-  tick: {tick}
-  calibrate: false
-  services: [{{name: web, selector: {{cgroup: /web}}}}]
-  {more}
-  http: {{port: 0, enabled: false}}
-"""
-
-
-class AgentProcess:
-    """A real `colocate agent`."""
-
-    def __init__(self, node, directory, tick="250ms", more="", options=()):
-        self.node, self.directory = node, directory
-        self.config = directory / "policy.yaml"
-        self.config.write_text(POLICY.format(root=node.path, tick=tick, more=more))
-        command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(self.config), *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.socket = directory / "run" / "agent.sock"
-        assert wait_for(self.socket.exists), self.process.stderr.read() if self.process.stderr else ""
-
-    def ask(self, command, *arguments):
-        found = colocate(command, "-o", "json", *arguments)
-        assert found.returncode == 0, found.stderr
-        return json.loads(found.stdout)
-
-    def stop(self, number=signal.SIGTERM):
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        assert self.process.stderr is not None
-        said = self.process.stderr.read()
-        self.process.wait(20 * PATIENCE)
-        self.process.stderr.close()
-        return said
-
-
-@pytest.fixture
-def agent(node, dirs):
-    node.make("web")
-    made = []
-
-    def start(**options):
-        made.append(AgentProcess(node, dirs, **options))
-        return made[-1]
-
-    yield start
-    for one in made:
-        if one.process.returncode is None:
-            one.stop(signal.SIGKILL)
-
-
-def tier_of(node):
-    return joined(node.path, "colocate-batch")
+from tests.kernel.conftest import DUTY, HOG, PATIENCE, AgentProcess, colocate, tier_of, wait_for
 
 
 def test_the_tier_is_made_at_the_least_weight_and_gone_after_sigterm(node, agent):

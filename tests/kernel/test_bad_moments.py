@@ -20,8 +20,8 @@ from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined, start_time
 from colocate.errors import ColocateError, NotAnswering
 from colocate.jobs import client
-from tests.kernel.conftest import HOG, PATIENCE, colocate, wait_for
-from tests.kernel.test_agent_on_a_kernel import AgentProcess, agent, run, tier_of  # noqa: F401 - a fixture
+from tests.kernel.conftest import HOG, PATIENCE, AgentProcess, colocate, tier_of, wait_for
+from tests.kernel.test_agent_on_a_kernel import run
 
 CLI = [sys.executable, "-m", "colocate.cli.main"]
 
@@ -29,21 +29,21 @@ CLI = [sys.executable, "-m", "colocate.cli.main"]
 # -- jobs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_in_a_job_ends_as_it_does_in_a_shell(agent):  # noqa: F811
+def test_a_pipeline_in_a_job_ends_as_it_does_in_a_shell(agent):
     running = agent()
     found = run("--", "sh", "-c", "while :; do echo x; done 2> /dev/null | head -1; echo after")
     assert found.stdout == "x\nafter\n"
     running.stop()
 
 
-def test_arguments_need_not_be_utf8(agent):  # noqa: F811
+def test_arguments_need_not_be_utf8(agent):
     running = agent()
     found = subprocess.run([*CLI, "run", "--", "printf", b"f\xe9"], capture_output=True, timeout=60 * PATIENCE)
     assert (found.returncode, found.stdout) == (0, b"f\xe9")
     running.stop()
 
 
-def test_a_job_over_its_memory_is_told_so(agent):  # noqa: F811
+def test_a_job_over_its_memory_is_told_so(agent):
     running = agent()
     found = run("--memory", "40Mi", "--", sys.executable, "-ISc", "b = bytearray(200 << 20); b[::4096] = b'1' * 51200")
     assert found.returncode == 137
@@ -75,14 +75,14 @@ def test_a_relative_policy_is_found_from_where_the_user_is(dirs, node):
     assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {})
 
 
-def test_closed_output_does_not_change_a_jobs_exit_code(agent):  # noqa: F811
+def test_closed_output_does_not_change_a_jobs_exit_code(agent):
     running = agent()
     command = " ".join([*CLI, "run", "--", "sh", "-c", "'exit 6'"])
     assert subprocess.run(f"{command} <&- >&- 2>&-", shell=True, timeout=60 * PATIENCE).returncode == 6
     running.stop()
 
 
-def test_a_job_that_makes_cgroups_of_its_own_leaves_none(node, agent):  # noqa: F811
+def test_a_job_that_makes_cgroups_of_its_own_leaves_none(node, agent):
     running = agent()
     mount = node.port.layout.mounts[node.port.layout.controllers["memory"]]
     inner = f"{mount}{tier_of(node)}/nest/inner"
@@ -95,7 +95,7 @@ def test_a_job_that_makes_cgroups_of_its_own_leaves_none(node, agent):  # noqa: 
 # -- agents -------------------------------------------------------------------------------------------------------
 
 
-def test_jobs_without_an_agent_go_on_and_their_directories_go_with_the_last(node, agent):  # noqa: F811
+def test_jobs_without_an_agent_go_on_and_their_directories_go_with_the_last(node, agent):
     running = agent()
     job = subprocess.Popen([*CLI, "run", "--name", "long", "--", "sh", "-c", f"sleep {4 * PATIENCE}; exit 9"])
     assert wait_for(lambda: running.ask("status")["jobs"] == 1)
@@ -107,7 +107,7 @@ def test_jobs_without_an_agent_go_on_and_their_directories_go_with_the_last(node
     assert wait_for(lambda: inodes_of(node.port, tier_of(node)) == {})
 
 
-def test_an_agent_that_cannot_start_does_not_cut_off_the_one_that_runs(node, agent, tmp_path):  # noqa: F811
+def test_an_agent_that_cannot_start_does_not_cut_off_the_one_that_runs(node, agent, tmp_path):
     running = agent()
     other = tmp_path / "other.yaml"
     other.write_text("spec: {http: {enabled: false}, calibrate: false}")
@@ -118,7 +118,7 @@ def test_an_agent_that_cannot_start_does_not_cut_off_the_one_that_runs(node, age
     running.stop()
 
 
-def test_a_client_that_never_reads_does_not_keep_the_agent_from_ending(node, agent):  # noqa: F811
+def test_a_client_that_never_reads_does_not_keep_the_agent_from_ending(node, agent):
     running = agent()
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(str(running.socket))
@@ -161,7 +161,7 @@ def test_a_job_that_no_agent_takes_is_not_a_success(tmp_path):
     assert found.stdout == ""
 
 
-def test_an_evaluation_says_so_when_its_agent_ends(agent, dirs):  # noqa: F811
+def test_an_evaluation_says_so_when_its_agent_ends(agent, dirs):
     running = agent()
     assert wait_for(lambda: running.ask("status")["ticks"] > 2)
     command = [*CLI, "evaluate", "--windows", "60", "--window", "1s", "--wash-out", "0s", "-o", "json"]
@@ -173,7 +173,7 @@ def test_an_evaluation_says_so_when_its_agent_ends(agent, dirs):  # noqa: F811
     assert "of 60 was not measured" in said
 
 
-def test_an_evaluation_whose_caller_is_stopped_ends(agent, dirs):  # noqa: F811
+def test_an_evaluation_whose_caller_is_stopped_ends(agent, dirs):
     running = agent()
     assert wait_for(lambda: running.ask("status")["ticks"] > 2)
     command = [*CLI, "evaluate", "--windows", "60", "--window", "1s", "--wash-out", "0s", "-o", "json"]
@@ -193,7 +193,7 @@ def test_an_evaluation_whose_caller_is_stopped_ends(agent, dirs):  # noqa: F811
         evaluation.wait()
 
 
-def test_a_connection_runs_one_job(agent, dirs):  # noqa: F811
+def test_a_connection_runs_one_job(agent, dirs):
     running = agent()
     children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
     try:
@@ -238,7 +238,7 @@ def command_of(children):
     return ""
 
 
-def test_an_agent_that_was_stopped_for_a_while_goes_on_as_before(node, agent):  # noqa: F811
+def test_an_agent_that_was_stopped_for_a_while_goes_on_as_before(node, agent):
     running = agent()
     node.start("web", HOG)
     job = subprocess.Popen([*CLI, "run", "--name", "calm", "--", "sleep", "60"])
@@ -254,7 +254,7 @@ def test_an_agent_that_was_stopped_for_a_while_goes_on_as_before(node, agent):  
     running.stop()
 
 
-def test_a_lock_that_a_stranger_could_hold_is_not_readable_for_strangers(agent, dirs):  # noqa: F811
+def test_a_lock_that_a_stranger_could_hold_is_not_readable_for_strangers(agent, dirs):
     running = agent()
     modes = {file.name: file.stat().st_mode & 0o777 for file in (dirs / "run").glob("*.lock")}
     assert set(modes.values()) == {0o600}

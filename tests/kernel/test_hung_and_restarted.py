@@ -14,27 +14,10 @@ import pytest
 from colocate.cgroup.tree import inodes_of, joined
 from colocate.cgroup.v1 import read_knob
 from colocate.jobs.client import EXIT_EVICTED, Connection
-from tests.kernel.conftest import HOG, PATIENCE, colocate, wait_for
-from tests.kernel.test_agent_on_a_kernel import AgentProcess, tier_of
+from tests.kernel.conftest import HOG, PATIENCE, colocate, tier_of, wait_for
 
 CLI = [sys.executable, "-m", "colocate.cli.main"]
 NIGHTLY = "batch: [{name: nightly, selector: {cgroup: /nightly}}]"
-
-
-@pytest.fixture
-def agent(node, dirs):
-    node.make("web")
-    made = []
-
-    def start(**options):
-        made.append(AgentProcess(node, dirs, **options))
-        return made[-1]
-
-    yield start
-    for one in made:
-        if one.process.returncode is None:
-            one.process.send_signal(signal.SIGCONT)
-            one.stop(signal.SIGKILL)
 
 
 def start_job(name, *command, options=()):

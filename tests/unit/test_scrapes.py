@@ -49,11 +49,12 @@ async def serving(answer):
         await runner.cleanup()
 
 
-async def scrape(url, **changes):
+async def scrape(url, times=1, **changes):
     scraper = LatencyScraper()
     slo = ServiceLevelObjective(**{"p99": 0.02, "url": f"{url}/metrics", "metric": "lat", **changes})
     try:
-        await scraper.scrape({"web": slo}, 2.0)
+        for _ in range(times):
+            await scraper.scrape({"web": slo}, 2.0)
     finally:
         await scraper.close()
     return scraper.readings.get("web"), scraper.problems.get("web", "")
@@ -339,12 +340,7 @@ async def test_pages_of_several_workers_are_no_evidence_and_are_said_to_be(order
         return web.Response(text=text + (f"process_start_time_seconds 1.7e9{worker}\n" if start_time else ""))
 
     async with serving(workers) as url:
-        scraper = LatencyScraper()
-        slo = ServiceLevelObjective(p99=0.02, url=url, metric="lat")
-        for _ in range(12):
-            await scraper.scrape({"web": slo}, 2.0)
-        reading, problem = scraper.readings.get("web"), scraper.problems.get("web", "")
-        await scraper.close()
+        reading, problem = await scrape(url, times=12)
     assert reading is None
     assert "do not belong to one process" in problem
 
@@ -358,11 +354,6 @@ async def test_a_service_that_restarted_once_is_evidence():
         return web.Response(text=page(counts=(total, total, total)) + f"process_start_time_seconds {len(asked) // 4}\n")
 
     async with serving(restarted) as url:
-        scraper = LatencyScraper()
-        slo = ServiceLevelObjective(p99=0.02, url=url, metric="lat")
-        for _ in range(7):
-            await scraper.scrape({"web": slo}, 2.0)
-        reading, problem = scraper.readings.get("web"), scraper.problems.get("web", "")
-        await scraper.close()
+        reading, problem = await scrape(url, times=7)
     assert reading is not None
     assert problem == ""
