@@ -133,6 +133,9 @@ def _add_node(add: Add) -> None:
     _socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command")
 
+    checkpointed = add("checkpointed", "run:checkpointed", "From inside a job: say that its state is saved")
+    _socket(checkpointed)
+
     top = add("top", "watch:top", "The node live")
     top.add_argument("--once", action="store_true", help="print once and end")
     _table_form(top)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.host import socket_path
 from colocate.errors import BadInput, ColocateError
-from colocate.jobs.client import EXIT_REFUSED, connect_or_embed
+from colocate.jobs.client import EXIT_REFUSED, JOB_VARIABLE, SOCKET_VARIABLE, connect_or_embed, tell_checkpointed
 from colocate.jobs.client import run as run_job
 from colocate.units import CPU_PERIOD_US, CPU_QUOTA_MIN_US
 
@@ -24,6 +25,18 @@ def run(options: argparse.Namespace) -> int:
     except ColocateError as error:
         print(f"colocate: {error}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def checkpointed(options: argparse.Namespace) -> int:
+    """Tell the agent; 1 if none answers."""
+    if not os.environ.get(JOB_VARIABLE):
+        raise BadInput(f"{JOB_VARIABLE} is not set: run this from inside a job, which `colocate run` starts")
+    if options.socket:
+        os.environ[SOCKET_VARIABLE] = options.socket
+    if tell_checkpointed():
+        return 0
+    print(f"colocate: no agent answers on {os.environ.get(SOCKET_VARIABLE)}", file=sys.stderr)
+    return 1
 
 
 def _is_roots(socket: Path) -> bool:

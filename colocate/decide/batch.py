@@ -264,6 +264,7 @@ def _step_nodes(
                 )
                 leaving, gone = leaving or not over, gone or over
         if gone:  # what was felt until then says nothing of what is left
+            node[i, RUNG], node[i, RUNG_SINCE], node[i, PRESSED] = -1.0, 0.0, 0.0
             node[i, SETTLED] = at + max(policy[RUNG_SECONDS], seconds)
         presses = presses and at >= node[i, SETTLED]
         rung, since, pressed = _CLIMB(

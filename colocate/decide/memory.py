@@ -2,15 +2,16 @@
 
 Owns memory.high, memory.max and memory.reclaim of batch, and the checkpoint signal. A stall moves batch only if it can
 be batch's doing: the node is short of memory, batch holds some of it, and the service is not at its own limit. v2
-rungs: high -> reclaim -> checkpoint signal (high lifted until its deadline) -> freeze request (skipped without swap: it
-frees nothing) -> evict request. v1 has no memory.high; its limit kills inside the group when reached, so it is never
-below usage plus headroom and the ladder is limit -> reclaim -> checkpoint -> evict. One shortage evicts one job at a
-time: what is on its way out, and what it will free, counts. Page cache is not pressure. designs/0002-memory.md.
+rungs: high -> reclaim -> checkpoint signal (a little room until all have answered) -> freeze request (skipped without
+swap: it frees nothing) -> evict request. v1 has no memory.high; its limit kills inside the group when reached, so it is
+never below usage plus headroom and the ladder is limit -> reclaim -> checkpoint -> evict. One shortage evicts one job at
+a time: what is on its way out, and what it will free, counts. Page cache is not pressure. designs/0002-memory.md.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -22,14 +23,15 @@ from colocate.units import format_bytes
 
 LAW = "memory"
 LEAST_BYTES = 64 << 20
-V1_HEADROOM_BYTES = 64 << 20
+V1_HEADROOM_BYTES = CHECKPOINT_BYTES = 64 << 20
+"""Beyond what batch holds: of a limit that kills on v1, and to write a checkpoint in."""
 GRAIN_BYTES = 1 << 20
 HYSTERESIS_RATIO = 0.02
 CRITICAL_RATIO = 0.01
 SHORT_RATIO = 0.1
 """Of the node: with more than this left (cache counted), nobody stalls for want of the node's memory."""
-STUCK_RATIO = 0.5
-"""A job whose processes all stall more than this at our limit does no work, though it runs."""
+CRAWL_RATIO = 0.5
+"""A job whose processes all stall more than this at the allowance does no work, though it runs."""
 RUNGS_V2 = ("high", "reclaim", "checkpoint", "freeze", "evict")
 RUNGS_V1 = ("limit", "reclaim", "checkpoint", "evict")
 
@@ -49,8 +51,10 @@ class MemoryState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     """Jobs that were on their way out at the last look."""
     settled: float = 0.0
     """Until then a stall may still be one of before the last eviction freed its memory."""
-    stuck: dict[str, float] = {}
-    """Since when a job stalls at our limit."""
+    over: float = 0.0
+    """Since when batch wants more than its allowance; 0: it does not."""
+    lifted_bytes: int = 0
+    """The tier's high mark while checkpoints are written."""
 
 
 def batch_bytes(snapshot: NodeSnapshot) -> int:
@@ -173,46 +177,64 @@ def _helps(rung: str, snapshot: NodeSnapshot, v2: bool) -> bool:
     return rung not in ("high", "reclaim") or v2 or snapshot.tier is not None
 
 
-def _advance(state: MemoryState, stalls: bool, rungs: tuple[str, ...], view: View) -> MemoryState:
+def _unsaved(state: MemoryState, view: View) -> bool:
+    """Whether a checkpoint may still be on its way: its deadline has not passed, and its job has not answered."""
+    for id_, deadline in state.signalled.items():
+        job = view.snapshot.workloads.get(id_)
+        if view.now < deadline and job is not None and (job.checkpointed_seconds or 0.0) <= state.since:
+            return True
+    return False
+
+
+def _advance(state: MemoryState, why: str, over: str, rungs: tuple[str, ...], view: View) -> MemoryState:
+    """The ladder; who only wants more than the allowance is not squeezed, but saved and one of them evicted."""
     memory, v2 = view.spec.memory, rungs is RUNGS_V2
-    helps = sum(1 << i for i, rung in enumerate(rungs) if _helps(rung, view.snapshot, v2))
-    waits = (
-        state.rung >= 0 and rungs[state.rung] == "checkpoint" and any(view.now < d for d in state.signalled.values())
-    )
+    useful = rungs if why else ("checkpoint", "evict")
+    helps = sum(1 << i for i, rung in enumerate(rungs) if rung in useful and _helps(rung, view.snapshot, v2))
+    waits = state.rung >= 0 and rungs[state.rung] == "checkpoint" and _unsaved(state, view)
+    before, stalls = state.rung, bool(why or over)
     rung, since, pressed = climb(
-        state.rung, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs), memory.rung, memory.calm
+        before, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs), memory.rung, memory.calm
     )
-    return msgspec.structs.replace(state, rung=rung, since=since, pressed=pressed)
+    lifted = state.lifted_bytes
+    if rung != before and rungs[rung] == "checkpoint" and view.snapshot.tier is not None:
+        lifted = (view.snapshot.tier.memory_bytes or 0) + CHECKPOINT_BYTES
+    return msgspec.structs.replace(state, rung=rung, since=since, pressed=pressed, lifted_bytes=lifted)
 
 
 def _settle(state: MemoryState, view: View) -> MemoryState:
-    """Notice that an eviction has ended: what was felt until then says nothing of what is left."""
+    """Notice that an eviction has ended. It ends the episode, and what was felt until then says nothing of the next."""
     leaving = tuple(sorted(view.evicting))
-    gone = [id_ for id_ in state.leaving if id_ not in view.evicting]
-    settled = view.now + max(view.spec.memory.rung, view.forecast.interval_seconds) if gone else state.settled
-    return msgspec.structs.replace(state, leaving=leaving, settled=settled)
+    if all(id_ in view.evicting for id_ in state.leaving):
+        return msgspec.structs.replace(state, leaving=leaving)
+    settled = view.now + max(view.spec.memory.rung, view.forecast.interval_seconds)
+    return MemoryState(leaving=leaving, settled=settled, allowance_bytes=state.allowance_bytes)
 
 
-def _stuck(state: MemoryState, view: View) -> tuple[MemoryState, list[Request]]:
-    """Jobs that crawl at a limit of ours, neither killed nor running: they hold memory and do no work."""
-    since: dict[str, float] = {}
-    requests = []
-    tier = view.snapshot.tier
-    for job in view.snapshot.of("batch"):
-        ratio = view.forecast.workloads[job.id].memory_full_ratio
-        limited = job if job.in_place else tier
-        high = limited.knobs.get("memory.high", "max") if limited is not None else "max"
-        ours = high.isdigit() and high != (limited.found.get("memory.high") if limited is not None else None)
-        at_high = ours and limited is not None and (limited.memory_bytes or 0) >= 0.9 * int(high)
-        if not at_high or ratio is None or ratio < STUCK_RATIO:
-            continue
-        since[job.id] = state.stuck.get(job.id, view.now)
-        lasted = view.now - since[job.id]
-        if lasted > view.spec.freeze.max_frozen and job.id not in view.evicting:
-            mark = format_bytes(int(high))
-            message = f"{job.name} stalls {ratio:.0%} of the time at its limit of {mark}, for {lasted:.0f} s already"
-            requests.append(Request(verb="evict", workload=job.id, law=LAW, reason="MemoryStuck", message=message))
-    return msgspec.structs.replace(state, stuck=since), requests
+def _over(state: MemoryState, view: View, *, v2: bool) -> tuple[MemoryState, str]:
+    """Batch that wants more than its allowance, in words, when it has done so for long: it does no work, or soon harms.
+
+    v2 holds it at the allowance, where it crawls; v1 has no such mark, and there it holds more.
+    """
+    tier, allowed, now = view.snapshot.tier, state.allowance_bytes, view.now
+    held = (tier.working_set_bytes or 0) if tier is not None else 0
+    high = tier.knobs.get("memory.high", "max") if tier is not None and v2 else "max"
+    text = ""
+    if not v2 and held > allowed:
+        text = f"batch holds {format_bytes(held)}, its allowance is {format_bytes(allowed)}"
+    elif high.isdigit() and int(high) >= (1 - HYSTERESIS_RATIO) * allowed and held >= 0.9 * allowed:
+        crawling = [
+            job.name
+            for job in view.snapshot.of("batch")
+            if not job.in_place and (view.forecast.workloads[job.id].memory_full_ratio or 0.0) >= CRAWL_RATIO
+        ]
+        saving = state.rung >= 0 and RUNGS_V2[state.rung] == "checkpoint"
+        if crawling or (saving and state.over):  # while it saves its work it has a little room
+            text = f"{' and '.join(crawling) or 'batch'} crawls at batch's allowance of {format_bytes(allowed)}"
+    since = (state.over or now) if text else 0.0
+    state = msgspec.structs.replace(state, over=since)
+    lasted = now - since
+    return state, f"{text}, for {lasted:.0f} s already" if text and lasted > view.spec.memory.crawl else ""
 
 
 def decide_memory(view: View, state: MemoryState) -> Decision:
@@ -221,28 +243,29 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     v2 = "memory.high" in snapshot.capabilities
     rungs = RUNGS_V2 if v2 else RUNGS_V1
     allowed = allowance_bytes(view, state.allowance_bytes)
-    state = _settle(state, view)
+    state = _settle(msgspec.structs.replace(state, allowance_bytes=allowed), view)
+    state, over = _over(state, view, v2=v2)
     why, rejected = pressure(view)
-    if why and view.now < state.settled:
+    if (why or over) and view.now < state.settled:
         rejected.append(Rejected(law=LAW, considered="the next rung", why="an eviction has just freed memory"))
-        why = ""
+        why = over = ""
     stale = view.stale("workloads")
     left_open = stale >= spec.staleness.open_after
     if stale < spec.staleness.stop_tightening_after:
-        state = _advance(state, bool(why), rungs, view)
+        state = _advance(state, why, over, rungs, view)
     if left_open:
-        state = MemoryState()
-    state, requests = _stuck(msgspec.structs.replace(state, allowance_bytes=allowed), view)
+        state = MemoryState(allowance_bytes=allowed)
     rung = rungs[state.rung] if state.rung >= 0 else "calm"
-    reason, message = _words(view, state, rung, why, allowed)
-    actions = _limits(view, state, rung, reason, message, v2=v2, left_open=left_open)
-    if why and rung == "checkpoint":
+    reason, message = _words(view, state, rung, why, over)
+    actions = _limits(view, state, rung, reason, message, v2=v2, stalls=bool(why), left_open=left_open)
+    requests = []
+    if (why or over) and rung == "checkpoint":
         state, signals = _signals(view, state, message)
         actions += signals
     if why and rung == "freeze":
-        requests += [_request("freeze", w, message) for w in snapshot.of("batch")]
-    if why and rung == "evict" and not view.evicting:
-        requests += [_request("evict", w, message) for w in least_loss(view)]
+        requests = [_request("freeze", w, reason, message) for w in snapshot.of("batch")]
+    if (why or over) and rung == "evict" and not view.evicting:
+        requests = [_request("evict", w, reason, message) for w in least_loss(view)]
     if state.rung < 0:
         state = msgspec.structs.replace(state, signalled={})
     numbers = {
@@ -251,21 +274,22 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
         "batch_bytes": float(batch_bytes(snapshot)),
         "allowance_bytes": float(allowed),
     }
-    if requests:
-        reason, message = requests[0].reason, requests[0].message
     verdict = Verdict(law=LAW, state=rung, reason=reason, message=message, numbers=numbers)
     return Decision(state, actions, verdict, rejected, requests)
 
 
-def _words(view: View, state: MemoryState, rung: str, why: str, allowed: int) -> tuple[str, str]:
+def _words(view: View, state: MemoryState, rung: str, why: str, over: str) -> tuple[str, str]:
+    leaving = f"; {len(view.evicting)} job(s) on their way out" if view.evicting else ""
     if why:
-        leaving = f"; {len(view.evicting)} job(s) on their way out" if view.evicting else ""
         return "MemoryPressure", why + leaving
+    if over:
+        return "OverAllowance", over + leaving
     if state.rung >= 0:
         return "MemoryPressure", f"calm since {view.now - state.pressed:.1f} s, rung {rung} still in force"
     return "MemoryAllowance", (
-        f"allowance {format_bytes(allowed)} = node {format_bytes(view.snapshot.memory_bytes)} - services' peak "
-        f"{format_bytes(view.forecast.services_peak_bytes)} - others - reserve {view.spec.memory.reserve:g} %"
+        f"allowance {format_bytes(state.allowance_bytes)} = node {format_bytes(view.snapshot.memory_bytes)} - "
+        f"services' peak {format_bytes(view.forecast.services_peak_bytes)} - others - reserve "
+        f"{view.spec.memory.reserve:g} %"
     )
 
 
@@ -279,63 +303,75 @@ def _signals(view: View, state: MemoryState, message: str) -> tuple[MemoryState,
     return msgspec.structs.replace(state, signalled=signalled), actions
 
 
-def _request(verb: str, workload: Workload, message: str) -> Request:
-    return Request(
-        verb="freeze" if verb == "freeze" else "evict",
-        workload=workload.id,
-        law=LAW,
-        reason="MemoryPressure",
-        message=message,
-    )
+def _request(verb: Literal["freeze", "evict"], job: Workload, reason: str, message: str) -> Request:
+    return Request(verb=verb, workload=job.id, law=LAW, reason=reason, message=message)
 
 
 def _limits(
-    view: View, state: MemoryState, rung: str, reason: str, message: str, *, v2: bool, left_open: bool
+    view: View,
+    state: MemoryState,
+    rung: str,
+    reason: str,
+    message: str,
+    *,
+    v2: bool,
+    stalls: bool,
+    left_open: bool,
 ) -> list[Action]:
     now_reclaimed = rung == "reclaim" and state.since == state.pressed == view.now
     actions = []
     tier = view.snapshot.tier
     governed = [w for w in view.snapshot.of("batch") if w.in_place and "memory.high" in w.knobs]
     if tier is not None and tier.memory_bytes is not None:
-        value = _tier_value(tier, state, rung, v2=v2, left_open=left_open)
+        value = _tier_value(tier, state, rung, v2=v2, stalls=stalls, left_open=left_open)
         if value is not None:
             actions.append(act(LAW, tier, "memory.high" if v2 else "memory.max", value, reason, message))
         if now_reclaimed and (tier.working_set_bytes or 0) >= GRAIN_BYTES:
             amount = max((tier.working_set_bytes or 0) // 4, GRAIN_BYTES)
             actions.append(act(LAW, tier, "memory.reclaim", str(amount), reason, message))
-    for workload in governed:  # only while a service stalls; then its owner's own value is back
+    for workload in governed:  # only during an episode; then its owner's own value is back
         found = workload.found.get("memory.high", workload.knobs["memory.high"])
         held = workload.working_set_bytes or 0
         value = found
         if state.rung >= 0 and rung != "checkpoint" and held >= LEAST_BYTES and not left_open:
-            mark = str(max(int(held * 0.9) // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES))
-            value = narrowest("memory.high", _never_widened(workload, mark), found)
+            mark = _squeezed(workload, held) if stalls else _held(workload, held)
+            value = narrowest("memory.high", mark, found)
         actions.append(act(LAW, workload, "memory.high", value, reason, message))
         if now_reclaimed and held >= LEAST_BYTES:
             actions.append(act(LAW, workload, "memory.reclaim", str(held // 4), reason, message))
     return actions
 
 
-def _never_widened(workload: Workload, value: str) -> str:
-    """While services stall a mark that is lower already stays."""
+def _squeezed(workload: Workload, held_bytes: float) -> str:
+    """While services stall: 90 % of what batch holds; a mark that is lower already stays."""
+    value = max(int(held_bytes * 0.9) // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES)
+    return narrowest("memory.high", str(value), workload.knobs.get("memory.high", "max"))
+
+
+def _held(workload: Workload, held_bytes: float) -> str:
+    """When that has helped: no more than batch has, but with that it may work."""
     current = workload.knobs.get("memory.high", "max")
-    return current if current.isdigit() and int(current) <= int(value) else value
+    return str(max(int(held_bytes) // GRAIN_BYTES * GRAIN_BYTES, int(current) if current.isdigit() else 0))
 
 
-def _tier_value(tier: Workload, state: MemoryState, rung: str, *, v2: bool, left_open: bool) -> str | None:
+def _tier_value(
+    tier: Workload, state: MemoryState, rung: str, *, v2: bool, stalls: bool, left_open: bool
+) -> str | None:
     """The tier's limit; None to leave it."""
     allowed, used = state.allowance_bytes, tier.working_set_bytes or 0
-    if left_open or (v2 and rung == "checkpoint"):
-        return "max"  # a job that is throttled at its high mark cannot write its checkpoint in time
+    if left_open:
+        return "max"
     if not v2:
         least = (tier.memory_bytes or 0) + V1_HEADROOM_BYTES
         wanted = max(allowed, least) // GRAIN_BYTES * GRAIN_BYTES
         current = tier.knobs.get("memory.max", "max")
         stays = current.isdigit() and int(current) >= least and abs(int(current) - wanted) <= HYSTERESIS_RATIO * wanted
         return None if stays else str(wanted)
+    if rung == "checkpoint":
+        return str(state.lifted_bytes)  # who is throttled at its high mark cannot write its checkpoint in time
     if state.rung < 0:
         return str(allowed)
-    return _never_widened(tier, str(max(min(allowed, int(used * 0.9)) // GRAIN_BYTES * GRAIN_BYTES, LEAST_BYTES)))
+    return narrowest("memory.high", _squeezed(tier, used) if stalls else _held(tier, used), str(allowed))
 
 
 def lost_work(workload: Workload, now_seconds: float) -> float:

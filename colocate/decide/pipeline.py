@@ -32,7 +32,7 @@ LAWS: tuple[tuple[str, Law], ...] = (
     ("freeze", decide_freeze),
 )
 """Each with the field of LawState that is its memory, in an order in which requests reach their owner."""
-LAWS_VERSION = 2
+LAWS_VERSION = 3
 
 
 class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

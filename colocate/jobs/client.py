@@ -1,6 +1,8 @@
 """`colocate run`: the command is a child of the caller; stdio is inherited, signals and the exit code pass through.
 
-The child waits on a pipe until the agent has moved it into the tier, and only then becomes the command. Exit codes:
+The child waits on a pipe until the agent has moved it into the tier, and only then becomes the command, with its job and
+the agent's socket in COLOCATE_JOB and COLOCATE_SOCKET. The kernel's OOM killer is told to take it first, as it is told
+of a BestEffort pod. Exit codes:
 the command's own, 128+n if a signal ended it, 75 (EX_TEMPFAIL of sysexits.h) if it was evicted, 125 if the agent
 refused, 126/127 as shells use them.
 """
@@ -31,6 +33,9 @@ EXIT_NOT_FOUND = 127
 EMBEDDED_START_SECONDS = 20.0
 ANSWER_SECONDS = 10.0
 ATTACH_MILLISECONDS = 500
+JOB_VARIABLE, SOCKET_VARIABLE = "COLOCATE_JOB", "COLOCATE_SOCKET"
+OOM_SCORE_ADJ = "1000"
+"""What kubelet gives a BestEffort pod."""
 LAST_WORD_SECONDS = 3.0
 """How long an agent is looked for that may have killed the child."""
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
@@ -140,8 +145,30 @@ def connect_or_embed(path: Path, policy: str | None) -> Connection:
     raise NotAnswering(f"the agent that was started does not answer; see {log_path}")
 
 
-def _fork(command: list[str]) -> tuple[int, int]:
-    """A child that becomes the command when a byte arrives on the returned descriptor; it ends if none does."""
+def tell_checkpointed() -> bool:
+    """From inside a job: its state is saved as of now. Whether an agent heard it; False outside of any job.
+
+    Nobody waits for its checkpoint any longer, and what an eviction would lose is counted from here. Raises ColocateError
+    where an agent answers that it knows no such job of this user.
+    """
+    job, path = os.environ.get(JOB_VARIABLE), os.environ.get(SOCKET_VARIABLE)
+    if not job or not path:
+        return False
+    try:
+        connection = Connection(Path(path))
+    except NotAnswering:
+        return False
+    try:
+        connection.ask(op="checkpointed", job=job)
+    except NotAnswering:
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def _fork(command: list[str], socket_path: Path) -> tuple[int, int]:
+    """A child that becomes the command when the job's name and a newline arrive on the returned descriptor; else it ends."""
     read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid:
@@ -154,7 +181,12 @@ def _fork(command: list[str]) -> tuple[int, int]:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # until it is the command, its parent's handlers
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        if os.read(read, 1):
+        name = os.read(read, 1 << 10).rstrip(b"\n")
+        if name:
+            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+                file.write(OOM_SCORE_ADJ)
+            os.environb[os.fsencode(JOB_VARIABLE)] = name
+            os.environ[SOCKET_VARIABLE] = str(socket_path)
             os.execvp(command[0], command)
     except OSError as error:
         print(f"colocate: {command[0]}: {error.strerror}", file=sys.stderr)
@@ -255,7 +287,7 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
         print(f"colocate: {command[0]}: {'not executable' if exists else 'command not found'}", file=sys.stderr)
         return EXIT_NOT_EXECUTABLE if exists else EXIT_NOT_FOUND
     shown = os.fsencode(" ".join(command))[:200].decode(errors="replace")
-    child, go = _fork(command)
+    child, go = _fork(command, connection.path.absolute())
     try:
         # A signal in this moment ends us and so the child, which is still waiting for its go.
         job = str(connection.ask(op="run", pid=child, command=shown, **request)["job"])
@@ -265,7 +297,7 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
         raise
     _pass_signals(child)
     with contextlib.suppress(BrokenPipeError):  # a child that has been killed meanwhile has a status of its own
-        os.write(go, b"g")
+        os.write(go, os.fsencode(f"{job}\n"))
     os.close(go)
     watch = _Watch(child, connection, job)
     status = watch.wait()

@@ -116,8 +116,10 @@ class MemoryPolicy(Spec, frozen=True):
     """How long a rung is given to work before the next is taken."""
     calm: Duration = 10.0
     """How long without pressure before a rung is undone."""
+    crawl: Duration = 10.0
+    """How long batch may want more than its allowance before one job has to go, its work saved."""
     checkpoint_deadline: Duration = 10.0
-    """How long jobs have to save their state before the ladder goes on."""
+    """How long jobs have to save their state before the ladder goes on; it goes on at once when all say that they have."""
     termination_grace: Duration = 5.0
     """Between SIGTERM and the kill of an evicted job."""
 

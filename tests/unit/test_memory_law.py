@@ -15,6 +15,7 @@ from tests import make
 from tests.make import GIB, SPEC
 
 replace = msgspec.structs.replace
+MIB = 1 << 20
 
 
 class Memory:
@@ -55,7 +56,7 @@ def test_pressure_climbs_the_ladder_one_rung_at_a_time():
     assert law.tick() == "calm"
     assert [law.tick(0.2) for _ in range(3)] == ["high", "reclaim", "checkpoint"]
     assert law.knobs["signal"] == "SIGUSR1"
-    assert law.knobs["memory.high"] == "max"
+    assert int(law.knobs["memory.high"]) == GIB // 4 + 64 * MIB
     law.now += 11
     assert law.tick(0.2) == "freeze"
     assert [r.verb for r in law.decision.requests] == ["freeze"]
@@ -160,9 +161,6 @@ def test_the_victim_is_the_job_with_the_least_lost_work(jobs, victims):
     assert [w.name for w in least_loss(make.view(now, seen))] == victims
 
 
-MIB = 1 << 20
-
-
 @pytest.mark.parametrize(
     ("changes", "figures", "why"),
     [
@@ -259,24 +257,98 @@ def test_what_was_saved_by_a_checkpoint_is_not_lost():
     assert lost_work(replace(saved, working_set_bytes=0), 100.0) == 1.0
 
 
-def stuck(seconds, **job):
-    """A job that stalls nearly all the time at the tier's high mark."""
-    knobs = {**make.OPEN_KNOBS, "memory.high": str(256 * MIB)}
-    tier = make.tier(knobs=knobs, memory_bytes=250 * MIB, working_set_bytes=250 * MIB)
-    state, wishes = MemoryState(), []
-    for i in range(seconds):
-        now = make.snapshot(make.job(**job), at=100.0 + i, tier=tier)
-        seen = make.forecast({"job:train": WorkloadForecast(memory_full_ratio=0.9)})
-        found = decide_memory(make.view(now, seen), state)
-        state = found.state
-        wishes += [(i, r.reason) for r in found.requests]
-    return wishes
+def test_the_ladder_goes_on_when_all_have_answered_and_gives_room_to_write_until_then():
+    """Room is bounded: a job that grows instead of saving must not take the node."""
+    jobs = [make.job(n, checkpoint_signal="SIGUSR1", started_seconds=1.0) for n in ("a", "b")]
+    law = Memory(make.service(working_set_bytes=GIB // 2), *jobs)
+    while law.tick(0.2) != "checkpoint":
+        pass
+    law.changes["tier"] = make.tier(working_set_bytes=GIB, memory_bytes=GIB)
+    law.workloads = (law.workloads[0], replace(jobs[0], checkpointed_seconds=law.now + 0.3), jobs[1])
+    assert law.tick(0.2) == "checkpoint"
+    assert int(law.knobs["memory.high"]) == GIB // 4 + 64 * MIB
+    law.workloads = tuple(replace(w, checkpointed_seconds=law.now) for w in law.workloads)
+    assert law.tick(0.2) == "evict"
 
 
-def test_a_job_that_crawls_at_our_limit_ends_after_a_bounded_time():
-    assert stuck(30) == []
-    first, reason = stuck(40)[0]
-    assert (reason, first) == ("MemoryStuck", 31)
+class Wanting:
+    """Two jobs that want more than the allowance: at its mark (v2), or beyond it (v1). All laws together, each 1 s."""
+
+    def __init__(self, *, v2=True, full=0.9, answers=True, spec=SPEC):
+        self.laws, self.now, self.v2, self.full, self.answers, self.spec = LawState(), 100.0, v2, full, answers, spec
+        self.alive = {n: {"started_seconds": 10.0, "cpu_usage_us": 10**7} for n in ("a", "b")}
+        self.high, self.told = 0, []
+
+    def tick(self):
+        self.now += 1.0
+        size = len(self.alive) * 256 * MIB
+        jobs = [
+            make.job(n, checkpoint_signal="SIGUSR1", inodes={"unified": 20 + i}, memory_bytes=256 * MIB, **f)
+            for i, (n, f) in enumerate(self.alive.items())
+        ]
+        capabilities = ("psi", "freeze", "memory.high") if self.v2 else ("psi", "freeze", "memory.max")
+        knobs = {**make.OPEN_KNOBS, "memory.max": "max", "memory.high": str(self.high) if self.high else "max"}
+        tier = make.tier(memory_bytes=size, working_set_bytes=size, knobs=knobs)
+        service = make.service(working_set_bytes=GIB // 4)
+        now = make.snapshot(
+            service, *jobs, at=self.now, tier=tier, memory_bytes=GIB, memory_available_bytes=3 * GIB // 4 - size,
+            capabilities=capabilities,
+        )  # fmt: skip
+        crawls = bool(self.high) and size >= 0.9 * self.high
+        figures = {j.id: WorkloadForecast(memory_full_ratio=self.full if crawls else 0.0) for j in jobs}
+        seen = make.forecast({service.id: WorkloadForecast(memory_pressure_ratio=0.0), **figures},
+                             services_peak_bytes=GIB // 2)  # fmt: skip
+        self.laws, plan = decide(now, seen, self.spec, Calibration(), self.laws)
+        self.verdict = next(v for v in plan.verdicts if v.law == "memory")
+        for action in plan.actions:
+            if action.workload == "tier" and action.knob == "memory.high":
+                self.high = int(action.value)
+            elif action.knob == "signal":
+                self.told.append((round(self.now - 100), action.workload, action.value))
+                if action.value == "SIGUSR1" and self.answers:
+                    self.alive[action.workload.removeprefix("job:")]["checkpointed_seconds"] = self.now + 0.5
+                elif action.value == "SIGTERM":
+                    self.alive.pop(action.workload.removeprefix("job:"))
+
+
+@pytest.mark.parametrize("v2", [pytest.param(True, id="crawling at the mark"), pytest.param(False, id="beyond it, v1")])
+def test_who_wants_more_than_the_allowance_for_long_is_saved_and_one_evicted(v2):
+    node = Wanting(v2=v2)
+    while not node.told:
+        node.tick()
+    assert node.verdict.reason == "OverAllowance"
+    assert SPEC.memory.crawl < node.told[0][0] <= SPEC.memory.crawl + 3
+    for _ in range(60):
+        node.tick()
+    values = [(who, value) for _, who, value in node.told]
+    assert values == [("job:a", "SIGUSR1"), ("job:b", "SIGUSR1"), ("job:a", "SIGTERM")]
+    assert node.told[2][0] - node.told[0][0] <= 2  # it answered: nobody waits for the deadline
+    assert node.verdict.reason == "MemoryAllowance"
+    assert not v2 or node.high == node.laws.memory.allowance_bytes  # the other one is not squeezed
+
+
+def test_who_does_not_answer_has_until_the_deadline():
+    node = Wanting(answers=False)
+    while "SIGTERM" not in [value for _, _, value in node.told]:
+        node.tick()
+    assert node.told[-1][0] - node.told[0][0] == pytest.approx(SPEC.memory.checkpoint_deadline, abs=1)
+
+
+def test_who_works_at_the_allowance_without_crawling_stays():
+    node = Wanting(full=0.3)
+    for _ in range(60):
+        node.tick()
+    assert not node.told
+
+
+def test_where_squeezing_helped_batch_may_work_with_what_it_has():
+    law = Memory(memory_available_bytes=GIB // 8)
+    assert law.tick(0.2) == "high"
+    squeezed = int(law.knobs["memory.high"])
+    assert squeezed == int(GIB / 4 * 0.9) // MIB * MIB
+    law.changes["tier"] = make.tier(knobs={**make.OPEN_KNOBS, "memory.high": str(squeezed)})
+    law.tick(0.0)
+    assert int(law.knobs["memory.high"]) == GIB // 4
 
 
 def test_batch_in_place_gives_memory_back_by_its_own_limit_and_gets_its_owners_back():
