@@ -32,7 +32,10 @@ from colocate.cgroup.tree import inodes_of, joined
 from colocate.cgroup.v1 import read_knob
 from colocate.cli.host import configure_logs
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
-from colocate.demo.script import SERVICE_POD, Demo, Process
+from colocate.demo.jobs import Job
+from colocate.demo.process import Process
+from colocate.demo.script import SERVICE_POD, Demo
+from colocate.demo.service import InferenceService
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import oom_kills, read_workload
 from colocate.observe.node import capacity, figures
@@ -68,29 +71,29 @@ def arms_of(batch: str) -> tuple[str, ...]:
 class Cell(Demo):
     """One batch kind beside the demo's service, arm by arm."""
 
+    logs_beside = False
+
     def __init__(self, port: KernelPort, batch: str, round_: int, seconds: float) -> None:
         super().__init__(port, seconds, 100 + round_, 0.002, lambda _text, _done: None)
         self._batch, self._round = batch, round_
-        self._serving: list[Process] = []
+        self._serving: list[Process | InferenceService] = []
         self._others: list[WorkCounter] = []
         self._others_per_second = 0.0
         self.rows: list[dict[str, Any]] = []
         self._arm_policy = ""
         self._ticks: list[dict[str, Any]] = []
 
-    async def _serve(self, serving: list[Process]) -> None:
+    async def _serve(self, serving: list[Process | InferenceService]) -> None:
         self._serving = serving
         await super()._serve(serving)
 
     def _training(self, i: int) -> list[str]:
-        file = str(self._progress_files[i])
+        file = str(self._trainings[i].path)
         kind = {"hogs": "hog", "beside": "hog", "stream": "stream", "cache": "cache"}.get(self._batch)
         if kind is not None:
             return [sys.executable, "-IS", str(PROBE), kind, file]
-        command = super()._training(i)
-        if self._batch == "growth":
-            command += ["--most-bytes", str(700 << 20), "--grow-bytes", str(4 << 20)]
-        return command
+        grow, most = (200 << 20, 700 << 20) if self._batch == "growth" else (48 << 20, 128 << 20)
+        return [*super()._training(i), "--grow-bytes", str(grow), "--most-bytes", str(most)]
 
     async def _arms(self, calibration: Calibration) -> None:
         service = joined(self._node.path, SERVICE_POD)
@@ -102,7 +105,8 @@ class Cell(Demo):
             async with self._besteffort_beside(arm), self._disturbed(arm):
                 await (self._koordlet() if arm == "koordlet" else self._arm(plain, calibration))
             found = self._result.arms[plain]
-            gone = sum(p.process.returncode is not None for p in self._serving)
+            foreign = [p for p in self._serving if isinstance(p, Process)]  # nobody starts these again
+            gone = sum(p.process.returncode is not None for p in foreign)
             lost = max(oom_kills(self._port, service, inodes_of(self._port, service))[0] - killed, gone)
             self.rows.append(
                 {
@@ -120,7 +124,7 @@ class Cell(Demo):
                     "ticks": self._ticks,
                 }
             )
-            if lost:
+            if lost and foreign:
                 await self._serve_again()
 
     async def _serve_again(self) -> None:
@@ -189,7 +193,7 @@ class Cell(Demo):
             }
         )
 
-    async def _measure(self, arm: str, jobs: list[Process]) -> None:
+    async def _measure(self, arm: str, jobs: list[Job]) -> None:
         """Also the work of the BestEffort group beside, while batch runs."""
 
         def work() -> int:

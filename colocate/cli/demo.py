@@ -16,7 +16,7 @@ from colocate.actuate.statedir import default_state_dir
 from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.host import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
-from colocate.demo.result import ARMS, TITLES, Result
+from colocate.demo.result import ARMS, TITLES, Result, format_rate
 from colocate.errors import BadInput, PermissionMissing
 
 MOST_SECONDS = 3600
@@ -25,23 +25,29 @@ LEAST_SERVICE_SECONDS = 1e-4
 
 def _row(arm: str, result: Result, wide: bool) -> tuple[str, ...]:
     found = result.arms[arm]
-    emu = found.effective_machine_utilization
+    emu, kept = found.effective_machine_utilization, found.besteffort_work_ratio
     return (
         ("SIMULATED " if result.simulated else "") + TITLES[arm],
         f"{found.p50_ms:.2f}",
         f"{found.p99_ms:.2f}",
-        "n/a" if found.p999_ms is None else f"{found.p999_ms:.2f}",
-        f"{found.requests_per_second:.0f}",
-        f"{found.batch_work_per_second:.0f}",
+        *((("n/a" if found.p999_ms is None else f"{found.p999_ms:.2f}"), f"{found.requests_per_second:.0f}") * wide),
+        str(found.failed_requests),
+        str(found.service_restarts),
+        "n/a" if found.stalled_seconds is None else f"{found.stalled_seconds:.2f}",
+        "n/a" if kept is None else f"{kept:.0%}",
+        format_rate(found.batch_work_per_second),
+        format_rate(found.batch_lost_per_second),
         f"{found.cpu_utilization:.0%}",
         "n/a" if emu is None else f"{emu:.0%}",
-        *(map(str, (found.requests, found.failed_requests, found.batch_processes_lost)) if wide else ()),
+        *((str(found.requests), str(found.batch_processes_lost)) * wide),
     )
 
 
 def _columns(wide: bool) -> tuple[str, ...]:
-    more = ("requests", "failed", "batch lost") if wide else ()
-    return ("arm", "p50 ms", "p99 ms", "p99.9 ms", "requests/s", "batch work/s", "CPU", "effective", *more)
+    return (
+        "arm", "p50 ms", "p99 ms", *(("p99.9 ms", "requests/s") * wide), "errors", "restarts", "stalled s",
+        "BestEffort's", "batch work/s", "lost/s", "CPU", "effective", *(("requests", "batch deaths") * wide),
+    )  # fmt: skip
 
 
 def _gang(options: argparse.Namespace) -> int:
@@ -118,7 +124,9 @@ def demo(options: argparse.Namespace) -> int:
         mark = "SIMULATED: " if result.simulated else ""
         wide = options.output == "wide"
         print_table(
-            _columns(wide), [_row(a, result, wide) for a in ARMS], f"{mark}one service, one training job, four ways"
+            _columns(wide),
+            [_row(a, result, wide) for a in ARMS],
+            f"{mark}a service, a BestEffort pod and training jobs, four ways",
         )
         print(f"{mark}{sentence(result)}")
         for change in result.changes:

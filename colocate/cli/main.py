@@ -103,7 +103,7 @@ def _add_demo(add: Add) -> None:
     demo.add_argument("what", nargs="?", choices=["gang"], help="gang: gang scheduling on a real API server instead")
     _table_form(demo)
     demo.add_argument("--report", default="colocate-demo-report.html", help="where the HTML report goes")
-    demo.add_argument("--seconds", type=_duration, default=parse_duration("14s"), help="length of a phase")
+    demo.add_argument("--seconds", type=_duration, default=parse_duration("16s"), help="length of a phase")
     demo.add_argument("--simulate", action="store_true", help="use the kernel model even where cgroups are writable")
     demo.add_argument("--seed", type=int, default=1, help="seed of the load (and of the model)")
     demo.add_argument("--service-time", type=_duration, default=parse_duration("2ms"), help="CPU time of a request")

@@ -4,8 +4,8 @@ Owns memory.high, memory.max and memory.reclaim of batch, and the checkpoint sig
 be batch's doing: the node is short of memory, batch holds some of it, and the service is not at its own limit. v2
 rungs: high -> reclaim -> checkpoint signal (a little room until all have answered) -> freeze request (skipped without
 swap: it frees nothing) -> evict request. v1 has no memory.high; its limit kills inside the group when reached, so it is
-never below usage plus headroom and the ladder is limit -> reclaim -> checkpoint -> evict. One shortage evicts one job at
-a time: what is on its way out, and what it will free, counts. Page cache is not pressure. designs/0002-memory.md.
+never below usage plus headroom and the ladder is limit -> reclaim -> checkpoint -> evict. One shortage evicts one job
+at a time: what is on its way out, and what it will free, counts. Page cache is not pressure. designs/0002-memory.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
 """A real HTTP inference service: one pinned worker per CPU, a small neural network, its own Prometheus histogram.
 
+Each request looks up rows of a table of embeddings, which is mapped from a file and kept in memory by the page cache,
+as serving systems map their weights. When memory is short the kernel takes those pages first, and each lookup waits for
+the disk.
+
 The latency it observes runs from the client's `X-Request-Start` (as routers set it), so the wait before the worker was
 scheduled counts. Workers share one histogram through prometheus-client's multiprocess mode.
 """
@@ -8,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import mmap
 import os
+import random
 import time
+from pathlib import Path
 
 import numpy as np
 from aiohttp import web
@@ -19,18 +26,44 @@ from prometheus_client.multiprocess import MultiProcessCollector
 METRIC = "inference_request_duration_seconds"
 BUCKETS = (0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.5)
 WIDTH = 96
+TABLE_BYTES = 160 << 20
+ROW_BYTES = 4096
+LOOKUPS = 48
+"""Rows of the table that a request needs."""
+
+
+def open_table(path: Path) -> mmap.mmap:
+    """The table; made by whoever finds none, whose cgroup its pages are then charged to."""
+    if not path.exists():
+        unfinished = path.with_suffix(".new")
+        with unfinished.open("wb") as out:
+            block = os.urandom(1 << 20)
+            for _ in range(TABLE_BYTES >> 20):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())  # a page that is not written yet cannot be taken
+        unfinished.rename(path)
+    with path.open("rb") as file:
+        table = mmap.mmap(file.fileno(), TABLE_BYTES, prot=mmap.PROT_READ)
+    for row in range(0, TABLE_BYTES, ROW_BYTES):
+        table[row]
+    table.madvise(mmap.MADV_RANDOM)
+    return table
 
 
 class Network:
     """Three dense layers; as many passes a request as take the wanted CPU time."""
 
-    def __init__(self, service_seconds: float) -> None:
+    def __init__(self, service_seconds: float, table: mmap.mmap | None = None) -> None:
+        self._table: mmap.mmap | None = None
+        self._random = random.Random(7)
         generator = np.random.Generator(np.random.PCG64(7))
         self._layers = [generator.standard_normal((WIDTH, WIDTH)).astype(np.float32) / 10 for _ in range(3)]
         self.passes = 1
         self.infer(1.0)
         best = min(self._one_pass() for _ in range(200))
         self.passes = max(1, round(service_seconds / best))
+        self._table = table
 
     def _one_pass(self) -> float:
         started = time.perf_counter()
@@ -39,6 +72,9 @@ class Network:
 
     def infer(self, seed: float) -> float:
         """The score of an input."""
+        if self._table is not None:
+            for row in self._random.choices(range(TABLE_BYTES // ROW_BYTES), k=LOOKUPS):
+                seed += self._table[row * ROW_BYTES] / 255
         x = np.full((8, WIDTH), seed, dtype=np.float32)
         for _ in range(self.passes):
             y = x
@@ -47,9 +83,9 @@ class Network:
         return float(y.sum())
 
 
-def application(service_seconds: float) -> web.Application:
+def application(service_seconds: float, table: mmap.mmap | None = None) -> web.Application:
     """POST /infer, GET /metrics, GET /healthz."""
-    network = Network(service_seconds)
+    network = Network(service_seconds, table)
     histogram = Histogram(METRIC, "Latency from the client's intended start", buckets=BUCKETS)
 
     async def infer(request: web.Request) -> web.Response:
@@ -71,9 +107,9 @@ def application(service_seconds: float) -> web.Application:
     return app
 
 
-async def serve(port: int, service_seconds: float) -> None:
+async def serve(port: int, service_seconds: float, table: mmap.mmap | None) -> None:
     """Listen on loopback until killed; print the port when ready."""
-    runner = web.AppRunner(application(service_seconds), access_log=None)
+    runner = web.AppRunner(application(service_seconds, table), access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
@@ -88,9 +124,11 @@ def main() -> None:
     parser.add_argument("--cpu", type=int, required=True)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--service-seconds", type=float, default=0.002)
+    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     os.sched_setaffinity(0, {options.cpu})
-    asyncio.run(serve(options.port, options.service_seconds))
+    table = open_table(options.table) if options.table is not None else None
+    asyncio.run(serve(options.port, options.service_seconds, table))
 
 
 if __name__ == "__main__":

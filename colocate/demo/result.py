@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 
 from colocate.demo.load import TIMEOUT_SECONDS, Sample
+from colocate.policy.schema import PolicySpec
 
 ARMS = ("alone", "unmanaged", "besteffort", "colocate")
 TITLES = {
-    "alone": "service alone",
+    "alone": "without batch",
     "unmanaged": "with unmanaged batch",
     "besteffort": "batch as kubelet's BestEffort",
     "colocate": "batch in colocate's tier",
@@ -26,11 +28,26 @@ class Arm(msgspec.Struct, kw_only=True):
     p999_ms: float | None
     requests_per_second: float
     batch_work_per_second: float
+    """What was kept: less than was done where a job died."""
     cpu_utilization: float
     effective_machine_utilization: float | None
     requests: int = 0
     failed_requests: int = 0
+    service_restarts: int = 0
+    stalled_seconds: float | None = None
+    """In which some task of the service waited for memory (PSI `some`)."""
+    besteffort_work_ratio: float | None = None
+    """Of what the BestEffort pod beside had to do."""
+    batch_lost_per_second: float = 0.0
     batch_processes_lost: int = 0
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that happened in an arm."""
+
+    seconds: float
+    text: str
+    why: str = ""
 
 
 class Detail(msgspec.Struct, kw_only=True):
@@ -39,6 +56,12 @@ class Detail(msgspec.Struct, kw_only=True):
     seconds: list[float] = []
     p99_by_second_ms: list[float] = []
     cdf_ms: list[tuple[float, float]] = []
+    watched_seconds: list[float] = []
+    memory_mib: dict[str, list[float]] = {}
+    """Of the service, batch and BestEffort at those times; page cache in use counts."""
+    batch_cores: list[float] = []
+    stalled_ratio: list[float] = []
+    events: list[Event] = []
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -55,6 +78,27 @@ class Result(msgspec.Struct, kw_only=True):
     details: dict[str, Detail] = {}
     decisions: list[str] = []
     lever: str = ""
+    node_mib: float = 0.0
+    policy: str = ""
+    """What of the policy is not its default."""
+
+
+def format_rate(per_second: float) -> str:
+    """Samples in thousands, or modelled CPU seconds below ten: as many digits as say something."""
+    return f"{per_second:.2f}" if 0 < per_second < 10 else f"{per_second:.0f}"
+
+
+def differs_from_default(spec: PolicySpec) -> str:
+    """The fields of a policy that are not at their default, with their values, as the policy file names them."""
+
+    def differing(found: dict[str, Any], default: dict[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in found.items():
+            if isinstance(value, dict):
+                yield from differing(value, default[name], f"{prefix}{name}.")
+            elif value != default[name]:
+                yield f"{prefix}{name} {value:g}" if isinstance(value, float) else f"{prefix}{name} {value}"
+
+    return ", ".join(differing(msgspec.to_builtins(spec), msgspec.to_builtins(PolicySpec()), ""))
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:

@@ -3,12 +3,16 @@
 Inside the node is kubelet's tree (`kubepods/burstable`, `kubepods/besteffort`), so that the third arm is exactly what
 kubelet does and the fourth exactly what the agent does on a Kubernetes node: it is the agent, with its socket, and the
 batch work is started by `colocate run`.
+
+Batch is what hurts in real life: hungry for CPU, and for memory until the node is short. Beside it run the service,
+which keeps its table in the page cache, and a BestEffort pod that is not ours.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -16,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -34,99 +38,69 @@ from colocate.cgroup.tree import inodes_of, joined
 from colocate.cgroup.v1 import write_knob
 from colocate.demo.digest import Digest, compare
 from colocate.demo.inference import METRIC
+from colocate.demo.jobs import Job, Progress
 from colocate.demo.load import Sample
-from colocate.demo.result import ARMS, TITLES, Arm, Result, summarize
-from colocate.errors import HostUnfit
+from colocate.demo.logs import PERIOD_SECONDS
+from colocate.demo.process import ENVIRONMENT, Process
+from colocate.demo.result import ARMS, TITLES, Arm, Result, differs_from_default, summarize
+from colocate.demo.scenario import (
+    BESTEFFORT_SCORE,
+    BURSTABLE_SCORE,
+    JOB_GROWTH_BYTES,
+    JOB_MOST_BYTES,
+    NODE_BYTES,
+    SPEC,
+    WATCH_SECONDS,
+)
+from colocate.demo.service import InferenceService
+from colocate.demo.watch import Watch
 from colocate.model.interference import effective_machine_utilization
 from colocate.model.kernels import Kernels
 from colocate.observe.node import capacity, figures
-from colocate.policy.schema import (
-    ColocationPolicy,
-    CpuPolicy,
-    Metadata,
-    PolicySpec,
-    Selector,
-    ServiceLevelObjective,
-    ServicePolicy,
-)
+from colocate.policy.schema import ColocationPolicy, Metadata, Selector, ServiceLevelObjective, ServicePolicy
 
-NODE_BYTES = 1 << 30
 LOAD_RATIO = 0.2
 """Mean load as a share of the service's peak: what clusters run at."""
 WARM_SECONDS = 1.5
 PEAK_SECONDS = 3.0
 BATCH_ALONE_SECONDS = 4.0
 SERVICE_POD = "/kubepods/burstable/podinference"
-ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_WAIT = 'read _ || exit 1; exec "$@"'
-
-Progress = Callable[[str, float], None]
-
-
-class Process:
-    """A process that becomes its command only when it is in its cgroup."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-
-    @classmethod
-    async def start(cls, node: ScratchNode, cgroup: str, command: list[str], env: dict[str, str]) -> Process:
-        """Start the command in this group (a full path)."""
-        process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", _WAIT, "sh", *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, **ENVIRONMENT, **env},
-            limit=1 << 26,
-        )  # fmt: skip
-        node.enter(process.pid, cgroup)
-        started = cls(process)
-        await started.say("in")
-        return started
-
-    async def say(self, word: str) -> None:
-        """A line to its stdin."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{word}\n".encode())
-        await self.process.stdin.drain()
-
-    async def line(self) -> str:
-        """The next line of its stdout; it has 30 s for it."""
-        assert self.process.stdout is not None
-        return (await asyncio.wait_for(self.process.stdout.readline(), 30)).decode().strip()
-
-    async def end(self) -> None:
-        """SIGKILL, and wait for it."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)  # Process.kill would reap it behind asyncio's back
-        if self.process.stdin is not None:
-            self.process.stdin.close()  # its own children may hold the other end, and wait() waits for all pipes
-        await self.process.wait()
+BESTEFFORT_POD = "/kubepods/besteffort/podlogs"
+Progressed = Callable[[str, float], None]
 
 
 class Demo:
     """One run of the demonstration."""
 
-    def __init__(self, port: KernelPort, seconds: float, seed: int, service_seconds: float, progress: Progress) -> None:
+    logs_beside = True
+    """Whether the BestEffort pod is there."""
+
+    def __init__(
+        self, port: KernelPort, seconds: float, seed: int, service_seconds: float, progress: Progressed
+    ) -> None:
         self._port, self._seconds, self._seed, self._service_seconds = port, seconds, seed, service_seconds
         self._progress = progress
         self._node: ScratchNode
         self._directory: Path
         self._cpus: tuple[int, ...] = ()
         self._urls: list[str] = []
-        self._counters: list[WorkCounter] = []
-        self._progress_files: list[Path] = []
-        self._result = Result(simulated=False, host_unchanged=False)
+        self._service: InferenceService | None = None
+        self._trainings: list[Progress] = []
+        self._result = Result(
+            simulated=False, host_unchanged=False, node_mib=NODE_BYTES / (1 << 20), policy=differs_from_default(SPEC)
+        )
         self._seen: list[str] = []
         self._target_seconds = 0.02
+        self._window: Watch | None = None
+        self._batch_group = ""
 
     async def run(self, calibration: Calibration | None, kernels: Kernels) -> Result:
         """All phases. Raises PermissionMissing, HostUnfit."""
         self._kernels = kernels
         sweep(self._port)
         before = await self._digest()
-        with tempfile.TemporaryDirectory(prefix="colocate-demo-") as directory:
+        disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else None  # /tmp may be memory, which nothing can reclaim
+        with tempfile.TemporaryDirectory(prefix="colocate-demo-", dir=disk) as directory:
             self._directory = Path(directory)
             with ScratchNode(self._port, "demo", NODE_BYTES) as self._node:
                 await self._phases(calibration)
@@ -148,20 +122,21 @@ class Demo:
         self._cpus = capacity(self._port, node.path).cpus
         for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
             node.make_inner(inner)
-        for leaf in ("client", SERVICE_POD, "kubepods/burstable/podbatch", "kubepods/besteffort/podbatch"):
+        leaves = ("client", SERVICE_POD, "kubepods/burstable/podbatch", "kubepods/besteffort/podbatch", BESTEFFORT_POD)
+        for leaf in leaves:
             node.make(leaf)
         self._knob("kubepods/besteffort", "cpu.weight", "1")
         self._knob("client", "cpu.weight", "10000")
         for i in range(len(self._cpus)):
-            path = self._directory / f"progress{i}"
-            self._progress_files.append(path)
-            self._counters.append(WorkCounter(path))
+            self._trainings.append(Progress(self._directory / f"training-{i}"))
         if calibration is None:
             calibration = await self._calibrate()
         self._result.lever = calibration.lever
-        serving: list[Process] = []
+        serving: list[Process | InferenceService] = []
         try:
             await self._serve(serving)
+            if self.logs_beside:
+                serving.append(await self._ship_logs())
             await self._references()
             await self._arms(calibration)
         finally:
@@ -190,23 +165,27 @@ class Demo:
         path = joined(self._node.path, group)
         write_knob(self._port, path, knob, value, inodes_of(self._port, path))
 
-    async def _serve(self, serving: list[Process]) -> None:
-        """Start the service; its processes are appended as they start."""
-        for cpu in self._cpus:
-            serving += [await self._worker(cpu)]
-
-    async def _worker(self, cpu: int) -> Process:
-        shared = self._directory / "metrics"
-        shared.mkdir(exist_ok=True)
-        command = [sys.executable, "-P", "-m", "colocate.demo.inference", "--cpu", str(cpu)]
-        command += ["--service-seconds", str(self._service_seconds)]
+    async def _serve(self, serving: list[Process | InferenceService]) -> None:
+        """Start the service; what has to be ended later is appended."""
         group = joined(self._node.path, SERVICE_POD)
-        worker = await Process.start(self._node, group, command, {"PROMETHEUS_MULTIPROC_DIR": str(shared)})
-        port = await worker.line()
-        if not port.isdigit():
-            raise HostUnfit("the demonstration service did not start; its error is above")
-        self._urls.append(f"http://127.0.0.1:{port}")
-        return worker
+        table = self._directory / "table"
+        self._service = InferenceService(
+            self._node, group, self._service_seconds, self._directory, table, self._happened
+        )
+        serving.append(self._service)
+        await self._service.start(self._cpus)
+        self._urls = self._service.urls
+
+    async def _ship_logs(self) -> Process:
+        path = self._directory / "logs"
+        self._logs = WorkCounter(path)
+        command = [sys.executable, "-P", "-m", "colocate.demo.logs", str(path)]
+        group = joined(self._node.path, BESTEFFORT_POD)
+        return await Process.start(self._node, group, command, {}, oom_score_adj=BESTEFFORT_SCORE)
+
+    def _happened(self, text: str, why: str = "") -> None:
+        if self._window is not None:
+            self._window.note(text, why)
 
     async def _load(self, rate: float | None, seconds: float) -> list[Sample]:
         """Requests at this mean rate, or as fast as the service answers."""
@@ -223,27 +202,40 @@ class Demo:
         finally:
             await load.end()
 
-    def _reset_work(self) -> None:
-        """Each job counts from zero, so what an earlier one left would be work undone."""
-        for counter in self._counters:
-            counter.done = 0
-
     def _work(self) -> int:
-        return sum(c.done for c in self._counters)
+        return sum(p.done.done for p in self._trainings)
 
     def _training(self, i: int) -> list[str]:
-        return [sys.executable, "-P", "-m", "colocate.demo.training", "--progress", str(self._progress_files[i])]
+        command = [sys.executable, "-P", "-m", "colocate.demo.training", "--progress", str(self._trainings[i].path)]
+        return [*command, "--grow-bytes", str(JOB_GROWTH_BYTES), "--most-bytes", str(JOB_MOST_BYTES)]
 
     @contextlib.asynccontextmanager
-    async def _batch_in(self, group: str) -> AsyncIterator[list[Process]]:
-        path = joined(self._node.path, group)
-        self._reset_work()
-        jobs = [await Process.start(self._node, path, self._training(i), {}) for i in range(len(self._cpus))]
+    async def _jobs(
+        self, start: Callable[[int], Awaitable[Process]], end_by: int = signal.SIGKILL
+    ) -> AsyncIterator[list[Job]]:
+        """One job per CPU, started by `start`; all of them begin from nothing."""
+        jobs = []
+        for i, progress in enumerate(self._trainings):
+            progress.reset()  # each job counts from zero, so what an earlier one left would be work undone
+            jobs.append(Job(progress, functools.partial(start, i), self._happened))
         try:
+            for job in jobs:
+                await job.start()
             yield jobs
         finally:
             for job in jobs:
-                await job.end()
+                await job.end(end_by)
+
+    @contextlib.asynccontextmanager
+    async def _batch_in(self, group: str) -> AsyncIterator[list[Job]]:
+        path = self._batch_group = joined(self._node.path, group)
+        score = BESTEFFORT_SCORE if "besteffort" in group else BURSTABLE_SCORE
+
+        async def start(i: int) -> Process:
+            return await Process.start(self._node, path, self._training(i), {}, oom_score_adj=score)
+
+        async with self._jobs(start) as jobs:
+            yield jobs
 
     async def _references(self) -> None:
         """The service's peak and the batch work of an otherwise empty node."""
@@ -271,20 +263,35 @@ class Demo:
             async with self._batch_in(group) as jobs:
                 await self._measure(arm, jobs)
 
-    async def _measure(self, arm: str, jobs: list[Process]) -> None:
+    def _counted(self) -> tuple[int, int, int, int]:
+        """Batch work done and lost, restarts of the service, turns of the BestEffort pod."""
+        restarts = self._service.restarts if self._service is not None else 0
+        turns = self._logs.done if self.logs_beside else 0
+        return self._work(), sum(p.lost for p in self._trainings), restarts, turns
+
+    async def _measure(self, arm: str, jobs: list[Job]) -> None:
         await asyncio.sleep(WARM_SECONDS)
         have = capacity(self._port, self._node.path)
         load = asyncio.create_task(self._load(LOAD_RATIO * self._result.service_peak_per_second, self._seconds))
         await asyncio.sleep(0.8)
-        work, before = self._work(), figures(self._port, "/", have.cpus, have.memory_bytes)
-        started = time.perf_counter()
-        samples = await load
-        elapsed = time.perf_counter() - started
-        after = figures(self._port, "/", have.cpus, have.memory_bytes)
-        done = (self._work() - work) / elapsed
+        groups = {"service": SERVICE_POD, "BestEffort pod": BESTEFFORT_POD}
+        paths = {name: joined(self._node.path, path) for name, path in groups.items()}
+        if jobs:
+            paths["batch"] = self._batch_group
+        before, counted, died = figures(self._port, "/", have.cpus, 0), self._counted(), sum(j.deaths for j in jobs)
+        async with Watch(self._port, paths, WATCH_SECONDS) as self._window:
+            started = time.perf_counter()
+            samples = await load
+            elapsed = time.perf_counter() - started
+        watched, self._window = self._window, None
+        after = figures(self._port, "/", have.cpus, 0)
+        work, lost, restarts, turns = (b - a for a, b in zip(counted, self._counted(), strict=True))
+        done = max(work, 0) / elapsed
         busy = (after.cpu_busy_us or 0) - (before.cpu_busy_us or 0)
         idle = (after.cpu_idle_us or 0) - (before.cpu_idle_us or 0)
+        kept_up = round(min(turns * PERIOD_SECONDS / elapsed, 1), 4) if self.logs_beside else None
         found, detail = summarize(samples, self._seconds)
+        watched.fill(detail)
         served = found["requests_per_second"] or 0.0
         emu = effective_machine_utilization(
             served, self._result.service_peak_per_second, done, self._result.batch_alone_per_second
@@ -295,7 +302,11 @@ class Demo:
                 "batch_work_per_second": round(done, 1),
                 "cpu_utilization": round(busy / max(busy + idle, 1), 4),
                 "effective_machine_utilization": None if emu is None else round(emu, 4),
-                "batch_processes_lost": sum(j.process.returncode is not None for j in jobs),
+                "service_restarts": restarts,
+                "stalled_seconds": watched.stalled_seconds,
+                "besteffort_work_ratio": kept_up,
+                "batch_lost_per_second": round(lost / elapsed, 1),
+                "batch_processes_lost": sum(j.deaths for j in jobs) - died,
             },
             Arm,
         )
@@ -307,12 +318,7 @@ class Demo:
 
     def _policy(self) -> ColocationPolicy:
         service = ServicePolicy(name="inference", selector=Selector(cgroup=SERVICE_POD), slo=self._slo())
-        spec = PolicySpec(
-            node_root=self._node.path,
-            tick=0.5,
-            services=(service,),
-            cpu=CpuPolicy(hold_down=2.0),
-        )
+        spec = msgspec.structs.replace(SPEC, node_root=self._node.path, services=(service,))
         return ColocationPolicy(metadata=Metadata(name="demo"), spec=spec)
 
     def _decided(self, tick: Tick) -> None:
@@ -323,6 +329,9 @@ class Demo:
             if text not in self._seen[-8:] or sometimes:
                 self._seen.append(text)
                 self._result.decisions.append(f"tick {tick.snapshot.sequence}: {text}: {verdict.message}")
+            if self._last_said.get(verdict.law) != (verdict.reason, verdict.state):
+                self._last_said[verdict.law] = (verdict.reason, verdict.state)
+                self._happened(f"{verdict.law}: {verdict.reason} ({verdict.state})", verdict.message)
 
     async def _colocate(self, calibration: Calibration) -> None:
         state = StateDirectory(Path(tempfile.mkdtemp(prefix="state-", dir=self._directory)))  # arms learn by themselves
@@ -335,29 +344,29 @@ class Demo:
             calibration=calibration,
         )
         agent.open()
+        self._batch_group = agent.observer.tree.tier_path
+        self._last_said: dict[str, tuple[str, str]] = {}
         agent.on_tick.append(self._decided)
         server = JobServer(agent, self._directory / "agent.sock")
         stop = asyncio.Event()
         await server.start()
         running = asyncio.create_task(agent.run(stop))
-        jobs: list[Process] = []
-        self._reset_work()
-        try:
-            for i in range(len(self._cpus)):
-                command = [sys.executable, "-P", "-m", "colocate.cli.main", "run", "--name", f"training-{i}"]
-                command += ["--checkpoint-signal", "SIGUSR1", "--socket", str(server.path), "--", *self._training(i)]
-                process = await asyncio.create_subprocess_exec(
-                    *command, stdin=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}
+
+        async def start(i: int) -> Process:
+            command = [sys.executable, "-P", "-m", "colocate.cli.main", "run", "--name", self._trainings[i].path.name]
+            command += ["--checkpoint-signal", "SIGUSR1", "--socket", str(server.path), "--", *self._training(i)]
+            return Process(
+                await asyncio.create_subprocess_exec(
+                    *command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}
                 )
-                jobs.append(Process(process))
-            while len(agent.registry.jobs) < len(jobs) and all(j.process.returncode is None for j in jobs):
-                await asyncio.sleep(0.02)  # starting them is not what is measured
-            await self._measure("colocate", jobs)
+            )
+
+        try:
+            async with self._jobs(start, signal.SIGTERM) as jobs:
+                while len(agent.registry.jobs) < len(jobs) and all(j.alive for j in jobs):
+                    await asyncio.sleep(0.02)  # starting them is not what is measured
+                await self._measure("colocate", jobs)
         finally:
-            for job in jobs:
-                if job.process.returncode is None:
-                    os.kill(job.process.pid, signal.SIGTERM)
-                await job.process.wait()
             while server.busy and not running.done():
                 await asyncio.sleep(0.05)
             stop.set()

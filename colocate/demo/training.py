@@ -1,6 +1,7 @@
-"""A real training job: a network learns a function by gradient descent, hungry for CPU, with a growing replay memory.
+"""A real training job: a network learns a function by gradient descent, hungry for CPU and for memory.
 
-It counts the samples it has learned from into a memory-mapped file, and on SIGUSR1 writes a checkpoint.
+It counts the samples it has learned from into a memory-mapped file. Its replay memory grows with its CPU time. Every
+`--checkpoint-every` seconds, and when it is asked by SIGUSR1, it writes a checkpoint, from which its successor goes on.
 """
 
 from __future__ import annotations
@@ -8,39 +9,51 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import time
 
 import numpy as np
 
-from colocate.calibrate.probe import WorkCounter
+from colocate.demo.jobs import Progress
+from colocate.demo.scenario import CHECKPOINT_SECONDS, JOB_GROWTH_BYTES
+from colocate.jobs.client import tell_checkpointed
 
 BATCH = 256
 WIDTH = 64
 INPUTS = 32
-GROW_EVERY_STEPS = 50
+BLOCK_BYTES = 1 << 20
 
 
 def main() -> None:
     """One worker, for ever."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--progress", required=True)
-    parser.add_argument("--checkpoint", default="")
-    parser.add_argument("--grow-bytes", type=int, default=1 << 20)
+    parser.add_argument("--checkpoint-every", type=float, default=CHECKPOINT_SECONDS)
+    parser.add_argument(
+        "--grow-bytes", type=float, default=JOB_GROWTH_BYTES, help="of the replay memory in a second of CPU time"
+    )
     parser.add_argument("--most-bytes", type=int, default=128 << 20)
     options = parser.parse_args()
-    counter = WorkCounter(options.progress)
+    progress = Progress(options.progress)
     generator = np.random.Generator(np.random.PCG64(os.getpid()))
-    truth = generator.standard_normal((INPUTS, 1)).astype(np.float32)
+    truth = np.random.Generator(np.random.PCG64(1)).standard_normal((INPUTS, 1)).astype(np.float32)
     first = generator.standard_normal((INPUTS, WIDTH)).astype(np.float32) / 8
     second = generator.standard_normal((WIDTH, 1)).astype(np.float32) / 8
-    replay: list[bytearray] = []
     done = 0
+    if progress.checkpoint.exists():
+        with np.load(progress.checkpoint) as found:
+            first, second, done = found["first"], found["second"], int(found["done"])
+    replay: list[bytearray] = []
 
     def checkpoint(*_: object) -> None:
-        if options.checkpoint:
-            np.savez(options.checkpoint, first=first, second=second, done=np.array([done]))
+        unfinished = f"{progress.checkpoint}.new"
+        with open(unfinished, "wb") as file:
+            np.savez(file, first=first, second=second, done=np.array(done))
+        os.replace(unfinished, progress.checkpoint)
+        progress.saved.done = done
+        tell_checkpointed()
 
     signal.signal(signal.SIGUSR1, checkpoint)
-    step = 0
+    due = time.monotonic() + options.checkpoint_every
     while True:
         x = generator.standard_normal((BATCH, INPUTS), dtype=np.float32)
         y = np.sin(x @ truth)
@@ -50,12 +63,15 @@ def main() -> None:
         second -= 0.01 * (hidden.T @ error) / BATCH
         first -= 0.01 * (x.T @ gradient) / BATCH
         done += BATCH
-        step += 1
-        if step % GROW_EVERY_STEPS == 0 and len(replay) * options.grow_bytes < options.most_bytes:
-            block = bytearray(options.grow_bytes)
+        wanted = min(time.process_time() * options.grow_bytes, options.most_bytes)
+        if len(replay) * BLOCK_BYTES < wanted - BLOCK_BYTES:
+            block = bytearray(BLOCK_BYTES)
             block[::4096] = b"\1" * len(block[::4096])
             replay.append(block)
-        counter.done = done
+        progress.done.done = done
+        if time.monotonic() >= due:
+            checkpoint()
+            due = time.monotonic() + options.checkpoint_every
 
 
 if __name__ == "__main__":

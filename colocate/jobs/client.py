@@ -1,8 +1,8 @@
 """`colocate run`: the command is a child of the caller; stdio is inherited, signals and the exit code pass through.
 
-The child waits on a pipe until the agent has moved it into the tier, and only then becomes the command, with its job and
-the agent's socket in COLOCATE_JOB and COLOCATE_SOCKET. The kernel's OOM killer is told to take it first, as it is told
-of a BestEffort pod. Exit codes:
+The child waits on a pipe until the agent has moved it into the tier, and only then becomes the command, with its job's
+name and the agent's socket in COLOCATE_JOB and COLOCATE_SOCKET. The kernel's OOM killer is told to take it first, as it
+is told of a BestEffort pod. Exit codes:
 the command's own, 128+n if a signal ended it, 75 (EX_TEMPFAIL of sysexits.h) if it was evicted, 125 if the agent
 refused, 126/127 as shells use them.
 """
@@ -148,8 +148,8 @@ def connect_or_embed(path: Path, policy: str | None) -> Connection:
 def tell_checkpointed() -> bool:
     """From inside a job: its state is saved as of now. Whether an agent heard it; False outside of any job.
 
-    Nobody waits for its checkpoint any longer, and what an eviction would lose is counted from here. Raises ColocateError
-    where an agent answers that it knows no such job of this user.
+    Nobody waits for its checkpoint any longer, and what an eviction would lose is counted from here. Raises
+    ColocateError where an agent answers that it knows no such job of this user.
     """
     job, path = os.environ.get(JOB_VARIABLE), os.environ.get(SOCKET_VARIABLE)
     if not job or not path:
@@ -168,7 +168,7 @@ def tell_checkpointed() -> bool:
 
 
 def _fork(command: list[str], socket_path: Path) -> tuple[int, int]:
-    """A child that becomes the command when the job's name and a newline arrive on the returned descriptor; else it ends."""
+    """A child that becomes the command when its job's name arrives on the returned descriptor; it ends if none does."""
     read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid:

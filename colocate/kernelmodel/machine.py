@@ -39,6 +39,7 @@ class Task:
         self.memory_bytes = 1 << 20
         self.growth_bytes_per_second = 0
         self.most_bytes = 1 << 40
+        self.oom_score_adj = 0
         self.handlers: dict[int, Callable[[], None]] = {}
         self.placed = cpu if cpu is not None else 0
 
@@ -88,6 +89,10 @@ class Machine:
         """Memory growth of a running task."""
         if allowed and task.growth_bytes_per_second:
             task.memory_bytes = min(task.memory_bytes + int(task.growth_bytes_per_second * seconds), task.most_bytes)
+
+    def oom_badness(self, task: Task) -> float:
+        """Who is killed first for want of memory: what it holds, and its oom_score_adj thousandths of the machine."""
+        return task.memory_bytes + task.oom_score_adj / 1000 * self.memory_bytes
 
     def memory_of(self, tasks: Iterable[Task]) -> int:
         """Bytes of these tasks."""

@@ -8,10 +8,16 @@ from colocate.kernelmodel.files import ModelFiles
 from colocate.kernelmodel.machine import Task
 
 STEP_SECONDS = 0.001
+CRAWLING_SHARE = 0.05
+"""What a task that allocates at memory.high still runs; memory.c puts it to sleep for up to two seconds at a time."""
+STALLED_SHARE = 0.9
+"""What a service loses when no memory is left: nearly every access waits for its page."""
 
 
 class ModelKernel(ModelFiles):
     """A kernel with cgroup v1 (and the unified hierarchy beside it) or v2, and its clock."""
+
+    _stalled_ratio = 0.0
 
     def time(self) -> float:
         """Wall clock, seconds."""
@@ -96,7 +102,10 @@ class ModelKernel(ModelFiles):
         used = 0.0
         for task in ready:
             share = shares[task.pid]
-            got = self._serve(task, share, step) if task.demand == "queue" else share * step
+            if task.demand == "queue":
+                got = self._serve(task, share * (1.0 - STALLED_SHARE * self._stalled_ratio), step)
+            else:
+                got = share * step * self._crawl(task, step)
             used += got
             task.usage_seconds += got
             self._charge(self._cpu_path(task), cpu=got)
@@ -195,14 +204,21 @@ class ModelKernel(ModelFiles):
             path, group = stack.pop()
             limit = self.machine.memory_bytes if group.parent is None else group.memory_max
             while limit is not None and self.memory_usage(hierarchy, path) > limit:
-                victim = max(self.tasks_in(hierarchy, path, below=True), key=lambda t: t.memory_bytes)
+                victim = max(self.tasks_in(hierarchy, path, below=True), key=self.machine.oom_badness)
                 self.machine.kill(victim.pid, 9)
             stack.extend((joined(path, name), child) for name, child in group.children.items())
 
     def _press_memory(self, step: float) -> None:
         """Everybody stalls while the machine is nearly full: the nearer, the longer."""
         used = self.machine.memory_of(self.machine.tasks.values()) / self.machine.memory_bytes
-        if used > 0.93:
-            stall = step * min((used - 0.93) / 0.07, 1.0)
+        self._stalled_ratio = min(max(used - 0.93, 0.0) / 0.07, 1.0)
+        if self._stalled_ratio:
             for path in {t.where.get(UNIFIED, "/") for t in self.machine.tasks.values()}:
-                self.usage(path).memory_pressure += stall
+                self.usage(path).memory_pressure += step * self._stalled_ratio
+
+    def _crawl(self, task: Task, step: float) -> float:
+        """A task that allocates at its group's memory.high sleeps in the kernel; the share of the step left to it."""
+        if not task.growth_bytes_per_second or task.memory_bytes >= task.most_bytes or self._may_grow(task):
+            return 1.0
+        self.usage(task.where.get(UNIFIED, "/")).memory_pressure += step * (1.0 - CRAWLING_SHARE)
+        return CRAWLING_SHARE

@@ -119,7 +119,7 @@ class MemoryPolicy(Spec, frozen=True):
     crawl: Duration = 10.0
     """How long batch may want more than its allowance before one job has to go, its work saved."""
     checkpoint_deadline: Duration = 10.0
-    """How long jobs have to save their state before the ladder goes on; it goes on at once when all say that they have."""
+    """How long jobs have to save their state before the ladder goes on; at once when all say that they have."""
     termination_grace: Duration = 5.0
     """Between SIGTERM and the kill of an evicted job."""
 

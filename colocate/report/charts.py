@@ -106,10 +106,16 @@ def line_chart(
     *,
     log_x: bool = False,
     marker: tuple[str, float] | None = None,
+    events: Sequence[float] = (),
+    span: tuple[float, float] | None = None,
+    top: float = 0.0,
 ) -> Chart:
-    """Lines over a common axis; `marker` is a horizontal line with its name (a target, say)."""
-    xs = [px for s in series for px, _ in s.points] or [0.0, 1.0]
-    ys = [py for s in series for _, py in s.points] or [0.0, 1.0]
+    """Lines over a common axis; `marker` is a horizontal line with its name (a target, say).
+
+    `events` are numbered vertical lines at these x. Charts of one `span` and `top` can be compared by eye.
+    """
+    xs = [*(px for s in series for px, _ in s.points), *events, *(span or ())] or [0.0, 1.0]
+    ys = [*(py for s in series for _, py in s.points), top]
     if log_x:
         low = 10 ** math.floor(math.log10(max(min(xs), 1e-3)))
         high = 10 ** math.ceil(math.log10(max(*xs, low * 10)))
@@ -123,6 +129,9 @@ def line_chart(
     body.append(_text("label", (LEFT + WIDTH) / 2, HEIGHT - 6, x_label))
     if marker is not None:
         body += [_line("marker", y(marker[1])), _text("tick", WIDTH - RIGHT, y(marker[1]) - 4, marker[0], "end")]
+    for number, event in enumerate(events, 1):
+        at = f'x1="{x(event):.1f}" x2="{x(event):.1f}" y1="{TOP + 10 * (number % 3)}" y2="{HEIGHT - BOTTOM}"'
+        body += [f'<line class="event" {at}/>', _text("tick", x(event), TOP + 10 * (number % 3), str(number), "start")]
     for i, one in enumerate(series):
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in one.points)
         body.append(f'<polyline class="s{i}" points="{path}"/>')

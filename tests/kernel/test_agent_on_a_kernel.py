@@ -161,6 +161,27 @@ def test_run_passes_output_and_exit_code_through(agent):
     running.stop()
 
 
+def test_a_job_knows_its_name_and_is_the_kernels_first_victim(agent):
+    agent()
+    found = run("--name", "train", "--", "sh", "-c", "echo $COLOCATE_JOB; cat /proc/self/oom_score_adj")
+    assert found.stdout.split() == ["train", "1000"]
+
+
+def test_a_job_says_that_its_state_is_saved(agent):
+    running = agent()
+    script = f"{sys.executable} -m colocate.cli.main checkpointed; echo $?; read _"
+    command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", "train", "--", "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "0\n"
+        (known,) = running.ask("explain")["jobs"]
+        assert known["checkpointed_seconds"] > known["started_seconds"]
+        job.communicate("\n")
+    outside = colocate("checkpointed")
+    assert outside.returncode == 2
+    assert "COLOCATE_JOB is not set" in outside.stderr
+
+
 def test_run_puts_the_command_into_the_tier_in_every_hierarchy(node, agent):
     running = agent()
     found = run("--name", "where", "--", "cat", "/proc/self/cgroup")

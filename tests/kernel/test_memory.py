@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -74,6 +76,39 @@ def test_a_growing_job_is_stopped_before_the_node_is_full(node, tmp_path):
     if node.port.layout.version == 2:
         assert agent.laws.memory.allowance_bytes < 300 << 20
     assert states
+
+
+SAVES = """
+import os, signal, sys, time
+from colocate.jobs.client import tell_checkpointed
+def save(*_):
+    open(sys.argv[1], "w").write("saved")
+    tell_checkpointed()
+signal.signal(signal.SIGUSR1, save)
+held = []
+while True:
+    if len(held) < 100:
+        block = bytearray(4 << 20)
+        block[::4096] = b"1" * len(block[::4096])
+        held.append(block)
+    time.sleep(0.1)
+"""
+
+
+def test_a_job_that_wants_more_than_its_allowance_saves_its_work_and_goes(node, agent, tmp_path):
+    """By the kernel's own mark on v2, by what it holds on v1; the service never stalls, and nobody is killed."""
+    node.knob("/", "memory.max", str(384 << 20))
+    more = "memory: {crawl: 500ms, checkpointDeadline: 20s}"
+    running = agent(tick="200ms", more=more)
+    command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", "wants", "--checkpoint-signal", "SIGUSR1"]
+    program = [sys.executable, "-c", SAVES, str(tmp_path / "state")]
+    started = time.monotonic()
+    found = subprocess.run([*command, "--", *program], capture_output=True, text=True, timeout=120 * PATIENCE)
+    assert found.returncode == 75, found.stderr
+    assert "OverAllowance" in found.stderr
+    assert (tmp_path / "state").read_text() == "saved"
+    assert time.monotonic() - started < 20 * PATIENCE  # it answered, so the deadline was not waited for
+    assert running.process.poll() is None
 
 
 @pytest.fixture
