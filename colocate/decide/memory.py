@@ -230,7 +230,8 @@ def _over(state: MemoryState, view: View, *, v2: bool) -> tuple[MemoryState, str
         ]
         saving = state.rung >= 0 and RUNGS_V2[state.rung] == "checkpoint"
         if crawling or (saving and state.over):  # while it saves its work it has a little room
-            text = f"{' and '.join(crawling) or 'batch'} crawls at batch's allowance of {format_bytes(allowed)}"
+            who = " and ".join(crawling) or "batch"
+            text = f"{who} cannot have more than batch's allowance of {format_bytes(allowed)}, and does no work"
     since = (state.over or now) if text else 0.0
     state = msgspec.structs.replace(state, over=since)
     lasted = now - since

@@ -297,6 +297,7 @@ async def _with_agent(
     while kernel.monotonic() < started + seconds:
         agent.scraper.readings["service"] = load.histogram(kernel.monotonic())
         tick = await agent.tick()
+        await agent.writer.settle()  # the model's time stands still while workers write
         for verdict in tick.plan.verdicts:
             if said.get(verdict.law) != (verdict.reason, verdict.state):
                 said[verdict.law] = (verdict.reason, verdict.state)

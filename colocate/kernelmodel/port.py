@@ -48,7 +48,11 @@ class ModelKernel(ModelFiles):
                 actor(self.machine.now)
 
     def _step(self, step: float) -> None:
-        runnable = [t for t in self.machine.tasks.values() if t.wants_cpu() and not self.frozen(t)]
+        runnable = [
+            t
+            for t in self.machine.tasks.values()
+            if t.wants_cpu() and not self.frozen(t) and not self._waits_for_memory(t, step)
+        ]
         self._refill(step)
         by_cpu: dict[int, list[Task]] = {c: [] for c in self.machine.cpus}
         for task in sorted(runnable, key=lambda t: (t.cpu is None, t.pid)):
@@ -102,10 +106,7 @@ class ModelKernel(ModelFiles):
         used = 0.0
         for task in ready:
             share = shares[task.pid]
-            if task.demand == "queue":
-                got = self._serve(task, share * (1.0 - STALLED_SHARE * self._stalled_ratio), step)
-            else:
-                got = share * step * self._crawl(task, step)
+            got = self._serve(task, share, step) if task.demand == "queue" else share * step
             used += got
             task.usage_seconds += got
             self._charge(self._cpu_path(task), cpu=got)
@@ -216,9 +217,13 @@ class ModelKernel(ModelFiles):
             for path in {t.where.get(UNIFIED, "/") for t in self.machine.tasks.values()}:
                 self.usage(path).memory_pressure += step * self._stalled_ratio
 
-    def _crawl(self, task: Task, step: float) -> float:
-        """A task that allocates at its group's memory.high sleeps in the kernel; the share of the step left to it."""
+    def _waits_for_memory(self, task: Task, step: float) -> bool:
+        """Whether a task sleeps in the kernel: it allocates at its group's memory.high, or serves on a full machine."""
+        if task.demand == "queue":
+            return self._stalled_ratio > 0.0 and self.machine.random.random() < STALLED_SHARE * self._stalled_ratio
         if not task.growth_bytes_per_second or task.memory_bytes >= task.most_bytes or self._may_grow(task):
-            return 1.0
-        self.usage(task.where.get(UNIFIED, "/")).memory_pressure += step * (1.0 - CRAWLING_SHARE)
-        return CRAWLING_SHARE
+            return False
+        if self.machine.random.random() < CRAWLING_SHARE:
+            return False
+        self.usage(task.where.get(UNIFIED, "/")).memory_pressure += step
+        return True
