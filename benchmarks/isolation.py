@@ -32,10 +32,8 @@ from colocate.cgroup.tree import inodes_of, joined
 from colocate.cgroup.v1 import read_knob
 from colocate.cli.host import configure_logs
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
-from colocate.demo.jobs import Job
-from colocate.demo.process import Process
-from colocate.demo.script import SERVICE_POD, Demo
-from colocate.demo.service import InferenceService
+from colocate.demo.process import Kept, Process
+from colocate.demo.script import SERVICE_POD, Demo, Served
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import oom_kills, read_workload
 from colocate.observe.node import capacity, figures
@@ -76,14 +74,14 @@ class Cell(Demo):
     def __init__(self, port: KernelPort, batch: str, round_: int, seconds: float) -> None:
         super().__init__(port, seconds, 100 + round_, 0.002, lambda _text, _done: None)
         self._batch, self._round = batch, round_
-        self._serving: list[Process | InferenceService] = []
+        self._serving: list[Served] = []
         self._others: list[WorkCounter] = []
         self._others_per_second = 0.0
         self.rows: list[dict[str, Any]] = []
         self._arm_policy = ""
         self._ticks: list[dict[str, Any]] = []
 
-    async def _serve(self, serving: list[Process | InferenceService]) -> None:
+    async def _serve(self, serving: list[Served]) -> None:
         self._serving = serving
         await super()._serve(serving)
 
@@ -193,7 +191,7 @@ class Cell(Demo):
             }
         )
 
-    async def _measure(self, arm: str, jobs: list[Job]) -> None:
+    async def _measure(self, arm: str, jobs: list[Kept]) -> None:
         """Also the work of the BestEffort group beside, while batch runs."""
 
         def work() -> int:

@@ -18,8 +18,7 @@ from pathlib import Path
 from colocate.cgroup.tree import joined
 from colocate.demo.load import Sample
 from colocate.demo.process import Process
-from colocate.demo.script import SERVICE_POD, Demo
-from colocate.demo.service import InferenceService
+from colocate.demo.script import SERVICE_POD, Demo, Served
 from colocate.errors import HostUnfit
 from colocate.policy.schema import ServiceLevelObjective
 
@@ -91,7 +90,7 @@ async def _listening(port: int, what: str) -> None:
 class WithPostgres(Demo):
     """A database that answers point queries, in the place of the demo's service."""
 
-    async def _serve(self, serving: list[Process | InferenceService]) -> None:
+    async def _serve(self, serving: list[Served]) -> None:
         programs = postgres_programs()
         assert programs is not None
         self._programs, self._port_number = programs, _free_port()
@@ -157,7 +156,7 @@ class WithPostgres(Demo):
 class WithNginx(Demo):
     """A web server that serves a small file, in the place of the demo's service."""
 
-    async def _serve(self, serving: list[Process | InferenceService]) -> None:
+    async def _serve(self, serving: list[Served]) -> None:
         port = _free_port()
         site = Path(tempfile.mkdtemp(prefix="site-", dir=self._directory))
         os.chmod(self._directory, 0o711)

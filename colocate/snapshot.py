@@ -55,7 +55,9 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Time in which at least one of its threads waited for a CPU, from their run delays: PSI's unit, without PSI."""
     memory_bytes: int | None = None
     working_set_bytes: int | None = None
-    """Usage less inactive file pages, as kubelet computes it."""
+    """Usage less inactive file pages, as kubelet computes it; but a service's mapped ones count."""
+    mapped_bytes: int = 0
+    """Of a service's working set: mapped file pages that the kernel holds for inactive, and for available."""
     memory_limit_hits: int | None = None
     """How often it met its own memory limit (memory.events.local high + max; v1: memory.failcnt)."""
     processes: int | None = None

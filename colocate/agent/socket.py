@@ -171,6 +171,7 @@ class JobServer:
             last = self._agent.last
             seen = last.snapshot.workloads.get(f"job:{known.name}") if last is not None else None
             known.checkpointed_cpu_us = (seen.cpu_usage_us or 0) if seen is not None else 0
+            self._agent.wake(f"checkpoint of {known.name}")  # whoever waits for it loses work meanwhile
             return {"ok": True}
         if op == "ended":
             return self._ended(job)

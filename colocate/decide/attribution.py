@@ -51,14 +51,15 @@ NEVER = -1.0
 
 # What is remembered of the node.
 (MODE, UNTIL, MARK, GRANT, BEFORE, HOLD, PHASES, ELSEWHERE, TRIED_ELSEWHERE, WHOLE, WHOLE_AT, REASON, WHO, SINCE,
- NODE_STATE) = range(15)  # fmt: skip
+ OPEN_CORES, OPEN_AT, NODE_STATE) = range(17)  # fmt: skip
 OPEN, ASKING_OFF, ASKING_ON, HELD, TRYING = 0.0, 1.0, 2.0, 3.0, 4.0
 UNLIMITED = -1.0
 """Of a grant: none in force."""
 
 # What is fed in of the node each tick.
 (NOW, BATCH_CORES, IN_FORCE, RAIL_CORES, NODE_CORES, IDLE_CPUS, FLOOR_CORES, QUESTION_SECONDS, HOLD_SECONDS,
- PRESSURE_RATIO, BESTEFFORT_RATIO, NODE_INPUTS) = range(12)  # fmt: skip
+ PRESSURE_RATIO, BESTEFFORT_RATIO, OPEN_BATCH_CORES, NODE_INPUTS) = range(13)  # fmt: skip
+# The last one is filled in here: what batch uses when it is open.
 
 # Why it is as it is.
 NOTHING_SUFFERS, BATCH_IDLE, NOT_CAUSED, ASKED_NOW, CAUSED, TRYING_MORE, SIGNAL_LOST = range(7)
@@ -74,6 +75,8 @@ it less often than this. The first is looked for all the time, so that chance ha
 SETTLE_SHARE = 2.0 / 3.0
 NEAR_SECONDS = 1.0
 LEAST_DISPLACED_CORES = 0.015
+MOST_DISPLACED_RATIO = 0.25
+"""Of BestEffort's CPU, however much batch would have to give up."""
 LEAST_SECONDS = 0.4
 """What is felt in less than this is not judged."""
 MOST_CHANGES, MOST_CHANGES_OF_LATENCY = 12.0, 40.0
@@ -131,23 +134,28 @@ def over_budget(count: float, total: float) -> bool:
     return count >= 2.5 and binomial_tail(count, total, ERROR_BUDGET_RATIO) < ALARM_LEVEL
 
 
-def harm(kind: float, off: float, pressure_ratio: float, besteffort_ratio: float) -> float:
-    """What batch may add to a subject that feels `off` without it."""
+def harm(kind: float, off: float, inputs: Row) -> float:
+    """What batch may add to a subject that feels `off` without it.
+
+    Of BestEffort's CPU batch may take more where it would have to give up far more: nobody promised BestEffort
+    anything, so a core of batch for a hundredth of one is no bargain.
+    """
     if kind == WAITING:
-        return pressure_ratio
+        return inputs[PRESSURE_RATIO]
     if kind == LATENCY:
         return ERROR_BUDGET_RATIO + max(off, 0.0) / 3.0
-    return max(besteffort_ratio * abs(off), LEAST_DISPLACED_CORES)
+    bargain = min(inputs[BESTEFFORT_RATIO] * inputs[OPEN_BATCH_CORES], MOST_DISPLACED_RATIO * abs(off))
+    return max(inputs[BESTEFFORT_RATIO] * abs(off), LEAST_DISPLACED_CORES, bargain)
 
 
-def weigh(kind: float, row: Row, pressure_ratio: float, besteffort_ratio: float) -> None:
+def weigh(kind: float, row: Row, inputs: Row) -> None:
     """Fill ADDED (D), VARIANCE (of one change) and CERTAINTY (L) of a subject from the phases so far."""
     changes = row[CHANGES]
     if changes < 1.0:
         row[ADDED] = row[CERTAINTY] = 0.0
         return
     off = row[OFF_SUM] / max(row[OFF], 1.0)
-    limit = harm(kind, off, pressure_ratio, besteffort_ratio)
+    limit = harm(kind, off, inputs)
     expected = 2.0 * (0.2 * limit) ** 2
     if kind == LATENCY:  # the sampling error of shares of so many requests a phase, a quarter more for bursts
         phases = row[ON] + row[OFF]
@@ -215,7 +223,7 @@ def _take_in(row: Row, seen: Row, inputs: Row) -> None:
 
 def _still_cleared(row: Row, kind: float, count: float, exposure: float, step: float, inputs: Row) -> None:
     """An acquittal ends when the level rises by what batch may add: Page's cumulative sum of the excess."""
-    limit = harm(kind, row[CLEARED_AT], inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+    limit = harm(kind, row[CLEARED_AT], inputs)
     level = count / exposure
     if kind == LATENCY:
         low = min(max(row[CLEARED_AT], 0.5 * ERROR_BUDGET_RATIO), 1.0 - 1e-6)
@@ -241,7 +249,7 @@ def _fold(row: Row, kind: float, on: bool, inputs: Row) -> None:
             row[ASKED] = 0.0
         return
     if row[ON] + row[OFF] >= 1.0:
-        limit = harm(kind, row[OFF_SUM] / max(row[OFF], 1.0), inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+        limit = harm(kind, row[OFF_SUM] / max(row[OFF], 1.0), inputs)
         added = felt - row[LAST] if on else row[LAST] - felt
         if kind != LATENCY:  # one leap of its own must not decide
             added = min(max(added, -MOST_CHANGE * limit), MOST_CHANGE * limit)
@@ -258,7 +266,7 @@ def _fold(row: Row, kind: float, on: bool, inputs: Row) -> None:
     else:
         row[OFF] += 1.0
         row[OFF_SUM] += felt
-    weigh(kind, row, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+    weigh(kind, row, inputs)
 
 
 def _harmed(row: Row, kind: float, inputs: Row) -> bool:
@@ -267,7 +275,7 @@ def _harmed(row: Row, kind: float, inputs: Row) -> bool:
     if exposure <= 0.0 or row[OFF] < 1.0:
         return False
     off = row[OFF_SUM] / row[OFF]
-    limit = harm(kind, off, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+    limit = harm(kind, off, inputs)
     if kind != LATENCY:  # who varies much by itself is not judged by one moment
         limit = max(limit, 2.0 * math.sqrt(row[VARIANCE]))
     if felt <= off + limit:
@@ -410,7 +418,7 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
         if row[ASKED] == 0.0:
             continue
         felt, off = row[ON_SUM] / max(row[ON], 1.0), row[OFF_SUM] / max(row[OFF], 1.0)
-        limit = harm(seen[i][KIND], off, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+        limit = harm(seen[i][KIND], off, inputs)
         differs = felt - row[FIRST_OFF] > max(0.75 * limit, 1.5 * math.sqrt(row[VARIANCE]))
         if node[WHOLE] == 0.0 and differs and _outlasts(row, felt):
             outlasts = True
@@ -562,7 +570,7 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
         if row[ASKED] == 2.0 and row[OFF] >= 1.0:
             felt, exposure = _felt(row)
             off = row[OFF_SUM] / row[OFF]
-            limit = harm(seen[i][KIND], off, inputs[PRESSURE_RATIO], inputs[BESTEFFORT_RATIO])
+            limit = harm(seen[i][KIND], off, inputs)
             if exposure > 0.0 and felt - off > 0.75 * limit:
                 _taken_back(node, rows, inputs, start)
                 return CAUSED, i
@@ -612,11 +620,20 @@ def row_time(rows: Rows) -> float:
     return newest
 
 
+def _note_open(node: Row, inputs: Row) -> None:
+    """What batch uses when nothing limits it: the most of lately."""
+    if node[GRANT] == UNLIMITED:
+        kept = node[OPEN_CORES] * 0.5 ** ((inputs[NOW] - node[OPEN_AT]) / FADE_SECONDS)
+        node[OPEN_CORES], node[OPEN_AT] = max(inputs[BATCH_CORES], kept), inputs[NOW]
+    inputs[OPEN_BATCH_CORES] = node[OPEN_CORES]
+
+
 def step(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
     """One look: `node` and `rows` (one a subject) are changed in place, `seen` (one a subject) and `inputs` are read.
 
     Returns the reason's code and the index of the subject to name, -1 for none.
     """
+    _note_open(node, inputs)
     for i in range(len(rows)):
         _take_in(rows[i], seen[i], inputs)
     lost = _lost(rows, seen, inputs[NOW])

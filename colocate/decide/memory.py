@@ -30,6 +30,8 @@ HYSTERESIS_RATIO = 0.02
 CRITICAL_RATIO = 0.01
 SHORT_RATIO = 0.1
 """Of the node: with more than this left (cache counted), nobody stalls for want of the node's memory."""
+AHEAD_SECONDS = 1.0
+"""How soon what grows may be beyond a limit: a tick, a rung, and the time a checkpoint takes."""
 CRAWL_RATIO = 0.5
 """A job whose processes all stall more than this at the allowance does no work, though it runs."""
 RUNGS_V2 = ("high", "reclaim", "checkpoint", "freeze", "evict")
@@ -53,6 +55,11 @@ class MemoryState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     """Until then a stall may still be one of before the last eviction freed its memory."""
     over: float = 0.0
     """Since when batch wants more than its allowance; 0: it does not."""
+    held_bytes: int = 0
+    """The tier's working set at the last look."""
+    held_at: float = 0.0
+    grows: float = 0.0
+    """By how many bytes it grows a second."""
     lifted_bytes: int = 0
     """The tier's high mark while checkpoints are written."""
 
@@ -63,6 +70,13 @@ def batch_bytes(snapshot: NodeSnapshot) -> int:
         in_place = sum(w.working_set_bytes or 0 for w in snapshot.of("batch") if w.in_place)
         return snapshot.tier.working_set_bytes + in_place
     return sum(w.working_set_bytes or 0 for w in snapshot.of("batch"))
+
+
+def left_bytes(snapshot: NodeSnapshot) -> int | None:
+    """What is available on the node; what services have mapped is not."""
+    if snapshot.memory_available_bytes is None:
+        return None
+    return max(snapshot.memory_available_bytes - sum(w.mapped_bytes for w in snapshot.of("service")), 0)
 
 
 def allow(
@@ -126,8 +140,9 @@ def allowance_bytes(view: View, before: int = 0) -> int:
     snapshot = view.snapshot
     services = sum(w.working_set_bytes or 0 for w in snapshot.of("service"))
     others = 0
-    if snapshot.memory_available_bytes is not None:
-        used = snapshot.memory_bytes - snapshot.memory_available_bytes
+    left = left_bytes(snapshot)
+    if left is not None:
+        used = snapshot.memory_bytes - left
         others = max(used - services - batch_bytes(snapshot), 0)
     peak, reserve = view.forecast.services_peak_bytes, view.spec.memory.reserve / 100
     return int(allow(snapshot.memory_bytes, peak, others, reserve, before))
@@ -136,7 +151,7 @@ def allowance_bytes(view: View, before: int = 0) -> int:
 def pressure(view: View) -> tuple[str, list[Rejected]]:
     """Who stalls for want of memory that batch could give back, in words, empty if nobody; and who stalls otherwise."""
     snapshot, spec = view.snapshot, view.spec
-    left, total = snapshot.memory_available_bytes, snapshot.memory_bytes
+    left, total = left_bytes(snapshot), snapshot.memory_bytes
     batch = batch_bytes(snapshot)
     why, rejected = "", []
     for workload in snapshot.of("service"):
@@ -193,9 +208,11 @@ def _advance(state: MemoryState, why: str, over: str, rungs: tuple[str, ...], vi
     helps = sum(1 << i for i, rung in enumerate(rungs) if rung in useful and _helps(rung, view.snapshot, v2))
     waits = state.rung >= 0 and rungs[state.rung] == "checkpoint" and _unsaved(state, view)
     before, stalls = state.rung, bool(why or over)
+    saved = not waits and bool(state.signalled)  # what is done from now on would be lost
     rung, since, pressed = climb(
-        before, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs), memory.rung, memory.calm
-    )
+        before, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs),
+        0.0 if saved and rungs[before] == "checkpoint" else memory.rung, memory.calm,
+    )  # fmt: skip
     lifted = state.lifted_bytes
     if rung != before and rungs[rung] == "checkpoint" and view.snapshot.tier is not None:
         lifted = (view.snapshot.tier.memory_bytes or 0) + CHECKPOINT_BYTES
@@ -208,20 +225,33 @@ def _settle(state: MemoryState, view: View) -> MemoryState:
     if all(id_ in view.evicting for id_ in state.leaving):
         return msgspec.structs.replace(state, leaving=leaving)
     settled = view.now + max(view.spec.memory.rung, view.forecast.interval_seconds)
-    return MemoryState(leaving=leaving, settled=settled, allowance_bytes=state.allowance_bytes)
+    return MemoryState(
+        leaving=leaving, settled=settled, allowance_bytes=state.allowance_bytes, held_bytes=state.held_bytes,
+        held_at=state.held_at,
+    )  # fmt: skip
+
+
+def _grown(state: MemoryState, view: View) -> MemoryState:
+    """How fast the tier grows: nothing stops it on v1, so what it will have soon counts there."""
+    tier, now = view.snapshot.tier, view.now
+    held = (tier.working_set_bytes or 0) if tier is not None else 0
+    seconds = now - state.held_at
+    grows = max(held - state.held_bytes, 0) / seconds if state.held_at and seconds > 0 else 0.0
+    return msgspec.structs.replace(state, held_bytes=held, held_at=now, grows=grows)
 
 
 def _over(state: MemoryState, view: View, *, v2: bool) -> tuple[MemoryState, str]:
-    """Batch that wants more than its allowance, in words, when it has done so for long: it does no work, or soon harms.
+    """Batch that wants more than its allowance, in words, when it has done so for long.
 
-    v2 holds it at the allowance, where it crawls; v1 has no such mark, and there it holds more.
+    v2 holds it at the allowance, where it crawls and does no work. v1 has no such mark: what batch has beyond it is
+    the services', so there nobody waits, and what it will have when a checkpoint is written counts as well.
     """
-    tier, allowed, now = view.snapshot.tier, state.allowance_bytes, view.now
-    held = (tier.working_set_bytes or 0) if tier is not None else 0
+    tier, allowed, held, now = view.snapshot.tier, state.allowance_bytes, state.held_bytes, view.now
     high = tier.knobs.get("memory.high", "max") if tier is not None and v2 else "max"
-    text = ""
-    if not v2 and held > allowed:
-        text = f"batch holds {format_bytes(held)}, its allowance is {format_bytes(allowed)}"
+    text, patience = "", view.spec.memory.crawl
+    if not v2 and held + state.grows * AHEAD_SECONDS > allowed and held >= LEAST_BYTES:
+        text, patience = f"batch holds {format_bytes(held)}, its allowance is {format_bytes(allowed)}", 0.0
+        text += f", and it grows by {format_bytes(int(state.grows))} a second" if held <= allowed else ""
     elif high.isdigit() and int(high) >= (1 - HYSTERESIS_RATIO) * allowed and held >= 0.9 * allowed:
         crawling = [
             job.name
@@ -232,10 +262,11 @@ def _over(state: MemoryState, view: View, *, v2: bool) -> tuple[MemoryState, str
         if crawling or (saving and state.over):  # while it saves its work it has a little room
             who = " and ".join(crawling) or "batch"
             text = f"{who} cannot have more than batch's allowance of {format_bytes(allowed)}, and does no work"
+            text += f" (for {now - state.over:.0f} s)" if state.over else ""
     since = (state.over or now) if text else 0.0
     state = msgspec.structs.replace(state, over=since)
     lasted = now - since
-    return state, f"{text}, for {lasted:.0f} s already" if text and lasted > view.spec.memory.crawl else ""
+    return state, text if text and lasted >= patience else ""
 
 
 def decide_memory(view: View, state: MemoryState) -> Decision:
@@ -244,7 +275,7 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     v2 = "memory.high" in snapshot.capabilities
     rungs = RUNGS_V2 if v2 else RUNGS_V1
     allowed = allowance_bytes(view, state.allowance_bytes)
-    state = _settle(msgspec.structs.replace(state, allowance_bytes=allowed), view)
+    state = _grown(_settle(msgspec.structs.replace(state, allowance_bytes=allowed), view), view)
     state, over = _over(state, view, v2=v2)
     why, rejected = pressure(view)
     if (why or over) and view.now < state.settled:
@@ -255,7 +286,7 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     if stale < spec.staleness.stop_tightening_after:
         state = _advance(state, why, over, rungs, view)
     if left_open:
-        state = MemoryState(allowance_bytes=allowed)
+        state = MemoryState(allowance_bytes=allowed, held_bytes=state.held_bytes, held_at=state.held_at)
     rung = rungs[state.rung] if state.rung >= 0 else "calm"
     reason, message = _words(view, state, rung, why, over)
     actions = _limits(view, state, rung, reason, message, v2=v2, stalls=bool(why), left_open=left_open)
@@ -267,6 +298,7 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
         requests = [_request("freeze", w, reason, message) for w in snapshot.of("batch")]
     if (why or over) and rung == "evict" and not view.evicting:
         requests = [_request("evict", w, reason, message) for w in least_loss(view)]
+        state = msgspec.structs.replace(state, leaving=tuple(r.workload for r in requests))
     if state.rung < 0:
         state = msgspec.structs.replace(state, signalled={})
     numbers = {
@@ -363,7 +395,7 @@ def _tier_value(
     if left_open:
         return "max"
     if not v2:
-        least = (tier.memory_bytes or 0) + V1_HEADROOM_BYTES
+        least = (tier.memory_bytes or 0) + max(V1_HEADROOM_BYTES, int(state.grows * AHEAD_SECONDS))
         wanted = max(allowed, least) // GRAIN_BYTES * GRAIN_BYTES
         current = tier.knobs.get("memory.max", "max")
         stays = current.isdigit() and int(current) >= least and abs(int(current) - wanted) <= HYSTERESIS_RATIO * wanted

@@ -1,7 +1,7 @@
 """A BestEffort pod as every node has some: it ships logs, a little all the time, and holds some memory.
 
-Every tenth of a second it has work for a fixed CPU time. A turn that could not begin in time is skipped: what it does
-not keep up with is what batch took from it.
+Every tenth of a second it has work for a fixed CPU time. What it cannot do at once waits, for a second at most: then it
+is dropped, and that is what batch took from it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from colocate.calibrate.probe import WorkCounter, end_with_parent
 
 PERIOD_SECONDS = 0.1
 TURN_SECONDS = 0.03
+BACKLOG_SECONDS = 1.0
 HELD_BYTES = 48 << 20
 
 
@@ -22,15 +23,14 @@ def main(path: str) -> None:
     counter = WorkCounter(path)
     held = bytearray(HELD_BYTES)
     held[::4096] = b"\1" * len(held[::4096])
-    done, due = 0, time.perf_counter()
+    done, due = counter.done, time.perf_counter()
     while True:
         until = time.thread_time() + TURN_SECONDS
         while time.thread_time() < until:
             pass
         done += 1
         counter.done = done
-        now = time.perf_counter()
-        due += PERIOD_SECONDS * max(1, -int((due - now) // PERIOD_SECONDS))
+        due = max(due + PERIOD_SECONDS, time.perf_counter() - BACKLOG_SECONDS)
         time.sleep(max(due - time.perf_counter(), 0.0))
 
 

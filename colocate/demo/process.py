@@ -1,4 +1,4 @@
-"""A process that becomes its command only when it is in its cgroup."""
+"""Processes of the demonstration: in their cgroup before they become their command, and started again when they die."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from colocate.actuate.scratch import ScratchNode
@@ -15,7 +16,7 @@ _WAIT = 'read _ || exit 1; exec "$@"'
 
 
 class Process:
-    """A child of the demonstration."""
+    """A child that becomes its command only when it is in its cgroup."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -58,3 +59,51 @@ class Process:
         if self.process.stdin is not None:
             self.process.stdin.close()  # its own children may hold the other end, and wait() waits for all pipes
         await self.process.wait()
+
+
+class Kept:
+    """A process that is started again whenever it dies, until `end`. `died` is told its exit code."""
+
+    def __init__(
+        self, start: Callable[[], Awaitable[Process]], died: Callable[[int], None], delay_seconds: float = 0.0
+    ) -> None:
+        self._start, self._died, self._delay_seconds = start, died, delay_seconds
+        self._ending = asyncio.Event()
+        self._process: Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self.deaths = 0
+
+    async def start(self) -> None:
+        """Start it for the first time."""
+        self._process = await self._start()
+        self._keeping = asyncio.create_task(self._keep())
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs just now."""
+        return self._process is not None and self._process.process.returncode is None
+
+    async def _keep(self) -> None:
+        while True:
+            assert self._process is not None
+            code = await self._process.process.wait()
+            if self._ending.is_set():
+                return
+            self.deaths += 1
+            self._died(code)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), self._delay_seconds)
+            if self._ending.is_set():
+                return
+            self._process = await self._start()
+
+    async def end(self, number: int = signal.SIGKILL) -> None:
+        """End it for good."""
+        self._ending.set()
+        if self._keeping is None or self._process is None:
+            return
+        process = self._process
+        await process.end(number)
+        await asyncio.gather(self._keeping, return_exceptions=True)
+        if self._process is not process:  # it was being started at that moment
+            await self._process.end(number)

@@ -8,7 +8,7 @@ MIB = 1 << 20
 NODE_BYTES = 1 << 30
 JOB_GROWTH_BYTES = 72 * MIB
 """Of a training job in a second of its CPU time."""
-JOB_MOST_BYTES = 420 * MIB
+JOB_MOST_BYTES = 560 * MIB
 """If nothing stops it: two of them do not fit beside the service."""
 CHECKPOINT_SECONDS = 10.0
 """How often a job saves its state unasked."""

@@ -38,10 +38,10 @@ from colocate.cgroup.tree import inodes_of, joined
 from colocate.cgroup.v1 import write_knob
 from colocate.demo.digest import Digest, compare
 from colocate.demo.inference import METRIC
-from colocate.demo.jobs import Job, Progress
 from colocate.demo.load import Sample
 from colocate.demo.logs import PERIOD_SECONDS
-from colocate.demo.process import ENVIRONMENT, Process
+from colocate.demo.process import ENVIRONMENT, Kept, Process
+from colocate.demo.progress import Progress
 from colocate.demo.result import ARMS, TITLES, Arm, Result, differs_from_default, summarize
 from colocate.demo.scenario import (
     BESTEFFORT_SCORE,
@@ -49,11 +49,13 @@ from colocate.demo.scenario import (
     JOB_GROWTH_BYTES,
     JOB_MOST_BYTES,
     NODE_BYTES,
+    RESTART_SECONDS,
     SPEC,
     WATCH_SECONDS,
 )
 from colocate.demo.service import InferenceService
 from colocate.demo.watch import Watch
+from colocate.jobs.client import EXIT_EVICTED
 from colocate.model.interference import effective_machine_utilization
 from colocate.model.kernels import Kernels
 from colocate.observe.node import capacity, figures
@@ -67,6 +69,7 @@ BATCH_ALONE_SECONDS = 4.0
 SERVICE_POD = "/kubepods/burstable/podinference"
 BESTEFFORT_POD = "/kubepods/besteffort/podlogs"
 Progressed = Callable[[str, float], None]
+Served = Process | Kept | InferenceService
 
 
 class Demo:
@@ -132,7 +135,7 @@ class Demo:
         if calibration is None:
             calibration = await self._calibrate()
         self._result.lever = calibration.lever
-        serving: list[Process | InferenceService] = []
+        serving: list[Served] = []
         try:
             await self._serve(serving)
             if self.logs_beside:
@@ -165,23 +168,31 @@ class Demo:
         path = joined(self._node.path, group)
         write_knob(self._port, path, knob, value, inodes_of(self._port, path))
 
-    async def _serve(self, serving: list[Process | InferenceService]) -> None:
+    async def _serve(self, serving: list[Served]) -> None:
         """Start the service; what has to be ended later is appended."""
         group = joined(self._node.path, SERVICE_POD)
-        table = self._directory / "table"
-        self._service = InferenceService(
-            self._node, group, self._service_seconds, self._directory, table, self._happened
-        )
+        self._service = InferenceService(self._node, group, self._service_seconds, self._directory, self._happened)
         serving.append(self._service)
         await self._service.start(self._cpus)
         self._urls = self._service.urls
 
-    async def _ship_logs(self) -> Process:
+    async def _ship_logs(self) -> Kept:
         path = self._directory / "logs"
         self._logs = WorkCounter(path)
         command = [sys.executable, "-P", "-m", "colocate.demo.logs", str(path)]
         group = joined(self._node.path, BESTEFFORT_POD)
-        return await Process.start(self._node, group, command, {}, oom_score_adj=BESTEFFORT_SCORE)
+
+        async def start() -> Process:
+            return await Process.start(self._node, group, command, {}, oom_score_adj=BESTEFFORT_SCORE)
+
+        pod = Kept(start, lambda _: self._happened("the BestEffort pod was killed by the kernel, and is started again"))
+        await pod.start()
+        return pod
+
+    def _job_died(self, progress: Progress, code: int) -> None:
+        lost = progress.died()
+        how = "evicted" if code == EXIT_EVICTED else "killed by the kernel" if code in (-9, 137) else f"ended, {code}"
+        self._happened(f"{progress.path.name} was {how}; it lost {lost} samples")
 
     def _happened(self, text: str, why: str = "") -> None:
         if self._window is not None:
@@ -212,12 +223,13 @@ class Demo:
     @contextlib.asynccontextmanager
     async def _jobs(
         self, start: Callable[[int], Awaitable[Process]], end_by: int = signal.SIGKILL
-    ) -> AsyncIterator[list[Job]]:
+    ) -> AsyncIterator[list[Kept]]:
         """One job per CPU, started by `start`; all of them begin from nothing."""
         jobs = []
         for i, progress in enumerate(self._trainings):
             progress.reset()  # each job counts from zero, so what an earlier one left would be work undone
-            jobs.append(Job(progress, functools.partial(start, i), self._happened))
+            died = functools.partial(self._job_died, progress)
+            jobs.append(Kept(functools.partial(start, i), died, RESTART_SECONDS))
         try:
             for job in jobs:
                 await job.start()
@@ -227,7 +239,7 @@ class Demo:
                 await job.end(end_by)
 
     @contextlib.asynccontextmanager
-    async def _batch_in(self, group: str) -> AsyncIterator[list[Job]]:
+    async def _batch_in(self, group: str) -> AsyncIterator[list[Kept]]:
         path = self._batch_group = joined(self._node.path, group)
         score = BESTEFFORT_SCORE if "besteffort" in group else BURSTABLE_SCORE
 
@@ -251,6 +263,8 @@ class Demo:
         self._result.batch_alone_per_second = round(rate, 1)
 
     async def _arm(self, arm: str, calibration: Calibration) -> None:
+        if self._service is not None:
+            await self._service.warm()  # an arm inherits nothing
         if arm == "alone":
             await self._measure(arm, [])
             alone = self._result.arms["alone"].p99_ms / 1e3
@@ -269,7 +283,7 @@ class Demo:
         turns = self._logs.done if self.logs_beside else 0
         return self._work(), sum(p.lost for p in self._trainings), restarts, turns
 
-    async def _measure(self, arm: str, jobs: list[Job]) -> None:
+    async def _measure(self, arm: str, jobs: list[Kept]) -> None:
         await asyncio.sleep(WARM_SECONDS)
         have = capacity(self._port, self._node.path)
         load = asyncio.create_task(self._load(LOAD_RATIO * self._result.service_peak_per_second, self._seconds))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
+
 from colocate.actuate.scratch import ScratchNode
-from colocate.demo.process import Process
+from colocate.demo.process import Kept, Process
 from colocate.demo.scenario import BURSTABLE_SCORE
 from colocate.errors import HostUnfit
 
@@ -17,50 +19,54 @@ class InferenceService:
     """Its workers share one table of embeddings, mapped from a file, and one histogram."""
 
     def __init__(
-        self, node: ScratchNode, group: str, service_seconds: float, directory: Path, table: Path,
-        tell: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self, node: ScratchNode, group: str, service_seconds: float, directory: Path, tell: Callable[[str], None]
+    ) -> None:
         self._node, self._group, self._service_seconds = node, group, service_seconds
-        self._metrics, self._table, self._tell = directory / "metrics", table, tell
+        self._metrics, self._table, self._tell = directory / "metrics", directory / "table", tell
         self._metrics.mkdir(exist_ok=True)
-        self._workers: list[Process] = []
-        self._keeping: list[asyncio.Task[None]] = []
-        self._ending = False
-        self.urls: list[str] = []
-        self.restarts = 0
+        self._workers: list[Kept] = []
+        self._ports: dict[int, str] = {}
 
     async def start(self, cpus: tuple[int, ...]) -> None:
         """Start a worker on each CPU. Raises HostUnfit."""
         for cpu in cpus:
-            await self._start(cpu, len(self._workers), 0)
-        self._keeping = [asyncio.create_task(self._keep(cpu, i)) for i, cpu in enumerate(cpus)]
+            worker = Kept(functools.partial(self._start, cpu), self._died)
+            self._workers.append(worker)
+            await worker.start()
 
-    async def _start(self, cpu: int, place: int, port: int) -> None:
-        command = [sys.executable, "-P", "-m", "colocate.demo.inference", "--cpu", str(cpu), "--port", str(port)]
+    @property
+    def urls(self) -> list[str]:
+        """Where its workers listen."""
+        return [f"http://127.0.0.1:{port}" for port in self._ports.values()]
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker died."""
+        return sum(w.deaths for w in self._workers)
+
+    def _died(self, _code: int) -> None:
+        self._tell("a worker of the service was killed by the kernel, and is started again")
+
+    async def _start(self, cpu: int) -> Process:
+        command = [sys.executable, "-P", "-m", "colocate.demo.inference", "--cpu", str(cpu)]
         command += ["--service-seconds", str(self._service_seconds), "--table", str(self._table)]
+        command += ["--port", self._ports.get(cpu, "0")]
         environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._metrics)}
         worker = await Process.start(self._node, self._group, command, environment, oom_score_adj=BURSTABLE_SCORE)
-        self._workers[place : place + 1] = [worker]
         listens = await worker.line()
         if listens.isdigit():
-            self.urls[place : place + 1] = [f"http://127.0.0.1:{listens}"]
-        elif not port:
+            self._ports[cpu] = listens
+        elif cpu not in self._ports:
+            await worker.end()
             raise HostUnfit("the demonstration service did not start; its error is above")
+        return worker
 
-    async def _keep(self, cpu: int, place: int) -> None:
-        while True:
-            await self._workers[place].process.wait()
-            if self._ending:
-                return
-            self.restarts += 1
-            self._tell("a worker of the service was killed by the kernel, and started again")
-            await self._start(cpu, place, int(self.urls[place].rpartition(":")[2]))
+    async def warm(self) -> None:
+        """Have the table in memory again, whatever went before."""
+        async with aiohttp.ClientSession() as session, session.post(f"{self.urls[0]}/warm") as response:
+            response.raise_for_status()
 
     async def end(self) -> None:
         """End all workers."""
-        self._ending = True
-        for task in self._keeping:
-            task.cancel()
-        await asyncio.gather(*self._keeping, return_exceptions=True)
         for worker in self._workers:
             await worker.end()

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from colocate.demo.jobs import Progress
+from colocate.demo.progress import Progress
 from colocate.demo.scenario import CHECKPOINT_SECONDS, JOB_GROWTH_BYTES
 from colocate.jobs.client import tell_checkpointed
 

@@ -10,7 +10,7 @@ from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import inodes_of
 from colocate.demo.result import Detail, Event
 from colocate.observe.cgroup import read_workload
-from colocate.snapshot import Workload
+from colocate.snapshot import Tier, Workload
 
 MIB = 1 << 20
 
@@ -48,7 +48,8 @@ class Watch:
         found = {}
         for name, path in self._paths.items():
             inodes = inodes_of(self._port, path)
-            found[name] = read_workload(self._port, id_=name, name=name, tier="batch", path=path, inodes=inodes)
+            tier: Tier = "service" if name == "service" else "batch"
+            found[name] = read_workload(self._port, id_=name, name=name, tier=tier, path=path, inodes=inodes)
         self._seen.append((round(now, 2), found))
 
     def note(self, text: str, why: str = "") -> None:

@@ -26,6 +26,7 @@ class InactiveFile(NamedTuple):
     inode: int
     usage_bytes: int
     bytes: int
+    mapped_bytes: int
     at_seconds: float
     stalled_us: int | None
     """Of its memory pressure: a service that stalls is looked at closely."""
@@ -45,14 +46,18 @@ class FilePages:
         self._hits: dict[str, tuple[int, int | None, int | None]] = {}
         self.now = 0.0
 
-    def keep(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None, inactive_bytes: int) -> None:
+    def keep(
+        self, path: str, inode: int, usage_bytes: int, stalled_us: int | None, inactive_bytes: int, mapped_bytes: int
+    ) -> None:
         """Note a reading."""
-        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, self.now, stalled_us)
+        self._kept[path] = InactiveFile(inode, usage_bytes, inactive_bytes, mapped_bytes, self.now, stalled_us)
 
-    def known(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None) -> int | None:
-        """Bytes of a reading that still stands."""
+    def known(self, path: str, inode: int, usage_bytes: int, stalled_us: int | None) -> tuple[int, int] | None:
+        """Inactive and mapped bytes of a reading that still stands."""
         kept = self._kept.get(path)
-        return kept.bytes if kept is not None and kept.good(inode, usage_bytes, stalled_us, self.now) else None
+        if kept is None or not kept.good(inode, usage_bytes, stalled_us, self.now):
+            return None
+        return kept.bytes, kept.mapped_bytes
 
     def limit_hits(self, port: FilePort, path: str, inodes: dict[str, int], stalled_us: int | None) -> int | None:
         """How often a cgroup met its own limit: read anew only when it has stalled since, else it stands."""
@@ -149,8 +154,9 @@ def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]
 
 
 def _memory(
-    port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None, stalled_us: int | None
+    port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None, stalled_us: int | None, *, service: bool
 ) -> dict[str, Any]:
+    """A service's mapped file pages are in use, though nobody has looked at them yet: only reclaim activates them."""
     hierarchy = port.layout.hierarchy("memory")
     if hierarchy not in inodes:
         return {}
@@ -160,13 +166,15 @@ def _memory(
     if not text:
         return {}
     usage = int(text)
-    inactive = pages.known(path, inode, usage, stalled_us) if pages is not None else None
-    if inactive is None:
-        stat = port.read(hierarchy, path, "memory.stat", inode)
-        (inactive,) = parse_flat_keyed(stat, "inactive_file" if v2 else "total_inactive_file")
+    known = pages.known(path, inode, usage, stalled_us) if pages is not None else None
+    if known is None:
+        stat, total = port.read(hierarchy, path, "memory.stat", inode), "" if v2 else "total_"
+        inactive, mapped = parse_flat_keyed(stat, f"{total}inactive_file", "file_mapped" if v2 else "total_mapped_file")
+        known = inactive or 0, mapped or 0
         if pages is not None and inactive is not None:
-            pages.keep(path, inode, usage, stalled_us, inactive)
-    return {"memory_bytes": usage, "working_set_bytes": max(usage - (inactive or 0), 0)}
+            pages.keep(path, inode, usage, stalled_us, *known)
+    in_use = min(known) if service else 0
+    return {"memory_bytes": usage, "working_set_bytes": max(usage - known[0] + in_use, 0), "mapped_bytes": in_use}
 
 
 def read_workload(
@@ -195,9 +203,9 @@ def read_workload(
         figures["cpu_pressure_us"], _ = parse_pressure(port.read(UNIFIED, path, "cpu.pressure", inode))
         memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
         figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
-    figures.update(_memory(port, path, inodes, None if governed else pages, figures.get("memory_pressure_us")))
-    if tier == "service" and pages is not None:
-        stalled = figures.get("memory_pressure_us")
+    service, stalled = tier == "service", figures.get("memory_pressure_us")
+    figures.update(_memory(port, path, inodes, None if governed else pages, stalled, service=service))
+    if service and pages is not None:
         figures["memory_limit_hits"] = pages.limit_hits(port, path, inodes, stalled)
     if governed:
         knobs = {k: read_knob(port, path, k, inodes) for k in HELD}

@@ -463,10 +463,28 @@ def pinned(node):
 def test_best_effort_that_batch_really_displaces_gets_its_cpu_back():
     node = Node(cores=((0,),))
     node.besteffort, node.wants = displaced, 1.0
+    node.figures = lambda: {"batch_cores": min(node.share, 0.2)}
     node.look()
     node.run(30)
     assert node.taken_seconds >= 0.95 * 0.4 * 30
     assert "CausedByBatch" in node.decision.verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [
+        pytest.param(0.02, "NotCausedByBatch", id="less than a 20th of what batch would give up"),
+        pytest.param(0.09, "CausedByBatch", id="more than a quarter of what it has"),
+    ],
+)
+def test_what_batch_gives_up_for_best_effort_must_buy_it_something(taken, reason):
+    """A pod that uses 0.3 cores beside batch that uses nearly two."""
+    node = Node()
+    node.besteffort = lambda node: (0.3, 0.3 - taken * node.share)
+    node.look()
+    seen = {node.tick() for _ in range(40)}
+    assert reason in seen
+    assert seen.isdisjoint({"CausedByBatch", "NotCausedByBatch"} - {reason})
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from colocate.demo.jobs import Progress
 from colocate.demo.page import sentence
+from colocate.demo.progress import Progress
 from colocate.demo.result import ARMS, differs_from_default
 from colocate.demo.scenario import SPEC
 from colocate.demo.simulated import simulate

@@ -219,9 +219,9 @@ def test_a_reading_of_file_pages_stands_for_a_while(
     usage: int, seconds: float, inode: int, stalled: int, stands: bool
 ) -> None:
     pages = FilePages()
-    pages.keep("/x", 7, 6400, 0, 100)
+    pages.keep("/x", 7, 6400, 0, 100, 40)
     pages.now = seconds
-    assert pages.known("/x", inode, usage, stalled) == (100 if stands else None)
+    assert pages.known("/x", inode, usage, stalled) == ((100, 40) if stands else None)
     pages.forget_others([])
     assert pages.known("/x", 7, 6400, 0) is None
 
