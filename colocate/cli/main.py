@@ -263,6 +263,8 @@ def _end_in_order() -> list[int]:
 
     def end(number: int, _frame: object) -> None:
         ended.append(number)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what they put into the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
 
     for number in (signal.SIGTERM, signal.SIGHUP):

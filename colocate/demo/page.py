@@ -54,8 +54,10 @@ def _episodes(result: Result) -> list[tuple[str, list[tuple[Chart, str]], list[E
         slo = ("SLO", result.target_p99_ms) if result.target_p99_ms else None
         charts = [
             (
-                line_chart("p99 by second", p99, "seconds", "ms", marker=slo, events=marks, span=span, top=slowest),
-                "From the intended start of each request.",
+                line_chart(
+                    "p99 by second", p99, "seconds", "ms", log_y=True, marker=slo, events=marks, span=span, top=slowest
+                ),
+                "From the intended start of each request; logarithmic.",
             ),
             (
                 line_chart("Memory", memory, "seconds", "MiB", events=marks, span=span, top=most),
@@ -84,6 +86,7 @@ def write_page(result: Result, path: Path) -> None:
         ],
         "seconds",
         "ms",
+        log_y=True,
         marker=("SLO", result.target_p99_ms) if result.target_p99_ms else None,
     )
     alone = result.batch_alone_per_second or 1.0

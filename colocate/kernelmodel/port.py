@@ -84,21 +84,22 @@ class ModelKernel(ModelFiles):
                 usage.period_start = self.machine.now
                 usage.budget = group.quota_us / 1e6
 
-    def _throttled(self, path: str) -> bool:
+    def _throttled_by(self, path: str) -> str | None:
+        """The group whose quota is used up; None if there is none."""
         hierarchy = self.layout.controllers["cpu"]
         while path != "/":
             group = self.group(hierarchy, path)
             if group is not None and group.quota_us is not None and self.usage(path).budget <= 0:
-                return True
+                return path
             path = path.rpartition("/")[0] or "/"
-        return False
+        return None
 
     def _run_cpu(self, cpu: int, tasks: list[Task], step: float) -> None:
         ready = []
         for task in tasks:
             path = self._cpu_path(task)
-            if self._throttled(path):
-                self._charge(path, throttled=step)
+            if (throttling := self._throttled_by(path)) is not None:
+                self.usage(throttling).throttled += step  # cpu.stat counts a group's own quota alone
                 self._wait(task, step)
             else:
                 ready.append(task)
@@ -125,11 +126,10 @@ class ModelKernel(ModelFiles):
                 return
             path = path.rpartition("/")[0] or "/"
 
-    def _charge(self, path: str, cpu: float = 0.0, throttled: float = 0.0) -> None:
+    def _charge(self, path: str, cpu: float) -> None:
         while True:
             usage = self.usage(path)
             usage.cpu += cpu
-            usage.throttled += throttled
             usage.budget -= cpu
             if path == "/":
                 return

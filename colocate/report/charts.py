@@ -70,8 +70,18 @@ def _horizontal(x_ticks: list[float], log_x: bool) -> Scale:
     return x
 
 
-def _vertical(y_ticks: list[float]) -> Scale:
+def _decades(least: float, most: float) -> list[float]:
+    """Powers of ten that cover a range."""
+    low = math.floor(math.log10(max(least, 1e-3)))
+    high = max(math.ceil(math.log10(max(most, 1e-3))), low + 1)
+    return [10.0**i for i in range(low, high + 1)]
+
+
+def _vertical(y_ticks: list[float], log_y: bool = False) -> Scale:
     low, high = y_ticks[0], y_ticks[-1]
+    if log_y:
+        span = math.log10(high / low)
+        return lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * math.log10(max(value, low) / low) / span
     return lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / ((high - low) or 1)
 
 
@@ -105,6 +115,7 @@ def line_chart(
     y_label: str,
     *,
     log_x: bool = False,
+    log_y: bool = False,
     marker: tuple[str, float] | None = None,
     events: Sequence[float] = (),
     span: tuple[float, float] | None = None,
@@ -116,14 +127,10 @@ def line_chart(
     """
     xs = [*(px for s in series for px, _ in s.points), *events, *(span or ())] or [0.0, 1.0]
     ys = [*(py for s in series for _, py in s.points), top]
-    if log_x:
-        low = 10 ** math.floor(math.log10(max(min(xs), 1e-3)))
-        high = 10 ** math.ceil(math.log10(max(*xs, low * 10)))
-        x_ticks = [low * 10**i for i in range(round(math.log10(high / low)) + 1)]
-    else:
-        x_ticks = ticks(min(xs), max(xs))
-    y_ticks = ticks(0.0, max(*ys, marker[1] if marker else 0.0))
-    x, y = _horizontal(x_ticks, log_x), _vertical(y_ticks)
+    x_ticks = _decades(min(xs), max(xs)) if log_x else ticks(min(xs), max(xs))
+    most = max(*ys, marker[1] if marker else 0.0)
+    y_ticks = _decades(min((v for v in ys if v > 0), default=1.0), most) if log_y else ticks(0.0, most)
+    x, y = _horizontal(x_ticks, log_x), _vertical(y_ticks, log_y)
     body = _y_axis(y_ticks, y, y_label)
     body += [_text("tick", x(tick), HEIGHT - BOTTOM + 16, _number(tick)) for tick in x_ticks]
     body.append(_text("label", (LEFT + WIDTH) / 2, HEIGHT - 6, x_label))

@@ -284,12 +284,25 @@ def test_read_only_cgroups_are_named_with_the_mend(dirs, node):
     assert "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_demo_that_is_ended_leaves_nothing(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "ignored"),
+    [
+        pytest.param(signal.SIGTERM, [], id="SIGTERM"),
+        pytest.param(signal.SIGINT, [], id="SIGINT"),
+        pytest.param(signal.SIGHUP, [], id="SIGHUP"),
+        pytest.param(signal.SIGTERM, [signal.SIGINT], id="SIGTERM in the background of a script"),
+    ],
+)
+def test_a_demo_that_is_ended_leaves_nothing(tmp_path, number, ignored):
     port = KernelPort()
     environment = {**os.environ, "COLOCATE_STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}
     command = [*CLI, "demo", "--seconds", "3", "--report", str(tmp_path / "report.html")]
-    demo = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    shell = "".join(f"trap '' {n.name.removeprefix('SIG')}; " for n in ignored) + 'exec "$@"'
+    kept = {signal.SIGINT: signal.default_int_handler} if not ignored else {}
+    before = {n: signal.signal(n, handler) for n, handler in kept.items()}  # this suite may run in the background too
+    demo = subprocess.Popen(["sh", "-c", shell, "sh", *command], env=environment, stderr=subprocess.DEVNULL)
+    for n, handler in before.items():
+        signal.signal(n, handler)
     hierarchy = port.layout.controllers["cpu"]
     mine = f"colocate-demo-{demo.pid}-{start_time(port, demo.pid)}"
     assert wait_for(lambda: mine in port.children(hierarchy, "/"))

@@ -101,12 +101,12 @@ def test_a_job_that_wants_more_than_its_allowance_saves_its_work_and_goes(node, 
     more = "memory: {crawl: 500ms, checkpointDeadline: 20s}"
     running = agent(tick="200ms", more=more)
     command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", "wants", "--checkpoint-signal", "SIGUSR1"]
-    program = [sys.executable, "-c", SAVES, str(tmp_path / "state")]
+    program = [sys.executable, "-c", SAVES, str(tmp_path / "saved")]
     started = time.monotonic()
     found = subprocess.run([*command, "--", *program], capture_output=True, text=True, timeout=120 * PATIENCE)
     assert found.returncode == 75, found.stderr
     assert "OverAllowance" in found.stderr
-    assert (tmp_path / "state").read_text() == "saved"
+    assert (tmp_path / "saved").read_text() == "saved"
     assert time.monotonic() - started < 20 * PATIENCE  # it answered, so the deadline was not waited for
     assert running.process.poll() is None
 

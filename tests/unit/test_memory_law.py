@@ -22,7 +22,8 @@ class Memory:
     """Steps the memory law."""
 
     def __init__(self, *workloads, **changes):
-        self.state, self.now, self.evicting = MemoryState(), 100.0, ()
+        self.state, self.now = MemoryState(), 100.0
+        self.evicting: tuple[str, ...] = ()
         self.changes = {"memory_available_bytes": GIB // 16, **changes}
         self.workloads = workloads or (make.service(working_set_bytes=GIB // 2), make.job())
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from colocate.calibrate.measure import judge
+from colocate.calibrate.judge import judge
 from colocate.errors import StateTooNew
 from colocate.model import kernels, reference
 from colocate.model.forecast import ModelState, forecast
