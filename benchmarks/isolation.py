@@ -91,7 +91,7 @@ class Cell(Demo):
         if kind is not None:
             return [sys.executable, "-IS", str(PROBE), kind, file]
         grow, most = (200 << 20, 700 << 20) if self._batch == "growth" else (48 << 20, 128 << 20)
-        return [*super()._training(i), "--grow-bytes", str(grow), "--most-bytes", str(most)]
+        return [*super()._training(i), *self._growing(grow, most)]
 
     async def _arms(self, calibration: Calibration) -> None:
         service = joined(self._node.path, SERVICE_POD)

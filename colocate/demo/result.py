@@ -17,6 +17,7 @@ TITLES = {
     "besteffort": "batch as kubelet's BestEffort",
     "colocate": "batch in colocate's tier",
 }
+SHORT_TITLES = {"alone": "no batch", "unmanaged": "unmanaged", "besteffort": "BestEffort", "colocate": "colocate"}
 P999_REQUESTS = 10_000
 
 

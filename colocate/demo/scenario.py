@@ -7,7 +7,7 @@ from colocate.policy.schema import CpuPolicy, MemoryPolicy, PolicySpec
 MIB = 1 << 20
 NODE_BYTES = 1 << 30
 JOB_GROWTH_BYTES = 72 * MIB
-"""Of a training job in a second of its CPU time."""
+"""Of a training job's memory in a second, if it has its CPU for itself."""
 JOB_MOST_BYTES = 560 * MIB
 """If nothing stops it: two of them do not fit beside the service."""
 CHECKPOINT_SECONDS = 10.0

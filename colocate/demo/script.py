@@ -218,7 +218,12 @@ class Demo:
 
     def _training(self, i: int) -> list[str]:
         command = [sys.executable, "-P", "-m", "colocate.demo.training", "--progress", str(self._trainings[i].path)]
-        return [*command, "--grow-bytes", str(JOB_GROWTH_BYTES), "--most-bytes", str(JOB_MOST_BYTES)]
+        return [*command, *self._growing(JOB_GROWTH_BYTES, JOB_MOST_BYTES)]
+
+    def _growing(self, bytes_per_second: int, most_bytes: int) -> list[str]:
+        """Options of a training job whose memory grows so fast, at the speed of one alone; not before that is known."""
+        alone = self._result.batch_alone_per_second / len(self._trainings)
+        return ["--sample-bytes", str(bytes_per_second / alone if alone else 0.0), "--most-bytes", str(most_bytes)]
 
     @contextlib.asynccontextmanager
     async def _jobs(

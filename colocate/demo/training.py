@@ -1,6 +1,6 @@
 """A real training job: a network learns a function by gradient descent, hungry for CPU and for memory.
 
-It counts the samples it has learned from into a memory-mapped file. Its replay memory grows with its CPU time. Every
+It counts the samples it has learned from into a memory-mapped file, and keeps them in a replay memory. Every
 `--checkpoint-every` seconds, and when it is asked by SIGUSR1, it writes a checkpoint, from which its successor goes on.
 """
 
@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from colocate.demo.progress import Progress
-from colocate.demo.scenario import CHECKPOINT_SECONDS, JOB_GROWTH_BYTES
+from colocate.demo.scenario import CHECKPOINT_SECONDS
 from colocate.jobs.client import tell_checkpointed
 
 BATCH = 256
@@ -28,9 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--progress", required=True)
     parser.add_argument("--checkpoint-every", type=float, default=CHECKPOINT_SECONDS)
-    parser.add_argument(
-        "--grow-bytes", type=float, default=JOB_GROWTH_BYTES, help="of the replay memory in a second of CPU time"
-    )
+    parser.add_argument("--sample-bytes", type=float, default=0.0, help="what a sample takes in the replay memory")
     parser.add_argument("--most-bytes", type=int, default=128 << 20)
     options = parser.parse_args()
     progress = Progress(options.progress)
@@ -38,10 +36,11 @@ def main() -> None:
     truth = np.random.Generator(np.random.PCG64(1)).standard_normal((INPUTS, 1)).astype(np.float32)
     first = generator.standard_normal((INPUTS, WIDTH)).astype(np.float32) / 8
     second = generator.standard_normal((WIDTH, 1)).astype(np.float32) / 8
-    done = 0
+    done = began = 0
     if progress.checkpoint.exists():
         with np.load(progress.checkpoint) as found:
             first, second, done = found["first"], found["second"], int(found["done"])
+        began = done
     replay: list[bytearray] = []
 
     def checkpoint(*_: object) -> None:
@@ -63,7 +62,7 @@ def main() -> None:
         second -= 0.01 * (hidden.T @ error) / BATCH
         first -= 0.01 * (x.T @ gradient) / BATCH
         done += BATCH
-        wanted = min(time.process_time() * options.grow_bytes, options.most_bytes)
+        wanted = min((done - began) * options.sample_bytes, options.most_bytes)
         if len(replay) * BLOCK_BYTES < wanted - BLOCK_BYTES:
             block = bytearray(BLOCK_BYTES)
             block[::4096] = b"\1" * len(block[::4096])
