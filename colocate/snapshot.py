@@ -59,7 +59,7 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     mapped_bytes: int = 0
     """Of a service's working set: mapped file pages that the kernel holds for inactive, and for available."""
     memory_limit_hits: int | None = None
-    """How often it met its own memory limit (memory.events.local high + max; v1: memory.failcnt)."""
+    """How often it met its own memory limit (memory.events high + max; v1: memory.failcnt)."""
     processes: int | None = None
     frozen: bool = False
     knobs: dict[str, str] = {}
@@ -98,7 +98,7 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     node_at_seconds: float = 0.0
     """Monotonic time of the node's own figures; 0: with the snapshot."""
     cpu_busy_us: int | None = None
-    """Of the node's CPUs together, user + system + irq + steal excluded idle and iowait."""
+    """Of the node's CPUs together: all but idle and iowait."""
     cpu_idle_us: int | None = None
     cpu_idle_each_us: dict[str, int] = {}
     """Idle time of each CPU (keyed by its number as text, as in JSON), to see on which CPUs somebody waits in vain."""

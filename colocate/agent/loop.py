@@ -211,10 +211,11 @@ class Agent:
         self.observer.looks_for_strangers = cpu is not None and cpu.reason != "NothingSuffers"
         if not self.shadow:
             # Its caller hears of an eviction before the signal arrives, and can tell it from another end.
-            for job in self.registry.note(plan, snapshot):
+            for job in self.registry.note(plan):
                 for told in self.on_evicted:
                     told(job)
         outcomes = await self.writer.apply(plan, snapshot)
+        self.registry.delivered(outcomes, snapshot)
         for outcome in outcomes:
             key = (outcome.reason, outcome.status)
             self.counts[key] = self.counts.get(key, 0) + 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import msgspec
 
 from colocate.actuate.statedir import StateDirectory
-from colocate.plan import Plan
-from colocate.snapshot import NodeSnapshot
+from colocate.plan import Outcome, Plan
+from colocate.snapshot import NodeSnapshot, Workload
 from colocate.units import MOST_BYTES, MOST_CORES
 
 FILE = "jobs.json"
@@ -40,6 +41,8 @@ class Job(Wanted, kw_only=True, omit_defaults=True):
     checkpointed_seconds: float | None = None
     checkpointed_cpu_us: int = 0
     """Its CPU time at its last checkpoint."""
+    acknowledges: bool = False
+    """It says itself when its state is saved; of others a signal that was delivered has to do."""
     evicted: str = ""
     """Why, once it was told to go."""
 
@@ -93,17 +96,30 @@ class Registry:
             for name, job in self.jobs.items()
         }
 
-    def note(self, plan: Plan, snapshot: NodeSnapshot) -> list[Job]:
-        """Mark what a plan does to jobs; those newly evicted are returned. A sent checkpoint signal counts as one."""
+    def checkpointed(self, job: Job, now_seconds: float, seen: Workload | None) -> None:
+        """The job says that its state is saved; written down, for a successor must not count that work as lost."""
+        job.acknowledges, job.checkpointed_seconds = True, now_seconds
+        job.checkpointed_cpu_us = (seen.cpu_usage_us or 0) if seen is not None else 0
+        self.save()
+
+    def delivered(self, outcomes: Iterable[Outcome], snapshot: NodeSnapshot) -> None:
+        """Checkpoint signals that reached a process that handles them: all that is known of jobs that never answer."""
+        for outcome in outcomes:
+            job = self.jobs.get(outcome.workload.removeprefix("job:"))
+            sent = (outcome.knob, outcome.reason, outcome.status) == ("signal", "CheckpointSignal", "applied")
+            if sent and job is not None and not job.acknowledges:
+                job.checkpointed_seconds = snapshot.monotonic_seconds
+                job.checkpointed_cpu_us = snapshot.workloads[outcome.workload].cpu_usage_us or 0
+
+    def note(self, plan: Plan) -> list[Job]:
+        """Mark what a plan does to jobs; those newly evicted are returned."""
         evicted = []
         for action in plan.actions:
             job = self.jobs.get(action.workload.removeprefix("job:"))
             if job is None:
                 continue
-            if action.knob == "signal" and action.reason == "CheckpointSignal":
-                job.checkpointed_seconds = snapshot.monotonic_seconds
-                job.checkpointed_cpu_us = snapshot.workloads[action.workload].cpu_usage_us or 0
-            elif action.knob in ("signal", "cgroup.kill") and not job.evicted:
+            evicts = action.knob == "cgroup.kill" or (action.knob == "signal" and action.reason != "CheckpointSignal")
+            if evicts and not job.evicted:
                 job.evicted = f"{action.reason}: {action.message}"
                 evicted.append(job)
         if evicted:

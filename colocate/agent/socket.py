@@ -167,10 +167,9 @@ class JobServer:
             known = self._agent.registry.jobs.get(str(request.get("job")))
             if known is None or peer.uid not in (0, known.uid):
                 raise BadInput(f"no job {request.get('job')!r} of yours")
-            known.checkpointed_seconds = round(self._agent.clock.monotonic(), 3)
             last = self._agent.last
             seen = last.snapshot.workloads.get(f"job:{known.name}") if last is not None else None
-            known.checkpointed_cpu_us = (seen.cpu_usage_us or 0) if seen is not None else 0
+            self._agent.registry.checkpointed(known, round(self._agent.clock.monotonic(), 3), seen)
             self._agent.wake(f"checkpoint of {known.name}")  # whoever waits for it loses work meanwhile
             return {"ok": True}
         if op == "ended":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ ROUNDS = 4
 ARM_SECONDS = 0.9
 PERIOD_SECONDS = 0.008
 WORK_SECONDS = 0.002
+PROBE_SECONDS = 10.0
 MIN_IDLE_RATIO = 0.3
 ARMS = ("alone", "weight", "idle", "quota", "cpuset")
 PROBE = Path(__file__).with_name("probe.py")
@@ -111,9 +113,20 @@ class _Bench:
         return sum(c.done for c in self._counters)
 
     def measure(self, arm: str) -> tuple[float, float]:
-        """(p99 seconds, batch work a second) of one arm."""
+        """(p99 seconds, batch work a second) of one arm. Raises HostUnfit if the probes do not get the CPU for it."""
         self._prepare(arm)
-        probes = []
+        probes: list[subprocess.Popen[str]] = []
+        try:
+            return self._measured(probes)
+        except subprocess.TimeoutExpired:
+            what = f"the CPUs are too busy to measure: {ARM_SECONDS:g} s took more than {PROBE_SECONDS:g} s"
+            raise HostUnfit(what, "calibrate when the machine is idle") from None
+        finally:
+            for probe in probes:
+                probe.kill()
+                probe.communicate()
+
+    def _measured(self, probes: list[subprocess.Popen[str]]) -> tuple[float, float]:
         for cpu in (self.cpus[0], self.cpus[-1]):
             command = [sys.executable, "-IS", str(PROBE), "service", str(cpu)]
             command += [str(ARM_SECONDS), str(PERIOD_SECONDS), str(WORK_SECONDS)]
@@ -122,13 +135,15 @@ class _Bench:
             probes.append(probe)
         for probe in probes:
             assert probe.stdout is not None
+            if not select.select([probe.stdout], [], [], PROBE_SECONDS)[0]:
+                raise subprocess.TimeoutExpired(probe.args, PROBE_SECONDS)
             probe.stdout.readline()
         before, started = self._work(), time.perf_counter()
         for probe in probes:
             assert probe.stdin is not None
             probe.stdin.write("go\n")
             probe.stdin.flush()
-        latencies = sorted(float(v) for probe in probes for v in probe.communicate(timeout=30)[0].split())
+        latencies = sorted(float(v) for probe in probes for v in probe.communicate(timeout=PROBE_SECONDS)[0].split())
         work = (self._work() - before) / (time.perf_counter() - started)
         return latencies[int(0.99 * (len(latencies) - 1))], work
 

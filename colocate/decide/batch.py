@@ -2,7 +2,8 @@
 
 For simulation and training: a step takes arrays of counters and returns arrays of decisions. Every law's core is the
 same source that the agent runs (`attribution`, and the scalar functions of `memory`, `eviction`, `freeze`); it is
-compiled here, function by function, with the ones that it calls. Nothing in the agent imports this module.
+compiled here, function by function, with the ones that it calls. Nothing in the agent imports this module. Not here:
+batch beyond its allowance, less than 1 % of memory left, checkpoints, batch in place, gangs.
 
 Shapes: n nodes, w workloads a node (s services first, then jobs). Memory is changed in place.
 """
@@ -76,7 +77,8 @@ NOW, DAY_SECONDS, BUSY_US, AVAILABLE_BYTES, IDLE_CPUS, IN_FORCE, NODE = range(7)
 (AT, LAST_CPU, LAST_PRESSURE, LAST_THROTTLED, LAST_STALL, WAITED, USED, SMOOTH, HIGHEST_CPU, HIGHEST_MEMORY, DEADLINE,
  KILLED, SINCE, KEPT) = range(14)  # fmt: skip
 # What is remembered of a node beside the law's row.
-LAST_AT, LAST_BUSY, RUNG, RUNG_SINCE, PRESSED, ALLOWED, SLOT, SETTLED, NODE_KEPT = range(9)
+LAST_AT, LAST_BUSY, RUNG, RUNG_SINCE, PRESSED, ALLOWED, SLOT, SETTLED, VICTIM, NODE_KEPT = range(10)
+# VICTIM: 1 + the job whose eviction the memory law asked for, 0: none.
 # The policy, and what does not change of a node.
 (CPUS, MEMORY_BYTES, FLOOR, QUESTION, HOLD, PRESSURE, BESTEFFORT, RESERVE_CPU, RESERVE_MEMORY, STALL_RATIO,
 RUNG_SECONDS,
@@ -262,9 +264,9 @@ def _step_nodes(
                 over = told[i, services + j, WORKING_SET] <= 0.0 or (
                     row[KILLED] > 0.0 and at >= row[KILLED] + eviction.KILLING_SECONDS
                 )
-                leaving, gone = leaving or not over, gone or over
+                leaving, gone = leaving or not over, gone or (over and j + 1 == int(node[i, VICTIM]))
         if gone:  # what was felt until then says nothing of what is left
-            node[i, RUNG], node[i, RUNG_SINCE], node[i, PRESSED] = -1.0, 0.0, 0.0
+            node[i, RUNG], node[i, RUNG_SINCE], node[i, PRESSED], node[i, VICTIM] = -1.0, 0.0, 0.0, 0.0
             node[i, SETTLED] = at + max(policy[RUNG_SECONDS], seconds)
         presses = presses and at >= node[i, SETTLED]
         rung, since, pressed = _CLIMB(
@@ -282,6 +284,7 @@ def _step_nodes(
         node[i, RUNG], node[i, RUNG_SINCE], node[i, PRESSED] = rung, since, pressed
         rungs[i] = rung
         victim = _victim(told[i], services) if presses and rung == 4 and not leaving else -1
+        node[i, VICTIM] = victim + 1 if victim >= 0 else node[i, VICTIM]
         for j in range(w - services):
             row, frozen = kept[i, services + j], told[i, services + j, FROZEN] > 0.0
             wished = j == victim or told[i, services + j, WISHED] > 0.0
@@ -295,12 +298,13 @@ def _step_nodes(
 
 @numba.njit(nogil=True)
 def _victim(told: Floats, services: int) -> int:
-    """The job that loses least: CPU-seconds spent (nothing of it was saved)."""
-    found, least = -1, math.inf
+    """The job that loses least, CPU-seconds spent (nothing of it was saved), of those whose going will be felt."""
+    found, least, large = -1, math.inf, False
     for j in range(told.shape[0] - services):
-        spent = told[services + j, CPU_US]
-        if told[services + j, WORKING_SET] > 0.0 and spent < least:
-            found, least = j, spent
+        spent, held = told[services + j, CPU_US], told[services + j, WORKING_SET]
+        felt = held >= memory.LEAST_BYTES
+        if held > 0.0 and (felt, -spent) > (large, -least):
+            found, least, large = j, spent, felt
     return found
 
 

@@ -11,6 +11,7 @@ at a time: what is on its way out, and what it will free, counts. Page cache is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -47,21 +48,23 @@ class MemoryState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     pressed: float = 0.0
     """When pressure was last seen."""
     allowance_bytes: int = 0
-    signalled: dict[str, float] = {}
-    """Jobs that were sent their checkpoint signal in this episode, with the deadline."""
-    leaving: tuple[str, ...] = ()
-    """Jobs that were on their way out at the last look."""
+    signalled: dict[str, tuple[float, float]] = {}
+    """Jobs that were sent their checkpoint signal since the rung was entered: when, and until when they have."""
+    asked: tuple[str, ...] = ()
+    """Jobs whose eviction was asked for, and that have not all gone."""
     settled: float = 0.0
     """Until then a stall may still be one of before the last eviction freed its memory."""
     over: float = 0.0
     """Since when batch wants more than its allowance; 0: it does not."""
+    by_over: bool = False
+    """The ladder was entered for that, and not because a service stalled."""
     held_bytes: int = 0
-    """The tier's working set at the last look."""
+    """The tier's working set, at least a second ago."""
     held_at: float = 0.0
     grows: float = 0.0
-    """By how many bytes it grows a second."""
-    lifted_bytes: int = 0
-    """The tier's high mark while checkpoints are written."""
+    """By how many bytes it grew a second since then."""
+    lifted: dict[str, int] = {}
+    """High marks while checkpoints are written, by workload."""
 
 
 def batch_bytes(snapshot: NodeSnapshot) -> int:
@@ -194,11 +197,18 @@ def _helps(rung: str, snapshot: NodeSnapshot, v2: bool) -> bool:
 
 def _unsaved(state: MemoryState, view: View) -> bool:
     """Whether a checkpoint may still be on its way: its deadline has not passed, and its job has not answered."""
-    for id_, deadline in state.signalled.items():
+    for id_, (told, deadline) in state.signalled.items():
         job = view.snapshot.workloads.get(id_)
-        if view.now < deadline and job is not None and (job.checkpointed_seconds or 0.0) <= state.since:
+        if view.now < deadline and job is not None and (job.checkpointed_seconds or 0.0) <= told:
             return True
     return False
+
+
+def _room_to_save(snapshot: NodeSnapshot) -> dict[str, int]:
+    """What the tier and batch in place hold, and a little more."""
+    tier = [snapshot.tier] if snapshot.tier is not None else []
+    governed = [*tier, *(w for w in snapshot.of("batch") if w.in_place)]
+    return {w.id: w.memory_bytes + CHECKPOINT_BYTES for w in governed if w.memory_bytes is not None}
 
 
 def _advance(state: MemoryState, why: str, over: str, rungs: tuple[str, ...], view: View) -> MemoryState:
@@ -213,60 +223,79 @@ def _advance(state: MemoryState, why: str, over: str, rungs: tuple[str, ...], vi
         before, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs),
         0.0 if saved and rungs[before] == "checkpoint" else memory.rung, memory.calm,
     )  # fmt: skip
-    lifted = state.lifted_bytes
-    if rung != before and rungs[rung] == "checkpoint" and view.snapshot.tier is not None:
-        lifted = (view.snapshot.tier.memory_bytes or 0) + CHECKPOINT_BYTES
-    return msgspec.structs.replace(state, rung=rung, since=since, pressed=pressed, lifted_bytes=lifted)
+    if before < 0 or why:
+        state = msgspec.structs.replace(state, by_over=not why)
+    if rung != before and rungs[rung] == "checkpoint":  # each time anew: work has been done since the last one
+        state = msgspec.structs.replace(state, signalled={}, lifted=_room_to_save(view.snapshot))
+    return msgspec.structs.replace(state, rung=rung, since=since, pressed=pressed)
 
 
 def _settle(state: MemoryState, view: View) -> MemoryState:
-    """Notice that an eviction has ended. It ends the episode, and what was felt until then says nothing of the next."""
-    leaving = tuple(sorted(view.evicting))
-    if all(id_ in view.evicting for id_ in state.leaving):
-        return msgspec.structs.replace(state, leaving=leaving)
+    """Notice that all whose eviction this law asked for have gone.
+
+    That ends the episode: the tier has its allowance again, and what was felt until then says nothing of what is left.
+    """
+    if not state.asked or any(id_ in view.evicting for id_ in state.asked):
+        return state
     settled = view.now + max(view.spec.memory.rung, view.forecast.interval_seconds)
-    return MemoryState(
-        leaving=leaving, settled=settled, allowance_bytes=state.allowance_bytes, held_bytes=state.held_bytes,
-        held_at=state.held_at,
-    )  # fmt: skip
+    return MemoryState(settled=settled, allowance_bytes=state.allowance_bytes)
 
 
 def _grown(state: MemoryState, view: View) -> MemoryState:
-    """How fast the tier grows: nothing stops it on v1, so what it will have soon counts there."""
-    tier, now = view.snapshot.tier, view.now
-    held = (tier.working_set_bytes or 0) if tier is not None else 0
-    seconds = now - state.held_at
-    grows = max(held - state.held_bytes, 0) / seconds if state.held_at and seconds > 0 else 0.0
-    return msgspec.structs.replace(state, held_bytes=held, held_at=now, grows=grows)
+    """How fast the tier grows, over a second or more: nothing stops it on v1, so what it will have counts there."""
+    tier = view.snapshot.tier
+    if tier is None or tier.working_set_bytes is None:
+        return msgspec.structs.replace(state, held_at=0.0, grows=0.0)
+    at, held = tier.at_seconds or view.now, tier.working_set_bytes
+    if not state.held_at:
+        return msgspec.structs.replace(state, held_bytes=held, held_at=at)
+    if at - state.held_at < AHEAD_SECONDS:
+        return state
+    grows = max(held - state.held_bytes, 0) / (at - state.held_at)
+    return msgspec.structs.replace(state, held_bytes=held, held_at=at, grows=grows)
 
 
-def _over(state: MemoryState, view: View, *, v2: bool) -> tuple[MemoryState, str]:
-    """Batch that wants more than its allowance, in words, when it has done so for long.
+def _crawling(view: View) -> list[Workload]:
+    """Jobs of the tier that stall most of the time, but not at a limit of their own."""
+    found = []
+    for job in view.snapshot.of("batch"):
+        own = job.knobs.get("memory.max", "max")
+        at_own = own.isdigit() and (job.memory_bytes or 0) >= 0.9 * int(own)
+        ratio = view.forecast.workloads[job.id].memory_full_ratio or 0.0
+        if not job.in_place and not at_own and ratio >= CRAWL_RATIO:
+            found.append(job)
+    return found
 
-    v2 holds it at the allowance, where it crawls and does no work. v1 has no such mark: what batch has beyond it is
-    the services', so there nobody waits, and what it will have when a checkpoint is written counts as well.
+
+def _over(state: MemoryState, view: View, *, v2: bool) -> tuple[MemoryState, str, list[Workload]]:
+    """Batch that wants more than its allowance, in words, when it has done so for long; and who of it could go.
+
+    v2 holds it at the allowance, where it crawls and does no work. v1 has no such mark: when the node is short, what
+    batch has beyond its allowance is the services', and so is what it will have when a checkpoint is written.
     """
-    tier, allowed, held, now = view.snapshot.tier, state.allowance_bytes, state.held_bytes, view.now
+    tier, allowed, now = view.snapshot.tier, state.allowance_bytes, view.now
+    held, left = (tier.working_set_bytes or 0) if tier is not None else 0, left_bytes(view.snapshot)
     high = tier.knobs.get("memory.high", "max") if tier is not None and v2 else "max"
     text, patience = "", view.spec.memory.crawl
-    if not v2 and held + state.grows * AHEAD_SECONDS > allowed and held >= LEAST_BYTES:
-        text, patience = f"batch holds {format_bytes(held)}, its allowance is {format_bytes(allowed)}", 0.0
-        text += f", and it grows by {format_bytes(int(state.grows))} a second" if held <= allowed else ""
-    elif high.isdigit() and int(high) >= (1 - HYSTERESIS_RATIO) * allowed and held >= 0.9 * allowed:
-        crawling = [
-            job.name
-            for job in view.snapshot.of("batch")
-            if not job.in_place and (view.forecast.workloads[job.id].memory_full_ratio or 0.0) >= CRAWL_RATIO
-        ]
-        saving = state.rung >= 0 and RUNGS_V2[state.rung] == "checkpoint"
-        if crawling or (saving and state.over):  # while it saves its work it has a little room
-            who = " and ".join(crawling) or "batch"
+    among = [w for w in view.snapshot.of("batch") if not w.in_place and (w.working_set_bytes or 0) >= LEAST_BYTES]
+    soon = state.grows * AHEAD_SECONDS
+    if not v2:
+        short = left is not None and left - soon < SHORT_RATIO * view.snapshot.memory_bytes
+        if short and among and held + soon > allowed:
+            text, patience = f"batch holds {format_bytes(held)}, its allowance is {format_bytes(allowed)}", 0.0
+            text += f", and it grows by {format_bytes(int(soon))} a second" if held <= allowed else ""
+    elif high.isdigit() and (state.rung < 0 or state.by_over):
+        saving = state.rung >= 0 and RUNGS_V2[state.rung] == "checkpoint"  # it has a little room meanwhile
+        at_mark = int(high) >= (1 - HYSTERESIS_RATIO) * allowed and held >= 0.9 * allowed
+        crawling = _crawling(view)
+        among = [w for w in among if w in crawling] or among
+        if at_mark and (crawling or (saving and state.over)):
+            who = " and ".join(w.name for w in crawling) or "batch"
             text = f"{who} cannot have more than batch's allowance of {format_bytes(allowed)}, and does no work"
             text += f" (for {now - state.over:.0f} s)" if state.over else ""
     since = (state.over or now) if text else 0.0
     state = msgspec.structs.replace(state, over=since)
-    lasted = now - since
-    return state, text if text and lasted >= patience else ""
+    return state, text if text and now - since >= patience else "", among
 
 
 def decide_memory(view: View, state: MemoryState) -> Decision:
@@ -276,7 +305,7 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     rungs = RUNGS_V2 if v2 else RUNGS_V1
     allowed = allowance_bytes(view, state.allowance_bytes)
     state = _grown(_settle(msgspec.structs.replace(state, allowance_bytes=allowed), view), view)
-    state, over = _over(state, view, v2=v2)
+    state, over, among = _over(state, view, v2=v2)
     why, rejected = pressure(view)
     if (why or over) and view.now < state.settled:
         rejected.append(Rejected(law=LAW, considered="the next rung", why="an eviction has just freed memory"))
@@ -286,7 +315,7 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     if stale < spec.staleness.stop_tightening_after:
         state = _advance(state, why, over, rungs, view)
     if left_open:
-        state = MemoryState(allowance_bytes=allowed, held_bytes=state.held_bytes, held_at=state.held_at)
+        state = MemoryState(allowance_bytes=allowed)
     rung = rungs[state.rung] if state.rung >= 0 else "calm"
     reason, message = _words(view, state, rung, why, over)
     actions = _limits(view, state, rung, reason, message, v2=v2, stalls=bool(why), left_open=left_open)
@@ -297,8 +326,9 @@ def decide_memory(view: View, state: MemoryState) -> Decision:
     if why and rung == "freeze":
         requests = [_request("freeze", w, reason, message) for w in snapshot.of("batch")]
     if (why or over) and rung == "evict" and not view.evicting:
-        requests = [_request("evict", w, reason, message) for w in least_loss(view)]
-        state = msgspec.structs.replace(state, leaving=tuple(r.workload for r in requests))
+        victims = least_loss(view, view.snapshot.of("batch") if why else among)
+        requests = [_request("evict", w, reason, message) for w in victims]
+        state = msgspec.structs.replace(state, asked=tuple(w.id for w in victims))
     if state.rung < 0:
         state = msgspec.structs.replace(state, signalled={})
     numbers = {
@@ -318,7 +348,8 @@ def _words(view: View, state: MemoryState, rung: str, why: str, over: str) -> tu
     if over:
         return "OverAllowance", over + leaving
     if state.rung >= 0:
-        return "MemoryPressure", f"calm since {view.now - state.pressed:.1f} s, rung {rung} still in force"
+        reason = "OverAllowance" if state.by_over else "MemoryPressure"
+        return reason, f"calm since {view.now - state.pressed:.1f} s, rung {rung} still in force"
     return "MemoryAllowance", (
         f"allowance {format_bytes(state.allowance_bytes)} = node {format_bytes(view.snapshot.memory_bytes)} - "
         f"services' peak {format_bytes(view.forecast.services_peak_bytes)} - others - reserve "
@@ -331,7 +362,7 @@ def _signals(view: View, state: MemoryState, message: str) -> tuple[MemoryState,
     for job in view.snapshot.of("batch"):
         if job.checkpoint_signal and job.id not in signalled and job.id not in view.evicting:
             # One deadline for all: jobs that come and go must not hold the ladder here for ever.
-            signalled[job.id] = state.since + view.spec.memory.checkpoint_deadline
+            signalled[job.id] = view.now, state.since + view.spec.memory.checkpoint_deadline
             actions.append(act(LAW, job, "signal", job.checkpoint_signal, "CheckpointSignal", message))
     return msgspec.structs.replace(state, signalled=signalled), actions
 
@@ -366,8 +397,10 @@ def _limits(
         found = workload.found.get("memory.high", workload.knobs["memory.high"])
         held = workload.working_set_bytes or 0
         value = found
-        if state.rung >= 0 and rung != "checkpoint" and held >= LEAST_BYTES and not left_open:
+        if state.rung >= 0 and not state.by_over and held >= LEAST_BYTES and not left_open:
             mark = _squeezed(workload, held) if stalls else _held(workload, held)
+            if rung == "checkpoint":
+                mark = str(state.lifted.get(workload.id, held + CHECKPOINT_BYTES))
             value = narrowest("memory.high", mark, found)
         actions.append(act(LAW, workload, "memory.high", value, reason, message))
         if now_reclaimed and held >= LEAST_BYTES:
@@ -400,8 +433,8 @@ def _tier_value(
         current = tier.knobs.get("memory.max", "max")
         stays = current.isdigit() and int(current) >= least and abs(int(current) - wanted) <= HYSTERESIS_RATIO * wanted
         return None if stays else str(wanted)
-    if rung == "checkpoint":
-        return str(state.lifted_bytes)  # who is throttled at its high mark cannot write its checkpoint in time
+    if rung == "checkpoint":  # who is throttled at its high mark cannot write its checkpoint in time
+        return str(state.lifted[tier.id]) if tier.id in state.lifted else None
     if state.rung < 0:
         return str(allowed)
     return narrowest("memory.high", _squeezed(tier, used) if stalls else _held(tier, used), str(allowed))
@@ -417,15 +450,21 @@ def lost_work(workload: Workload, now_seconds: float) -> float:
     return spent + max(now_seconds - since, 0.0) * (workload.working_set_bytes or 0) / (1 << 30)
 
 
-def least_loss(view: View) -> list[Workload]:
-    """The job to evict: lowest priority, then least lost work; a gang counts and goes whole; never an empty one."""
+def least_loss(view: View, among: Sequence[Workload]) -> list[Workload]:
+    """The job to evict: lowest priority, then least lost work; a gang counts and goes whole; never an empty one.
+
+    Of those `among` that hold enough for their going to be felt, if there are any; a gang is one if a member is.
+    """
     gangs: dict[str, list[Workload]] = {}
     for workload in view.snapshot.of("batch"):
         if (workload.working_set_bytes or 0) > 0:
             gangs.setdefault(workload.gang or workload.id, []).append(workload)
+    chosen = {w.gang or w.id for w in among}
+    choice = [members for key, members in gangs.items() if key in chosen]
+    large = [members for members in choice if sum(w.working_set_bytes or 0 for w in members) >= LEAST_BYTES]
 
     def cost(members: list[Workload]) -> tuple[int, float, str]:
         lost = sum(lost_work(w, view.now) for w in members)
         return max(w.priority for w in members), round(lost, 3), members[0].id
 
-    return min(gangs.values(), key=cost, default=[])
+    return min(large or choice, key=cost, default=[])

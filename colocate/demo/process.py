@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from colocate.actuate.scratch import ScratchNode
+from colocate.errors import ColocateError
 
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+RETRY_SECONDS = 0.5
 _WAIT = 'read _ || exit 1; exec "$@"'
 
 
@@ -62,12 +64,19 @@ class Process:
 
 
 class Kept:
-    """A process that is started again whenever it dies, until `end`. `died` is told its exit code."""
+    """A process that is started again whenever it dies, until `end`.
+
+    `died` is told its exit code, `failed` in words why a start went wrong; it is tried again.
+    """
 
     def __init__(
-        self, start: Callable[[], Awaitable[Process]], died: Callable[[int], None], delay_seconds: float = 0.0
+        self,
+        start: Callable[[], Awaitable[Process]],
+        died: Callable[[int], None],
+        failed: Callable[[str], None],
+        delay_seconds: float = 0.0,
     ) -> None:
-        self._start, self._died, self._delay_seconds = start, died, delay_seconds
+        self._start, self._died, self._failed, self._delay_seconds = start, died, failed, delay_seconds
         self._ending = asyncio.Event()
         self._process: Process | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -93,9 +102,13 @@ class Kept:
             self._died(code)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), self._delay_seconds)
-            if self._ending.is_set():
-                return
-            self._process = await self._start()
+            while not self._ending.is_set():
+                try:
+                    self._process = await self._start()
+                    break
+                except (OSError, TimeoutError, ColocateError) as error:  # on a full node: its keeper tries again
+                    self._failed(f"could not be started again: {error}")
+                    await asyncio.sleep(RETRY_SECONDS)
 
     async def end(self, number: int = signal.SIGKILL) -> None:
         """End it for good."""

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ from colocate.demo.scenario import (
 )
 from colocate.demo.service import InferenceService
 from colocate.demo.watch import Watch
+from colocate.errors import HostUnfit
 from colocate.jobs.client import EXIT_EVICTED
 from colocate.model.interference import effective_machine_utilization
 from colocate.model.kernels import Kernels
@@ -68,8 +70,18 @@ PEAK_SECONDS = 3.0
 BATCH_ALONE_SECONDS = 4.0
 SERVICE_POD = "/kubepods/burstable/podinference"
 BESTEFFORT_POD = "/kubepods/besteffort/podlogs"
+FILES = "colocate-demo-"
+
 Progressed = Callable[[str, float], None]
 Served = Process | Kept | InferenceService
+
+
+def _sweep_files(disk: Path) -> None:
+    """Remove what a demonstration left that was killed."""
+    for found in disk.glob(f"{FILES}*-*"):
+        owner = found.name.removeprefix(FILES).partition("-")[0]
+        if owner.isdigit() and not os.path.exists(f"/proc/{owner}") and os.access(found, os.W_OK):
+            shutil.rmtree(found, ignore_errors=True)
 
 
 class Demo:
@@ -102,8 +114,12 @@ class Demo:
         self._kernels = kernels
         sweep(self._port)
         before = await self._digest()
-        disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else None  # /tmp may be memory, which nothing can reclaim
-        with tempfile.TemporaryDirectory(prefix="colocate-demo-", dir=disk) as directory:
+        # /tmp may be memory, which nothing can reclaim
+        disk = Path(
+            "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
+        )
+        _sweep_files(disk)
+        with tempfile.TemporaryDirectory(prefix=f"{FILES}{os.getpid()}-", dir=disk) as directory:
             self._directory = Path(directory)
             with ScratchNode(self._port, "demo", NODE_BYTES) as self._node:
                 await self._phases(calibration)
@@ -156,6 +172,9 @@ class Demo:
 
         try:
             return await asyncio.to_thread(calibrate, self._port, progress)
+        except HostUnfit as error:
+            self._result.decisions.append(f"not calibrated, so the lever is weight: {error}")
+            return Calibration()
         finally:
             stop.set()
 
@@ -185,7 +204,8 @@ class Demo:
         async def start() -> Process:
             return await Process.start(self._node, group, command, {}, oom_score_adj=BESTEFFORT_SCORE)
 
-        pod = Kept(start, lambda _: self._happened("the BestEffort pod was killed by the kernel, and is started again"))
+        words = "the BestEffort pod was killed by the kernel, and is started again"
+        pod = Kept(start, lambda _: self._happened(words), self._happened)
         await pod.start()
         return pod
 
@@ -234,7 +254,7 @@ class Demo:
         for i, progress in enumerate(self._trainings):
             progress.reset()  # each job counts from zero, so what an earlier one left would be work undone
             died = functools.partial(self._job_died, progress)
-            jobs.append(Kept(functools.partial(start, i), died, RESTART_SECONDS))
+            jobs.append(Kept(functools.partial(start, i), died, self._happened, RESTART_SECONDS))
         try:
             for job in jobs:
                 await job.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from colocate.actuate.scratch import ScratchNode
 from colocate.demo.process import Kept, Process
 from colocate.demo.scenario import BURSTABLE_SCORE
 from colocate.errors import HostUnfit
+
+WARM_ATTEMPTS = 40
 
 
 class InferenceService:
@@ -30,7 +33,7 @@ class InferenceService:
     async def start(self, cpus: tuple[int, ...]) -> None:
         """Start a worker on each CPU. Raises HostUnfit."""
         for cpu in cpus:
-            worker = Kept(functools.partial(self._start, cpu), self._died)
+            worker = Kept(functools.partial(self._start, cpu), self._died, self._tell)
             self._workers.append(worker)
             await worker.start()
 
@@ -54,17 +57,22 @@ class InferenceService:
         environment = {"PROMETHEUS_MULTIPROC_DIR": str(self._metrics)}
         worker = await Process.start(self._node, self._group, command, environment, oom_score_adj=BURSTABLE_SCORE)
         listens = await worker.line()
-        if listens.isdigit():
-            self._ports[cpu] = listens
-        elif cpu not in self._ports:
+        if not listens.isdigit():
             await worker.end()
             raise HostUnfit("the demonstration service did not start; its error is above")
+        self._ports[cpu] = listens
         return worker
 
     async def warm(self) -> None:
-        """Have the table in memory again, whatever went before."""
-        async with aiohttp.ClientSession() as session, session.post(f"{self.urls[0]}/warm") as response:
-            response.raise_for_status()
+        """Have the table in memory again, whatever went before. Raises HostUnfit."""
+        for _ in range(WARM_ATTEMPTS):  # a worker may just be started again
+            try:
+                async with aiohttp.ClientSession() as session, session.post(f"{self.urls[0]}/warm") as response:
+                    response.raise_for_status()
+                    return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.5)
+        raise HostUnfit("the demonstration service does not answer any more")
 
     async def end(self) -> None:
         """End all workers."""

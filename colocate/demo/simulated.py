@@ -97,7 +97,7 @@ class _Load:
         self.seconds = 1.0
         self.samples: list[Sample] = []
         self.counts = [0] * (len(BOUNDS) + 1)
-        self.turns = 0
+        self.turns = self.restarts = 0
         self._number = 0
         kernel.machine.finished = self._finished
 
@@ -107,6 +107,12 @@ class _Load:
             self._turn += PERIOD_SECONDS
             if not self._logs.queue:
                 self._logs.queue.append(Request(now, TURN_SECONDS))
+        for i, worker in enumerate(self._workers):
+            if worker.pid not in self._kernel.machine.tasks:  # kubelet starts it again, and its clients go on
+                self.restarts += 1
+                again = self._kernel.spawn("queue", SERVICE, cpu=worker.cpu, command="service")
+                again.memory_bytes, again.oom_score_adj, again.queue = SERVICE_BYTES, BURSTABLE_SCORE, worker.queue
+                self._workers[i] = again
         while True:
             fraction = (self._due - self.start) / self.seconds
             if fraction >= 1 or self._due > now:
@@ -129,6 +135,12 @@ class _Load:
             if latency <= bound:
                 self.counts[i] += 1
         self.counts[-1] += 1
+
+    def end(self) -> None:
+        """Who still waits for an answer has waited at least so long."""
+        for worker in self._workers:
+            for request in worker.queue:
+                self.samples.append(Sample(request.due - self.start, self._kernel.monotonic() - request.due, True))
 
     def histogram(self, now: float) -> Latency:
         """What the service's own /metrics would say."""
@@ -258,6 +270,7 @@ def _arm(arm: str, seconds: float, seed: int, service_seconds: float, result: Re
         watch = _Watch(kernel, detail, paths)
         kernel.actors.append(watch)
         kernel.advance(seconds)
+    load.end()
     figures, charts = summarize(load.samples, seconds)
     detail.seconds, detail.p99_by_second_ms, detail.cdf_ms = charts.seconds, charts.p99_by_second_ms, charts.cdf_ms
     work = jobs.work / seconds if jobs is not None else 0.0
@@ -274,7 +287,7 @@ def _arm(arm: str, seconds: float, seed: int, service_seconds: float, result: Re
             "effective_machine_utilization": None if emu is None else round(emu, 4),
             "stalled_seconds": round(watch.stalled, 3),
             "besteffort_work_ratio": round(min(load.turns * PERIOD_SECONDS / seconds, 1.0), 4),
-            "service_restarts": sum(w.pid not in kernel.machine.tasks for w in workers),
+            "service_restarts": load.restarts,
         },
         Arm,
     )

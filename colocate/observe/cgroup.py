@@ -18,7 +18,6 @@ from colocate.snapshot import Tier, Workload
 
 INACTIVE_FILE_SECONDS = 5.0
 INACTIVE_FILE_MOVED_RATIO = 1 / 64
-LEAST_WAITED_US = 20_000
 
 
 class InactiveFile(NamedTuple):
@@ -45,7 +44,6 @@ class FilePages:
     def __init__(self) -> None:
         self._kept: dict[str, InactiveFile] = {}
         self._hits: dict[str, tuple[int, int | None, int | None]] = {}
-        self._throttled: dict[str, tuple[int, int, int]] = {}
         self.now = 0.0
 
     def keep(
@@ -69,22 +67,9 @@ class FilePages:
             kept = self._hits[path] = (inode, stalled_us, limit_hits(port, path, inodes))
         return kept[2]
 
-    def throttled_below_us(self, port: FilePort, path: str, inode: int, pressure_us: int | None) -> int:
-        """By how much a service's own parts were throttled, say a pod's containers: cpu.stat is not hierarchical.
-
-        Read anew when the service has waited; while it has not, nothing of it was throttled.
-        """
-        kept = self._throttled.get(path)
-        same = kept is not None and kept[0] == inode and pressure_us is not None
-        if kept is not None and same and (pressure_us or 0) - kept[1] < LEAST_WAITED_US:
-            return kept[2]
-        kept = self._throttled[path] = (inode, pressure_us or 0, throttled_below_us(port, path))
-        return kept[2]
-
     def forget_others(self, paths: Collection[str]) -> None:
         """Only these cgroups are left."""
         self._hits = {path: kept for path, kept in self._hits.items() if path in paths}
-        self._throttled = {path: kept for path, kept in self._throttled.items() if path in paths}
         if len(self._kept) > len(paths):
             self._kept = {path: kept for path, kept in self._kept.items() if path in paths}
 
@@ -168,22 +153,13 @@ def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]
     return figures
 
 
-def throttled_below_us(port: FilePort, path: str) -> int:
-    """The throttling of all cgroups below one, each by its own quota."""
-    hierarchy = port.layout.hierarchy("cpu") or ""
-    total, waiting = 0, [joined(path, child) for child in port.children(hierarchy, path)]
-    while waiting:
-        below = waiting.pop()
-        v2, v1 = parse_flat_keyed(port.read(hierarchy, below, "cpu.stat"), "throttled_usec", "throttled_time")
-        total += v2 or (v1 or 0) // 1000
-        waiting += [joined(below, child) for child in port.children(hierarchy, below)]
-    return total
-
-
 def _memory(
     port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None, stalled_us: int | None, *, service: bool
 ) -> dict[str, Any]:
-    """A service's mapped file pages are in use, though nobody has looked at them yet: only reclaim activates them."""
+    """A service's mapped file pages are in use, though nobody has looked at them yet: only reclaim activates them.
+
+    `mapped` counts shared memory and active pages too, which may be all that is mapped: what is sure is the rest.
+    """
     hierarchy = port.layout.hierarchy("memory")
     if hierarchy not in inodes:
         return {}
@@ -196,8 +172,10 @@ def _memory(
     known = pages.known(path, inode, usage, stalled_us) if pages is not None else None
     if known is None:
         stat, total = port.read(hierarchy, path, "memory.stat", inode), "" if v2 else "total_"
-        inactive, mapped = parse_flat_keyed(stat, f"{total}inactive_file", "file_mapped" if v2 else "total_mapped_file")
-        known = inactive or 0, mapped or 0
+        keys = ("inactive_file", "file_mapped" if v2 else "mapped_file", "shmem", "active_file")
+        inactive, *others = parse_flat_keyed(stat, *(total + key for key in keys))
+        mapped, shared, active = (v or 0 for v in others)
+        known = inactive or 0, max(mapped - shared - active, 0)
         if pages is not None and inactive is not None:
             pages.keep(path, inode, usage, stalled_us, *known)
     in_use = min(known) if service else 0
@@ -232,9 +210,6 @@ def read_workload(
         figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
     service, stalled = tier == "service", figures.get("memory_pressure_us")
     figures.update(_memory(port, path, inodes, None if governed else pages, stalled, service=service))
-    if service and pages is not None and figures.get("throttled_us") is not None:
-        below = pages.throttled_below_us(port, path, inodes[main], figures.get("cpu_pressure_us"))
-        figures["throttled_us"] += below
     if service and pages is not None:
         figures["memory_limit_hits"] = pages.limit_hits(port, path, inodes, stalled)
     if governed:

@@ -117,7 +117,7 @@ class MemoryPolicy(Spec, frozen=True):
     calm: Duration = 10.0
     """How long without pressure before a rung is undone."""
     crawl: Duration = 10.0
-    """How long batch may want more than its allowance before one job has to go, its work saved."""
+    """How long batch may crawl at its allowance (v2) before one job has to go, its work saved."""
     checkpoint_deadline: Duration = 10.0
     """How long jobs have to save their state before the ladder goes on; at once when all say that they have."""
     termination_grace: Duration = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,9 @@ from colocate.actuate.journal import Journal, boot_id
 from colocate.agent.loop import Agent
 from colocate.calibrate.measure import PROBE
 from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.tree import inodes_of
 from colocate.model import reference
+from colocate.observe.cgroup import read_workload
 from colocate.observe.pressure import PressureWatch
 from colocate.policy.schema import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
 from tests.kernel.conftest import PATIENCE
@@ -116,6 +119,46 @@ def on_disk():
     """A directory whose files are page cache, not memory: /tmp may be a tmpfs."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         yield Path(name)
+
+
+MAPS = """
+import mmap, sys, time
+if sys.argv[1] == "shared":
+    pages = mmap.mmap(-1, 64 << 20)
+    for at in range(0, 64 << 20, 4096): pages[at] = 1
+    with open(sys.argv[2], "rb") as file: file.read()
+else:
+    with open(sys.argv[2], "rb") as file: pages = mmap.mmap(file.fileno(), 64 << 20, prot=mmap.PROT_READ)
+    for at in range(0, 64 << 20, 4096): pages[at]
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "cached"),
+    [
+        pytest.param("file", 64, id="a file that is mapped is in use"),
+        pytest.param("shared", 0, id="shared memory makes no idle page cache count"),
+    ],
+)
+def test_what_a_service_maps_belongs_to_its_working_set(node, on_disk, what, cached):
+    path = node.make("web")
+    # Nothing of it may be cached beforehand, by whoever wrote it, for the cache belongs to its first reader.
+    subprocess.run(["dd", "if=/dev/zero", f"of={on_disk}/file", "bs=1M", "count=64", "conv=fsync"], check=True,
+                   stderr=subprocess.DEVNULL)  # fmt: skip
+    with open(on_disk / "file", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = node.start("web", MAPS, what, str(on_disk / "file"))
+    assert reader.stdout.readline() == "ready\n"
+    inodes = inodes_of(node.port, path)
+    service = read_workload(node.port, id_="web", name="web", tier="service", path=path, inodes=inodes)
+    as_kubelet = read_workload(node.port, id_="web", name="web", tier="besteffort", path=path, inodes=inodes)
+    assert service is not None
+    assert as_kubelet is not None
+    counted = (service.working_set_bytes or 0) - (as_kubelet.working_set_bytes or 0)
+    assert counted == service.mapped_bytes
+    assert counted / (1 << 20) == pytest.approx(cached, abs=16)
 
 
 def test_a_stalling_service_wakes_the_loop(node, on_disk):

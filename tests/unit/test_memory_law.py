@@ -24,13 +24,18 @@ class Memory:
     def __init__(self, *workloads, **changes):
         self.state, self.now = MemoryState(), 100.0
         self.evicting: tuple[str, ...] = ()
+        self.crawls: float | None = None
         self.changes = {"memory_available_bytes": GIB // 16, **changes}
         self.workloads = workloads or (make.service(working_set_bytes=GIB // 2), make.job())
 
     def tick(self, stall=0.0, seconds=0.6):
         self.now += seconds
         figures = {
-            w.id: WorkloadForecast(memory_pressure_ratio=stall if w.tier == "service" else None, usage_cores=1.0)
+            w.id: WorkloadForecast(
+                memory_pressure_ratio=stall if w.tier == "service" else None,
+                memory_full_ratio=self.crawls if w.tier == "batch" else None,
+                usage_cores=1.0,
+            )
             for w in self.workloads
         }
         now = make.snapshot(*self.workloads, at=self.now, **self.changes)
@@ -160,7 +165,7 @@ def test_the_victim_is_the_job_with_the_least_lost_work(jobs, victims):
     ]
     now = make.snapshot(*workloads, at=1000.0)
     seen = make.forecast({w.id: WorkloadForecast(usage_cores=1.0) for w in workloads})
-    assert [w.name for w in least_loss(make.view(now, seen))] == victims
+    assert [w.name for w in least_loss(make.view(now, seen), workloads)] == victims
 
 
 @pytest.mark.parametrize(
@@ -293,7 +298,7 @@ class Wanting:
         tier = make.tier(memory_bytes=size, working_set_bytes=size, knobs=knobs)
         service = make.service(working_set_bytes=GIB // 4)
         now = make.snapshot(
-            service, *jobs, at=self.now, tier=tier, memory_bytes=GIB, memory_available_bytes=3 * GIB // 4 - size,
+            service, *jobs, at=self.now, tier=tier, memory_bytes=GIB, memory_available_bytes=int(0.59 * GIB) - size,
             capabilities=capabilities,
         )  # fmt: skip
         crawls = bool(self.high) and size >= 0.9 * self.high
@@ -342,6 +347,152 @@ def test_who_works_at_the_allowance_without_crawling_stays():
     for _ in range(60):
         node.tick()
     assert not node.told
+
+
+def looks(workloads, seconds, *, full=None, tier=None, spec=SPEC, step=1.0, state=None, **changes):
+    """What the memory law asks for: (when, job), looking every `step` seconds."""
+    state, asked = state or MemoryState(), []
+    for i in range(round(seconds / step)):
+        now = make.snapshot(*workloads, at=100.0 + i * step, tier=tier, **{"memory_bytes": 16 * GIB, **changes})
+        figures = {w.id: WorkloadForecast(memory_full_ratio=(full or {}).get(w.name), memory_pressure_ratio=0.0)
+                   for w in workloads}  # fmt: skip
+        found = decide_memory(make.view(now, make.forecast(figures, services_peak_bytes=4 * GIB), spec=spec), state)
+        state = found.state
+        asked += [(i * step, r.workload) for r in found.requests if r.verb == "evict"]
+    return asked
+
+
+def at_its_mark(held):
+    """A tier of v2 that holds what it may."""
+    knobs = {**make.OPEN_KNOBS, "memory.high": str(held)}
+    return make.tier(knobs=knobs, memory_bytes=held, working_set_bytes=held)
+
+
+ALLOWED = 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("jobs", "full", "victims"),
+    [
+        pytest.param(
+            [("big", 9 * GIB, {}), ("small", 10 * MIB, {})], {"big": 0.9}, {"job:big"},
+            id="who crawls, not who is cheapest",
+        ),
+        pytest.param(
+            [("big", 9 * GIB, {}), ("nightly", 50 * MIB, {"in_place": True})], {"big": 0.9}, {"job:big"},
+            id="nobody outside of the tier",
+        ),
+        pytest.param(
+            [("own", GIB, {"memory_bytes": GIB, "knobs": {"memory.max": str(GIB)}}), ("other", 8 * GIB, {})],
+            {"own": 0.9}, set(), id="who crawls at a limit of his own costs nobody his place",
+        ),
+    ],
+)  # fmt: skip
+def test_who_has_to_go_for_the_allowance_makes_room(jobs, full, victims):
+    workloads = [make.service(working_set_bytes=4 * GIB)]
+    workloads += [make.job(name, working_set_bytes=size, **more) for name, size, more in jobs]
+    left = 16 * GIB - 4 * GIB - ALLOWED
+    allowed = allowance_bytes(
+        make.view(
+            make.snapshot(*workloads, memory_bytes=16 * GIB, memory_available_bytes=left, tier=at_its_mark(ALLOWED)),
+            make.forecast(services_peak_bytes=4 * GIB),
+        )
+    )
+    asked = looks(workloads, 40, full=full, tier=at_its_mark(allowed), memory_available_bytes=left)
+    assert {who for _, who in asked} == victims
+
+
+@pytest.mark.parametrize(
+    ("tiers", "left"),
+    [
+        pytest.param([9 * GIB, 9 * GIB + 256 * MIB], 5 * GIB, id="one large allocation"),
+        pytest.param([6 * GIB, None, 6 * GIB], int(1.4 * GIB), id="one look at which the tier was not readable"),
+        pytest.param([12 * GIB], 5 * GIB, id="beyond what a forecast peak leaves, on a node with room"),
+    ],
+)
+def test_on_v1_nobody_goes_for_one_difference_or_while_the_node_has_room(tiers, left):
+    state, job = MemoryState(), make.job("old", working_set_bytes=6 * GIB)
+    for i in range(100):
+        held = tiers[min(i, len(tiers) - 1)]
+        tier = make.tier(memory_bytes=held, working_set_bytes=held)
+        node = {"at": 100.0 + i / 10, "tier": tier, "memory_bytes": 16 * GIB, "memory_available_bytes": left, **V1}
+        now = make.snapshot(job, make.service(working_set_bytes=4 * GIB), **node)
+        seen = make.forecast({w: WorkloadForecast() for w in now.workloads}, services_peak_bytes=4 * GIB)
+        found = decide_memory(make.view(now, seen), state)
+        state = found.state
+        assert not found.requests, i
+
+
+def test_a_signal_that_nobody_heard_is_no_checkpoint():
+    """Jobs without an answer are waited for until the deadline, and those that come late as well."""
+    law = Memory(make.service(working_set_bytes=GIB // 2), make.job("a", checkpoint_signal="SIGUSR1"))
+    while law.tick(0.2) != "checkpoint":
+        pass
+    law.workloads = (*law.workloads, make.job("late", checkpoint_signal="SIGUSR1", started_seconds=law.now))
+    assert law.tick(0.2) == "checkpoint"
+    told = law.now
+    law.workloads = (
+        law.workloads[0],
+        replace(law.workloads[1], checkpointed_seconds=told),
+        replace(law.workloads[2], checkpointed_seconds=told),  # delivered at this moment, which is no answer
+    )
+    assert law.tick(0.2) == "checkpoint"
+
+
+def test_a_stall_that_comes_back_asks_for_checkpoints_again():
+    law = Memory(make.service(working_set_bytes=GIB // 2), make.job("a", checkpoint_signal="SIGUSR1"))
+    while law.tick(0.2) != "checkpoint":
+        pass
+    law.workloads = (law.workloads[0], replace(law.workloads[1], checkpointed_seconds=law.now + 0.1))
+    assert law.knobs["signal"] == "SIGUSR1"
+    while law.tick(0.0, seconds=3.0) == "checkpoint":
+        pass  # calm again, at the first rung
+    while law.tick(0.2) != "checkpoint":
+        pass
+    assert law.knobs["signal"] == "SIGUSR1"
+
+
+def test_the_end_of_somebody_elses_eviction_ends_no_episode():
+    jobs = [make.job(n, checkpoint_signal="SIGUSR1") for n in ("a", "b")]
+    law = Memory(make.service(working_set_bytes=GIB // 2), *jobs)
+    law.evicting = ("job:other",)
+    while law.tick(0.2) != "checkpoint":
+        pass
+    law.evicting = ()
+    assert law.tick(0.2) == "checkpoint"
+    assert "signal" not in law.knobs
+
+
+def test_while_checkpoints_are_written_batch_in_place_has_a_little_room_too():
+    found = {**make.OPEN_KNOBS, "memory.high": "max"}
+    job = make.job(in_place=True, found=found, memory_bytes=GIB, working_set_bytes=GIB, checkpoint_signal="SIGUSR1")
+    law = Memory(make.service(working_set_bytes=GIB // 2), job, tier=None)
+    while law.tick(0.2) != "checkpoint":
+        pass
+    assert int(law.knobs["memory.high"]) == GIB + 64 * MIB
+
+
+def test_a_tier_that_is_not_readable_when_checkpoints_begin_keeps_its_mark():
+    law = Memory(make.service(working_set_bytes=GIB // 2), make.job(checkpoint_signal="SIGUSR1", in_place=True))
+    while law.tick(0.2) != "reclaim":
+        pass
+    law.changes["tier"] = None
+    assert law.tick(0.2) == "checkpoint"
+    law.changes["tier"] = make.tier()
+    assert law.tick(0.2) == "checkpoint"
+    assert not [a for a in law.decision.actions if a.workload == "tier"]
+
+
+def test_crawling_at_a_squeezed_mark_is_not_wanting_more_than_the_allowance():
+    """The mark was ours for a stall that is over; what was felt there evicts nobody later."""
+    job = make.job(checkpoint_signal="SIGUSR1", working_set_bytes=GIB // 4)
+    law = Memory(make.service(working_set_bytes=GIB // 2), job)
+    while law.tick(0.2) != "checkpoint":
+        pass
+    for _ in range(40):
+        law.crawls = 0.9
+        law.tick(0.0, seconds=0.5)
+        assert not law.decision.requests
 
 
 def test_where_squeezing_helped_batch_may_work_with_what_it_has():

@@ -10,12 +10,11 @@ from aiohttp import web
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import find_tree, inodes_of
 from colocate.kernelmodel import ModelKernel
-from colocate.observe.cgroup import FilePages, read_workload
+from colocate.observe.cgroup import FilePages
 from colocate.observe.latency import MAX_WANTED_BYTES, LatencyScraper
 from colocate.observe.pods import Pod, PodLister, parse_pods
 from colocate.observe.workloads import discover
 from colocate.policy.schema import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
-from colocate.snapshot import Workload
 
 HISTOGRAM = """# TYPE lat histogram
 lat_bucket{code="200",le="0.01"} 90
@@ -225,40 +224,6 @@ def test_a_reading_of_file_pages_stands_for_a_while(
     assert pages.known("/x", inode, usage, stalled) == ((100, 40) if stands else None)
     pages.forget_others([])
     assert pages.known("/x", 7, 6400, 0) is None
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_what_a_container_s_own_limit_holds_back_is_not_waiting(version: int) -> None:
-    """cpu.stat counts a cgroup's own quota; a pod's limits are its containers'."""
-    kernel = ModelKernel(version=version, cpus=2, memory_bytes=1 << 30)
-    hierarchies = ["unified"] if version == 2 else ["unified", "cpu", "cpuacct"]
-    pod, container = "/kubepods/podweb", "/kubepods/podweb/app"
-    for hierarchy in hierarchies:
-        for path in ("/", "/kubepods", pod):
-            if path != "/":
-                kernel.mkdir(hierarchy, path)
-            if version == 2:
-                kernel.write(hierarchy, path, "cgroup.subtree_control", "+cpu")
-        kernel.mkdir(hierarchy, container)
-    if version == 2:
-        kernel.write("unified", container, "cpu.max", "20000 100000")
-    else:
-        kernel.write("cpu", container, "cpu.cfs_quota_us", "20000")
-    kernel.spawn("hog", container)
-    pages, inodes = FilePages(), inodes_of(kernel, pod)
-
-    def read() -> Workload:
-        found = read_workload(kernel, id_="pod:web", name="web", tier="service", path=pod, inodes=inodes, pages=pages)
-        assert found is not None
-        return found
-
-    before = read()
-    kernel.advance(2.0)
-    after = read()
-    waited = (after.cpu_pressure_us or 0) - (before.cpu_pressure_us or 0)
-    held = (after.throttled_us or 0) - (before.throttled_us or 0)
-    assert waited == pytest.approx(1.6e6, rel=0.1)
-    assert held == pytest.approx(waited, rel=0.1)
 
 
 # -- what pages really look like ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from colocate.actuate.journal import Entry, Journal, compacted, newest_found, re
 from colocate.actuate.restore import restore
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent.loop import Agent
+from colocate.agent.registry import Job, Registry
 from colocate.calibration import Calibration
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone
@@ -19,8 +20,10 @@ from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor
 from colocate.model import reference
+from colocate.plan import Outcome
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, FreezePolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
+from tests import make
 
 GIB = 1 << 30
 
@@ -638,3 +641,26 @@ def test_a_journal_whose_file_is_gone_is_written_anew(tmp_path):
     journal.rewrite()
     assert not journal.astray()
     assert [e.found for e in Journal(tmp_path, "boot").entries] == ["37"]
+
+
+def told(job, status, reason="CheckpointSignal"):
+    return Outcome(workload=f"job:{job}", knob="signal", value="SIGUSR1", status=status, reason=reason)
+
+
+@pytest.mark.parametrize(
+    ("acknowledges", "status", "saved"),
+    [
+        pytest.param(False, "applied", 200.0, id="delivered to a job that never answers: it has to do"),
+        pytest.param(False, "skipped", None, id="no process handles it: nothing is saved"),
+        pytest.param(True, "applied", None, id="a job that answers is believed when it does"),
+    ],
+)
+def test_a_checkpoint_signal_that_was_sent_is_not_yet_a_checkpoint(acknowledges, status, saved):
+    registry = Registry(None)
+    registry.add(Job(name="a", path="/a", uid=0, pid=1, start_time=1, started_seconds=1.0, acknowledges=acknowledges))
+    now = make.snapshot(make.job("a", cpu_usage_us=7), at=200.0)
+    registry.delivered([told("a", status)], now)
+    assert registry.jobs["a"].checkpointed_seconds == saved
+    registry.checkpointed(registry.jobs["a"], 201.0, now.workloads["job:a"])
+    registry.delivered([told("a", "applied")], now)
+    assert (registry.jobs["a"].checkpointed_seconds, registry.jobs["a"].checkpointed_cpu_us) == (201.0, 7)
