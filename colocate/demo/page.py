@@ -18,7 +18,7 @@ def sentence(result: Result) -> str:
     gained = ours.cpu_utilization - alone.cpu_utilization
 
     def ratio(a: float, b: float) -> str:
-        return f"{a / b:.2f}" if b else "n/a"
+        return "n/a" if not b else f"{a / b:.2f}" if a >= 0.1 * b else f"{a / b:.2g}"
 
     return (
         f"CPU utilization {alone.cpu_utilization:.0%} -> {ours.cpu_utilization:.0%} ({gained * 100:+.0f} points); the "
