@@ -228,9 +228,12 @@ def test_a_taken_name_is_refused(agent):
 
 def test_an_evicted_job_has_its_own_exit_code_and_a_reason(agent):
     running = agent()
-    found = run("--max-runtime", "500ms", "--", "sleep", "30")
+    found = run("--name", "long", "--max-runtime", "500ms", "--", "sleep", "30")
     assert found.returncode == 75
     assert "evicted: MaxRuntime" in found.stderr
+    afterwards = colocate("explain", "long")
+    assert afterwards.returncode == 0, afterwards.stderr
+    assert "SIGTERM, MaxRuntime" in afterwards.stdout
     running.stop()
 
 
