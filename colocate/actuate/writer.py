@@ -20,10 +20,10 @@ import structlog
 from colocate.actuate.journal import Entry, Journal, newest_found
 from colocate.actuate.restore import kill_below
 from colocate.actuate.workers import Workers
+from colocate.cgroup.knobfiles import FileWrite, decode_knob, file_writes
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone, FilePort
 from colocate.cgroup.tree import processes_below
-from colocate.cgroup.v1 import FileWrite, decode_knob, file_writes
 from colocate.errors import JournalBroken
 from colocate.knob import KNOBS, is_act, same
 from colocate.plan import Action, Outcome, Plan, Status

@@ -23,8 +23,9 @@ condemned has a small grant; more is tried, step by step, after a hold that doub
 harms is taken back at the first look.
 
 Everything here is numbers in, numbers out, over rows that are lists of floats or rows of an array, so that numba
-compiles the same source over a batch of nodes (`decide/batch.py`). designs/0001-cpu.md. Sources: Wald, Sequential Analysis (1947); Page,
-Continuous inspection schemes (1954); Bubble-Flux (ISCA 2013) and CPI2 (EuroSys 2013), which pulse and cap to learn.
+compiles the same source over many nodes (`decide/fleet.py`). The design is designs/0001-cpu.md. Sources: Wald,
+Sequential Analysis (1947); Page, Continuous inspection schemes (1954); Bubble-Flux (ISCA 2013) and CPI2 (EuroSys 2013),
+which pulse and cap to learn.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ WHOLE_EVERY_SECONDS = 120.0
 MOST_ACQUITTALS = 8.0
 """Who was acquitted again and again varies much by itself: each time it takes twice as much to ask anew."""
 RISEN_NATS, RISEN_LIMITS = 7.0, 2.0
-"""When Page's sum says that an acquitted subject feels more. Of late requests it is a log likelihood ratio: chance gives
+"""When Page's sum says that an acquitted subject feels more. Of late requests it is a log likelihood ratio; chance gives
 this once in e^7 times. Of time it is in units of h: four seconds with h more than when it was acquitted."""
 MOST_HOLD_SECONDS = 240.0
 HOLD_PER_FAILED_SECOND = 30.0
@@ -183,7 +184,7 @@ def weigh(kind: float, row: Row, inputs: Row) -> None:
     row[ADDED] = row[ADDED_SUM] / changes
     spread = max(row[ADDED_SQUARES] - changes * row[ADDED] ** 2, 0.0)
     row[VARIANCE] = (2.0 * expected + spread) / (1.0 + changes)
-    # A phase in the middle is in two differences, with opposite signs: n changes are worth (n + 1) / 2 independent ones.
+    # a phase in the middle is in two differences, with opposite signs: n changes are worth (n + 1) / 2 independent ones
     most, least = max(row[ADDED], limit), min(row[ADDED], 0.5 * limit)
     gain = (row[ADDED] - least) ** 2 - (row[ADDED] - most) ** 2
     row[CERTAINTY] = 0.5 * gain / (row[VARIANCE] / (0.5 * (changes + 1.0)))

@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 
+from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import inodes_of, joined, processes_below
-from colocate.cgroup.v1 import read_knob
 from colocate.observe.cgroup import read_workload
 from tests.kernel.conftest import DUTY, HOG, PATIENCE, AgentProcess, colocate, tier_of, wait_for
 
