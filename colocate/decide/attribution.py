@@ -110,8 +110,8 @@ WHOLE_EVERY_SECONDS = 120.0
 MOST_ACQUITTALS = 8.0
 """Who was acquitted again and again varies much by itself: each time it takes twice as much to ask anew."""
 RISEN_NATS, RISEN_LIMITS = 7.0, 2.0
-"""When Page's sum says that an acquitted subject feels more. Of late requests it is a log likelihood ratio; chance gives
-this once in e^7 times. Of time it is in units of h: four seconds with h more than when it was acquitted."""
+"""When Page's sum says that an acquitted subject feels more. Of late requests it is a log likelihood ratio: once in
+e^7 times by chance. Of time it is in units of h: four seconds with h more than when it was acquitted."""
 MOST_HOLD_SECONDS = 240.0
 HOLD_PER_FAILED_SECOND = 30.0
 STEP = 3.0
