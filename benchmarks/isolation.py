@@ -27,9 +27,9 @@ from colocate.agent.numba_cache import load_kernels
 from colocate.calibrate.measure import PROBE
 from colocate.calibrate.probe import WorkCounter
 from colocate.calibration import Calibration
+from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cgroup.v1 import read_knob
 from colocate.cli.host import configure_logs
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
 from colocate.demo.process import Kept, Process

@@ -26,10 +26,10 @@ from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.agent.loop import Agent, Tick
 from colocate.calibrate.measure import PROBE
+from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cgroup.v1 import write_knob
 from colocate.cli.host import configure_logs
 from colocate.model import reference
 from colocate.observe.cgroup import parse_pressure

@@ -1,4 +1,4 @@
-"""How fast model and laws run over many nodes at once: `decide/batch.py`, 1,000 nodes of one service and four jobs.
+"""How fast model and laws run over many nodes at once: `decide/fleet.py`, 1,000 nodes of one service and four jobs.
 
 CPU time of one thread, beside a reference loop; rounds fixed beforehand.
 """
@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from benchmarks.common import Runs, bar, reference_loop
-from colocate.decide import batch
+from colocate.decide import fleet
 from colocate.policy.schema import PolicySpec
 
 NODES, JOBS, ROUNDS, WARM, TICKS = 1000, 4, 5, 20, 100
@@ -19,17 +19,17 @@ BAR_NODE_TICKS = 2e5
 
 def once(seed: int) -> float:
     """Node-ticks a second of CPU."""
-    engine = batch.Batch(NODES, 1, JOBS, PolicySpec(), cpus=32.0, memory_bytes=float(1 << 37), latency=False)
+    engine = fleet.Batch(NODES, 1, JOBS, PolicySpec(), cpus=32.0, memory_bytes=float(1 << 37), latency=False)
     generator = np.random.default_rng(seed)
-    told, of_node = np.zeros((NODES, 1 + JOBS, batch.WORKLOAD)), np.zeros((NODES, batch.NODE))
-    told[:, :, batch.WORKING_SET] = 1 << 28
-    of_node[:, batch.IN_FORCE], of_node[:, batch.AVAILABLE_BYTES] = 1.0, 1 << 36
+    told, of_node = np.zeros((NODES, 1 + JOBS, fleet.WORKLOAD)), np.zeros((NODES, fleet.NODE))
+    told[:, :, fleet.WORKING_SET] = 1 << 28
+    of_node[:, fleet.IN_FORCE], of_node[:, fleet.AVAILABLE_BYTES] = 1.0, 1 << 36
     spent = 0.0
     for k in range(WARM + TICKS):
-        told[:, :, batch.CPU_US] += generator.uniform(1e5, 3e6, (NODES, 1 + JOBS))
-        told[:, 0, batch.PRESSURE_US] += generator.uniform(0, 5e5, NODES)
-        of_node[:, batch.NOW], of_node[:, batch.DAY_SECONDS] = 1000.0 + k, 1e6 + k
-        of_node[:, batch.BUSY_US] = told[:, :, batch.CPU_US].sum(axis=1)
+        told[:, :, fleet.CPU_US] += generator.uniform(1e5, 3e6, (NODES, 1 + JOBS))
+        told[:, 0, fleet.PRESSURE_US] += generator.uniform(0, 5e5, NODES)
+        of_node[:, fleet.NOW], of_node[:, fleet.DAY_SECONDS] = 1000.0 + k, 1e6 + k
+        of_node[:, fleet.BUSY_US] = told[:, :, fleet.CPU_US].sum(axis=1)
         started = time.thread_time()
         engine.step(told, of_node)
         spent += (time.thread_time() - started) * (k >= WARM)

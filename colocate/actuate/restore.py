@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal, newest_found
+from colocate.cgroup.knobfiles import read_knob, write_knob
 from colocate.cgroup.port import CgroupGone, FilePort
 from colocate.cgroup.tree import (
     inodes_of,
@@ -26,7 +27,6 @@ from colocate.cgroup.tree import (
     rmdir_tree,
     start_time,
 )
-from colocate.cgroup.v1 import read_knob, write_knob
 from colocate.errors import JournalBroken
 from colocate.knob import KNOBS, same
 

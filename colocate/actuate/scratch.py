@@ -12,10 +12,10 @@ import re
 import time
 
 from colocate.actuate.restore import kill_below
+from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.layout import STEPPED_ASIDE, UNIFIED
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes, processes_anywhere, rmdir_tree, start_time
-from colocate.cgroup.v1 import write_knob
 from colocate.errors import refuse
 
 _NAME = re.compile(r"colocate-(?:demo|calibrate|test|bench)-(\d+)-(\d+)")

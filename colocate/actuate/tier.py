@@ -15,10 +15,10 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal
+from colocate.cgroup.knobfiles import file_writes, read_knob, write_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone, FilePort
 from colocate.cgroup.tree import Tree, cgroup_of, joined, processes_anywhere, rmdir_tree, start_time
-from colocate.cgroup.v1 import file_writes, read_knob, write_knob
 from colocate.errors import BadInput, HostUnfit, JournalBroken, refuse
 
 log = structlog.get_logger()

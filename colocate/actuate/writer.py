@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import signal
 import threading
+from collections import deque
 from functools import partial
 
 import msgspec
@@ -19,10 +20,10 @@ import structlog
 from colocate.actuate.journal import Entry, Journal, newest_found
 from colocate.actuate.restore import kill_below
 from colocate.actuate.workers import Workers
+from colocate.cgroup.knobfiles import FileWrite, decode_knob, file_writes
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone, FilePort
 from colocate.cgroup.tree import processes_below
-from colocate.cgroup.v1 import FileWrite, decode_knob, file_writes
 from colocate.errors import JournalBroken
 from colocate.knob import KNOBS, is_act, same
 from colocate.plan import Action, Outcome, Plan, Status
@@ -31,6 +32,8 @@ from colocate.snapshot import NodeSnapshot, Workload
 log = structlog.get_logger()
 SETTLE_SECONDS = 2.0
 YIELD_SECONDS = 60.0
+OURS_KEPT = 32
+"""A knob that reads as none of so many values of ours was written by somebody else."""
 
 
 class Drift(msgspec.Struct, frozen=True):
@@ -61,8 +64,8 @@ class Writer:
         self._workers: Workers[list[Outcome]] = Workers()
         self._complained: dict[tuple[str, str], tuple[str, int | None]] = {}
         self._found: dict[tuple[str, str], tuple[dict[str, int], str]] = {}
-        self._ours: dict[tuple[str, str], tuple[dict[str, int], set[str]]] = {}
-        """Every value that we wrote into a knob of batch in place, or a predecessor did."""
+        self._ours: dict[tuple[str, str], tuple[dict[str, int], deque[str]]] = {}
+        """The values that we wrote into a knob of batch in place of late, or a predecessor did."""
         self._queued: dict[str, list[tuple[Action, Workload]]] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -97,12 +100,12 @@ class Writer:
             key = (workload.id, knob)
             kept, ours = self._found.get(key), self._ours.get(key)
             if ours is None or ours[0] != workload.inodes:
-                ours = self._ours[key] = (workload.inodes, set())
+                ours = self._ours[key] = (workload.inodes, deque(maxlen=OURS_KEPT))
             if kept is None or kept[0] != workload.inodes:
                 before, wrote = self._journaled(workload, knob)
-                ours[1].update(wrote)
+                ours[1].extend(wrote)
                 kept = (workload.inodes, current if before is None else before)
-            known = same(knob, kept[1], current) or any(same(knob, value, current) for value in ours[1])
+            known = same(knob, kept[1], current) or any(same(knob, value, current) for value in list(ours[1]))
             if not known and not self._workers.busy(workload.path):
                 kept = (workload.inodes, current)  # somebody else's since: that is what counts now
             self._found[key] = kept
@@ -191,8 +194,10 @@ class Writer:
             if not is_act(action.knob):
                 self._written[(action.workload, action.knob)] = (workload.inodes, action.value)
                 if workload.in_place:
-                    ours = self._ours.setdefault((action.workload, action.knob), (workload.inodes, set()))
-                    ours[1].add(action.value)
+                    ours = self._ours.setdefault(
+                        (action.workload, action.knob), (workload.inodes, deque(maxlen=OURS_KEPT))
+                    )
+                    ours[1].append(action.value)
             changed, before = False, None
             for write in writes:
                 found = self._write_file(write, action, workload)

@@ -23,6 +23,7 @@ from colocate.actuate.statedir import StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.workers import Workers
 from colocate.actuate.writer import SETTLE_SECONDS, Drift, Writer
+from colocate.agent.lately import Lately
 from colocate.agent.registry import Job, Registry
 from colocate.calibration import Calibration
 from colocate.cgroup.port import FilePort
@@ -109,6 +110,7 @@ class Agent:
         self.last: Tick | None = None
         self.counts: dict[tuple[str, str], int] = {}
         self.on_tick: list[Callable[[Tick], None]] = []
+        self.lately = Lately()
         self.on_evicted: list[Callable[[Job], None]] = []
         self._next_kernels: tuple[Kernels, str] | None = None
         self._next_policy: ColocationPolicy | None = None
@@ -216,6 +218,7 @@ class Agent:
                     told(job)
         outcomes = await self.writer.apply(plan, snapshot)
         self.registry.delivered(outcomes, snapshot)
+        self.lately.add(snapshot, plan, outcomes, drifts)
         for outcome in outcomes:
             key = (outcome.reason, outcome.status)
             self.counts[key] = self.counts.get(key, 0) + 1
@@ -409,6 +412,7 @@ class Agent:
             "snapshot": msgspec.to_builtins(self.last.snapshot),
             "outcomes": msgspec.to_builtins(self.last.outcomes),
             "drifts": msgspec.to_builtins(self.last.drifts),
+            "lately": msgspec.to_builtins(list(self.lately.notes)),
             "laws": msgspec.to_builtins(self.laws),
             "calibration": msgspec.to_builtins(self.calibration),
             "problems": self.problems(),

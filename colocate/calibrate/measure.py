@@ -26,9 +26,9 @@ from colocate.actuate.statedir import StateDirectory
 from colocate.calibrate.judge import judge
 from colocate.calibrate.probe import WorkCounter
 from colocate.calibration import Calibration
+from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import inodes_of
-from colocate.cgroup.v1 import write_knob
 from colocate.errors import ColocateError, HostUnfit
 from colocate.observe.node import capacity, figures
 from colocate.policy.schema import ColocationPolicy

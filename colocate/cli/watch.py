@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
+from datetime import datetime
 from typing import Any
 
 from colocate.cli.host import socket_path
@@ -170,11 +171,15 @@ def _explain_node(options: argparse.Namespace) -> int:
     workloads = data["snapshot"].get("workloads", {})
     if name is not None:
         ids = [i for i, w in workloads.items() if name in (i, w["name"])]
+        lately = [n for n in data["lately"] if n["workload"] in (name, *ids) or n["workload"].endswith(f":{name}")]
+        if not ids and lately:
+            return _explain_gone(options, name, lately)
         if not ids:
             known = ", ".join(sorted(w["name"] for w in workloads.values())) or "none"
             raise BadInput(f"no workload {name!r}; known: {known}")
         data = {
             **data,
+            "lately": lately,
             "workload": workloads[ids[0]],
             "forecast_of_workload": data["forecast"]["workloads"].get(ids[0], {}),
             "outcomes": [o for o in data["outcomes"] if o["workload"] == ids[0]],
@@ -184,6 +189,22 @@ def _explain_node(options: argparse.Namespace) -> int:
         return 0
     _print_explanation(data, name, wide=options.output == "wide")
     return 0
+
+
+def _explain_gone(options: argparse.Namespace, name: str, lately: list[dict[str, Any]]) -> int:
+    """A workload that is not there any more, with what was done to it."""
+    if options.output in DATA_FORMS:
+        print_data({"lately": lately}, options.output)
+        return 0
+    print(f"{name} is not there any more")
+    _print_lately(lately)
+    return 0
+
+
+def _print_lately(notes: list[dict[str, Any]]) -> None:
+    for note in notes:
+        when = datetime.fromtimestamp(note["time_seconds"]).astimezone().strftime("%d %b %H:%M:%S")
+        print(f"{when} {note['workload']}: {note['what']}" + (f": {note['why']}" if note["why"] else ""))
 
 
 def _print_explanation(data: dict[str, Any], name: str | None, *, wide: bool) -> None:
@@ -210,6 +231,7 @@ def _print_explanation(data: dict[str, Any], name: str | None, *, wide: bool) ->
         print(f"drift: {drift['knob']} of {drift['workload']} is {drift['found']}, probably by {drift['probably']}")
     for problem in data["problems"].values():
         print(f"problem: {problem}")
+    _print_lately(data["lately"])
     if wide:
         print(f"lever: {data['calibration'].get('lever', 'weight')} (designs/0001-cpu.md)")
 

@@ -23,8 +23,9 @@ condemned has a small grant; more is tried, step by step, after a hold that doub
 harms is taken back at the first look.
 
 Everything here is numbers in, numbers out, over rows that are lists of floats or rows of an array, so that numba
-compiles the same source over a batch of nodes (`decide/batch.py`). Sources: Wald, Sequential Analysis (1947); Page,
-Continuous inspection schemes (1954); Bubble-Flux (ISCA 2013) and CPI2 (EuroSys 2013), which pulse and cap to learn.
+compiles the same source over many nodes (`decide/fleet.py`). The design is designs/0001-cpu.md. Sources: Wald,
+Sequential Analysis (1947); Page, Continuous inspection schemes (1954); Bubble-Flux (ISCA 2013) and CPI2 (EuroSys 2013),
+which pulse and cap to learn.
 """
 
 from __future__ import annotations
@@ -39,9 +40,17 @@ Rows = list[list[float]]
 # What is told of a subject each tick: its kind, the time of the reading, T, N, and the time it has waited (BestEffort).
 KIND, SEEN_AT, SEEN_T, SEEN_N, SEEN_WAITED, SILENT, SUBJECT_INPUTS = 0, 1, 2, 3, 4, 5, 6
 WAITING, LATENCY, DISPLACED = 0.0, 1.0, 2.0
-# SILENT: 0 it answers; 1 its histogram does not; 2 nor did it do well when it last did.
+# SILENT: 0 it answers; 1 its histogram is silent; 2 it is silent, and was past its target when it last answered.
 
 # What is remembered of a subject. Times are monotonic seconds; NEVER means none.
+#   AT, T, N, WAITED         the latest reading; NEAR_ the one a second before, OLD_ and OLDER_ those of its window
+#   FROM_                    the reading from which this phase is measured (its settling is left out)
+#   CHANGES, ADDED_SUM, ADDED_SQUARES   differences between neighbouring phases, LAST the level of the phase before
+#   ON, ON_SUM, OFF, OFF_SUM phases of each kind and the sums of their levels; EXPOSURE of all of them
+#   UNHEARD                  phases in which nothing was felt; FIRST_OFF the level of the first phase at the floor
+#   CLEARED_UNTIL, CLEARED_AT, CLEARED_ON   how long it stays acquitted, its level then, its level beside batch
+#   ACQUITTALS, RISEN        how often it was acquitted, and Page's sum since; LEVEL what it feels now
+#   ADDED, VARIANCE, CERTAINTY   D, of one change, and L; ALARMED it suffers; WINDOW seconds over which it is judged
 (AT, T, N, WAITED, NEAR_AT, NEAR_T, NEAR_N, NEAR_WAITED, OLD_AT, OLD_T, OLD_N, OLDER_AT, OLDER_T, OLDER_N,
  FROM_AT, FROM_T, FROM_N, CHANGES, ADDED_SUM, ADDED_SQUARES, LAST, ON, ON_SUM, OFF, OFF_SUM, EXPOSURE, UNHEARD,
  FIRST_OFF, ASKED, CLEARED_UNTIL, CLEARED_AT, CLEARED_ON, ACQUITTALS, RISEN, LEVEL, ADDED, VARIANCE, CERTAINTY, ALARMED,
@@ -50,6 +59,12 @@ NEVER = -1.0
 # ASKED: 0 not suspected, 1 batch is asked about it, 2 batch was found to harm it.
 
 # What is remembered of the node.
+#   MODE, UNTIL, MARK        what is done now, until when it lasts at least, and from when it is measured
+#   GRANT, BEFORE, HOLD      cores in force, those before the last step, and how long they stand
+#   ELSEWHERE                1 batch is confined to the CPUs that were idle; -1 it was, and is tried without; 0 neither
+#   TRIED_ELSEWHERE          whether that was tried since the last question; PHASES counts, so that lengths can be drawn
+#   WHOLE, WHOLE_AT          this question asks whole ones; when the last whole first phase was
+#   OPEN_CORES, OPEN_AT      what batch uses when nothing limits it, and when that was seen
 (MODE, UNTIL, MARK, GRANT, BEFORE, HOLD, PHASES, ELSEWHERE, TRIED_ELSEWHERE, WHOLE, WHOLE_AT, REASON, WHO, SINCE,
  OPEN_CORES, OPEN_AT, NODE_STATE) = range(17)  # fmt: skip
 OPEN, ASKING_OFF, ASKING_ON, HELD, TRYING = 0.0, 1.0, 2.0, 3.0, 4.0
@@ -94,6 +109,9 @@ WHOLE_EVERY_SECONDS = 120.0
 """How often the first off phase of a question is a whole one."""
 MOST_ACQUITTALS = 8.0
 """Who was acquitted again and again varies much by itself: each time it takes twice as much to ask anew."""
+RISEN_NATS, RISEN_LIMITS = 7.0, 2.0
+"""When Page's sum says that an acquitted subject feels more. Of late requests it is a log likelihood ratio: once in
+e^7 times by chance. Of time it is in units of h: four seconds with h more than when it was acquitted."""
 MOST_HOLD_SECONDS = 240.0
 HOLD_PER_FAILED_SECOND = 30.0
 STEP = 3.0
@@ -166,7 +184,7 @@ def weigh(kind: float, row: Row, inputs: Row) -> None:
     row[ADDED] = row[ADDED_SUM] / changes
     spread = max(row[ADDED_SQUARES] - changes * row[ADDED] ** 2, 0.0)
     row[VARIANCE] = (2.0 * expected + spread) / (1.0 + changes)
-    # neighbours share a phase, so that n changes are worth (n + 1) / 2 pairs
+    # a phase in the middle is in two differences, with opposite signs: n changes are worth (n + 1) / 2 independent ones
     most, least = max(row[ADDED], limit), min(row[ADDED], 0.5 * limit)
     gain = (row[ADDED] - least) ** 2 - (row[ADDED] - most) ** 2
     row[CERTAINTY] = 0.5 * gain / (row[VARIANCE] / (0.5 * (changes + 1.0)))
@@ -230,10 +248,10 @@ def _still_cleared(row: Row, kind: float, count: float, exposure: float, step: f
         high = min(row[CLEARED_AT] + limit, 1.0 - 1e-9)
         gain = count * math.log(high / low) + (exposure - count) * math.log((1.0 - high) / (1.0 - low))
         row[RISEN] = max(row[RISEN] + gain, 0.0)
-        over = row[RISEN] > 7.0 * row[ACQUITTALS] and high > low
+        over = row[RISEN] > RISEN_NATS * row[ACQUITTALS] and high > low
     else:
         row[RISEN] = max(row[RISEN] + count - (row[CLEARED_AT] + 0.5 * limit) * exposure, 0.0)
-        over = row[RISEN] > 2.0 * limit * row[ACQUITTALS]
+        over = row[RISEN] > RISEN_LIMITS * limit * row[ACQUITTALS]
     if level < row[CLEARED_AT]:  # its load falls: so does what is called its own
         row[CLEARED_AT] += (level - row[CLEARED_AT]) * (1.0 - math.exp(-step / FADE_SECONDS))
     if over or row[AT] >= row[CLEARED_UNTIL]:

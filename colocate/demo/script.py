@@ -34,9 +34,9 @@ from colocate.agent.socket import JobServer
 from colocate.calibrate.measure import calibrate, machine_facts
 from colocate.calibrate.probe import WorkCounter
 from colocate.calibration import Calibration
+from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cgroup.v1 import write_knob
 from colocate.demo.digest import Digest, compare
 from colocate.demo.inference import METRIC
 from colocate.demo.load import Sample

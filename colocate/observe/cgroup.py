@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import joined, processes_below
-from colocate.cgroup.v1 import read_knob
 from colocate.knob import HELD
 from colocate.snapshot import Tier, Workload
 

@@ -315,6 +315,21 @@ def _besteffort(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Ino
     return targets
 
 
+def _in_tier(
+    port: FilePort, tree: Tree, jobs: dict[str, dict[str, Any]], pods: Mapping[str, Pod], inodes: Inodes
+) -> list[Target]:
+    """Jobs, and pods whose containers are below them: what a law writes it writes into the pod's own directory."""
+    targets = []
+    for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
+        path, uid = joined(tree.tier_path, child), pod_uid(child)
+        id_, name = f"job:{child}", child
+        if uid is not None:
+            pod = pods.get(uid)
+            id_, name = f"pod:{uid}", f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
+        targets.append(Target(id_, name, "batch", path, inodes(path, inode), jobs.get(child, {})))
+    return targets
+
+
 def discover(
     port: FilePort,
     tree: Tree,
@@ -349,8 +364,5 @@ def discover(
         chosen = [t for t in targets if t.tier == "service" or t.in_place]
         targets.extend(p for p in found if not any(_is_or_serves_in(t, p.path) for t in chosen))
         targets.extend(_besteffort(port, tree, claimed, inodes))
-    for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
-        path = joined(tree.tier_path, child)
-        known = jobs.get(child, {})
-        targets.append(Target(f"job:{child}", child, "batch", path, inodes(path, inode), known))
+    targets.extend(_in_tier(port, tree, jobs, pods, inodes))
     return targets, problems

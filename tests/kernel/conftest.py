@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from colocate.actuate.scratch import ScratchNode, sweep
+from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cgroup.v1 import write_knob
 
 PATIENCE = float(os.environ.get("COLOCATE_TEST_PATIENCE", "1"))
 HOG = "while True: pass"

@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 
+from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import inodes_of, joined, processes_below
-from colocate.cgroup.v1 import read_knob
 from colocate.observe.cgroup import read_workload
 from tests.kernel.conftest import DUTY, HOG, PATIENCE, AgentProcess, colocate, tier_of, wait_for
 
@@ -228,9 +228,12 @@ def test_a_taken_name_is_refused(agent):
 
 def test_an_evicted_job_has_its_own_exit_code_and_a_reason(agent):
     running = agent()
-    found = run("--max-runtime", "500ms", "--", "sleep", "30")
+    found = run("--name", "long", "--max-runtime", "500ms", "--", "sleep", "30")
     assert found.returncode == 75
     assert "evicted: MaxRuntime" in found.stderr
+    afterwards = colocate("explain", "long")
+    assert afterwards.returncode == 0, afterwards.stderr
+    assert "SIGTERM, MaxRuntime" in afterwards.stdout
     running.stop()
 
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cgroup.v1 import read_knob
 from colocate.jobs.client import EXIT_EVICTED, Connection
 from tests.kernel.conftest import HOG, PATIENCE, colocate, tier_of, wait_for
 

@@ -4,12 +4,13 @@ import pytest
 
 from colocate.actuate.tier import check_job_name
 from colocate.cgroup.layout import UNIFIED, parse_mounts
-from colocate.cgroup.tree import find_tree, inodes_of
+from colocate.cgroup.tree import find_tree, inodes_of, processes_below
 from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.observer import Observer
+from colocate.observe.pods import Pod
 from colocate.observe.schedstat import RunDelays
 from colocate.observe.workloads import discover, pod_uid
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
@@ -168,6 +169,22 @@ def test_a_pod_whose_batch_cannot_be_governed_stays_a_service():
 
 def kubernetes():
     return make("/kubepods", "/kubepods/burstable", "/kubepods/burstable/podA", "/kubepods/burstable/podA/c1")
+
+
+def test_a_pod_in_the_tier_is_one_job_with_the_containers_below_it():
+    """What laws write they write into the pod's own directory; what it uses and who gets a signal is all below it."""
+    pod, container = "/kubepods/batch/podA-1", "/kubepods/batch/podA-1/app"
+    kernel = make("/kubepods", "/kubepods/burstable", "/kubepods/besteffort", "/kubepods/batch", pod, container)
+    kernel.mkdir(UNIFIED, "/kubepods/batch/train")
+    task = kernel.spawn("hog", container)
+    observer = Observer(kernel, ColocationPolicy(), dict, LatencyScraper())
+    observer.lister.pods["A-1"] = Pod("A-1", "night", "ml", {})
+    seen = observer.snapshot(0.0, 10.0)
+    found = {w.id: w for w in seen.of("batch")}
+    assert set(found) == {"pod:A-1", "job:train"}
+    assert (found["pod:A-1"].name, found["pod:A-1"].path) == ("ml/night", pod)
+    assert found["pod:A-1"].processes == 1
+    assert task.pid in processes_below(kernel, UNIFIED, found["pod:A-1"].path)
 
 
 def test_batch_that_also_holds_pods_is_not_governed():

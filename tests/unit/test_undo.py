@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from colocate.actuate.journal import Entry, Journal, compacted, newest_found, read_entries
 from colocate.actuate.restore import restore
 from colocate.actuate.statedir import Lock, StateDirectory
+from colocate.actuate.writer import Drift
+from colocate.agent.lately import Lately
 from colocate.agent.loop import Agent
 from colocate.agent.registry import Job, Registry
 from colocate.calibration import Calibration
@@ -20,7 +22,7 @@ from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor
 from colocate.model import reference
-from colocate.plan import Outcome
+from colocate.plan import Action, CgroupTarget, Outcome, Plan
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, FreezePolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
 from tests import make
@@ -664,3 +666,22 @@ def test_a_checkpoint_signal_that_was_sent_is_not_yet_a_checkpoint(acknowledges,
     registry.checkpointed(registry.jobs["a"], 201.0, now.workloads["job:a"])
     registry.delivered([told("a", "applied")], now)
     assert (registry.jobs["a"].checkpointed_seconds, registry.jobs["a"].checkpointed_cpu_us) == (201.0, 7)
+
+
+def test_what_was_done_of_late_can_be_asked_for_afterwards():
+    lately, job = Lately(), make.job("a")
+    why = "a service stalls"
+    sent = Action(
+        workload="job:a", target=CgroupTarget("/a"), knob="signal", value="SIGTERM", reason="MemoryPressure",
+        message=why, law="eviction",
+    )  # fmt: skip
+    now = make.snapshot(job, at=200.0)
+    outcome = Outcome(workload="job:a", knob="signal", value="SIGTERM", status="applied", reason="MemoryPressure")
+    held = Outcome(workload="tier", knob="cpu.max", value="max", status="applied", reason="NothingSuffers")
+    for _ in range(3):
+        lately.add(now, Plan(sequence=1, actions=(sent,)), [outcome, held], [])
+    lately.add(now, Plan(sequence=2), [], [Drift("tier", "cpu.weight", "1", "100", "kubelet")])
+    assert [(n.workload, n.what, n.why) for n in lately.notes] == [
+        ("job:a", "SIGTERM, MemoryPressure", why),
+        ("tier", "cpu.weight was 100, not 1", "probably by kubelet"),
+    ]

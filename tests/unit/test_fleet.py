@@ -8,7 +8,7 @@ import pytest
 
 from colocate.calibration import Calibration
 from colocate.decide import attribution as law
-from colocate.decide import batch, eviction, freeze, memory
+from colocate.decide import eviction, fleet, freeze, memory
 from colocate.decide.pipeline import LawState, decide
 from colocate.model import reference
 from colocate.model.forecast import ModelState, forecast
@@ -16,7 +16,7 @@ from colocate.model.special import incomplete_beta
 from colocate.policy.schema import PolicySpec
 from tests import make
 
-COMPILED = batch.compiled()
+COMPILED = fleet.compiled()
 SPEC = PolicySpec()
 LIVES, LOOKS = 1500, 70
 
@@ -118,47 +118,47 @@ def test_every_other_core_is_the_same_compiled(function, arguments):
 def test_a_batch_of_nodes_decides_what_the_agent_would():
     """Two nodes of one service and four jobs, five minutes: through the model and all laws, both ways."""
     nodes, jobs, seconds = 2, 4, 300
-    engine = batch.Batch(nodes, 1, jobs, SPEC, cpus=2.0, memory_bytes=float(2 * make.GIB), latency=False)
+    engine = fleet.Batch(nodes, 1, jobs, SPEC, cpus=2.0, memory_bytes=float(2 * make.GIB), latency=False)
     models, laws = [ModelState()] * nodes, [LawState()] * nodes
-    told, of_node = np.zeros((nodes, 1 + jobs, batch.WORKLOAD)), np.zeros((nodes, batch.NODE))
-    told[:, :, batch.WORKING_SET] = make.GIB // 8
-    of_node[:, batch.IN_FORCE] = 1.0
+    told, of_node = np.zeros((nodes, 1 + jobs, fleet.WORKLOAD)), np.zeros((nodes, fleet.NODE))
+    told[:, :, fleet.WORKING_SET] = make.GIB // 8
+    of_node[:, fleet.IN_FORCE] = 1.0
     grants = np.full(nodes, -1.0)
     compared = set()
     for t in range(seconds):
         for n in range(nodes):
             share = 1.0 if grants[n] < 0 else min(grants[n] / 2.0, 1.0)
             waits = 0.1 + (0.6 * share if n == 0 and 20 <= t < 200 else 0.0)
-            told[n, 0, batch.CPU_US] += 300_000
-            told[n, 0, batch.PRESSURE_US] += round(waits * 1e6)
-            told[n, 0, batch.STALL_US] += 200_000 if 100 <= t < 110 else 0
-            told[n, 1:, batch.CPU_US] += round(share * 400_000)
-            of_node[n, batch.BUSY_US] = told[n, :, batch.CPU_US].sum() + t * 10_000
-        of_node[:, batch.NOW], of_node[:, batch.DAY_SECONDS] = 1000.0 + t, 86400.0 * 9 + t
-        of_node[:, batch.AVAILABLE_BYTES] = make.GIB // 16 if 100 <= t < 110 else make.GIB
+            told[n, 0, fleet.CPU_US] += 300_000
+            told[n, 0, fleet.PRESSURE_US] += round(waits * 1e6)
+            told[n, 0, fleet.STALL_US] += 200_000 if 100 <= t < 110 else 0
+            told[n, 1:, fleet.CPU_US] += round(share * 400_000)
+            of_node[n, fleet.BUSY_US] = told[n, :, fleet.CPU_US].sum() + t * 10_000
+        of_node[:, fleet.NOW], of_node[:, fleet.DAY_SECONDS] = 1000.0 + t, 86400.0 * 9 + t
+        of_node[:, fleet.AVAILABLE_BYTES] = make.GIB // 16 if 100 <= t < 110 else make.GIB
         answer = engine.step(told, of_node)
         for n in range(nodes):
             names = ["web", *(f"j{i}" for i in range(jobs))]
             workloads = [
                 (make.service if i == 0 else make.job)(
                     name,
-                    cpu_usage_us=int(told[n, i, batch.CPU_US]),
-                    cpu_pressure_us=int(told[n, i, batch.PRESSURE_US]),
-                    memory_pressure_us=int(told[n, i, batch.STALL_US]),
-                    working_set_bytes=int(told[n, i, batch.WORKING_SET]),
-                    processes=int(told[n, i, batch.WORKING_SET] > 0),
+                    cpu_usage_us=int(told[n, i, fleet.CPU_US]),
+                    cpu_pressure_us=int(told[n, i, fleet.PRESSURE_US]),
+                    memory_pressure_us=int(told[n, i, fleet.STALL_US]),
+                    working_set_bytes=int(told[n, i, fleet.WORKING_SET]),
+                    processes=int(told[n, i, fleet.WORKING_SET] > 0),
                 )
                 for i, name in enumerate(names)
             ]
             tier = make.tier(
-                cpu_usage_us=int(told[n, 1:, batch.CPU_US].sum()),
-                working_set_bytes=int(told[n, 1:, batch.WORKING_SET].sum()),
+                cpu_usage_us=int(told[n, 1:, fleet.CPU_US].sum()),
+                working_set_bytes=int(told[n, 1:, fleet.WORKING_SET].sum()),
                 knobs={**make.OPEN_KNOBS, "cpu.max": "1000 100000"},
             )  # fmt: skip
             now = make.snapshot(
                 *workloads, at=1000.0 + t, tier=tier, time_seconds=86400.0 * 9 + t,
-                cpu_busy_us=int(of_node[n, batch.BUSY_US]), cpu_idle_us=0,
-                memory_available_bytes=int(of_node[n, batch.AVAILABLE_BYTES]), swap_free_bytes=0,
+                cpu_busy_us=int(of_node[n, fleet.BUSY_US]), cpu_idle_us=0,
+                memory_available_bytes=int(of_node[n, fleet.AVAILABLE_BYTES]), swap_free_bytes=0,
             )  # fmt: skip
             models[n], seen = forecast(now, models[n], SPEC, reference)
             laws[n], plan = decide(now, seen, SPEC, Calibration(), laws[n])
@@ -171,7 +171,7 @@ def test_a_batch_of_nodes_decides_what_the_agent_would():
             grants[n] = answer.grant_cores[n]
             for j in range(jobs):
                 if answer.done[n, j] == eviction.KILLED:
-                    told[n, 1 + j, batch.WORKING_SET] = 0.0
+                    told[n, 1 + j, fleet.WORKING_SET] = 0.0
     assert {"CausedByBatch", "TryingMore", "BatchAsked"} <= compared
     assert any(isinstance(c, str) and c.startswith("job:") for c in compared)
     assert math.isfinite(float(grants.sum()))
