@@ -216,12 +216,13 @@ def _advance(state: MemoryState, why: str, over: str, rungs: tuple[str, ...], vi
     memory, v2 = view.spec.memory, rungs is RUNGS_V2
     useful = rungs if why else ("checkpoint", "evict")
     helps = sum(1 << i for i, rung in enumerate(rungs) if rung in useful and _helps(rung, view.snapshot, v2))
-    waits = state.rung >= 0 and rungs[state.rung] == "checkpoint" and _unsaved(state, view)
     before, stalls = state.rung, bool(why or over)
-    saved = not waits and bool(state.signalled)  # what is done from now on would be lost
+    saving = before >= 0 and rungs[before] == "checkpoint"
+    waits = saving and _unsaved(state, view)
+    saved = saving and not waits and bool(state.signalled)  # what is done from now on would be lost
     rung, since, pressed = climb(
         before, state.since, state.pressed, view.now, stalls, waits, helps, len(rungs),
-        0.0 if saved and rungs[before] == "checkpoint" else memory.rung, memory.calm,
+        0.0 if saved else memory.rung, memory.calm,
     )  # fmt: skip
     if before < 0 or why:
         state = msgspec.structs.replace(state, by_over=not why)
