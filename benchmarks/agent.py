@@ -21,19 +21,22 @@ from typing import Any
 from benchmarks.common import Runs, bar, reference_loop
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
+from colocate.actuate.statedir import default_state_dir
 from colocate.actuate.writer import Drift
 from colocate.agent.loop import Agent
+from colocate.agent.numba_cache import load_kernels
 from colocate.cgroup.port import KernelPort
 from colocate.jobs.client import Connection
 from colocate.model import reference
 from colocate.plan import Outcome, Plan
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector
+from colocate.report.record import Recorder
 from colocate.snapshot import NodeSnapshot
 
 ROUNDS = 3
 SECONDS = 20
 MODES = ("on", "off")
-BARS = {"cpu_ms": 15.0, "rss_on": 160.0, "rss_off": 90.0, "first_tick": 1.0, "verify_ms": 2.0}
+BARS = {"cpu_ms": 15.0, "tick_cpu_ms": 10.0, "rss_on": 160.0, "rss_off": 90.0, "first_tick": 1.0, "verify_ms": 2.0}
 
 
 @contextmanager
@@ -150,6 +153,23 @@ async def _unchanged_ticks(port: KernelPort, node: ScratchNode, directory: Path,
     return 1e3 * spent / ticks
 
 
+async def _tick_cpu(port: KernelPort, node: ScratchNode, directory: Path, ticks: int = 20) -> float:
+    """Milliseconds of CPU of the median tick, one a second, records included."""
+    policy = ColocationPolicy(spec=PolicySpec(node_root=node.path))
+    recorder = Recorder(directory / "records", policy.spec.records, "none")
+    kernels = load_kernels(default_state_dir())
+    agent = Agent(port, policy, kernels, Journal(directory, boot_id()), recorder=recorder)
+    agent.open()
+    spent = []
+    for _ in range(ticks):
+        started = time.process_time()
+        await agent.tick()
+        spent.append(time.process_time() - started)
+        await asyncio.sleep(policy.spec.tick)
+    await agent.close()
+    return 1e3 * sorted(spent)[ticks // 2]
+
+
 def run(full: bool) -> list[str]:
     """Run what is missing; the summary."""
     runs, port = Runs("agent"), KernelPort()
@@ -165,6 +185,10 @@ def run(full: bool) -> list[str]:
                 with tempfile.TemporaryDirectory() as name:
                     found_ms = asyncio.run(_unchanged_ticks(port, node, Path(name)))
                 runs.add(kind="journal and verify", round=round_, reference=reference_loop(), verify_ms=found_ms)
+            if not runs.has(kind="tick", round=round_):
+                with tempfile.TemporaryDirectory() as name:
+                    found_ms = asyncio.run(_tick_cpu(port, node, Path(name)))
+                runs.add(kind="tick", round=round_, reference=reference_loop(), tick_cpu_ms=found_ms)
     count = 10_000 if full else 2_000
     if not runs.has(kind=f"{count} cgroups"):
         with ScratchNode(port, "bench") as node:
@@ -191,6 +215,9 @@ def summary(runs: Runs, count: int) -> list[str]:
         lines.append(bar(f"agent, {name}: resident memory", _judge(rss, bound), rss, bound, "MiB"))
         judged = _judge(first, BARS["first_tick"])
         lines.append(bar(f"agent, {name}: start to first tick", judged, first, BARS["first_tick"], "s"))
+    tick = _worst(runs, "tick_cpu_ms", kind="tick")
+    bound = BARS["tick_cpu_ms"]
+    lines.append(bar("agent, numba: CPU of the median tick", _judge(tick, bound), tick, bound, "ms"))
     verify = _worst(runs, "verify_ms", kind="journal and verify")
     name = "agent: journal and verify in a tick without changes"
     lines.append(bar(name, _judge(verify, BARS["verify_ms"]), verify, BARS["verify_ms"], "ms"))

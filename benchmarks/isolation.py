@@ -46,6 +46,8 @@ ARMS = (
     "colocate/disturbed",
 )  # fmt: skip
 PLAIN_ARMS = ARMS[:5]
+FULL_ARMS = tuple(a for a in ARMS if a not in ("unmanaged", "koordlet"))
+"""Of a minute each: what is compared with BestEffort."""
 BATCHES = ("training", "hogs", "growth", "stream", "cache", "beside")
 """`beside` is CPU hogs with a plain BestEffort group of hogs beside them."""
 CPU_BATCHES = ("training", "hogs")
@@ -61,9 +63,11 @@ BARS = {"besteffort": 1.05, "here": 1.25, "guest": 1.1, "growth_besteffort": 0.5
 LEAST = 1e-3
 
 
-def arms_of(batch: str) -> tuple[str, ...]:
+def arms_of(batch: str, seconds: float) -> tuple[str, ...]:
     """Which arms a cell has: what the CPU law's values and a third party change is asked beside CPU work only."""
-    return ARMS if batch in CPU_BATCHES else PLAIN_ARMS
+    if batch not in CPU_BATCHES:
+        return PLAIN_ARMS
+    return FULL_ARMS if seconds >= FULL_SECONDS else ARMS
 
 
 class Cell(Demo):
@@ -95,7 +99,7 @@ class Cell(Demo):
 
     async def _arms(self, calibration: Calibration) -> None:
         service = joined(self._node.path, SERVICE_POD)
-        arms = arms_of(self._batch)
+        arms = arms_of(self._batch, self._seconds)
         for arm in ("alone", *(arms[1:] if self._round % 2 == 0 else arms[:0:-1])):
             killed, _ = oom_kills(self._port, service, inodes_of(self._port, service))
             plain, _, self._arm_policy = arm.partition("/")
@@ -187,6 +191,7 @@ class Cell(Demo):
                 "reason": said.reason if said else "",
                 "grant": said.numbers.get("grant_cores") if said else None,
                 "waited": round(service.waited_seconds, 4) if service else None,
+                "pressure": service.cpu_pressure_ratio if service else None,
                 "p99_ms": round(service.p99_seconds * 1e3, 2) if service and service.p99_seconds is not None else None,
             }
         )
@@ -277,9 +282,10 @@ def run(full: bool) -> list[str]:
         if round_ < rounds
         and not all(
             runs.has(where=where, service=service, batch=batch, round=round_, arm=arm, seconds=lasts[where])
-            for arm in arms_of(batch)
+            for arm in arms_of(batch, lasts[where])
         )
     ]
+    missing.sort(key=lambda cell: cell[2] != "hogs")  # what has bars comes first
     notes = {f"          {s}: did not run, it lacks {lacks(s)}" for _, s, _, _ in missing if lacks(s)}
     for where, service, batch, round_ in missing:
         if where == "here" and not lacks(service):
@@ -335,7 +341,7 @@ def summary(runs: Runs) -> list[str]:
         rows = [r for r in every if key(r) == (where, service, batch, seconds)]
         cell = f"{service} beside {batch}, {seconds:g} s" + (" (guest)" if where == "guest" else "")
         lines.append(f"{cell}: medians of {1 + max(r['round'] for r in rows)} rounds")
-        for arm in arms_of(batch):
+        for arm in arms_of(batch, seconds):
             here = [r for r in rows if r["arm"] == arm]
             lines.append(
                 f"          {arm:20s} p99 {_median(here, 'p99_ms'):8.2f} ms  work {_median(here, 'work'):9.0f}/s  CPU "
@@ -379,8 +385,9 @@ def _bars(cell: str, where: str, batch: str, rows: list[dict[str, Any]]) -> list
             bar(f"{cell}: p99 to BestEffort's", "reported", to_plain, 1.0),
             bar(f"{cell}: batch work to BestEffort's", "reported", gained, 1.0),
         ]
-    lines.append(bar(f"{cell}: p99 to koordlet's law", "reported", _ratio(rows, "p99_ms", "koordlet"), 1.0))
-    lines.append(bar(f"{cell}: batch work to koordlet's law", "reported", _ratio(rows, "work", "koordlet"), 1.0))
+    if any(r["arm"] == "koordlet" for r in rows):
+        lines.append(bar(f"{cell}: p99 to koordlet's law", "reported", _ratio(rows, "p99_ms", "koordlet"), 1.0))
+        lines.append(bar(f"{cell}: batch work to koordlet's law", "reported", _ratio(rows, "work", "koordlet"), 1.0))
     return lines
 
 

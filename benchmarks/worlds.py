@@ -78,6 +78,8 @@ class Service(NamedTuple):
     added: Callable[[float, float], float] = lambda _t, _share: 0.0
     requests_a_second: float = 0.0
     """With an SLO: then what it feels is the share of its requests beyond the target."""
+    long: Callable[[float, float], float] | None = None
+    """Where its waits are told apart: the share of time in the long ones, which alone are harm."""
 
 
 class World(NamedTuple):
@@ -127,6 +129,7 @@ class _Run:
         self.done = self.first = self.harmed = self.exposed = self.outside = self.worked_outside = 0.0
         self.start = self.kernel.monotonic()
         self.owed = [0.0] * len(self.services)
+        self.long = [0.0] * len(self.services)
         self.kernel.happens = self._happens
 
     def _happens(self, now: float, seconds: float) -> None:
@@ -151,6 +154,9 @@ class _Run:
                 self._requests(i, service.requests_a_second * seconds, felt)
             else:
                 self.kernel.waited(f"/s{i}", felt * seconds)
+            if service.long is not None:
+                added = service.long(t, share)
+                self.long[i] += added * seconds
             if inside or (peak is None and t >= WARM_SECONDS):
                 self.exposed += seconds
                 self.harmed += seconds * (added > (LATE if service.requests_a_second else HARM))
@@ -164,12 +170,17 @@ class _Run:
                 self.counts[i][k] += float((0.03 if beyond else 0.005) <= bound)
             self.counts[i][-1] += 1.0
 
+    def _long_waits(self, id_: str, _at: float) -> int | None:
+        i = int(id_.rpartition(":s")[2])
+        return int(self.long[i] * 1e6) if self.services[i].long is not None else None
+
     async def run(self) -> Outcome:
         """The agent at the default policy, looking again when it wants to."""
         names = [f"s{i}" for i in range(len(self.services))]
         policies = tuple(ServicePolicy(name=n, selector=Selector(cgroup=f"/{n}")) for n in names)
         spec = PolicySpec(services=policies)
         agent = Agent(self.kernel, ColocationPolicy(spec=spec), reference, MemoryJournal(), clock=self.kernel)
+        agent.observer.long_waits = self._long_waits
         agent.open()
         placement = agent.tier.ensure_job("job")
         agent.tier.move(self.kernel.spawn("sleep").pid, placement)
@@ -215,6 +226,11 @@ def square(high: float, low: float, period: float, phase: float) -> Callable[[fl
 
 def both(one: Callable[[float], float], other: Callable[[float], float]) -> Callable[[float], float]:
     return lambda t: one(t) + other(t)
+
+
+def noisy_share(level: float, spread: float, seed: int) -> Callable[[float, float], float]:
+    noise = Noise(spread, seed + 1000)
+    return lambda t, share: max((level + noise(t)) * share, 0.0)
 
 
 def adds(points: float) -> Callable[[float, float], float]:
@@ -281,6 +297,19 @@ WORLDS = [
     World(
         "batch adds 35 points",
         lambda s: [Service(noisy(0.1, 0.03, s), lambda t, share: 0.35 * share if t >= 5 else 0.0)],
+        harmed=0.03,
+        within=1.1,
+        begins=5.0,
+    ),
+    World(
+        "batch adds 35 points in waits too short to be felt",
+        lambda s: [Service(noisy(0.15, 0.05, s), adds(0.35), long=noisy_share(0.02, 0.01, s))],
+        work=0.97,
+        first_minute=0.9,
+    ),
+    World(
+        "batch adds 35 points in long waits beside 30 in short ones",
+        lambda s: [Service(noisy(0.3, 0.05, s), adds(0.35), long=lambda t, share: 0.35 * share if t >= 5 else 0.0)],
         harmed=0.03,
         within=1.1,
         begins=5.0,

@@ -8,6 +8,7 @@ never by its path alone.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import msgspec
@@ -53,6 +54,8 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     memory_pressure_full_us: int | None = None
     waited_us: int | None = None
     """Time in which at least one of its threads waited for a CPU, from their run delays: PSI's unit, without PSI."""
+    long_waits_us: int | None = None
+    """Of waits of over a millisecond or two, of all its threads; only while it is looked at so closely."""
     memory_bytes: int | None = None
     working_set_bytes: int | None = None
     """Usage less inactive file pages, as kubelet computes it; but a service's mapped ones count."""
@@ -82,7 +85,7 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     max_runtime_seconds: float | None = None
 
 
-class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, dict=True):
     """Everything known of one node at one instant. `monotonic_seconds` orders, `time_seconds` dates."""
 
     sequence: int
@@ -115,4 +118,11 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
 
     def of(self, tier: Tier) -> list[Workload]:
         """The workloads of one tier, in the order of their ids."""
-        return [w for _, w in sorted(self.workloads.items()) if w.tier == tier]
+        return list(self._by_tier.get(tier, ()))
+
+    @functools.cached_property
+    def _by_tier(self) -> dict[Tier, list[Workload]]:
+        found: dict[Tier, list[Workload]] = {}
+        for _, workload in sorted(self.workloads.items()):
+            found.setdefault(workload.tier, []).append(workload)
+        return found

@@ -26,7 +26,7 @@ from colocate.actuate.writer import SETTLE_SECONDS, Drift, Writer
 from colocate.agent.lately import Lately
 from colocate.agent.registry import Job, Registry
 from colocate.calibration import Calibration
-from colocate.cgroup.port import FilePort
+from colocate.cgroup.port import FilePort, KernelPort
 from colocate.cgroup.tree import cgroup_of, joined, main_hierarchy, start_time
 from colocate.decide.pipeline import LawState, decide, laws_from_builtins, laws_to_builtins
 from colocate.errors import ColocateError, JournalBroken, StateTooOld
@@ -34,6 +34,7 @@ from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
 from colocate.model.state import from_builtins, to_builtins, without_times
 from colocate.observe.latency import LatencyScraper
+from colocate.observe.longwaits import KNOWN_SECONDS, LongWaits
 from colocate.observe.observer import Observer
 from colocate.observe.pressure import PressureWatch
 from colocate.plan import Outcome, Plan
@@ -105,6 +106,8 @@ class Agent:
         self.tier = TierMaker(port, journal, self.observer.tree)
         self.recorder = recorder or Recorder(None, policy.spec.records, "none")
         self.watch: PressureWatch | None = None
+        self._long_waits: LongWaits | None = None
+        self._look_again_seconds: float | None = None
         self.model = ModelState()
         self.laws = LawState()
         self.last: Tick | None = None
@@ -228,6 +231,7 @@ class Agent:
             self._release(snapshot)
         before = Before(model_before, laws_before, policy, self.calibration, arm, window)
         self.recorder.write(snapshot, seen, plan, outcomes, before)
+        self._look_closely(snapshot, seen)
         self._housekeep(snapshot)
         self.last = Tick(snapshot, seen, plan, outcomes, drifts, time.perf_counter() - started)
         for told_tick in self.on_tick:
@@ -249,6 +253,19 @@ class Agent:
                 return True
 
             self._workers.submit("release", release)
+
+    def _look_closely(self, snapshot: NodeSnapshot, seen: Forecast) -> None:
+        """At services that are judged by their waiting, once it may matter whether they feel it."""
+        if self._long_waits is None:
+            return
+        waiting = {
+            w.id: (w.path, seen.workloads[w.id].cpu_pressure_ratio or 0.0)
+            for w in snapshot.of("service")
+            if w.cpu_pressure_us is not None and seen.workloads[w.id].evidence == "waiting"
+        }
+        half = 0.5 * self.policy.spec.cpu.pressure / 100
+        new = self._long_waits.watch(waiting, half, snapshot.monotonic_seconds)
+        self._look_again_seconds = KNOWN_SECONDS if new else None
 
     def _housekeep(self, snapshot: NodeSnapshot) -> None:
         if self.watch is not None:
@@ -332,6 +349,9 @@ class Agent:
         """Tick until told to stop; sooner when a service stalls on memory, or a law wants to look again."""
         spec = self.policy.spec
         self.watch = PressureWatch(self.port, self.wake, spec.memory.pressure / 100, spec.memory.poll)
+        if isinstance(self.port, KernelPort):  # a model has no threads to look at
+            self._long_waits = LongWaits(self.port)
+            self.observer.long_waits = self._long_waits.waited_us
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self.watch.run())
             stopping = tasks.create_task(stop.wait())
@@ -341,7 +361,8 @@ class Agent:
                 done = await self.tick()
                 now = time.monotonic()  # a tick that was woken early must not put off the next ones
                 following = max(min(following, begun) + self.policy.spec.tick, now + 0.01)
-                again = done.plan.look_again_seconds
+                wished = (done.plan.look_again_seconds, self._look_again_seconds)
+                again = min((w for w in wished if w is not None), default=None)
                 due = following if again is None else min(following, max(begun + again, now + LEAST_BETWEEN_SECONDS))
                 earliest = max(begun + LEAST_BETWEEN_SECONDS, begun + (now - begun) / MOST_BUSY_RATIO)
                 woken = tasks.create_task(self._wake.wait())
@@ -368,6 +389,8 @@ class Agent:
             if stuck and not handover:
                 word = ""  # what that worker may still do the guardian undoes, once we are gone
         finally:
+            if self._long_waits is not None:
+                self._long_waits.close()
             if self.guardian is not None:
                 self.guardian.dismiss(word)
             await self._workers.settle(SETTLE_SECONDS)

@@ -245,6 +245,8 @@ def _sentence_of(workload: dict[str, Any], now: dict[str, Any]) -> str:
         said.append(f"may need {now['peak_cores']:.2f}")
     if now.get("cpu_waiting_ratio"):
         said.append(f"waits for a CPU {now['cpu_waiting_ratio']:.1%} of the time")
+    if now.get("cpu_pressure_ratio", 0.0) > now.get("cpu_waiting_ratio", 0.0):
+        said.append(f"with waits too short to be felt {now['cpu_pressure_ratio']:.1%}")
     if now.get("memory_pressure_ratio"):
         said.append(f"stalls on memory {now['memory_pressure_ratio']:.1%} of the time")
     objective = workload.get("objective")

@@ -97,7 +97,10 @@ class Subject(NamedTuple):
             target = objective.p99_seconds * 1e3
             p99 = f"p99 {now.p99_seconds * 1e3:.2f} ms" if now.p99_seconds is not None else "too few requests for a p99"
             return f"{name}: {p99}, target {target:.2f} ms"
-        return f"{name} waits for a CPU {now.cpu_waiting_ratio or 0.0:.1%} of the time"
+        felt, every = now.cpu_waiting_ratio or 0.0, now.cpu_pressure_ratio or 0.0
+        return f"{name} waits for a CPU {felt:.1%} of the time" + (
+            f" in waits long enough to be felt, {every:.1%} with shorter ones" if every > felt else ""
+        )
 
 
 def subjects_of(snapshot: NodeSnapshot, forecast: Forecast) -> list[Subject]:

@@ -39,12 +39,12 @@ SEASON_KEPT_A_DAY = 0.7
 RISE_SECONDS, FALL_SECONDS = 1.1, 4.5
 """Time constants of the smoothed use: it rises with the load and falls behind it."""
 SILENT_SECONDS = 5.0
-MODEL_VERSION = 2
+MODEL_VERSION = 3
 BEYOND_BUCKETS_SLACK = -1.0
 """Of a p99 above every bucket: nobody knows how far, so it counts as twice its target."""
 COUNTERS = (
     "cpu_usage_us", "cpu_pressure_us", "waited_us", "throttled_us", "memory_pressure_us", "memory_pressure_full_us",
-    "memory_limit_hits",
+    "memory_limit_hits", "long_waits_us",
 )  # fmt: skip
 TOTALS = ("waited_seconds", "used_seconds", "requests", "over_requests")
 
@@ -62,7 +62,9 @@ class WorkloadForecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     working_set_bytes: int | None = None
     peak_working_set_bytes: int | None = None
     cpu_waiting_ratio: float | None = None
-    """It waited for a CPU, what its own limit throttled taken out."""
+    """It waited for a CPU, what its own limit throttled taken out; of one that is looked at closely, in long waits."""
+    cpu_pressure_ratio: float | None = None
+    """The same with every wait, however short."""
     memory_pressure_ratio: float | None = None
     memory_full_ratio: float | None = None
     throttled_ratio: float | None = None
@@ -225,6 +227,11 @@ def waiting_ratios(pressure: Floats, waited: Floats, throttled: Floats) -> Float
     return ratios
 
 
+def felt_ratios(waiting: Floats, in_long_waits: Floats) -> Floats:
+    """What of its waiting a workload feels, shape (n,): the long waits where they are known, never more than all."""
+    return np.where(np.isnan(in_long_waits), waiting, np.minimum(waiting, in_long_waits))
+
+
 def forecast(
     snapshot: NodeSnapshot, state: ModelState, spec: PolicySpec, kernels: Kernels
 ) -> tuple[ModelState, Forecast]:
@@ -238,10 +245,11 @@ def forecast(
     elapsed = np.where(same, at - state.at_seconds, np.nan)
     elapsed = np.where(elapsed > 0.0, elapsed, np.nan)  # read again without a new reading: no rate
     counters = _counters(now)
-    rates = [kernels.rates(counters[:, i], state.counters[:, i], elapsed) for i in range(len(COUNTERS))]
-    cores, pressure, waited, throttled, some, full = (r / 1e6 for r in rates[:6])
-    hits = rates[6]
-    waiting = waiting_ratios(pressure, waited, throttled)
+    rates = kernels.rates(counters, state.counters, elapsed)
+    cores, pressure, waited, throttled, some, full, _, in_long_waits = np.ascontiguousarray(rates.T) / 1e6
+    hits = rates[:, COUNTERS.index("memory_limit_hits")]
+    all_waiting = waiting_ratios(pressure, waited, throttled)
+    waiting = felt_ratios(all_waiting, in_long_waits)
     seconds = np.where(np.isnan(elapsed), 0.0, elapsed)
     totals = state.totals.copy()
     totals[:, 0] += np.where(np.isnan(waiting), 0.0, waiting) * seconds
@@ -271,7 +279,7 @@ def forecast(
         latencies.append(figures)
     rows = zip(
         now,
-        *(_numbers(a, 4) for a in (cores, peak_cores, waiting, some, full, throttled)),
+        *(_numbers(a, 4) for a in (cores, peak_cores, waiting, all_waiting, some, full, throttled)),
         _numbers(peak_bytes, 0),
         (hits > 0.0).tolist(),
         np.round(totals, 6).tolist(),
@@ -280,7 +288,7 @@ def forecast(
         strict=True,
     )
     result: dict[str, WorkloadForecast] = {}
-    for workload, used, peak, waits, stalls, all_stall, held, most, at_limit, total, read, figures in rows:
+    for workload, used, peak, waits, all_waits, stalls, all_stall, held, most, at_limit, total, read, figures in rows:
         if workload.tier == "service" and "evidence" not in figures and waits is not None:
             figures.setdefault("slack", slack_of_waiting(spec.cpu.pressure / 100, waits))
             figures["evidence"] = "waiting"
@@ -291,6 +299,7 @@ def forecast(
             working_set_bytes=workload.working_set_bytes,
             peak_working_set_bytes=None if most is None else int(most),
             cpu_waiting_ratio=waits,
+            cpu_pressure_ratio=all_waits,
             memory_pressure_ratio=stalls,
             memory_full_ratio=all_stall,
             throttled_ratio=held,

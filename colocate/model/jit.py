@@ -94,10 +94,12 @@ def peak(quantile: Floats, season: Floats, slot: int, ahead: int, smoothed: Floa
 @numba.njit(cache=True, nogil=True)
 def rates(now: Floats, before: Floats, seconds: Floats) -> Floats:
     """See reference.rates."""
-    result = np.empty(now.size)
-    for i in range(now.size):
-        delta = now[i] - before[i]
-        result[i] = delta / seconds[i] if delta >= 0.0 and seconds[i] > 0.0 else np.nan
+    result = np.empty(now.shape)
+    n, k = now.shape
+    for i in range(n):
+        for j in range(k):
+            delta = now[i, j] - before[i, j]
+            result[i, j] = delta / seconds[i] if delta >= 0.0 and seconds[i] > 0.0 else np.nan
     return result
 
 
@@ -109,4 +111,4 @@ def warm() -> None:
     smooth(values, values, values, values)
     season_add(rows, 0, values, 1.0)
     peak(values, rows, 0, 1, values, 1.0)
-    rates(values, values, values)
+    rates(rows, rows, values)

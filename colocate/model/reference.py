@@ -79,7 +79,10 @@ def peak(quantile: Floats, season: Floats, slot: int, ahead: int, smoothed: Floa
 
 
 def rates(now: Floats, before: Floats, seconds: Floats) -> Floats:
-    """Growth a second of cumulative counters, shape (n,); NaN where a reading is missing or old, or was reset."""
+    """Growth a second of k cumulative counters, shape (n, k), in `seconds`, shape (n,).
+
+    NaN where a reading is missing or old, or was reset.
+    """
     delta = now - before
-    known = (delta >= 0.0) & (seconds > 0.0)
-    return np.where(known, delta / np.where(known, seconds, 1.0), np.nan)
+    known = (delta >= 0.0) & (seconds > 0.0)[:, None]
+    return np.where(known, delta / np.where(known, seconds[:, None], 1.0), np.nan)

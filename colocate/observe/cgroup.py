@@ -76,15 +76,11 @@ class FilePages:
 
 def parse_pressure(text: str | None) -> tuple[int | None, int | None]:
     """(some, full) totals in microseconds of a pressure file; None where absent."""
-    some = full = None
-    for line in (text or "").splitlines():
-        kind, _, rest = line.partition(" ")
-        total = int(rest.rpartition("total=")[2])
-        if kind == "some":
-            some = total
-        elif kind == "full":
-            full = total
-    return some, full
+    if not text or not text.startswith("some "):
+        return None, None
+    first, _, rest = text.partition("\n")
+    full = int(rest.rpartition("total=")[2]) if rest.startswith("full ") else None
+    return int(first.rpartition("total=")[2]), full
 
 
 def parse_flat_keyed(text: str | None, *keys: str) -> list[int | None]:

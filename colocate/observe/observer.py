@@ -51,6 +51,8 @@ class Observer:
         self.extra_problems: dict[str, str] = {}
         """Problems of the shell (an invalid policy file), shown with the others."""
         self.vanished = 0
+        self.long_waits: Callable[[str, float], int | None] = lambda _id, _at: None
+        """What is known of a service's long waits: its id and the time -> microseconds so far."""
         self.looks_for_strangers = False
         """Whether it matters who else uses the CPUs."""
         self._last: dict[str, tuple[float, Any]] = {}
@@ -110,6 +112,7 @@ class Observer:
                 known["objective"] = self.objectives[entry]
             if entry in self._scraper.readings:
                 known["latency"] = self._scraper.readings[entry]
+            known["long_waits_us"] = self.long_waits(target.id, at)
         if target.tier != "batch" and (target.pids is not None or not psi):
             pids = target.pids
             if pids is None:

@@ -34,6 +34,7 @@ class PressureWatch:
         self._epoll: select.epoll | None = None
         self._thread: threading.Thread | None = None
         self._stop_read = self._stop_write = -1
+        self._to_poll = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self.mode = "poll"
 
@@ -48,6 +49,8 @@ class PressureWatch:
                 self._close_trigger(id_)
                 self._open_trigger(id_, path)
         self._watched = dict(cgroups)
+        if not self._watched.keys() <= self._triggers.keys():
+            self._to_poll.set()
 
     def _open_trigger(self, id_: str, path: str) -> None:
         mount = self._port.layout.mounts.get(UNIFIED)
@@ -111,6 +114,7 @@ class PressureWatch:
             return
         if event & select.EPOLLERR:
             self._close_trigger(id_)
+            self._to_poll.set()
         else:
             self._wake(id_)
 
@@ -133,6 +137,10 @@ class PressureWatch:
         last = loop.time()
         try:
             while True:
+                self._to_poll.clear()
+                if self._watched.keys() <= self._triggers.keys():
+                    await self._to_poll.wait()  # the kernel tells of all of them
+                    last = loop.time()
                 await asyncio.sleep(self._poll_seconds)
                 now = loop.time()
                 self.look(now - last)

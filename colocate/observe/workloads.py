@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import os
 import os.path
 from collections.abc import Mapping, Set
@@ -60,6 +61,7 @@ class Inodes(Protocol):
         """hierarchy -> inode."""
 
 
+@functools.lru_cache(maxsize=4096)
 def pod_uid(name: str) -> str | None:
     """The pod uid in a cgroup directory's name, as kubelet reads it: exactly two parts around `pod`.
 

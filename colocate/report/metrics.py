@@ -89,12 +89,17 @@ class NodeCollector(Collector):
         waiting = GaugeMetricFamily(
             "colocate_service_cpu_waiting_ratio", "Share of time waiting for a CPU", labels=("service",)
         )
+        pressure = GaugeMetricFamily(
+            "colocate_service_cpu_pressure_ratio", "The same with waits too short to be felt", labels=("service",)
+        )
+        families = (slack, p99, waiting, pressure)
         for workload in snapshot.of("service"):
             now = forecast.workloads[workload.id]
-            for family, value in ((slack, now.slack), (p99, now.p99_seconds), (waiting, now.cpu_waiting_ratio)):
+            values = (now.slack, now.p99_seconds, now.cpu_waiting_ratio, now.cpu_pressure_ratio)
+            for family, value in zip(families, values, strict=True):
                 if value is not None:
                     family.add_metric((workload.name,), value)
-        yield from (slack, p99, waiting)
+        yield from families
         jobs = GaugeMetricFamily("colocate_job_cpu_cores", "CPU use of a batch job", labels=("job",))
         frozen = GaugeMetricFamily("colocate_job_frozen", "1 while a batch job is frozen", labels=("job",))
         for workload in snapshot.of("batch"):

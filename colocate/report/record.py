@@ -89,10 +89,10 @@ def series(snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, Any]:
             "p99": now.p99_seconds,
             "requests": now.new_requests or None,
             "slack": now.slack,
-            "waiting": now.cpu_waiting_ratio or None,
+            "waiting": now.cpu_pressure_ratio or None,  # of every tick alike, looked at closely or not
             "stall": now.memory_pressure_ratio or None,
         }
-        suffers = (now.cpu_waiting_ratio or 0.0) >= NOTED_RATIO or (now.memory_pressure_ratio or 0.0) >= NOTED_RATIO
+        suffers = (now.cpu_pressure_ratio or 0.0) >= NOTED_RATIO or (now.memory_pressure_ratio or 0.0) >= NOTED_RATIO
         if workload.objective is not None or suffers:
             services[workload.name] = {k: v for k, v in figures.items() if v is not None}
     jobs = {w.name: forecast.workloads[w.id].usage_cores or 0.0 for w in snapshot.of("batch")}

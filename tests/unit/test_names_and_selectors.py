@@ -1,6 +1,8 @@
 """Names of jobs and pods, kubelet's tree wherever it is nested, and what may be governed in place (case M)."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from colocate.actuate.tier import check_job_name
 from colocate.cgroup.layout import UNIFIED, parse_mounts
@@ -8,6 +10,7 @@ from colocate.cgroup.tree import find_tree, inodes_of, processes_below
 from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.latency import LatencyScraper
+from colocate.observe.longwaits import Schedstat, long_ns
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.observer import Observer
 from colocate.observe.pods import Pod
@@ -356,3 +359,41 @@ def test_threads_that_end_take_nothing_back_and_waiting_is_a_share_of_time():
     kernel.kill(two.pid, 9)
     one.waited_seconds = 0.7
     assert delays.waited_us(kernel, "a", [one.pid], 2.0) == 950_000
+
+
+@pytest.mark.parametrize(
+    ("what", "grown_ms", "apart_ms", "long_ms"),
+    [
+        ("short waits fill at most the time between two looks, but for the first", [1.9, 2.9], 2.0, 0.0),
+        ("a wait that was credited at once is longer than that", [4.0], 2.0, 4.0),
+        ("of two threads only the one that waited long", [4.0, 0.5], 2.0, 4.0),
+        ("looks that follow at once do not make a short wait long", [0.9], 0.1, 0.0),
+        ("a late look tells of longer waits only", [6.0, 30.0], 5.0, 30.0),
+    ],
+)
+def test_a_delay_that_grew_by_more_than_the_time_between_looks_had_a_long_wait(what, grown_ms, apart_ms, long_ms):
+    before = {i: Schedstat(0, 7_000_000, 1) for i in range(len(grown_ms))}
+    now = {i: Schedstat(0, 7_000_000 + int(g * 1e6), 2) for i, g in enumerate(grown_ms)}
+    new = {99: Schedstat(0, 50_000_000, 1)}
+    assert long_ns(before, now | new, apart_ms / 1e3) == int(long_ms * 1e6), what
+
+
+@given(
+    waits=st.lists(st.tuples(st.floats(0.0, 0.02), st.floats(0.0, 0.01)), max_size=60),
+    apart=st.floats(0.0015, 0.005),
+)
+def test_short_waits_never_count_and_those_longer_than_a_look_and_a_half_always_do(waits, apart):
+    """A thread waits and runs in turns (seconds each); its delay grows at the end of each wait."""
+    ends, t = [], 0.0
+    for waited, ran in waits:
+        t += waited
+        ends.append((t, waited))
+        t += ran
+    counted, before = 0, Schedstat(0, 0, 0)
+    for i in range(1, int(t / apart) + 3):
+        now = Schedstat(0, sum(int(w * 1e9) for at, w in ends if at <= i * apart), 0)
+        grown = long_ns({1: before}, {1: now}, apart)
+        longest = max((w for at, w in ends if (i - 1) * apart < at <= i * apart), default=0.0)
+        assert grown == 0 or longest > 0.5 * apart - 1e-6
+        counted, before = counted + grown, now
+    assert counted >= sum(int(w * 1e9) for _, w in ends if w > 1.5 * apart + 1e-6)
