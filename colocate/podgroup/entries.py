@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from colocate.objects import Pod, PodGroup
+from colocate.objects import GangPlan, Pod, PodGroup
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Debt, Gang, Member
 from colocate.podgroup.gangs import Members, is_group, sort_members
@@ -37,8 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """For how long the place of a lost member is held for its replacement."""
     reserve_after_seconds: float = 60.0
     reservation_seconds: float = 600.0
-    """The head's reservation lasts so long at most; as long again it has none. What a gang that has started is still
-    owed of its minResources is kept as long."""
+    """The head's claim lasts so long after it last grew; as long again it has none. What a gang that has started is
+    still owed of its minResources is kept as long."""
 
 
 class Entry(NamedTuple):
@@ -48,13 +48,14 @@ class Entry(NamedTuple):
     members: Members
     group: PodGroup | None
     broken: bool
+    """It runs with less than the quorum with which it started."""
     need: int
     created: str
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Repairs, then priority, then age, then name."""
-        return not self.broken, -self.members.priority, self.created, self.key
+        """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
+        return -self.members.priority, self.need == 0, not self.broken, self.created, self.key
 
 
 def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
@@ -67,12 +68,20 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     pods, group = cluster.pods_of(key), cluster.groups.get(key)
     members = sort_members(pods, settings.schedulers)
     ours = bool(members.pending or members.gated)
-    if not ours and (group is None or members.satisfied or members.foreign):
-        return None
+    if not ours and (group is None or not pods or members.satisfied or members.foreign):
+        return None  # of a group without pods nobody knows whose it is
     need = max((group.spec.min_member if group is not None else 1) - members.satisfied, 0)
     first = min((p.metadata.creation_timestamp or "" for p in pods), default="")
     created = (group.metadata.creation_timestamp or "") if group is not None else first
-    return Entry(key, members, group, bool(members.bound) and need > 0, need, created)
+    return Entry(key, members, group, _broken(members, group, plan), need, created)
+
+
+def _broken(members: Members, group: PodGroup | None, plan: GangPlan | None) -> bool:
+    """Whether a gang that runs lacks members that it had: who asks for more than he started with lacks nothing."""
+    least = group.spec.min_member if group is not None else 1
+    if plan is not None and plan.spec.began:
+        least = min(least, plan.spec.min_member)
+    return bool(members.bound) and members.satisfied < least
 
 
 def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds: float) -> tuple[str, str] | None:
@@ -123,10 +132,11 @@ def _invalid(entry: Entry) -> tuple[str, str] | None:
 def _waits_for_itself(entry: Entry) -> bool:
     """Whether the owner may make the missing members only after these run (mpi-operator#608).
 
-    Of owners that are known to, or where the PodGroup says so; never of a gang that has run before.
+    Of owners that are known to, or where the PodGroup says so; never of a gang that has run before. Some may run
+    already: one that was lost, or refused, before the last were made is replaced, and the gang goes on.
     """
     members, group = entry.members, entry.group
-    if group is None or not members.pending or members.gated or members.bound or members.failed or members.succeeded:
+    if group is None or not members.pending or members.gated or members.succeeded:
         return False
     owners = {owner.kind for p in members.pending for owner in p.metadata.owner_references}
     return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"

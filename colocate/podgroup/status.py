@@ -130,6 +130,8 @@ class StatusWriter:
         memory, plan = self._queue.waiting.get(key), self._cluster.plans.get(key)
         if memory is not None and memory.reason:
             scheduled, reason, message = "False", memory.reason, memory.message
+            if reason == "SurplusWaits":  # the quorum runs
+                scheduled = "True"
         elif plan is not None:
             scheduled = "True" if plan.status.phase == "Running" else "False"
             reason, message = plan.status.reason, plan.status.message
@@ -229,7 +231,7 @@ class StatusWriter:
         if about is None or not is_group(key):
             return
         status = GangPlanStatus(
-            phase="Waiting",
+            phase="Running" if memory.reason == "SurplusWaits" else "Waiting",
             reason=memory.reason,
             message=memory.message,
             position=self._positions.get(key, 0),

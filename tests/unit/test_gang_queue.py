@@ -77,7 +77,9 @@ class Simulated:
         if is_group(key) and key not in self.cluster.plans:
             meta = ObjectMeta(name=key.removeprefix("ns/"), namespace="ns", uid="plan")
             made = datetime.fromtimestamp(self.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            plan = GangPlan(metadata=meta, spec=GangPlanSpec(began=made), status=GangPlanStatus(phase="Running"))
+            least = self.cluster.groups[key].spec.min_member
+            spec = GangPlanSpec(began=made, min_member=least)
+            plan = GangPlan(metadata=meta, spec=spec, status=GangPlanStatus(phase="Running"))
             self.cluster.set_plan(key, plan)
 
     def finish(self, name):
@@ -179,6 +181,147 @@ def test_a_reservation_ends_when_its_time_is_over():
     made.now = 130.0
     made.cycle()
     assert made.running() == ["holder", "small"]
+
+
+def test_a_head_that_needs_a_part_of_the_cluster_is_not_starved_either():
+    """What ends goes to the head first: it starts once the room that has ended since its claim suffices."""
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 4))
+    for i in range(4):
+        made.add(f"s{i}", 1, 1)
+    made.cycle()
+    made.add("big", 3, 3)
+    made.cycle()
+    ended = 0
+    for i in range(4, 40):
+        made.now += 5.0
+        made.add(f"s{i}", 1, 1)
+        made.finish(made.running()[0])
+        ended += made.now >= 10.0  # since its claim
+        made.cycle()
+        if "big" in made.running():
+            break
+    assert "big" in made.running()
+    assert ended <= 4
+
+
+@pytest.mark.parametrize(("took", "runs"), [(50, ["long", "short"]), (100, ["long"])])
+def test_a_declared_runtime_is_believed_unless_its_owner_has_overrun_one(took, runs):
+    made = Simulated(reserve_after_seconds=10.0)
+    made.now = 1_800_000_000.0
+    made.cluster.set_node(node("n", 5))
+    made.cluster.set_pod(pod("long-0", "long", 3, on="n", expected_runtime_seconds="3600"))
+    made.cluster.groups["ns/long"] = group("long", 1)
+    began, ended = (
+        datetime.fromtimestamp(made.now - ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") for ago in (1000, 1000 - took)
+    )
+    short = pod("short-0", "short", 1, expected_runtime_seconds="60")
+    done = Condition(type="Ready", status="False", last_transition_time=ended)
+    before = replace(short, metadata=replace(short.metadata, name="former", uid="former", labels={}))
+    made.cluster.set_pod(replace(before, status=PodStatus(phase="Succeeded", start_time=began, conditions=[done])))
+    made.add("big", 5, 5)
+    made.cycle()
+    made.now += 20.0
+    made.cluster.groups["ns/short"] = group("short", 1)
+    made.cluster.set_pod(short)
+    made.dirty.add("ns/short")
+    made.cycle()
+    assert made.running() == runs
+
+
+def test_a_gang_that_raises_its_quorum_jumps_no_priority():
+    made = Simulated(reserve_after_seconds=1e9)
+    made.cluster.set_node(node("n", 4))
+    made.add("blocks", 3, 3)
+    made.add("tenant", 1, 1)
+    made.cycle()
+    made.add("vip", 3, 3, priority=1000)
+    for i in range(3):
+        one = made.cluster.pods[f"vip-{i}"]
+        made.cluster.set_pod(replace(one, spec=replace(one.spec, preemption_policy="Never")))
+    made.cycle()
+    made.cluster.groups["ns/tenant"] = group("tenant", 4)
+    for i in range(1, 4):
+        made.cluster.set_pod(pod(f"tenant-{i}", "tenant", 1))
+    made.dirty.add("ns/tenant")
+    made.finish("blocks")
+    made.cycle()
+    assert len(made.bound("vip")) == 3
+    assert len(made.bound("tenant")) == 1
+
+
+def test_members_that_are_only_wished_for_go_after_quorums_of_the_same_priority():
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 4))
+    made.add("old", 40, 1)
+    made.cycle()
+    assert len(made.bound("old")) == 4
+    made.add("young", 4, 4)
+    made.cycle()
+    for _ in range(8):
+        made.now += 20.0
+        ended = made.bound("old")
+        if ended:
+            made.cluster.set_pod(replace(ended[0], status=PodStatus(phase="Succeeded")))
+            made.dirty.add("ns/old")
+        made.cycle()
+    assert len(made.bound("young")) == 4
+
+
+def test_quorums_that_arrive_together_come_before_the_surplus_of_the_first():
+    made = Simulated()
+    made.cluster.set_node(node("n", 4))
+    made.add("a", 4, 1)
+    made.add("b", 2, 2)
+    made.cycle()
+    assert (len(made.bound("a")), len(made.bound("b"))) == (2, 2)
+
+
+def test_room_that_leaving_pods_make_is_kept_for_whom_it_was_promised():
+    made = Simulated()
+    for name in ("n1", "n2"):
+        made.cluster.set_node(node(name, 1))
+    made.add("old", 1, 1)
+    made.cycle()
+    leave(made, "old-0", due="2099-01-01T00:00:00Z")
+    made.add("high", 2, 2, priority=10)
+    made.add("low", 1, 1)
+    made.cycle()
+    assert made.running() == ["old"]
+    assert made.queue.waiting["ns/high"].reason == "WaitingForPreemption"
+    made.cluster.remove_pod("old-0")
+    made.dirty |= {"ns/old", "ns/high"}
+    made.cycle()
+    assert len(made.bound("high")) == 2
+    assert not made.bound("low")
+
+
+def test_a_worker_that_is_lost_before_the_launcher_exists_is_replaced():
+    """mpi-operator makes the launcher once the workers run: without the replacement it never does."""
+    made = Simulated(creation_grace_seconds=0.5)
+    owner = [OwnerReference(kind="MPIJob", name="pi", uid="m", controller=True)]
+
+    def worker(name, uid):
+        one = pod(name, "pi", 1)
+        made.cluster.set_pod(replace(one, metadata=replace(one.metadata, uid=uid, owner_references=owner)))
+        made.dirty.add("ns/pi")
+
+    for i in range(3):
+        made.cluster.set_node(node(f"n{i}", 1))
+    made.cluster.groups["ns/pi"] = group("pi", 3)
+    worker("pi-0", "first"), worker("pi-1", "second")
+    made.cycle()
+    made.now = 1.0
+    made.cycle()
+    assert len(made.bound("pi")) == 2
+    holding = made.cluster.ledger.holdings["second"]
+    made.cluster.remove_pod("second")
+    made.queue.lost(made.cluster, holding, "ns/pi", made.now)
+    worker("pi-1", "again")
+    made.cycle()
+    made.now = 3.0
+    made.cycle()
+    assert len(made.bound("pi")) == 2
 
 
 def bind(made, name, on):
