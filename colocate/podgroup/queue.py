@@ -22,7 +22,7 @@ from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Entry, Settings, entry_of, member_of, not_ready, of_interest, question
 from colocate.podgroup.estimate import Known, durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
-from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
+from colocate.podgroup.fit import Gang, Placed, Trial, classes_of, looked_at
 from colocate.podgroup.gangs import is_group, sort_members
 from colocate.podgroup.holding import Holding
 from colocate.podgroup.holds import NOMINATED, SLOT, Holds
@@ -276,8 +276,10 @@ class Queue:
                 return entry.key
             if self.holds.any_for(entry.key) or entry.key in self._resting:
                 return entry.key
-            pod = entry.members.pending[0]
-            return id(cluster.shape(pod)), pod.metadata.namespace, tuple(sorted(pod.metadata.labels.items()))
+            one = member_of(cluster, entry.members.pending[0])
+            return id(one.shape), one.namespace, looked_at(one, keys)
+
+        keys = cluster.ledger.repelling_keys
 
         for _, alike in groupby(entries, kind):
             yield list(alike)
@@ -315,7 +317,7 @@ class Queue:
         owed = self.reservations.against(entry.key, entry.members.priority)
         gang, note = question(cluster, entry, self.settings, owed)
         with self.holds.usable_by(cluster, entry.key):
-            known = hopeless.get(gang.signature)
+            known = hopeless.get(gang.signature(cluster.ledger.repelling_keys))
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
@@ -407,7 +409,7 @@ class Queue:
                 placed = place(cluster.ledger, gang) if head is not None else None
                 if placed is None:
                     why = shortage(cluster.ledger, gang)
-                    hopeless[gang.signature] = (gang.quorum, why)
+                    hopeless[gang.signature(cluster.ledger.repelling_keys)] = (gang.quorum, why)
                     return None, "Unschedulable", why.text
                 if head is not None and not self._ends_before(cluster, placed, head, now):
                     return None, "BehindReservation", f"the room is reserved for {head.key}, which waits for more"

@@ -60,7 +60,7 @@ class Victims:
         priority = entry.members.priority
         if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
             return None
-        signature = gang.signature
+        signature = gang.signature(cluster.ledger.repelling_keys)
         quorum, most = self._hopeless.get(signature, (gang.quorum + 1, priority))
         if gang.quorum >= quorum and priority <= most:
             return None  # nobody's going made room for its like

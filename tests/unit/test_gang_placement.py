@@ -390,3 +390,52 @@ def test_a_ledger_kept_up_to_date_equals_one_made_anew(changes):
     assert kept.names == anew.names
     assert (kept.used == anew.used).all()
     assert (kept.allocatable == anew.allocatable).all()
+
+
+def racks_of(made, asked):
+    placed = place(made, asked)
+    assert placed is not None
+    return sorted({made.node(node).metadata.labels[RACK] for _, node in placed})
+
+
+@pytest.mark.parametrize(
+    ("size", "racks"),
+    [
+        pytest.param(8, 1, id="one rack holds eight"),
+        pytest.param(12, 2, id="twelve need two of eight racks"),
+        pytest.param(17, 3, id="seventeen need three"),
+        pytest.param(64, 8, id="all of them"),
+    ],
+)
+def test_a_gang_that_no_rack_holds_goes_into_the_fewest(size, racks):
+    made = ledger(*(node(f"n{i:02}", {RACK: f"r{i % 8}"}, gpu=8) for i in range(64)))
+    asked = gang(*times(size, gpu=8), preferred_topology=(ZONE, RACK, HOST))
+    assert len(racks_of(made, asked)) == racks
+
+
+def test_within_the_zone_that_holds_it_a_gang_goes_into_the_fewest_racks_and_the_last_is_the_tightest():
+    sizes = {"z0": [2, 2, 2, 2, 2], "z1": [4, 3, 2, 1, 1]}
+    nodes = [
+        node(f"{zone}-{rack}-{i}", {ZONE: zone, RACK: f"{zone}-{rack}"}, gpu=8)
+        for zone, racks in sizes.items()
+        for rack, size in enumerate(racks)
+        for i in range(size)
+    ]
+    asked = gang(*times(5, gpu=8), preferred_topology=(ZONE, RACK, HOST))
+    made = ledger(*nodes)
+    found = racks_of(made, asked)
+    assert len({rack.partition("-")[0] for rack in found}) == 1
+    assert len(found) == (3 if found[0].startswith("z0") else 2)
+
+
+@given(rooms=st.lists(st.integers(0, 4), min_size=1, max_size=6), size=st.integers(2, 12))
+def test_of_a_homogeneous_gang_no_fewer_racks_would_do(rooms, size):
+    made = ledger(*(node(f"n{r}-{i}", {RACK: f"r{r}"}, gpu=1) for r, room in enumerate(rooms) for i in range(room)))
+    placed = place(made, gang(*times(size, gpu=1), preferred_topology=(ZONE, RACK, HOST)))
+    if sum(rooms) < size:
+        assert placed is None
+        return
+    ordered, least, held = sorted(rooms, reverse=True), 0, 0
+    while held < size:
+        held, least = held + ordered[least], least + 1
+    assert len(racks_of(made, gang(*times(size, gpu=1), preferred_topology=(ZONE, RACK, HOST)))) == least

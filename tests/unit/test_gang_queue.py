@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -30,7 +30,8 @@ from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.gangs import is_group
 from colocate.podgroup.queue import Queue
-from tests.unit.test_gang_snapshot import group, node, pod
+from colocate.units import parse_time
+from tests.unit.test_gang_snapshot import NOW, group, node, pod
 
 replace = msgspec.structs.replace
 
@@ -205,10 +206,76 @@ def test_a_head_that_needs_a_part_of_the_cluster_is_not_starved_either():
     assert ended <= 4
 
 
+@settings(deadline=None)
+@given(
+    slots=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    stream=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(0, 30)), min_size=4, max_size=40),
+)
+def test_no_head_waits_longer_than_until_what_was_free_or_ended_since_its_claim_suffices(slots, stream):
+    """Jobs of unknown length arrive (size, 0: none) and end (which); the head's rival is nobody but who ran before."""
+    made = Simulated(reserve_after_seconds=10.0, reservation_seconds=1e9)
+    for i, cpus in enumerate(slots):
+        made.cluster.set_node(node(f"n{i}", cpus))
+    sizes, head, before = {}, "", set()
+    for i, (size, which, seconds) in enumerate(stream):
+        if size:
+            name = f"g{i:03}"
+            made.add(name, size, size)
+            sizes[name] = size
+        running = made.running()
+        if running and which < len(running):
+            made.finish(running[which])
+            del sizes[running[which]]
+        made.now += seconds
+        made.cycle()
+        running = set(made.running())
+        if head and head in sizes and head not in running:
+            left = sum(slots) - sum(sizes[name] for name in before & running)
+            assert left < sizes[head], f"{head} waits though {left} slots were free or have ended since its claim"
+        waiting = [
+            k for k in made.queue.order if k in made.queue.waiting and made.queue.waiting[k].reserved_at is not None
+        ]
+        heads = [k.removeprefix("ns/") for k in waiting if sizes.get(k.removeprefix("ns/"), 99) <= sum(slots)]
+        if heads and heads[0] != head:
+            head, before = heads[0], running
+
+
+@settings(deadline=None)
+@given(
+    stream=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(0, 2), st.integers(0, 7)), min_size=2, max_size=30
+    )
+)
+def test_nobody_starts_while_a_more_important_quorum_that_would_have_fit_waits(stream):
+    """Gangs (size, quorum, priority) arrive and end (which); nothing is preempted, claimed or held."""
+    made = Simulated(reserve_after_seconds=1e9, slot_seconds=0.0)
+    made.cluster.set_node(node("n", 6))
+    quorums, before = {}, {}
+    for i, (size, least, priority, which) in enumerate(stream):
+        if size >= least:
+            made.add(f"g{i:03}", size, least, priority=priority)
+            for one in made.cluster.pods_of(f"ns/g{i:03}"):
+                made.cluster.set_pod(replace(one, spec=replace(one.spec, preemption_policy="Never")))
+            quorums[f"g{i:03}"] = (priority, least)
+        running = made.running()
+        if running and which < len(running):
+            made.finish(running[which])
+            del quorums[running[which]]
+        made.cycle()
+        bound = {name: len(made.bound(name)) for name in quorums}
+        new = {name: count - before.get(name, 0) for name, count in bound.items()}
+        free = 6 - sum(bound.values())
+        for name, (priority, least) in quorums.items():
+            if bound[name] == 0:
+                lower = sum(more for other, more in new.items() if more > 0 and quorums[other][0] < priority)
+                assert free + lower < least, f"{name} waits, and less important members were started"
+        before = bound
+
+
 @pytest.mark.parametrize(("took", "runs"), [(50, ["long", "short"]), (100, ["long"])])
 def test_a_declared_runtime_is_believed_unless_its_owner_has_overrun_one(took, runs):
     made = Simulated(reserve_after_seconds=10.0)
-    made.now = 1_800_000_000.0
+    made.now = parse_time(NOW)
     made.cluster.set_node(node("n", 5))
     made.cluster.set_pod(pod("long-0", "long", 3, on="n", expected_runtime_seconds="3600"))
     made.cluster.groups["ns/long"] = group("long", 1)
