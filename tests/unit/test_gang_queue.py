@@ -265,10 +265,10 @@ def test_nobody_starts_while_a_more_important_quorum_that_would_have_fit_waits(s
         bound = {name: len(made.bound(name)) for name in quorums}
         new = {name: count - before.get(name, 0) for name, count in bound.items()}
         free = 6 - sum(bound.values())
-        for name, (priority, least) in quorums.items():
+        for name, (rank, wanted) in quorums.items():
             if bound[name] == 0:
-                lower = sum(more for other, more in new.items() if more > 0 and quorums[other][0] < priority)
-                assert free + lower < least, f"{name} waits, and less important members were started"
+                lower = sum(more for other, more in new.items() if more > 0 and quorums[other][0] < rank)
+                assert free + lower < wanted, f"{name} waits, and less important members were started"
         before = bound
 
 
