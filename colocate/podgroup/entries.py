@@ -35,6 +35,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start: what is there is started, with the room of the rest reserved."""
     slot_seconds: float = 60.0
     """For how long the place of a lost member is held for its replacement."""
+    node_loss_grace_seconds: float = 40.0
+    """For how long a node's object must have been gone before its members are given up, as PodGC waits."""
+    most_lost_nodes_ratio: float = 0.34
+    """If more of the nodes have vanished together, nothing is given up: that is no loss of nodes."""
+    most_lost_gangs: int = 10
+    """So many gangs at most lose members to vanished nodes within one grace period."""
     reserve_after_seconds: float = 60.0
     reservation_seconds: float = 600.0
     """The head's claim lasts so long after it last grew; as long again it has none. What a gang that has started is

@@ -11,6 +11,7 @@ from colocate.kube.client import BUDGETS, CLAIMS, NODES, PLANS, POD_GROUPS, PODS
 from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, ObjectMeta, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.cluster import CARRIED_ON, Cluster
 from colocate.podgroup.gangs import gang_key, rejected
+from colocate.podgroup.lost_nodes import LostNodes
 from colocate.podgroup.queue import Queue
 
 _OFFSET = time.time() - time.monotonic()
@@ -29,7 +30,7 @@ class Feed:
     ) -> None:
         self._cluster, self._queue, self._touched, self._refused = cluster, queue, touched, refused
         self.dirty: set[str] = set()
-        self.lost_nodes: set[str] = set()
+        self.lost_nodes = LostNodes(queue.settings)
         """Nodes that have been deleted and not been looked at since."""
         self.wake = asyncio.Event()
         self.busy: dict[str, float] = {}
@@ -61,7 +62,7 @@ class Feed:
                 return
         else:
             self._cluster.remove_node(node.metadata.name)
-            self.lost_nodes.add(node.metadata.name)
+            self.lost_nodes.gone(node.metadata.name, now_seconds())
         for key, plan in self._cluster.plans.items():
             if plan.status.phase in CARRIED_ON and any(m.node == node.metadata.name for m in plan.spec.members):
                 self.dirty.add(key)
