@@ -34,7 +34,8 @@ class Head(NamedTuple):
 def claim(ledger: Ledger, key: str, gang: Gang) -> tuple[Head, int]:
     """What a gang that does not fit claims of what is free now, and of how many members the places are among it."""
     members = gang.members[: gang.quorum]
-    placed = place(ledger, gang._replace(members=members, quorum=0, reserve={}, leave=())) or []
+    wished = gang._replace(members=members, quorum=0, preferred_topology=(), reserve={}, leave=())
+    placed = place(ledger, wished) or []
     claims = [_room(f"claim:{i}", one.node, dict(one.member.shape.requests)) for i, one in enumerate(placed)]
     here = {one.member.uid for one in placed}
     with ledger.with_also(claims):

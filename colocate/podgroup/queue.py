@@ -161,7 +161,7 @@ class Queue:
         for _, equal in groupby(entries, key=lambda e: e.members.priority):
             self._elastic = []
             for alike in self._alike(cluster, list(equal)):
-                started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 and head is None else []
+                started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 else []
                 decided.starts.extend(started)
                 for entry in alike[len(started) :]:
                     try:
