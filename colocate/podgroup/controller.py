@@ -25,6 +25,7 @@ from colocate.objects import (
     POD_GROUP_API,
     GangPlan,
     GangPlanSpec,
+    GangPlanStatus,
     PlannedMember,
     Pod,
     PodGroup,
@@ -266,6 +267,8 @@ class Controller:
             for member, _ in start.placed:
                 self.cluster.withdraw(member.uid)
             return
+        if before is not None and before.spec.pod_group_uid not in ("", group.metadata.uid):
+            before = msgspec.structs.replace(before, spec=GangPlanSpec(), status=GangPlanStatus())  # another gang's
         members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
         if before is not None and before.status.phase == "Repairing":
             still = [self.cluster.pods.get(m.uid) for m in before.spec.members]
@@ -310,8 +313,9 @@ class Controller:
         plan = self.cluster.plans.get(key)
         if plan is None or key in self._busy:
             return
-        if plan.status.phase not in CARRIED_ON:
-            if key not in self.cluster.groups and not self.cluster.members.get(key):
+        gone = key not in self.cluster.groups and not self.cluster.members.get(key)
+        if plan.status.phase not in CARRIED_ON or (gone and plan.status.phase == "Repairing"):
+            if gone:
                 self._hands.spawn(key, self._hands.forget(key, plan))
             return
         ledger, planned = self.cluster.ledger, {m.uid for m in plan.spec.members}

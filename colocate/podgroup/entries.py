@@ -17,8 +17,14 @@ from colocate.podgroup.shape import amounts
 REQUIRED_TOPOLOGY = "colocate.io/required-topology"
 PREFERRED_TOPOLOGY = "colocate.io/preferred-topology"
 CREATION_DEPENDENCY = "colocate.io/creation-dependency"
-STAGED_OWNERS = frozenset({"MPIJob", "RayJob", "JobSet", "LeaderWorkerSet"})
-"""Kinds whose operators make some members only after others are ready."""
+STAGED_OWNERS = frozenset({"MPIJob"})
+STAGED_LABELS = {
+    "jobset.sigs.k8s.io/jobset-name": "",
+    "leaderworkerset.sigs.k8s.io/name": "",
+    "ray.io/originated-from-crd": "RayJob",
+}
+"""Operators that make some members only after others are ready: by the owner of their pods, or by a label that they put
+on every pod, with its value ("": any). The pods of a JobSet are a Job's, those of a LeaderWorkerSet a StatefulSet's."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,10 +118,16 @@ def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds:
     if members.gated and members.created >= members.satisfied + entry.need:
         gates = sorted({g.name for p in members.gated for g in p.spec.scheduling_gates})
         return "SchedulingGated", f"{len(members.gated)} members are held by scheduling gates: {', '.join(gates)}"
-    if _waits_for_itself(entry) and still_seconds >= settings.creation_grace_seconds:
-        return None
+    settled = still_seconds >= settings.creation_grace_seconds
+    if members.pending and not members.gated and settled and (members.bound or _waits_for_itself(entry)):
+        return None  # its quorum counts for a start; once some of it runs, later members follow what is there
     least = group.spec.min_member if group is not None else 1
-    return "NotEnoughMembers", f"{members.created} of {least} members exist"
+    message = f"{members.created} of {least} members exist"
+    if members.failed:
+        message += f"; {members.failed[0].metadata.name} failed and was not replaced"
+    elif group is not None and members.pending and not _waits_for_itself(entry):
+        message += f' (made only after these run? then annotate the PodGroup with {CREATION_DEPENDENCY}: "true")'
+    return "NotEnoughMembers", message
 
 
 def _invalid(entry: Entry) -> tuple[str, str] | None:
@@ -138,14 +150,20 @@ def _invalid(entry: Entry) -> tuple[str, str] | None:
 def _waits_for_itself(entry: Entry) -> bool:
     """Whether the owner may make the missing members only after these run (mpi-operator#608).
 
-    Of owners that are known to, or where the PodGroup says so; never of a gang that has run before. Some may run
-    already: one that was lost, or refused, before the last were made is replaced, and the gang goes on.
+    Of owners that are known to, or where the PodGroup says so; never of a gang that has run before.
     """
     members, group = entry.members, entry.group
-    if group is None or not members.pending or members.gated or members.succeeded:
+    if group is None or members.succeeded:
         return False
-    owners = {owner.kind for p in members.pending for owner in p.metadata.owner_references}
-    return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"
+    if group.metadata.annotations.get(CREATION_DEPENDENCY) == "true":
+        return True
+    return any(
+        bool(STAGED_OWNERS.intersection(o.kind for o in p.metadata.owner_references))
+        or any(
+            p.metadata.labels.get(k, "") == v or (not v and k in p.metadata.labels) for k, v in STAGED_LABELS.items()
+        )
+        for p in members.pending
+    )
 
 
 def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: tuple[Debt, ...]) -> tuple[Gang, str]:
@@ -155,6 +173,8 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
     if quorum < entry.need:
         missing = entry.need - quorum
         note = f"CreationDependency: {missing} members are made only after the others run; their room is reserved"
+        if members.bound and not _waits_for_itself(entry):
+            note = f"{missing} members are not there; those that are go on"
     annotations = group.metadata.annotations if group is not None else {}
     preferred = annotations.get(PREFERRED_TOPOLOGY)
     counted = [cluster.shape(p) for p in members.counted] if group is not None and group.spec.min_resources else []

@@ -88,7 +88,7 @@ class Feed:
             self._refused(now.status.reason)
         failed = now is not None and now.status.phase == "Failed" and not rejected(now)
         if holding is not None and (now is None or failed):
-            self._queue.lost(self._cluster, holding, key, now_seconds())
+            self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
         if now is None or now.spec.node_name:
             self.busy.pop(uid, None)
         self._touched(key)
@@ -154,3 +154,8 @@ def older(one: ObjectMeta, other: ObjectMeta) -> bool:
     """Whether one version of an object is older than another (resource versions are comparable: KEP-5504)."""
     a, b = one.resource_version, other.resource_version
     return a.isdigit() and b.isdigit() and int(a) < int(b)
+
+
+def _disrupted(pod: Pod) -> bool:
+    """Whether a pod was evicted, preempted or lost with its node (KEP-3329), not just deleted."""
+    return any(c.type == "DisruptionTarget" and c.status == "True" for c in pod.status.conditions)

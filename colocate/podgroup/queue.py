@@ -33,6 +33,8 @@ from colocate.podgroup.victims import Victims
 from colocate.units import seconds_of
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
+DELETED_SLOT_SECONDS = 10.0
+"""For how long the place of a deleted member is kept: owners that want another one make it at once."""
 NOMINATION_SECONDS = 30.0
 """Beyond their grace period victims have so long to go, before other room is looked for."""
 RETRY_SECONDS = 60.0
@@ -479,22 +481,26 @@ class Queue:
         """Whether victims are still to go for this gang."""
         return key in self.holds.keys(NOMINATED)
 
-    def lost(self, cluster: Cluster, holding: Holding, key: str, now: float) -> None:
+    def lost(self, cluster: Cluster, holding: Holding, key: str, now: float, failed: bool = True) -> None:
         """A bound member of a gang is gone or has failed: keep its place for the one that replaces it.
 
-        Not if it has made room for another gang, or was taken back with its own.
+        Not if it has made room for another gang, or was taken back with its own. Whoever was deleted without having
+        `failed` may be one that its owner wants no more: its place is kept for a short time only.
         """
         plan = cluster.plans.get(key)
         taken_back = plan is not None and plan.status.phase == "RollingBack"
         if self.victims.going(holding.uid):
             self.victims.spared(holding.uid)
         elif is_group(key) and not taken_back:
-            self.holds.keep_slot(cluster, holding, key, now + self.settings.slot_seconds)
+            failed = failed or self.holds.failed(key)  # its owner may make all of them anew
+            seconds = self.settings.slot_seconds if failed else min(self.settings.slot_seconds, DELETED_SLOT_SECONDS)
+            self.holds.keep_slot(cluster, holding, key, now + seconds, failed)
 
     def _needs_slots(self, cluster: Cluster, key: str) -> bool:
-        """Whether a gang lives and is below its quorum."""
+        """Whether a gang is below its quorum and lives, or none of it does since one of its members failed."""
         members, group = sort_members(cluster.pods_of(key), self.settings.schedulers), cluster.groups.get(key)
-        return group is not None and 0 < members.satisfied < group.spec.min_member
+        lives = members.satisfied > 0 or self.holds.failed(key)
+        return group is not None and lives and members.satisfied < group.spec.min_member
 
     def _end(self, cluster: Cluster, placed: list[Placed], now: float) -> float:
         """When the last of these will have ended at the latest; never, if nothing is known of one."""

@@ -67,6 +67,9 @@ class StatusWriter:
         """The queue has decided: whoever has another reason now is told."""
         self._positions = {key: i + 1 for i, key in enumerate(self._queue.order)}
         for key, memory in self._queue.waiting.items():
+            plan = self._cluster.plans.get(key)
+            if plan is not None and memory.reason and may_be_told(plan) and plan.status.reason != memory.reason:
+                self._told.pop(key, None)  # what was told was written over when the gang started
             said = self._told.get(key, ("", "", 0.0))[:2]
             if said != (memory.reason, memory.message) or self._position_is_stale(key):
                 self._touched[key] = None
