@@ -157,13 +157,14 @@ def _waits_for_itself(entry: Entry) -> bool:
         return False
     if group.metadata.annotations.get(CREATION_DEPENDENCY) == "true":
         return True
-    return any(
-        bool(STAGED_OWNERS.intersection(o.kind for o in p.metadata.owner_references))
-        or any(
-            p.metadata.labels.get(k, "") == v or (not v and k in p.metadata.labels) for k, v in STAGED_LABELS.items()
-        )
-        for p in members.pending
-    )
+    return any(_is_staged(p) for p in members.pending)
+
+
+def _is_staged(pod: Pod) -> bool:
+    if any(owner.kind in STAGED_OWNERS for owner in pod.metadata.owner_references):
+        return True
+    labels = pod.metadata.labels
+    return any(key in labels and value in ("", labels[key]) for key, value in STAGED_LABELS.items())
 
 
 def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: tuple[Debt, ...]) -> tuple[Gang, str]:

@@ -391,6 +391,110 @@ def test_a_worker_that_is_lost_before_the_launcher_exists_is_replaced():
     assert len(made.bound("pi")) == 2
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind", "starts"),
+    [
+        pytest.param({"jobset.sigs.k8s.io/jobset-name": "js"}, "Job", True, id="a JobSet's pod is a Job's"),
+        pytest.param(
+            {"leaderworkerset.sigs.k8s.io/name": "lws"}, "StatefulSet", True, id="a leader's is a StatefulSet's"
+        ),
+        pytest.param({"ray.io/originated-from-crd": "RayJob"}, "RayCluster", True, id="a RayJob's is a RayCluster's"),
+        pytest.param({"ray.io/originated-from-crd": "RayCluster"}, "RayCluster", False, id="a RayCluster makes all"),
+        pytest.param({}, "MPIJob", True, id="an MPIJob's is its own"),
+        pytest.param({}, "Job", False, id="a Job makes all"),
+    ],
+)
+def test_staged_owners_are_known_by_what_operators_put_on_their_pods(labels, kind, starts):
+    made = Simulated(creation_grace_seconds=1.0)
+    made.cluster.set_node(node("n", 4))
+    made.cluster.groups["ns/g"] = group("g", 2)
+    one = pod("g-0", "g")
+    owner = [OwnerReference(kind=kind, name="x", uid="o", controller=True)]
+    meta = replace(one.metadata, labels={**one.metadata.labels, **labels}, owner_references=owner)
+    made.cluster.set_pod(replace(one, metadata=meta))
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert not made.bound("g")
+    made.now = 2.0
+    made.cycle()
+    assert bool(made.bound("g")) == starts
+    if not starts:
+        assert "colocate.io/creation-dependency" in made.queue.waiting["ns/g"].message
+
+
+def test_a_gang_that_runs_gets_the_members_that_are_there_though_one_failed_for_good():
+    """mpi-operator keeps a failed worker and makes the launcher anew: that one must run, so that the job can end."""
+    made = Simulated(creation_grace_seconds=30.0, slot_seconds=0.0)
+    made.cluster.set_node(node("n", 4))
+    made.add("g", 4, 4)
+    made.cycle()
+    for name in ("g-0", "g-1"):
+        one = made.cluster.pods[name]
+        made.cluster.set_pod(replace(one, status=PodStatus(phase="Failed")))
+    made.cluster.set_pod(replace(pod("g-9", "g"), metadata=replace(pod("g-9", "g").metadata, uid="launcher")))
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert "g-0 failed and was not replaced" in made.queue.waiting["ns/g"].message
+    made.now = 31.0
+    made.cycle()
+    assert len(made.bound("g")) == 3
+
+
+def test_scaling_up_takes_no_running_members_of_an_equal_gang():
+    made = Simulated(reserve_after_seconds=1e9, slot_seconds=1.0)
+    made.cluster.set_node(node("n", 6))
+    made.add("e1", 3, 3)
+    made.add("e2", 3, 3)
+    made.cycle()
+    for name in ("e1", "e2"):
+        made.cluster.groups[f"ns/{name}"] = group(name, 4)
+        made.cluster.set_pod(pod(f"{name}-3", name))
+        made.dirty.add(f"ns/{name}")
+    for _ in range(5):
+        made.now += 30.0
+        made.cycle()
+    assert (len(made.bound("e1")), len(made.bound("e2"))) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("failed", "rival"),
+    [
+        pytest.param(True, False, id="a failure, and all are made anew: the place is kept"),
+        pytest.param(False, True, id="suspended, all are deleted: the room is free at once"),
+    ],
+)
+def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, rival):
+    made = Simulated(slot_seconds=60.0)
+    made.cluster.set_node(node("n", 2))
+    made.add("g", 2, 2)
+    made.cycle()
+    for i, name in enumerate(("g-0", "g-1")):
+        holding = made.cluster.ledger.holdings[name]
+        made.cluster.remove_pod(name)
+        made.queue.lost(made.cluster, holding, "ns/g", made.now, failed and i == 0)
+    made.add("rival", 2, 2)
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert bool(made.bound("rival")) == rival
+
+
+def test_the_place_of_a_deleted_member_is_kept_for_a_short_time_only():
+    made = Simulated(slot_seconds=60.0)
+    made.cluster.set_node(node("n", 3))
+    made.add("g", 3, 3)
+    made.cycle()
+    holding = made.cluster.ledger.holdings["g-2"]
+    made.cluster.remove_pod("g-2")
+    made.queue.lost(made.cluster, holding, "ns/g", made.now, False)
+    made.add("rival", 1, 1)
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert not made.bound("rival")
+    made.now = 11.0
+    made.cycle()
+    assert made.bound("rival")
+
+
 def bind(made, name, on):
     one = made.cluster.pods[name]
     made.cluster.set_pod(replace(one, spec=replace(one.spec, node_name=on), status=PodStatus(phase="Running")))
