@@ -67,7 +67,12 @@ class Entry(NamedTuple):
     @property
     def order(self) -> tuple[object, ...]:
         """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
-        return -self.members.priority, self.need == 0, not self.broken, self.created, self.key
+        return -self.members.priority, self.need == 0 and not self.owed, not self.broken, self.created, self.key
+
+    @property
+    def owed(self) -> bool:
+        """Whether minResources speaks for members beyond the quorum (a driver's executors): they are no mere wish."""
+        return self.group is not None and bool(self.group.spec.min_resources)
 
 
 def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:

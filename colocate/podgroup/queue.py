@@ -343,7 +343,7 @@ class Queue:
             cluster.promise(member.uid, node)
         self._owed_less(cluster, entry.key, now)
         start = Start(entry.key, placed, now - memory.since, note)
-        if gang.quorum and len(gang.members) > gang.quorum:
+        if gang.quorum and len(gang.members) > gang.quorum and not entry.owed:
             self._elastic.append(Elastic(start, gang))
         return start
 
