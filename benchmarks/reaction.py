@@ -1,15 +1,16 @@
 """How soon the agent acts: a violation visible in the service's histogram, and a service that stalls on memory.
 
-Real parts: an HTTP endpoint with a histogram, real cgroups, real stalls (a service that touches a file larger than its
-memory). The clock starts when the violation is visible (the endpoint serves it; PSI `total=` has passed the threshold,
-as a reader every 5 ms in the agent's own loop sees it) and stops at the agent's first write. Wall clock, beside a
-reference loop.
+Real parts: an HTTP endpoint with a histogram, real cgroups, real stalls (a service that begins to use a file for which
+batch has left the node no room). The clock starts when the violation is visible (the endpoint serves it; PSI `total=`
+has passed the threshold, as a reader every 5 ms in the agent's own loop sees it) and stops at the agent's first write;
+0 if it acted before. Wall clock, beside a reference loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ GUEST_ROUNDS = 8
 READERS = 6
 TICK_SECONDS = 0.5
 MEMORY_BAR_SECONDS = 0.3
-SERVICE_BYTES = 48 << 20
+NODE_BYTES, BATCH_BYTES = 224 << 20, 128 << 20
 
 
 Measure = Callable[[KernelPort, ScratchNode, Path, float], Coroutine[Any, Any, float]]
@@ -133,22 +134,31 @@ def _reader(node: ScratchNode, service: str, directory: Path) -> subprocess.Pope
     return reader
 
 
+def _drop_cached(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: float) -> float:
     """Seconds from a visible stall to the first rung."""
     service = joined(node.path, "web")
     inodes = inodes_of(port, service)
-    write_knob(port, service, "memory.max", str(SERVICE_BYTES), inodes)
+    write_knob(port, node.path, "memory.max", str(NODE_BYTES), inodes_of(port, node.path))
     spec = PolicySpec(
         node_root=node.path,
         tick=1.0,
         services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
         memory=MemoryPolicy(),
     )
-    readers = [_reader(node, service, directory)]  # one alone makes the file, and stalls less than the policy's 5 %
+    first = _reader(node, service, directory)  # it makes the file
     await asyncio.sleep(1.5)
+    first.kill()
+    first.communicate()
+    _drop_cached(directory / "file")
     agent = Agent(port, ColocationPolicy(spec=spec), reference, Journal(directory, boot_id()))
     agent.open()
-    grow = "held = bytearray(96 << 20); held[::4096] = b'1' * (96 << 8)\nimport time\nwhile True: time.sleep(1)"
+    pages = BATCH_BYTES >> 12
+    grow = f"held = bytearray({pages} << 12); held[::4096] = b'1' * {pages}\nimport time\nwhile True: time.sleep(1)"
     batch = subprocess.Popen(
         [sys.executable, "-ISc", f"import sys; sys.stdin.readline()\n{grow}"], stdin=subprocess.PIPE
     )
@@ -170,7 +180,7 @@ async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: fl
     await asyncio.sleep(1.5 + phase)
     if at:
         raise RuntimeError("the memory law was not calm before the stall began")
-    readers += [_reader(node, service, directory) for _ in range(READERS - 1)]
+    readers = [_reader(node, service, directory) for _ in range(READERS)]
     visible = await asyncio.wait_for(_visible(port, service, inodes[UNIFIED]), 30)
     await asyncio.wait_for(rung.wait(), 20)
     stop.set()

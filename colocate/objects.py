@@ -224,6 +224,8 @@ class ContainerStatus(Lean, frozen=True):
     started: bool | None = None
     allocated_resources: Quantities = {}
     """What the kubelet has set aside for it: while a resize to less is under way, more than it asks for (KEP-1287)."""
+    resources: Resources = Resources()
+    """What is in force: what its container runs with."""
 
 
 class PodStatus(Lean, frozen=True):
@@ -235,6 +237,7 @@ class PodStatus(Lean, frozen=True):
     conditions: list[Condition] = []
     start_time: str | None = None
     container_statuses: list[ContainerStatus] = []
+    init_container_statuses: list[ContainerStatus] = []
 
 
 class Pod(Lean, frozen=True):
@@ -418,6 +421,7 @@ class ClaimSpec(Lean, frozen=True):
     """The volume a claim is bound to; empty while it is not."""
 
     volume_name: str = ""
+    access_modes: list[str] = []
 
 
 class Claim(Lean, frozen=True):

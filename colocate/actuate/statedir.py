@@ -18,6 +18,7 @@ import msgspec
 from colocate.errors import AlreadyRunning, BadInput, StateTooNew
 
 STATE_VERSION = 1
+MODEL_FILE, HANDOVER_FILE = "model.json", "handover.json"
 GUARDIAN_PATIENCE_SECONDS = 6.0
 
 

@@ -19,7 +19,7 @@ import structlog
 from colocate.actuate.guardian import OCCUPIED, Guardian
 from colocate.actuate.journal import Journal
 from colocate.actuate.restore import Report, restore, restore_paths, thaw_everything
-from colocate.actuate.statedir import StateDirectory
+from colocate.actuate.statedir import HANDOVER_FILE, MODEL_FILE, StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.workers import Workers
 from colocate.actuate.writer import SETTLE_SECONDS, Drift, Writer
@@ -43,8 +43,6 @@ from colocate.report.record import Before, Recorder
 from colocate.snapshot import NodeSnapshot
 
 log = structlog.get_logger()
-MODEL_FILE = "model.json"
-HANDOVER_FILE = "handover.json"
 SAVE_MODEL_EVERY_SECONDS = 300.0
 SCRAPE_WAIT_RATIO = 0.15
 FORGET_TOGETHER = 20

@@ -159,14 +159,19 @@ def _in_own_scope(policy: ColocationPolicy) -> ColocationPolicy:
 
 
 def restore_command(options: argparse.Namespace) -> int:
-    """Undo what the journal knows; refuses while an agent runs."""
+    """Undo what the journal knows, 1 if something of ours is left; refuses while an agent runs."""
     from colocate.actuate.journal import Journal, boot_id
     from colocate.actuate.restore import Report, restore
     from colocate.actuate.scratch import sweep
-    from colocate.actuate.statedir import Lock
+    from colocate.actuate.statedir import HANDOVER_FILE, Lock
     from colocate.cgroup.port import KernelPort
 
     directory = state_dir(options)
+    if options.unless_handed_over and directory.is_dir():
+        handed_over = StateDirectory(directory).load(HANDOVER_FILE)
+        if handed_over is not None and handed_over.get("boot_id") == boot_id():
+            print("nothing was undone: the last agent left its grants to a successor")
+            return 0
     if not directory.is_dir():
         report = Report(removed=sweep(KernelPort()))  # a demo or benchmark that was killed needs no state directory
     else:
@@ -177,6 +182,7 @@ def restore_command(options: argparse.Namespace) -> int:
             report = restore(port, journal, move_back=options.move_back)
             journal.close()
             report.removed.extend(sweep(port))
+            (directory / HANDOVER_FILE).unlink(missing_ok=True)  # what a successor would have taken over is gone
         finally:
             lock.release()
     if options.output in DATA_FORMS:
@@ -186,4 +192,4 @@ def restore_command(options: argparse.Namespace) -> int:
             for line in lines:
                 print(f"{title.replace('_', ' ')}: {line}")
         print("clean: nothing of ours is left" if report.clean else "not everything could be undone yet, see above")
-    return 0 if not report.failed else 1
+    return 0 if report.clean else 1

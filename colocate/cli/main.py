@@ -183,6 +183,11 @@ def _add_reports(add: Add) -> None:
 def _add_undo(add: Add) -> None:
     restore = add("restore", "host:restore_command", "Put back what was found before the agent, after a crash")
     restore.add_argument("--move-back", action="store_true", help="also return jobs' processes to their former cgroups")
+    restore.add_argument(
+        "--unless-handed-over",
+        action="store_true",
+        help="do nothing if the last agent left its grants to a successor (for ExecStopPost)",
+    )
     _table_form(restore)
     _state(restore)
 

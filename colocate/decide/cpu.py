@@ -14,6 +14,7 @@ import msgspec
 
 from colocate.calibration import Calibration
 from colocate.decide import attribution as pulse
+from colocate.decide import evidence
 from colocate.decide.law import Decision, View, act
 from colocate.knob import narrowest
 from colocate.model.forecast import Forecast, WorkloadForecast
@@ -36,7 +37,7 @@ REASONS = {
     pulse.SIGNAL_LOST: "SignalLost",
 }
 WAITING, LATENCY, DISPLACED = "waiting", "latency", "displaced"
-_KINDS = {WAITING: pulse.WAITING, LATENCY: pulse.LATENCY, DISPLACED: pulse.DISPLACED}
+_KINDS = {WAITING: evidence.WAITING, LATENCY: evidence.LATENCY, DISPLACED: evidence.DISPLACED}
 
 
 class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -76,18 +77,18 @@ class Subject(NamedTuple):
     @property
     def seen(self) -> list[float]:
         """What `attribution` is told of it."""
-        now, row = self.now, [0.0] * pulse.SUBJECT_INPUTS
-        row[pulse.KIND], row[pulse.SEEN_AT], row[pulse.SEEN_WAITED] = (
+        now, row = self.now, [0.0] * evidence.SUBJECT_INPUTS
+        row[evidence.KIND], row[evidence.SEEN_AT], row[evidence.SEEN_WAITED] = (
             _KINDS[self.kind],
             now.at_seconds,
             now.waited_seconds,
         )
-        row[pulse.SEEN_T], row[pulse.SEEN_N] = now.waited_seconds, now.at_seconds
+        row[evidence.SEEN_T], row[evidence.SEEN_N] = now.waited_seconds, now.at_seconds
         if self.kind == LATENCY:
-            row[pulse.SEEN_AT], row[pulse.SEEN_T] = now.latency_at_seconds, now.over_requests
-            row[pulse.SEEN_N], row[pulse.SILENT] = now.requests, float(now.silent)
+            row[evidence.SEEN_AT], row[evidence.SEEN_T] = now.latency_at_seconds, now.over_requests
+            row[evidence.SEEN_N], row[evidence.SILENT] = now.requests, float(now.silent)
         elif self.kind == DISPLACED:
-            row[pulse.SEEN_T] = -now.used_seconds
+            row[evidence.SEEN_T] = -now.used_seconds
         return row
 
     def feels(self) -> str:
@@ -186,24 +187,24 @@ def _step(
         pulse.new_node(node, spec.cpu.hold_down)
     rows, seen = [], [s.seen for s in subjects]
     for subject, now in zip(subjects, seen, strict=True):
-        row = list(state.subjects.get(subject.key, ())) or [0.0] * pulse.SUBJECT_STATE
+        row = list(state.subjects.get(subject.key, ())) or [0.0] * evidence.SUBJECT_STATE
         if subject.key not in state.subjects:
-            window = subject.workload.objective.window_seconds if subject.workload.objective else pulse.NEAR_SECONDS
-            pulse.new_subject(row, now, window)
+            window = subject.workload.objective.window_seconds if subject.workload.objective else evidence.NEAR_SECONDS
+            evidence.new_subject(row, now, window)
         rows.append(row)
     idle = [c for c in forecast.idle_cpus if c in shared_cpus(snapshot)]
-    inputs = [0.0] * pulse.NODE_INPUTS
-    inputs[pulse.NOW], inputs[pulse.BATCH_CORES] = view.now, forecast.batch_cores
-    inputs[pulse.IN_FORCE] = float(_in_force(snapshot, forecast, spec.cpu.floor))
-    inputs[pulse.RAIL_CORES], inputs[pulse.NODE_CORES] = (
+    inputs = [0.0] * evidence.NODE_INPUTS
+    inputs[evidence.NOW], inputs[evidence.BATCH_CORES] = view.now, forecast.batch_cores
+    inputs[evidence.IN_FORCE] = float(_in_force(snapshot, forecast, spec.cpu.floor))
+    inputs[evidence.RAIL_CORES], inputs[evidence.NODE_CORES] = (
         guard_rail_cores(forecast, spec),
         forecast.node_cores,
     )
     some = 0 < len(idle) < len(snapshot.cpus)
-    inputs[pulse.IDLE_CPUS] = float(len(idle) if some and can_confine(snapshot) else 0)
-    inputs[pulse.FLOOR_CORES], inputs[pulse.QUESTION_SECONDS] = spec.cpu.floor, spec.cpu.question
-    inputs[pulse.HOLD_SECONDS], inputs[pulse.PRESSURE_RATIO] = spec.cpu.hold_down, spec.cpu.pressure / 100
-    inputs[pulse.BESTEFFORT_RATIO] = spec.cpu.best_effort_waits / 100
+    inputs[evidence.IDLE_CPUS] = float(len(idle) if some and can_confine(snapshot) else 0)
+    inputs[evidence.FLOOR_CORES], inputs[evidence.QUESTION_SECONDS] = spec.cpu.floor, spec.cpu.question
+    inputs[evidence.HOLD_SECONDS], inputs[evidence.PRESSURE_RATIO] = spec.cpu.hold_down, spec.cpu.pressure / 100
+    inputs[evidence.BESTEFFORT_RATIO] = spec.cpu.best_effort_waits / 100
     if state.suspended:
         pulse.resume(node, rows, seen)
     reason, who = pulse.step(node, rows, seen, inputs)
@@ -270,12 +271,12 @@ def _of_subject(row: list[float]) -> dict[str, float]:
     if not row:
         return {}
     return {
-        "level": round(row[pulse.LEVEL], 4),
-        "off": round(row[pulse.OFF_SUM] / max(row[pulse.OFF], 1.0), 4),
-        "on": round(row[pulse.ON_SUM] / max(row[pulse.ON], 1.0), 4),
-        "added": round(row[pulse.ADDED], 4),
-        "certainty": round(row[pulse.CERTAINTY], 3),
-        "questions": row[pulse.ON] + row[pulse.OFF],
+        "level": round(row[evidence.LEVEL], 4),
+        "off": round(row[evidence.OFF_SUM] / max(row[evidence.OFF], 1.0), 4),
+        "on": round(row[evidence.ON_SUM] / max(row[evidence.ON], 1.0), 4),
+        "added": round(row[evidence.ADDED], 4),
+        "certainty": round(row[evidence.CERTAINTY], 3),
+        "questions": row[evidence.ON] + row[evidence.OFF],
     }
 
 
@@ -287,9 +288,9 @@ def _share(kind: str, value: float) -> str:
 
 def _answer(subject: Subject, row: list[float]) -> str:
     """What was found, in words."""
-    if row[pulse.ON] < 1.0 or row[pulse.OFF] < 1.0:
+    if row[evidence.ON] < 1.0 or row[evidence.OFF] < 1.0:
         return ""
-    without, beside = row[pulse.OFF_SUM] / row[pulse.OFF], row[pulse.ON_SUM] / row[pulse.ON]
+    without, beside = row[evidence.OFF_SUM] / row[evidence.OFF], row[evidence.ON_SUM] / row[evidence.ON]
     verb = {WAITING: "waits", LATENCY: "is late with", DISPLACED: "gets"}[subject.kind]
     alone, both = _share(subject.kind, without), _share(subject.kind, beside)
     return f"{subject.workload.name} {verb} {alone} without batch and {both} beside it"
@@ -320,7 +321,7 @@ def _message(view: View, state: CpuState, code: int, subject: Subject | None, ro
         return f"{name} has not answered since it was past its target or asked about: batch stays at its floor"
     if code == pulse.BATCH_IDLE:
         return f"{feels}, but batch hardly runs ({forecast.batch_cores:.2f} cores)" + _others(forecast)
-    if code == pulse.NOT_CAUSED and not _in_force(view.snapshot, forecast, spec.cpu.floor) and not row[pulse.ON]:
+    if code == pulse.NOT_CAUSED and not _in_force(view.snapshot, forecast, spec.cpu.floor) and not row[evidence.ON]:
         return f"{feels}; the floor did not come into force, so nobody can tell whether it is batch: no limit"
     if code == pulse.NOT_CAUSED:
         answer = _answer(subject, row) or f"{subject.workload.name} was not helped by less batch"

@@ -1,9 +1,9 @@
 """Model and laws over many nodes at once, compiled by numba: the agent's own cores, without messages and actions.
 
 For simulation and training: a step takes arrays of counters and returns arrays of decisions. Every law's core is the
-same source that the agent runs (`attribution`, and the scalar functions of `memory`, `eviction`, `freeze`); it is
-compiled here, function by function, with the ones that it calls. Nothing in the agent imports this module. Not here:
-batch beyond its allowance, less than 1 % of memory left, checkpoints, batch in place, gangs.
+same source that the agent runs (`attribution`, `evidence`, and the scalar functions of `memory`, `eviction` and
+`freeze`); it is compiled here, function by function, with the ones that it calls. Nothing in the agent imports this
+module. Not here: batch beyond its allowance, less than 1 % of memory left, checkpoints, batch in place, gangs.
 
 Shapes: n nodes, w workloads a node (s services first, then jobs). Memory is changed in place.
 """
@@ -19,18 +19,25 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.decide import attribution, eviction, freeze, memory
+from colocate.decide import attribution, eviction, evidence, freeze, memory
 from colocate.model import forecast as model
 from colocate.model import histogram, special
 from colocate.policy.schema import PolicySpec
 
 Floats = NDArray[np.float64]
+
+
+def _functions(module: types.ModuleType) -> tuple[str, ...]:
+    return tuple(n for n, f in vars(module).items() if isinstance(f, types.FunctionType))
+
+
 CORES = (
     (special, ("incomplete_beta",)),
     (memory, ("allow", "presses", "climb")),
     (freeze, ("since_of",)),
     (eviction, ("proceed",)),
-    (attribution, tuple(n for n, f in vars(attribution).items() if isinstance(f, types.FunctionType))),
+    (evidence, _functions(evidence)),
+    (attribution, _functions(attribution)),
 )
 
 
@@ -202,7 +209,7 @@ def _step_nodes(
 ) -> None:
     n, w = told.shape[0], told.shape[1]
     stalls = np.zeros(services)
-    seen, inputs = np.zeros((services, attribution.SUBJECT_INPUTS)), np.zeros(attribution.NODE_INPUTS)
+    seen, inputs = np.zeros((services, evidence.SUBJECT_INPUTS)), np.zeros(evidence.NODE_INPUTS)
     for i in range(n):
         at = of_node[i, NOW]
         slot = int(of_node[i, DAY_SECONDS] % 86400 / 86400 * model.SLOTS)
@@ -231,19 +238,19 @@ def _step_nodes(
 
         latency = policy[LATENCY] > 0.0
         for j in range(services):
-            seen[j, attribution.KIND] = attribution.LATENCY if latency else attribution.WAITING
-            seen[j, attribution.SEEN_AT], seen[j, attribution.SEEN_WAITED] = at, kept[i, j, WAITED]
-            seen[j, attribution.SEEN_T] = told[i, j, LATE] if latency else kept[i, j, WAITED]
-            seen[j, attribution.SEEN_N] = told[i, j, REQUESTS] if latency else at
-            if subjects[i, j, attribution.WINDOW] == 0.0:
+            seen[j, evidence.KIND] = evidence.LATENCY if latency else evidence.WAITING
+            seen[j, evidence.SEEN_AT], seen[j, evidence.SEEN_WAITED] = at, kept[i, j, WAITED]
+            seen[j, evidence.SEEN_T] = told[i, j, LATE] if latency else kept[i, j, WAITED]
+            seen[j, evidence.SEEN_N] = told[i, j, REQUESTS] if latency else at
+            if subjects[i, j, evidence.WINDOW] == 0.0:
                 _NEW_SUBJECT(subjects[i, j], seen[j], policy[WINDOW])
-        inputs[attribution.NOW], inputs[attribution.BATCH_CORES] = at, batch
-        inputs[attribution.IN_FORCE], inputs[attribution.IDLE_CPUS] = of_node[i, IN_FORCE], of_node[i, IDLE_CPUS]
+        inputs[evidence.NOW], inputs[evidence.BATCH_CORES] = at, batch
+        inputs[evidence.IN_FORCE], inputs[evidence.IDLE_CPUS] = of_node[i, IN_FORCE], of_node[i, IDLE_CPUS]
         rail = policy[CPUS] - peak - system - policy[CPUS] * policy[RESERVE_CPU]
-        inputs[attribution.RAIL_CORES], inputs[attribution.NODE_CORES] = max(rail, policy[FLOOR]), policy[CPUS]
-        inputs[attribution.FLOOR_CORES], inputs[attribution.QUESTION_SECONDS] = policy[FLOOR], policy[QUESTION]
-        inputs[attribution.HOLD_SECONDS], inputs[attribution.PRESSURE_RATIO] = policy[HOLD], policy[PRESSURE]
-        inputs[attribution.BESTEFFORT_RATIO] = policy[BESTEFFORT]
+        inputs[evidence.RAIL_CORES], inputs[evidence.NODE_CORES] = max(rail, policy[FLOOR]), policy[CPUS]
+        inputs[evidence.FLOOR_CORES], inputs[evidence.QUESTION_SECONDS] = policy[FLOOR], policy[QUESTION]
+        inputs[evidence.HOLD_SECONDS], inputs[evidence.PRESSURE_RATIO] = policy[HOLD], policy[PRESSURE]
+        inputs[evidence.BESTEFFORT_RATIO] = policy[BESTEFFORT]
         if law[i, attribution.HOLD] == 0.0:
             _NEW_NODE(law[i], policy[HOLD])
         reason, _ = _STEP(law[i], subjects[i], seen, inputs)
@@ -325,7 +332,7 @@ class Batch:
         self.node = np.zeros((nodes, NODE_KEPT))
         self.node[:, RUNG] = self.node[:, SLOT] = -1.0
         self.law = np.zeros((nodes, attribution.NODE_STATE))
-        self.subjects = np.zeros((nodes, services, attribution.SUBJECT_STATE))
+        self.subjects = np.zeros((nodes, services, evidence.SUBJECT_STATE))
         self.policy = np.zeros(POLICY)
         cpu, mem = spec.cpu, spec.memory
         self.policy[[CPUS, MEMORY_BYTES, FLOOR, QUESTION, HOLD]] = (
@@ -342,7 +349,7 @@ class Batch:
         )
         self.policy[[RESERVE_MEMORY, STALL_RATIO]] = mem.reserve / 100, mem.pressure / 100
         self.policy[[RUNG_SECONDS, CALM_SECONDS, GRACE_SECONDS]] = mem.rung, mem.calm, mem.termination_grace
-        self.policy[LATENCY], self.policy[WINDOW] = float(latency), 5.0 if latency else attribution.NEAR_SECONDS
+        self.policy[LATENCY], self.policy[WINDOW] = float(latency), 5.0 if latency else evidence.NEAR_SECONDS
         self.decisions = Decisions(
             np.zeros(nodes), np.zeros(nodes, np.int64), np.zeros(nodes, np.int64), np.zeros(nodes),
             np.zeros((nodes, jobs), np.int64),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,7 @@ from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, NodeSelect
 from colocate.podgroup.gangs import gang_key
 from colocate.podgroup.holding import Holding
 from colocate.podgroup.ledger import Ledger
-from colocate.podgroup.shape import Shape, shape_of
+from colocate.podgroup.shape import Shape, resized, shape_of, zones_of
 
 T = TypeVar("T")
 OPEN_PHASES = ("Binding", "Confirming")
@@ -53,6 +54,10 @@ class Cluster:
         self.gained = 0
         self._priority: dict[str, int] = {}
         self._volumes_version = 0
+        self._users: dict[str, set[str]] = {}
+        """Claim -> uids of the pods on nodes that use it."""
+        self._used: dict[str, list[str]] = {}
+        """uid -> the claims that it uses."""
         self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
 
@@ -143,24 +148,31 @@ class Cluster:
 
     def shape(self, pod: Pod) -> Shape:
         """A pod's shape; equal ones are one object while the pod's specification is the same."""
-        allocated = tuple(s.allocated_resources for s in pod.status.container_statuses if s.allocated_resources)
-        uid, seen = pod.metadata.uid, (pod.spec, self._volumes_version if pod.spec.volumes else 0, allocated)
+        uid, seen = pod.metadata.uid, (pod.spec, self._volumes_version if pod.spec.volumes else 0, resized(pod))
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
-            shape = shape_of(pod, self._where)
+            shape = shape_of(pod, partial(self._where, uid))
             cached = self._shapes[uid] = (seen, self._equal.setdefault(msgspec.json.encode(shape), shape))
         return cached[1]
 
-    def _where(self, namespace: str, name: str) -> NodeSelector | str | None:
+    def _where(self, uid: str, namespace: str, name: str) -> tuple[NodeSelector, ...] | str:
+        """From where a pod can reach the volume of a claim, or why nobody knows, or why it may not."""
         claim = self.claims.get(f"{namespace}/{name}")
         if claim is None:
             return "the claim does not exist"
         if not claim.spec.volume_name:
             return "the claim is not bound to a volume yet"
+        if claim.metadata.deletion_timestamp is not None:
+            return "the claim is being deleted"
         volume = self.volumes.get(claim.spec.volume_name)
         if volume is None:
             return f"its volume {claim.spec.volume_name} does not exist"
-        return volume.spec.node_affinity.required if volume.spec.node_affinity else None
+        others = self._users.get(f"{namespace}/{name}", set()) - {uid}
+        if "ReadWriteOncePod" in claim.spec.access_modes and others:
+            user = self.pods[min(others)].metadata.name
+            return f"it is for one pod alone (ReadWriteOncePod), and {user} uses it"
+        required = volume.spec.node_affinity.required if volume.spec.node_affinity else None
+        return (*([required] if required is not None else []), *zones_of(volume))
 
     def _hold(self, pod: Pod) -> None:
         uid = pod.metadata.uid
@@ -168,6 +180,7 @@ class Cluster:
         if not node or pod.terminal:
             self._release(uid)
             return
+        self._uses(pod)
         if uid not in self.ledger.holdings:
             self.priorities[pod.spec.priority] += 1
             self._priority[uid] = pod.spec.priority
@@ -183,7 +196,25 @@ class Cluster:
             )
         )
 
+    def _uses(self, pod: Pod) -> None:
+        """A pod on a node uses its claims from now on."""
+        uid, claims = pod.metadata.uid, [v.persistent_volume_claim for v in pod.spec.volumes]
+        keys = [f"{pod.metadata.namespace}/{c.claim_name}" for c in claims if c is not None]
+        if keys and uid not in self._used:
+            self._used[uid] = keys
+            self._volumes_version += 1
+            for key in keys:
+                self._users.setdefault(key, set()).add(uid)
+
+    def _uses_no_more(self, uid: str) -> None:
+        for key in self._used.pop(uid, ()):
+            self._volumes_version += 1
+            self._users[key].discard(uid)
+            if not self._users[key]:
+                del self._users[key]
+
     def _release(self, uid: str) -> None:
+        self._uses_no_more(uid)
         holding = self.ledger.release(uid)
         if holding is not None:
             self._gain(holding.node)

@@ -25,6 +25,7 @@ from colocate.objects import (
     POD_GROUP_API,
     GangPlan,
     GangPlanSpec,
+    GangPlanStatus,
     PlannedMember,
     Pod,
     PodGroup,
@@ -62,6 +63,10 @@ def settle_memory() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+GIVE_UP_AGAIN_SECONDS = 5.0
+"""How often members on vanished nodes are looked at that were left for later."""
+
+
 class Controller:
     """One leader's time in office."""
 
@@ -85,6 +90,10 @@ class Controller:
         """The plans that were there when its time in office began."""
         self._said: dict[str, str] = {}
         """Gang -> the defect that was logged of it."""
+        self._halted = ""
+        """Why the members on vanished nodes are not given up."""
+        self._given_up: dict[str, float] = {}
+        """Gang -> when it last lost a member to a vanished node."""
         self._tasks: asyncio.TaskGroup
         self._spent = 0.0
         """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
@@ -187,7 +196,7 @@ class Controller:
         self.feed.wake.clear()
         dirty = self._due()
         self._read_back_unseen()
-        self._bury()
+        self._give_up_lost()
         for key in dirty:
             self._carry_on(key)
         began = now_seconds()
@@ -232,6 +241,9 @@ class Controller:
         due += [ROLL_BACK_SECONDS for p in self.cluster.plans.values() if p.status.phase == "RollingBack"]
         due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
         look = self.queue.next_look(now)
+        lost = self.feed.lost_nodes.next_due(now)
+        due += [lost] if lost is not None else []
+        due += [GIVE_UP_AGAIN_SECONDS] if self.feed.lost_nodes.names else []
         return min([*(max(d, 0.05) for d in due), *([look] if look is not None else []), 30.0])
 
     def _elapsed(self, plan: GangPlan) -> float:
@@ -255,6 +267,8 @@ class Controller:
             for member, _ in start.placed:
                 self.cluster.withdraw(member.uid)
             return
+        if before is not None and before.spec.pod_group_uid not in ("", group.metadata.uid):
+            before = msgspec.structs.replace(before, spec=GangPlanSpec(), status=GangPlanStatus())  # another gang's
         members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
         if before is not None and before.status.phase == "Repairing":
             still = [self.cluster.pods.get(m.uid) for m in before.spec.members]
@@ -299,8 +313,9 @@ class Controller:
         plan = self.cluster.plans.get(key)
         if plan is None or key in self._busy:
             return
-        if plan.status.phase not in CARRIED_ON:
-            if key not in self.cluster.groups and not self.cluster.members.get(key):
+        gone = key not in self.cluster.groups and not self.cluster.members.get(key)
+        if plan.status.phase not in CARRIED_ON or (gone and plan.status.phase == "Repairing"):
+            if gone:
                 self._hands.spawn(key, self._hands.forget(key, plan))
             return
         ledger, planned = self.cluster.ledger, {m.uid for m in plan.spec.members}
@@ -347,17 +362,56 @@ class Controller:
         former = plan.spec.epoch < self._hands.binder.epoch and plan.spec.plan_id not in self._inherited
         return former or plan.spec.plan_id in self._hands.abandoned
 
-    def _bury(self) -> None:
-        """Members on a node that was deleted will never end by themselves: their owners may replace them at once."""
-        lost, self.feed.lost_nodes = self.feed.lost_nodes - self.cluster.ledger.rows.keys(), set()
-        for pod in list(self.cluster.pods.values()) if lost else ():
-            ours = pod.spec.scheduler_name in self.settings.schedulers and is_group(gang_key(pod)) and owned(pod)
-            gone = pod.spec.node_name in lost and not pod.terminal and ours
-            if gone and pod.metadata.uid not in self._busy:
-                text = f"node {pod.spec.node_name} was deleted"
-                still_lost = partial(self._is_lost, pod.spec.node_name)
-                deletion = self._hands.delete(pod, "DeletionByNodeLoss", text, still_lost)
+    def _give_up_lost(self) -> None:
+        """Members on a node that is gone will never end by themselves: their owners may replace them."""
+        lost, now = self.feed.lost_nodes, now_seconds()
+        lost.look(self.cluster.ledger.rows)
+        members = {name: self._ours_on(name) for name in lost.names}
+        for name in [name for name, pods in members.items() if not pods]:
+            lost.forget(name)
+        present, grace = len(self.cluster.ledger.rows), self.settings.node_loss_grace_seconds
+        halted = lost.halted(present)
+        if bool(halted) != bool(self._halted):
+            log.warning("node_loss_halted" if halted else "node_loss_goes_on", why=halted)
+            for pod in {gang_key(p): p for pods in members.values() for p in pods}.values() if halted else ():
+                about = self.cluster.groups.get(gang_key(pod), pod)
+                self._tasks.create_task(self._tell(about, "NodeLossHalted", halted))
+        self._halted = halted
+        self.metrics.lost_nodes.set(len(lost.names))
+        self.metrics.node_loss_halted.set(bool(halted))
+        self._given_up = {key: at for key, at in self._given_up.items() if now - at < grace}
+        for name in lost.due(now, present):
+            for pod in members.get(name, ()):
+                key = gang_key(pod)
+                if pod.metadata.uid in self._busy:
+                    continue
+                if key not in self._given_up and len(self._given_up) >= self.settings.most_lost_gangs:
+                    continue  # with a later look
+                self._given_up[key] = now
+                self.metrics.lost_members.inc()
+                text = f"node {name} has been gone for {grace:.0f} s"
+                deletion = self._hands.delete(pod, "DeletionByNodeLoss", text, partial(self._is_lost, name))
                 self._hands.spawn(pod.metadata.uid, deletion)
+
+    def _ours_on(self, node: str) -> list[Pod]:
+        """Members of gangs on a node that is gone, which have an owner to replace them."""
+        uids = [h.uid for h in self.cluster.ledger.on(node)]
+        pods = [self.cluster.pods[uid] for uid in uids if uid in self.cluster.pods]
+        return [
+            p
+            for p in pods
+            if p.spec.node_name == node
+            and not p.terminal
+            and p.spec.scheduler_name in self.settings.schedulers
+            and is_group(gang_key(p))
+            and owned(p)
+        ]
+
+    async def _tell(self, about: Pod | PodGroup, reason: str, message: str) -> None:
+        try:
+            await self._hands.limited(self._hands.binder.event(about, reason, message, warning=True))
+        except (ApiError, Unreachable) as error:
+            log.warning("event_lost", reason=reason, error=str(error))
 
     def _is_lost(self, node: str) -> bool:
         return node not in self.cluster.ledger.rows

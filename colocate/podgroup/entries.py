@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from colocate.objects import Pod, PodGroup
+from colocate.objects import GangPlan, Pod, PodGroup
 from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Debt, Gang, Member
 from colocate.podgroup.gangs import Members, is_group, sort_members
@@ -17,8 +17,14 @@ from colocate.podgroup.shape import amounts
 REQUIRED_TOPOLOGY = "colocate.io/required-topology"
 PREFERRED_TOPOLOGY = "colocate.io/preferred-topology"
 CREATION_DEPENDENCY = "colocate.io/creation-dependency"
-STAGED_OWNERS = frozenset({"MPIJob", "RayJob", "JobSet", "LeaderWorkerSet"})
-"""Kinds whose operators make some members only after others are ready."""
+STAGED_OWNERS = frozenset({"MPIJob"})
+STAGED_LABELS = {
+    "jobset.sigs.k8s.io/jobset-name": "",
+    "leaderworkerset.sigs.k8s.io/name": "",
+    "ray.io/originated-from-crd": "RayJob",
+}
+"""Operators that make some members only after others are ready: by the owner of their pods, or by a label that they put
+on every pod, with its value ("": any). The pods of a JobSet are a Job's, those of a LeaderWorkerSet a StatefulSet's."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,10 +41,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start: what is there is started, with the room of the rest reserved."""
     slot_seconds: float = 60.0
     """For how long the place of a lost member is held for its replacement."""
+    node_loss_grace_seconds: float = 40.0
+    """For how long a node's object must have been gone before its members are given up, as PodGC waits."""
+    most_lost_nodes_ratio: float = 0.34
+    """If more of the nodes have vanished together, nothing is given up: that is no loss of nodes."""
+    most_lost_gangs: int = 10
+    """So many gangs at most lose members to vanished nodes within one grace period."""
     reserve_after_seconds: float = 60.0
     reservation_seconds: float = 600.0
-    """The head's reservation lasts so long at most; as long again it has none. What a gang that has started is still
-    owed of its minResources is kept as long."""
+    """The head's claim lasts so long after it last grew; as long again it has none. What a gang that has started is
+    still owed of its minResources is kept as long."""
 
 
 class Entry(NamedTuple):
@@ -48,13 +60,19 @@ class Entry(NamedTuple):
     members: Members
     group: PodGroup | None
     broken: bool
+    """It runs with less than the quorum with which it started."""
     need: int
     created: str
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Repairs, then priority, then age, then name."""
-        return not self.broken, -self.members.priority, self.created, self.key
+        """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
+        return -self.members.priority, self.need == 0 and not self.owed, not self.broken, self.created, self.key
+
+    @property
+    def owed(self) -> bool:
+        """Whether minResources speaks for members beyond the quorum (a driver's executors): they are no mere wish."""
+        return self.group is not None and bool(self.group.spec.min_resources)
 
 
 def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
@@ -67,12 +85,20 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     pods, group = cluster.pods_of(key), cluster.groups.get(key)
     members = sort_members(pods, settings.schedulers)
     ours = bool(members.pending or members.gated)
-    if not ours and (group is None or members.satisfied or members.foreign):
-        return None
+    if not ours and (group is None or not pods or members.satisfied or members.foreign):
+        return None  # of a group without pods nobody knows whose it is
     need = max((group.spec.min_member if group is not None else 1) - members.satisfied, 0)
     first = min((p.metadata.creation_timestamp or "" for p in pods), default="")
     created = (group.metadata.creation_timestamp or "") if group is not None else first
-    return Entry(key, members, group, bool(members.bound) and need > 0, need, created)
+    return Entry(key, members, group, _broken(members, group, plan), need, created)
+
+
+def _broken(members: Members, group: PodGroup | None, plan: GangPlan | None) -> bool:
+    """Whether a gang that runs lacks members that it had: who asks for more than he started with lacks nothing."""
+    least = group.spec.min_member if group is not None else 1
+    if plan is not None and plan.spec.began:
+        least = min(least, plan.spec.min_member)
+    return bool(members.bound) and members.satisfied < least
 
 
 def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds: float) -> tuple[str, str] | None:
@@ -97,10 +123,16 @@ def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds:
     if members.gated and members.created >= members.satisfied + entry.need:
         gates = sorted({g.name for p in members.gated for g in p.spec.scheduling_gates})
         return "SchedulingGated", f"{len(members.gated)} members are held by scheduling gates: {', '.join(gates)}"
-    if _waits_for_itself(entry) and still_seconds >= settings.creation_grace_seconds:
-        return None
+    settled = still_seconds >= settings.creation_grace_seconds
+    if members.pending and not members.gated and settled and (members.bound or _waits_for_itself(entry)):
+        return None  # its quorum counts for a start; once some of it runs, later members follow what is there
     least = group.spec.min_member if group is not None else 1
-    return "NotEnoughMembers", f"{members.created} of {least} members exist"
+    message = f"{members.created} of {least} members exist"
+    if members.failed:
+        message += f"; {members.failed[0].metadata.name} failed and was not replaced"
+    elif group is not None and members.pending and not _waits_for_itself(entry):
+        message += f' (made only after these run? then annotate the PodGroup with {CREATION_DEPENDENCY}: "true")'
+    return "NotEnoughMembers", message
 
 
 def _invalid(entry: Entry) -> tuple[str, str] | None:
@@ -126,10 +158,18 @@ def _waits_for_itself(entry: Entry) -> bool:
     Of owners that are known to, or where the PodGroup says so; never of a gang that has run before.
     """
     members, group = entry.members, entry.group
-    if group is None or not members.pending or members.gated or members.bound or members.failed or members.succeeded:
+    if group is None or members.succeeded:
         return False
-    owners = {owner.kind for p in members.pending for owner in p.metadata.owner_references}
-    return bool(owners & STAGED_OWNERS) or group.metadata.annotations.get(CREATION_DEPENDENCY) == "true"
+    if group.metadata.annotations.get(CREATION_DEPENDENCY) == "true":
+        return True
+    return any(_is_staged(p) for p in members.pending)
+
+
+def _is_staged(pod: Pod) -> bool:
+    if any(owner.kind in STAGED_OWNERS for owner in pod.metadata.owner_references):
+        return True
+    labels = pod.metadata.labels
+    return any(key in labels and value in ("", labels[key]) for key, value in STAGED_LABELS.items())
 
 
 def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: tuple[Debt, ...]) -> tuple[Gang, str]:
@@ -139,6 +179,8 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
     if quorum < entry.need:
         missing = entry.need - quorum
         note = f"CreationDependency: {missing} members are made only after the others run; their room is reserved"
+        if members.bound and not _waits_for_itself(entry):
+            note = f"{missing} members are not there; those that are go on"
     annotations = group.metadata.annotations if group is not None else {}
     preferred = annotations.get(PREFERRED_TOPOLOGY)
     counted = [cluster.shape(p) for p in members.counted] if group is not None and group.spec.min_resources else []

@@ -46,8 +46,8 @@ def _units(resource: str, amount: int) -> str:
 def shortage(ledger: Ledger, gang: Gang) -> Shortage:
     """Why `place` found nothing."""
     fit = most_that_fit(ledger, gang)
-    group = max(classes_of(gang.members, ledger), key=lambda c: len(c.members))
     trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
+    group = max(classes_of(gang.members, ledger), key=lambda c: (_lacking(trial, c), len(c.members)))
     mask = trial.mask(group)
     resource = _scarcest(trial, group, mask)
     blocked = resource
@@ -59,6 +59,12 @@ def shortage(ledger: Ledger, gang: Gang) -> Shortage:
         blocked = "what others are owed of their minResources"
     block = _largest_block(ledger, mask, resource) if resource in ledger.columns else (0, 0)
     return Shortage(min(fit, gang.quorum), gang.quorum, blocked, block, tuple(_refusals(ledger, group)))
+
+
+def _lacking(trial: Trial, group: Class) -> int:
+    """How many members of a class do not fit even alone."""
+    wanted = len(group.members)
+    return wanted - int(np.minimum(trial.room(group, trial.mask(group)), wanted).sum())
 
 
 def _scarcest(trial: Trial, group: Class, mask: Mask) -> str:

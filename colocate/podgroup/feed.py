@@ -11,6 +11,7 @@ from colocate.kube.client import BUDGETS, CLAIMS, NODES, PLANS, POD_GROUPS, PODS
 from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, ObjectMeta, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.cluster import CARRIED_ON, Cluster
 from colocate.podgroup.gangs import gang_key, rejected
+from colocate.podgroup.lost_nodes import LostNodes
 from colocate.podgroup.queue import Queue
 
 _OFFSET = time.time() - time.monotonic()
@@ -29,7 +30,7 @@ class Feed:
     ) -> None:
         self._cluster, self._queue, self._touched, self._refused = cluster, queue, touched, refused
         self.dirty: set[str] = set()
-        self.lost_nodes: set[str] = set()
+        self.lost_nodes = LostNodes(queue.settings)
         """Nodes that have been deleted and not been looked at since."""
         self.wake = asyncio.Event()
         self.busy: dict[str, float] = {}
@@ -61,7 +62,7 @@ class Feed:
                 return
         else:
             self._cluster.remove_node(node.metadata.name)
-            self.lost_nodes.add(node.metadata.name)
+            self.lost_nodes.gone(node.metadata.name, now_seconds())
         for key, plan in self._cluster.plans.items():
             if plan.status.phase in CARRIED_ON and any(m.node == node.metadata.name for m in plan.spec.members):
                 self.dirty.add(key)
@@ -87,7 +88,7 @@ class Feed:
             self._refused(now.status.reason)
         failed = now is not None and now.status.phase == "Failed" and not rejected(now)
         if holding is not None and (now is None or failed):
-            self._queue.lost(self._cluster, holding, key, now_seconds())
+            self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
         if now is None or now.spec.node_name:
             self.busy.pop(uid, None)
         self._touched(key)
@@ -153,3 +154,8 @@ def older(one: ObjectMeta, other: ObjectMeta) -> bool:
     """Whether one version of an object is older than another (resource versions are comparable: KEP-5504)."""
     a, b = one.resource_version, other.resource_version
     return a.isdigit() and b.isdigit() and int(a) < int(b)
+
+
+def _disrupted(pod: Pod) -> bool:
+    """Whether a pod was evicted, preempted or lost with its node (KEP-3329), not just deleted."""
+    return any(c.type == "DisruptionTarget" and c.status == "True" for c in pod.status.conditions)

@@ -14,7 +14,7 @@ import numpy as np
 from colocate.objects import TopologySpreadConstraint
 from colocate.podgroup.fit import Class, Trial
 from colocate.podgroup.ledger import Ints, Mask
-from colocate.podgroup.shape import Term
+from colocate.podgroup.shape import Term, all_of
 
 COMMON = frozenset({"cpu", "memory", "pods", "ephemeral-storage"})
 
@@ -81,15 +81,19 @@ def _changing(trial: Trial, group: Class, mask: Mask) -> tuple[_Changing, Mask]:
     for term in shape.anti_affinity:
         if term.selects(group.namespace, group.labels):
             changing.apart.append(ledger.label(term.topology_key).codes)
-    for term in shape.affinity:
-        column = ledger.label(term.topology_key)
-        mask = mask & (column.codes >= 0)
-        there = np.zeros(len(column.code_of), dtype=bool)
-        rows = np.flatnonzero(trial.count(term))
-        there[column.codes[rows][column.codes[rows] >= 0]] = True
-        if not there.any() and not term.selects(group.namespace, group.labels):
+    if shape.affinity:
+        # Source: interpodaffinity; a pod counts for any term only if it matches all of them.
+        beside = all_of(shape.affinity)
+        rows = np.flatnonzero(trial.count(beside))
+        for term in shape.affinity:
+            column = ledger.label(term.topology_key)
+            mask = mask & (column.codes >= 0)
+            there = np.zeros(len(column.code_of), dtype=bool)
+            there[column.codes[rows][column.codes[rows] >= 0]] = True
+            changing.together.append((column.codes, there))
+        empty = [not there.any() for _, there in changing.together]
+        if any(empty) and not (all(empty) and beside.selects(group.namespace, group.labels)):
             mask = np.zeros_like(mask)
-        changing.together.append((column.codes, there))
     for constraint in shape.spread:
         spread, mask = _spread(trial, group, constraint, mask)
         changing.spread.append(spread)
@@ -101,6 +105,8 @@ def _spread(trial: Trial, group: Class, constraint: TopologySpreadConstraint, ma
     column = ledger.label(constraint.topology_key)
     mask = mask & (column.codes >= 0)
     honoured = column.codes >= 0
+    for other in shape.spread:  # a node that lacks the key of one counts for none
+        honoured = honoured & (ledger.label(other.topology_key).codes >= 0)
     if constraint.node_affinity_policy == "Honor":
         honoured = honoured & ledger.chosen(shape)
     if constraint.node_taints_policy == "Honor":

@@ -6,7 +6,7 @@ NodeResourcesFit, InterPodAffinity, PodTopologySpread, VolumeBinding of bound vo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -52,14 +52,21 @@ class Gang(NamedTuple):
     leave: tuple[Debt, ...] = ()
     """What must stay free for others (reservations.py)."""
 
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """Two gangs with equal signatures fit alike, but for the size of their quorum."""
+    def signature(self, keys: Set[str]) -> tuple[object, ...]:
+        """Two gangs with equal signatures fit alike, but for the size of their quorum.
+
+        `keys` are the labels at which pods that are there look; nobody looks at a Job's own `controller-uid`.
+        """
         shapes = {id(m.shape): m.shape for m in self.members}
         if len(shapes) > 1 or self.fixed or self.reserve:
             return (self.members[0].uid,)
         member, left = self.members[0], tuple((id(d.shape), tuple(sorted(d.amounts.items()))) for d in self.leave)
-        return id(member.shape), tuple(sorted(member.labels.items())), member.namespace, self.required_topology, left
+        return id(member.shape), looked_at(member, keys), member.namespace, self.required_topology, left
+
+
+def looked_at(member: Member, keys: Set[str]) -> tuple[tuple[str, str], ...]:
+    """The labels of a member that some selector looks at: one of these keys, or its own."""
+    return tuple((k, member.labels[k]) for k in sorted(keys | member.shape.selector_keys) if k in member.labels)
 
 
 class Placed(NamedTuple):

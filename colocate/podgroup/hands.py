@@ -226,7 +226,7 @@ class Hands:
         """Say in a plan at rest why its gang waits; a gang that has begun to start meanwhile is not touched."""
         async with self._lock(key):
             group, plan = self.cluster.groups.get(key), self.cluster.plans.get(key)
-            still = (key in self.queue.waiting) == (status.phase == "Waiting")
+            still = (key in self.queue.waiting) == (status.phase == "Waiting" or status.reason == "SurplusWaits")
             if key in self._busy or not still or not may_be_told(plan):
                 return
             if plan is None and group is None and not (self.cluster.members.get(key) and OBJECT_NAME.fullmatch(key)):
@@ -234,7 +234,11 @@ class Hands:
             plan = plan if plan is not None else empty_plan(key)
             uid = group.metadata.uid if group is not None else plan.spec.pod_group_uid
             spec = GangPlanSpec(
-                pod_group=plan.metadata.name, pod_group_uid=uid, epoch=self.binder.epoch, began=plan.spec.began
+                pod_group=plan.metadata.name,
+                pod_group_uid=uid,
+                epoch=self.binder.epoch,
+                began=plan.spec.began,
+                min_member=plan.spec.min_member,
             )
             saved = await self.binder.save(msgspec.structs.replace(plan, spec=spec, status=status))
             self.cluster.set_plan(key, saved)

@@ -21,6 +21,8 @@ class Hold(NamedTuple):
     uid: str
     until: float
     kind: str
+    failed: bool = False
+    """Of a slot: it, or one before it, began with a failure, and not with an end that was asked for."""
 
 
 class Holds:
@@ -29,9 +31,13 @@ class Holds:
     def __init__(self) -> None:
         self._holds: list[Hold] = []
 
-    def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float) -> None:
+    def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float, failed: bool) -> None:
         """The place of a member that was lost is kept for the one that replaces it."""
-        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT), lost)
+        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed), lost)
+
+    def failed(self, key: str) -> bool:
+        """Whether a place is kept for this gang since one of its members failed."""
+        return any(h.key == key and h.failed for h in self._holds)
 
     def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float) -> None:
         """The places that a gang has made victims leave are its own."""

@@ -13,6 +13,9 @@ STARTS = "colocate_gang_starts"
 ROLLBACKS = "colocate_gang_rollbacks"
 PREEMPTED = "colocate_gang_preempted_pods"
 REJECTIONS = "colocate_gang_kubelet_rejections"
+LOST_NODES = "colocate_gang_lost_nodes"
+NODE_LOSS_HALTED = "colocate_gang_node_loss_halted"
+LOST_MEMBERS = "colocate_gang_lost_members"
 UNSCHEDULABLE = "colocate_gang_admitted_but_unschedulable"
 CAPACITY_TO_START = "colocate_gang_capacity_to_start_seconds"
 BIND_SPREAD = "colocate_gang_bind_spread_seconds"
@@ -34,6 +37,11 @@ class Metrics:
         self.rejections = Counter(
             REJECTIONS, "members that a kubelet refused, by its reason", ["reason"], registry=registry
         )
+        self.lost_nodes = Gauge(LOST_NODES, "vanished nodes with members of gangs on them", registry=registry)
+        self.node_loss_halted = Gauge(
+            NODE_LOSS_HALTED, "1 while so many nodes have vanished that none is given up", registry=registry
+        )
+        self.lost_members = Counter(LOST_MEMBERS, "members deleted because their node was gone", registry=registry)
         self.unschedulable = Counter(UNSCHEDULABLE, "gangs that were planned and could not be bound", registry=registry)
         self.capacity_to_start = self._histogram(
             CAPACITY_TO_START, "from the change that let a gang start to its last bind"

@@ -1,7 +1,8 @@
 """Where a gang can go: all of its quorum or nothing.
 
 Among the nodes that fit, a gang of GPUs goes where it leaves the least fragments, and every gang into as few topology
-domains as it can. Homogeneous gangs are decided exactly. Several classes that compete for the same nodes are packed
+domains as it can: into one where one holds it, else into the fewest of the broadest kind, and of those into the fewest
+of the next. Homogeneous gangs are decided exactly. Several classes that compete for the same nodes are packed
 greedily in up to `MAX_ORDERS` orders, then by a bounded search (search.py); a larger gang whose packing neither finds
 waits, and is tried again with each change of the cluster.
 """
@@ -20,6 +21,7 @@ from colocate.podgroup.search import pack
 
 MAX_ORDERS = 24
 MAX_PREFERRED_DOMAINS = 4
+HOSTNAME = "kubernetes.io/hostname"
 
 
 def _orders(classes: list[Class], ledger: Ledger) -> Iterator[Sequence[Class]]:
@@ -176,16 +178,64 @@ def _place_exactly(ledger: Ledger, gang: Gang, members: Sequence[Member]) -> lis
         rooms = _rooms(ledger, classes, domain)
         if rooms is None:
             continue
-        for key in reversed(gang.preferred_topology) if len(members) > 1 else ():
-            narrower = _domains(ledger, classes, rooms, key, domain)
-            for part in islice(narrower, MAX_PREFERRED_DOMAINS):
-                placed = _within(ledger, classes, part, gang, domain)
-                if placed is not None:
-                    return placed
-        placed = _within(ledger, classes, domain, gang, domain)
-        if placed is not None:
-            return placed
+        for part in _parts(ledger, classes, rooms, gang.preferred_topology if len(members) > 1 else (), domain):
+            placed = _within(ledger, classes, part, gang, domain)
+            if placed is not None:
+                return placed
     return None
+
+
+def _parts(
+    ledger: Ledger, classes: list[Class], rooms: list[Ints], keys: Sequence[str], domain: Mask
+) -> Iterator[Mask]:
+    """Where to try, the best first: single domains from the narrowest label to the broadest, then all of it.
+
+    Of each first the fewest domains of the narrower labels that have room.
+    """
+    for i in reversed(range(len(keys))):
+        for part in islice(_domains(ledger, classes, rooms, keys[i], domain), MAX_PREFERRED_DOMAINS):
+            yield from _narrowed(ledger, classes, rooms, keys[i + 1 :], part)
+    yield from _narrowed(ledger, classes, rooms, keys, domain)
+
+
+def _narrowed(
+    ledger: Ledger, classes: list[Class], rooms: list[Ints], keys: Sequence[str], part: Mask
+) -> Iterator[Mask]:
+    """The fewest domains of each label within those of the one before it; then all of the part."""
+    few = part
+    for key in keys:
+        if key != HOSTNAME:  # as few nodes as possible are filled anyway
+            few = _fewest(ledger, classes, rooms, key, few)
+    if few is not part:
+        yield few
+    yield part
+
+
+def _fewest(ledger: Ledger, classes: list[Class], rooms: list[Ints], key: str, part: Mask) -> Mask:
+    """The fewest domains of a label that have room for all classes, the last one the tightest; the part if none have.
+
+    Exact for one class: the largest ones first. For several, those first that hold the largest share of them.
+    """
+    column = ledger.label(key)
+    here = part & (column.codes >= 0)
+    size = len(column.code_of)
+    by_domain = np.array(
+        [np.bincount(column.codes[here], weights=room[here].astype(float), minlength=size) for room in rooms]
+    )
+    left = np.array([float(len(group.members)) for group in classes])
+    if size == 0 or (by_domain.sum(axis=1) < left).any():
+        return part
+    share = (np.minimum(by_domain, left[:, None]) / left[:, None]).sum(axis=0)
+    chosen, order = [], np.lexsort((column.ranks, -share))
+    for code in order:
+        rest = np.setdiff1d(order, chosen)
+        enough = rest[(by_domain[:, rest] >= left[:, None]).all(axis=0)]
+        if len(enough):
+            chosen.append(int(enough[np.lexsort((column.ranks[enough], by_domain[:, enough].sum(axis=0)))[0]]))
+            return part & np.isin(column.codes, chosen)
+        chosen.append(int(code))
+        left = np.maximum(left - by_domain[:, code], 0.0)
+    return part
 
 
 def place(ledger: Ledger, gang: Gang) -> list[Placed] | None:

@@ -130,8 +130,9 @@ def preempt(
                 return None
     leaving = [h.uid for h in cluster.ledger.holdings.values() if h.leaving and not _stuck(cluster, h.uid, now)]
     with cluster.ledger.without(leaving):
-        if leaving and place(cluster.ledger, gang):
-            return Preemption([], [], [])  # what is leaving already makes room: nobody more need go
+        placed = place(cluster.ledger, gang) if leaving else None
+    if placed:
+        return Preemption([], placed, [])  # what is leaving already makes room: nobody more need go
     search = Search(key, priority, spent, yielding)
     for shared in (False, True):
         found = _search(cluster, gang, search, shared=shared)

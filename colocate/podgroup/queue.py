@@ -1,14 +1,15 @@
 """The queue: which gangs wait, in which order they are tried, and what each is told.
 
-A gang is one entry. Broken gangs are repaired first, then priority, then age; a gang that does not fit is passed by,
-and tried again only after its members or a node that could take one of them have changed. The first that waits for
-room and could ever run gets a time-boxed reservation: those behind it may start where they leave it the room it waits
-for (EASY backfill, Lifka 1995). What was tried is remembered in frozen `Waiting` entries; the clock is an argument.
+A gang is one entry. Priority comes first; within it quorums before members that are only wished for, broken gangs
+first, then age. A gang that does not fit is passed by, and tried again only after its members or a node that could take
+one of them have changed. The first that waits for room and could ever run claims what is free (backfill.py). What was
+tried is remembered in frozen `Waiting` entries; the clock is an argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
+from contextlib import ExitStack
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,11 +17,12 @@ import msgspec
 import numpy as np
 
 from colocate.objects import Pod
+from colocate.podgroup.backfill import Head, claim
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Entry, Settings, entry_of, member_of, not_ready, of_interest, question
-from colocate.podgroup.estimate import durations, runtime, starts_at
+from colocate.podgroup.estimate import Known, durations, runtime, starts_at
 from colocate.podgroup.explain import Shortage, shortage
-from colocate.podgroup.fit import Gang, Placed, Trial, classes_of
+from colocate.podgroup.fit import Gang, Placed, Trial, classes_of, looked_at
 from colocate.podgroup.gangs import is_group, sort_members
 from colocate.podgroup.holding import Holding
 from colocate.podgroup.holds import NOMINATED, SLOT, Holds
@@ -31,6 +33,8 @@ from colocate.podgroup.victims import Victims
 from colocate.units import seconds_of
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
+DELETED_SLOT_SECONDS = 10.0
+"""For how long the place of a deleted member is kept: owners that want another one make it at once."""
 NOMINATION_SECONDS = 30.0
 """Beyond their grace period victims have so long to go, before other room is looked for."""
 RETRY_SECONDS = 60.0
@@ -51,6 +55,9 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     question: Gang | None = None
     """What the solver could not place."""
     reserved_at: float | None = None
+    """Since when its claim has not grown."""
+    claimed: int = 0
+    """The places of how many members its claim had at most."""
     members_at: float = 0.0
     """When a member was last added."""
     created: int = 0
@@ -63,6 +70,19 @@ class Start(NamedTuple):
     placed: list[Placed]
     waited_seconds: float
     note: str = ""
+
+
+class Elastic(NamedTuple):
+    """A start of this cycle of a gang with more members than its quorum."""
+
+    start: Start
+    gang: Gang
+
+    @property
+    def surplus(self) -> list[Placed]:
+        """What it was given beyond its quorum."""
+        needed = {m.uid for m in self.gang.members[: self.gang.quorum]}
+        return [one for one in self.start.placed if one.member.uid not in needed]
 
 
 class Evict(NamedTuple):
@@ -93,7 +113,9 @@ class Queue:
         self.victims = Victims(searches)
         self._shadow: tuple[str, float | None] | None = None
         """The head of this cycle, and when it can start."""
-        self._durations: dict[str, list[float]] | None = None
+        self._durations: Known | None = None
+        self._elastic: list[Elastic] = []
+        """Of the priority that is being decided."""
         self.waiting: dict[str, Waiting] = {}
         self.order: list[str] = []
         """The gangs that wait, as they were last tried."""
@@ -118,29 +140,47 @@ class Queue:
             freed = self._refresh_safely(cluster, key, now, decided) or freed
         if freed:
             self._try_all_again()
-        hopeless: Hopeless = {}
-        head: Entry | None = None
         entries = sorted(self._entries.values(), key=lambda e: e.order)
         self.order = [e.key for e in entries]
-        for alike in self._alike(cluster, entries):
-            started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 and head is None else []
-            decided.starts.extend(started)
-            for entry in alike[len(started) :]:
-                try:
-                    later = entry.key in put_off
-                    found = None if later else self._try(cluster, entry, head, hopeless, now)
-                    if found is None and head is None and self._reserves(cluster, entry, now):
-                        head = entry
-                except Exception as error:  # noqa: BLE001 - see Decisions.failures
-                    self._failed(cluster, entry.key, entry.members.pending, error, decided)
-                    continue
-                if isinstance(found, Start):
-                    decided.starts.append(found)
-                elif isinstance(found, Evict):
-                    decided.evictions.append(found)
+        with ExitStack() as claimed:
+            self._decide(cluster, entries, now, put_off, decided, claimed)
         for start in decided.starts:
             self._refresh_safely(cluster, start.key, now, decided)
         return decided
+
+    def _decide(
+        self,
+        cluster: Cluster,
+        entries: list[Entry],
+        now: float,
+        put_off: Set[str],
+        decided: Decisions,
+        claimed: ExitStack,
+    ) -> None:
+        """Try the entries in their order; what the head claims is held until `claimed` ends."""
+        hopeless: Hopeless = {}
+        head: Head | None = None
+        for _, equal in groupby(entries, key=lambda e: e.members.priority):
+            self._elastic = []
+            for alike in self._alike(cluster, list(equal)):
+                started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 else []
+                decided.starts.extend(started)
+                for entry in alike[len(started) :]:
+                    try:
+                        later = entry.key in put_off
+                        found = None if later else self._try(cluster, entry, head, hopeless, now)
+                        if found is None and head is None and self._reserves(cluster, entry, now):
+                            head = self._claim(cluster, entry, now)
+                            claimed.enter_context(cluster.ledger.with_also(head.claims))
+                    except Exception as error:  # noqa: BLE001 - see Decisions.failures
+                        self._failed(cluster, entry.key, entry.members.pending, error, decided)
+                        continue
+                    if isinstance(found, Start):
+                        decided.starts.append(found)
+                    elif isinstance(found, Evict):
+                        decided.evictions.append(found)
+            for elastic in self._elastic:
+                self._give_surplus(cluster, elastic)
 
     def _failed(self, cluster: Cluster, key: str, pending: Iterable[Pod], error: Exception, decided: Decisions) -> None:
         """A gang could not be decided: what was promised to it is void, and its users are told."""
@@ -238,8 +278,10 @@ class Queue:
                 return entry.key
             if self.holds.any_for(entry.key) or entry.key in self._resting:
                 return entry.key
-            pod = entry.members.pending[0]
-            return id(cluster.shape(pod)), pod.metadata.namespace, tuple(sorted(pod.metadata.labels.items()))
+            one = member_of(cluster, entry.members.pending[0])
+            return id(one.shape), one.namespace, looked_at(one, keys)
+
+        keys = cluster.ledger.repelling_keys
 
         for _, alike in groupby(entries, kind):
             yield list(alike)
@@ -263,7 +305,7 @@ class Queue:
         return starts
 
     def _try(
-        self, cluster: Cluster, entry: Entry, head: Entry | None, hopeless: Hopeless, now: float
+        self, cluster: Cluster, entry: Entry, head: Head | None, hopeless: Hopeless, now: float
     ) -> Start | Evict | None:
         memory = self.waiting[entry.key]
         refused = self._resting_now(cluster, entry.key, now)
@@ -277,11 +319,13 @@ class Queue:
         owed = self.reservations.against(entry.key, entry.members.priority)
         gang, note = question(cluster, entry, self.settings, owed)
         with self.holds.usable_by(cluster, entry.key):
-            known = hopeless.get(gang.signature)
+            known = hopeless.get(gang.signature(cluster.ledger.repelling_keys))
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
                 placed, reason, message = self._room(cluster, gang, head, hopeless, now)
+                if placed is None and gang.quorum:
+                    placed = self._instead_of_surplus(cluster, gang, hopeless)
         if not placed:
             self.waiting[entry.key] = msgspec.structs.replace(
                 memory,
@@ -298,7 +342,35 @@ class Queue:
         for member, node in placed:
             cluster.promise(member.uid, node)
         self._owed_less(cluster, entry.key, now)
-        return Start(entry.key, placed, now - memory.since, note)
+        start = Start(entry.key, placed, now - memory.since, note)
+        if gang.quorum and len(gang.members) > gang.quorum and not entry.owed:
+            self._elastic.append(Elastic(start, gang))
+        return start
+
+    def _instead_of_surplus(self, cluster: Cluster, gang: Gang, hopeless: Hopeless) -> list[Placed] | None:
+        """Room for a quorum that equally important gangs have just been given beyond theirs: it is taken back."""
+        surplus = [one.member.uid for elastic in self._elastic for one in elastic.surplus]
+        if not surplus:
+            return None
+        with cluster.ledger.without(surplus):
+            placed = place(cluster.ledger, gang)
+        if placed is None:
+            return None
+        hopeless.clear()  # there is more room than when they were asked
+        for elastic in self._elastic:
+            for one in elastic.surplus:
+                cluster.withdraw(one.member.uid)
+                elastic.start.placed.remove(one)
+        return placed
+
+    def _give_surplus(self, cluster: Cluster, elastic: Elastic) -> None:
+        """What is left once all quorums of this priority were tried goes to members beyond a quorum."""
+        there = {one.member.uid for one in elastic.start.placed}
+        left, nodes = [m for m in elastic.gang.members if m.uid not in there], [o.node for o in elastic.start.placed]
+        wished = elastic.gang._replace(members=tuple(left), quorum=0, reserve={}, fixed=(*elastic.gang.fixed, *nodes))
+        for one in place(cluster.ledger, wished) or () if left else ():
+            cluster.promise(one.member.uid, one.node)
+            elastic.start.placed.append(one)
 
     def _tell(self, key: str, reason: str, message: str, capacity: bool) -> None:
         self.waiting[key] = msgspec.structs.replace(
@@ -326,7 +398,7 @@ class Queue:
         self,
         cluster: Cluster,
         gang: Gang,
-        head: Entry | None,
+        head: Head | None,
         hopeless: Hopeless,
         now: float,
     ) -> tuple[list[Placed] | None, str, str]:
@@ -335,13 +407,16 @@ class Queue:
         if placed is None and gang.quorum == 0:
             placed = []  # nothing is owed to others by members that are only wished for
         if placed is None:
-            why = shortage(cluster.ledger, gang)
-            hopeless[gang.signature] = (gang.quorum, why)
-            return None, "Unschedulable", why.text
+            with cluster.ledger.without([c.uid for c in head.claims] if head is not None else []):
+                placed = place(cluster.ledger, gang) if head is not None else None
+                if placed is None:
+                    why = shortage(cluster.ledger, gang)
+                    hopeless[gang.signature(cluster.ledger.repelling_keys)] = (gang.quorum, why)
+                    return None, "Unschedulable", why.text
+                if head is not None and not self._ends_before(cluster, placed, head, now):
+                    return None, "BehindReservation", f"the room is reserved for {head.key}, which waits for more"
         if not placed:
             return placed, "SurplusWaits", f"the quorum runs; {len(gang.members)} more members wait for room"
-        if head is not None and not self._leaves_room(cluster, placed, head, now):
-            return None, "BehindReservation", f"the room is reserved for {head.key}, which waits for more"
         return placed, "", ""
 
     def _reserves(self, cluster: Cluster, entry: Entry, now: float) -> bool:
@@ -352,11 +427,20 @@ class Queue:
         if now - memory.since < self.settings.reserve_after_seconds:
             return False
         began = now if memory.reserved_at is None else memory.reserved_at
-        spent = now - began
+        spent, most = now - began, memory.claimed
         if spent >= 2 * self.settings.reservation_seconds:
-            began, spent = now, 0.0
-        self.waiting[entry.key] = msgspec.structs.replace(memory, reserved_at=began)
+            began, spent, most = now, 0.0, 0
+        self.waiting[entry.key] = msgspec.structs.replace(memory, reserved_at=began, claimed=most)
         return spent < self.settings.reservation_seconds and self._fits_an_empty_cluster(cluster, memory.question)
+
+    def _claim(self, cluster: Cluster, entry: Entry, now: float) -> Head:
+        """What the head claims; as long as that grows, its time has not begun."""
+        memory = self.waiting[entry.key]
+        assert memory.question is not None, "only who was asked about can wait for room"
+        head, members = claim(cluster.ledger, entry.key, memory.question)
+        if members > memory.claimed:
+            self.waiting[entry.key] = msgspec.structs.replace(memory, reserved_at=now, claimed=members)
+        return head
 
     def _make_room(self, cluster: Cluster, entry: Entry, gang: Gang, now: float) -> Evict | None:
         """Victims for a gang that does not fit; its places are kept until they have gone."""
@@ -366,13 +450,15 @@ class Queue:
             found = self.victims.find(cluster, entry, gang, self._yielding(entry, now), self.holds, now)
             if found is None:
                 return None
-            grace = max(p.spec.termination_grace_period_seconds or 30 for p in found.victims)
+            grace = max((p.spec.termination_grace_period_seconds or 30 for p in found.victims), default=30)
             self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
-            message = f"{len(found.victims)} pods of lower priority are leaving"
+            message = "pods that are leaving make room"
+            if found.victims:
+                message = f"{len(found.victims)} pods of lower priority are leaving"
         memory = self.waiting[entry.key]
         told = {"reason": "WaitingForPreemption", "message": message, "capacity": False, "gain": cluster.gain}
         self.waiting[entry.key] = msgspec.structs.replace(memory, **told)
-        return Evict(entry.key, found) if found is not None else None
+        return Evict(entry.key, found) if found is not None and found.victims else None
 
     def _yielding(self, entry: Entry, now: float) -> frozenset[str]:
         """The gangs that are broken as this one is, and come after it: of two that each lack a member, one must go.
@@ -395,27 +481,31 @@ class Queue:
         """Whether victims are still to go for this gang."""
         return key in self.holds.keys(NOMINATED)
 
-    def lost(self, cluster: Cluster, holding: Holding, key: str, now: float) -> None:
+    def lost(self, cluster: Cluster, holding: Holding, key: str, now: float, failed: bool = True) -> None:
         """A bound member of a gang is gone or has failed: keep its place for the one that replaces it.
 
-        Not if it has made room for another gang, or was taken back with its own.
+        Not if it has made room for another gang, or was taken back with its own. Whoever was deleted without having
+        `failed` may be one that its owner wants no more: its place is kept for a short time only.
         """
         plan = cluster.plans.get(key)
         taken_back = plan is not None and plan.status.phase == "RollingBack"
         if self.victims.going(holding.uid):
             self.victims.spared(holding.uid)
         elif is_group(key) and not taken_back:
-            self.holds.keep_slot(cluster, holding, key, now + self.settings.slot_seconds)
+            failed = failed or self.holds.failed(key)  # its owner may make all of them anew
+            seconds = self.settings.slot_seconds if failed else min(self.settings.slot_seconds, DELETED_SLOT_SECONDS)
+            self.holds.keep_slot(cluster, holding, key, now + seconds, failed)
 
     def _needs_slots(self, cluster: Cluster, key: str) -> bool:
-        """Whether a gang lives and is below its quorum."""
+        """Whether a gang is below its quorum and lives, or none of it does since one of its members failed."""
         members, group = sort_members(cluster.pods_of(key), self.settings.schedulers), cluster.groups.get(key)
-        return group is not None and 0 < members.satisfied < group.spec.min_member
+        lives = members.satisfied > 0 or self.holds.failed(key)
+        return group is not None and lives and members.satisfied < group.spec.min_member
 
     def _end(self, cluster: Cluster, placed: list[Placed], now: float) -> float:
         """When the last of these will have ended at the latest; never, if nothing is known of one."""
         if self._durations is None:
-            self._durations = durations(cluster)
+            self._durations = durations(cluster, now)
         takes = [runtime(cluster.pods[m.uid], self._durations) for m, _ in placed if m.uid in cluster.pods]
         return now + max((t[1] if t is not None else float("inf") for t in takes), default=0.0)
 
@@ -423,14 +513,9 @@ class Queue:
         with cluster.ledger.empty():
             return place(cluster.ledger, gang._replace(leave=())) is not None
 
-    def _leaves_room(self, cluster: Cluster, placed: list[Placed], head: Entry, now: float) -> bool:
-        """Whether these end before the head can start, or the head still fits beside them when all else has ended."""
-        question = self.waiting[head.key].question
+    def _ends_before(self, cluster: Cluster, placed: list[Placed], head: Head, now: float) -> bool:
+        """Whether all of these will have ended before the head can start, as far as is known."""
         if self._shadow is None or self._shadow[0] != head.key:
-            shadow = starts_at(cluster, question, now) if question is not None else None
+            shadow = starts_at(cluster, head.gang, now)
             self._shadow = (head.key, None if shadow is None else shadow[0])
-        if self._shadow[1] is not None and self._end(cluster, placed, now) <= self._shadow[1]:
-            return True
-        ledger = cluster.ledger
-        with ledger.empty(), ledger.with_also(one.holding for one in placed):
-            return question is None or place(cluster.ledger, question._replace(leave=())) is not None
+        return self._shadow[1] is not None and self._end(cluster, placed, now) <= self._shadow[1]

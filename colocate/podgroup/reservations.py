@@ -99,18 +99,18 @@ class Reservations:
             return None
         pods = cluster.pods_of(key)
         holding = [p for p in pods if p.metadata.uid in cluster.ledger.holdings and not p.deleting]
-        if not holding:
-            return None  # it has not started, or has ended
-        began = self._began(cluster, key, holding, now)
+        done = [p for p in without_former_runs(pods) if p.status.phase == "Succeeded"]
+        if not holding and not 0 < len(done) < cluster.groups[key].spec.min_member:
+            return None  # it has not started, or has ended; completed stages hand over to the next ones
+        began = self._began(cluster, key, holding or done, now)
         if began is None or now >= began + self._lease_seconds:
             return None
-        done = [p for p in without_former_runs(pods) if p.status.phase == "Succeeded"]
         try:
             rest = rest_of_min_resources(cluster, key, [*kept, *(cluster.shape(p) for p in (*holding, *done))])
         except ValueError:
             return None  # it was edited since it started, and is told so once it waits
-        priority = max(p.spec.priority for p in holding)
-        shape = cluster.shape(min(holding, key=lambda p: p.metadata.name))
+        priority = max(p.spec.priority for p in holding or done)
+        shape = cluster.shape(min(holding or done, key=lambda p: p.metadata.name))
         return Reservation(rest, shape, priority, began, began + self._lease_seconds) if rest else None
 
     def _began(self, cluster: Cluster, key: str, holding: list[Pod], now: float) -> float | None:

@@ -8,7 +8,7 @@ PodTopologySpread and VolumeBinding plugins for what counts as a constraint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,9 +16,12 @@ import msgspec
 
 from colocate.objects import (
     Container,
+    ContainerStatus,
     LabelRequirement,
     LabelSelector,
     NodeSelector,
+    NodeSelectorTerm,
+    PersistentVolume,
     Pod,
     PodAffinityTerm,
     Quantities,
@@ -32,8 +35,15 @@ MOST = 2**53
 """No amount is larger: sums over all nodes must stay within 64 bits."""
 MOST_OF_A_POD = 2**50
 KNOWN_OPERATORS = frozenset({"In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"})
-VolumeTerms = Callable[[str, str], "NodeSelector | str | None"]
-"""(namespace, claim) -> where its volume can be reached from, None for everywhere, or why that is not known."""
+VolumeTerms = Callable[[str, str], "tuple[NodeSelector, ...] | str"]
+"""(namespace, claim) -> from where its volume can be reached (all of these), or why that is not known."""
+ZONES = {
+    "failure-domain.beta.kubernetes.io/zone": "topology.kubernetes.io/zone",
+    "failure-domain.beta.kubernetes.io/region": "topology.kubernetes.io/region",
+    "topology.kubernetes.io/zone": "topology.kubernetes.io/zone",
+    "topology.kubernetes.io/region": "topology.kubernetes.io/region",
+}
+"""Labels of a volume that say where it is, and what they are called today."""
 
 
 class HostPort(NamedTuple):
@@ -64,6 +74,23 @@ class Term(NamedTuple):
     def selects(self, namespace: str, labels: Mapping[str, str]) -> bool:
         """Whether a pod with these labels is one of those it looks at."""
         return (self.namespaces is None or namespace in self.namespaces) and matches(self.selector, labels)
+
+
+def all_of(terms: Sequence[Term]) -> Term:
+    """A term that selects the pods which every one of these selects: only such a pod satisfies affinity to several."""
+    if len(terms) == 1:
+        return terms[0]
+    requirements: list[LabelRequirement] = []
+    namespaces: tuple[str, ...] | None = None
+    for term in terms:
+        if term.selector is None:
+            return term
+        labels = sorted(term.selector.match_labels.items())
+        requirements += [LabelRequirement(key=k, operator="In", values=[v]) for k, v in labels]
+        requirements += term.selector.match_expressions
+        if term.namespaces is not None:
+            namespaces = term.namespaces if namespaces is None else tuple(n for n in namespaces if n in term.namespaces)
+    return Term(terms[0].topology_key, LabelSelector(match_expressions=requirements), namespaces)
 
 
 class Shape(msgspec.Struct, frozen=True, weakref=True):
@@ -134,10 +161,33 @@ def _amount(resource: str, text: str | float) -> int:
     return math.ceil(value * 1000) if resource == "cpu" else math.ceil(value)
 
 
-def _asked(container: Container, allocated: Mapping[str, Quantities]) -> dict[str, int]:
+def resized(pod: Pod) -> tuple[object, ...]:
+    """What of a pod's status decides what it is accounted for while it is resized in place."""
+    statuses = (*pod.status.container_statuses, *pod.status.init_container_statuses)
+    told = tuple((s.name, s.allocated_resources, s.resources) for s in statuses if s.allocated_resources or _told(s))
+    return (told, _infeasible(pod)) if told else ()
+
+
+def _told(status: ContainerStatus) -> bool:
+    return bool(status.resources.requests or status.resources.limits)
+
+
+def _infeasible(pod: Pod) -> bool:
+    """Whether a resize was refused for good: what it asks for will never be in force."""
+    return any(c.type == "PodResizePending" and c.reason == "Infeasible" for c in pod.status.conditions)
+
+
+def _asked(container: Container, pod: Pod, statuses: Mapping[str, ContainerStatus]) -> dict[str, int]:
+    """What one container asks for, or while it is resized the most of that, of what is set aside and in force."""
     asked = amounts({**container.resources.limits, **container.resources.requests})
-    for name, amount in amounts(allocated.get(container.name, {})).items():
-        asked[name] = max(asked.get(name, 0), amount)
+    status = statuses.get(container.name)
+    if status is None:
+        return asked
+    if _told(status) and _infeasible(pod):
+        asked = {}
+    for more in (status.allocated_resources, status.resources.requests):
+        for name, amount in amounts(more).items():
+            asked[name] = max(asked.get(name, 0), amount)
     return asked
 
 
@@ -158,14 +208,16 @@ def requests_of(pod: Pod) -> dict[str, int]:
     the pod's own resources replace the sum for what they name; overhead is added. Raises ValueError.
     """
     running: dict[str, int] = {}
-    allocated = {s.name: s.allocated_resources for s in pod.status.container_statuses if s.allocated_resources}
+    statuses = {s.name: s for s in pod.status.container_statuses}
     for container in pod.spec.containers:
-        _add(running, _asked(container, allocated))
+        _add(running, _asked(container, pod, statuses))
     sidecars: dict[str, int] = {}
     starting: dict[str, int] = {}
+    statuses = {s.name: s for s in pod.status.init_container_statuses}
     for container in pod.spec.init_containers:
-        asked = _asked(container, {})
-        if container.restart_policy == ALWAYS:
+        sidecar = container.restart_policy == ALWAYS
+        asked = _asked(container, pod, statuses if sidecar else {})
+        if sidecar:
             _add(sidecars, asked)
         else:
             _add(asked, {name: sidecars[name] for name in sidecars})
@@ -220,6 +272,21 @@ def _unsupported(pod: Pod) -> str:
     return ""
 
 
+def zones_of(volume: PersistentVolume) -> tuple[NodeSelector, ...]:
+    """Where a volume is by its labels (VolumeZone): on nodes with one of its values, or that have no such labels."""
+    nowhere = NodeSelectorTerm(match_expressions=[LabelRequirement(key=key, operator="DoesNotExist") for key in ZONES])
+    found = []
+    for key, today in ZONES.items():
+        values = [v.strip() for v in volume.metadata.labels.get(key, "").split("__") if v.strip()]
+        if values:
+            there = [
+                NodeSelectorTerm(match_expressions=[LabelRequirement(key=name, operator="In", values=values)])
+                for name in dict.fromkeys((key, today))
+            ]
+            found.append(NodeSelector(node_selector_terms=[*there, nowhere]))
+    return tuple(found)
+
+
 def _hosts(pod: Pod) -> tuple[HostPort, ...]:
     containers = [*pod.spec.containers, *(c for c in pod.spec.init_containers if c.restart_policy == ALWAYS)]
     found = {
@@ -245,8 +312,8 @@ def shape_of(pod: Pod, volume_terms: VolumeTerms = lambda _namespace, _claim: "n
             where = volume_terms(pod.metadata.namespace, claim)
             if isinstance(where, str):
                 unsupported = unsupported or f"volume claim {claim}: {where}"
-            elif where is not None:
-                volumes.append(where)
+            else:
+                volumes.extend(where)
     affinity = pod.spec.affinity
     node = affinity.node_affinity if affinity else None
     beside = affinity.pod_affinity if affinity else None

@@ -67,6 +67,9 @@ class StatusWriter:
         """The queue has decided: whoever has another reason now is told."""
         self._positions = {key: i + 1 for i, key in enumerate(self._queue.order)}
         for key, memory in self._queue.waiting.items():
+            plan = self._cluster.plans.get(key)
+            if plan is not None and memory.reason and may_be_told(plan) and plan.status.reason != memory.reason:
+                self._told.pop(key, None)  # what was told was written over when the gang started
             said = self._told.get(key, ("", "", 0.0))[:2]
             if said != (memory.reason, memory.message) or self._position_is_stale(key):
                 self._touched[key] = None
@@ -130,6 +133,8 @@ class StatusWriter:
         memory, plan = self._queue.waiting.get(key), self._cluster.plans.get(key)
         if memory is not None and memory.reason:
             scheduled, reason, message = "False", memory.reason, memory.message
+            if reason == "SurplusWaits":  # the quorum runs
+                scheduled = "True"
         elif plan is not None:
             scheduled = "True" if plan.status.phase == "Running" else "False"
             reason, message = plan.status.reason, plan.status.message
@@ -229,7 +234,7 @@ class StatusWriter:
         if about is None or not is_group(key):
             return
         status = GangPlanStatus(
-            phase="Waiting",
+            phase="Running" if memory.reason == "SurplusWaits" else "Waiting",
             reason=memory.reason,
             message=memory.message,
             position=self._positions.get(key, 0),

@@ -56,11 +56,11 @@ class Victims:
     def find(
         self, cluster: Cluster, entry: Entry, gang: Gang, yielding: frozenset[str], holds: Holds, now: float
     ) -> Preemption | None:
-        """Whose going makes room for a gang that does not fit; None if nobody's may, or nobody need go."""
+        """Whose going makes room for a gang that does not fit, nobody's if others are leaving; None if none's may."""
         priority = entry.members.priority
         if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
             return None
-        signature = gang.signature
+        signature = gang.signature(cluster.ledger.repelling_keys)
         quorum, most = self._hopeless.get(signature, (gang.quorum + 1, priority))
         if gang.quorum >= quorum and priority <= most:
             return None  # nobody's going made room for its like
@@ -77,7 +77,7 @@ class Victims:
                 self._hopeless[signature] = (gang.quorum, priority)
             return None
         self._going.update(p.metadata.uid for p in found.victims)
-        return found if found.victims else None
+        return found
 
     def _may_search(self, key: str) -> bool:
         if key in self._searching:

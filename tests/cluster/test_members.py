@@ -300,7 +300,7 @@ async def test_a_kubelet_that_refuses_every_replacement_does_not_hold_a_gang_for
 async def test_a_node_that_goes_away_before_its_kubelet_answers(world: World) -> None:
     await world.node("good", cpu=1, memory="1Gi")
     await world.node("silent", cpu=1, memory="1Gi", played=False)
-    async with leader(world):
+    async with leader(world, Settings(node_loss_grace_seconds=1.0, most_lost_nodes_ratio=1.0)):
         await world.group("pg", 2)
         for i in range(2):
             await world.pod(f"p{i}", "pg", cpu=1)

@@ -45,8 +45,10 @@ async def test_a_foreign_schema_without_conditions_gets_what_it_has_room_for(
     async with leader(world):
         await world.group("runs", 2)
         await world.group("waits", 3)
+        await world.group("theirs", 3)
         for i in range(2):
             await world.pod(f"runs-{i}", "runs", cpu=1)
+        await world.pod("waits-0", "waits", cpu=1)
         await world.until_bound("runs-0", "runs-1")
 
         async def counted() -> bool:
@@ -54,7 +56,7 @@ async def test_a_foreign_schema_without_conditions_gets_what_it_has_room_for(
             return status.phase == "Running" and status.running == 2
 
         await world.until(counted, "phase and counters are upstream's")
-        assert await world.told("waits", "NotEnoughMembers") == "0 of 3 members exist"
+        assert await world.told("waits", "NotEnoughMembers") == "1 of 3 members exist"
         status = (await world.status("waits")).status
         assert status.conditions == []
         assert status.observed_generation == 0

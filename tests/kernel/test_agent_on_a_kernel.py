@@ -307,6 +307,33 @@ def test_the_next_start_undoes_a_crash_and_removes_what_is_empty(node, agent):
     assert inodes_of(node.port, tier_of(node)) == {}
 
 
+def test_a_handover_is_left_to_the_successor_by_the_unit_and_undone_by_an_operator(node, agent):
+    path = node.make("nightly")
+    before = read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path))
+    running = agent(options=("--handover",), more="batch: [{name: nightly, selector: {cgroup: /nightly}}]")
+    assert wait_for(lambda: read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == "1")
+    running.stop()
+    left = colocate("restore", "--unless-handed-over")
+    assert (left.returncode, "successor" in left.stdout) == (0, True)
+    assert read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == "1"
+    assert colocate("restore").returncode == 0
+    assert read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path)) == before
+    assert "successor" not in colocate("restore", "--unless-handed-over").stdout, "nothing is handed over any more"
+
+
+def test_restore_says_by_its_exit_code_that_a_tier_with_jobs_is_left(node, agent):
+    running = agent()
+    job = subprocess.Popen([sys.executable, "-m", "colocate.cli.main", "run", "--name", "long", "--", "sleep", "60"])
+    assert wait_for(lambda: running.ask("status")["jobs"] == 1)
+    running.stop()
+    found = colocate("restore")
+    assert found.returncode == 1, found.stdout
+    assert "occupied" in found.stdout
+    job.terminate()
+    job.wait(10 * PATIENCE)
+    assert wait_for(lambda: colocate("restore").returncode == 0)
+
+
 # -- below BestEffort ---------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from colocate.calibration import Calibration
 from colocate.decide import attribution as law
+from colocate.decide import evidence
 from colocate.decide.cpu import CpuState, chosen_cpus, decide_cpu, guard_rail_cores
 from colocate.knob import width
 from colocate.model.forecast import WorkloadForecast
@@ -312,12 +313,12 @@ def test_a_grant_of_whole_cores_is_a_cpuset_where_everybody_can_be_confined():
 )
 def test_the_binomial_tail_is_exact(count, total, share):
     exact = 1 - sum(math.comb(total, i) * share**i * (1 - share) ** (total - i) for i in range(count))
-    assert law.binomial_tail(float(count), float(total), share) == pytest.approx(exact, abs=1e-9)
+    assert evidence.binomial_tail(float(count), float(total), share) == pytest.approx(exact, abs=1e-9)
 
 
 def test_half_of_the_error_budget_is_read_as_a_violation_in_at_most_one_window_of_a_hundred():
-    least = next(k for k in range(1, 100) if law.over_budget(float(k), 100.0))
-    assert law.binomial_tail(float(least), 100.0, 0.005) <= 0.01
+    least = next(k for k in range(1, 100) if evidence.over_budget(float(k), 100.0))
+    assert evidence.binomial_tail(float(least), 100.0, 0.005) <= 0.01
 
 
 def test_one_late_request_of_few_changes_nothing():
@@ -361,7 +362,7 @@ def test_requests_of_before_a_change_of_the_grant_never_judge_it():
     node.look()
     node.tick()
     row = next(iter(node.state.subjects.values()))
-    assert row[law.NEAR_N] == row[law.OLD_N] == row[law.OLDER_N] == row[law.N]
+    assert row[evidence.NEAR_N] == row[evidence.OLD_N] == row[evidence.OLDER_N] == row[evidence.N]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from colocate.calibration import Calibration
 from colocate.decide import attribution as law
-from colocate.decide import eviction, fleet, freeze, memory
+from colocate.decide import eviction, evidence, fleet, freeze, memory
 from colocate.decide.pipeline import LawState, decide
 from colocate.model import reference
 from colocate.model.forecast import ModelState, forecast
@@ -27,12 +27,15 @@ def near(found, wanted):
 
 
 def random_inputs(generator, now):
-    inputs = [0.0] * law.NODE_INPUTS
-    inputs[law.NOW], inputs[law.BATCH_CORES] = now, generator.choice([0.0, 0.05, 1.5])
-    inputs[law.IN_FORCE], inputs[law.RAIL_CORES] = float(generator.random() < 0.9), generator.uniform(0.01, 4.0)
-    inputs[law.NODE_CORES], inputs[law.IDLE_CPUS] = 4.0, float(generator.integers(0, 4))
-    inputs[law.FLOOR_CORES], inputs[law.QUESTION_SECONDS], inputs[law.HOLD_SECONDS] = 0.01, 3.0, 10.0
-    inputs[law.PRESSURE_RATIO], inputs[law.BESTEFFORT_RATIO] = 0.2, 0.05
+    inputs = [0.0] * evidence.NODE_INPUTS
+    inputs[evidence.NOW], inputs[evidence.BATCH_CORES] = now, generator.choice([0.0, 0.05, 1.5])
+    inputs[evidence.IN_FORCE], inputs[evidence.RAIL_CORES] = (
+        float(generator.random() < 0.9),
+        generator.uniform(0.01, 4.0),
+    )
+    inputs[evidence.NODE_CORES], inputs[evidence.IDLE_CPUS] = 4.0, float(generator.integers(0, 4))
+    inputs[evidence.FLOOR_CORES], inputs[evidence.QUESTION_SECONDS], inputs[evidence.HOLD_SECONDS] = 0.01, 3.0, 10.0
+    inputs[evidence.PRESSURE_RATIO], inputs[evidence.BESTEFFORT_RATIO] = 0.2, 0.05
     return inputs
 
 
@@ -41,14 +44,14 @@ def test_the_law_of_attribution_is_the_same_compiled():
     generator = np.random.default_rng(11)
     modes: set[float] = set()
     for _ in range(LIVES):
-        kinds = generator.permutation([law.WAITING, law.LATENCY, law.DISPLACED])
-        node, rows = [0.0] * law.NODE_STATE, [[0.0] * law.SUBJECT_STATE for _ in kinds]
+        kinds = generator.permutation([evidence.WAITING, evidence.LATENCY, evidence.DISPLACED])
+        node, rows = [0.0] * law.NODE_STATE, [[0.0] * evidence.SUBJECT_STATE for _ in kinds]
         law.new_node(node, 10.0)
         now, totals, exposures = 1000.0, np.zeros(3), np.zeros(3)
-        seen = [[0.0] * law.SUBJECT_INPUTS for _ in kinds]
+        seen = [[0.0] * evidence.SUBJECT_INPUTS for _ in kinds]
         for row, told, kind in zip(rows, seen, kinds, strict=True):
-            told[law.KIND], told[law.SEEN_AT] = kind, now
-            law.new_subject(row, told, 5.0)
+            told[evidence.KIND], told[evidence.SEEN_AT] = kind, now
+            evidence.new_subject(row, told, 5.0)
         own, added = generator.uniform(0, 0.7, 3), generator.choice([0.0, 0.3, 0.9], 3)
         for _ in range(LOOKS):
             dt = float(generator.choice([0.1, 0.5, 1.0, 4.0]))
@@ -57,13 +60,16 @@ def test_the_law_of_attribution_is_the_same_compiled():
             level = np.clip(own + added * on + generator.normal(0, 0.05, 3), 0, 1)
             requests = np.floor(dt * generator.uniform(0, 60))
             for i, kind in enumerate(kinds):
-                more = requests if kind == law.LATENCY else dt
-                totals[i] += np.floor(level[i] * more) if kind == law.LATENCY else level[i] * more
+                more = requests if kind == evidence.LATENCY else dt
+                totals[i] += np.floor(level[i] * more) if kind == evidence.LATENCY else level[i] * more
                 exposures[i] += more
-                seen[i][law.SEEN_AT], seen[i][law.SEEN_T] = now, float(totals[i]) * (-1 if kind == law.DISPLACED else 1)
-                seen[i][law.SEEN_N] = float(exposures[i]) if kind == law.LATENCY else now
-                seen[i][law.SEEN_WAITED] = float(totals[i])
-                seen[i][law.SILENT] = float(generator.choice([0, 0, 0, 0, 1, 2])) if kind == law.LATENCY else 0.0
+                seen[i][evidence.SEEN_AT] = now
+                seen[i][evidence.SEEN_T] = float(totals[i]) * (-1 if kind == evidence.DISPLACED else 1)
+                seen[i][evidence.SEEN_N] = float(exposures[i]) if kind == evidence.LATENCY else now
+                seen[i][evidence.SEEN_WAITED] = float(totals[i])
+                seen[i][evidence.SILENT] = (
+                    float(generator.choice([0, 0, 0, 0, 1, 2])) if kind == evidence.LATENCY else 0.0
+                )
             inputs = random_inputs(generator, now)
             there, them = np.array(node), np.array(rows)
             answer = COMPILED["step"](there, them, np.array(seen), np.array(inputs))

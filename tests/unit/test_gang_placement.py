@@ -5,12 +5,18 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colocate.objects import (
     Affinity,
+    Claim,
+    ClaimSource,
+    ClaimSpec,
+    Condition,
     Container,
     ContainerPort,
     ContainerStatus,
@@ -19,6 +25,7 @@ from colocate.objects import (
     NodeSpec,
     NodeStatus,
     ObjectMeta,
+    PersistentVolume,
     Pod,
     PodAffinity,
     PodAffinityTerm,
@@ -29,13 +36,15 @@ from colocate.objects import (
     Taint,
     Toleration,
     TopologySpreadConstraint,
+    Volume,
 )
+from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.explain import shortage
 from colocate.podgroup.fit import Gang, Member
 from colocate.podgroup.holding import Holding
 from colocate.podgroup.ledger import Ledger
 from colocate.podgroup.place import place
-from colocate.podgroup.shape import requests_of, shape_of
+from colocate.podgroup.shape import requests_of, shape_of, zones_of
 
 HOST, RACK, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/rack", "topology.kubernetes.io/zone"
 GPU = "nvidia.com/gpu"
@@ -390,3 +399,154 @@ def test_a_ledger_kept_up_to_date_equals_one_made_anew(changes):
     assert kept.names == anew.names
     assert (kept.used == anew.used).all()
     assert (kept.allocatable == anew.allocatable).all()
+
+
+def racks_of(made, asked):
+    placed = place(made, asked)
+    assert placed is not None
+    return sorted({made.node(node).metadata.labels[RACK] for _, node in placed})
+
+
+@pytest.mark.parametrize(
+    ("size", "racks"),
+    [
+        pytest.param(8, 1, id="one rack holds eight"),
+        pytest.param(12, 2, id="twelve need two of eight racks"),
+        pytest.param(17, 3, id="seventeen need three"),
+        pytest.param(64, 8, id="all of them"),
+    ],
+)
+def test_a_gang_that_no_rack_holds_goes_into_the_fewest(size, racks):
+    made = ledger(*(node(f"n{i:02}", {RACK: f"r{i % 8}"}, gpu=8) for i in range(64)))
+    asked = gang(*times(size, gpu=8), preferred_topology=(ZONE, RACK, HOST))
+    assert len(racks_of(made, asked)) == racks
+
+
+def test_within_the_zone_that_holds_it_a_gang_goes_into_the_fewest_racks_and_the_last_is_the_tightest():
+    sizes = {"z0": [2, 2, 2, 2, 2], "z1": [4, 3, 2, 1, 1]}
+    nodes = [
+        node(f"{zone}-{rack}-{i}", {ZONE: zone, RACK: f"{zone}-{rack}"}, gpu=8)
+        for zone, racks in sizes.items()
+        for rack, size in enumerate(racks)
+        for i in range(size)
+    ]
+    asked = gang(*times(5, gpu=8), preferred_topology=(ZONE, RACK, HOST))
+    made = ledger(*nodes)
+    found = racks_of(made, asked)
+    assert len({rack.partition("-")[0] for rack in found}) == 1
+    assert len(found) == (3 if found[0].startswith("z0") else 2)
+
+
+@given(rooms=st.lists(st.integers(0, 4), min_size=1, max_size=6), size=st.integers(2, 12))
+def test_of_a_homogeneous_gang_no_fewer_racks_would_do(rooms, size):
+    made = ledger(*(node(f"n{r}-{i}", {RACK: f"r{r}"}, gpu=1) for r, room in enumerate(rooms) for i in range(room)))
+    placed = place(made, gang(*times(size, gpu=1), preferred_topology=(ZONE, RACK, HOST)))
+    if sum(rooms) < size:
+        assert placed is None
+        return
+    ordered, least, held = sorted(rooms, reverse=True), 0, 0
+    while held < size:
+        held, least = held + ordered[least], least + 1
+    assert len(racks_of(made, gang(*times(size, gpu=1), preferred_topology=(ZONE, RACK, HOST)))) == least
+
+
+def between(key, app):
+    return PodAffinityTerm(topology_key=key, label_selector=LabelSelector(match_labels={"app": app}))
+
+
+def spread_by(key):
+    selector = LabelSelector(match_labels={"app": "x"})
+    return TopologySpreadConstraint(
+        max_skew=1, topology_key=key, when_unsatisfiable="DoNotSchedule", label_selector=selector
+    )
+
+
+def beside(*apps):
+    return {"affinity": Affinity(pod_affinity=PodAffinity(required=[between(ZONE, app) for app in apps]))}
+
+
+CONSTRAINTS = {
+    "affinity to two kinds is not met by a pod of each kind": (
+        ledger(node("a", {ZONE: "z"}), held=[("a", pod("x", {"app": "x"})), ("a", pod("y", {"app": "y"}))]),
+        gang(pod("p", spec=beside("x", "y"))),
+        None,
+    ),
+    "affinity to one kind is": (
+        ledger(node("a", {ZONE: "z"}), held=[("a", pod("x", {"app": "x"})), ("a", pod("y", {"app": "y"}))]),
+        gang(pod("p", spec=beside("x"))),
+        ["a"],
+    ),
+    "a node that lacks the key of one spread constraint counts for none": (
+        ledger(
+            node("a", {ZONE: "z1", RACK: "r"}),
+            node("b", {ZONE: "z2"}),
+            held=[("a", pod("q", {"app": "x"}))],
+        ),
+        gang(
+            pod("p", {"app": "x"}, spec={"topology_spread_constraints": [spread_by(ZONE), spread_by(RACK)]}),
+        ),
+        ["a"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "asked", "expected"), CONSTRAINTS.values(), ids=CONSTRAINTS.keys())
+def test_several_constraints_hold_together_as_upstream(made, asked, expected):
+    assert where(made, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("in_force", "reason", "cpu"),
+    [
+        pytest.param("4", "", 4000, id="more is in force than is asked for"),
+        pytest.param("1", "", 2000, id="more is asked for than is in force"),
+        pytest.param("1", "Infeasible", 1000, id="what is refused for good is not accounted for"),
+        pytest.param("1", "Deferred", 2000, id="what may still come is"),
+    ],
+)
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_a_pod_is_accounted_for_what_is_in_force_while_it_is_resized(sidecar, in_force, reason, cpu):
+    """KEP-1287: the most of what is asked for, set aside and in force."""
+    asks = Container(name="c", resources=Resources(requests={"cpu": "2"}), restart_policy="Always" if sidecar else None)
+    status = [ContainerStatus(name="c", resources=Resources(requests={"cpu": in_force}))]
+    conditions = [Condition(type="PodResizePending", status="True", reason=reason)] if reason else []
+    spec = PodSpec(init_containers=[asks]) if sidecar else PodSpec(containers=[asks])
+    told = PodStatus(init_container_statuses=status) if sidecar else PodStatus(container_statuses=status)
+    one = Pod(metadata=ObjectMeta(name="p"), spec=spec, status=msgspec.structs.replace(told, conditions=conditions))
+    assert dict(shape_of(one).requests)["cpu"] == cpu
+
+
+@pytest.mark.parametrize(
+    ("labels", "nodes"),
+    [
+        pytest.param({ZONE: "z1"}, ["here", "unlabelled"], id="in its zone, or where there are none"),
+        pytest.param({ZONE: "z1__z2"}, ["here", "there", "unlabelled"], id="in one of its zones"),
+        pytest.param({"failure-domain.beta.kubernetes.io/zone": "z2"}, ["there", "unlabelled"], id="by its old name"),
+        pytest.param({}, ["here", "there", "unlabelled"], id="anywhere"),
+    ],
+)
+def test_a_volume_is_used_where_its_labels_say_that_it_is(labels, nodes):
+    made = ledger(node("here", {ZONE: "z1"}), node("there", {ZONE: "z2"}), node("unlabelled"))
+    volume = PersistentVolume(metadata=ObjectMeta(name="v", labels=labels))
+    found = np.ones(3, dtype=bool)
+    for selector in zones_of(volume):
+        found &= made.selected(selector)
+    assert [n for n, good in zip(made.names, found, strict=True) if good] == nodes
+
+
+def test_a_claim_for_one_pod_alone_is_refused_to_a_second_one_by_name():
+    made = Cluster()
+    made.set_node(node("n"))
+    claim = Claim(metadata=ObjectMeta(name="data"), spec=ClaimSpec(volume_name="v", access_modes=["ReadWriteOncePod"]))
+    made.set_claim("ns/data", claim)
+    made.set_volume("v", PersistentVolume(metadata=ObjectMeta(name="v")))
+    volumes = [Volume(persistent_volume_claim=ClaimSource(claim_name="data"))]
+    first, second = (pod(name, spec={"volumes": volumes}) for name in ("first", "second"))
+    made.set_pod(first)
+    made.set_pod(second)
+    assert made.shape(second).unsupported == ""
+    made.promise("first", "n")
+    assert "ReadWriteOncePod), and first uses it" in made.shape(second).unsupported
+    assert made.shape(first).unsupported == ""
+    made.remove_pod("first")
+    assert made.shape(second).unsupported == ""

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -30,7 +30,8 @@ from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.gangs import is_group
 from colocate.podgroup.queue import Queue
-from tests.unit.test_gang_snapshot import group, node, pod
+from colocate.units import parse_time
+from tests.unit.test_gang_snapshot import NOW, group, node, pod
 
 replace = msgspec.structs.replace
 
@@ -77,7 +78,9 @@ class Simulated:
         if is_group(key) and key not in self.cluster.plans:
             meta = ObjectMeta(name=key.removeprefix("ns/"), namespace="ns", uid="plan")
             made = datetime.fromtimestamp(self.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            plan = GangPlan(metadata=meta, spec=GangPlanSpec(began=made), status=GangPlanStatus(phase="Running"))
+            least = self.cluster.groups[key].spec.min_member
+            spec = GangPlanSpec(began=made, min_member=least)
+            plan = GangPlan(metadata=meta, spec=spec, status=GangPlanStatus(phase="Running"))
             self.cluster.set_plan(key, plan)
 
     def finish(self, name):
@@ -179,6 +182,317 @@ def test_a_reservation_ends_when_its_time_is_over():
     made.now = 130.0
     made.cycle()
     assert made.running() == ["holder", "small"]
+
+
+def test_a_head_that_needs_a_part_of_the_cluster_is_not_starved_either():
+    """What ends goes to the head first: it starts once the room that has ended since its claim suffices."""
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 4))
+    for i in range(4):
+        made.add(f"s{i}", 1, 1)
+    made.cycle()
+    made.add("big", 3, 3)
+    made.cycle()
+    ended = 0
+    for i in range(4, 40):
+        made.now += 5.0
+        made.add(f"s{i}", 1, 1)
+        made.finish(made.running()[0])
+        ended += made.now >= 10.0  # since its claim
+        made.cycle()
+        if "big" in made.running():
+            break
+    assert "big" in made.running()
+    assert ended <= 4
+
+
+@settings(deadline=None)
+@given(
+    slots=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    stream=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(0, 30)), min_size=4, max_size=40),
+)
+def test_no_head_waits_longer_than_until_what_was_free_or_ended_since_its_claim_suffices(slots, stream):
+    """Jobs of unknown length arrive (size, 0: none) and end (which); the head's rival is nobody but who ran before."""
+    made = Simulated(reserve_after_seconds=10.0, reservation_seconds=1e9)
+    for i, cpus in enumerate(slots):
+        made.cluster.set_node(node(f"n{i}", cpus))
+    sizes, head, before = {}, "", set()
+    for i, (size, which, seconds) in enumerate(stream):
+        if size:
+            name = f"g{i:03}"
+            made.add(name, size, size)
+            sizes[name] = size
+        running = made.running()
+        if running and which < len(running):
+            made.finish(running[which])
+            del sizes[running[which]]
+        made.now += seconds
+        made.cycle()
+        running = set(made.running())
+        if head and head in sizes and head not in running:
+            left = sum(slots) - sum(sizes[name] for name in before & running)
+            assert left < sizes[head], f"{head} waits though {left} slots were free or have ended since its claim"
+        waiting = [
+            k for k in made.queue.order if k in made.queue.waiting and made.queue.waiting[k].reserved_at is not None
+        ]
+        heads = [k.removeprefix("ns/") for k in waiting if sizes.get(k.removeprefix("ns/"), 99) <= sum(slots)]
+        if heads and heads[0] != head:
+            head, before = heads[0], running
+
+
+@settings(deadline=None)
+@given(
+    stream=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(0, 2), st.integers(0, 7)), min_size=2, max_size=30
+    )
+)
+def test_nobody_starts_while_a_more_important_quorum_that_would_have_fit_waits(stream):
+    """Gangs (size, quorum, priority) arrive and end (which); nothing is preempted, claimed or held."""
+    made = Simulated(reserve_after_seconds=1e9, slot_seconds=0.0)
+    made.cluster.set_node(node("n", 6))
+    quorums, before = {}, {}
+    for i, (size, least, priority, which) in enumerate(stream):
+        if size >= least:
+            made.add(f"g{i:03}", size, least, priority=priority)
+            for one in made.cluster.pods_of(f"ns/g{i:03}"):
+                made.cluster.set_pod(replace(one, spec=replace(one.spec, preemption_policy="Never")))
+            quorums[f"g{i:03}"] = (priority, least)
+        running = made.running()
+        if running and which < len(running):
+            made.finish(running[which])
+            del quorums[running[which]]
+        made.cycle()
+        bound = {name: len(made.bound(name)) for name in quorums}
+        new = {name: count - before.get(name, 0) for name, count in bound.items()}
+        free = 6 - sum(bound.values())
+        for name, (rank, wanted) in quorums.items():
+            if bound[name] == 0:
+                lower = sum(more for other, more in new.items() if more > 0 and quorums[other][0] < rank)
+                assert free + lower < wanted, f"{name} waits, and less important members were started"
+        before = bound
+
+
+@pytest.mark.parametrize(("took", "runs"), [(50, ["long", "short"]), (100, ["long"])])
+def test_a_declared_runtime_is_believed_unless_its_owner_has_overrun_one(took, runs):
+    made = Simulated(reserve_after_seconds=10.0)
+    made.now = parse_time(NOW)
+    made.cluster.set_node(node("n", 5))
+    made.cluster.set_pod(pod("long-0", "long", 3, on="n", expected_runtime_seconds="3600"))
+    made.cluster.groups["ns/long"] = group("long", 1)
+    began, ended = (
+        datetime.fromtimestamp(made.now - ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") for ago in (1000, 1000 - took)
+    )
+    short = pod("short-0", "short", 1, expected_runtime_seconds="60")
+    done = Condition(type="Ready", status="False", last_transition_time=ended)
+    before = replace(short, metadata=replace(short.metadata, name="former", uid="former", labels={}))
+    made.cluster.set_pod(replace(before, status=PodStatus(phase="Succeeded", start_time=began, conditions=[done])))
+    made.add("big", 5, 5)
+    made.cycle()
+    made.now += 20.0
+    made.cluster.groups["ns/short"] = group("short", 1)
+    made.cluster.set_pod(short)
+    made.dirty.add("ns/short")
+    made.cycle()
+    assert made.running() == runs
+
+
+def test_a_gang_that_raises_its_quorum_jumps_no_priority():
+    made = Simulated(reserve_after_seconds=1e9)
+    made.cluster.set_node(node("n", 4))
+    made.add("blocks", 3, 3)
+    made.add("tenant", 1, 1)
+    made.cycle()
+    made.add("vip", 3, 3, priority=1000)
+    for i in range(3):
+        one = made.cluster.pods[f"vip-{i}"]
+        made.cluster.set_pod(replace(one, spec=replace(one.spec, preemption_policy="Never")))
+    made.cycle()
+    made.cluster.groups["ns/tenant"] = group("tenant", 4)
+    for i in range(1, 4):
+        made.cluster.set_pod(pod(f"tenant-{i}", "tenant", 1))
+    made.dirty.add("ns/tenant")
+    made.finish("blocks")
+    made.cycle()
+    assert len(made.bound("vip")) == 3
+    assert len(made.bound("tenant")) == 1
+
+
+def test_members_that_are_only_wished_for_go_after_quorums_of_the_same_priority():
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 4))
+    made.add("old", 40, 1)
+    made.cycle()
+    assert len(made.bound("old")) == 4
+    made.add("young", 4, 4)
+    made.cycle()
+    for _ in range(8):
+        made.now += 20.0
+        ended = made.bound("old")
+        if ended:
+            made.cluster.set_pod(replace(ended[0], status=PodStatus(phase="Succeeded")))
+            made.dirty.add("ns/old")
+        made.cycle()
+    assert len(made.bound("young")) == 4
+
+
+def test_quorums_that_arrive_together_come_before_the_surplus_of_the_first():
+    made = Simulated()
+    made.cluster.set_node(node("n", 4))
+    made.add("a", 4, 1)
+    made.add("b", 2, 2)
+    made.cycle()
+    assert (len(made.bound("a")), len(made.bound("b"))) == (2, 2)
+
+
+def test_room_that_leaving_pods_make_is_kept_for_whom_it_was_promised():
+    made = Simulated()
+    for name in ("n1", "n2"):
+        made.cluster.set_node(node(name, 1))
+    made.add("old", 1, 1)
+    made.cycle()
+    leave(made, "old-0", due="2099-01-01T00:00:00Z")
+    made.add("high", 2, 2, priority=10)
+    made.add("low", 1, 1)
+    made.cycle()
+    assert made.running() == ["old"]
+    assert made.queue.waiting["ns/high"].reason == "WaitingForPreemption"
+    made.cluster.remove_pod("old-0")
+    made.dirty |= {"ns/old", "ns/high"}
+    made.cycle()
+    assert len(made.bound("high")) == 2
+    assert not made.bound("low")
+
+
+def test_a_worker_that_is_lost_before_the_launcher_exists_is_replaced():
+    """mpi-operator makes the launcher once the workers run: without the replacement it never does."""
+    made = Simulated(creation_grace_seconds=0.5)
+    owner = [OwnerReference(kind="MPIJob", name="pi", uid="m", controller=True)]
+
+    def worker(name, uid):
+        one = pod(name, "pi", 1)
+        made.cluster.set_pod(replace(one, metadata=replace(one.metadata, uid=uid, owner_references=owner)))
+        made.dirty.add("ns/pi")
+
+    for i in range(3):
+        made.cluster.set_node(node(f"n{i}", 1))
+    made.cluster.groups["ns/pi"] = group("pi", 3)
+    worker("pi-0", "first"), worker("pi-1", "second")
+    made.cycle()
+    made.now = 1.0
+    made.cycle()
+    assert len(made.bound("pi")) == 2
+    holding = made.cluster.ledger.holdings["second"]
+    made.cluster.remove_pod("second")
+    made.queue.lost(made.cluster, holding, "ns/pi", made.now)
+    worker("pi-1", "again")
+    made.cycle()
+    made.now = 3.0
+    made.cycle()
+    assert len(made.bound("pi")) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "starts"),
+    [
+        pytest.param({"jobset.sigs.k8s.io/jobset-name": "js"}, "Job", True, id="a JobSet's pod is a Job's"),
+        pytest.param(
+            {"leaderworkerset.sigs.k8s.io/name": "lws"}, "StatefulSet", True, id="a leader's is a StatefulSet's"
+        ),
+        pytest.param({"ray.io/originated-from-crd": "RayJob"}, "RayCluster", True, id="a RayJob's is a RayCluster's"),
+        pytest.param({"ray.io/originated-from-crd": "RayCluster"}, "RayCluster", False, id="a RayCluster makes all"),
+        pytest.param({}, "MPIJob", True, id="an MPIJob's is its own"),
+        pytest.param({}, "Job", False, id="a Job makes all"),
+    ],
+)
+def test_staged_owners_are_known_by_what_operators_put_on_their_pods(labels, kind, starts):
+    made = Simulated(creation_grace_seconds=1.0)
+    made.cluster.set_node(node("n", 4))
+    made.cluster.groups["ns/g"] = group("g", 2)
+    one = pod("g-0", "g")
+    owner = [OwnerReference(kind=kind, name="x", uid="o", controller=True)]
+    meta = replace(one.metadata, labels={**one.metadata.labels, **labels}, owner_references=owner)
+    made.cluster.set_pod(replace(one, metadata=meta))
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert not made.bound("g")
+    made.now = 2.0
+    made.cycle()
+    assert bool(made.bound("g")) == starts
+    if not starts:
+        assert "colocate.io/creation-dependency" in made.queue.waiting["ns/g"].message
+
+
+def test_a_gang_that_runs_gets_the_members_that_are_there_though_one_failed_for_good():
+    """mpi-operator keeps a failed worker and makes the launcher anew: that one must run, so that the job can end."""
+    made = Simulated(creation_grace_seconds=30.0, slot_seconds=0.0)
+    made.cluster.set_node(node("n", 4))
+    made.add("g", 4, 4)
+    made.cycle()
+    for name in ("g-0", "g-1"):
+        one = made.cluster.pods[name]
+        made.cluster.set_pod(replace(one, status=PodStatus(phase="Failed")))
+    made.cluster.set_pod(replace(pod("g-9", "g"), metadata=replace(pod("g-9", "g").metadata, uid="launcher")))
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert "g-0 failed and was not replaced" in made.queue.waiting["ns/g"].message
+    made.now = 31.0
+    made.cycle()
+    assert len(made.bound("g")) == 3
+
+
+def test_scaling_up_takes_no_running_members_of_an_equal_gang():
+    made = Simulated(reserve_after_seconds=1e9, slot_seconds=1.0)
+    made.cluster.set_node(node("n", 6))
+    made.add("e1", 3, 3)
+    made.add("e2", 3, 3)
+    made.cycle()
+    for name in ("e1", "e2"):
+        made.cluster.groups[f"ns/{name}"] = group(name, 4)
+        made.cluster.set_pod(pod(f"{name}-3", name))
+        made.dirty.add(f"ns/{name}")
+    for _ in range(5):
+        made.now += 30.0
+        made.cycle()
+    assert (len(made.bound("e1")), len(made.bound("e2"))) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("failed", "rival"),
+    [
+        pytest.param(True, False, id="a failure, and all are made anew: the place is kept"),
+        pytest.param(False, True, id="suspended, all are deleted: the room is free at once"),
+    ],
+)
+def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, rival):
+    made = Simulated(slot_seconds=60.0)
+    made.cluster.set_node(node("n", 2))
+    made.add("g", 2, 2)
+    made.cycle()
+    for i, name in enumerate(("g-0", "g-1")):
+        holding = made.cluster.ledger.holdings[name]
+        made.cluster.remove_pod(name)
+        made.queue.lost(made.cluster, holding, "ns/g", made.now, failed and i == 0)
+    made.add("rival", 2, 2)
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert bool(made.bound("rival")) == rival
+
+
+def test_the_place_of_a_deleted_member_is_kept_for_a_short_time_only():
+    made = Simulated(slot_seconds=60.0)
+    made.cluster.set_node(node("n", 3))
+    made.add("g", 3, 3)
+    made.cycle()
+    holding = made.cluster.ledger.holdings["g-2"]
+    made.cluster.remove_pod("g-2")
+    made.queue.lost(made.cluster, holding, "ns/g", made.now, False)
+    made.add("rival", 1, 1)
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert not made.bound("rival")
+    made.now = 11.0
+    made.cycle()
+    assert made.bound("rival")
 
 
 def bind(made, name, on):

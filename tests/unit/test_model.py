@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -230,7 +231,8 @@ def test_a_round_in_which_batch_did_nothing_is_no_reason_to_fail_and_none_to_cha
 
 
 def test_no_tick_compiles_what_was_not_compiled_at_the_start():
-    state, compiled = ModelState(), (JIT.rates, JIT.smooth, JIT.peak, JIT.histogram_add, JIT.histogram_quantile)
+    state = ModelState()
+    compiled: list[Any] = [JIT.rates, JIT.smooth, JIT.peak, JIT.histogram_add, JIT.histogram_quantile]
     before = [len(f.signatures) for f in compiled]
     for i, count in enumerate((1, 3, 3, 2)):
         workloads = [make.service(f"s{j}", cpu_usage_us=500_000 * i, working_set_bytes=1 << 20) for j in range(count)]
