@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from benchmarks import agent, gang, isolation, reaction, speed, worlds
@@ -20,9 +21,16 @@ SUITES = {
 }
 
 
+def _end(*_: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does: everything that it made is taken away."""
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str]) -> int:
     """Run the suites named (default: all); 0 whatever the bars say, for a missed bar is a finding."""
     configure_logs(logging.ERROR)
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)  # also in the background of a script, where it is ignored
     full = "--full" in arguments
     if arguments == ["worlds", "-o", "json"]:
         print(worlds.as_json())
@@ -42,6 +50,9 @@ def main(arguments: list[str]) -> int:
     except ColocateError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; what was measured is kept, and goes on from there", file=sys.stderr)
+        return 130
     print(*lines, sep="\n")
     if not named:  # of some suites only it would lose the others
         (RESULTS / "summary.txt").write_text("\n".join(lines) + "\n")

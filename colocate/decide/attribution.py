@@ -69,6 +69,7 @@ from colocate.decide.evidence import (
     forget_before,
     harm,
     harmed,
+    outlasts,
     take_in,
 )
 
@@ -217,7 +218,7 @@ def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
 
 def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None:
     """The end of an on phase: acquit whom the answer is clear of; ask again for the others."""
-    left, disagree, outlasts = False, False, False
+    left, disagree, lasting = False, False, False
     for i in range(len(rows)):
         row = rows[i]
         fold(row, seen[i][KIND], True, inputs)
@@ -227,7 +228,7 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
         limit = harm(seen[i][KIND], off, inputs)
         differs = felt - row[FIRST_OFF] > max(0.75 * limit, 1.5 * math.sqrt(row[VARIANCE]))
         if node[WHOLE] == 0.0 and differs and outlasts(row, felt):
-            outlasts = True
+            lasting = True
             break
         if row[CERTAINTY] > -ODDS and not (asked_enough(row, seen[i][KIND]) and row[CERTAINTY] <= UNDECIDED):
             left = True
@@ -235,7 +236,7 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
             disagree = True
         else:
             clear(row, at, felt)
-    if outlasts or (not left and disagree):
+    if lasting or (not left and disagree):
         node[WHOLE] = 1.0
         _first_off(node, rows, inputs, at)
         return

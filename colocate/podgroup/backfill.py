@@ -86,7 +86,8 @@ def _domain(ledger: Ledger, gang: Gang, placed: Sequence[Placed]) -> Mask:
     if not gang.required_topology or not nodes:
         return everywhere
     codes = ledger.label(gang.required_topology).codes
-    return codes == codes[ledger.rows[nodes[0]]]
+    here: Mask = codes == codes[ledger.rows[nodes[0]]]
+    return here
 
 
 def _reserve(ledger: Ledger, gang: Gang) -> Iterator[tuple[str, dict[str, int]]]:

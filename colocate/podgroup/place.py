@@ -226,7 +226,8 @@ def _fewest(ledger: Ledger, classes: list[Class], rooms: list[Ints], key: str, p
     if size == 0 or (by_domain.sum(axis=1) < left).any():
         return part
     share = (np.minimum(by_domain, left[:, None]) / left[:, None]).sum(axis=0)
-    chosen, order = [], np.lexsort((column.ranks, -share))
+    chosen: list[int] = []
+    order = np.lexsort((column.ranks, -share))
     for code in order:
         rest = np.setdiff1d(order, chosen)
         enough = rest[(by_domain[:, rest] >= left[:, None]).all(axis=0)]

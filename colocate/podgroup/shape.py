@@ -305,7 +305,7 @@ def shape_of(pod: Pod, volume_terms: VolumeTerms = lambda _namespace, _claim: "n
         unsupported = _unsupported(pod)
     except ValueError as error:
         requests, unsupported = (("pods", 1),), str(error)
-    volumes = []
+    volumes: list[NodeSelector] = []
     for volume in pod.spec.volumes:
         if volume.persistent_volume_claim is not None:
             claim = volume.persistent_volume_claim.claim_name

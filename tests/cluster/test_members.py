@@ -476,6 +476,7 @@ async def test_the_role_of_the_manifests_is_enough(world: World, limited: Api) -
             await world.pod(f"high-{i}", "high", cpu=1, spec={"priorityClassName": HIGH})
         await world.until_bound("high-0", "high-1")
         await world.group("waits", 2)
+        await world.pod("waits-0", "waits", cpu=1)
 
         async def told_of() -> bool:
             events = await world.api.request("GET", path_of("/api/v1/events", world.namespace))

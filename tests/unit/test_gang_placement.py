@@ -507,7 +507,7 @@ def test_several_constraints_hold_together_as_upstream(made, asked, expected):
 @pytest.mark.parametrize("sidecar", [False, True])
 def test_a_pod_is_accounted_for_what_is_in_force_while_it_is_resized(sidecar, in_force, reason, cpu):
     """KEP-1287: the most of what is asked for, set aside and in force."""
-    asks = Container(name="c", resources=Resources(requests={"cpu": "2"}), restart_policy="Always" if sidecar else None)
+    asks = Container(name="c", resources=Resources(requests={"cpu": "2"}), restart_policy="Always" if sidecar else "")
     status = [ContainerStatus(name="c", resources=Resources(requests={"cpu": in_force}))]
     conditions = [Condition(type="PodResizePending", status="True", reason=reason)] if reason else []
     spec = PodSpec(init_containers=[asks]) if sidecar else PodSpec(containers=[asks])

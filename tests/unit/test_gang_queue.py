@@ -216,7 +216,8 @@ def test_no_head_waits_longer_than_until_what_was_free_or_ended_since_its_claim_
     made = Simulated(reserve_after_seconds=10.0, reservation_seconds=1e9)
     for i, cpus in enumerate(slots):
         made.cluster.set_node(node(f"n{i}", cpus))
-    sizes, head, before = {}, "", set()
+    sizes: dict[str, int] = {}
+    head, before = "", set[str]()
     for i, (size, which, seconds) in enumerate(stream):
         if size:
             name = f"g{i:03}"
@@ -250,7 +251,8 @@ def test_nobody_starts_while_a_more_important_quorum_that_would_have_fit_waits(s
     """Gangs (size, quorum, priority) arrive and end (which); nothing is preempted, claimed or held."""
     made = Simulated(reserve_after_seconds=1e9, slot_seconds=0.0)
     made.cluster.set_node(node("n", 6))
-    quorums, before = {}, {}
+    quorums: dict[str, tuple[int, int]] = {}
+    before: dict[str, int] = {}
     for i, (size, least, priority, which) in enumerate(stream):
         if size >= least:
             made.add(f"g{i:03}", size, least, priority=priority)
