@@ -34,11 +34,8 @@ def expand(plan: GangPlan) -> GangPlan:
     spec = plan.spec
     if not spec.nodes:
         return plan
-    names = dict(enumerate(spec.nodes))
+    names: dict[int | None, str] = dict(enumerate(spec.nodes))
     whole = [
-        PlannedMember(
-            name=spec.prefix + m.name, uid=m.uid, node=m.node or names.get(m.at if m.at is not None else -1, "")
-        )
-        for m in spec.members
+        PlannedMember(name=spec.prefix + m.name, uid=m.uid, node=m.node or names.get(m.at, "")) for m in spec.members
     ]
     return msgspec.structs.replace(plan, spec=msgspec.structs.replace(spec, prefix="", nodes=[], members=whole))
