@@ -314,7 +314,9 @@ class PlannedMember(Lean, frozen=True):
 
     name: str
     uid: str
-    node: str
+    node: str = ""
+    at: int | None = None
+    """Instead of the node's name its number in the plan's `nodes`, where there are many members."""
 
 
 PlanPhase = Literal["Waiting", "Binding", "Confirming", "Repairing", "RollingBack", "Running"]
@@ -337,6 +339,9 @@ class GangPlanSpec(Lean, frozen=True):
     """The group's quorum when it was planned: it stands although the PodGroup may have gone since."""
     note: str = ""
     """What was unusual about this start."""
+    prefix: str = ""
+    """How the names of all members begin, where there are many: they have the rest."""
+    nodes: list[str] = []
     members: list[PlannedMember] = []
 
 

@@ -27,6 +27,7 @@ from colocate.kube.client import (
 )
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import PLAN_API, POD_GROUP_API, Condition, GangPlan, Pod, PodGroup, PodGroupStatus
+from colocate.podgroup.large_plans import compact
 
 EPOCH = "colocate.io/epoch"
 PLAN = "colocate.io/plan"
@@ -153,7 +154,7 @@ class Binder:
     async def save(self, plan: GangPlan) -> GangPlan:
         """Persist a plan. Raises ApiError 409 if it is not what was read, LeadershipLost if a later epoch has it."""
         meta = plan.metadata
-        body = {"apiVersion": PLAN_API, "kind": "GangPlan", **msgspec.to_builtins(plan)}
+        body = {"apiVersion": PLAN_API, "kind": "GangPlan", **msgspec.to_builtins(compact(plan))}
         try:
             if meta.resource_version:
                 answer = await self._write("PUT", path_of(PLANS, meta.namespace, meta.name), body)

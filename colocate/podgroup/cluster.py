@@ -18,6 +18,7 @@ import msgspec
 from colocate.objects import Claim, DisruptionBudget, GangPlan, Node, NodeSelector, PersistentVolume, Pod, PodGroup
 from colocate.podgroup.gangs import gang_key
 from colocate.podgroup.holding import Holding
+from colocate.podgroup.large_plans import expand
 from colocate.podgroup.ledger import Ledger
 from colocate.podgroup.shape import Shape, resized, shape_of, zones_of
 
@@ -113,7 +114,7 @@ class Cluster:
     def set_plan(self, key: str, plan: GangPlan) -> None:
         """A plan as it is now: while it is open, its members hold what they are promised."""
         self.remove_plan(key)
-        self.plans[key] = plan
+        self.plans[key] = plan = expand(plan)
         if plan.status.phase in HOLDING_PHASES:
             for member in plan.spec.members:
                 self._intended[member.uid] = member.node

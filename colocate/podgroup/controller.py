@@ -63,6 +63,8 @@ def settle_memory() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+CYCLE_SECONDS = 0.02
+"""How long a look at the queue may take before watches, the lease and writes have their turn."""
 GIVE_UP_AGAIN_SECONDS = 5.0
 """How often members on vanished nodes are looked at that were left for later."""
 
@@ -200,7 +202,8 @@ class Controller:
         for key in dirty:
             self._carry_on(key)
         began = now_seconds()
-        decided = self.queue.cycle(self.cluster, dirty, began, self.feed.dirty & self._not_before.keys())
+        later = self.feed.dirty & self._not_before.keys()
+        decided = self.queue.cycle(self.cluster, dirty, began, later, lambda: now_seconds() - began > CYCLE_SECONDS)
         for key, error in decided.failures:
             if self._said.get(key) != repr(error):
                 self._said[key] = repr(error)
@@ -218,7 +221,7 @@ class Controller:
                 deletion = self._hands.delete(victim, "PreemptionByScheduler", text, wanted)
                 self._hands.spawn(victim.metadata.uid, deletion)
         self._status.touch_waiting()
-        if self.queue.victims.unfinished:
+        if self.queue.unfinished or self.queue.victims.unfinished:
             self.feed.wake.set()
 
     def _due(self) -> set[str]:

@@ -62,12 +62,9 @@ class Entry(NamedTuple):
     broken: bool
     """It runs with less than the quorum with which it started."""
     need: int
-    created: str
-
-    @property
-    def order(self) -> tuple[object, ...]:
-        """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
-        return -self.members.priority, self.need == 0 and not self.owed, not self.broken, self.created, self.key
+    priority: int
+    order: tuple[int, bool, bool, str, str]
+    """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
 
     @property
     def owed(self) -> bool:
@@ -90,7 +87,9 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     need = max((group.spec.min_member if group is not None else 1) - members.satisfied, 0)
     first = min((p.metadata.creation_timestamp or "" for p in pods), default="")
     created = (group.metadata.creation_timestamp or "") if group is not None else first
-    return Entry(key, members, group, _broken(members, group, plan), need, created)
+    broken, priority = _broken(members, group, plan), members.priority
+    wished_for = need == 0 and not (group is not None and group.spec.min_resources)
+    return Entry(key, members, group, broken, need, priority, (-priority, wished_for, not broken, created, key))
 
 
 def _broken(members: Members, group: PodGroup | None, plan: GangPlan | None) -> bool:

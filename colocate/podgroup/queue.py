@@ -8,7 +8,8 @@ tried is remembered in frozen `Waiting` entries; the clock is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack
 from itertools import groupby
 from typing import NamedTuple
@@ -54,6 +55,8 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     tried: float = 0.0
     question: Gang | None = None
     """What the solver could not place."""
+    kind: tuple[object, ...] = ()
+    """Its signature: what helps one of a kind helps the others."""
     reserved_at: float | None = None
     """Since when its claim has not grown."""
     claimed: int = 0
@@ -105,6 +108,10 @@ Hopeless = dict[tuple[object, ...], tuple[int, Shortage]]
 """Within one cycle room only shrinks: signature -> a quorum that did not fit, and why."""
 
 
+def _rank(entry: Entry) -> tuple[int, bool, bool, str, str]:
+    return entry.order
+
+
 class Queue:
     """All gangs that wait."""
 
@@ -120,14 +127,28 @@ class Queue:
         self.order: list[str] = []
         """The gangs that wait, as they were last tried."""
         self._entries: dict[str, Entry] = {}
+        self._ranked: list[Entry] = []
+        """The same, in their order."""
+        self.unfinished = False
+        """Whether the last cycle ran out of time: the next one goes on, and passes by what has been tried."""
+        self._helped: dict[tuple[object, ...], bool] = {}
+        """Of this cycle: kind, and when it was tried -> whether a node that has changed since could take a member."""
         self.holds, self.reservations = Holds(), Reservations(settings.reservation_seconds)
         self._resting: dict[str, tuple[float, int]] = {}
         """Gang -> until when it is left alone, and how often that has been so."""
 
-    def cycle(self, cluster: Cluster, dirty: set[str], now: float, put_off: Set[str] = frozenset()) -> Decisions:
+    def cycle(
+        self,
+        cluster: Cluster,
+        dirty: set[str],
+        now: float,
+        put_off: Set[str] = frozenset(),
+        out_of_time: Callable[[], bool] = lambda: False,
+    ) -> Decisions:
         """Look again at the gangs named and at those that a change can help; promise room to those that fit.
 
         Gangs that are `put_off` have changed and will be looked at in a later cycle; what is reserved for them stands.
+        Once it is `out_of_time` the rest is left `unfinished` to the next cycle, which begins with the first again.
         """
         for key in self.victims.begin(cluster, len(self._entries) + len(dirty)) & self.waiting.keys():
             self.waiting[key] = msgspec.structs.replace(self.waiting[key], gain=-1)
@@ -140,10 +161,11 @@ class Queue:
             freed = self._refresh_safely(cluster, key, now, decided) or freed
         if freed:
             self._try_all_again()
-        entries = sorted(self._entries.values(), key=lambda e: e.order)
+        entries = list(self._ranked)
         self.order = [e.key for e in entries]
+        self.unfinished, self._helped = False, {}
         with ExitStack() as claimed:
-            self._decide(cluster, entries, now, put_off, decided, claimed)
+            self._decide(cluster, entries, now, put_off, decided, claimed, out_of_time)
         for start in decided.starts:
             self._refresh_safely(cluster, start.key, now, decided)
         return decided
@@ -156,18 +178,19 @@ class Queue:
         put_off: Set[str],
         decided: Decisions,
         claimed: ExitStack,
+        out_of_time: Callable[[], bool],
     ) -> None:
         """Try the entries in their order; what the head claims is held until `claimed` ends."""
         hopeless: Hopeless = {}
         head: Head | None = None
-        for _, equal in groupby(entries, key=lambda e: e.members.priority):
+        for _, equal in groupby(entries, key=lambda e: e.priority):
             self._elastic = []
             for alike in self._alike(cluster, list(equal)):
                 started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 else []
                 decided.starts.extend(started)
                 for entry in alike[len(started) :]:
                     try:
-                        later = entry.key in put_off
+                        later = entry.key in put_off or self._passes_by(cluster, entry, hopeless, now)
                         found = None if later else self._try(cluster, entry, head, hopeless, now)
                         if found is None and head is None and self._reserves(cluster, entry, now):
                             head = self._claim(cluster, entry, now)
@@ -179,6 +202,9 @@ class Queue:
                         decided.starts.append(found)
                     elif isinstance(found, Evict):
                         decided.evictions.append(found)
+                    if not later and out_of_time():
+                        self.unfinished = True
+                        return
             for elastic in self._elastic:
                 self._give_surplus(cluster, elastic)
 
@@ -195,7 +221,7 @@ class Queue:
             self._refresh(cluster, key, now)
             return self._owed_less(cluster, key, now)
         except Exception as error:  # noqa: BLE001
-            self._entries.pop(key, None)
+            self._unrank(key)
             self.waiting.setdefault(key, Waiting(since=now, members_at=now))
             self._failed(cluster, key, (), error, decided)
             return False
@@ -251,14 +277,22 @@ class Queue:
         if entry is None:
             self._forget(cluster, key)
             return
+        self._unrank(key)
         self._entries[key] = entry
+        insort(self._ranked, entry, key=_rank)
         before = self.waiting.get(key, Waiting(since=now, members_at=now))
         if entry.members.created > before.created:
             before = msgspec.structs.replace(before, members_at=now)
         self.waiting[key] = msgspec.structs.replace(before, question=None, created=entry.members.created)
 
+    def _unrank(self, key: str) -> None:
+        """Take a gang's former entry out of the order."""
+        former = self._entries.pop(key, None)
+        if former is not None:
+            del self._ranked[bisect_left(self._ranked, former.order, key=_rank)]
+
     def _forget(self, cluster: Cluster, key: str) -> None:
-        self._entries.pop(key, None)
+        self._unrank(key)
         self.waiting.pop(key, None)
         if not any(uid in cluster.planned for uid in cluster.members.get(key, ())):
             self.holds.drop(cluster, key, NOMINATED)  # whoever wanted the places has gone or runs
@@ -291,7 +325,7 @@ class Queue:
         if not_ready(cluster, alike[0], self.settings, 0.0) is not None:
             return []
         members = tuple(member_of(cluster, entry.members.pending[0]) for entry in alike)
-        owed = self.reservations.against("", alike[0].members.priority)
+        owed = self.reservations.against("", alike[0].priority)
         leave = of_interest(owed, {resource for resource, _ in members[0].shape.requests})
         try:
             placed = place(cluster.ledger, Gang(members, quorum=0, leave=leave)) or []
@@ -304,6 +338,30 @@ class Queue:
             starts.append(Start(entry.key, [one], now - self.waiting[entry.key].since))
         return starts
 
+    def _passes_by(self, cluster: Cluster, entry: Entry, hopeless: Hopeless, now: float) -> bool:
+        """Whether a gang that did not fit need not be asked again: nothing has changed for its kind since."""
+        memory = self.waiting[entry.key]
+        if memory.question is None or memory.reason == "BehindReservation" or self.holds.any_for(entry.key):
+            return False
+        known, quorum = hopeless.get(memory.kind), memory.question.quorum
+        vain = not self._may_evict(cluster, entry) or self.victims.in_vain(memory.kind, quorum, entry.priority)
+        if known is not None and quorum >= known[0] and vain:
+            told = {"gain": cluster.gain, "tried": now}
+            self.waiting[entry.key] = msgspec.structs.replace(memory, **told)
+            return True
+        if now - memory.tried >= RETRY_SECONDS:
+            return False
+        if memory.gain == cluster.gain:
+            return True
+        since = (*memory.kind, memory.gain, cluster.gain)
+        if since not in self._helped:
+            self._helped[since] = self._could_help(cluster, memory, now)
+        return not self._helped[since]
+
+    def _may_evict(self, cluster: Cluster, entry: Entry) -> bool:
+        """Whether somebody might go for it."""
+        return entry.broken or min(cluster.priorities, default=entry.priority) < entry.priority
+
     def _try(
         self, cluster: Cluster, entry: Entry, head: Head | None, hopeless: Hopeless, now: float
     ) -> Start | Evict | None:
@@ -313,13 +371,15 @@ class Queue:
         if refused is not None:
             self._tell(entry.key, *refused, capacity=False)
             return None
-        with self.holds.usable_by(cluster, entry.key):
-            if memory.question is not None and not self._could_help(cluster, memory, now):
-                return None
-        owed = self.reservations.against(entry.key, entry.members.priority)
+        if self.holds.any_for(entry.key):
+            with self.holds.usable_by(cluster, entry.key):
+                if memory.question is not None and not self._could_help(cluster, memory, now):
+                    return None
+        owed = self.reservations.against(entry.key, entry.priority)
         gang, note = question(cluster, entry, self.settings, owed)
+        kind = gang.signature(cluster.ledger.repelling_keys)
         with self.holds.usable_by(cluster, entry.key):
-            known = hopeless.get(gang.signature(cluster.ledger.repelling_keys))
+            known = hopeless.get(kind)
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
@@ -335,6 +395,7 @@ class Queue:
                 gain=cluster.gain,
                 tried=now,
                 question=gang,
+                kind=kind,
             )
             return self._make_room(cluster, entry, gang, now) if reason == "Unschedulable" else None
         self.holds.drop(cluster, entry.key, NOMINATED)

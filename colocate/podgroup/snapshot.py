@@ -175,10 +175,10 @@ def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
     found, when, position, fits = [], None, queue.order.index(key) + 1, True
     entry = entry_of(cluster, key, snapshot.settings)
     if verdicts[key].reason == "Unschedulable" and queue.waiting[key].question is not None and entry is not None:
-        owed = queue.reservations.against(key, entry.members.priority)
+        owed = queue.reservations.against(key, entry.priority)
         gang, _ = question(cluster, entry, snapshot.settings, owed)
         satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied
-        priority = entry.members.priority
+        priority = entry.priority
         resources = {resource for debt in gang.leave for resource in debt.amounts}
 
         def owed_without(other: str) -> tuple[Debt, ...]:

@@ -53,17 +53,21 @@ class Victims:
         """A victim has gone, or could not be told to go: it may be chosen again."""
         self._going.discard(uid)
 
+    def in_vain(self, kind: tuple[object, ...], quorum: int, priority: int) -> bool:
+        """Whether in this cycle nobody's going made room for such a gang."""
+        known = self._hopeless.get(kind)
+        return known is not None and quorum >= known[0] and priority <= known[1]
+
     def find(
         self, cluster: Cluster, entry: Entry, gang: Gang, yielding: frozenset[str], holds: Holds, now: float
     ) -> Preemption | None:
         """Whose going makes room for a gang that does not fit, nobody's if others are leaving; None if none's may."""
-        priority = entry.members.priority
+        priority = entry.priority
         if not gang.quorum or any(p.spec.preemption_policy == "Never" for p in entry.members.pending):
             return None
         signature = gang.signature(cluster.ledger.repelling_keys)
-        quorum, most = self._hopeless.get(signature, (gang.quorum + 1, priority))
-        if gang.quorum >= quorum and priority <= most:
-            return None  # nobody's going made room for its like
+        if self.in_vain(signature, gang.quorum, priority):
+            return None
         if not yielding and min(cluster.priorities, default=priority) >= priority:
             return None  # nobody is less important
         with holds.usable_by(cluster, entry.key):

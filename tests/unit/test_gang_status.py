@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from colocate.objects import Named, ObjectMeta, OwnerReference, Pod, PodGroup, PodGroupSpec, PodSpec, PodStatus
+from colocate.objects import (
+    GangPlan,
+    GangPlanSpec,
+    Named,
+    ObjectMeta,
+    OwnerReference,
+    PlannedMember,
+    Pod,
+    PodGroup,
+    PodGroupSpec,
+    PodSpec,
+    PodStatus,
+)
 from colocate.podgroup.gangs import group_status, sort_members
+from colocate.podgroup.large_plans import compact, expand
 from tools import crds
 
 
@@ -72,3 +86,30 @@ def test_members_are_told_apart_and_ordered():
 @pytest.mark.parametrize("file", sorted(crds.generate()))
 def test_the_manifests_are_what_the_structs_say(file):
     assert (crds.TARGET / file).read_text() == crds.generate()[file], "python -m tools.crds"
+
+
+def names(count):
+    return [f"training-job-with-a-long-name-worker-group-a-{i:05}-x7k2p" for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "stored_mib"),
+    [
+        pytest.param(3, 0.01, id="a small plan is stored as it is"),
+        pytest.param(10_000, 1.0, id="a large one is less than etcd's 1.5 MiB"),
+    ],
+)
+def test_a_plan_is_the_same_again_after_it_was_stored(count, stored_mib):
+    """10,000 members with names as clouds make them: 1.6 MiB if each were written out."""
+    members = [
+        PlannedMember(
+            name=name,
+            uid=f"0c0ffee0-0000-4000-8000-{i:012}",
+            node=f"ip-10-123-{i // 250 % 20:03}-{i % 250:03}.eu-central-1.compute.internal",
+        )
+        for i, name in enumerate(names(count))
+    ]
+    plan = GangPlan(metadata=ObjectMeta(name="g"), spec=GangPlanSpec(plan_id="x", members=members))
+    stored = msgspec.json.encode(compact(plan))
+    assert len(stored) < stored_mib * (1 << 20)
+    assert expand(msgspec.json.decode(stored, type=GangPlan)) == plan
