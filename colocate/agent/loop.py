@@ -139,13 +139,18 @@ class Agent:
 
     def open(self) -> Report:
         """Undo what a predecessor left (unless it handed over) and make the tier. Raises HostUnfit, StateTooNew."""
+        known = False
         if self.state is not None and (data := self.state.load(MODEL_FILE)) is not None:
             try:
                 # Times of another boot or process cannot be compared; what was learnt of the workloads stays.
                 self.model = without_times(from_builtins(data, str(self.state.path / MODEL_FILE)))
+                known = True
             except (KeyError, TypeError, ValueError, StateTooOld, msgspec.ValidationError) as error:
                 log.warning("model_state_unusable", error=str(error))
         handover = not self.shadow and self._take_over()
+        if handover and not known:  # what the laws remember was counted from another zero
+            suspended = msgspec.structs.replace(self.laws.cpu, suspended=True)
+            self.laws = msgspec.structs.replace(self.laws, cpu=suspended)
         report = Report() if handover or self.shadow else restore(self.port, self.journal)
         if not self.shadow:
             self.tier.ensure_tier()
@@ -259,7 +264,7 @@ class Agent:
         waiting = {
             w.id: (w.path, seen.workloads[w.id].cpu_pressure_ratio or 0.0)
             for w in snapshot.of("service")
-            if w.cpu_pressure_us is not None and seen.workloads[w.id].evidence == "waiting"
+            if w.cpu_pressure_us is not None and seen.workloads[w.id].evidence != "latency"
         }
         half = 0.5 * self.policy.spec.cpu.pressure / 100
         new = self._long_waits.watch(waiting, half, snapshot.monotonic_seconds)

@@ -167,7 +167,8 @@ def restore_command(options: argparse.Namespace) -> int:
     from colocate.cgroup.port import KernelPort
 
     directory = state_dir(options)
-    if options.unless_handed_over and directory.is_dir():
+    ended_well = os.environ.get("SERVICE_RESULT", "success") == "success"  # systemd says so to ExecStopPost
+    if options.unless_handed_over and ended_well and directory.is_dir():
         handed_over = StateDirectory(directory).load(HANDOVER_FILE)
         if handed_over is not None and handed_over.get("boot_id") == boot_id():
             print("nothing was undone: the last agent left its grants to a successor")

@@ -263,6 +263,14 @@ def _while_open(node: Row, rows: Rows, inputs: Row) -> tuple[int, int]:
     return (NOT_CAUSED, cleared) if cleared >= 0 else (NOTHING_SUFFERS, -1)
 
 
+def _give_up(node: Row, rows: Rows, now: float) -> None:
+    """A floor that is never in force answers nothing, and is not asked for again soon."""
+    for row in rows:
+        if row[ASKED] > 0.0:
+            clear(row, now, max(row[LEVEL], 0.0))
+    _open(node, rows, now)
+
+
 def _while_asking(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
     now, off = inputs[NOW], node[MODE] == ASKING_OFF
     for row in rows:
@@ -271,11 +279,11 @@ def _while_asking(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
         if off and row[FROM_AT] == NEVER and row[AT] >= node[MARK] - 1e-6 and inputs[IN_FORCE] > 0.0:
             begin_measuring(row)
     who = _worst(rows, 1.0)
-    if off and inputs[IN_FORCE] == 0.0 and now >= node[UNTIL] + MOST_STEP_SECONDS:
-        for row in rows:  # a floor that is never in force answers nothing, and is not asked for again soon
-            if row[ASKED] > 0.0:
-                clear(row, now, max(row[LEVEL], 0.0))
+    if who < 0:  # whom it was about has gone, or is known to wait too shortly to feel it
         _open(node, rows, now)
+        return NOTHING_SUFFERS, -1
+    if off and inputs[IN_FORCE] == 0.0 and now >= node[UNTIL] + MOST_STEP_SECONDS:
+        _give_up(node, rows, now)
         return NOT_CAUSED, who
     if off:
         enough = _measured(rows, seen, now, node[UNTIL], LEAST_REQUESTS, MOST_PHASE_SECONDS)

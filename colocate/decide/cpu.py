@@ -36,8 +36,15 @@ REASONS = {
     pulse.TRYING_MORE: "TryingMore",
     pulse.SIGNAL_LOST: "SignalLost",
 }
-WAITING, LATENCY, DISPLACED = "waiting", "latency", "displaced"
-_KINDS = {WAITING: evidence.WAITING, LATENCY: evidence.LATENCY, DISPLACED: evidence.DISPLACED}
+WAITING, LONG_WAITS, LATENCY, DISPLACED = "waiting", "long waits", "latency", "displaced"
+_KINDS = {
+    WAITING: evidence.WAITING,
+    LONG_WAITS: evidence.WAITING,
+    LATENCY: evidence.LATENCY,
+    DISPLACED: evidence.DISPLACED,
+}
+UNKNOWN_SECONDS = 2.0
+"""A service whose waits were told apart so lately is judged by the long ones; in between nothing is known of them."""
 
 
 class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -89,6 +96,9 @@ class Subject(NamedTuple):
             row[evidence.SEEN_N], row[evidence.SILENT] = now.requests, float(now.silent)
         elif self.kind == DISPLACED:
             row[evidence.SEEN_T] = -now.used_seconds
+        elif self.kind == LONG_WAITS:
+            row[evidence.SEEN_AT] = now.looked_at_last
+            row[evidence.SEEN_T], row[evidence.SEEN_N] = now.long_waits_seconds, now.looked_at_seconds
         return row
 
     def feels(self) -> str:
@@ -113,7 +123,9 @@ def subjects_of(snapshot: NodeSnapshot, forecast: Forecast) -> list[Subject]:
         if latency:
             found.append(Subject(f"{workload.id}/{LATENCY}", workload, now, LATENCY))
         if not latency or now.silent:
-            found.append(Subject(f"{workload.id}/{WAITING}", workload, now, WAITING))
+            apart = now.looked_at_last > 0.0 and 0.0 <= now.at_seconds - now.looked_at_last <= UNKNOWN_SECONDS
+            kind = LONG_WAITS if apart else WAITING  # two subjects: what is felt has another unit
+            found.append(Subject(f"{workload.id}/{kind}", workload, now, kind))
     return found + [
         Subject(f"{w.id}/{DISPLACED}", w, forecast.workloads[w.id], DISPLACED) for w in snapshot.of("besteffort")
     ]
@@ -291,7 +303,7 @@ def _answer(subject: Subject, row: list[float]) -> str:
     if row[evidence.ON] < 1.0 or row[evidence.OFF] < 1.0:
         return ""
     without, beside = row[evidence.OFF_SUM] / row[evidence.OFF], row[evidence.ON_SUM] / row[evidence.ON]
-    verb = {WAITING: "waits", LATENCY: "is late with", DISPLACED: "gets"}[subject.kind]
+    verb = {WAITING: "waits", LONG_WAITS: "waits long", LATENCY: "is late with", DISPLACED: "gets"}[subject.kind]
     alone, both = _share(subject.kind, without), _share(subject.kind, beside)
     return f"{subject.workload.name} {verb} {alone} without batch and {both} beside it"
 

@@ -46,7 +46,8 @@ COUNTERS = (
     "cpu_usage_us", "cpu_pressure_us", "waited_us", "throttled_us", "memory_pressure_us", "memory_pressure_full_us",
     "memory_limit_hits", "long_waits_us",
 )  # fmt: skip
-TOTALS = ("waited_seconds", "used_seconds", "requests", "over_requests")
+TOTALS = ("waited_seconds", "used_seconds", "requests", "over_requests", "long_waits_seconds", "looked_at_seconds",
+          "looked_at_last")  # fmt: skip
 
 
 class WorkloadForecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -71,6 +72,13 @@ class WorkloadForecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     at_own_limit: bool = False
     """It met its own memory limit since its last reading."""
     waited_seconds: float = 0.0
+    """By every wait, however short."""
+    long_waits_seconds: float = 0.0
+    """Of the time in which its waits were told apart by their length, ..."""
+    looked_at_seconds: float = 0.0
+    """... which is so long so far."""
+    looked_at_last: float = 0.0
+    """The last reading at which they were told apart."""
     used_seconds: float = 0.0
     requests: float = 0.0
     over_requests: float = 0.0
@@ -248,11 +256,14 @@ def forecast(
     rates = kernels.rates(counters, state.counters, elapsed)
     cores, pressure, waited, throttled, some, full, _, in_long_waits = np.ascontiguousarray(rates.T) / 1e6
     hits = rates[:, COUNTERS.index("memory_limit_hits")]
-    all_waiting = waiting_ratios(pressure, waited, throttled)
+    all_waiting, looked_at = waiting_ratios(pressure, waited, throttled), ~np.isnan(in_long_waits)
     waiting = felt_ratios(all_waiting, in_long_waits)
     seconds = np.where(np.isnan(elapsed), 0.0, elapsed)
     totals = state.totals.copy()
-    totals[:, 0] += np.where(np.isnan(waiting), 0.0, waiting) * seconds
+    totals[:, 0] += np.where(np.isnan(all_waiting), 0.0, all_waiting) * seconds
+    totals[:, 4] += np.where(looked_at & ~np.isnan(waiting), waiting, 0.0) * seconds
+    totals[:, 5] += np.where(looked_at & ~np.isnan(waiting), seconds, 0.0)
+    totals[:, 6] = np.where(looked_at & ~np.isnan(waiting), at, totals[:, 6])
     totals[:, 1] += np.where(np.isnan(cores), 0.0, cores) * seconds
     working_set = np.array([np.nan if w.working_set_bytes is None else float(w.working_set_bytes) for w in now])
     slot = int(snapshot.time_seconds % 86400 / 86400 * SLOTS)
@@ -284,14 +295,32 @@ def forecast(
         (hits > 0.0).tolist(),
         np.round(totals, 6).tolist(),
         at.tolist(),
+        looked_at.tolist(),
         latencies,
         strict=True,
     )
     result: dict[str, WorkloadForecast] = {}
-    for workload, used, peak, waits, all_waits, stalls, all_stall, held, most, at_limit, total, read, figures in rows:
-        if workload.tier == "service" and "evidence" not in figures and waits is not None:
-            figures.setdefault("slack", slack_of_waiting(spec.cpu.pressure / 100, waits))
-            figures["evidence"] = "waiting"
+    for (
+        workload,
+        used,
+        peak,
+        waits,
+        all_waits,
+        some_stall,
+        all_stall,
+        held,
+        most,
+        limit,
+        total,
+        read,
+        close,
+        more,
+    ) in rows:
+        if workload.tier == "service" and "evidence" not in more and waits is not None:
+            threshold = spec.cpu.pressure / 100
+            if close or waits <= 0.5 * threshold:  # else nobody knows what of it is felt
+                more.setdefault("slack", slack_of_waiting(threshold, waits))
+            more["evidence"] = "waiting"
         result[workload.id] = WorkloadForecast(
             at_seconds=read,
             usage_cores=used,
@@ -300,15 +329,18 @@ def forecast(
             peak_working_set_bytes=None if most is None else int(most),
             cpu_waiting_ratio=waits,
             cpu_pressure_ratio=all_waits,
-            memory_pressure_ratio=stalls,
+            memory_pressure_ratio=some_stall,
             memory_full_ratio=all_stall,
             throttled_ratio=held,
-            at_own_limit=at_limit,
+            at_own_limit=limit,
             waited_seconds=total[0],
+            long_waits_seconds=total[4],
+            looked_at_seconds=total[5],
+            looked_at_last=total[6],
             used_seconds=total[1],
             requests=total[2],
             over_requests=total[3],
-            **figures,
+            **more,
         )
     before = state.node
     state = ModelState(

@@ -13,6 +13,9 @@ from colocate.model.histogram import CPU_BOUNDS_CORES, MEMORY_BOUNDS_BYTES
 from colocate.model.reference import Floats
 from colocate.snapshot import Latency
 
+OLDEST_READABLE = 2
+"""The oldest model version that can still be read: since then columns were only added."""
+
 
 def _sparse(array: Floats) -> list[list[list[float]]]:
     """Per row the [column, value] pairs that are neither 0 nor NaN."""
@@ -28,6 +31,14 @@ def _dense(rows: list[list[list[float]]], width: int, fill: float) -> Floats:
     for i, row in enumerate(rows):
         for column, value in row:
             result[i, int(column)] = value
+    return result
+
+
+def _wide(rows: list[list[float | None]], width: int, fill: float) -> Floats:
+    """Rows of numbers; columns that an older version did not have are filled."""
+    result = np.full((len(rows), width), fill)
+    for i, row in enumerate(rows):
+        result[i, : len(row)] = [np.nan if v is None else v for v in row]
     return result
 
 
@@ -62,19 +73,18 @@ def from_builtins(data: dict[str, Any], source: str) -> ModelState:
             f"{source} has model version {data['version']}, this colocate knows up to {MODEL_VERSION}: "
             "install the newer version again, or give another --state-dir"
         )
-    if data["version"] < MODEL_VERSION:
+    if data["version"] < OLDEST_READABLE:
         raise StateTooOld(f"{source} has model version {data['version']}, this colocate reads version {MODEL_VERSION}")
 
     def vector(values: list[float | None]) -> Floats:
         return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
-    n = len(data["ids"])
     return ModelState(
         ids=tuple(data["ids"]),
         inodes=tuple(data["inodes"]),
-        counters=np.array([vector(row) for row in data["counters"]], dtype=np.float64).reshape(n, len(COUNTERS)),
+        counters=_wide(data["counters"], len(COUNTERS), np.nan),
         at_seconds=vector(data["at_seconds"]),
-        totals=np.array(data["totals"], dtype=np.float64).reshape(n, len(TOTALS)),
+        totals=_wide(data["totals"], len(TOTALS), 0.0),
         cpu_weights=_dense(data["cpu_weights"], CPU_BOUNDS_CORES.size, 0.0),
         memory_weights=_dense(data["memory_weights"], MEMORY_BOUNDS_BYTES.size, 0.0),
         season_cores=_dense(data["season_cores"], SLOTS, np.nan),

@@ -236,6 +236,35 @@ def test_an_acquittal_ends_when_harm_comes_later():
     assert node.state.mode != "open"
 
 
+def apart(world, name, felt, *, known=True):
+    """The world's view, in which the waits of a service are told apart: of them it feels so much."""
+    view = world.view()
+    now = view.forecast.workloads[f"service:{name}"]
+    seconds = world.now if known else world.now - 1.0
+    told = replace(now, long_waits_seconds=felt * seconds, looked_at_seconds=seconds, looked_at_last=seconds)
+    workloads = {**view.forecast.workloads, f"service:{name}": told}
+    return view._replace(forecast=replace(view.forecast, workloads=workloads))
+
+
+def test_a_service_whose_waits_are_short_is_not_asked_about_also_where_one_look_is_missing():
+    node = Node({"web": own(0.6)})
+    for i in range(12):
+        node.advance(1.0)
+        node.decision = decide_cpu(apart(node, "web", 0.02, known=i % 4 != 3), node.state)
+        node.state = node.decision.state
+        assert node.decision.verdict.reason == "NothingSuffers", node.decision.verdict.message
+
+
+def test_a_question_ends_when_the_waits_turn_out_to_be_short():
+    node = Node({"web": own(0.6)})
+    assert node.tick() in ("NothingSuffers", "BatchAsked")
+    assert node.tick() == "BatchAsked"
+    node.advance(1.0)
+    node.decision = decide_cpu(apart(node, "web", 0.02), node.state)
+    assert node.decision.verdict.reason == "NothingSuffers"
+    assert node.decision.state.grant_cores is None
+
+
 def test_another_service_is_not_hidden_by_one_that_was_acquitted():
     node = Node({"noisy": own(0.9), "web": lambda t, share: 0.05 + (0.6 * share if t >= 50 else 0.0)})
     node.look()

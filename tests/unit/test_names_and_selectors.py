@@ -10,7 +10,7 @@ from colocate.cgroup.tree import find_tree, inodes_of, processes_below
 from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.latency import LatencyScraper
-from colocate.observe.longwaits import Schedstat, long_ns
+from colocate.observe.longwaits import LONG_SECONDS, Schedstat, long_ns
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.observer import Observer
 from colocate.observe.pods import Pod
@@ -362,18 +362,19 @@ def test_threads_that_end_take_nothing_back_and_waiting_is_a_share_of_time():
 
 
 @pytest.mark.parametrize(
-    ("what", "grown_ms", "apart_ms", "long_ms"),
+    ("what", "waits", "apart_ms", "long_ms"),
     [
-        ("short waits fill at most the time between two looks, but for the first", [1.9, 2.9], 2.0, 0.0),
-        ("a wait that was credited at once is longer than that", [4.0], 2.0, 4.0),
-        ("of two threads only the one that waited long", [4.0, 0.5], 2.0, 4.0),
-        ("looks that follow at once do not make a short wait long", [0.9], 0.1, 0.0),
-        ("a late look tells of longer waits only", [6.0, 30.0], 5.0, 30.0),
+        ("many short waits", [(1.9, 40), (2.9, 60)], 2.0, 0.0),
+        ("one wait of two milliseconds", [(2.0, 1)], 2.0, 2.0),
+        ("a wait that was credited at once, with short ones, is longer than they could be", [(4.5, 12)], 2.0, 4.5),
+        ("of two threads only the one that waited long", [(4.0, 1), (0.5, 1)], 2.0, 4.0),
+        ("looks that follow at once do not make a short wait long", [(0.9, 1)], 0.1, 0.0),
+        ("a late look tells of long waits too", [(6.0, 9), (30.0, 12), (5.0, 2)], 5.0, 35.0),
     ],
 )
-def test_a_delay_that_grew_by_more_than_the_time_between_looks_had_a_long_wait(what, grown_ms, apart_ms, long_ms):
-    before = {i: Schedstat(0, 7_000_000, 1) for i in range(len(grown_ms))}
-    now = {i: Schedstat(0, 7_000_000 + int(g * 1e6), 2) for i, g in enumerate(grown_ms)}
+def test_waits_are_long_by_their_number_and_by_the_time_between_looks(what, waits, apart_ms, long_ms):
+    before = {i: Schedstat(0, 7_000_000, 1) for i in range(len(waits))}
+    now = {i: Schedstat(0, 7_000_000 + int(ms * 1e6), 1 + times) for i, (ms, times) in enumerate(waits)}
     new = {99: Schedstat(0, 50_000_000, 1)}
     assert long_ns(before, now | new, apart_ms / 1e3) == int(long_ms * 1e6), what
 
@@ -391,9 +392,10 @@ def test_short_waits_never_count_and_those_longer_than_a_look_and_a_half_always_
         t += ran
     counted, before = 0, Schedstat(0, 0, 0)
     for i in range(1, int(t / apart) + 3):
-        now = Schedstat(0, sum(int(w * 1e9) for at, w in ends if at <= i * apart), 0)
+        done = [w for at, w in ends if at <= i * apart]
+        now = Schedstat(0, sum(int(w * 1e9) for w in done), len(done))
         grown = long_ns({1: before}, {1: now}, apart)
         longest = max((w for at, w in ends if (i - 1) * apart < at <= i * apart), default=0.0)
-        assert grown == 0 or longest > 0.5 * apart - 1e-6
+        assert grown == 0 or longest > min(0.5 * apart, LONG_SECONDS) - 1e-6
         counted, before = counted + grown, now
     assert counted >= sum(int(w * 1e9) for _, w in ends if w > 1.5 * apart + 1e-6)
