@@ -81,6 +81,7 @@ class Victims:
                 self._hopeless[signature] = (gang.quorum, priority)
             return None
         self._going.update(p.metadata.uid for p in found.victims)
+        self._going.update(found.leaving)  # their places are promised: they are not kept for their replacements
         return found
 
     def _may_search(self, key: str) -> bool:
