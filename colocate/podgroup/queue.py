@@ -387,13 +387,13 @@ class Queue:
             self._tell(entry.key, *refused, capacity=False)
             return None
         if self.holds.any_for(entry.key):
-            with self.holds.usable_by(cluster, entry.key):
+            with self.holds.usable_by(cluster, entry.key, entry.priority):
                 if memory.question is not None and not self._could_help(cluster, memory, now):
                     return None
         owed = self.reservations.against(entry.key, entry.priority)
         gang, note = question(cluster, entry, self.settings, owed)
         kind = gang.signature(cluster.ledger.repelling_keys)
-        with self.holds.usable_by(cluster, entry.key):
+        with self.holds.usable_by(cluster, entry.key, entry.priority):
             known = hopeless.get(kind)
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
@@ -536,7 +536,7 @@ class Queue:
             if found is None:
                 return None
             grace = max((p.spec.termination_grace_period_seconds or 30 for p in found.victims), default=30)
-            self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
+            self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS, entry.priority)
             message = "pods that are leaving make room"
             if found.victims:
                 message = f"{len(found.victims)} pods of lower priority are leaving"

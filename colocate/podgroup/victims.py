@@ -70,7 +70,7 @@ class Victims:
             return None
         if not yielding and min(cluster.priorities, default=priority) >= priority:
             return None  # nobody is less important
-        with holds.usable_by(cluster, entry.key):
+        with holds.usable_by(cluster, entry.key, entry.priority):
             if gang.leave and place(cluster.ledger, gang._replace(leave=())) is not None:
                 return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
             if not self._may_search(entry.key):
