@@ -376,8 +376,9 @@ def test_a_head_of_several_kinds_claims_for_those_that_fit_though_its_first_does
     """A Ray head without a place must not leave the GPUs of its workers to a stream of small gangs."""
     made = Simulated(reserve_after_seconds=10.0)
     made.cluster.set_node(node("big", 8))
-    made.cluster.set_node(node("n", 3))
+    made.cluster.set_node(node("n", 4))
     made.add("holder", 1, 1, cpu=8)
+    made.add("one", 1, 1)
     made.cycle()
     made.cluster.groups["ns/ray"] = group("ray", 5)
     made.cluster.set_pod(pod("ray-0", "ray", 8))
