@@ -33,14 +33,27 @@ class Head(NamedTuple):
 
 def claim(ledger: Ledger, key: str, gang: Gang) -> tuple[Head, int]:
     """What a gang that does not fit claims of what is free now, and of how many members the places are among it."""
-    members = gang.members[: gang.quorum]
-    wished = gang._replace(members=members, quorum=0, preferred_topology=(), reserve={}, leave=())
-    placed = place(ledger, wished) or []
-    claims = [_room(f"claim:{i}", one.node, dict(one.member.shape.requests)) for i, one in enumerate(placed)]
-    here = {one.member.uid for one in placed}
-    with ledger.with_also(claims):
-        parts = [*_parts(ledger, gang, placed, [m for m in members if m.uid not in here]), *_reserve(ledger, gang)]
-    claims += [_room(f"claim:{len(claims) + i}", node, amounts) for i, (node, amounts) in enumerate(parts)]
+    wished = gang._replace(quorum=0, preferred_topology=(), reserve={})
+    claims: list[Holding] = []
+    placed: list[Placed] = []
+    left = list(gang.members[: gang.quorum])
+
+    def take(members: Sequence[Member]) -> None:
+        nodes = (*gang.fixed, *(one.node for one in placed))
+        with ledger.with_also(claims):
+            found = place(ledger, wished._replace(members=tuple(members), fixed=nodes)) or []
+        for one in found:
+            claims.append(_room(f"claim:{len(claims)}", one.node, dict(one.member.shape.requests)))
+            placed.append(one)
+            left.remove(one.member)
+
+    take(left)
+    for group in classes_of(left, ledger) if left else ():
+        take(group.members)
+    if not gang.leave:  # parts of members, where nobody else is owed them
+        with ledger.with_also(claims):
+            parts = [*_parts(ledger, gang, placed, left), *_reserve(ledger, gang)]
+        claims += [_room(f"claim:{len(claims) + i}", node, amounts) for i, (node, amounts) in enumerate(parts)]
     return Head(key, gang, tuple(claims)), len(placed)
 
 

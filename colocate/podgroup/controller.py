@@ -96,6 +96,8 @@ class Controller:
         """Why the members on vanished nodes are not given up."""
         self._given_up: dict[str, float] = {}
         """Gang -> when it last lost a member to a vanished node."""
+        self._asked: dict[str, float] = {}
+        """uid of such a member -> when its end was last asked for; a finalizer may keep it."""
         self._tasks: asyncio.TaskGroup
         self._spent = 0.0
         """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
@@ -370,8 +372,9 @@ class Controller:
         lost, now = self.feed.lost_nodes, now_seconds()
         lost.look(self.cluster.ledger.rows)
         members = {name: self._ours_on(name) for name in lost.names}
-        for name in [name for name, pods in members.items() if not pods]:
-            lost.forget(name)
+        if not any(members.values()):  # nobody of ours is on any of them
+            for name in lost.names:
+                lost.forget(name)
         present, grace = len(self.cluster.ledger.rows), self.settings.node_loss_grace_seconds
         halted = lost.halted(present)
         if bool(halted) != bool(self._halted):
@@ -380,17 +383,18 @@ class Controller:
                 about = self.cluster.groups.get(gang_key(pod), pod)
                 self._tasks.create_task(self._tell(about, "NodeLossHalted", halted))
         self._halted = halted
-        self.metrics.lost_nodes.set(len(lost.names))
+        self.metrics.lost_nodes.set(sum(bool(pods) for pods in members.values()))
         self.metrics.node_loss_halted.set(bool(halted))
         self._given_up = {key: at for key, at in self._given_up.items() if now - at < grace}
+        self._asked = {uid: at for uid, at in self._asked.items() if uid in self.cluster.pods}
         for name in lost.due(now, present):
             for pod in members.get(name, ()):
-                key = gang_key(pod)
-                if pod.metadata.uid in self._busy:
+                key, uid = gang_key(pod), pod.metadata.uid
+                if uid in self._busy or now - self._asked.get(uid, -GIVE_UP_AGAIN_SECONDS) < GIVE_UP_AGAIN_SECONDS:
                     continue
                 if key not in self._given_up and len(self._given_up) >= self.settings.most_lost_gangs:
                     continue  # with a later look
-                self._given_up[key] = now
+                self._given_up[key] = self._asked[uid] = now
                 self.metrics.lost_members.inc()
                 text = f"node {name} has been gone for {grace:.0f} s"
                 deletion = self._hands.delete(pod, "DeletionByNodeLoss", text, partial(self._is_lost, name))

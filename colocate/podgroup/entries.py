@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from colocate.objects import GangPlan, Pod, PodGroup
-from colocate.podgroup.cluster import HOLDING_PHASES, Cluster
+from colocate.podgroup.cluster import CARRIED_ON, HOLDING_PHASES, Cluster
 from colocate.podgroup.fit import Debt, Gang, Member
 from colocate.podgroup.gangs import Members, is_group, sort_members
 from colocate.podgroup.reservations import rest_of_min_resources
@@ -63,13 +63,10 @@ class Entry(NamedTuple):
     """It runs with less than the quorum with which it started."""
     need: int
     priority: int
+    owed: bool
+    """It has not yet what minResources speaks of (a driver's executors): more members are no mere wish."""
     order: tuple[int, bool, bool, str, str]
     """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
-
-    @property
-    def owed(self) -> bool:
-        """Whether minResources speaks for members beyond the quorum (a driver's executors): they are no mere wish."""
-        return self.group is not None and bool(self.group.spec.min_resources)
 
 
 def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
@@ -88,8 +85,19 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     first = min((p.metadata.creation_timestamp or "" for p in pods), default="")
     created = (group.metadata.creation_timestamp or "") if group is not None else first
     broken, priority = _broken(members, group, plan), members.priority
-    wished_for = need == 0 and not (group is not None and group.spec.min_resources)
-    return Entry(key, members, group, broken, need, priority, (-priority, wished_for, not broken, created, key))
+    owed = _is_owed(cluster, key, members, group)
+    order = (-priority, need == 0 and not owed, not broken, created, key)
+    return Entry(key, members, group, broken, need, priority, owed, order)
+
+
+def _is_owed(cluster: Cluster, key: str, members: Members, group: PodGroup | None) -> bool:
+    if group is None or not group.spec.min_resources:
+        return False
+    there = [cluster.shape(p) for p in (*members.bound, *members.succeeded)]
+    try:
+        return bool(rest_of_min_resources(cluster, key, there))
+    except ValueError:
+        return False  # which it is told, once it is asked about
 
 
 def _broken(members: Members, group: PodGroup | None, plan: GangPlan | None) -> bool:
@@ -122,9 +130,10 @@ def not_ready(cluster: Cluster, entry: Entry, settings: Settings, still_seconds:
     if members.gated and members.created >= members.satisfied + entry.need:
         gates = sorted({g.name for p in members.gated for g in p.spec.scheduling_gates})
         return "SchedulingGated", f"{len(members.gated)} members are held by scheduling gates: {', '.join(gates)}"
-    settled = still_seconds >= settings.creation_grace_seconds
-    if members.pending and not members.gated and settled and (members.bound or _waits_for_itself(entry)):
-        return None  # its quorum counts for a start; once some of it runs, later members follow what is there
+    settled, plan = still_seconds >= settings.creation_grace_seconds, cluster.plans.get(entry.key)
+    runs = bool(members.bound) and plan is not None and bool(plan.spec.began) and plan.status.phase not in CARRIED_ON
+    if members.pending and not members.gated and settled and (runs or _waits_for_itself(entry)):
+        return None  # its quorum counts for a start; once it has started, later members follow what is there
     least = group.spec.min_member if group is not None else 1
     message = f"{members.created} of {least} members exist"
     if members.failed:

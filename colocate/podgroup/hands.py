@@ -181,7 +181,10 @@ class Hands:
     async def delete(self, pod: Pod, reason: str, message: str, wanted: Callable[[], bool] = lambda: False) -> None:
         """Ask for the end of a pod; again only while it is `wanted`. One that could not be asked for is no victim."""
         for attempt in takewhile(lambda i: i == 0 or wanted(), range(DELETE_ATTEMPTS)):
-            at_once = pod.spec.node_name not in self.cluster.ledger.rows
+            # Without a grace period only where no kubelet can be there: a vanished node alone is no proof of that.
+            rows = self.cluster.ledger.rows
+            gone = self.feed.lost_nodes.due(now_seconds(), len(rows))
+            at_once = pod.spec.node_name not in rows and pod.spec.node_name in gone
             try:
                 await self.binder.delete(pod, reason, message, at_once=at_once)
                 break
@@ -226,7 +229,8 @@ class Hands:
         """Say in a plan at rest why its gang waits; a gang that has begun to start meanwhile is not touched."""
         async with self._lock(key):
             group, plan = self.cluster.groups.get(key), self.cluster.plans.get(key)
-            still = (key in self.queue.waiting) == (status.phase == "Waiting" or status.reason == "SurplusWaits")
+            waits = bool(status.reason) and (status.phase == "Waiting" or status.reason == "SurplusWaits")
+            still = (key in self.queue.waiting) == waits
             if key in self._busy or not still or not may_be_told(plan):
                 return
             if plan is None and group is None and not (self.cluster.members.get(key) and OBJECT_NAME.fullmatch(key)):

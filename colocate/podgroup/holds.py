@@ -21,6 +21,8 @@ class Hold(NamedTuple):
     uid: str
     until: float
     kind: str
+    priority: int = 0
+    """Of the gang: a nomination does not stand against one that is more important."""
     failed: bool = False
     """Of a slot: it, or one before it, began with a failure, and not with an end that was asked for."""
 
@@ -33,17 +35,17 @@ class Holds:
 
     def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float, failed: bool) -> None:
         """The place of a member that was lost is kept for the one that replaces it."""
-        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed), lost)
+        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed=failed), lost)
 
     def failed(self, key: str) -> bool:
         """Whether a place is kept for this gang since one of its members failed."""
         return any(h.key == key and h.failed for h in self._holds)
 
-    def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float) -> None:
+    def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float, priority: int) -> None:
         """The places that a gang has made victims leave are its own."""
         self.drop(cluster, key, NOMINATED)
         for one in placed:
-            self._keep(cluster, Hold(key, NOMINATED + one.member.uid, until, NOMINATED), one.holding)
+            self._keep(cluster, Hold(key, NOMINATED + one.member.uid, until, NOMINATED, priority), one.holding)
 
     def _keep(self, cluster: Cluster, hold: Hold, like: Holding) -> None:
         room_only = Shape(requests=like.shape.requests)
@@ -83,7 +85,8 @@ class Holds:
         return [h.until for h in self._holds]
 
     @contextmanager
-    def usable_by(self, cluster: Cluster, key: str) -> Iterator[None]:
-        """What is kept for a gang is free to itself."""
-        with cluster.ledger.without([h.uid for h in self._holds if h.key == key]):
+    def usable_by(self, cluster: Cluster, key: str, priority: int) -> Iterator[None]:
+        """What is kept for a gang is free to itself, and what is only promised to those that are less important."""
+        lifted = [h.uid for h in self._holds if h.key == key or (h.kind == NOMINATED and h.priority < priority)]
+        with cluster.ledger.without(lifted):
             yield

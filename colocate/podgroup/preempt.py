@@ -7,7 +7,7 @@ order of reprieves is kube-scheduler's (DefaultPreemption), the two kinds of bun
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from colocate.objects import Pod
@@ -42,6 +42,8 @@ class Preemption(NamedTuple):
     placed: list[Placed]
     broken: list[str]
     """Gangs that lose their quorum."""
+    leaving: Sequence[str] = ()
+    """uids of pods that are leaving already, where their room is enough."""
 
 
 class Search(NamedTuple):
@@ -128,17 +130,32 @@ def preempt(
         with cluster.ledger.empty():
             if not place(cluster.ledger, gang._replace(leave=())):
                 return None
-    leaving = [h.uid for h in cluster.ledger.holdings.values() if h.leaving and not _stuck(cluster, h.uid, now)]
+    leaving = [
+        h.uid
+        for h in cluster.ledger.holdings.values()
+        if h.leaving and not _stuck(cluster, h.uid, now) and not _comes_again(cluster, h.uid, priority)
+    ]
     with cluster.ledger.without(leaving):
         placed = place(cluster.ledger, gang) if leaving else None
     if placed:
-        return Preemption([], placed, [])  # what is leaving already makes room: nobody more need go
+        return Preemption([], placed, [], leaving)  # what is leaving already makes room: nobody more need go
     search = Search(key, priority, spent, yielding)
     for shared in (False, True):
         found = _search(cluster, gang, search, shared=shared)
         if found is None or shared or _permitted(cluster, found.victims, search.budgets(cluster)):
             return found
     return None
+
+
+def _comes_again(cluster: Cluster, uid: str, priority: int) -> bool:
+    """Whether the place of a leaving pod is its replacement's: of a gang as important, that needs it for its quorum."""
+    pod = cluster.pods.get(uid)
+    group = cluster.groups.get(gang_key(pod)) if pod is not None else None
+    if pod is None or group is None or pod.spec.priority < priority:
+        return False
+    there = [p for p in without_former_runs(cluster.pods_of(gang_key(pod))) if not p.deleting]
+    satisfied = sum(p.status.phase == "Succeeded" or bool(p.spec.node_name and not p.terminal) for p in there)
+    return satisfied < group.spec.min_member
 
 
 def _stuck(cluster: Cluster, uid: str, now: float) -> bool:

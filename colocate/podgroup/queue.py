@@ -121,6 +121,7 @@ class Queue:
         self._shadow: tuple[str, float | None] | None = None
         """The head of this cycle, and when it can start."""
         self._durations: Known | None = None
+        self._head = ""
         self._elastic: list[Elastic] = []
         """Of the priority that is being decided."""
         self.waiting: dict[str, Waiting] = {}
@@ -131,6 +132,8 @@ class Queue:
         """The same, in their order."""
         self.unfinished = False
         """Whether the last cycle ran out of time: the next one goes on, and passes by what has been tried."""
+        self._tried: set[str] = set()
+        """What a pass that is unfinished has tried already."""
         self._helped: dict[tuple[object, ...], bool] = {}
         """Of this cycle: kind, and when it was tried -> whether a node that has changed since could take a member."""
         self.holds, self.reservations = Holds(), Reservations(settings.reservation_seconds)
@@ -163,6 +166,7 @@ class Queue:
             self._try_all_again()
         entries = list(self._ranked)
         self.order = [e.key for e in entries]
+        self._tried = self._tried - dirty if self.unfinished else set()
         self.unfinished, self._helped = False, {}
         with ExitStack() as claimed:
             self._decide(cluster, entries, now, put_off, decided, claimed, out_of_time)
@@ -190,8 +194,10 @@ class Queue:
                 decided.starts.extend(started)
                 for entry in alike[len(started) :]:
                     try:
-                        later = entry.key in put_off or self._passes_by(cluster, entry, hopeless, now)
+                        later = entry.key in put_off or entry.key in self._tried
+                        later = later or self._passes_by(cluster, entry, head, hopeless, now)
                         found = None if later else self._try(cluster, entry, head, hopeless, now)
+                        self._tried.add(entry.key)
                         if found is None and head is None and self._reserves(cluster, entry, now):
                             head = self._claim(cluster, entry, now)
                             claimed.enter_context(cluster.ledger.with_also(head.claims))
@@ -204,9 +210,16 @@ class Queue:
                         decided.evictions.append(found)
                     if not later and out_of_time():
                         self.unfinished = True
+                        self._take_surplus_back(cluster)  # quorums come first; it waits for its turn
                         return
             for elastic in self._elastic:
-                self._give_surplus(cluster, elastic)
+                try:
+                    self._give_surplus(cluster, elastic)
+                except Exception as error:  # noqa: BLE001 - see Decisions.failures
+                    decided.failures.append((elastic.start.key, error))
+        if (head.key if head is not None else "") != self._head:
+            self._head = head.key if head is not None else ""
+            self._room_was_unclaimed()
 
     def _failed(self, cluster: Cluster, key: str, pending: Iterable[Pod], error: Exception, decided: Decisions) -> None:
         """A gang could not be decided: what was promised to it is void, and its users are told."""
@@ -301,6 +314,7 @@ class Queue:
 
     def _try_all_again(self) -> None:
         """Room that was kept for one is free to all: no node has changed, and yet more may fit."""
+        self._tried.clear()
         self.waiting = {key: msgspec.structs.replace(memory, gain=-1) for key, memory in self.waiting.items()}
 
     def _alike(self, cluster: Cluster, entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -338,7 +352,7 @@ class Queue:
             starts.append(Start(entry.key, [one], now - self.waiting[entry.key].since))
         return starts
 
-    def _passes_by(self, cluster: Cluster, entry: Entry, hopeless: Hopeless, now: float) -> bool:
+    def _passes_by(self, cluster: Cluster, entry: Entry, head: Head | None, hopeless: Hopeless, now: float) -> bool:
         """Whether a gang that did not fit need not be asked again: nothing has changed for its kind since."""
         memory = self.waiting[entry.key]
         if memory.question is None or memory.reason == "BehindReservation" or self.holds.any_for(entry.key):
@@ -355,7 +369,8 @@ class Queue:
             return True
         since = (*memory.kind, memory.gain, cluster.gain)
         if since not in self._helped:
-            self._helped[since] = self._could_help(cluster, memory, now)
+            with cluster.ledger.without([c.uid for c in head.claims] if head is not None else []):
+                self._helped[since] = self._could_help(cluster, memory, now)
         return not self._helped[since]
 
     def _may_evict(self, cluster: Cluster, entry: Entry) -> bool:
@@ -372,13 +387,13 @@ class Queue:
             self._tell(entry.key, *refused, capacity=False)
             return None
         if self.holds.any_for(entry.key):
-            with self.holds.usable_by(cluster, entry.key):
+            with self.holds.usable_by(cluster, entry.key, entry.priority):
                 if memory.question is not None and not self._could_help(cluster, memory, now):
                     return None
         owed = self.reservations.against(entry.key, entry.priority)
         gang, note = question(cluster, entry, self.settings, owed)
         kind = gang.signature(cluster.ledger.repelling_keys)
-        with self.holds.usable_by(cluster, entry.key):
+        with self.holds.usable_by(cluster, entry.key, entry.priority):
             known = hopeless.get(kind)
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
@@ -418,11 +433,20 @@ class Queue:
         if placed is None:
             return None
         hopeless.clear()  # there is more room than when they were asked
+        self._take_surplus_back(cluster)
+        return placed
+
+    def _take_surplus_back(self, cluster: Cluster) -> None:
         for elastic in self._elastic:
             for one in elastic.surplus:
                 cluster.withdraw(one.member.uid)
                 elastic.start.placed.remove(one)
-        return placed
+
+    def _room_was_unclaimed(self) -> None:
+        """Another gang is the head, or none: what was claimed may help those that are only wished for."""
+        for key, memory in self.waiting.items():
+            if memory.reason == "SurplusWaits":
+                self.waiting[key] = msgspec.structs.replace(memory, gain=-1)
 
     def _give_surplus(self, cluster: Cluster, elastic: Elastic) -> None:
         """What is left once all quorums of this priority were tried goes to members beyond a quorum."""
@@ -512,7 +536,7 @@ class Queue:
             if found is None:
                 return None
             grace = max((p.spec.termination_grace_period_seconds or 30 for p in found.victims), default=30)
-            self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS)
+            self.holds.nominate(cluster, entry.key, found.placed, now + grace + NOMINATION_SECONDS, entry.priority)
             message = "pods that are leaving make room"
             if found.victims:
                 message = f"{len(found.victims)} pods of lower priority are leaving"

@@ -206,7 +206,11 @@ class StatusWriter:
     async def _no_longer_waits(self, key: str) -> None:
         """A plan that still says that its gang waits, though it waits for nothing any more."""
         plan, group = self._cluster.plans.get(key), self._cluster.groups.get(key)
-        if plan is None or group is None or plan.status.phase != "Waiting" or not plan.status.reason:
+        waits = plan is not None and (plan.status.phase == "Waiting" or plan.status.reason == "SurplusWaits")
+        if plan is None or group is None or not waits or not plan.status.reason:
+            return
+        if not self._cluster.members.get(key):  # it has no pods any more: nobody waits for anything
+            await self._save(key, GangPlanStatus(phase="Waiting"))
             return
         members = sort_members(self._cluster.pods_of(key), self._queue.settings.schedulers)
         if key not in self._queue.waiting and members.satisfied >= group.spec.min_member:

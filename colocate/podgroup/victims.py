@@ -70,7 +70,7 @@ class Victims:
             return None
         if not yielding and min(cluster.priorities, default=priority) >= priority:
             return None  # nobody is less important
-        with holds.usable_by(cluster, entry.key):
+        with holds.usable_by(cluster, entry.key, entry.priority):
             if gang.leave and place(cluster.ledger, gang._replace(leave=())) is not None:
                 return None  # there is room, but for what others are owed: nobody goes for pods that do not exist
             if not self._may_search(entry.key):
@@ -81,6 +81,7 @@ class Victims:
                 self._hopeless[signature] = (gang.quorum, priority)
             return None
         self._going.update(p.metadata.uid for p in found.victims)
+        self._going.update(found.leaving)  # their places are promised: they are not kept for their replacements
         return found
 
     def _may_search(self, key: str) -> bool:

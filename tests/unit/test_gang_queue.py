@@ -346,6 +346,89 @@ def test_quorums_that_arrive_together_come_before_the_surplus_of_the_first():
     assert (len(made.bound("a")), len(made.bound("b"))) == (2, 2)
 
 
+def test_a_cycle_that_runs_out_of_time_goes_on_with_those_it_has_not_tried():
+    made = Simulated(reserve_after_seconds=1e9)
+    made.cluster.set_node(node("n", 4))
+    for i in range(6):  # too few members: they are looked at anew in each pass, and never start
+        made.cluster.groups[f"ns/a{i}"] = group(f"a{i}", 2)
+        made.cluster.set_pod(pod(f"a{i}-0", f"a{i}"))
+        made.dirty.add(f"ns/a{i}")
+    made.add("fits", 2, 2)
+    started, cycles = [], 0
+    while not started:
+        cycles += 1
+        decided = made.queue.cycle(made.cluster, made.dirty, made.now, out_of_time=lambda: True)
+        made.dirty, started = set(), decided.starts
+        assert cycles <= 7, "a pass makes no progress"
+    assert started[0].key == "ns/fits"
+
+
+def test_surplus_is_not_given_before_all_quorums_were_asked_also_when_time_is_over():
+    made = Simulated()
+    made.cluster.set_node(node("n", 4))
+    made.add("a", 4, 1)
+    made.add("b", 2, 2)
+    decided = made.queue.cycle(made.cluster, made.dirty, made.now, out_of_time=lambda: True)
+    assert [len(start.placed) for start in decided.starts] == [1]
+
+
+def test_a_head_of_several_kinds_claims_for_those_that_fit_though_its_first_does_not():
+    """A Ray head without a place must not leave the GPUs of its workers to a stream of small gangs."""
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("big", 8))
+    made.cluster.set_node(node("n", 4))
+    made.add("holder", 1, 1, cpu=8)
+    made.add("one", 1, 1)
+    made.cycle()
+    made.cluster.groups["ns/ray"] = group("ray", 5)
+    made.cluster.set_pod(pod("ray-0", "ray", 8))
+    for i in range(1, 5):
+        made.cluster.set_pod(pod(f"ray-{i}", "ray", 1))
+    made.dirty.add("ns/ray")
+    made.cycle()
+    made.now = 20.0
+    made.add("small", 1, 1)
+    made.cycle()
+    assert made.queue.waiting["ns/ray"].claimed == 3
+    assert made.queue.waiting["ns/small"].reason == "BehindReservation"
+
+
+def test_what_minresources_has_already_makes_no_surplus_owed():
+    made = Simulated(reserve_after_seconds=10.0)
+    made.cluster.set_node(node("n", 4))
+    spark(made, "old", executors=9, wanted={"cpu": "1"})
+    made.cycle()
+    assert len(made.bound("old")) == 4
+    made.add("young", 2, 2)
+    made.cycle()
+    for _ in range(4):
+        made.now += 20.0
+        made.cluster.set_pod(replace(made.bound("old")[0], status=PodStatus(phase="Succeeded")))
+        made.dirty.add("ns/old")
+        made.cycle()
+    assert len(made.bound("young")) == 2
+
+
+def test_the_place_of_a_member_that_is_drained_is_its_replacements():
+    made = Simulated(slot_seconds=60.0)
+    made.cluster.set_node(node("n1", 1))
+    made.cluster.set_node(node("n2", 1))
+    made.add("g", 2, 2)
+    made.cluster.set_node(node("n0", 1))
+    made.add("low", 1, 1, priority=-1)
+    made.cycle()
+    leave(made, "g-1", due="2099-01-01T00:00:00Z")
+    made.add("b", 1, 1)
+    made.cycle()
+    holding = made.cluster.ledger.holdings["g-1"]
+    made.cluster.remove_pod("g-1")
+    made.queue.lost(made.cluster, holding, "ns/g", made.now)
+    made.cluster.set_pod(replace(pod("g-1", "g"), metadata=replace(pod("g-1", "g").metadata, uid="again")))
+    made.dirty |= {"ns/g", "ns/b"}
+    made.cycle()
+    assert len(made.bound("g")) == 2
+
+
 def test_room_that_leaving_pods_make_is_kept_for_whom_it_was_promised():
     made = Simulated()
     for name in ("n1", "n2"):

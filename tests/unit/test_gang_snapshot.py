@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from colocate.cli.main import main
@@ -287,6 +287,7 @@ def test_what_if_says_what_then_happens(nodes, before, asked):
             live.set_pod(one)
         bind(live, queue.cycle(live, {f"ns/g{i}"}, 0.0), bound)
         bind(live, queue.cycle(live, set(live.groups), 0.0), bound)  # what has become surplus by now
+    assume(not queue.holds.ends)  # a snapshot does not know yet what is promised to whom
     size, least, cpu, priority = asked
     wanted = [pod(f"new-{k}", "new", cpu, priority=priority) for k in range(size)]
     snapshot = cluster(live.ledger.nodes(), [bound.get(p.metadata.uid, p) for p in pods], groups)
