@@ -29,7 +29,7 @@ from colocate.objects import (
 from colocate.podgroup.cluster import Cluster
 from colocate.podgroup.entries import Settings
 from colocate.podgroup.gangs import is_group
-from colocate.podgroup.queue import Queue
+from colocate.podgroup.queue import Queue, Start
 from colocate.units import parse_time
 from tests.unit.test_gang_snapshot import NOW, group, node, pod
 
@@ -354,7 +354,8 @@ def test_a_cycle_that_runs_out_of_time_goes_on_with_those_it_has_not_tried():
         made.cluster.set_pod(pod(f"a{i}-0", f"a{i}"))
         made.dirty.add(f"ns/a{i}")
     made.add("fits", 2, 2)
-    started, cycles = [], 0
+    started: list[Start] = []
+    cycles = 0
     while not started:
         cycles += 1
         decided = made.queue.cycle(made.cluster, made.dirty, made.now, out_of_time=lambda: True)
