@@ -45,6 +45,7 @@ def test_doctor_finds_a_tier_possible(guest):
         pytest.param("test_model_differential.py", 600, id="the model answers as this kernel does"),
         pytest.param("test_crash.py", 900, id="a SIGKILL at twenty moments leaves the node as it was found"),
         pytest.param("test_memory.py", 600, id="memory is given back"),
+        pytest.param("test_long_waits.py", 300, id="long waits are told from short ones"),
         pytest.param("test_agent_on_a_kernel.py", 1800, id="the agent and its command line"),
         pytest.param("test_bad_moments.py", 1200, id="bad moments"),
         pytest.param("test_hung_and_restarted.py", 900, id="hung and restarted agents"),
