@@ -83,7 +83,11 @@ async def _controller(options: argparse.Namespace) -> int:
     if options.lease_duration < 1:
         raise BadInput(f"--lease-duration: {options.lease_duration:g} s is too short: at least 1 s")
     names = {options.scheduler_name, *options.also_answer_to}
-    settings = Settings(schedulers=tuple(sorted(names)), timeout_seconds=options.timeout)
+    settings = Settings(
+        schedulers=tuple(sorted(names)),
+        timeout_seconds=options.timeout,
+        node_loss_grace_seconds=options.node_loss_grace,
+    )
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

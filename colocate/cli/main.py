@@ -210,6 +210,12 @@ def _add_cluster(add: Add) -> None:
     controller.add_argument(
         "--timeout", type=_positive, default=60, help="seconds to start a gang whose PodGroup says nothing"
     )
+    controller.add_argument(
+        "--node-loss-grace",
+        type=_duration,
+        default=40.0,
+        help="for how long a node's object must have been gone before the members on it are given up",
+    )
     controller.add_argument("--http", default="", help="HOST:PORT of /metrics, /healthz and /readyz (default: none)")
     controller.add_argument("--lease-namespace", default="colocate-system", help="where the lease is")
     controller.add_argument("--lease-name", default="colocate-controller", help="of the lease")

@@ -59,7 +59,14 @@ class GangDemo:
             with (
                 self._process("colocate.demo.gang.observer", kubeconfig) as observer,
                 self._process(
-                    "colocate.cli.main", "controller", "--kubeconfig", kubeconfig, "--lease-namespace", NAMESPACE
+                    "colocate.cli.main",
+                    "controller",
+                    "--kubeconfig",
+                    kubeconfig,
+                    "--lease-namespace",
+                    NAMESPACE,
+                    "--node-loss-grace",
+                    "1s",  # nobody wants to watch a minute of nothing
                 ) as controller,
             ):
                 try:
