@@ -367,6 +367,11 @@ class GangPlanStatus(Lean, frozen=True):
     conditions: list[Condition] = []
     observed_generation: int = 0
 
+    @property
+    def waits(self) -> bool:
+        """Whether it says why somebody waits: the gang, or its members beyond a quorum that runs."""
+        return bool(self.reason) and (self.phase == "Waiting" or self.reason == "SurplusWaits")
+
 
 class GangPlan(Lean, frozen=True):
     """colocate.io/v1alpha1 GangPlan: our own object beside each PodGroup, of the same name."""

@@ -183,8 +183,7 @@ async def _queue(options: argparse.Namespace) -> int:
     async with Api.connect(options.kubeconfig, options.context) as api:
         path = path_of(PLANS, options.namespace) if options.namespace else PLANS
         plans = msgspec.json.decode(await api.request("GET", path), type=_Plans).items
-    said = [p for p in plans if p.status.reason]
-    waiting = [p for p in said if p.status.phase == "Waiting" or p.status.reason == "SurplusWaits"]
+    waiting = [p for p in plans if p.status.waits]
     waiting.sort(key=lambda p: (p.status.position or 1 << 30, p.status.waiting_since or "", p.metadata.name))
     if options.output in DATA_FORMS:
         print_data([_row(p) for p in waiting], options.output)

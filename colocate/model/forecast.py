@@ -258,12 +258,13 @@ def forecast(
     hits = rates[:, COUNTERS.index("memory_limit_hits")]
     all_waiting, looked_at = waiting_ratios(pressure, waited, throttled), ~np.isnan(in_long_waits)
     waiting = felt_ratios(all_waiting, in_long_waits)
+    told_apart = looked_at & ~np.isnan(waiting)
     seconds = np.where(np.isnan(elapsed), 0.0, elapsed)
     totals = state.totals.copy()
     totals[:, 0] += np.where(np.isnan(all_waiting), 0.0, all_waiting) * seconds
-    totals[:, 4] += np.where(looked_at & ~np.isnan(waiting), waiting, 0.0) * seconds
-    totals[:, 5] += np.where(looked_at & ~np.isnan(waiting), seconds, 0.0)
-    totals[:, 6] = np.where(looked_at & ~np.isnan(waiting), at, totals[:, 6])
+    totals[:, 4] += np.where(told_apart, waiting, 0.0) * seconds
+    totals[:, 5] += np.where(told_apart, seconds, 0.0)
+    totals[:, 6] = np.where(told_apart, at, totals[:, 6])
     totals[:, 1] += np.where(np.isnan(cores), 0.0, cores) * seconds
     working_set = np.array([np.nan if w.working_set_bytes is None else float(w.working_set_bytes) for w in now])
     slot = int(snapshot.time_seconds % 86400 / 86400 * SLOTS)

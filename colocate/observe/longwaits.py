@@ -24,7 +24,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import structlog
 
@@ -32,6 +31,7 @@ from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import main_hierarchy, processes_below
 from colocate.observe.cgroup import parse_pressure
+from colocate.observe.schedstat import Schedstat, parse_schedstat
 
 LOOK_SECONDS = 0.002
 LONG_SECONDS = 0.001
@@ -48,20 +48,6 @@ that somebody waits whom nobody sees."""
 KEPT_SECONDS, KNOWN_SECONDS = 30.0, 0.5
 MOST_SERVICES, MOST_LOOKED_AT, MOST_THREADS = 4, 16, 256
 log = structlog.get_logger()
-
-
-class Schedstat(NamedTuple):
-    """A thread's time on a CPU and on the run queue so far, in nanoseconds, and how often it came to run."""
-
-    ran_ns: int
-    waited_ns: int
-    times: int
-
-
-def parse_schedstat(text: bytes | str) -> Schedstat:
-    """Of /proc/<pid>/task/<tid>/schedstat (Documentation/scheduler/sched-stats.rst)."""
-    ran, waited, times = text.split()[:3]
-    return Schedstat(int(ran), int(waited), int(times))
 
 
 def long_ns(before: Mapping[int, Schedstat], now: Mapping[int, Schedstat], seconds: float) -> int:

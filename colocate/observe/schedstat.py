@@ -9,10 +9,25 @@ waited independently. Reading is O(threads), so it is done for few; PSI covers t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from colocate.cgroup.port import FilePort
 
 MAX_THREADS = 128
+
+
+class Schedstat(NamedTuple):
+    """A thread's time on a CPU and on the run queue so far, in nanoseconds, and how often it came to run."""
+
+    ran_ns: int
+    waited_ns: int
+    times: int
+
+
+def parse_schedstat(text: bytes | str) -> Schedstat:
+    """Of /proc/<pid>/task/<tid>/schedstat (Documentation/scheduler/sched-stats.rst)."""
+    ran, waited, times = text.split()[:3]
+    return Schedstat(int(ran), int(waited), int(times))
 
 
 def run_delays_us(port: FilePort, pids: Iterable[int]) -> dict[int, int] | None:
@@ -24,7 +39,7 @@ def run_delays_us(port: FilePort, pids: Iterable[int]) -> dict[int, int] | None:
                 return None
             text = port.proc(f"/proc/{pid}/task/{thread}/schedstat")
             if text:
-                found[int(thread)] = int(text.split()[1]) // 1000
+                found[int(thread)] = parse_schedstat(text).waited_ns // 1000
     return found or None
 
 

@@ -30,6 +30,11 @@ class Head(NamedTuple):
     gang: Gang
     claims: tuple[Holding, ...]
 
+    @property
+    def held(self) -> list[str]:
+        """Under which names the claims are held."""
+        return [claim.uid for claim in self.claims]
+
 
 def claim(ledger: Ledger, key: str, gang: Gang) -> tuple[Head, int]:
     """What a gang that does not fit claims of what is free now, and of how many members the places are among it."""

@@ -229,8 +229,7 @@ class Hands:
         """Say in a plan at rest why its gang waits; a gang that has begun to start meanwhile is not touched."""
         async with self._lock(key):
             group, plan = self.cluster.groups.get(key), self.cluster.plans.get(key)
-            waits = bool(status.reason) and (status.phase == "Waiting" or status.reason == "SurplusWaits")
-            still = (key in self.queue.waiting) == waits
+            still = (key in self.queue.waiting) == status.waits
             if key in self._busy or not still or not may_be_told(plan):
                 return
             if plan is None and group is None and not (self.cluster.members.get(key) and OBJECT_NAME.fullmatch(key)):

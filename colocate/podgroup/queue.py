@@ -369,7 +369,7 @@ class Queue:
             return True
         since = (*memory.kind, memory.gain, cluster.gain)
         if since not in self._helped:
-            with cluster.ledger.without([c.uid for c in head.claims] if head is not None else []):
+            with cluster.ledger.without(head.held if head is not None else []):
                 self._helped[since] = self._could_help(cluster, memory, now)
         return not self._helped[since]
 
@@ -398,7 +398,7 @@ class Queue:
             if known is not None and gang.quorum >= known[0] and not self.holds.any_for(entry.key):
                 placed, reason, message = None, "Unschedulable", known[1]._replace(quorum=gang.quorum).text
             else:
-                placed, reason, message = self._room(cluster, gang, head, hopeless, now)
+                placed, reason, message = self._room(cluster, gang, kind, head, hopeless, now)
                 if placed is None and gang.quorum:
                     placed = self._instead_of_surplus(cluster, gang, hopeless)
         if not placed:
@@ -483,6 +483,7 @@ class Queue:
         self,
         cluster: Cluster,
         gang: Gang,
+        kind: tuple[object, ...],
         head: Head | None,
         hopeless: Hopeless,
         now: float,
@@ -492,11 +493,11 @@ class Queue:
         if placed is None and gang.quorum == 0:
             placed = []  # nothing is owed to others by members that are only wished for
         if placed is None:
-            with cluster.ledger.without([c.uid for c in head.claims] if head is not None else []):
+            with cluster.ledger.without(head.held if head is not None else []):
                 placed = place(cluster.ledger, gang) if head is not None else None
                 if placed is None:
                     why = shortage(cluster.ledger, gang)
-                    hopeless[gang.signature(cluster.ledger.repelling_keys)] = (gang.quorum, why)
+                    hopeless[kind] = (gang.quorum, why)
                     return None, "Unschedulable", why.text
                 if head is not None and not self._ends_before(cluster, placed, head, now):
                     return None, "BehindReservation", f"the room is reserved for {head.key}, which waits for more"

@@ -206,8 +206,7 @@ class StatusWriter:
     async def _no_longer_waits(self, key: str) -> None:
         """A plan that still says that its gang waits, though it waits for nothing any more."""
         plan, group = self._cluster.plans.get(key), self._cluster.groups.get(key)
-        waits = plan is not None and (plan.status.phase == "Waiting" or plan.status.reason == "SurplusWaits")
-        if plan is None or group is None or not waits or not plan.status.reason:
+        if plan is None or group is None or not plan.status.waits:
             return
         if not self._cluster.members.get(key):  # it has no pods any more: nobody waits for anything
             await self._save(key, GangPlanStatus(phase="Waiting"))

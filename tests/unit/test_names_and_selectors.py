@@ -10,11 +10,11 @@ from colocate.cgroup.tree import find_tree, inodes_of, processes_below
 from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.latency import LatencyScraper
-from colocate.observe.longwaits import LONG_SECONDS, Schedstat, long_ns
+from colocate.observe.longwaits import LONG_SECONDS, long_ns
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.observer import Observer
 from colocate.observe.pods import Pod
-from colocate.observe.schedstat import RunDelays
+from colocate.observe.schedstat import RunDelays, Schedstat
 from colocate.observe.workloads import discover, pod_uid
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency
