@@ -197,7 +197,7 @@ def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
         fold(row, seen[i][KIND], False, inputs)
         if row[ASKED] > 0.0 and (
             (row[CERTAINTY] >= ODDS and (row[ON] >= 2.0 or seen[i][KIND] == DISPLACED))
-            or (asked_enough(row, seen[i][KIND]) and row[CERTAINTY] > UNDECIDED)
+            or (asked_enough(row, seen[i][KIND], inputs) and row[CERTAINTY] > UNDECIDED)
         ):
             row[ASKED], condemned = 2.0, True
         asked = asked or row[ASKED] > 0.0
@@ -230,7 +230,7 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
         if node[WHOLE] == 0.0 and differs and outlasts(row, felt):
             lasting = True
             break
-        if row[CERTAINTY] > -ODDS and not (asked_enough(row, seen[i][KIND]) and row[CERTAINTY] <= UNDECIDED):
+        if row[CERTAINTY] > -ODDS and not (asked_enough(row, seen[i][KIND], inputs) and row[CERTAINTY] <= UNDECIDED):
             left = True
         elif node[WHOLE] == 0.0 and differs:
             disagree = True

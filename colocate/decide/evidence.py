@@ -67,6 +67,7 @@ MOST_DISPLACED_RATIO = 0.25
 LEAST_SECONDS = 0.4
 """What is felt in less than this is not judged."""
 MOST_CHANGES, MOST_CHANGES_OF_LATENCY = 12.0, 40.0
+FINE_RATIO = 1.0 / 3.0
 MOST_CHANGE = 4.0
 SHORT_PHASES = 3.0
 """How many short off phases it takes to say that harm outlasts them."""
@@ -267,9 +268,17 @@ def clear(row: Row, at: float, level: float) -> None:
     row[CLEARED_ON], row[CLEARED_UNTIL] = at, at + CLEARED_SECONDS
 
 
-def asked_enough(row: Row, kind: float) -> bool:
-    """Whether the likelier answer has to do."""
-    return row[CHANGES] >= (MOST_CHANGES_OF_LATENCY if kind == LATENCY else MOST_CHANGES)
+def asked_enough(row: Row, kind: float, inputs: Row) -> bool:
+    """Whether the likelier answer has to do.
+
+    Of latency once D is known to a third of h, so that what is left open is whether batch adds a little more or a little
+    less than it may; where requests are few that takes longer.
+    """
+    changes = row[CHANGES]
+    if kind != LATENCY or changes < MOST_CHANGES:
+        return changes >= MOST_CHANGES
+    error = FINE_RATIO * harm(kind, row[OFF_SUM] / max(row[OFF], 1.0), inputs)
+    return changes >= MOST_CHANGES_OF_LATENCY or row[VARIANCE] <= error * error * 0.5 * (changes + 1.0)
 
 
 def outlasts(row: Row, on: float) -> bool:
