@@ -8,7 +8,7 @@ import sys
 
 from benchmarks import agent, gang, isolation, reaction, speed, worlds
 from benchmarks.common import RESULTS
-from colocate.cli.host import configure_logs
+from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
 
 SUITES = {

@@ -27,13 +27,11 @@ import aiohttp
 import msgspec
 
 from benchmarks.common import Runs, bar, reference_loop
-from colocate.demo.gang.controlplane import ControlPlane, install
 from colocate.errors import HostUnfit
-from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, path_of
+from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
 from colocate.model.statistics import mean_interval
 from colocate.objects import (
-    POD_GROUP_LABEL,
     Affinity,
     Container,
     LabelSelector,
@@ -43,15 +41,15 @@ from colocate.objects import (
     Pod,
     PodAffinity,
     PodAffinityTerm,
-    PodGroup,
-    PodGroupSpec,
     PodSpec,
     Resources,
 )
-from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.controller import settle_memory
-from colocate.podgroup.entries import REQUIRED_TOPOLOGY, Settings
-from colocate.podgroup.queue import Queue
+from podgroup.api import POD_GROUP_LABEL, POD_GROUPS, PodGroup, PodGroupSpec
+from podgroup.controller.loop import settle_memory
+from podgroup.demo.controlplane import ControlPlane, install
+from podgroup.queue.entry import REQUIRED_TOPOLOGY, Settings
+from podgroup.queue.queue import Queue
+from podgroup.state.cluster import Cluster
 
 ROUNDS = 4
 NODE_COUNT, SHAPES, RACK_SIZE = 5000, 50, 50

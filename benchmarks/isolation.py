@@ -30,7 +30,7 @@ from colocate.calibration import Calibration
 from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cli.host import configure_logs
+from colocate.cli.logs import configure_logs
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
 from colocate.demo.process import Kept, Process
 from colocate.demo.script import SERVICE_POD, Demo, Served

@@ -31,7 +31,7 @@ from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.cli.host import configure_logs
+from colocate.cli.logs import configure_logs
 from colocate.model import reference
 from colocate.observe.cgroup import parse_pressure
 from colocate.policy.schema import (

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from colocate.cgroup.port import KernelPort
-from colocate.demo.gang.controlplane import binaries
 from colocate.errors import HostUnfit
+from podgroup.demo.controlplane import binaries
 from tools.guest import lacks as guest_lacks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Writes manifests/crd/*.yaml from the structs of `colocate.objects`: `python -m tools.crds`.
+"""Writes manifests/crd/*.yaml from the structs of `podgroup.api`: `python -m tools.crds`.
 
 The PodGroup is upstream's (scheduling.x-k8s.io/v1alpha1, kubernetes-sigs/scheduler-plugins) with conditions and
 observedGeneration added to its status; it is only for clusters that have no PodGroup yet.
@@ -13,14 +13,15 @@ import msgspec
 import yaml
 
 from colocate import objects
-from colocate.objects import GangPlanSpec, GangPlanStatus, PodGroupSpec, PodGroupStatus
+from podgroup import api
+from podgroup.api import GangPlanSpec, GangPlanStatus, PodGroupSpec, PodGroupStatus
 from tools.policy_reference import meanings_of
 
 TARGET = Path(__file__).resolve().parent.parent / "manifests" / "crd"
 TIMES = frozenset({"schedule_start_time", "last_transition_time", "created", "waiting_since"})
 
 
-MEANINGS = meanings_of(objects)
+MEANINGS = {**meanings_of(objects), **meanings_of(api)}
 
 
 def _schema(kind: Any, name: str = "") -> dict[str, Any]:
@@ -143,7 +144,7 @@ def generate() -> dict[str, str]:
             ("Age", "date", ".metadata.creationTimestamp"),
         ],
     )
-    head = "# Generated from colocate/objects.py by `python -m tools.crds`.\n"
+    head = "# Generated from podgroup/api.py by `python -m tools.crds`.\n"
     dump = {"podgroups.yaml": group, "gangplans.yaml": plan}
     return {name: head + yaml.safe_dump(what, sort_keys=False, width=120) for name, what in dump.items()}
 

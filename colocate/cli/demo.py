@@ -7,15 +7,14 @@ import asyncio
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from importlib.metadata import entry_points
 
 import msgspec
 
 from colocate.actuate.statedir import default_state_dir
 from colocate.cli.delegated import enter_delegated_scope
-from colocate.cli.host import configure_logs
+from colocate.cli.logs import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.demo.result import ARMS, SHORT_TITLES, Arm, Result, format_rate
 from colocate.errors import BadInput, PermissionMissing
@@ -57,47 +56,11 @@ def _rows(result: Result, wide: bool) -> list[tuple[str, ...]]:
     ]
 
 
-def _gang(options: argparse.Namespace) -> int:
-    """Exit 1 if a gang was started in part or a node was overcommitted."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
-    from colocate.demo.gang.gangs import GangDemo
-
-    console, said = Console(stderr=True), ""
-    with (
-        tempfile.TemporaryDirectory(prefix="colocate-gang-") as directory,
-        Live(console=console, transient=True) as live,
-    ):
-
-        def show(text: str, rows: list[tuple[str, str, str]]) -> None:
-            nonlocal said
-            if text != said:
-                said = text
-                console.print(f"* {text}")
-            if console.is_terminal and rows:
-                table = Table("gang", "nodes of its members", "where it stands")
-                for row in rows:
-                    table.add_row(*row)
-                live.update(table)
-
-        counted = GangDemo(Path(directory), show).run()
-    if options.output in DATA_FORMS:
-        print_data(counted, options.output)
-    else:
-        took = counted.pop("capacity_to_start_seconds")
-        rows = [(name.replace("_", " "), str(value)) for name, value in counted.items()]
-        rows += [(f"{gang}: from room to its last bind", f"{seconds:g} s") for gang, seconds in took.items()]
-        print_table(("counted by an observer of its own", ""), rows)
-    return 1 if counted["partial_gangs"] or counted["overcommitted_nodes"] else 0
-
-
 def demo(options: argparse.Namespace) -> int:
     """Print the table, write the report; exit 1 if the host was not left as it was found."""
     configure_logs(logging.ERROR)
-    if options.what == "gang":
-        return _gang(options)
+    for other in entry_points(group="colocate.demo", name=options.what) if options.what else ():
+        return int(other.load()(options))
     if options.seconds < 3:
         raise BadInput("--seconds: a phase needs at least 3s to say anything")
     if options.seconds > MOST_SECONDS:

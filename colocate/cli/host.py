@@ -11,6 +11,7 @@ import msgspec
 
 from colocate.actuate.statedir import StateDirectory, default_state_dir, runtime_dir
 from colocate.calibration import Calibration
+from colocate.cli.logs import configure_logs
 from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
 from colocate.errors import BadInput, ColocateError
 from colocate.policy.schema import ColocationPolicy
@@ -29,23 +30,6 @@ def socket_path(options: argparse.Namespace, *, own: bool = False) -> Path:
     mine, the_hosts = runtime_dir() / "agent.sock", Path("/run/colocate/agent.sock")
     only_the_hosts = not mine.exists() and the_hosts.exists() and "COLOCATE_RUNTIME_DIR" not in os.environ
     return the_hosts if only_the_hosts and not own else mine
-
-
-def configure_logs(least: int = 20) -> None:
-    """JSON on stderr, from this level of `logging` on (20 is INFO)."""
-    import structlog  # late: the commands that only ask an agent are typed a hundred times a day
-
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.JSONRenderer(
-                serializer=lambda event, **_: msgspec.json.encode(event, enc_hook=str).decode()
-            ),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(least),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,8 @@ def replay(options: argparse.Namespace) -> int:
     from colocate.report.replay import replay as replay_records
 
     path = Path(options.records)
-    if path.is_file() and path.suffix == ".json":
-        from colocate.cli.cluster import replay as replay_cluster
-
-        return replay_cluster(path, options)
+    for kind in entry_points(group="colocate.replay", name=path.suffix.removeprefix(".")) if path.is_file() else ():
+        return int(kind.load()(path, options))
 
     other = load_policy(Path(options.config)) if options.config else None
     total, different = 0, []

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from datetime import datetime
+from importlib.metadata import entry_points
 from typing import Any
 
 from colocate.cli.host import socket_path
@@ -154,11 +155,9 @@ def _print_top(data: dict[str, Any], wide: bool) -> None:
 
 
 def explain(options: argparse.Namespace) -> int:
-    """Of this node, or of a PodGroup."""
-    if options.workload[:1] == ["podgroup"]:
-        from colocate.cli.cluster import explain_group
-
-        return explain_group(options)
+    """Of this node, or of what an entry point stands for: a PodGroup."""
+    for kind in entry_points(group="colocate.explain", name=options.workload[0]) if options.workload else ():
+        return int(kind.load()(options))
     if len(options.workload) > 1:
         raise BadInput(f"explain takes one service or job, or podgroup NAME, not {' '.join(options.workload)!r}")
     return _explain_node(options)

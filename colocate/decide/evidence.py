@@ -271,8 +271,8 @@ def clear(row: Row, at: float, level: float) -> None:
 def asked_enough(row: Row, kind: float, inputs: Row) -> bool:
     """Whether the likelier answer has to do.
 
-    Of latency once D is known to a third of h, so that what is left open is whether batch adds a little more or a little
-    less than it may; where requests are few that takes longer.
+    Of latency once D is known to a third of h, so that what is left open is whether batch adds a little more or less
+    than it may; where requests are few that takes longer.
     """
     changes = row[CHANGES]
     if kind != LATENCY or changes < MOST_CHANGES:

@@ -22,7 +22,7 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import load_incluster_config, load_kube_config
 
 from colocate.errors import BadInput, ColocateError
-from colocate.objects import PLAN_API, POD_GROUP_API, Lean, ObjectMeta
+from colocate.objects import Lean, ObjectMeta
 
 T = TypeVar("T")
 
@@ -41,8 +41,6 @@ PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
 CLAIMS, VOLUMES = "/api/v1/persistentvolumeclaims", "/api/v1/persistentvolumes"
 CLASSES = "/apis/scheduling.k8s.io/v1/priorityclasses"
 BUDGETS = "/apis/policy/v1/poddisruptionbudgets"
-POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
-PLANS = f"/apis/{PLAN_API}/gangplans"
 LEASES = "/apis/coordination.k8s.io/v1/leases"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 

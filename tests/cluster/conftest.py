@@ -14,12 +14,13 @@ import msgspec
 import pytest
 import yaml
 
-from colocate.demo.gang.controlplane import ControlPlane, install
-from colocate.kube.client import MERGE, NODES, PLANS, POD_GROUPS, PODS, Api, ApiError, path_of
+from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
-from colocate.objects import GangPlan, Pod, PodGroup
-from colocate.podgroup.controller import Controller
-from colocate.podgroup.entries import Settings
+from colocate.objects import Pod
+from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
+from podgroup.controller.loop import Controller
+from podgroup.demo.controlplane import ControlPlane, install
+from podgroup.queue.entry import Settings
 from tests.cluster.proxy import Proxy
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import aiohttp
 from aiohttp import web
 
-from colocate.demo.gang.controlplane import ControlPlane
+from podgroup.demo.controlplane import ControlPlane
 
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroup.port import KernelPort
-from colocate.demo.gang import controlplane
-from colocate.demo.gang.controlplane import ControlPlane, binaries
 from colocate.errors import HostUnfit
+from podgroup.demo import controlplane
+from podgroup.demo.controlplane import ControlPlane, binaries
 
 BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
 PROGRAMS = ("runc", "unshare", "mount")

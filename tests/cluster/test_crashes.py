@@ -17,8 +17,8 @@ import pytest
 from colocate.kube.client import Api
 from colocate.kube.lease import Election
 from colocate.objects import Lease
-from colocate.podgroup.controller import Controller
-from colocate.podgroup.entries import Settings
+from podgroup.controller.loop import Controller
+from podgroup.queue.entry import Settings
 from tests.cluster.conftest import HIGH, LOW, World
 from tests.cluster.proxy import Proxy, Request, healthy
 from tests.cluster.test_gangs import CASES, create

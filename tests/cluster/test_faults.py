@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from colocate.demo.gang.controlplane import ControlPlane
-from colocate.kube.client import LEASES, NODES, PLANS, Api, path_of
-from colocate.objects import PLAN_API
+from colocate.kube.client import LEASES, NODES, Api, path_of
+from podgroup.api import PLAN_API, PLANS
+from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import HIGH, LOW, World, leader
 from tests.cluster.proxy import Fault, Hold, Proxy, Request, healthy
 
@@ -52,7 +52,7 @@ async def two_gangs_and_a_preemption(world: World) -> None:
 async def test_a_pod_that_a_webhook_keeps_from_being_changed_does_not_stop_a_new_leader(
     world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("colocate.podgroup.hands.FENCE_SECONDS", 2.0)
+    monkeypatch.setattr("podgroup.controller.writes.FENCE_SECONDS", 2.0)
 
     async def webhook_is_down(request: Request) -> str:
         return "500" if request.method == "PATCH" and request.path.endswith("/pods/stuck") else "pass"

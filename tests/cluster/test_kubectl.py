@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colocate.demo.gang.controlplane import ControlPlane, binaries
 from colocate.errors import HostUnfit
+from podgroup.demo.controlplane import ControlPlane, binaries
 from tests.cluster.conftest import MANIFESTS, World, leader
 
 DOCS = (MANIFESTS.parent / "docs" / "gangs.md").read_text()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from colocate.demo.gang.controlplane import ControlPlane
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, path_of
 from colocate.objects import Node
+from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, leader
 from tests.cluster.proxy import Hold, Proxy
 from tests.cluster.realnode import IMAGE, NAME, RealNode, lacks

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from colocate.kube.client import MERGE, NODES, POD_GROUPS, PODS, Api, ApiError, path_of
-from colocate.podgroup.controller import Controller
-from colocate.podgroup.entries import Settings
+from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
+from podgroup.api import POD_GROUPS
+from podgroup.controller.loop import Controller
+from podgroup.queue.entry import Settings
 from tests.cluster.conftest import HIGH, LOW, RBAC, World, leader
 
 MPI_JOB = {

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from colocate.demo.gang.controlplane import ControlPlane
 from colocate.kube.client import DEFINITIONS, LEASES, Api, path_of
-from colocate.podgroup.entries import Settings
+from podgroup.demo.controlplane import ControlPlane
+from podgroup.queue.entry import Settings
 from tests.cluster.conftest import World, leader
 from tests.cluster.test_faults import process
 

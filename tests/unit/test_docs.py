@@ -9,8 +9,8 @@ import pytest
 from colocate.actuate import tier
 from colocate.cli.main import build_parser
 from colocate.decide import pipeline
-from colocate.podgroup import metrics as gang_metrics
 from colocate.report import metrics
+from podgroup.controller import metrics as gang_metrics
 from tools import policy_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ SAID = re.compile(r'(?:return |reason=|_in\([a-z]+, "[A-Za-z]+", |_begin_roll_ba
 
 
 def test_every_reason_of_a_gang_is_explained():
-    sources = [ROOT / "colocate" / "podgroup" / f"{name}.py" for name in ("entries", "queue", "commit")]
+    sources = [ROOT / "podgroup" / f"{name}.py" for name in ("queue/entry", "queue/queue", "commit/protocol")]
     said = {reason for source in sources for reason in SAID.findall(source.read_text())}
     assert {"NotEnoughMembers", "BackingOff", "BindTimeout", "Started"} <= said
     assert [reason for reason in sorted(said) if f"`{reason}`" not in GANGS] == []

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from colocate.objects import (
-    ContainerStatus,
-    GangPlan,
-    GangPlanSpec,
-    GangPlanStatus,
-    ObjectMeta,
-    OwnerReference,
-    PlannedMember,
-    Pod,
-    PodSpec,
-    PodStatus,
-)
-from colocate.podgroup.commit import Bind, Delete, advance, owned
+from colocate.objects import ContainerStatus, ObjectMeta, OwnerReference, Pod, PodSpec, PodStatus
+from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember
+from podgroup.commit.protocol import Bind, Delete, advance
+from podgroup.state.gangs import owned
 
 OWNER = [OwnerReference(kind="Job", name="j", uid="j", controller=True)]
 

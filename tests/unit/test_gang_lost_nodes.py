@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from colocate.podgroup.entries import Settings
-from colocate.podgroup.lost_nodes import LostNodes
+from podgroup.controller.lost_nodes import LostNodes
+from podgroup.queue.entry import Settings
 
 
 @pytest.mark.parametrize(

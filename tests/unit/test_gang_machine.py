@@ -13,12 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from colocate.objects import ContainerStatus, GangPlan, GangPlanSpec, ObjectMeta, PlannedMember, Pod, PodStatus
-from colocate.podgroup.cluster import CARRIED_ON, Cluster
-from colocate.podgroup.commit import Bind, advance
-from colocate.podgroup.entries import Settings
-from colocate.podgroup.gangs import gang_key
-from colocate.podgroup.queue import Queue
+from colocate.objects import ContainerStatus, ObjectMeta, Pod, PodStatus
+from podgroup.api import GangPlan, GangPlanSpec, PlannedMember
+from podgroup.commit.protocol import Bind, advance
+from podgroup.queue.entry import Settings
+from podgroup.queue.queue import Queue
+from podgroup.state.cluster import CARRIED_ON, Cluster
+from podgroup.state.gangs import gang_key
 from tests.unit.test_gang_snapshot import group, node, pod
 
 replace = msgspec.structs.replace

@@ -38,13 +38,13 @@ from colocate.objects import (
     TopologySpreadConstraint,
     Volume,
 )
-from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.explain import shortage
-from colocate.podgroup.fit import Gang, Member
-from colocate.podgroup.holding import Holding
-from colocate.podgroup.ledger import Ledger
-from colocate.podgroup.place import place
-from colocate.podgroup.shape import requests_of, shape_of, zones_of
+from podgroup.solve.place import place
+from podgroup.solve.question import Gang, Member
+from podgroup.solve.shortage import shortage
+from podgroup.state.allocation import Holding
+from podgroup.state.cluster import Cluster
+from podgroup.state.ledger import Ledger
+from podgroup.state.shape import requests_of, shape_of, zones_of
 
 HOST, RACK, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/rack", "topology.kubernetes.io/zone"
 GPU = "nvidia.com/gpu"

@@ -16,21 +16,17 @@ from colocate.objects import (
     DisruptionBudget,
     DisruptionBudgetSpec,
     DisruptionBudgetStatus,
-    GangPlan,
-    GangPlanSpec,
-    GangPlanStatus,
     LabelSelector,
     ObjectMeta,
     OwnerReference,
-    PlannedMember,
-    PodGroupSpec,
     PodStatus,
 )
-from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.entries import Settings
-from colocate.podgroup.gangs import is_group
-from colocate.podgroup.queue import Queue, Start
 from colocate.units import parse_time
+from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PodGroupSpec
+from podgroup.queue.entry import Settings
+from podgroup.queue.queue import Queue, Start
+from podgroup.state.cluster import Cluster
+from podgroup.state.gangs import is_group
 from tests.unit.test_gang_snapshot import NOW, group, node, pod
 
 replace = msgspec.structs.replace

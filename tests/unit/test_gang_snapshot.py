@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from colocate.cli.main import main
 from colocate.errors import BadInput, StateTooNew
 from colocate.objects import (
-    POD_GROUP_LABEL,
     Container,
     Node,
     NodeSpec,
@@ -20,20 +19,19 @@ from colocate.objects import (
     ObjectMeta,
     OwnerReference,
     Pod,
-    PodGroup,
-    PodGroupSpec,
     PodSpec,
     PodStatus,
     PriorityClass,
     Resources,
     Taint,
 )
-from colocate.podgroup.cluster import Cluster
-from colocate.podgroup.entries import Settings
-from colocate.podgroup.manifests import pods_of
-from colocate.podgroup.queue import Queue
-from colocate.podgroup.snapshot import KIND, VERSION, ClusterSnapshot, decide, explain, load, what_if
 from colocate.units import parse_time
+from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
+from podgroup.explain.manifests import pods_of
+from podgroup.explain.snapshot import KIND, VERSION, ClusterSnapshot, decide, explain, load, what_if
+from podgroup.queue.entry import Settings
+from podgroup.queue.queue import Queue
+from podgroup.state.cluster import Cluster
 
 NOW = "2026-05-01T12:00:00Z"
 replace = msgspec.structs.replace

@@ -5,21 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from colocate.objects import (
-    GangPlan,
-    GangPlanSpec,
-    Named,
-    ObjectMeta,
-    OwnerReference,
-    PlannedMember,
-    Pod,
-    PodGroup,
-    PodGroupSpec,
-    PodSpec,
-    PodStatus,
-)
-from colocate.podgroup.gangs import group_status, sort_members
-from colocate.podgroup.large_plans import compact, expand
+from colocate.objects import Named, ObjectMeta, OwnerReference, Pod, PodSpec, PodStatus
+from podgroup.api import GangPlan, GangPlanSpec, PlannedMember, PodGroup, PodGroupSpec
+from podgroup.state.gangs import group_status, sort_members
+from podgroup.state.large_plans import compact, expand
 from tools import crds
 
 

@@ -1,0 +1,75 @@
+"""Options that several commands have, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from colocate.units import parse_bytes, parse_cores, parse_duration
+
+Add = Callable[[str, str, str], argparse.ArgumentParser]
+"""(name, module:function, help) -> the command's own parser."""
+
+
+def _quantity(parse: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type that says in the quantity's own words what is wrong."""
+
+    def read(text: str) -> float:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    """A duration; on the command line a bare number is seconds, as for sleep(1)."""
+    return parse_duration(f"{text}s" if text.replace(".", "", 1).isdigit() else text)
+
+
+duration, size, cores = _quantity(_seconds), _quantity(parse_bytes), _quantity(parse_cores)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def form(parser: argparse.ArgumentParser, *forms: str) -> None:
+    """-o, the first form by default."""
+    parser.add_argument("-o", "--output", choices=forms, default=forms[0], help=f"output form (default: {forms[0]})")
+
+
+def table_form(parser: argparse.ArgumentParser) -> None:
+    """-o of a command that prints a table."""
+    form(parser, "table", "wide", "json", "yaml")
+
+
+def state(parser: argparse.ArgumentParser) -> None:
+    """--state-dir."""
+    parser.add_argument("--state-dir", help="journal, records and model state (default: /var/lib/colocate for root)")
+
+
+def socket(parser: argparse.ArgumentParser) -> None:
+    """--socket."""
+    parser.add_argument("--socket", help="the agent's socket (default: /run/colocate/agent.sock for root)")
+
+
+def cluster(parser: argparse.ArgumentParser) -> None:
+    """Which API server."""
+    parser.add_argument("--kubeconfig", help="default: $KUBECONFIG, the pod's service account, ~/.kube/config")
+    parser.add_argument("--context", help="of the kubeconfig")
+
+
+def snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
+    """A snapshot file or the live cluster, and whose pods."""
+    cluster(parser)
+    if live:
+        parser.set_defaults(snapshot=None)
+    else:
+        parser.add_argument("--snapshot", help="a file of `colocate snapshot`, in place of the live cluster")
+        parser.add_argument("-n", "--namespace", default="", help="default: default")
+    parser.add_argument("--scheduler-name", default="colocate", help="whose pods are decided (default: colocate)")

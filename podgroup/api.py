@@ -1,0 +1,116 @@
+"""The kinds of gang scheduling: upstream's PodGroup, and our GangPlan beside each; where they are in the API."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from colocate.objects import Condition, Lean, ObjectMeta, Quantities
+
+POD_GROUP_LABEL = "scheduling.x-k8s.io/pod-group"
+POD_GROUP_API = "scheduling.x-k8s.io/v1alpha1"
+PLAN_API = "colocate.io/v1alpha1"
+POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
+PLANS = f"/apis/{PLAN_API}/gangplans"
+
+
+class PodGroupSpec(Lean, frozen=True):
+    """scheduling.x-k8s.io/v1alpha1; a timeout of 0 means the default, as None does."""
+
+    min_member: int = 1
+    min_resources: Quantities = {}
+    schedule_timeout_seconds: int | None = None
+
+
+class PodGroupStatus(Lean, frozen=True):
+    """Phases and counters as upstream's controller writes them; conditions where the installed schema has them."""
+
+    phase: str = ""
+    occupied_by: str = ""
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    schedule_start_time: str | None = None
+    observed_generation: int = 0
+    conditions: list[Condition] = []
+
+
+class PodGroup(Lean, frozen=True):
+    """A group of pods that start all or none."""
+
+    metadata: ObjectMeta
+    spec: PodGroupSpec = PodGroupSpec()
+    status: PodGroupStatus = PodGroupStatus()
+
+
+class PlannedMember(Lean, frozen=True):
+    """One pod and the node it is bound to by the plan."""
+
+    name: str
+    uid: str
+    node: str = ""
+    at: int | None = None
+    """Instead of the node's name its number in the plan's `nodes`, where there are many members."""
+
+
+PlanPhase = Literal["Waiting", "Binding", "Confirming", "Repairing", "RollingBack", "Running"]
+
+
+class GangPlanSpec(Lean, frozen=True):
+    """The intent, written before the first bind: what a crash leaves to be resumed or rolled back."""
+
+    pod_group: str = ""
+    pod_group_uid: str = ""
+    plan_id: str = ""
+    """Names one intent; stamped on each pod that is bound by it. Empty while nothing is planned."""
+    epoch: int = 0
+    """The leader's: how often leadership had changed hands when it began."""
+    created: str | None = None
+    began: str | None = None
+    """When the first plan of this run of the group was made: for a while from then on it is owed its minResources."""
+    timeout_seconds: int = 0
+    min_member: int = 1
+    """The group's quorum when it was planned: it stands although the PodGroup may have gone since."""
+    note: str = ""
+    """What was unusual about this start."""
+    prefix: str = ""
+    """How the names of all members begin, where there are many: they have the rest."""
+    nodes: list[str] = []
+    members: list[PlannedMember] = []
+
+
+class Counterfactual(Lean, frozen=True):
+    """A change with which the solver places the group."""
+
+    change: str
+    proven: bool = True
+
+
+class GangPlanStatus(Lean, frozen=True):
+    """Why the group waits, or how far its start has come."""
+
+    phase: PlanPhase = msgspec.field(default_factory=lambda: "Waiting")
+    """Always written: a default that msgspec leaves out would show as nothing."""
+    reason: str = ""
+    message: str = ""
+    position: int = 0
+    """In the queue, from 1; 0 while it does not wait."""
+    waiting_since: str | None = None
+    counterfactuals: list[Counterfactual] = []
+    estimate_seconds: tuple[float, float] | None = None
+    conditions: list[Condition] = []
+    observed_generation: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it says why somebody waits: the gang, or its members beyond a quorum that runs."""
+        return bool(self.reason) and (self.phase == "Waiting" or self.reason == "SurplusWaits")
+
+
+class GangPlan(Lean, frozen=True):
+    """colocate.io/v1alpha1 GangPlan: our own object beside each PodGroup, of the same name."""
+
+    metadata: ObjectMeta
+    spec: GangPlanSpec = GangPlanSpec()
+    status: GangPlanStatus = GangPlanStatus()

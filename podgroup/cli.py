@@ -1,0 +1,52 @@
+"""The options of the commands about a cluster; what they do is in `commands`, which is imported when one runs."""
+
+from __future__ import annotations
+
+from colocate.cli.options import Add, cluster, duration, positive, snapshot, table_form
+
+
+def add_commands(add: Add) -> None:
+    """controller, queue, what-if, snapshot."""
+    controller = add("controller", "podgroup.commands:controller", "Gang scheduling: the controller of a cluster")
+    cluster(controller)
+    controller.add_argument("--scheduler-name", default="colocate", help="the pods we bind (default: colocate)")
+    controller.add_argument(
+        "--also-answer-to",
+        action="append",
+        default=[],
+        choices=["scheduler-plugins-scheduler"],
+        help="the name that KubeRay writes; refused while that scheduler is alive",
+    )
+    controller.add_argument(
+        "--timeout", type=positive, default=60, help="seconds to start a gang whose PodGroup says nothing"
+    )
+    controller.add_argument(
+        "--node-loss-grace",
+        type=duration,
+        default=40.0,
+        help="for how long a node's object must have been gone before the members on it are given up",
+    )
+    controller.add_argument("--http", default="", help="HOST:PORT of /metrics, /healthz and /readyz (default: none)")
+    controller.add_argument("--lease-namespace", default="colocate-system", help="where the lease is")
+    controller.add_argument("--lease-name", default="colocate-controller", help="of the lease")
+    controller.add_argument(
+        "--lease-duration", type=duration, default=15.0, help="how long a dead leader is waited for"
+    )
+
+    queue = add("queue", "podgroup.commands:queue", "The gangs that wait: position, since when, and why")
+    cluster(queue)
+    queue.add_argument("-n", "--namespace", default="", help="only this namespace")
+    table_form(queue)
+
+    what_if = add(
+        "what-if", "podgroup.commands:what_if", "Whether a job would start now, and where: the same solver, read-only"
+    )
+    what_if.add_argument("-f", "--file", required=True, help="the job's manifest, YAML")
+    snapshot(what_if)
+    table_form(what_if)
+
+    taken = add(
+        "snapshot", "podgroup.commands:snapshot", "Write the cluster as it is to a file, to decide it again elsewhere"
+    )
+    taken.add_argument("-f", "--file", default="colocate-cluster.json", help="default: colocate-cluster.json")
+    snapshot(taken, live=True)

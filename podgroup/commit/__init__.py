@@ -1,0 +1,1 @@
+"""How a planned gang is bound: all of it, or it is taken back."""

@@ -1,0 +1,1 @@
+"""The shell: watches in, writes out."""

@@ -1,0 +1,222 @@
+"""The writes of the controller: plans, bindings, deletions, statuses. Each is refused once leadership is in doubt.
+
+A bind is compare-and-swap: `pods/binding` with the pod's uid and resourceVersion. What an unanswered bind did is read
+back before anything else is done with that pod.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import structlog
+
+from colocate.kube.client import EVENTS, MERGE, PODS, STRATEGIC, Api, ApiError, Unreachable, path_of
+from colocate.kube.lease import Election, LeadershipLost
+from colocate.objects import Condition, Pod
+from podgroup.api import PLAN_API, PLANS, POD_GROUP_API, POD_GROUPS, GangPlan, PodGroup, PodGroupStatus
+from podgroup.state.large_plans import compact
+
+EPOCH = "colocate.io/epoch"
+PLAN = "colocate.io/plan"
+COMPONENT = "colocate-controller"
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+log = structlog.get_logger()
+
+
+def now_text() -> str:
+    """The wall clock as the API server writes it."""
+    return datetime.now(UTC).strftime(TIME)
+
+
+def text_of(seconds: float) -> str:
+    """A time in seconds since the epoch, as the API server writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime(TIME)
+
+
+class Binder:
+    """Everything that is written, by one leader in one epoch."""
+
+    def __init__(self, api: Api, epoch: int, election: Election) -> None:
+        self._api, self.epoch, self._election = api, epoch, election
+        self._token = secrets.token_hex(3)
+
+    @property
+    def mark(self) -> str:
+        """What this leader writes on pods: its epoch, and what no pod's owner can have guessed."""
+        return f"{self.epoch}.{self._token}"
+
+    async def _write(self, method: str, path: str, body: Any, content_type: str = "application/json") -> bytes:
+        if not self._election.holds():
+            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        return await self._api.request(method, path, body, content_type=content_type, patient=False)
+
+    async def bind(self, pod: Pod, node: str, plan_id: str) -> Pod | None:
+        """Bind a pod; the pod as it is now if that had to be read back, None if it is gone.
+
+        Raises ApiError, Unreachable, and LeadershipLost if another leader has marked it since.
+        """
+        meta = pod.metadata
+        body = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": {
+                "name": meta.name,
+                "uid": meta.uid,
+                "resourceVersion": meta.resource_version,
+                "annotations": {EPOCH: self.mark, **({PLAN: plan_id} if plan_id else {})},
+            },
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+        }
+        try:
+            await self._write("POST", path_of(PODS, meta.namespace, meta.name, "binding"), body)
+        except (ApiError, Unreachable) as error:
+            if isinstance(error, ApiError) and error.status not in (404, 409, 500, 503, 504):
+                raise
+            now = await self.read(pod)
+            mark = now.metadata.annotations.get(EPOCH) if now is not None else None
+            if mark not in (None, self.mark, meta.annotations.get(EPOCH)):
+                await self._election.confirm()  # somebody fences us off, or the pod's owner plays with marks
+            return now
+        bound = msgspec.structs.replace(pod.spec, node_name=node)
+        return msgspec.structs.replace(pod, spec=bound)
+
+    async def read(self, pod: Pod) -> Pod | None:
+        """The pod as it is now; None if it is gone or a namesake has taken its place."""
+        try:
+            now = await self._api.get(Pod, path_of(PODS, pod.metadata.namespace, pod.metadata.name))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return None
+        if now.metadata.uid != pod.metadata.uid:
+            return None
+        return now
+
+    async def stamp(self, pod: Pod) -> Pod | None:
+        """Mark an unbound pod with this epoch: binds of an earlier leader then fail on its resourceVersion."""
+        meta = pod.metadata
+        body = {"metadata": {"uid": meta.uid, "annotations": {EPOCH: self.mark}}}
+        try:
+            answer = await self._write("PATCH", path_of(PODS, meta.namespace, meta.name), body, MERGE)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+            return await self.read(pod)
+        return msgspec.json.decode(answer, type=Pod)
+
+    async def delete(self, pod: Pod, reason: str, message: str, *, at_once: bool = False) -> None:
+        """Ask for the end of a pod that has an owner, marked so that a Job need not count it as a failure (KEP-3329).
+
+        `at_once` without the grace period: only where no kubelet is there to end it.
+        """
+        meta = pod.metadata
+        target = Condition(
+            type="DisruptionTarget", status="True", reason=reason, message=message, last_transition_time=now_text()
+        )
+        try:
+            await self._patch_conditions(pod, target)
+            body: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta.uid}}
+            body |= {"gracePeriodSeconds": 0} if at_once else {}
+            await self._write("DELETE", path_of(PODS, meta.namespace, meta.name), body)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+
+    async def tell_pod(self, pod: Pod, reason: str, message: str) -> None:
+        """Say on a pod why it is not bound."""
+        condition = Condition(
+            type="PodScheduled", status="False", reason=reason, message=message, last_transition_time=now_text()
+        )
+        try:
+            await self._patch_conditions(pod, condition)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+
+    async def _patch_conditions(self, pod: Pod, condition: Condition) -> None:
+        meta = pod.metadata
+        body = {"metadata": {"uid": meta.uid}, "status": {"conditions": [msgspec.to_builtins(condition)]}}
+        await self._write("PATCH", path_of(PODS, meta.namespace, meta.name, "status"), body, STRATEGIC)
+
+    async def save(self, plan: GangPlan) -> GangPlan:
+        """Persist a plan. Raises ApiError 409 if it is not what was read, LeadershipLost if a later epoch has it."""
+        meta = plan.metadata
+        body = {"apiVersion": PLAN_API, "kind": "GangPlan", **msgspec.to_builtins(compact(plan))}
+        try:
+            if meta.resource_version:
+                answer = await self._write("PUT", path_of(PLANS, meta.namespace, meta.name), body)
+            else:
+                answer = await self._write("POST", path_of(PLANS, meta.namespace), body)
+        except ApiError as error:
+            if error.status == 409:
+                there = await self._api.get(GangPlan, path_of(PLANS, meta.namespace, meta.name))
+                if there.spec.epoch > self.epoch:
+                    raise LeadershipLost(f"plan {meta.name} is of epoch {there.spec.epoch}: another leads") from error
+            raise
+        return msgspec.json.decode(answer, type=GangPlan)
+
+    async def reload(self, plan: GangPlan) -> GangPlan:
+        """The plan as it is now. Raises ApiError 404 if there is none."""
+        return await self._api.get(GangPlan, path_of(PLANS, plan.metadata.namespace, plan.metadata.name))
+
+    async def forget(self, plan: GangPlan) -> None:
+        """Remove this very plan, whose group is gone."""
+        meta = plan.metadata
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta.uid}}
+        try:
+            await self._write("DELETE", path_of(PLANS, meta.namespace, meta.name), body)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+
+    async def tell_group(self, group: PodGroup, status: PodGroupStatus, conditions: bool) -> None:
+        """Write a PodGroup's status; conditions and observedGeneration only where its schema has them."""
+        fields: dict[str, Any] = {
+            "phase": status.phase,
+            "occupiedBy": status.occupied_by or None,
+            "running": status.running,
+            "succeeded": status.succeeded,
+            "failed": status.failed,
+        }
+        if conditions:
+            fields["conditions"] = [msgspec.to_builtins(c) for c in status.conditions]
+            fields["observedGeneration"] = status.observed_generation
+        meta = group.metadata
+        try:
+            await self._write(
+                "PATCH", path_of(POD_GROUPS, meta.namespace, meta.name, "status"), {"status": fields}, MERGE
+            )
+        except ApiError as error:
+            if error.status != 404:
+                raise
+
+    async def event(self, about: Pod | PodGroup, reason: str, message: str, warning: bool) -> None:
+        """One Event; losing it is no failure."""
+        meta, now = about.metadata, now_text()
+        kind, version = ("Pod", "v1") if isinstance(about, Pod) else ("PodGroup", POD_GROUP_API)
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{meta.name[:200]}.", "namespace": meta.namespace},
+            "involvedObject": {
+                "apiVersion": version,
+                "kind": kind,
+                "name": meta.name,
+                "namespace": meta.namespace,
+                "uid": meta.uid,
+            },
+            "reason": reason,
+            "message": message[:1024],
+            "type": "Warning" if warning else "Normal",
+            "source": {"component": COMPONENT},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        try:
+            await self._write("POST", path_of(EVENTS, meta.namespace), body)
+        except (ApiError, Unreachable) as error:
+            log.debug("event_lost", error=str(error))

@@ -1,0 +1,426 @@
+"""The shell of gang scheduling: watches feed the cluster, the queue decides, plans are persisted and carried out.
+
+    watch -> Cluster -> Queue.cycle -> GangPlan (persisted) -> commit.advance -> bind, delete -> watch -> ...
+
+One task decides; writes run beside it, a pod or a plan never in two at once. Nothing that is held in memory is needed
+after a crash: plans, pods and groups are read anew, and open plans are carried on before anything new is decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import uuid
+from functools import partial
+from typing import Any
+
+import msgspec
+import structlog
+
+from colocate.kube.client import DEFINITIONS, Api, ApiError, Unreachable
+from colocate.kube.lease import Election, LeadershipLost
+from colocate.kube.reflector import Reflector
+from colocate.objects import Pod
+from colocate.units import seconds_of
+from podgroup.api import POD_GROUP_API, GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PodGroup
+from podgroup.commit.protocol import Bind, advance, take_back
+from podgroup.controller.binder import EPOCH, Binder, now_text
+from podgroup.controller.metrics import Metrics
+from podgroup.controller.status import StatusWriter, empty_plan
+from podgroup.controller.watches import Feed, now_seconds
+from podgroup.controller.writes import Hands
+from podgroup.queue.entry import Settings
+from podgroup.queue.queue import Queue, Start
+from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
+from podgroup.state.gangs import gang_key, is_group, owned, sort_members, without_former_runs
+
+LARGE, LOOK_SECONDS = 200, 2e-5
+"""A gang of at least so many members is looked at again only after so long for each of them."""
+GATHER_SECONDS = 0.005
+"""Changes that come together are decided together."""
+ROLL_BACK_SECONDS = 1.0
+"""A gang that is being taken back is looked at again after so long."""
+SEARCHES_A_CYCLE = 16
+"""For so many gangs victims are looked for in one go: watches and the lease must not wait."""
+UNSEEN_SECONDS = 5.0
+"""A bind that succeeded and is not seen in the watch for so long is read back."""
+log = structlog.get_logger()
+
+
+def settle_memory() -> None:
+    """What has been listed stays: the garbage collector need not look at it again and again (gc.freeze, CPython)."""
+    gc.unfreeze()  # what an earlier time in office left
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+CYCLE_SECONDS = 0.02
+"""How long a look at the queue may take before watches, the lease and writes have their turn."""
+GIVE_UP_AGAIN_SECONDS = 5.0
+"""How often members on vanished nodes are looked at that were left for later."""
+
+
+class Controller:
+    """One leader's time in office."""
+
+    def __init__(self, api: Api, settings: Settings, election: Election) -> None:
+        self._api, self.settings, self._election = api, settings, election
+        self.cluster, self.queue = Cluster(), Queue(settings, SEARCHES_A_CYCLE)
+        self.metrics = Metrics()
+        self._hands = Hands(self.cluster, self.queue, Binder(api, 0, election), self.metrics)
+        self._status = StatusWriter(self.cluster, self.queue, self._hands.save_waiting)
+        self.feed = Feed(self.cluster, self.queue, self._status.touch, self._refused)
+        self._hands.connect(self.feed, self._status.touch)
+        self._busy = self.feed.busy
+        self._began: dict[str, float] = {}
+        """plan id -> monotonic time of its making, as far as this process can tell."""
+        self.reflectors: list[Reflector[Any]] = []
+        self._look_at = float("inf")
+        """When open plans are looked at whatever the watches tell."""
+        self._not_before: dict[str, float] = {}
+        """Large gang -> when it is looked at again."""
+        self._inherited: set[str] = set()
+        """The plans that were there when its time in office began."""
+        self._said: dict[str, str] = {}
+        """Gang -> the defect that was logged of it."""
+        self._halted = ""
+        """Why the members on vanished nodes are not given up."""
+        self._given_up: dict[str, float] = {}
+        """Gang -> when it last lost a member to a vanished node."""
+        self._asked: dict[str, float] = {}
+        """uid of such a member -> when its end was last asked for; a finalizer may keep it."""
+        self._tasks: asyncio.TaskGroup
+        self._spent = 0.0
+        """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
+        self.alive_at: float | None = None
+        """When the queue was last looked at, or its time in office began; None while it stands by."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything that is watched has been listed."""
+        return bool(self.reflectors) and all(r.synced.is_set() for r in self.reflectors)
+
+    async def run(self, epoch: int) -> None:
+        """Lead until cancelled. Raises LeadershipLost."""
+        self._hands.binder.epoch, self.alive_at = epoch, now_seconds()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._hands.tasks = self._tasks
+                await self._watch()
+                settle_memory()
+                await self._take_over()
+                self.queue.remember(self.cluster, now_seconds())
+                self._status.conditions = await self._schema_has_conditions()
+                self._tasks.create_task(self._status.run(self._hands.binder))
+                while True:
+                    await self._decide()
+        except* LeadershipLost as lost:
+            raise lost.exceptions[0] from None
+        except* (ApiError, Unreachable) as failed:
+            raise failed.exceptions[0] from None
+
+    async def _watch(self) -> None:
+        """Start the watches, one after the other, so that nodes are known before the pods on them."""
+        for path, kind, handler in self.feed.watched():
+            reflector: Reflector[Any] = Reflector(self._api, path, kind, handler)
+            self.reflectors.append(reflector)
+            self._tasks.create_task(reflector.run())
+            await reflector.synced.wait()
+
+    async def _schema_has_conditions(self) -> bool:
+        """Whether the installed PodGroup has conditions in its status; upstream's has not, and is left as it is."""
+        try:
+            definition = msgspec.json.decode(
+                await self._api.request("GET", f"{DEFINITIONS}/podgroups.{POD_GROUP_API.split('/')[0]}")
+            )
+        except (ApiError, Unreachable) as error:
+            log.warning("podgroup_schema_unknown", error=str(error))
+            return False
+        version = POD_GROUP_API.split("/")[1]
+        for served in definition["spec"]["versions"]:
+            fields = served["schema"]["openAPIV3Schema"]["properties"].get("status", {}).get("properties", {})
+            if served["name"] == version:
+                return "conditions" in fields and "observedGeneration" in fields
+        return False
+
+    def _refused(self, reason: str) -> None:
+        self.metrics.rejections.labels(reason).inc()
+
+    # taking over
+
+    async def _take_over(self) -> None:
+        """Fence off a predecessor that may still be writing: afterwards its binds fail on the pods' resourceVersion.
+
+        A lease that somebody deleted tells of no predecessor and counts from 0 again; plans and marks of pods tell.
+        """
+        self._inherited = {p.spec.plan_id for p in self.cluster.plans.values()}
+        binder, latest = self._hands.binder, max((p.spec.epoch for p in self.cluster.plans.values()), default=-1)
+        binder.epoch = max(binder.epoch, latest + 1)
+        led_before = any(EPOCH in p.metadata.annotations for p in self.cluster.pods.values())
+        if not self._election.predecessor and not (self._election.made and (led_before or latest >= 0)):
+            self._election.settled = True
+            return
+        pending = [
+            p
+            for p in self.cluster.pods.values()
+            if p.spec.scheduler_name in self.settings.schedulers and not p.spec.node_name and not p.terminal
+        ]
+        since = now_seconds()
+        log.info("fencing", predecessor=self._election.predecessor, pods=len(pending))
+
+        async def fence(pod: Pod) -> None:
+            await self._hands.limited(self._hands.fence(pod, since))
+            self.alive_at = now_seconds()
+
+        await asyncio.gather(*(fence(p) for p in pending))
+        self._election.settled = True
+
+    # deciding
+
+    async def _decide(self) -> None:
+        """One round: wait for a change, carry on what is open, decide what can start."""
+        self._look_at = min(self._look_at, now_seconds() + self._next_look())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(self._look_at - now_seconds(), 0.0)):
+                await self.feed.wake.wait()
+        if now_seconds() >= self._look_at:  # also in a cluster that is never silent
+            self._look_at = float("inf")
+            self.feed.dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
+        self._hands.woken = now_seconds()
+        await asyncio.sleep(max(GATHER_SECONDS, self._spent))
+        self.feed.wake.clear()
+        dirty = self._due()
+        self._read_back_unseen()
+        self._give_up_lost()
+        for key in dirty:
+            self._carry_on(key)
+        began = now_seconds()
+        later = self.feed.dirty & self._not_before.keys()
+        decided = self.queue.cycle(self.cluster, dirty, began, later, lambda: now_seconds() - began > CYCLE_SECONDS)
+        for key, error in decided.failures:
+            if self._said.get(key) != repr(error):
+                self._said[key] = repr(error)
+                log.error("gang_not_decided", gang=key, exc_info=error)
+        self.alive_at = now_seconds()
+        self._spent = self.alive_at - began
+        self.metrics.decide.observe(self._spent)
+        for start in decided.starts:
+            self._begin(start)
+        for eviction in decided.evictions:
+            self.metrics.preempted.inc(len(eviction.preemption.victims))
+            for victim in eviction.preemption.victims:
+                text = f"made room for {eviction.key}, which is more important"
+                wanted = partial(self.queue.makes_room, eviction.key)
+                deletion = self._hands.delete(victim, "PreemptionByScheduler", text, wanted)
+                self._hands.spawn(victim.metadata.uid, deletion)
+        self._status.touch_waiting()
+        if self.queue.unfinished or self.queue.victims.unfinished:
+            self.feed.wake.set()
+
+    def _due(self) -> set[str]:
+        """The gangs to be looked at now: a look at ten thousand members takes as long as many binds."""
+        dirty, self.feed.dirty, now = self.feed.dirty, set(), now_seconds()
+        self._not_before = {key: at for key, at in self._not_before.items() if at > now}
+        for key in dirty:
+            members = len(self.cluster.members.get(key, ()))
+            if key in self._not_before:
+                self.feed.dirty.add(key)
+            elif members >= LARGE:
+                self._not_before[key] = now + members * LOOK_SECONDS
+        return dirty - self.feed.dirty
+
+    def _next_look(self) -> float:
+        now = now_seconds()
+        due = [at - now for key, at in self._not_before.items() if key in self.feed.dirty]
+        due += [at + UNSEEN_SECONDS - now for uid, at in self._busy.items() if uid in self.cluster.planned]
+        open_plans = [p for p in self.cluster.plans.values() if p.status.phase in (*OPEN_PHASES, "Repairing")]
+        due += [ROLL_BACK_SECONDS for p in self.cluster.plans.values() if p.status.phase == "RollingBack"]
+        due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
+        look = self.queue.next_look(now)
+        lost = self.feed.lost_nodes.next_due(now)
+        due += [lost] if lost is not None else []
+        due += [GIVE_UP_AGAIN_SECONDS] if self.feed.lost_nodes.names else []
+        return min([*(max(d, 0.05) for d in due), *([look] if look is not None else []), 30.0])
+
+    def _elapsed(self, plan: GangPlan) -> float:
+        """Seconds since the plan was made; the wall clock is asked once, for plans of a former leader."""
+        now = now_seconds()
+        if plan.spec.plan_id not in self._began:
+            age = 0.0
+            if plan.spec.created and plan.spec.epoch != self._hands.binder.epoch:
+                age = now - (seconds_of(plan.spec.created) or now)
+            self._began[plan.spec.plan_id] = now - min(max(age, 0.0), plan.spec.timeout_seconds)
+        return now - self._began[plan.spec.plan_id]
+
+    def _begin(self, start: Start) -> None:
+        """A gang can start: persist the plan, then bind. A pod that is alone needs no plan: one bind is atomic."""
+        if not is_group(start.key):
+            ((member, node),) = start.placed
+            self._hands.spawn(member.uid, self._hands.bind(self.cluster.pods[member.uid], node, ""))
+            return
+        group, before = self.cluster.groups.get(start.key), self.cluster.plans.get(start.key)
+        if group is None:  # it went while its gang was put off
+            for member, _ in start.placed:
+                self.cluster.withdraw(member.uid)
+            return
+        if before is not None and before.spec.pod_group_uid not in ("", group.metadata.uid):
+            before = msgspec.structs.replace(before, spec=GangPlanSpec(), status=GangPlanStatus())  # another gang's
+        members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
+        if before is not None and before.status.phase == "Repairing":
+            still = [self.cluster.pods.get(m.uid) for m in before.spec.members]
+            alive = {p.metadata.uid for p in still if p is not None and not p.terminal}
+            members = [m for m in before.spec.members if m.uid in alive] + members
+        plan, plan_id, created = before or empty_plan(start.key), uuid.uuid4().hex[:12], now_text()
+        if before is not None and before.status.phase == "Repairing":  # one time for all attempts: it must end
+            created = before.spec.created or created
+            self._began[plan_id] = now_seconds() - self._elapsed(before)
+            self._began.pop(before.spec.plan_id, None)
+        spec = GangPlanSpec(
+            pod_group=group.metadata.name,
+            pod_group_uid=group.metadata.uid,
+            plan_id=plan_id,
+            epoch=self._hands.binder.epoch,
+            created=created,
+            began=(before.spec.began if before is not None and self._lives(start.key) else None) or now_text(),
+            timeout_seconds=group.spec.schedule_timeout_seconds or self.settings.timeout_seconds,
+            min_member=self._quorum(start, group),
+            note=start.note,
+            members=members,
+        )
+        message = start.note or f"binding {len(start.placed)} members"
+        status = msgspec.structs.replace(
+            plan.status, phase="Binding", reason="Binding", message=message, position=0, waiting_since=None
+        )
+        self._hands.spawn(
+            start.key, self._hands.save(start.key, msgspec.structs.replace(plan, spec=spec, status=status))
+        )
+
+    def _lives(self, key: str) -> bool:
+        """Whether a gang has members on nodes: what is planned now belongs to the same run."""
+        return any(p.spec.node_name and not p.terminal for p in self.cluster.pods_of(key))
+
+    def _quorum(self, start: Start, group: PodGroup) -> int:
+        """What must be there in the end; less where members are made only after the others run."""
+        satisfied = sort_members(self.cluster.pods_of(start.key), self.settings.schedulers).satisfied
+        return min(group.spec.min_member, satisfied + len(start.placed)) if start.note else group.spec.min_member
+
+    def _carry_on(self, key: str) -> None:
+        """The next steps of an open plan; an intent is persisted before it is acted on."""
+        plan = self.cluster.plans.get(key)
+        if plan is None or key in self._busy:
+            return
+        gone = key not in self.cluster.groups and not self.cluster.members.get(key)
+        if plan.status.phase not in CARRIED_ON or (gone and plan.status.phase == "Repairing"):
+            if gone:
+                self._hands.spawn(key, self._hands.forget(key, plan))
+            return
+        ledger, planned = self.cluster.ledger, {m.uid for m in plan.spec.members}
+        pods = {uid: p for uid in planned if (p := self.cluster.pods.get(uid)) is not None}
+        alive = {m.node: m.node in ledger.rows and bool(ledger.ready[ledger.rows[m.node]]) for m in plan.spec.members}
+        beside = sum(
+            p.metadata.uid not in planned
+            and not p.deleting
+            and (p.status.phase == "Succeeded" or bool(p.spec.node_name and not p.terminal))
+            for p in without_former_runs(self.cluster.pods_of(key))
+        )
+        if plan.status.phase == "Binding" and self._late(plan) and not any(p.spec.node_name for p in pods.values()):
+            self._hands.spawn(key, self._hands.save(key, take_back(plan)))
+            return
+        after = advance(plan, pods, alive, beside, self._elapsed(plan))
+        if after.plan is not plan:
+            if after.plan.status.phase == "Waiting":
+                self._began.pop(plan.spec.plan_id, None)
+                if planned & self._busy.keys():
+                    return  # a bind is still on its way: its room is kept until it is known what came of it
+                self.queue.rest(key, now_seconds())
+                unbound = [p for p in pods.values() if not p.spec.node_name and not p.terminal]
+                self._hands.spawn(key, self._hands.save_fenced(key, after.plan, unbound))
+                return
+            if after.plan.status.phase == "Running":
+                self.queue.rested(key)
+                self._began.pop(plan.spec.plan_id, None)
+            self._hands.spawn(key, self._hands.save(key, after.plan))
+            return
+        for step in after.steps:
+            uid = step.pod.metadata.uid
+            if uid in self._busy:
+                continue
+            if self._hands.full:
+                self.feed.dirty.add(key)  # the rest with the next look: what is under way wakes us
+                break
+            if isinstance(step, Bind):
+                self._hands.spawn(uid, self._hands.bind(step.pod, step.node, plan.spec.plan_id))
+            else:
+                self._hands.spawn(uid, self._hands.delete(step.pod, step.reason, plan.status.message))
+
+    def _late(self, plan: GangPlan) -> bool:
+        """Whether a plan was written when nobody reckoned with it any more: a request that was long under way."""
+        former = plan.spec.epoch < self._hands.binder.epoch and plan.spec.plan_id not in self._inherited
+        return former or plan.spec.plan_id in self._hands.abandoned
+
+    def _give_up_lost(self) -> None:
+        """Members on a node that is gone will never end by themselves: their owners may replace them."""
+        lost, now = self.feed.lost_nodes, now_seconds()
+        lost.look(self.cluster.ledger.rows)
+        members = {name: self._ours_on(name) for name in lost.names}
+        if not any(members.values()):  # nobody of ours is on any of them
+            for name in lost.names:
+                lost.forget(name)
+        present, grace = len(self.cluster.ledger.rows), self.settings.node_loss_grace_seconds
+        halted = lost.halted(present)
+        if bool(halted) != bool(self._halted):
+            log.warning("node_loss_halted" if halted else "node_loss_goes_on", why=halted)
+            for pod in {gang_key(p): p for pods in members.values() for p in pods}.values() if halted else ():
+                about = self.cluster.groups.get(gang_key(pod), pod)
+                self._tasks.create_task(self._tell(about, "NodeLossHalted", halted))
+        self._halted = halted
+        self.metrics.lost_nodes.set(sum(bool(pods) for pods in members.values()))
+        self.metrics.node_loss_halted.set(bool(halted))
+        self._given_up = {key: at for key, at in self._given_up.items() if now - at < grace}
+        self._asked = {uid: at for uid, at in self._asked.items() if uid in self.cluster.pods}
+        for name in lost.due(now, present):
+            for pod in members.get(name, ()):
+                key, uid = gang_key(pod), pod.metadata.uid
+                if uid in self._busy or now - self._asked.get(uid, -GIVE_UP_AGAIN_SECONDS) < GIVE_UP_AGAIN_SECONDS:
+                    continue
+                if key not in self._given_up and len(self._given_up) >= self.settings.most_lost_gangs:
+                    continue  # with a later look
+                self._given_up[key] = self._asked[uid] = now
+                self.metrics.lost_members.inc()
+                text = f"node {name} has been gone for {grace:.0f} s"
+                deletion = self._hands.delete(pod, "DeletionByNodeLoss", text, partial(self._is_lost, name))
+                self._hands.spawn(pod.metadata.uid, deletion)
+
+    def _ours_on(self, node: str) -> list[Pod]:
+        """Members of gangs on a node that is gone, which have an owner to replace them."""
+        uids = [h.uid for h in self.cluster.ledger.on(node)]
+        pods = [self.cluster.pods[uid] for uid in uids if uid in self.cluster.pods]
+        return [
+            p
+            for p in pods
+            if p.spec.node_name == node
+            and not p.terminal
+            and p.spec.scheduler_name in self.settings.schedulers
+            and is_group(gang_key(p))
+            and owned(p)
+        ]
+
+    async def _tell(self, about: Pod | PodGroup, reason: str, message: str) -> None:
+        try:
+            await self._hands.limited(self._hands.binder.event(about, reason, message, warning=True))
+        except (ApiError, Unreachable) as error:
+            log.warning("event_lost", reason=reason, error=str(error))
+
+    def _is_lost(self, node: str) -> bool:
+        return node not in self.cluster.ledger.rows
+
+    def _read_back_unseen(self) -> None:
+        """A bind whose success the watch does not show is asked for."""
+        now = now_seconds()
+        for uid, began in list(self._busy.items()):
+            pod = self.cluster.pods.get(uid)
+            if pod is not None and now - began >= UNSEEN_SECONDS and uid in self.cluster.planned:
+                self._busy[uid] = now
+                self._tasks.create_task(self._hands.read(pod))

@@ -1,0 +1,162 @@
+"""What the watches tell, brought into the cluster; which gangs must be looked at again is kept in `dirty`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from colocate.kube.client import BUDGETS, CLAIMS, NODES, PODS, VOLUMES
+from colocate.objects import Claim, DisruptionBudget, Node, ObjectMeta, PersistentVolume, Pod
+from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
+from podgroup.controller.lost_nodes import LostNodes
+from podgroup.queue.queue import Queue
+from podgroup.state.cluster import CARRIED_ON, Cluster
+from podgroup.state.gangs import gang_key, rejected
+
+_OFFSET = time.time() - time.monotonic()
+
+
+def now_seconds() -> float:
+    """Seconds since the epoch as they were at the start, and the monotonic clock from then on: it never jumps."""
+    return _OFFSET + time.monotonic()
+
+
+class Feed:
+    """Handlers of the watches; each is called with the object before and now."""
+
+    def __init__(
+        self, cluster: Cluster, queue: Queue, touched: Callable[[str], None], refused: Callable[[str], None]
+    ) -> None:
+        self._cluster, self._queue, self._touched, self._refused = cluster, queue, touched, refused
+        self.dirty: set[str] = set()
+        self.lost_nodes = LostNodes(queue.settings)
+        """Nodes that have been deleted and not been looked at since."""
+        self.wake = asyncio.Event()
+        self.busy: dict[str, float] = {}
+        """uids of pods and keys of plans that a write is under way for -> when it began."""
+
+    def watched(self) -> list[tuple[str, Any, Callable[[Any, Any], None]]]:
+        """(collection, kind, handler), in the order in which they must be known."""
+        return [
+            (NODES, Node, self.on_node),
+            (VOLUMES, PersistentVolume, self.on_volume),
+            (CLAIMS, Claim, self.on_claim),
+            (BUDGETS, DisruptionBudget, self.on_budget),
+            (POD_GROUPS, PodGroup, self.on_group),
+            (PLANS, GangPlan, self.on_plan),
+            (PODS, Pod, self.on_pod),
+        ]
+
+    def look_again(self, *keys: str) -> None:
+        """These gangs may have changed."""
+        self.dirty.update(keys)
+        self.wake.set()
+
+    def on_node(self, before: Node | None, now: Node | None) -> None:
+        """A node has come, changed or gone."""
+        node = now or before
+        assert node is not None
+        if now is not None:
+            if not self._cluster.set_node(now):
+                return
+        else:
+            self._cluster.remove_node(node.metadata.name)
+            self.lost_nodes.gone(node.metadata.name, now_seconds())
+        for key, plan in self._cluster.plans.items():
+            if plan.status.phase in CARRIED_ON and any(m.node == node.metadata.name for m in plan.spec.members):
+                self.dirty.add(key)
+        self.wake.set()
+
+    def on_pod(self, before: Pod | None, now: Pod | None) -> None:
+        """A pod has come, changed or gone; also from an answer that was faster than the watch."""
+        pod = now or before
+        assert pod is not None
+        uid, key = pod.metadata.uid, gang_key(pod)
+        known = self._cluster.pods.get(uid)
+        if now is not None and known is not None and older(now.metadata, known.metadata):
+            return
+        holding = self._cluster.ledger.holdings.get(uid)
+        if known is not None and gang_key(known) != key:
+            self._cluster.remove_pod(uid)
+            self.dirty.add(gang_key(known))
+        if now is not None:
+            self._cluster.set_pod(now)
+        else:
+            self._cluster.remove_pod(uid)
+        if now is not None and rejected(now) and known is not None and not known.terminal:
+            self._refused(now.status.reason)
+        failed = now is not None and now.status.phase == "Failed" and not rejected(now)
+        if holding is not None and (now is None or failed):
+            self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
+        if now is None or now.spec.node_name:
+            self.busy.pop(uid, None)
+        self._touched(key)
+        self.look_again(key)
+
+    def on_group(self, before: PodGroup | None, now: PodGroup | None) -> None:
+        """A group has come, changed or gone; a change of its status is our own doing."""
+        group = now or before
+        assert group is not None
+        key = f"{group.metadata.namespace}/{group.metadata.name}"
+        if now is not None:
+            self._cluster.groups[key] = now
+        else:
+            self._cluster.groups.pop(key, None)
+        self._touched(key)
+        if (
+            now is None
+            or before is None
+            or before.spec != now.spec
+            or before.metadata.annotations != now.metadata.annotations
+        ):
+            self.look_again(key)
+
+    def on_plan(self, before: GangPlan | None, now: GangPlan | None) -> None:
+        """A plan has been written, by us or by a former leader."""
+        plan = now or before
+        assert plan is not None
+        key = f"{plan.metadata.namespace}/{plan.metadata.name}"
+        known = self._cluster.plans.get(key)
+        if now is None:
+            if known is None or known.metadata.uid == plan.metadata.uid:
+                self._cluster.remove_plan(key)
+        elif known is None or older(known.metadata, now.metadata):
+            self._cluster.set_plan(key, now)
+        self.look_again(key)
+
+    def on_claim(self, before: Claim | None, now: Claim | None) -> None:
+        """A claim has been bound, or has gone."""
+        claim = now or before
+        assert claim is not None
+        self._cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", now)
+        self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_volume(self, before: PersistentVolume | None, now: PersistentVolume | None) -> None:
+        """A volume has come, or has gone."""
+        volume = now or before
+        assert volume is not None
+        self._cluster.set_volume(volume.metadata.name, now)
+        self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_budget(self, before: DisruptionBudget | None, now: DisruptionBudget | None) -> None:
+        """A PodDisruptionBudget has changed."""
+        budget = now or before
+        assert budget is not None
+        key = f"{budget.metadata.namespace}/{budget.metadata.name}"
+        if now is not None:
+            self._cluster.budgets[key] = now
+        else:
+            self._cluster.budgets.pop(key, None)
+
+
+def older(one: ObjectMeta, other: ObjectMeta) -> bool:
+    """Whether one version of an object is older than another (resource versions are comparable: KEP-5504)."""
+    a, b = one.resource_version, other.resource_version
+    return a.isdigit() and b.isdigit() and int(a) < int(b)
+
+
+def _disrupted(pod: Pod) -> bool:
+    """Whether a pod was evicted, preempted or lost with its node (KEP-3329), not just deleted."""
+    return any(c.type == "DisruptionTarget" and c.status == "True" for c in pod.status.conditions)

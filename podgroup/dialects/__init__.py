@@ -1,0 +1,1 @@
+"""How pods say that they belong together."""

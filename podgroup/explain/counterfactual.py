@@ -1,0 +1,125 @@
+"""What would have to be different for a gang to start now; each change is proven, by placing the gang with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from colocate.objects import Node, ObjectMeta, Taint, Toleration
+from podgroup.api import Counterfactual
+from podgroup.solve.place import most_that_fit, place
+from podgroup.solve.question import Debt, Gang, Member
+from podgroup.state.cluster import Cluster
+from podgroup.state.gangs import gang_key
+from podgroup.state.ledger import REPELLING, UNSCHEDULABLE, Ledger
+from podgroup.state.shape import Shape
+
+MAX_TRIED = 64
+MAX_FOUND = 5
+MAX_NODES = 64
+SYSTEM = "node.kubernetes.io/"
+"""Taints of this prefix say how a node is; to tolerate them is no mend."""
+replace = msgspec.structs.replace
+
+
+def counterfactuals(
+    cluster: Cluster, gang: Gang, satisfied: int, owed_without: Callable[[str], tuple[Debt, ...]]
+) -> list[Counterfactual]:
+    """The cheapest changes with which the gang starts, at most `MAX_FOUND`; the cluster is as before afterwards.
+
+    `satisfied` members of the quorum run or have completed; `owed_without(key)` is what must be left to others if that
+    gang has ended.
+    """
+    found: list[Counterfactual] = []
+    for changes in (
+        _smaller(cluster.ledger, gang, satisfied),
+        _uncordoned(cluster.ledger, gang),
+        _tolerated(cluster.ledger, gang),
+        _anywhere(cluster.ledger, gang),
+        _without_others(cluster, gang, owed_without),
+        _more_nodes(cluster.ledger, gang),
+    ):
+        for change in changes:
+            found.append(Counterfactual(change=change))
+            if len(found) == MAX_FOUND:
+                return found
+    return found
+
+
+def _smaller(ledger: Ledger, gang: Gang, satisfied: int) -> Iterator[str]:
+    fit = most_that_fit(ledger, gang)
+    if 0 < fit < gang.quorum and place(ledger, gang._replace(quorum=fit, reserve={})) is not None:
+        yield f"minMember were {satisfied + fit} instead of {satisfied + gang.quorum}"
+
+
+def _uncordoned(ledger: Ledger, gang: Gang) -> Iterator[str]:
+    cordoned = [node for node in ledger.nodes() if node.spec.unschedulable][:MAX_TRIED]
+    for node in cordoned:
+        taints = [t for t in node.spec.taints if t.key != UNSCHEDULABLE.key]
+        ledger.set_node(replace(node, spec=replace(node.spec, unschedulable=False, taints=taints)))
+        if place(ledger, gang) is not None:
+            yield f"node {node.metadata.name} is uncordoned"
+        ledger.set_node(node)
+
+
+def _tolerated(ledger: Ledger, gang: Gang) -> Iterator[str]:
+    taints: dict[Taint, None] = {}
+    for node in ledger.nodes():
+        taints.update(
+            dict.fromkeys(t for t in node.spec.taints if t.effect in REPELLING and not t.key.startswith(SYSTEM))
+        )
+    for taint in list(taints)[:MAX_TRIED]:
+        toleration = Toleration(key=taint.key, operator="Equal", value=taint.value, effect=taint.effect)
+        members = tuple(_tolerating(m, toleration) for m in gang.members)
+        if place(ledger, gang._replace(members=members)) is not None:
+            value = f"={taint.value}" if taint.value else ""
+            yield f"its pods tolerate the taint {taint.key}{value}:{taint.effect}"
+
+
+def _tolerating(member: Member, toleration: Toleration) -> Member:
+    shape: Shape = replace(member.shape, tolerations=(*member.shape.tolerations, toleration))
+    return member._replace(shape=shape)
+
+
+def _anywhere(ledger: Ledger, gang: Gang) -> Iterator[str]:
+    if gang.required_topology and place(ledger, gang._replace(required_topology="")) is not None:
+        yield f"it is not required to be within one {gang.required_topology}"
+
+
+def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], tuple[Debt, ...]]) -> Iterator[str]:
+    """One other gang has ended; those with the fewest pods first."""
+    gangs: dict[str, list[str]] = {}
+    for uid in cluster.ledger.holdings:
+        if uid in cluster.pods:
+            gangs.setdefault(gang_key(cluster.pods[uid]), []).append(uid)
+    for key, uids in sorted(gangs.items(), key=lambda g: (len(g[1]), g[0]))[:MAX_TRIED]:
+        with cluster.ledger.without(uids):
+            placed = place(cluster.ledger, gang._replace(leave=owed_without(key)))
+        if placed is not None:
+            yield f"{key.replace('pod:', '')} ends ({len(uids)} pods)"
+
+
+def _more_nodes(ledger: Ledger, gang: Gang) -> Iterator[str]:
+    """As many more nodes as it takes, empty ones like the one with the most of what the gang asks for."""
+    candidates = [n for n in ledger.nodes() if not n.spec.unschedulable and not n.spec.taints]
+    if not candidates:
+        return
+    scarce = [r for m in gang.members[:1] for r, _ in m.shape.requests if r in ledger.columns]
+    like = max(
+        candidates,
+        key=lambda n: [int(ledger.allocatable[ledger.rows[n.metadata.name], ledger.columns[r]]) for r in scarce],
+    )
+    added: list[str] = []
+    try:
+        while len(added) < MAX_NODES:
+            name = f"{like.metadata.name}-more-{len(added)}"
+            labels = {k: name if v == like.metadata.name else v for k, v in like.metadata.labels.items()}
+            ledger.set_node(Node(metadata=ObjectMeta(name=name, labels=labels), spec=like.spec, status=like.status))
+            added.append(name)
+            if place(ledger, gang) is not None:
+                yield f"{len(added)} more node{'s' if len(added) > 1 else ''} like {like.metadata.name}"
+                return
+    finally:
+        for name in added:
+            ledger.remove_node(name)

@@ -1,0 +1,181 @@
+"""A cluster at one instant, as a file: what a cycle decides on can be decided again elsewhere, byte for byte."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from colocate import __version__
+from colocate.errors import BadInput, StateTooNew
+from colocate.objects import Claim, DisruptionBudget, Lean, Node, PersistentVolume, Pod, PriorityClass
+from colocate.units import parse_time
+from podgroup.api import Counterfactual, GangPlan, PlannedMember, PodGroup
+from podgroup.explain.counterfactual import counterfactuals
+from podgroup.queue.entry import Settings, entry_of, of_interest, question
+from podgroup.queue.queue import Queue
+from podgroup.queue.runtimes import starts_at
+from podgroup.solve.place import place
+from podgroup.solve.question import Debt
+from podgroup.state.cluster import Cluster
+from podgroup.state.gangs import gang_key, sort_members
+
+KIND = "ClusterSnapshot"
+VERSION = 1
+
+
+class Verdict(Lean, frozen=True):
+    """What a cycle decides about one gang."""
+
+    gang: str
+    outcome: Literal["Start", "Preempt", "Wait", "Rest"]
+    """Rest: it waits for nothing."""
+    reason: str = ""
+    message: str = ""
+    surplus: int = 0
+    """Members beyond those that have no room yet."""
+    members: list[PlannedMember] = msgspec.field(default_factory=list)
+    """Where each is bound; for Preempt, when the victims have gone."""
+    victims: list[str] = msgspec.field(default_factory=list)
+    """namespace/name"""
+
+
+class ClusterSnapshot(Lean, frozen=True):
+    """Everything that a cycle looks at."""
+
+    taken: str
+    kind: str = ""
+    version: int = 0
+    colocate: str = __version__
+    settings: Settings = Settings()
+    nodes: list[Node] = msgspec.field(default_factory=list)
+    pods: list[Pod] = msgspec.field(default_factory=list)
+    groups: list[PodGroup] = msgspec.field(default_factory=list)
+    plans: list[GangPlan] = msgspec.field(default_factory=list)
+    claims: list[Claim] = msgspec.field(default_factory=list)
+    volumes: list[PersistentVolume] = msgspec.field(default_factory=list)
+    budgets: list[DisruptionBudget] = msgspec.field(default_factory=list)
+    classes: list[PriorityClass] = msgspec.field(default_factory=list)
+    verdicts: list[Verdict] = msgspec.field(default_factory=list)
+    """What was decided on it when it was taken."""
+
+
+class Explanation(Lean, frozen=True):
+    """Why a gang waits, and what would change that."""
+
+    verdict: Verdict
+    position: int
+    counterfactuals: list[Counterfactual]
+    estimate_seconds: tuple[float, float] | None
+    """From now to its start: (earliest, latest); None if nothing is known of how long the others run."""
+    fits_when_empty: bool = True
+    """Whether it could start if everything else ended."""
+
+
+def load(content: bytes) -> ClusterSnapshot:
+    """Read a snapshot. Raises BadInput, StateTooNew."""
+    try:
+        snapshot = msgspec.json.decode(content, type=ClusterSnapshot)
+    except msgspec.MsgspecError as error:
+        raise BadInput(f"this is no cluster snapshot: {error}") from error
+    if snapshot.kind != KIND:
+        raise BadInput(f"this is no cluster snapshot: its kind is {snapshot.kind!r}, not {KIND!r}")
+    if snapshot.version > VERSION:
+        raise StateTooNew(f"the snapshot is of version {snapshot.version}; this colocate knows up to {VERSION}")
+    if snapshot.version < 1 or not snapshot.settings.schedulers:
+        raise BadInput("this is no cluster snapshot: its version or its settings.schedulers is missing; take it again")
+    try:
+        restore(snapshot)
+    except ValueError as error:
+        raise BadInput(f"this is no cluster snapshot: {error}") from error
+    return snapshot
+
+
+def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
+    """The cluster of a snapshot, and a queue that knows since when each gang has waited."""
+    cluster, queue, now = Cluster(), Queue(snapshot.settings), parse_time(snapshot.taken)
+    for node in snapshot.nodes:
+        cluster.set_node(node)
+    for claim in snapshot.claims:
+        cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", claim)
+    for volume in snapshot.volumes:
+        cluster.set_volume(volume.metadata.name, volume)
+    for budget in snapshot.budgets:
+        cluster.budgets[f"{budget.metadata.namespace}/{budget.metadata.name}"] = budget
+    for group in snapshot.groups:
+        cluster.groups[f"{group.metadata.namespace}/{group.metadata.name}"] = group
+    for pod in snapshot.pods:
+        cluster.set_pod(pod)
+    for plan in snapshot.plans:
+        cluster.set_plan(f"{plan.metadata.namespace}/{plan.metadata.name}", plan)
+    queue.remember(cluster, now)
+    return cluster, queue
+
+
+def decide(snapshot: ClusterSnapshot) -> list[Verdict]:
+    """What a cycle decides on this snapshot, in the order of the queue."""
+    cluster, queue = restore(snapshot)
+    return _verdicts(cluster, queue, parse_time(snapshot.taken))
+
+
+def _verdicts(cluster: Cluster, queue: Queue, now: float) -> list[Verdict]:
+    decided = queue.cycle(cluster, {*cluster.members, *cluster.groups}, now)
+    found = {
+        start.key: Verdict(
+            gang=start.key,
+            outcome="Start",
+            message=start.note,
+            surplus=sum(not p.spec.node_name and not p.terminal for p in cluster.pods_of(start.key))
+            - len(start.placed),
+            members=[PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed],
+        )
+        for start in decided.starts
+    }
+    for key, memory in queue.waiting.items():
+        found[key] = Verdict(gang=key, outcome="Wait", reason=memory.reason, message=memory.message)
+    for key, preemption in decided.evictions:
+        found[key] = Verdict(
+            gang=key,
+            outcome="Preempt",
+            reason="WaitingForPreemption",
+            message=queue.waiting[key].message,
+            members=[PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in preemption.placed],
+            victims=[f"{p.metadata.namespace}/{p.metadata.name}" for p in preemption.victims],
+        )
+    return [found[key] for key in queue.order if key in found]
+
+
+def what_if(snapshot: ClusterSnapshot, pods: list[Pod], groups: list[PodGroup]) -> list[Verdict]:
+    """What the next cycle would decide about these, were they created now."""
+    more = msgspec.structs.replace(snapshot, pods=[*snapshot.pods, *pods], groups=[*snapshot.groups, *groups])
+    asked = {gang_key(p) for p in pods} | {f"{g.metadata.namespace}/{g.metadata.name}" for g in groups}
+    found = {verdict.gang: verdict for verdict in decide(more)}
+    busy = "what this gang has planned already is being carried out or taken back: ask again"
+    return [found.get(key) or Verdict(gang=key, outcome="Wait", reason="Busy", message=busy) for key in sorted(asked)]
+
+
+def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
+    """Why this gang waits; None if it does not."""
+    cluster, queue = restore(snapshot)
+    now = parse_time(snapshot.taken)
+    verdicts = {v.gang: v for v in _verdicts(cluster, queue, now)}
+    if key not in verdicts:
+        return None
+    found, when, position, fits = [], None, queue.order.index(key) + 1, True
+    entry = entry_of(cluster, key, snapshot.settings)
+    if verdicts[key].reason == "Unschedulable" and queue.waiting[key].question is not None and entry is not None:
+        owed = queue.reservations.against(key, entry.priority)
+        gang, _ = question(cluster, entry, snapshot.settings, owed)
+        satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied
+        priority = entry.priority
+        resources = {resource for debt in gang.leave for resource in debt.amounts}
+
+        def owed_without(other: str) -> tuple[Debt, ...]:
+            return of_interest(queue.reservations.against(key, priority, without=other), resources)
+
+        found = counterfactuals(cluster, gang, satisfied, owed_without)
+        with cluster.ledger.empty():
+            fits = place(cluster.ledger, gang._replace(leave=())) is not None
+        start = starts_at(cluster, gang, now)
+        when = None if start is None else (round(start[0] - now, 1), round(start[1] - now, 1))
+    return Explanation(verdicts[key], position, found, when, fits)

@@ -1,0 +1,92 @@
+"""Room that is kept for somebody: the place of a lost member, and the places that victims are leaving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from podgroup.solve.question import Placed
+from podgroup.state.allocation import Holding
+from podgroup.state.cluster import Cluster
+from podgroup.state.shape import Shape
+
+SLOT, NOMINATED = "slot:", "nominated:"
+
+
+class Hold(NamedTuple):
+    """One pod's room, kept in the ledger under a name of its own."""
+
+    key: str
+    uid: str
+    until: float
+    kind: str
+    priority: int = 0
+    """Of the gang: a nomination does not stand against one that is more important."""
+    failed: bool = False
+    """Of a slot: it, or one before it, began with a failure, and not with an end that was asked for."""
+
+
+class Holds:
+    """All that is kept, for a time."""
+
+    def __init__(self) -> None:
+        self._holds: list[Hold] = []
+
+    def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float, failed: bool) -> None:
+        """The place of a member that was lost is kept for the one that replaces it."""
+        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed=failed), lost)
+
+    def failed(self, key: str) -> bool:
+        """Whether a place is kept for this gang since one of its members failed."""
+        return any(h.key == key and h.failed for h in self._holds)
+
+    def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float, priority: int) -> None:
+        """The places that a gang has made victims leave are its own."""
+        self.drop(cluster, key, NOMINATED)
+        for one in placed:
+            self._keep(cluster, Hold(key, NOMINATED + one.member.uid, until, NOMINATED, priority), one.holding)
+
+    def _keep(self, cluster: Cluster, hold: Hold, like: Holding) -> None:
+        room_only = Shape(requests=like.shape.requests)
+        cluster.ledger.hold(like._replace(uid=hold.uid, labels={}, shape=room_only, leaving=False))
+        self._holds.append(hold)
+
+    def drop(self, cluster: Cluster, key: str, kind: str, most: int | None = None) -> None:
+        """Give up a gang's holds of one kind, at most so many."""
+        mine = [h for h in self._holds if h.key == key and h.kind == kind][:most]
+        self._give_up(cluster, mine)
+
+    def expire(self, cluster: Cluster, now: float, whole: set[str]) -> None:
+        """Give up what is over, and the slots of gangs that need none any more."""
+        self._give_up(cluster, [h for h in self._holds if now >= h.until or (h.kind == SLOT and h.key in whole)])
+
+    def _give_up(self, cluster: Cluster, holds: list[Hold]) -> None:
+        for hold in holds:
+            cluster.release_hold(hold.uid)
+        self._holds = [h for h in self._holds if h not in holds]
+
+    def shapes(self, cluster: Cluster, key: str) -> list[Shape]:
+        """Of the room that is kept for this gang."""
+        holdings = [cluster.ledger.holdings.get(h.uid) for h in self._holds if h.key == key]
+        return [holding.shape for holding in holdings if holding is not None]
+
+    def any_for(self, key: str) -> bool:
+        """Whether something is kept for this gang."""
+        return any(h.key == key for h in self._holds)
+
+    def keys(self, kind: str) -> set[str]:
+        """The gangs that something of this kind is kept for."""
+        return {h.key for h in self._holds if h.kind == kind}
+
+    @property
+    def ends(self) -> list[float]:
+        """When each is over."""
+        return [h.until for h in self._holds]
+
+    @contextmanager
+    def usable_by(self, cluster: Cluster, key: str, priority: int) -> Iterator[None]:
+        """What is kept for a gang is free to itself, and what is only promised to those that are less important."""
+        lifted = [h.uid for h in self._holds if h.key == key or (h.kind == NOMINATED and h.priority < priority)]
+        with cluster.ledger.without(lifted):
+            yield

@@ -1,0 +1,190 @@
+"""One class of equal members onto the nodes: all of it or not at all.
+
+Constraints between pods that each member changes for the next (anti-affinity, affinity, topology spread) are looked at
+member by member, all nodes at once; without them the nodes are filled in one go.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from colocate.objects import TopologySpreadConstraint
+from podgroup.solve.question import Class, Trial
+from podgroup.state.ledger import Ints, Mask
+from podgroup.state.shape import Term, all_of
+
+COMMON = frozenset({"cpu", "memory", "pods", "ephemeral-storage"})
+
+
+def preference(trial: Trial, group: Class, room: Ints) -> Ints:
+    """The rows in the order in which they should be filled.
+
+    With an extended resource: those that this class fills up with the least left over, and of them the fullest.
+    Without: nodes without extended resources before those that have some free, and of them the fullest.
+    """
+    ledger = trial.ledger
+    free = ledger.allocatable - trial.used
+    scarce = [(name, amount) for name, amount in group.shape.requests if name not in COMMON]
+    if scarce:
+        name, amount = max(
+            scarce, key=lambda r: (r[1] / max(int(ledger.allocatable[:, ledger.columns[r[0]]].sum()), 1), r)
+        )
+        column = free[:, ledger.columns[name]]
+        return np.lexsort((column, column - room * amount))
+    extended = [c for name, c in ledger.columns.items() if name not in COMMON]
+    stranded = (free[:, extended] > 0).any(axis=1) if extended else np.zeros(len(room), dtype=bool)
+    return np.lexsort((free[:, ledger.columns["memory"]], free[:, ledger.columns["cpu"]], stranded))
+
+
+def spread_out(room: Ints, order: Ints, wanted: int) -> Ints | None:
+    """The rows of `wanted` members: nodes filled in order, the last part on the tightest node that takes it whole."""
+    order = order[room[order] > 0]
+    filled = np.cumsum(np.minimum(room[order], wanted))
+    if not len(filled) or filled[-1] < wanted:
+        return None
+    last = int(np.searchsorted(filled, wanted))
+    rest = wanted - (int(filled[last - 1]) if last else 0)
+    left = order[last:]
+    enough = left[room[left] >= rest]
+    tightest = enough[np.argmin(room[enough])]
+    return np.concatenate([np.repeat(order[:last], room[order[:last]]), np.full(rest, tightest)])
+
+
+class _Changing(NamedTuple):
+    """Constraints that each member of a class changes for the next."""
+
+    apart: list[Ints]
+    """Self-repelling terms: the domain code of each node; one member a domain."""
+    together: list[tuple[Ints, Mask]]
+    """Affinity terms: the domain codes, and which domains hold a matching pod; all False while nobody is there."""
+    spread: list[_Spread]
+
+
+class _Spread(NamedTuple):
+    """One DoNotSchedule constraint."""
+
+    codes: Ints
+    counts: Ints
+    eligible: Mask
+    max_skew: int
+    floor_is_zero: bool
+    counts_self: bool
+
+
+def _changing(trial: Trial, group: Class, mask: Mask) -> tuple[_Changing, Mask]:
+    """What must be looked at member by member, and the mask less what can be said beforehand."""
+    ledger, shape = trial.ledger, group.shape
+    changing = _Changing([], [], [])
+    for term in shape.anti_affinity:
+        if term.selects(group.namespace, group.labels):
+            changing.apart.append(ledger.label(term.topology_key).codes)
+    if shape.affinity:
+        # Source: interpodaffinity; a pod counts for any term only if it matches all of them.
+        beside = all_of(shape.affinity)
+        rows = np.flatnonzero(trial.count(beside))
+        for term in shape.affinity:
+            column = ledger.label(term.topology_key)
+            mask = mask & (column.codes >= 0)
+            there = np.zeros(len(column.code_of), dtype=bool)
+            there[column.codes[rows][column.codes[rows] >= 0]] = True
+            changing.together.append((column.codes, there))
+        empty = [not there.any() for _, there in changing.together]
+        if any(empty) and not (all(empty) and beside.selects(group.namespace, group.labels)):
+            mask = np.zeros_like(mask)
+    for constraint in shape.spread:
+        spread, mask = _spread(trial, group, constraint, mask)
+        changing.spread.append(spread)
+    return changing, mask
+
+
+def _spread(trial: Trial, group: Class, constraint: TopologySpreadConstraint, mask: Mask) -> tuple[_Spread, Mask]:
+    ledger, shape = trial.ledger, group.shape
+    column = ledger.label(constraint.topology_key)
+    mask = mask & (column.codes >= 0)
+    honoured = column.codes >= 0
+    for other in shape.spread:  # a node that lacks the key of one counts for none
+        honoured = honoured & (ledger.label(other.topology_key).codes >= 0)
+    if constraint.node_affinity_policy == "Honor":
+        honoured = honoured & ledger.chosen(shape)
+    if constraint.node_taints_policy == "Honor":
+        honoured = honoured & ledger.tolerated(shape.tolerations)
+    selector = constraint.label_selector
+    if selector is not None and constraint.match_label_keys:
+        own = {k: group.labels[k] for k in constraint.match_label_keys if k in group.labels}
+        selector = msgspec.structs.replace(selector, match_labels={**selector.match_labels, **own})
+    term = Term(constraint.topology_key, selector, (group.namespace,))
+    counts = np.zeros(len(column.code_of), dtype=np.int64)
+    np.add.at(counts, column.codes[honoured], trial.count(term, leaving=False)[honoured])
+    eligible = np.zeros(len(column.code_of), dtype=bool)
+    eligible[column.codes[honoured]] = True
+    few = constraint.min_domains is not None and int(eligible.sum()) < constraint.min_domains
+    counts_self = term.selects(group.namespace, group.labels)
+    return _Spread(column.codes, counts, eligible, constraint.max_skew, few, counts_self), mask
+
+
+def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> Ints | None:
+    """Member by member; each takes the first node in order, in the emptiest domain first where it must spread."""
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    room = room.copy()
+    taken: list[int] = []
+    while len(taken) < wanted:
+        good, skew = room > 0, np.zeros(len(room), dtype=np.int64)
+        for codes, there in changing.together:
+            if there.any():
+                good &= there[codes]
+        for s in changing.spread:
+            least = 0 if s.floor_is_zero or not s.eligible.any() else int(s.counts[s.eligible].min())
+            now = s.counts[s.codes]
+            good &= now + s.counts_self - least <= s.max_skew
+            skew += now
+        rows = np.flatnonzero(good)
+        if not len(rows):
+            return None
+        row = int(rows[np.lexsort((rank[rows], skew[rows]))[0]])
+        taken.append(row)
+        room[row] -= 1
+        for codes in changing.apart:
+            if codes[row] >= 0:
+                room[codes == codes[row]] = 0
+        for codes, there in changing.together:
+            there[codes[row]] = True
+        for s in changing.spread:
+            s.counts[s.codes[row]] += s.counts_self
+    return np.array(taken, dtype=np.int64)
+
+
+def _one_node_each(codes: Ints) -> bool:
+    return bool(len(codes) and (codes >= 0).all() and np.bincount(codes).max() == 1)
+
+
+def place_class(trial: Trial, group: Class) -> Ints | None:
+    """The rows of all members of a class; None if not all fit. The trial is not changed."""
+    mask = trial.mask(group)
+    changing, mask = _changing(trial, group, mask)
+    wanted = len(group.members)
+    room = trial.room(group, mask)
+    apart = [codes for codes in changing.apart if not _one_node_each(codes)]
+    if len(apart) < len(changing.apart):
+        room = np.minimum(room, 1)  # a label of the hostname kind: nothing changes for the other nodes
+        changing = changing._replace(apart=apart)
+    if int(np.minimum(room, wanted).sum()) < wanted:
+        return None
+    order = preference(trial, group, room)
+    if not any(changing):
+        return spread_out(room, order, wanted)
+    first = [codes for codes, there in changing.together if not there.any()]
+    if not first:
+        return _one_by_one(room, order, wanted, changing)
+    # Nobody is there yet whom they want to be beside: they found a domain of their own, the tightest that takes all.
+    totals = np.bincount(first[0][room > 0], weights=np.minimum(room, wanted)[room > 0])
+    for domain in np.argsort(totals, kind="stable"):
+        if totals[domain] >= wanted:
+            again, _ = _changing(trial, group, mask)
+            rows = _one_by_one(np.where(first[0] == domain, room, 0), order, wanted, again)
+            if rows is not None:
+                return rows
+    return None
