@@ -327,11 +327,24 @@ class ClaimSpec(Lean, frozen=True):
     access_modes: list[str] = []
 
 
+class ClaimStatus(Lean, frozen=True):
+    """Pending, Bound, or Lost: bound to a volume that is not there."""
+
+    phase: str = ""
+
+
 class Claim(Lean, frozen=True):
     """core/v1 PersistentVolumeClaim."""
 
     metadata: ObjectMeta
     spec: ClaimSpec = ClaimSpec()
+    status: ClaimStatus = ClaimStatus()
+
+
+class Namespace(Lean, frozen=True):
+    """core/v1 Namespace; its labels."""
+
+    metadata: ObjectMeta
 
 
 class VolumeNodeAffinity(Lean, frozen=True):

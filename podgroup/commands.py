@@ -27,6 +27,7 @@ from colocate.kube.client import (
     CLAIMS,
     CLASSES,
     LEASES,
+    NAMESPACES,
     NODES,
     PODS,
     VOLUMES,
@@ -36,7 +37,7 @@ from colocate.kube.client import (
     path_of,
 )
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import Claim, DisruptionBudget, Lease, Node, PersistentVolume, Pod, PriorityClass
+from colocate.objects import Claim, DisruptionBudget, Lease, Namespace, Node, PersistentVolume, Pod, PriorityClass
 from colocate.units import format_duration
 from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
 from podgroup.controller.binder import now_text
@@ -236,6 +237,7 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         plans=plans,
         claims=await every(Claim, CLAIMS),
         volumes=await every(PersistentVolume, VOLUMES),
+        namespaces=await every(Namespace, NAMESPACES),
         budgets=await every(DisruptionBudget, BUDGETS),
         classes=await every(PriorityClass, CLASSES),
     )

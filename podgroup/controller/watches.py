@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from colocate.kube.client import BUDGETS, CLAIMS, NODES, PODS, VOLUMES
-from colocate.objects import Claim, DisruptionBudget, Node, ObjectMeta, PersistentVolume, Pod
+from colocate.kube.client import BUDGETS, CLAIMS, NAMESPACES, NODES, PODS, VOLUMES
+from colocate.objects import Claim, DisruptionBudget, Namespace, Node, ObjectMeta, PersistentVolume, Pod
 from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
 from podgroup.controller.lost_nodes import LostNodes
 from podgroup.queue.queue import Queue
@@ -41,6 +41,7 @@ class Feed:
         """(collection, kind, handler), in the order in which they must be known."""
         return [
             (NODES, Node, self.on_node),
+            (NAMESPACES, Namespace, self.on_namespace),
             (VOLUMES, PersistentVolume, self.on_volume),
             (CLAIMS, Claim, self.on_claim),
             (BUDGETS, DisruptionBudget, self.on_budget),
@@ -132,6 +133,13 @@ class Feed:
         assert claim is not None
         self._cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", now)
         self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_namespace(self, before: Namespace | None, now: Namespace | None) -> None:
+        """A namespace has come, has other labels, or has gone."""
+        namespace = now or before
+        assert namespace is not None
+        if self._cluster.set_namespace(namespace.metadata.name, now.metadata.labels if now is not None else None):
+            self.look_again(*self._cluster.looking_at_namespaces())
 
     def on_volume(self, before: PersistentVolume | None, now: PersistentVolume | None) -> None:
         """A volume has come, or has gone."""

@@ -86,9 +86,15 @@ class ControlPlane:
     """A context manager: running while it is entered."""
 
     def __init__(
-        self, directory: Path, *, scheduler: bool = False, controllers: bool = False, kwok: bool = True
+        self,
+        directory: Path,
+        *,
+        scheduler: bool = False,
+        controllers: bool = False,
+        kwok: bool = True,
+        without_admission: tuple[str, ...] = (),
     ) -> None:
-        self.directory = directory
+        self.directory, self._without_admission = directory, ("ServiceAccount", *without_admission)
         names = ["etcd", "kube-apiserver"]
         names += [
             n for n, w in (("kube-scheduler", scheduler), ("kube-controller-manager", controllers), ("kwok", kwok)) if w
@@ -208,7 +214,10 @@ class ControlPlane:
             *(f"--token-auth-file={self.directory / 'tokens.csv'}", "--authorization-mode=Node,RBAC"),
             *(f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}"),
             *("--service-account-issuer=https://kubernetes.default.svc", "--service-cluster-ip-range=10.96.0.0/16"),
-            *("--enable-admission-plugins=Priority", "--disable-admission-plugins=ServiceAccount"),
+            *(
+                "--enable-admission-plugins=Priority",
+                f"--disable-admission-plugins={','.join(self._without_admission)}",
+            ),
             *("--max-requests-inflight=2000", "--max-mutating-requests-inflight=1000", "--profiling=false"),
         )
         until = time.monotonic() + START_SECONDS

@@ -8,7 +8,7 @@ import msgspec
 
 from colocate import __version__
 from colocate.errors import BadInput, StateTooNew
-from colocate.objects import Claim, DisruptionBudget, Lean, Node, PersistentVolume, Pod, PriorityClass
+from colocate.objects import Claim, DisruptionBudget, Lean, Namespace, Node, PersistentVolume, Pod, PriorityClass
 from colocate.units import parse_time
 from podgroup.api import Counterfactual, GangPlan, PlannedMember, PodGroup
 from podgroup.explain.counterfactual import counterfactuals
@@ -54,6 +54,7 @@ class ClusterSnapshot(Lean, frozen=True):
     plans: list[GangPlan] = msgspec.field(default_factory=list)
     claims: list[Claim] = msgspec.field(default_factory=list)
     volumes: list[PersistentVolume] = msgspec.field(default_factory=list)
+    namespaces: list[Namespace] = msgspec.field(default_factory=list)
     budgets: list[DisruptionBudget] = msgspec.field(default_factory=list)
     classes: list[PriorityClass] = msgspec.field(default_factory=list)
     verdicts: list[Verdict] = msgspec.field(default_factory=list)
@@ -96,6 +97,8 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
     cluster, queue, now = Cluster(), Queue(snapshot.settings), parse_time(snapshot.taken)
     for node in snapshot.nodes:
         cluster.set_node(node)
+    for namespace in snapshot.namespaces:
+        cluster.set_namespace(namespace.metadata.name, namespace.metadata.labels)
     for claim in snapshot.claims:
         cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", claim)
     for volume in snapshot.volumes:

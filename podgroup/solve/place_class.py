@@ -14,7 +14,7 @@ import numpy as np
 from colocate.objects import TopologySpreadConstraint
 from podgroup.solve.question import Class, Trial
 from podgroup.state.ledger import Ints, Mask
-from podgroup.state.shape import Term, all_of
+from podgroup.state.shape import Term, all_of, selector_keys
 
 COMMON = frozenset({"cpu", "memory", "pods", "ephemeral-storage"})
 
@@ -72,6 +72,9 @@ class _Spread(NamedTuple):
     max_skew: int
     floor_is_zero: bool
     counts_self: bool
+    """Whether the pod itself would be one more in its domain."""
+    counted: bool
+    """Whether it is one more for those that come after it: an empty selector selects it, but counts nobody."""
 
 
 def _changing(trial: Trial, group: Class, mask: Mask) -> tuple[_Changing, Mask]:
@@ -117,12 +120,35 @@ def _spread(trial: Trial, group: Class, constraint: TopologySpreadConstraint, ma
         selector = msgspec.structs.replace(selector, match_labels={**selector.match_labels, **own})
     term = Term(constraint.topology_key, selector, (group.namespace,))
     counts = np.zeros(len(column.code_of), dtype=np.int64)
-    np.add.at(counts, column.codes[honoured], trial.count(term, leaving=False)[honoured])
+    counted = selector is not None and bool(selector_keys(selector))  # podtopologyspread.countPodsMatchSelector
+    if counted:
+        np.add.at(counts, column.codes[honoured], trial.count(term, leaving=False)[honoured])
     eligible = np.zeros(len(column.code_of), dtype=bool)
     eligible[column.codes[honoured]] = True
     few = constraint.min_domains is not None and int(eligible.sum()) < constraint.min_domains
     counts_self = term.selects(group.namespace, group.labels)
-    return _Spread(column.codes, counts, eligible, constraint.max_skew, few, counts_self), mask
+    counted = counted and counts_self
+    return _Spread(column.codes, counts, eligible, constraint.max_skew, few, counts_self, counted), mask
+
+
+def _good(room: Ints, changing: _Changing) -> tuple[Mask, Ints]:
+    """The nodes that the next member may go to, and how many there are already whom it must spread from."""
+    good, skew = room > 0, np.zeros(len(room), dtype=np.int64)
+    for codes, there in changing.together:
+        if there.any():
+            good &= there[codes]
+    for s in changing.spread:
+        least = 0 if s.floor_is_zero or not s.eligible.any() else int(s.counts[s.eligible].min())
+        now = s.counts[s.codes]
+        good &= now + s.counts_self - least <= s.max_skew
+        skew += now
+    return good, skew
+
+
+def feasible(trial: Trial, group: Class) -> Mask:
+    """The nodes on any of which one member of a class could be: what kube-scheduler's filters leave of them."""
+    changing, mask = _changing(trial, group, trial.mask(group))
+    return _good(trial.room(group, mask), changing)[0] if mask.any() else mask
 
 
 def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> Ints | None:
@@ -132,15 +158,7 @@ def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> In
     room = room.copy()
     taken: list[int] = []
     while len(taken) < wanted:
-        good, skew = room > 0, np.zeros(len(room), dtype=np.int64)
-        for codes, there in changing.together:
-            if there.any():
-                good &= there[codes]
-        for s in changing.spread:
-            least = 0 if s.floor_is_zero or not s.eligible.any() else int(s.counts[s.eligible].min())
-            now = s.counts[s.codes]
-            good &= now + s.counts_self - least <= s.max_skew
-            skew += now
+        good, skew = _good(room, changing)
         rows = np.flatnonzero(good)
         if not len(rows):
             return None
@@ -153,7 +171,7 @@ def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> In
         for codes, there in changing.together:
             there[codes[row]] = True
         for s in changing.spread:
-            s.counts[s.codes[row]] += s.counts_self
+            s.counts[s.codes[row]] += s.counted
     return np.array(taken, dtype=np.int64)
 
 

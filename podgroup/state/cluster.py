@@ -8,20 +8,20 @@ are bound, so nothing is promised twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from colocate.objects import Claim, DisruptionBudget, Node, NodeSelector, PersistentVolume, Pod
+from colocate.objects import Claim, DisruptionBudget, LabelSelector, Node, NodeSelector, PersistentVolume, Pod
 from podgroup.api import GangPlan, PodGroup
 from podgroup.state.allocation import Holding
 from podgroup.state.gangs import gang_key
 from podgroup.state.large_plans import expand
 from podgroup.state.ledger import Ledger
-from podgroup.state.shape import Shape, resized, shape_of, zones_of
+from podgroup.state.shape import Shape, matches, resized, selects_namespaces, shape_of, zones_of
 
 T = TypeVar("T")
 OPEN_PHASES = ("Binding", "Confirming")
@@ -30,6 +30,8 @@ HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
 CARRIED_ON = (*HOLDING_PHASES, "Repairing")
 """Phases of a plan in which the commit protocol has something to do."""
 MAX_GAINS = 4096
+BOUND = "pv.kubernetes.io/bind-completed"
+"""Annotation of a claim whose binding to its volume is complete (volume.IsVolumeBound)."""
 
 
 class Cluster:
@@ -60,6 +62,9 @@ class Cluster:
         """Claim -> uids of the pods on nodes that use it."""
         self._used: dict[str, list[str]] = {}
         """uid -> the claims that it uses."""
+        self.namespaces: dict[str, Mapping[str, str]] = {}
+        """Name -> labels."""
+        self._namespaces_version = 0
         self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
 
@@ -83,6 +88,26 @@ class Cluster:
         """A volume as it is now, or that it is gone."""
         _put(self.volumes, name, volume)
         self._volumes_version += 1
+
+    def set_namespace(self, name: str, labels: Mapping[str, str] | None) -> bool:
+        """A namespace's labels as they are now, None if it is gone; False if nothing changed."""
+        if self.namespaces.get(name) == labels:
+            return False
+        _put(self.namespaces, name, labels)
+        self._namespaces_version += 1
+        for uid in list(self.ledger.holdings):  # terms of pods that are there may look elsewhere now
+            pod = self.pods.get(uid)
+            if pod is not None and selects_namespaces(pod):
+                self._hold(pod)
+        return True
+
+    def looking_at_namespaces(self) -> set[str]:
+        """The gangs with unbound pods whose terms select namespaces by their labels."""
+        return {
+            gang_key(p)
+            for p in self.pods.values()
+            if p.spec.affinity is not None and not p.spec.node_name and not p.terminal and selects_namespaces(p)
+        }
 
     def waiting_for_volumes(self) -> set[str]:
         """The gangs with unbound pods that use claims."""
@@ -150,20 +175,30 @@ class Cluster:
 
     def shape(self, pod: Pod) -> Shape:
         """A pod's shape; equal ones are one object while the pod's specification is the same."""
-        uid, seen = pod.metadata.uid, (pod.spec, self._volumes_version if pod.spec.volumes else 0, resized(pod))
+        uid, seen = pod.metadata.uid, (pod.spec, self._seen_beside(pod), resized(pod))
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
-            shape = shape_of(pod, partial(self._where, uid))
+            shape = shape_of(pod, partial(self._where, uid), self._namespaces_of)
             cached = self._shapes[uid] = (seen, self._equal.setdefault(msgspec.json.encode(shape), shape))
         return cached[1]
+
+    def _seen_beside(self, pod: Pod) -> tuple[int, int]:
+        """The versions of what a shape depends on that is not in the pod."""
+        volumes = self._volumes_version if pod.spec.volumes else 0
+        return volumes, self._namespaces_version if pod.spec.affinity is not None and selects_namespaces(pod) else 0
+
+    def _namespaces_of(self, selector: LabelSelector) -> tuple[str, ...]:
+        return tuple(name for name, labels in self.namespaces.items() if matches(selector, labels))
 
     def _where(self, uid: str, namespace: str, name: str) -> tuple[NodeSelector, ...] | str:
         """From where a pod can reach the volume of a claim, or why nobody knows, or why it may not."""
         claim = self.claims.get(f"{namespace}/{name}")
         if claim is None:
             return "the claim does not exist"
-        if not claim.spec.volume_name:
+        if not claim.spec.volume_name or BOUND not in claim.metadata.annotations:
             return "the claim is not bound to a volume yet"
+        if claim.status.phase == "Lost":
+            return "the claim has lost its volume"
         if claim.metadata.deletion_timestamp is not None:
             return "the claim is being deleted"
         volume = self.volumes.get(claim.spec.volume_name)

@@ -35,6 +35,8 @@ MOST = 2**53
 """No amount is larger: sums over all nodes must stay within 64 bits."""
 MOST_OF_A_POD = 2**50
 KNOWN_OPERATORS = frozenset({"In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"})
+Namespaces = Callable[[LabelSelector], "tuple[str, ...]"]
+"""A selector of namespaces -> those whose labels it selects."""
 VolumeTerms = Callable[[str, str], "tuple[NodeSelector, ...] | str"]
 """(namespace, claim) -> from where its volume can be reached (all of these), or why that is not known."""
 ZONES = {
@@ -233,16 +235,32 @@ def requests_of(pod: Pod) -> dict[str, int]:
     return {**{name: amount for name, amount in total.items() if amount}, "pods": 1}
 
 
-def _terms(terms: Iterable[PodAffinityTerm], namespace: str) -> tuple[Term, ...]:
+def _terms(terms: Iterable[PodAffinityTerm], namespace: str, selected: Namespaces) -> tuple[Term, ...]:
+    """Source: framework.newAffinityTerm; of no namespaces and no selector the pod's own is meant."""
     found = []
     for term in terms:
         namespaces: tuple[str, ...] | None = tuple(sorted(term.namespaces))
         if term.namespace_selector is not None:
-            namespaces = None
+            everywhere = not (term.namespace_selector.match_labels or term.namespace_selector.match_expressions)
+            more = () if everywhere else selected(term.namespace_selector)
+            namespaces = None if everywhere else tuple(sorted({*term.namespaces, *more}))
         elif not namespaces:
             namespaces = (namespace,)
         found.append(Term(term.topology_key, term.label_selector, namespaces))
     return tuple(found)
+
+
+def selects_namespaces(pod: Pod) -> bool:
+    """Whether what its terms look at depends on labels of namespaces."""
+    return any(t.namespace_selector is not None for t in _pod_terms(pod))
+
+
+def _pod_terms(pod: Pod) -> list[PodAffinityTerm]:
+    affinity = pod.spec.affinity
+    if affinity is None:
+        return []
+    kinds = (affinity.pod_affinity, affinity.pod_anti_affinity)
+    return [term for kind in kinds if kind is not None for term in kind.required]
 
 
 def _unsupported(pod: Pod) -> str:
@@ -251,14 +269,6 @@ def _unsupported(pod: Pod) -> str:
         return "resourceClaims (dynamic resource allocation)"
     if any(v.ephemeral is not None for v in pod.spec.volumes):
         return "volumes[].ephemeral"
-    pod_terms = [
-        *(affinity.pod_affinity.required if affinity and affinity.pod_affinity else []),
-        *(affinity.pod_anti_affinity.required if affinity and affinity.pod_anti_affinity else []),
-    ]
-    for term in pod_terms:
-        selector = term.namespace_selector
-        if selector is not None and (selector.match_labels or selector.match_expressions):
-            return "podAffinityTerm.namespaceSelector"
     required = affinity.node_affinity.required if affinity and affinity.node_affinity else None
     for node_term in required.node_selector_terms if required else []:
         for requirement in (*node_term.match_expressions, *node_term.match_fields):
@@ -298,7 +308,11 @@ def _hosts(pod: Pod) -> tuple[HostPort, ...]:
     return tuple(sorted(found))
 
 
-def shape_of(pod: Pod, volume_terms: VolumeTerms = lambda _namespace, _claim: "no claims are known here") -> Shape:
+def shape_of(
+    pod: Pod,
+    volume_terms: VolumeTerms = lambda _namespace, _claim: "no claims are known here",
+    namespaces: Namespaces = lambda _selector: (),
+) -> Shape:
     """The shape of a pod. An impossible quantity makes it unsupported; it never raises."""
     try:
         requests = tuple(sorted(requests_of(pod).items()))
@@ -325,8 +339,8 @@ def shape_of(pod: Pod, volume_terms: VolumeTerms = lambda _namespace, _claim: "n
         volume_affinity=tuple(volumes),
         tolerations=tuple(pod.spec.tolerations),
         host_ports=_hosts(pod),
-        affinity=_terms(beside.required if beside else (), pod.metadata.namespace),
-        anti_affinity=_terms(apart.required if apart else (), pod.metadata.namespace),
+        affinity=_terms(beside.required if beside else (), pod.metadata.namespace, namespaces),
+        anti_affinity=_terms(apart.required if apart else (), pod.metadata.namespace, namespaces),
         spread=tuple(s for s in pod.spec.topology_spread_constraints if s.when_unsatisfiable == "DoNotSchedule"),
         unsupported=unsupported,
     )

@@ -417,6 +417,9 @@ async def test_a_bound_volume_says_where_its_pod_goes(world: World) -> None:
         await world.api.request("POST", "/api/v1/persistentvolumes", {**volume, "spec": {**spec, **local}})
         path = path_of("/api/v1/persistentvolumeclaims", world.namespace, "data")
         await world.api.request("PATCH", path, {"spec": {"volumeName": name}}, content_type=MERGE)
+        assert "not bound to a volume yet" in await world.told("pg", "UnsupportedConstraint")
+        bound = {"metadata": {"annotations": {"pv.kubernetes.io/bind-completed": "yes"}}}
+        await world.api.request("PATCH", path, bound, content_type=MERGE)
         assert await world.until_bound("p") == {"p": "b"}
     await world.api.request("DELETE", f"/api/v1/persistentvolumes/{name}")
 

@@ -42,7 +42,7 @@ from podgroup.solve.place import place
 from podgroup.solve.question import Gang, Member
 from podgroup.solve.shortage import shortage
 from podgroup.state.allocation import Holding
-from podgroup.state.cluster import Cluster
+from podgroup.state.cluster import BOUND, Cluster
 from podgroup.state.ledger import Ledger
 from podgroup.state.shape import requests_of, shape_of, zones_of
 
@@ -454,8 +454,7 @@ def between(key, app):
     return PodAffinityTerm(topology_key=key, label_selector=LabelSelector(match_labels={"app": app}))
 
 
-def spread_by(key):
-    selector = LabelSelector(match_labels={"app": "x"})
+def spread_by(key, selector=LabelSelector(match_labels={"app": "x"})):  # noqa: B008
     return TopologySpreadConstraint(
         max_skew=1, topology_key=key, when_unsatisfiable="DoNotSchedule", label_selector=selector
     )
@@ -485,6 +484,14 @@ CONSTRAINTS = {
         gang(
             pod("p", {"app": "x"}, spec={"topology_spread_constraints": [spread_by(ZONE), spread_by(RACK)]}),
         ),
+        ["a"],
+    ),
+    "an empty selector of a spread constraint counts nobody but the pod itself": (
+        ledger(
+            node("a", {ZONE: "z1"}),
+            held=[("a", pod("q", {"app": "x"})), ("a", pod("r", {"app": "x"}))],
+        ),
+        gang(pod("p", spec={"topology_spread_constraints": [spread_by(ZONE, LabelSelector())]})),
         ["a"],
     ),
 }
@@ -537,7 +544,10 @@ def test_a_volume_is_used_where_its_labels_say_that_it_is(labels, nodes):
 def test_a_claim_for_one_pod_alone_is_refused_to_a_second_one_by_name():
     made = Cluster()
     made.set_node(node("n"))
-    claim = Claim(metadata=ObjectMeta(name="data"), spec=ClaimSpec(volume_name="v", access_modes=["ReadWriteOncePod"]))
+    claim = Claim(
+        metadata=ObjectMeta(name="data", annotations={BOUND: "yes"}),
+        spec=ClaimSpec(volume_name="v", access_modes=["ReadWriteOncePod"]),
+    )
     made.set_claim("ns/data", claim)
     made.set_volume("v", PersistentVolume(metadata=ObjectMeta(name="v")))
     volumes = [Volume(persistent_volume_claim=ClaimSource(claim_name="data"))]
@@ -550,3 +560,29 @@ def test_a_claim_for_one_pod_alone_is_refused_to_a_second_one_by_name():
     assert made.shape(first).unsupported == ""
     made.remove_pod("first")
     assert made.shape(second).unsupported == ""
+
+
+def test_terms_select_namespaces_by_the_labels_that_these_have_today():
+    made = Cluster()
+    made.set_node(node("n", {ZONE: "z"}))
+    term = PodAffinityTerm(
+        topology_key=ZONE,
+        label_selector=LabelSelector(match_labels={"app": "x"}),
+        namespace_selector=LabelSelector(match_labels={"team": "a"}),
+    )
+    apart = pod("apart", spec={"affinity": Affinity(pod_anti_affinity=PodAffinity(required=[term]))})
+    made.set_pod(apart)
+    made.promise("apart", "n")
+    other = pod("other", {"app": "x"})
+
+    def repelled():
+        return bool(made.ledger.repelling_terms("ns", other.metadata.labels))
+
+    assert not repelled()
+    assert made.set_namespace("ns", {"team": "a"})
+    assert repelled()
+    assert not made.set_namespace("ns", {"team": "a"})
+    made.set_namespace("ns", {"team": "b"})
+    assert not repelled()
+    made.set_namespace("ns", None)
+    assert not repelled()
