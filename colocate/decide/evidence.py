@@ -67,7 +67,7 @@ MOST_DISPLACED_RATIO = 0.25
 LEAST_SECONDS = 0.4
 """What is felt in less than this is not judged."""
 MOST_CHANGES, MOST_CHANGES_OF_LATENCY = 12.0, 40.0
-FINE_RATIO = 1.0 / 3.0
+FINE_RATIO = 1.0 / 2.0
 MOST_CHANGE = 4.0
 SHORT_PHASES = 3.0
 """How many short off phases it takes to say that harm outlasts them."""
@@ -271,7 +271,7 @@ def clear(row: Row, at: float, level: float) -> None:
 def asked_enough(row: Row, kind: float, inputs: Row) -> bool:
     """Whether the likelier answer has to do.
 
-    Of latency once D is known to a third of h, so that what is left open is whether batch adds a little more or less
+    Of latency once D is known to half of h, so that what is left open is whether batch adds a little more or less
     than it may; where requests are few that takes longer.
     """
     changes = row[CHANGES]
