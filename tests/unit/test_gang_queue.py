@@ -32,6 +32,10 @@ from tests.unit.test_gang_snapshot import NOW, group, node, pod
 replace = msgspec.structs.replace
 
 
+def written(seconds):
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 class Simulated:
     """A cluster whose binds succeed at once, and a clock."""
 
@@ -39,10 +43,10 @@ class Simulated:
         self.cluster, self.queue, self.now = Cluster(), Queue(Settings(**options)), 0.0
         self.dirty: set[str] = set()
 
-    def add(self, name, size, least, cpu=1, priority=0):
+    def add(self, name, size, least, cpu=1, priority=0, **more):
         self.cluster.groups[f"ns/{name}"] = group(name, least)
         for i in range(size):
-            self.cluster.set_pod(pod(f"{name}-{i}", name, cpu, priority=priority))
+            self.cluster.set_pod(pod(f"{name}-{i}", name, cpu, priority=priority, **more))
         self.dirty.add(f"ns/{name}")
 
     def cycle(self):
@@ -55,7 +59,11 @@ class Simulated:
                 for member, where in start.placed:
                     one = self.cluster.pods[member.uid]
                     self.cluster.set_pod(
-                        replace(one, spec=replace(one.spec, node_name=where), status=PodStatus(phase="Running"))
+                        replace(
+                            one,
+                            spec=replace(one.spec, node_name=where),
+                            status=PodStatus(phase="Running", start_time=written(self.now)),
+                        )
                     )
                 self.dirty.add(start.key)
             for eviction in decided.evictions:
@@ -73,7 +81,7 @@ class Simulated:
         """The plan as it is once its gang runs; only when it was made matters here."""
         if is_group(key) and key not in self.cluster.plans:
             meta = ObjectMeta(name=key.removeprefix("ns/"), namespace="ns", uid="plan")
-            made = datetime.fromtimestamp(self.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            made = written(self.now)
             least = self.cluster.groups[key].spec.min_member
             spec = GangPlanSpec(began=made, min_member=least)
             plan = GangPlan(metadata=meta, spec=spec, status=GangPlanStatus(phase="Running"))
@@ -237,6 +245,71 @@ def test_no_head_waits_longer_than_until_what_was_free_or_ended_since_its_claim_
             head, before = heads[0], running
 
 
+class Easy:
+    """A brute-force oracle of EASY backfilling for one head: which room was free or ended since its claim, second by
+    second, and who was let into its claim because he ends in time (Lifka 1995; gang.md's shadow time)."""
+
+    def __init__(self, head, size, slots, ends, now):
+        self.head, self.size, self.slots, self.now = head, size, slots, now
+        self.ends = dict(ends)
+        """Who ran when it claimed -> when he really ends."""
+
+    def start(self, ends=None):
+        """The first second at which it would fit, had nobody been started since."""
+        ends = self.ends if ends is None else ends
+        moments = sorted({self.now, *(end for end, _ in ends.values() if end > self.now)})
+        for moment in moments:
+            if self.slots - sum(size for end, size in ends.values() if end > moment) >= self.size:
+                return moment
+        return float("inf")
+
+
+@settings(deadline=None)
+@given(
+    slots=st.integers(2, 6),
+    stream=st.lists(
+        st.tuples(st.integers(0, 6), st.integers(1, 6), st.integers(1, 60), st.booleans()), min_size=4, max_size=30
+    ),
+)
+def test_no_head_waits_longer_than_easys_by_more_than_one_jobs_end(slots, stream):
+    """Jobs (seconds after the one before, size, runtime, whether it is declared) on nodes of one slot each."""
+    made = Simulated(reserve_after_seconds=3.0, reservation_seconds=1e9)
+    made.now = began = parse_time(NOW)
+    for i in range(slots):
+        made.cluster.set_node(node(f"n{i}", 1))
+    coming, at = {}, began
+    for i, (gap, size, runtime, declared) in enumerate(stream):
+        at += gap
+        coming[f"g{i:03}"] = (at, min(size, slots), runtime, declared)
+    ends, oracle, let_in, started = {}, None, {}, set()
+    while len(started) < len(coming):
+        assert made.now < began + 4000, f"{sorted(coming.keys() - started)} never start"
+        for name, (arrives, size, runtime, declared) in coming.items():
+            if arrives == made.now:
+                told = {"expected_runtime_seconds": str(runtime)} if declared else {}
+                made.add(name, size, size, **told)
+        for name, (end, _) in list(ends.items()):
+            if end <= made.now:
+                made.finish(name)
+                del ends[name]
+        made.cycle()
+        for name in set(made.running()) - started:
+            started.add(name)
+            ends[name] = (made.now + coming[name][2], coming[name][1])
+            if oracle is not None and name != oracle.head and coming[name][3]:
+                let_in[name] = ends[name]
+            if oracle is not None and name == oracle.head:
+                latest = max([oracle.start(), *(end for end, _ in let_in.values() if end <= made.now)])
+                assert made.now <= latest, f"{name} starts {made.now - latest:g} s after the oracle's"
+        if oracle is not None and oracle.head in started:
+            oracle = None
+        heads = [k for k, memory in made.queue.waiting.items() if memory.reserved_at is not None]
+        if oracle is None and heads:
+            head = min(heads).removeprefix("ns/")
+            oracle, let_in = Easy(head, coming[head][1], slots, ends, made.now), {}
+        made.now += 1.0
+
+
 @settings(deadline=None)
 @given(
     stream=st.lists(
@@ -277,9 +350,7 @@ def test_a_declared_runtime_is_believed_unless_its_owner_has_overrun_one(took, r
     made.cluster.set_node(node("n", 5))
     made.cluster.set_pod(pod("long-0", "long", 3, on="n", expected_runtime_seconds="3600"))
     made.cluster.groups["ns/long"] = group("long", 1)
-    began, ended = (
-        datetime.fromtimestamp(made.now - ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") for ago in (1000, 1000 - took)
-    )
+    began, ended = (written(made.now - ago) for ago in (1000, 1000 - took))
     short = pod("short-0", "short", 1, expected_runtime_seconds="60")
     done = Condition(type="Ready", status="False", last_transition_time=ended)
     before = replace(short, metadata=replace(short.metadata, name="former", uid="former", labels={}))
