@@ -6,6 +6,8 @@ import logging
 import signal
 import sys
 
+import msgspec
+
 from benchmarks import agent, gang, isolation, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.logs import configure_logs
@@ -34,6 +36,12 @@ def main(arguments: list[str]) -> int:
     full = "--full" in arguments
     if arguments == ["worlds", "-o", "json"]:
         print(worlds.as_json())
+        return 0
+    if arguments[:3] == ["gang", "--part", "decide"]:
+        if arguments[3:] == ["-o", "json"]:
+            print(msgspec.json.encode(gang.worst_decided()).decode())
+        else:
+            print(*gang.summary_decided(), sep="\n")
         return 0
     named = [a for a in arguments if not a.startswith("-")]
     names = named or [

@@ -1,6 +1,6 @@
 """Gang scheduling: how fast it decides, binds and drains, beside kube-scheduler on the same API server.
 
-`decide` needs no API server; CPU time is absolute. The rest runs on a real etcd and kube-apiserver with KWOK's nodes;
+What needs no API server is in `gang_decide`. The rest runs on a real etcd and kube-apiserver with KWOK's nodes;
 wall clock stands beside kube-scheduler in the same run, the order of the two alternating.
 """
 
@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -24,40 +23,23 @@ from statistics import median
 from typing import Any
 
 import aiohttp
-import msgspec
 
+from benchmarks import gang_decide
 from benchmarks.common import Runs, bar, reference_loop
 from colocate.errors import HostUnfit
 from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
 from colocate.model.statistics import mean_interval
 from colocate.objects import (
-    Affinity,
-    Container,
-    LabelSelector,
     Node,
-    NodeStatus,
-    ObjectMeta,
     Pod,
-    PodAffinity,
-    PodAffinityTerm,
-    PodSpec,
-    Resources,
 )
-from podgroup.api import POD_GROUP_LABEL, POD_GROUPS, PodGroup, PodGroupSpec
-from podgroup.controller.loop import settle_memory
+from podgroup.api import POD_GROUP_LABEL, POD_GROUPS
 from podgroup.demo.controlplane import ControlPlane, install
-from podgroup.queue.entry import REQUIRED_TOPOLOGY, Settings
-from podgroup.queue.queue import Queue
-from podgroup.state.cluster import Cluster
 
 ROUNDS = 4
-NODE_COUNT, SHAPES, RACK_SIZE = 5000, 50, 50
-HOST, RACK = "kubernetes.io/hostname", "topology.kubernetes.io/rack"
+HOST = "kubernetes.io/hostname"
 BARS = {
-    "gang_256_ms": 50.0,
-    "gangs_per_second": 250.0,
-    "pods_10000_seconds": 1.0,
     "queue_share": 0.10,
     "memory_mib": 400.0,
     "capacity_seconds": 1.0,
@@ -69,99 +51,6 @@ CREATORS = 24
 HTTP_PORT = 20179
 DECIDE_SUM = "colocate_gang_decide_seconds_sum "
 PLAYED = {"colocate.io/simulated": "true"}
-
-
-# decide
-
-
-def big_cluster(generator: random.Random) -> Cluster:
-    """5,000 nodes in 50 shapes, racks of 50, 60 % full."""
-    cluster = Cluster()
-    for i in range(NODE_COUNT):
-        cpu = 16 + 4 * (i % SHAPES)
-        labels = {HOST: f"n{i:05}", RACK: f"r{i // RACK_SIZE:03}", "pool": f"p{i % 10}"}
-        offered: dict[str, str | int | float] = {"cpu": str(cpu), "memory": f"{4 * cpu}Gi", "pods": "110"}
-        if i % 2:
-            offered["nvidia.com/gpu"] = "8"
-        cluster.set_node(
-            Node(metadata=ObjectMeta(name=f"n{i:05}", labels=labels), status=NodeStatus(allocatable=offered))
-        )
-    for i in range(NODE_COUNT):
-        left = 0.6 * (16 + 4 * (i % SHAPES))
-        while left > 0:
-            asked = min(generator.choice([2, 4, 8]), max(round(left), 1))
-            pod = _pod(f"used-{i}-{left:.0f}", "", {"cpu": str(asked), "memory": f"{4 * asked}Gi"})
-            cluster.set_pod(msgspec.structs.replace(pod, spec=msgspec.structs.replace(pod.spec, node_name=f"n{i:05}")))
-            left -= asked
-    return cluster
-
-
-def _pod(name: str, group: str, requests: dict[str, Any], *, apart: bool = False) -> Pod:
-    labels = {POD_GROUP_LABEL: group} if group else {}
-    term = PodAffinityTerm(topology_key=HOST, label_selector=LabelSelector(match_labels=labels))
-    affinity = Affinity(pod_anti_affinity=PodAffinity(required=[term])) if apart else None
-    return Pod(
-        metadata=ObjectMeta(
-            name=name, namespace="b", uid=name, labels=labels, creation_timestamp="2026-01-01T00:00:00Z"
-        ),
-        spec=PodSpec(
-            scheduler_name="colocate", containers=[Container(resources=Resources(requests=requests))], affinity=affinity
-        ),
-    )
-
-
-def _gang(cluster: Cluster, name: str, size: int, cpu: int, *, rack: bool, apart: bool) -> str:
-    annotations = {REQUIRED_TOPOLOGY: RACK} if rack else {}
-    key = f"b/{name}"
-    cluster.groups[key] = PodGroup(
-        metadata=ObjectMeta(
-            name=name, namespace="b", annotations=annotations, creation_timestamp="2026-01-01T00:00:00Z"
-        ),
-        spec=PodGroupSpec(min_member=size),
-    )
-    for i in range(size):
-        cluster.set_pod(_pod(f"{name}-{i}", name, {"cpu": str(cpu), "memory": f"{cpu}Gi"}, apart=apart))
-    return key
-
-
-def decide(generator: random.Random) -> dict[str, float]:
-    """One round of the three questions; CPU time."""
-    cluster, queue = big_cluster(generator), Queue(Settings())
-    settle_memory()
-    queue.cycle(cluster, set(), 0.0)
-    times = []
-    for i in range(40):
-        infeasible = i % 5 == 4
-        kind = i % 4
-        rack, apart = kind == 1, kind == 2
-        key = _gang(cluster, f"big{i}", 256 if not rack else 40, 500 if infeasible else 2, rack=rack, apart=apart)
-        times.append(_timed(queue, cluster, {key}))
-        _forget(cluster, queue, key)
-    keys = []
-    for i in range(1000):
-        infeasible = i % 5 == 4
-        keys.append(_gang(cluster, f"small{i}", 3, 500 if infeasible else 2, rack=i % 4 == 1, apart=i % 4 == 2))
-    spent = _timed(queue, cluster, set(keys))
-    for key in keys:
-        _forget(cluster, queue, key)
-    for i in range(10_000):
-        cluster.set_pod(_pod(f"one-{i}", "", {"cpu": "1", "memory": "1Gi"}))
-    whole = _timed(queue, cluster, {f"b/pod:one-{i}" for i in range(10_000)})
-    times.sort()
-    return {"gang_256_ms": 1e3 * times[-1], "gangs_per_second": 1000 / spent, "pods_10000_seconds": whole}
-
-
-def _timed(queue: Queue, cluster: Cluster, keys: set[str]) -> float:
-    started = time.process_time()
-    queue.cycle(cluster, keys, 0.0)
-    return time.process_time() - started
-
-
-def _forget(cluster: Cluster, queue: Queue, key: str) -> None:
-    for uid in list(cluster.members.get(key, ())):
-        cluster.remove_pod(uid)
-    cluster.groups.pop(key, None)
-    queue.cycle(cluster, {key}, 0.0)
 
 
 # on an API server
@@ -405,40 +294,46 @@ async def _on_api_server(runs: Runs, full: bool) -> None:
             runs.add(**key, reference=reference_loop(), **found)
 
 
+def decided() -> Runs:
+    """The rounds of the part that needs no API server; those that are missing are run."""
+    runs = Runs("gang-decide")
+    for round_ in range(ROUNDS):
+        if not runs.has(round=round_):
+            print("gang: decide, round", round_ + 1, file=sys.stderr, flush=True)
+            runs.add(round=round_, reference=reference_loop(), **gang_decide.measure(round_))
+    return runs
+
+
+def worst_decided() -> dict[str, float]:
+    """Each figure, the worst of all rounds."""
+    rounds = [r for r in decided().runs if "round" in r]
+    return {
+        name: (min if name in gang_decide.MORE_IS_BETTER else max)(r[name] for r in rounds) for name in gang_decide.BARS
+    }
+
+
+def summary_decided() -> list[str]:
+    """A line a figure."""
+    return [
+        _line(f"gang, decide: {name}", value, gang_decide.BARS[name], "", least=name in gang_decide.MORE_IS_BETTER)
+        for name, value in worst_decided().items()
+    ]
+
+
 def run(full: bool) -> list[str]:
     """Run what is missing; the summary."""
+    lines = summary_decided()
     runs = Runs("gang")
-    for round_ in range(ROUNDS):
-        if not runs.has(kind="decide", round=round_):
-            runs.add(kind="decide", round=round_, reference=reference_loop(), **decide(random.Random(round_)))
-    lines = []
     try:
         asyncio.run(_on_api_server(runs, full))
     except HostUnfit as error:
         lines.append(f"          gang, on an API server: did not run to its end: {str(error).splitlines()[0]}")
-    return summary(runs) + lines
+    return lines + summary(runs)
 
 
 def summary(runs: Runs) -> list[str]:
-    """Each figure of `decide` is the worst of all rounds; the others are means with their 95 % intervals."""
-    rounds = [r for r in runs.runs if r.get("kind") == "decide"]
-    worst = {
-        "gang_256_ms": max(r["gang_256_ms"] for r in rounds),
-        "gangs_per_second": min(r["gangs_per_second"] for r in rounds),
-        "pods_10000_seconds": max(r["pods_10000_seconds"] for r in rounds),
-    }
-    lines = [
-        _line("gang, decide: slowest of 40 gangs of up to 256", worst["gang_256_ms"], BARS["gang_256_ms"], "ms"),
-        _line(
-            "gang, decide: three-pod gangs a second",
-            worst["gangs_per_second"],
-            BARS["gangs_per_second"],
-            "",
-            least=True,
-        ),
-        _line("gang, decide: 10,000 pods", worst["pods_10000_seconds"], BARS["pods_10000_seconds"], "s"),
-    ]
-    lines += _summary_of_ours(runs)
+    """Means with their 95 % intervals, ours beside kube-scheduler's."""
+    lines = _summary_of_ours(runs)
     for kind, field, unit in (("shape", "pods_per_second", "pods/s"), ("burst", "binds_per_second", "binds/s")):
         for shape in dict.fromkeys(r.get("shape", "") for r in runs.runs if r.get("kind") == kind):
             for scale in dict.fromkeys(r["scale"] for r in runs.runs if r.get("kind") == kind):

@@ -31,7 +31,7 @@ from podgroup.controller.status import StatusWriter, empty_plan
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import Hands
 from podgroup.queue.entry import Settings
-from podgroup.queue.queue import Queue, Start
+from podgroup.queue.queue import PlaceInTurn, Queue, Start
 from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
 from podgroup.state.gangs import gang_key, is_group, owned, sort_members, without_former_runs
 
@@ -65,9 +65,11 @@ GIVE_UP_AGAIN_SECONDS = 5.0
 class Controller:
     """One leader's time in office."""
 
-    def __init__(self, api: Api, settings: Settings, election: Election) -> None:
+    def __init__(
+        self, api: Api, settings: Settings, election: Election, place_in_turn: PlaceInTurn | None = None
+    ) -> None:
         self._api, self.settings, self._election = api, settings, election
-        self.cluster, self.queue = Cluster(), Queue(settings, SEARCHES_A_CYCLE)
+        self.cluster, self.queue = Cluster(), Queue(settings, SEARCHES_A_CYCLE, place_in_turn)
         self.metrics = Metrics()
         self._hands = Hands(self.cluster, self.queue, Binder(api, 0, election), self.metrics)
         self._status = StatusWriter(self.cluster, self.queue, self._hands.save_waiting)

@@ -9,9 +9,10 @@ tried is remembered in frozen `Waiting` entries; the clock is an argument.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import msgspec
@@ -20,18 +21,19 @@ import numpy as np
 from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.queue.backfill import Head, claim
-from podgroup.queue.entry import Entry, Settings, entry_of, member_of, not_ready, of_interest, question
+from podgroup.queue.entry import Entry, Settings, entry_of, not_ready, question
 from podgroup.queue.kept_room import NOMINATED, SLOT, Holds
 from podgroup.queue.min_resources import Reservations
 from podgroup.queue.runtimes import Known, durations, runtime, starts_at
 from podgroup.queue.victims import Victims
 from podgroup.solve.place import place
 from podgroup.solve.preempt import Preemption
-from podgroup.solve.question import Gang, Placed, Trial, classes_of, looked_at
+from podgroup.solve.question import Gang, Placed, Trial, classes_of, is_simple, looked_at
 from podgroup.solve.shortage import Shortage, shortage
 from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import is_group, sort_members
+from podgroup.state.ledger import Ledger
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
 DELETED_SLOT_SECONDS = 10.0
@@ -40,6 +42,10 @@ NOMINATION_SECONDS = 30.0
 """Beyond their grace period victims have so long to go, before other room is looked for."""
 RETRY_SECONDS = 60.0
 """A gang that waits for room is tried again after so long though no node has changed: pods beside it may have."""
+
+
+FEW, MOST_IN_TURN = 8, 256
+"""How many simple gangs are asked about in one question: fewer are not worth it, more would take too long."""
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +110,39 @@ class Decisions(NamedTuple):
     """Gangs that could not be decided: a defect of ours, which must not stop the others."""
 
 
+PlaceInTurn = Callable[[Ledger, Sequence[Gang], bool], "list[list[Placed] | None]"]
+"""See solve.sequence.place_in_turn."""
+
+
+class InTurn:
+    """The entries of one priority, in their order; so many at a time are asked about in one question."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.left = deque(entries)
+        self._most, self.alone = FEW, 0
+        """`alone`: so many are to be tried one by one first."""
+
+    def ahead(self) -> Iterator[Entry]:
+        """Those to be asked about next."""
+        return islice(self.left, self._most)
+
+    def none_of(self, count: int) -> None:
+        """So many, or the one behind them if there are none, are to be tried one by one."""
+        self.alone, self._most = max(count, 1), FEW
+
+    def started(self) -> Entry:
+        """The first has started."""
+        self._most = min(2 * self._most, MOST_IN_TURN)
+        return self.left.popleft()
+
+    def next(self) -> Entry | None:
+        """The one that is to be tried by itself, if any."""
+        if not self.alone:
+            return None
+        self.alone -= 1
+        return self.left.popleft() if self.left else None
+
+
 Hopeless = dict[tuple[object, ...], tuple[int, Shortage]]
 """Within one cycle room only shrinks: signature -> a quorum that did not fit, and why."""
 
@@ -115,7 +154,11 @@ def _rank(entry: Entry) -> tuple[int, bool, bool, str, str]:
 class Queue:
     """All gangs that wait."""
 
-    def __init__(self, settings: Settings, searches: int | None = None) -> None:
+    def __init__(
+        self, settings: Settings, searches: int | None = None, place_in_turn: PlaceInTurn | None = None
+    ) -> None:
+        """`place_in_turn` decides many simple gangs at once (solve.sequence); without it one by one, and alike."""
+        self._place_in_turn = place_in_turn
         self.settings = settings
         self.victims = Victims(searches)
         self._shadow: tuple[str, float | None] | None = None
@@ -189,29 +232,32 @@ class Queue:
         head: Head | None = None
         for _, equal in groupby(entries, key=lambda e: e.priority):
             self._elastic = []
-            for alike in self._alike(cluster, list(equal)):
-                started = self._start_together(cluster, alike, now, decided) if len(alike) > 1 else []
-                decided.starts.extend(started)
-                for entry in alike[len(started) :]:
-                    try:
-                        later = entry.key in put_off or entry.key in self._tried
-                        later = later or self._passes_by(cluster, entry, head, hopeless, now)
-                        found = None if later else self._try(cluster, entry, head, hopeless, now)
-                        self._tried.add(entry.key)
-                        if found is None and head is None and self._reserves(cluster, entry, now):
-                            head = self._claim(cluster, entry, now)
-                            claimed.enter_context(cluster.ledger.with_also(head.claims))
-                    except Exception as error:  # noqa: BLE001 - see Decisions.failures
-                        self._failed(cluster, entry.key, entry.members.pending, error, decided)
-                        continue
-                    if isinstance(found, Start):
-                        decided.starts.append(found)
-                    elif isinstance(found, Evict):
-                        decided.evictions.append(found)
-                    if not later and out_of_time():
-                        self.unfinished = True
-                        self._take_surplus_back(cluster)  # quorums come first; it waits for its turn
-                        return
+            in_turn = InTurn(list(equal))
+            while in_turn.left:
+                if self._start_in_turn(cluster, in_turn, put_off, hopeless, now, decided) and out_of_time():
+                    self._out_of_time(cluster)
+                    return
+                entry = in_turn.next()
+                if entry is None:
+                    continue
+                try:
+                    later = entry.key in put_off or entry.key in self._tried
+                    later = later or self._passes_by(cluster, entry, head, hopeless, now)
+                    found = None if later else self._try(cluster, entry, head, hopeless, now)
+                    self._tried.add(entry.key)
+                    if found is None and head is None and self._reserves(cluster, entry, now):
+                        head = self._claim(cluster, entry, now)
+                        claimed.enter_context(cluster.ledger.with_also(head.claims))
+                except Exception as error:  # noqa: BLE001 - see Decisions.failures
+                    self._failed(cluster, entry.key, entry.members.pending, error, decided)
+                    continue
+                if isinstance(found, Start):
+                    decided.starts.append(found)
+                elif isinstance(found, Evict):
+                    decided.evictions.append(found)
+                if not later and out_of_time():
+                    self._out_of_time(cluster)
+                    return
             for elastic in self._elastic:
                 try:
                     self._give_surplus(cluster, elastic)
@@ -220,6 +266,10 @@ class Queue:
         if (head.key if head is not None else "") != self._head:
             self._head = head.key if head is not None else ""
             self._room_was_unclaimed()
+
+    def _out_of_time(self, cluster: Cluster) -> None:
+        self.unfinished = True
+        self._take_surplus_back(cluster)  # quorums come first; it waits for its turn
 
     def _failed(self, cluster: Cluster, key: str, pending: Iterable[Pod], error: Exception, decided: Decisions) -> None:
         """A gang could not be decided: what was promised to it is void, and its users are told."""
@@ -317,40 +367,67 @@ class Queue:
         self._tried.clear()
         self.waiting = {key: msgspec.structs.replace(memory, gain=-1) for key, memory in self.waiting.items()}
 
-    def _alike(self, cluster: Cluster, entries: list[Entry]) -> Iterator[list[Entry]]:
-        """The entries in their order, pods alone that follow each other and are equal taken together."""
+    def _start_in_turn(
+        self,
+        cluster: Cluster,
+        in_turn: InTurn,
+        put_off: Set[str],
+        hopeless: Hopeless,
+        now: float,
+        decided: Decisions,
+    ) -> bool:
+        """Start what comes next in one question to the solver, up to the first that does not fit; whether it was asked.
 
-        def kind(entry: Entry) -> object:
-            memory = self.waiting[entry.key]
-            if is_group(entry.key) or memory.question is not None or not entry.members.pending:
-                return entry.key
-            if self.holds.any_for(entry.key) or entry.key in self._resting:
-                return entry.key
-            one = member_of(cluster, entry.members.pending[0])
-            return id(one.shape), one.namespace, looked_at(one, keys)
-
-        keys = cluster.ledger.repelling_keys
-
-        for _, alike in groupby(entries, kind):
-            yield list(alike)
-
-    def _start_together(self, cluster: Cluster, alike: list[Entry], now: float, decided: Decisions) -> list[Start]:
-        """As many of these equal pods as fit, the first ones first, in one question to the solver."""
-        if not_ready(cluster, alike[0], self.settings, 0.0) is not None:
-            return []
-        members = tuple(member_of(cluster, entry.members.pending[0]) for entry in alike)
-        owed = self.reservations.against("", alike[0].priority)
-        leave = of_interest(owed, {resource for resource, _ in members[0].shape.requests})
+        Only who has not been tried is asked so, and what is simple: what each of them is told is the same.
+        """
+        if in_turn.alone:
+            return False
+        if self._place_in_turn is None:
+            in_turn.none_of(len(in_turn.left))
+            return False
+        asked: list[Gang] = []
+        for entry in in_turn.ahead():
+            gang = None if entry.key in put_off else self._simple(cluster, entry, hopeless, now)
+            if gang is None:
+                break
+            asked.append(gang)
+        if len(asked) < FEW:
+            in_turn.none_of(len(asked))
+            return False
         try:
-            placed = place(cluster.ledger, Gang(members, quorum=0, leave=leave)) or []
+            found = self._place_in_turn(cluster.ledger, asked, True)
         except Exception as error:  # noqa: BLE001
-            decided.failures.append((alike[0].key, error))
-            return []  # each by itself will tell whose fault it is
-        starts = []
-        for entry, one in zip(alike, placed, strict=False):
-            cluster.promise(one.member.uid, one.node)
-            starts.append(Start(entry.key, [one], now - self.waiting[entry.key].since))
-        return starts
+            decided.failures.append((in_turn.left[0].key, error))
+            in_turn.none_of(len(asked))
+            return False  # each by itself will tell whose fault it is
+        for placed in found:
+            if placed is None:
+                in_turn.none_of(1)
+                break
+            entry = in_turn.started()
+            for member, node in placed:
+                cluster.promise(member.uid, node)
+            decided.starts.append(Start(entry.key, placed, now - self.waiting[entry.key].since))
+        return True
+
+    def _simple(self, cluster: Cluster, entry: Entry, hopeless: Hopeless, now: float) -> Gang | None:
+        """What is asked for an entry that has not been tried and that nothing is kept for; None if it is not simple."""
+        memory, members = self.waiting[entry.key], entry.members
+        if memory.question is not None or not members.pending or members.bound or entry.key in self._resting:
+            return None
+        if self.holds.any_for(entry.key) or self.reservations.against(entry.key, entry.priority):
+            return None
+        if not_ready(cluster, entry, self.settings, now - memory.members_at) is not None:
+            return None
+        gang, note = question(cluster, entry, self.settings, ())
+        if note or not is_simple(gang):
+            return None
+        keys = cluster.ledger.repelling_keys
+        known = hopeless.get(gang.signature(keys))
+        if known is not None and gang.quorum >= known[0]:
+            return None
+        first = looked_at(gang.members[0], keys)
+        return gang if not keys or all(looked_at(m, keys) == first for m in gang.members[1:]) else None
 
     def _passes_by(self, cluster: Cluster, entry: Entry, head: Head | None, hopeless: Hopeless, now: float) -> bool:
         """Whether a gang that did not fit need not be asked again: nothing has changed for its kind since."""

@@ -15,7 +15,7 @@ from itertools import islice, permutations
 import numpy as np
 
 from podgroup.solve.pack import pack
-from podgroup.solve.place_class import place_class
+from podgroup.solve.place_class import most_on_a_node, place_class
 from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, classes_of
 from podgroup.state.ledger import Ints, Ledger, Mask
 
@@ -133,7 +133,7 @@ def _rooms(ledger: Ledger, classes: list[Class], within: Mask) -> list[Ints] | N
     """For each class alone, how many members each node takes; None if a class does not fit even so."""
     trial, rooms = Trial(ledger, within), []
     for group in classes:
-        room = np.minimum(trial.room(group, trial.mask(group)), len(group.members))
+        room = np.minimum(trial.room(group, trial.mask(group)), most_on_a_node(ledger, group))
         if int(room.sum()) < len(group.members):
             return None
         rooms.append(room)

@@ -13,10 +13,19 @@ import numpy as np
 
 from colocate.objects import TopologySpreadConstraint
 from podgroup.solve.question import Class, Trial
-from podgroup.state.ledger import Ints, Mask
+from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.shape import Term, all_of, selector_keys
 
 COMMON = frozenset({"cpu", "memory", "pods", "ephemeral-storage"})
+
+
+def scarcest(ledger: Ledger, group: Class) -> tuple[str, int] | None:
+    """The extended resource of which a class takes the largest share, and how much of it; None if it takes none."""
+    scarce = [(name, amount) for name, amount in group.shape.requests if name not in COMMON]
+    if not scarce:
+        return None
+    total = {name: max(int(ledger.allocatable[:, ledger.columns[name]].sum()), 1) for name, _ in scarce}
+    return max(scarce, key=lambda r: (r[1] / total[r[0]], r))
 
 
 def preference(trial: Trial, group: Class, room: Ints) -> Ints:
@@ -27,11 +36,9 @@ def preference(trial: Trial, group: Class, room: Ints) -> Ints:
     """
     ledger = trial.ledger
     free = ledger.allocatable - trial.used
-    scarce = [(name, amount) for name, amount in group.shape.requests if name not in COMMON]
-    if scarce:
-        name, amount = max(
-            scarce, key=lambda r: (r[1] / max(int(ledger.allocatable[:, ledger.columns[r[0]]].sum()), 1), r)
-        )
+    scarce = scarcest(ledger, group)
+    if scarce is not None:
+        name, amount = scarce
         column = free[:, ledger.columns[name]]
         return np.lexsort((column, column - room * amount))
     extended = [c for name, c in ledger.columns.items() if name not in COMMON]
@@ -177,6 +184,14 @@ def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> In
 
 def _one_node_each(codes: Ints) -> bool:
     return bool(len(codes) and (codes >= 0).all() and np.bincount(codes).max() == 1)
+
+
+def most_on_a_node(ledger: Ledger, group: Class) -> int:
+    """How many members of a class a node takes at most, whatever its room: one of those that repel each other there."""
+    for term in group.shape.anti_affinity:
+        if term.selects(group.namespace, group.labels) and _one_node_each(ledger.label(term.topology_key).codes):
+            return 1
+    return len(group.members)
 
 
 def place_class(trial: Trial, group: Class) -> Ints | None:

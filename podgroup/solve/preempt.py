@@ -8,7 +8,10 @@ order of reprieves is kube-scheduler's (DefaultPreemption), the two kinds of bun
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from copy import copy
 from typing import NamedTuple
+
+import numpy as np
 
 from colocate.objects import Pod
 from colocate.units import seconds_of
@@ -16,6 +19,7 @@ from podgroup.solve.place import place
 from podgroup.solve.question import Gang, Placed
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key, is_group, owned, without_former_runs
+from podgroup.state.ledger import Ints
 from podgroup.state.shape import matches
 
 MAX_SINGLE_GANGS = 64
@@ -72,8 +76,16 @@ def bundles(
     `shared`, those that are named first use it up.
     """
     left, found = search.budgets(cluster), []
-    key = search.key
-    for other in sorted({gang_key(cluster.pods[u]) for u in cluster.ledger.holdings if u in cluster.pods} - {key}):
+    for other, uids in sorted(cluster.members.items()) if left else cluster.members.items():
+        if other == search.key:
+            continue
+        if len(uids) == 1 and not is_group(other):  # most of what runs, and nothing of it is surplus
+            (one,) = (cluster.pods[uid] for uid in uids)
+            there = one.spec.node_name and not one.terminal and not one.deleting
+            less = there and one.spec.priority < search.priority + (other in search.yielding)
+            if less and owned(one) and _allowed(cluster, one, left if shared else dict(left)):
+                found.append(Bundle(other, one.spec.priority, [], [one]))
+            continue
         bound = [p for p in cluster.pods_of(other) if p.spec.node_name and not p.terminal and not p.deleting]
         limit = search.priority + (other in search.yielding)
         if not bound or max(p.spec.priority for p in bound) >= limit:
@@ -88,11 +100,15 @@ def bundles(
         whole = rest if all(p in may for p in rest) else []
         if surplus or whole:
             found.append(Bundle(other, max(p.spec.priority for p in bound), surplus, whole))
-    return sorted(found, key=lambda b: (b.priority, _youth((b.whole or b.surplus)[0]), b.key))
+    found.sort(key=lambda b: b.key)
+    found.sort(key=lambda b: (b.whole or b.surplus)[0].metadata.creation_timestamp or "", reverse=True)  # stable
+    return sorted(found, key=lambda b: b.priority)
 
 
 def _allowed(cluster: Cluster, pod: Pod, left: dict[str, int]) -> bool:
     """Whether every budget of this pod has one left; it is then spent."""
+    if not left:
+        return True
     meta = pod.metadata
     mine = [
         key
@@ -169,30 +185,109 @@ def _permitted(cluster: Cluster, victims: list[Pod], left: dict[str, int]) -> bo
 
 
 def _search(cluster: Cluster, gang: Gang, search: Search, *, shared: bool) -> Preemption | None:
-    everything = [p for b in bundles(cluster, search, shared=shared) for p in (*b.surplus, *b.whole)]
-    ideal = _placed(cluster, gang, everything)
+    available = bundles(cluster, search, shared=shared)
+    everything = [p for b in available for p in (*b.surplus, *b.whole)]
+    asked = Question(cluster, gang, everything)
+    ideal = asked.placed(everything)
     if not ideal:
         return None
-    available = bundles(cluster, search, frozenset(node for _, node in ideal), shared=shared)
+    if any(b.surplus for b in available):
+        available = bundles(cluster, search, frozenset(node for _, node in ideal), shared=shared)
     if gang.quorum < len(gang.members):
         mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
-        found = _choose(cluster, gang._replace(quorum=len(gang.members)), mild)
+        found = _choose(asked.of(gang._replace(quorum=len(gang.members))), mild)
         if found is not None:
             return found
-    return _choose(cluster, gang, available)
+    return _choose(asked, available)
 
 
-def _choose(cluster: Cluster, gang: Gang, available: list[Bundle]) -> Preemption | None:
+class Question:
+    """Where a gang could go without some of these pods; asked many times, so what does not change is kept.
+
+    Where only amounts matter (no terms or ports look at who is there), nobody is taken out of the ledger for it.
+    """
+
+    def __init__(self, cluster: Cluster, gang: Gang, pods: Sequence[Pod]) -> None:
+        self._cluster, self.gang = cluster, gang
+        self._numeric = self._only_amounts_matter()
+        ledger, kinds = cluster.ledger, dict[int, int]()
+        self._index = {p.metadata.uid: i for i, p in enumerate(pods)} if self._numeric else {}
+        held = [ledger.holdings[uid] for uid in self._index]
+        self._rows = np.array([ledger.rows.get(h.node, -1) for h in held], dtype=np.int64)
+        shapes = [h.shape for h in held]
+        self._kinds = np.array([kinds.setdefault(id(s), len(kinds)) for s in shapes], dtype=np.int64)
+        self._asks = np.zeros((len(kinds), len(ledger.columns)), dtype=np.int64)
+        for shape in {id(s): s for s in shapes}.values():
+            for resource, amount in shape.requests:
+                self._asks[kinds[id(shape)], ledger.columns[resource]] = amount
+        self._bound = self._most_that_fit(ledger.used) if self._numeric else None
+
+    def of(self, gang: Gang) -> Question:
+        """The same about another quorum of the same members."""
+        other = copy(self)
+        other.gang = gang
+        return other
+
+    def placed(self, victims: Sequence[Pod]) -> list[Placed] | None:
+        """Where the gang goes without these; None or nothing if it does not fit."""
+        ledger = self._cluster.ledger
+        if not self._numeric:
+            with ledger.without([p.metadata.uid for p in victims]):
+                return place(ledger, self.gang)
+        chosen = np.array([self._index[p.metadata.uid] for p in victims], dtype=np.int64)
+        chosen = chosen[self._rows[chosen] >= 0]
+        rows, used = self._rows[chosen], ledger.used.copy()
+        np.subtract.at(used, rows, self._asks[self._kinds[chosen]])
+        if not self._could(used, np.unique(rows)):
+            return None
+        with ledger.using(used):
+            return place(ledger, self.gang)
+
+    def _only_amounts_matter(self) -> bool:
+        gang, ledger = self.gang, self._cluster.ledger
+        for shape in {id(m.shape): m.shape for m in gang.members}.values():
+            if shape.affinity or shape.anti_affinity or shape.spread or shape.host_ports:
+                return False
+        return not any(ledger.repelling_terms(m.namespace, m.labels) for m in gang.members)
+
+    def _room(self, used: Ints, rows: Ints) -> Ints:
+        """How many of the first member each of these nodes takes, but for what filters say."""
+        ledger, room = self._cluster.ledger, np.full(len(rows), len(self.gang.members), dtype=np.int64)
+        for resource, amount in self.gang.members[0].shape.requests:
+            column = ledger.columns.get(resource)
+            if column is None:
+                return np.zeros(len(rows), dtype=np.int64)
+            room = np.minimum(room, (ledger.allocatable[rows, column] - used[rows, column]) // amount)
+        return np.maximum(room, 0)
+
+    def _most_that_fit(self, used: Ints) -> Ints | None:
+        """Of a gang of equals an upper bound of each node's room; None of others."""
+        first = self.gang.members[0].shape
+        if any(m.shape is not first for m in self.gang.members):
+            return None
+        usable = self._cluster.ledger.standing(first)
+        return np.where(usable, self._room(used, np.arange(len(usable))), 0)
+
+    def _could(self, used: Ints, rows: Ints) -> bool:
+        """Whether there might be room for the quorum: a quick look before the solver's."""
+        if self._bound is None:
+            return True
+        standing = self._cluster.ledger.standing(self.gang.members[0].shape)[rows]
+        more = np.where(standing, self._room(used, rows), 0) - self._bound[rows]
+        return int(self._bound.sum() + more.sum()) >= self.gang.quorum
+
+
+def _choose(asked: Question, available: list[Bundle]) -> Preemption | None:
     surplus = [p for b in available for p in b.surplus]
     whole = [b for b in available if b.whole]
-    if surplus and _placed(cluster, gang, surplus):
-        return _spare(cluster, gang, surplus, [])
+    if surplus and asked.placed(surplus):
+        return _spare(asked, surplus, [])
     for bundle in whole[:MAX_SINGLE_GANGS]:
-        if _placed(cluster, gang, [*surplus, *bundle.whole]):
-            return _spare(cluster, gang, surplus, [bundle])
+        if asked.placed([*surplus, *bundle.whole]):
+            return _spare(asked, surplus, [bundle])
 
     def fits(count: int) -> bool:
-        return bool(_placed(cluster, gang, [*surplus, *(p for b in whole[:count] for p in b.whole)]))
+        return bool(asked.placed([*surplus, *(p for b in whole[:count] for p in b.whole)]))
 
     if not fits(len(whole)):
         return None
@@ -200,27 +295,27 @@ def _choose(cluster: Cluster, gang: Gang, available: list[Bundle]) -> Preemption
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return _spare(cluster, gang, surplus, whole[:high])
+    return _spare(asked, surplus, whole[:high])
 
 
-def _spare(cluster: Cluster, gang: Gang, surplus: list[Pod], taken: list[Bundle]) -> Preemption | None:
+def _spare(asked: Question, surplus: list[Pod], taken: list[Bundle]) -> Preemption | None:
     """Give back what is not needed: the most important gangs first, then surplus members."""
     broken = {b.key for b in taken}
     units = [[*b.surplus, *b.whole] for b in sorted(taken, key=lambda b: -b.priority)]  # a remnant is of no use
     units += [[p] for p in sorted(surplus, key=lambda p: -p.spec.priority) if gang_key(p) not in broken]
-    needed = _fewer(cluster, gang, units)
+    needed = _fewer(asked, units)
     victims = [p for unit in reversed(needed) for p in unit]
-    placed = _placed(cluster, gang, victims)
+    placed = asked.placed(victims)
     keys = {gang_key(p) for p in victims}
     return Preemption(victims, placed, [b.key for b in taken if b.key in keys]) if placed else None
 
 
-def _fewer(cluster: Cluster, gang: Gang, units: list[list[Pod]]) -> list[list[Pod]]:
+def _fewer(asked: Question, units: list[list[Pod]]) -> list[list[Pod]]:
     """These less what need not go, the first ones given back first; many at once, for each question costs."""
-    ideal = _placed(cluster, gang, [p for unit in units for p in unit])
+    ideal = asked.placed([p for unit in units for p in unit])
     nodes = {node for _, node in ideal or ()}
     near = [unit for unit in units if any(p.spec.node_name in nodes for p in unit)]
-    if len(near) < len(units) and _placed(cluster, gang, [p for unit in near for p in unit]):
+    if len(near) < len(units) and asked.placed([p for unit in near for p in unit]):
         units = near
     step, questions = 1 if len(units) <= MAX_QUESTIONS else len(units) // 2, 0
     while True:
@@ -228,15 +323,10 @@ def _fewer(cluster: Cluster, gang: Gang, units: list[list[Pod]]) -> list[list[Po
         while start < len(units) and questions < MAX_QUESTIONS:
             rest = [*units[:start], *units[start + step :]]
             questions += 1
-            if rest and _placed(cluster, gang, [p for unit in rest for p in unit]):
+            if rest and asked.placed([p for unit in rest for p in unit]):
                 units = rest
             else:
                 start += step
         if step == 1 or questions >= MAX_QUESTIONS:
             return units
         step = max(step // 2, 1)
-
-
-def _placed(cluster: Cluster, gang: Gang, victims: list[Pod]) -> list[Placed] | None:
-    with cluster.ledger.without([p.metadata.uid for p in victims]):
-        return place(cluster.ledger, gang)

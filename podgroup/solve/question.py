@@ -69,6 +69,19 @@ def looked_at(member: Member, keys: Set[str]) -> tuple[tuple[str, str], ...]:
     return tuple((k, member.labels[k]) for k in sorted(keys | member.shape.selector_keys) if k in member.labels)
 
 
+def is_simple(gang: Gang) -> bool:
+    """Equal pods, all of which must start, without constraints between pods: what `sequence` knows.
+
+    Their members must also be equal in what selectors look at.
+    """
+    if not gang.members or gang.quorum < len(gang.members) or gang.fixed or gang.reserve or gang.leave:
+        return False
+    shape = gang.members[0].shape
+    if shape.unsupported or shape.affinity or shape.anti_affinity or shape.spread or shape.host_ports:
+        return False
+    return all(m.shape is shape for m in gang.members)
+
+
 class Placed(NamedTuple):
     """One member and its node."""
 

@@ -232,6 +232,15 @@ class Ledger:
             self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports = kept
 
     @contextmanager
+    def using(self, used: Ints) -> Iterator[None]:
+        """The ledger as if so much were used on each node, by whomever; as before afterwards."""
+        kept, self.used = self.used, used
+        try:
+            yield
+        finally:
+            self.used = kept
+
+    @contextmanager
     def with_also(self, holdings: Iterable[Holding]) -> Iterator[None]:
         """The ledger as if these were held too; as before afterwards."""
         more = [h for h in holdings if h.uid not in self.holdings]

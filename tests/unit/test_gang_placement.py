@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.objects import (
@@ -39,7 +39,8 @@ from colocate.objects import (
     Volume,
 )
 from podgroup.solve.place import place
-from podgroup.solve.question import Gang, Member
+from podgroup.solve.question import Gang, Member, is_simple
+from podgroup.solve.sequence import place_in_turn
 from podgroup.solve.shortage import shortage
 from podgroup.state.allocation import Holding
 from podgroup.state.cluster import BOUND, Cluster
@@ -586,3 +587,36 @@ def test_terms_select_namespaces_by_the_labels_that_these_have_today():
     assert not repelled()
     made.set_namespace("ns", None)
     assert not repelled()
+
+
+RACKS = st.sampled_from(["", "r1", "r2", "r3"])
+ROOM = st.tuples(st.integers(0, 6), st.integers(0, 4), RACKS, st.sampled_from(["z1", "z2"]))
+SIMPLE = st.tuples(
+    st.integers(1, 6), st.integers(0, 3), st.integers(0, 2), st.sampled_from(["", RACK, ZONE]), st.booleans()
+)
+
+
+@settings(deadline=None)
+@given(rooms=st.lists(ROOM, min_size=1, max_size=8), asked=st.lists(SIMPLE, min_size=1, max_size=8))
+def test_gangs_in_turn_go_where_the_solver_puts_them_one_after_the_other(rooms, asked):
+    """The compiled solver of simple gangs beside `place`: nodes (CPU, GPU, rack, zone), gangs (size, CPU, GPU, ...)."""
+    nodes = [
+        node(f"n{i}", {ZONE: zone, **({RACK: rack} if rack else {})}, cpu=cpu, **({"gpu": gpu} if gpu else {}))
+        for i, (cpu, gpu, rack, zone) in enumerate(rooms)
+    ]
+    made = ledger(*nodes)
+    gangs = []
+    for i, (size, cpu, gpu, required, preferred) in enumerate(asked):
+        requests = {k: v for k, v in (("cpu", cpu), ("gpu", gpu)) if v}
+        one = shape_of(pod(f"g{i}", **requests))
+        members = tuple(Member(f"g{i}-{j}", f"g{i}-{j}", "ns", one, {}) for j in range(size))
+        keys = (ZONE, RACK, HOST) if preferred else ()
+        gangs.append(Gang(members, size, required_topology=required, preferred_topology=keys))
+    assert all(is_simple(g) for g in gangs)
+    together = place_in_turn(made, gangs)
+    for one_gang, found in zip(gangs, together, strict=True):
+        expected = place(made, one_gang)
+        assert sorted(found or ()) == sorted(expected or ())
+        assert (found is None) == (expected is None)
+        for placed in expected or ():
+            made.hold(placed.holding)

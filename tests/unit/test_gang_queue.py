@@ -25,6 +25,7 @@ from colocate.units import parse_time
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PodGroupSpec
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue, Start
+from podgroup.solve.sequence import place_in_turn
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import is_group
 from tests.unit.test_gang_snapshot import NOW, group, node, pod
@@ -40,7 +41,7 @@ class Simulated:
     """A cluster whose binds succeed at once, and a clock."""
 
     def __init__(self, **options):
-        self.cluster, self.queue, self.now = Cluster(), Queue(Settings(**options)), 0.0
+        self.cluster, self.queue, self.now = Cluster(), Queue(Settings(**options), place_in_turn=place_in_turn), 0.0
         self.dirty: set[str] = set()
 
     def add(self, name, size, least, cpu=1, priority=0, **more):
@@ -281,7 +282,8 @@ def test_no_head_waits_longer_than_easys_by_more_than_one_jobs_end(slots, stream
     for i, (gap, size, runtime, declared) in enumerate(stream):
         at += gap
         coming[f"g{i:03}"] = (at, min(size, slots), runtime, declared)
-    ends, oracle, let_in, started = {}, None, {}, set()
+    ends: dict[str, tuple[float, int]] = {}
+    oracle, let_in, started = None, dict[str, tuple[float, int]](), set[str]()
     while len(started) < len(coming):
         assert made.now < began + 4000, f"{sorted(coming.keys() - started)} never start"
         for name, (arrives, size, runtime, declared) in coming.items():
