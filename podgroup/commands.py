@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import atexit
 import os
-import shutil
 import signal
 import socket
 import sys
 import tempfile
 import uuid
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +48,7 @@ from podgroup.explain.manifests import pods_of
 from podgroup.explain.snapshot import KIND, VERSION, ClusterSnapshot, Explanation, Verdict, decide, explain, load
 from podgroup.explain.snapshot import what_if as ask
 from podgroup.queue.entry import Settings
-from podgroup.queue.queue import PlaceInTurn
+from podgroup.queue.queue import PlaceInTurn, Queue
 
 SILENT_SECONDS = 120.0
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
@@ -87,7 +86,7 @@ async def _controller(options: argparse.Namespace) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    place_in_turn = await asyncio.to_thread(_compiled)
+    compiling = asyncio.ensure_future(asyncio.to_thread(_compiled))  # it leads meanwhile, and decides one by one
     async with Api.connect(options.kubeconfig, options.context) as api:
         if UPSTREAM in names:
             await _refuse_beside_upstream(api)
@@ -95,7 +94,8 @@ async def _controller(options: argparse.Namespace) -> int:
         runner = await health.serve(options.http)
         while not stop.is_set():
             election = Election(api, options.lease_namespace, options.lease_name, identity, options.lease_duration)
-            health.controller = Controller(api, settings, election, place_in_turn)
+            health.controller = Controller(api, settings, election, compiling.result() if compiling.done() else None)
+            compiling.add_done_callback(partial(_use, health.controller.queue))
             leading = asyncio.ensure_future(election.lead(health.controller.run))
             stopped = asyncio.ensure_future(stop.wait())
             await asyncio.wait([leading, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -115,18 +115,19 @@ async def _controller(options: argparse.Namespace) -> int:
 
 def _compiled() -> PlaceInTurn | None:
     """The compiled solver of simple gangs; None where numba is not usable, and they are decided one by one."""
-    solve = Path(__file__).parent / "solve"
-    if "NUMBA_CACHE_DIR" not in os.environ and not os.access(solve, os.W_OK):
-        os.environ["NUMBA_CACHE_DIR"] = made = tempfile.mkdtemp(prefix="colocate-kernels-")
-        atexit.register(shutil.rmtree, made, ignore_errors=True)
     try:
         from podgroup.solve import sequence
 
         sequence.compile_all()
-    except (ImportError, RuntimeError, OSError) as error:  # of numba: no place for its cache
+    except (ImportError, RuntimeError, OSError) as error:
         log.warning("kernels_not_compiled", error=str(error))
         return None
     return sequence.place_in_turn
+
+
+def _use(queue: Queue, compiled: asyncio.Future[PlaceInTurn | None]) -> None:
+    if not compiled.cancelled() and compiled.exception() is None:
+        queue.place_in_turn = compiled.result()
 
 
 class Health:

@@ -158,7 +158,7 @@ class Queue:
         self, settings: Settings, searches: int | None = None, place_in_turn: PlaceInTurn | None = None
     ) -> None:
         """`place_in_turn` decides many simple gangs at once (solve.sequence); without it one by one, and alike."""
-        self._place_in_turn = place_in_turn
+        self.place_in_turn = place_in_turn
         self.settings = settings
         self.victims = Victims(searches)
         self._shadow: tuple[str, float | None] | None = None
@@ -382,7 +382,7 @@ class Queue:
         """
         if in_turn.alone:
             return False
-        if self._place_in_turn is None:
+        if self.place_in_turn is None:
             in_turn.none_of(len(in_turn.left))
             return False
         asked: list[Gang] = []
@@ -395,7 +395,7 @@ class Queue:
             in_turn.none_of(len(asked))
             return False
         try:
-            found = self._place_in_turn(cluster.ledger, asked, True)
+            found = self.place_in_turn(cluster.ledger, asked, True)
         except Exception as error:  # noqa: BLE001
             decided.failures.append((in_turn.left[0].key, error))
             in_turn.none_of(len(asked))

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from colocate.objects import Node, NodeStatus, ObjectMeta
+from podgroup.jit import njit
 from podgroup.solve.place import HOSTNAME
 from podgroup.solve.place_class import COMMON, scarcest
 from podgroup.solve.question import Class, Gang, Member, Placed, Trial, looked_at
@@ -112,7 +112,7 @@ def compile_all() -> None:
     place_in_turn(ledger, [Gang((member,), 1, HOSTNAME, (HOSTNAME,)), Gang((member, member), 2)])
 
 
-@numba.njit(cache=True)
+@njit
 def _place_all(
     free: Ints,
     gangs: Ints,
@@ -133,8 +133,9 @@ def _place_all(
     """All gangs in turn; `free` and `nodes` are filled in. How many were answered."""
     count = len(free)
     rooms = np.empty((len(asks), count), dtype=np.int64)
-    for n in range(count):
-        _look_again(n, free, masks, asks, rooms)
+    for kind in range(len(asks)):
+        for n in range(count):
+            rooms[kind, n] = _room(n, free, masks[kind], asks[kind])
     capped, part = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.bool_)
     at = 0
     for g in range(len(gangs)):
@@ -156,7 +157,8 @@ def _place_all(
                     free[here[i], r] -= asks[kind, r]
             for i in range(wanted):
                 if i == 0 or here[i] != here[i - 1]:
-                    _look_again(here[i], free, masks, asks, rooms)
+                    for other in range(len(asks)):
+                        rooms[other, here[i]] = _room(here[i], free, masks[other], asks[other])
         else:
             nodes[at : at + wanted] = -1
         at += wanted
@@ -165,20 +167,22 @@ def _place_all(
     return len(gangs)
 
 
-@numba.njit(cache=True)
-def _look_again(n: int, free: Ints, masks: Mask, asks: Ints, rooms: Ints) -> None:
-    """How many members of each kind a node takes now."""
-    for kind in range(len(asks)):
-        least = np.iinfo(np.int64).max if masks[kind, n] else 0
-        for r in range(asks.shape[1]):
-            if least == 0:
-                break
-            if asks[kind, r] > 0:
-                least = 0 if free[n, r] < asks[kind, r] else min(least, free[n, r] // asks[kind, r])
-        rooms[kind, n] = least
+@njit
+def _room(n: int, free: Ints, mask: Mask, asked: Ints) -> int:
+    """How many members of a kind a node takes now."""
+    if not mask[n]:
+        return 0
+    for r in range(len(asked)):
+        if asked[r] > 0 and free[n, r] < asked[r]:
+            return 0
+    least = np.iinfo(np.int64).max
+    for r in range(len(asked)):
+        if asked[r] > 0:
+            least = min(least, free[n, r] // asked[r])
+    return least
 
 
-@numba.njit(cache=True)
+@njit
 def _by_domain(codes: Ints, size: int, capped: Ints, part: Flags) -> Ints:
     found = np.zeros(size, dtype=np.int64)
     for n in range(len(codes)):
@@ -187,7 +191,7 @@ def _by_domain(codes: Ints, size: int, capped: Ints, part: Flags) -> Ints:
     return found
 
 
-@numba.njit(cache=True)
+@njit
 def _tightest(codes: Ints, ranks: Ints, size: int, capped: Ints, part: Flags, wanted: int) -> bool:
     """Narrow the part to the tightest single domain with room; False, and nothing changed, if there is none."""
     rooms = _by_domain(codes, size, capped, part)
@@ -202,7 +206,7 @@ def _tightest(codes: Ints, ranks: Ints, size: int, capped: Ints, part: Flags, wa
     return best >= 0
 
 
-@numba.njit(cache=True)
+@njit
 def _as_few_domains(
     keys: Ints,
     codes: Ints,
@@ -226,7 +230,7 @@ def _as_few_domains(
             _fewest(codes[key], ranks[key], sizes[key], capped, part, wanted)
 
 
-@numba.njit(cache=True)
+@njit
 def _fewest(codes: Ints, ranks: Ints, size: int, capped: Ints, part: Flags, wanted: int) -> None:
     """The largest domains first, until one holds what is left: of those the tightest."""
     rooms = _by_domain(codes, size, capped, part)
@@ -255,7 +259,7 @@ def _fewest(codes: Ints, ranks: Ints, size: int, capped: Ints, part: Flags, want
         part[n] = part[n] and codes[n] >= 0 and chosen[codes[n]]
 
 
-@numba.njit(cache=True)
+@njit
 def _before(
     a: int, b: int, free: Ints, asked: Ints, scarce: int, extended: Ints, cpu: int, memory: int, room: Ints
 ) -> bool:
@@ -280,7 +284,7 @@ def _before(
     return a < b
 
 
-@numba.njit(cache=True)
+@njit
 def _first(
     least: int,
     free: Ints,
@@ -309,7 +313,7 @@ def _first(
     return best
 
 
-@numba.njit(cache=True)
+@njit
 def _fill(
     free: Ints,
     asked: Ints,
