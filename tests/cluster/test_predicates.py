@@ -324,6 +324,7 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Contro
         asyncio.run(_prepare(plane))
         yield plane, extender
     extender.server.shutdown()
+    extender.server.server_close()
 
 
 async def _prepare(plane: ControlPlane) -> None:
