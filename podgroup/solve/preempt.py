@@ -19,7 +19,6 @@ from podgroup.solve.place import place
 from podgroup.solve.question import Gang, Placed
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key, is_group, owned, without_former_runs
-from podgroup.state.ledger import Ints
 from podgroup.state.shape import matches
 
 MAX_SINGLE_GANGS = 64
@@ -193,6 +192,7 @@ def _search(cluster: Cluster, gang: Gang, search: Search, *, shared: bool) -> Pr
         return None
     if any(b.surplus for b in available):
         available = bundles(cluster, search, frozenset(node for _, node in ideal), shared=shared)
+        asked = Question(cluster, gang, [p for b in available for p in (*b.surplus, *b.whole)])
     if gang.quorum < len(gang.members):
         mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
         found = _choose(asked.of(gang._replace(quorum=len(gang.members))), mild)
@@ -220,7 +220,6 @@ class Question:
         for shape in {id(s): s for s in shapes}.values():
             for resource, amount in shape.requests:
                 self._asks[kinds[id(shape)], ledger.columns[resource]] = amount
-        self._bound = self._most_that_fit(ledger.used) if self._numeric else None
 
     def of(self, gang: Gang) -> Question:
         """The same about another quorum of the same members."""
@@ -236,10 +235,8 @@ class Question:
                 return place(ledger, self.gang)
         chosen = np.array([self._index[p.metadata.uid] for p in victims], dtype=np.int64)
         chosen = chosen[self._rows[chosen] >= 0]
-        rows, used = self._rows[chosen], ledger.used.copy()
-        np.subtract.at(used, rows, self._asks[self._kinds[chosen]])
-        if not self._could(used, np.unique(rows)):
-            return None
+        used = ledger.used.copy()
+        np.subtract.at(used, self._rows[chosen], self._asks[self._kinds[chosen]])
         with ledger.using(used):
             return place(ledger, self.gang)
 
@@ -249,32 +246,6 @@ class Question:
             if shape.affinity or shape.anti_affinity or shape.spread or shape.host_ports:
                 return False
         return not any(ledger.repelling_terms(m.namespace, m.labels) for m in gang.members)
-
-    def _room(self, used: Ints, rows: Ints) -> Ints:
-        """How many of the first member each of these nodes takes, but for what filters say."""
-        ledger, room = self._cluster.ledger, np.full(len(rows), len(self.gang.members), dtype=np.int64)
-        for resource, amount in self.gang.members[0].shape.requests:
-            column = ledger.columns.get(resource)
-            if column is None:
-                return np.zeros(len(rows), dtype=np.int64)
-            room = np.minimum(room, (ledger.allocatable[rows, column] - used[rows, column]) // amount)
-        return np.maximum(room, 0)
-
-    def _most_that_fit(self, used: Ints) -> Ints | None:
-        """Of a gang of equals an upper bound of each node's room; None of others."""
-        first = self.gang.members[0].shape
-        if any(m.shape is not first for m in self.gang.members):
-            return None
-        usable = self._cluster.ledger.standing(first)
-        return np.where(usable, self._room(used, np.arange(len(usable))), 0)
-
-    def _could(self, used: Ints, rows: Ints) -> bool:
-        """Whether there might be room for the quorum: a quick look before the solver's."""
-        if self._bound is None:
-            return True
-        standing = self._cluster.ledger.standing(self.gang.members[0].shape)[rows]
-        more = np.where(standing, self._room(used, rows), 0) - self._bound[rows]
-        return int(self._bound.sum() + more.sum()) >= self.gang.quorum
 
 
 def _choose(asked: Question, available: list[Bundle]) -> Preemption | None:

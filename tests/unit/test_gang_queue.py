@@ -1187,3 +1187,20 @@ def test_a_gang_that_cannot_be_decided_does_not_stop_the_others(monkeypatch):
     assert [start.key for start in decided.starts] == ["ns/good"]
     assert [key for key, _ in decided.failures] == ["ns/bad"]
     assert made.queue.waiting["ns/bad"].reason == "InternalError"
+
+
+def test_surplus_on_another_node_than_was_thought_of_first_goes():
+    """Which member is surplus depends on where the gang would go; one without an owner keeps its gang whole."""
+    made = Simulated(reserve_after_seconds=1e9)
+    for name, cpus, cordoned in (("n0", 1, True), ("n1", 2, False), ("n2", 1, True)):
+        made.cluster.set_node(node(name, cpus, cordoned=cordoned))
+    made.cluster.groups["ns/g"] = group("g", 2)
+    for i in range(3):
+        one = pod(f"g-{i}", "g", on=f"n{i}")
+        owners = one.metadata.owner_references if i < 2 else []
+        made.cluster.set_pod(replace(one, metadata=replace(one.metadata, owner_references=owners)))
+    made.cluster.set_pod(pod("alone", on="n1"))
+    made.add("vip", 1, 1, priority=10)
+    made.cycle()
+    assert [p.spec.node_name for p in made.bound("vip")] == ["n1"]
+    assert sorted(p.metadata.name for p in made.bound("g")) == ["g-0", "g-2"]

@@ -1,1 +1,0 @@
-"""How pods say that they belong together."""
