@@ -170,6 +170,12 @@ class Volume(Lean, frozen=True):
     persistent_volume_claim: ClaimSource | None = None
     ephemeral: dict[str, msgspec.Raw] | None = None
 
+    def claim(self, pod: str) -> str:
+        """The name of its claim in a pod of this name; empty if it needs none."""
+        if self.ephemeral is not None:
+            return f"{pod}-{self.name}"
+        return self.persistent_volume_claim.claim_name if self.persistent_volume_claim is not None else ""
+
 
 class Named(Lean, frozen=True):
     """A scheduling gate or a resource claim."""
@@ -321,10 +327,15 @@ class PriorityClass(Lean, frozen=True):
 
 
 class ClaimSpec(Lean, frozen=True):
-    """The volume a claim is bound to; empty while it is not."""
+    """What is asked for, and the volume that it is bound to; empty while it is not."""
 
     volume_name: str = ""
     access_modes: list[str] = []
+    storage_class_name: str | None = None
+    volume_mode: str = "Filesystem"
+    volume_attributes_class_name: str | None = None
+    selector: LabelSelector | None = None
+    resources: Resources = Resources()
 
 
 class ClaimStatus(Lean, frozen=True):
@@ -353,10 +364,38 @@ class VolumeNodeAffinity(Lean, frozen=True):
     required: NodeSelector | None = None
 
 
-class PersistentVolumeSpec(Lean, frozen=True):
-    """Only where it can be used."""
+class ClaimReference(Lean, frozen=True):
+    """The claim that a volume is bound to, or kept for where it has no uid."""
 
+    namespace: str = ""
+    name: str = ""
+    uid: str = ""
+
+
+class CsiSource(Lean, frozen=True):
+    """The volume as its driver knows it."""
+
+    driver: str = ""
+    volume_handle: str = ""
+
+
+class PersistentVolumeSpec(Lean, frozen=True):
+    """What it offers, whose it is, and from where it can be used."""
+
+    capacity: Quantities = {}
+    access_modes: list[str] = []
+    storage_class_name: str = ""
+    volume_mode: str = "Filesystem"
+    volume_attributes_class_name: str | None = None
+    claim_ref: ClaimReference | None = None
+    csi: CsiSource | None = None
     node_affinity: VolumeNodeAffinity | None = None
+
+
+class PersistentVolumeStatus(Lean, frozen=True):
+    """Available, Bound, Released, ..."""
+
+    phase: str = ""
 
 
 class PersistentVolume(Lean, frozen=True):
@@ -364,3 +403,96 @@ class PersistentVolume(Lean, frozen=True):
 
     metadata: ObjectMeta
     spec: PersistentVolumeSpec = PersistentVolumeSpec()
+    status: PersistentVolumeStatus = PersistentVolumeStatus()
+
+
+class TopologyRequirement(Lean, frozen=True):
+    """A label with one of these values."""
+
+    key: str
+    values: list[str] = []
+
+
+class TopologySelectorTerm(Lean, frozen=True):
+    """All of these; an empty one matches nothing."""
+
+    match_label_expressions: list[TopologyRequirement] = []
+
+
+class StorageClass(Lean, frozen=True):
+    """storage.k8s.io/v1 StorageClass: who makes its volumes, when, and for which nodes."""
+
+    metadata: ObjectMeta
+    provisioner: str = ""
+    volume_binding_mode: str = "Immediate"
+    allowed_topologies: list[TopologySelectorTerm] = []
+
+
+class CsiDriverSpec(Lean, frozen=True):
+    """Whether its room is told by CSIStorageCapacity."""
+
+    storage_capacity: bool = False
+
+
+class CsiDriver(Lean, frozen=True):
+    """storage.k8s.io/v1 CSIDriver."""
+
+    metadata: ObjectMeta
+    spec: CsiDriverSpec = CsiDriverSpec()
+
+
+class CsiStorageCapacity(Lean, frozen=True):
+    """storage.k8s.io/v1 CSIStorageCapacity: how large a volume of a class can be made for these nodes."""
+
+    metadata: ObjectMeta
+    storage_class_name: str = ""
+    node_topology: LabelSelector | None = None
+    capacity: str | int | None = None
+    maximum_volume_size: str | int | None = None
+
+
+class CsiAllocatable(Lean, frozen=True):
+    """How many volumes of a driver a node can have; None: no limit."""
+
+    count: int | None = None
+
+
+class CsiNodeDriver(Lean, frozen=True):
+    """A driver on a node."""
+
+    name: str
+    allocatable: CsiAllocatable = CsiAllocatable()
+
+
+class CsiNodeSpec(Lean, frozen=True):
+    """The drivers of a node."""
+
+    drivers: list[CsiNodeDriver] = []
+
+
+class CsiNode(Lean, frozen=True):
+    """storage.k8s.io/v1 CSINode, of the node of the same name."""
+
+    metadata: ObjectMeta
+    spec: CsiNodeSpec = CsiNodeSpec()
+
+
+class AttachmentSource(Lean, frozen=True):
+    """What is attached."""
+
+    persistent_volume_name: str = ""
+
+
+class VolumeAttachmentSpec(Lean, frozen=True):
+    """A volume, a node, and the driver that attaches it."""
+
+    attacher: str = ""
+    node_name: str = ""
+    source: AttachmentSource = AttachmentSource()
+
+
+class VolumeAttachment(Lean, frozen=True):
+    """storage.k8s.io/v1 VolumeAttachment."""
+
+    metadata: ObjectMeta
+    spec: VolumeAttachmentSpec = VolumeAttachmentSpec()

@@ -54,7 +54,7 @@ class PlannedMember(Lean, frozen=True):
     """Instead of the node's name its number in the plan's `nodes`, where there are many members."""
 
 
-PlanPhase = Literal["Waiting", "Binding", "Confirming", "Repairing", "RollingBack", "Running"]
+PlanPhase = Literal["Waiting", "Provisioning", "Binding", "Confirming", "Repairing", "RollingBack", "Running"]
 
 
 class GangPlanSpec(Lean, frozen=True):

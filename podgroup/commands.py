@@ -24,13 +24,18 @@ from colocate.cli.logs import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.errors import BadInput
 from colocate.kube.client import (
+    ATTACHMENTS,
     BUDGETS,
     CLAIMS,
     CLASSES,
+    CSI_DRIVERS,
+    CSI_NODES,
     LEASES,
     NAMESPACES,
     NODES,
     PODS,
+    STORAGE_CAPACITIES,
+    STORAGE_CLASSES,
     VOLUMES,
     Api,
     ApiError,
@@ -38,7 +43,21 @@ from colocate.kube.client import (
     path_of,
 )
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import Claim, DisruptionBudget, Lease, Namespace, Node, PersistentVolume, Pod, PriorityClass
+from colocate.objects import (
+    Claim,
+    CsiDriver,
+    CsiNode,
+    CsiStorageCapacity,
+    DisruptionBudget,
+    Lease,
+    Namespace,
+    Node,
+    PersistentVolume,
+    Pod,
+    PriorityClass,
+    StorageClass,
+    VolumeAttachment,
+)
 from colocate.units import format_duration
 from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
 from podgroup.controller.binder import now_text
@@ -57,14 +76,6 @@ UPSTREAM = "scheduler-plugins-scheduler"
 UPSTREAM_LEASES = (UPSTREAM, "sig-scheduling")
 log = structlog.get_logger()
 T = TypeVar("T")
-
-
-class _Leases(msgspec.Struct):
-    items: list[Lease]
-
-
-class _Plans(msgspec.Struct):
-    items: list[GangPlan]
 
 
 def controller(options: argparse.Namespace) -> int:
@@ -172,7 +183,7 @@ class Health:
 
 async def _refuse_beside_upstream(api: Api) -> None:
     """Two schedulers of one name would split gangs between them."""
-    for lease in msgspec.json.decode(await api.request("GET", LEASES), type=_Leases).items:
+    for lease in await api.all(Lease, LEASES):
         meta, spec = lease.metadata, lease.spec
         alive = bool(spec.holder_identity) and _age(spec.renew_time) < (spec.lease_duration_seconds or 15)
         if meta.name in UPSTREAM_LEASES and alive:
@@ -195,7 +206,7 @@ def queue(options: argparse.Namespace) -> int:
 async def _queue(options: argparse.Namespace) -> int:
     async with Api.connect(options.kubeconfig, options.context) as api:
         path = path_of(PLANS, options.namespace) if options.namespace else PLANS
-        plans = msgspec.json.decode(await api.request("GET", path), type=_Plans).items
+        plans = await api.all(GangPlan, path)
     waiting = [p for p in plans if p.status.waits]
     waiting.sort(key=lambda p: (p.status.position or 1 << 30, p.status.waiting_since or "", p.metadata.name))
     if options.output in DATA_FORMS:
@@ -234,12 +245,11 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
 
     async def every(kind: type[T], path: str) -> list[T]:
         try:
-            content = await api.request("GET", path)
+            return await api.all(kind, path)
         except ApiError as error:
             if error.status == 404 and path in (POD_GROUPS, PLANS):
                 return []  # the custom resources are not installed
             raise
-        return msgspec.json.decode(content, type=_list_of(kind)).items  # type: ignore[no-any-return]
 
     nodes, pods, groups, plans = (
         await every(Node, NODES),
@@ -258,15 +268,16 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         plans=plans,
         claims=await every(Claim, CLAIMS),
         volumes=await every(PersistentVolume, VOLUMES),
+        storage_classes=await every(StorageClass, STORAGE_CLASSES),
+        csi_drivers=await every(CsiDriver, CSI_DRIVERS),
+        csi_nodes=await every(CsiNode, CSI_NODES),
+        storage_capacities=await every(CsiStorageCapacity, STORAGE_CAPACITIES),
+        attachments=await every(VolumeAttachment, ATTACHMENTS),
         namespaces=await every(Namespace, NAMESPACES),
         budgets=await every(DisruptionBudget, BUDGETS),
         classes=await every(PriorityClass, CLASSES),
     )
     return msgspec.structs.replace(snapshot, verdicts=decide(snapshot))
-
-
-def _list_of(kind: Any) -> Any:
-    return msgspec.defstruct("List", [("items", list[kind])])
 
 
 def _read(options: argparse.Namespace) -> ClusterSnapshot:

@@ -33,6 +33,7 @@ CONNECTIONS = 300
 """A few more than the controller has writes under way."""
 TIMEOUT_SECONDS = 30.0
 BUSY_ATTEMPTS = 5
+PAGE = 500
 RENEW_SECONDS = 10.0
 log = structlog.get_logger()
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
@@ -41,6 +42,9 @@ PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
 NAMESPACES = "/api/v1/namespaces"
 CLAIMS, VOLUMES = "/api/v1/persistentvolumeclaims", "/api/v1/persistentvolumes"
 CLASSES = "/apis/scheduling.k8s.io/v1/priorityclasses"
+STORAGE = "/apis/storage.k8s.io/v1"
+STORAGE_CLASSES, CSI_DRIVERS, CSI_NODES = f"{STORAGE}/storageclasses", f"{STORAGE}/csidrivers", f"{STORAGE}/csinodes"
+STORAGE_CAPACITIES, ATTACHMENTS = f"{STORAGE}/csistoragecapacities", f"{STORAGE}/volumeattachments"
 BUDGETS = "/apis/policy/v1/poddisruptionbudgets"
 LEASES = "/apis/coordination.k8s.io/v1/leases"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -69,6 +73,24 @@ def path_of(collection: str, namespace: str = "", name: str = "", subresource: s
     head, _, plural = collection.rpartition("/")
     parts = [head, *(["namespaces", quote(namespace)] if namespace else []), plural]
     return "/".join([*parts, *(quote(p, safe="/") for p in (name, subresource) if p)])
+
+
+class Page(Lean, frozen=True):
+    """A part of a list."""
+
+    class Meta(Lean, frozen=True):
+        """Where it goes on."""
+
+        resource_version: str = ""
+        continue_: str = msgspec.field(default="", name="continue")
+
+    metadata: Meta = Meta()
+    items: list[msgspec.Raw] | None = None
+
+
+def page_query(more: str) -> dict[str, str]:
+    """What asks for the page where the one before goes on, or for the first."""
+    return {"limit": str(PAGE), **({"continue": more} if more else {})}
 
 
 class Api:
@@ -172,6 +194,17 @@ class Api:
                     self._has_token = False
                     log.warning("token_not_renewed", error=" ".join(str(error).split()))
             return self._has_token
+
+    async def all(self, kind: type[T], path: str) -> list[T]:
+        """All objects of a collection, as they were at one time; page by page."""
+        found: list[T] = []
+        more = ""
+        while True:
+            page = msgspec.json.decode(await self.request("GET", path, query=page_query(more)), type=Page)
+            found += [msgspec.json.decode(raw, type=kind) for raw in page.items or []]
+            more = page.metadata.continue_
+            if not more:
+                return found
 
     async def get(self, kind: type[T], path: str) -> T:
         """One object."""

@@ -19,12 +19,11 @@ import msgspec
 import structlog
 
 from colocate.errors import ColocateError
-from colocate.kube.client import Api, ApiError, Unreachable, pause
+from colocate.kube.client import Api, ApiError, Page, Unreachable, page_query, pause
 from colocate.objects import Lean, ObjectMeta
 
 IDLE_SECONDS = 150.0
 """A server sends a bookmark about once a minute."""
-PAGE = 500
 STEADY_SECONDS = 30.0
 """A watch that has held so long was in order: its end is no repeated failure."""
 INITIAL_END = "k8s.io/initial-events-end"
@@ -54,17 +53,6 @@ class _Metadata(Lean, frozen=True):
     code: int = 0
     reason: str = ""
     message: str = ""
-
-
-class _Page(Lean, frozen=True):
-    class Meta(Lean, frozen=True):
-        """Of a list: where it goes on."""
-
-        resource_version: str = ""
-        continue_: str = msgspec.field(default="", name="continue")
-
-    metadata: Meta = Meta()
-    items: list[msgspec.Raw] | None = None
 
 
 class Reflector(Generic[O]):
@@ -125,15 +113,14 @@ class Reflector(Generic[O]):
             else:
                 return
         fresh: dict[str, O] = {}
-        query, more = {"limit": str(PAGE)}, True
-        while more:
-            page = msgspec.json.decode(
-                await self._api.request("GET", self._path, query={**self._query, **query}), type=_Page
-            )
+        more: str | None = ""
+        while more is not None:
+            answer = await self._api.request("GET", self._path, query={**self._query, **page_query(more)})
+            page = msgspec.json.decode(answer, type=Page)
             for raw in page.items or []:
                 self._take(raw, fresh)
             self._heard()
-            query, more = {"limit": str(PAGE), "continue": page.metadata.continue_}, bool(page.metadata.continue_)
+            more = page.metadata.continue_ or None
         self._replace(fresh, page.metadata.resource_version)
 
     async def _watch(self, query: dict[str, str], fresh: dict[str, O] | None = None) -> None:

@@ -1,12 +1,15 @@
 """How a planned gang is bound: all of it, or it is taken back. A pure state machine over the plan and the pods as they
 are.
 
-    Waiting -> Binding -> Confirming -> Running
-                  |            |  ^
-                  |            v  |
-                  |        Repairing          a member was refused or lost: its replacement is awaited
-                  v            v
-               RollingBack -> Waiting (backing off, with the reason)
+    Waiting -> Provisioning -> Binding -> Confirming -> Running
+                    |             |            |  ^
+                    |             |            v  |
+                    |             |        Repairing      a member was refused or lost: its replacement is awaited
+                    v             v            v
+                 RollingBack -> Waiting (backing off, with the reason)
+
+Only a gang with claims whose volumes are found or made once its pods have nodes (WaitForFirstConsumer) is Provisioning:
+nobody is bound before all have their volumes.
 
 The plan is persisted before its first bind, and nothing else is: every state follows from the plan and from what the
 API server says of the pods, so a controller that was killed at any write goes on where it was. Binds are compare-and-
@@ -16,6 +19,7 @@ swap (`pods/binding` with uid and resourceVersion), so repeating one is harmless
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -23,6 +27,7 @@ import msgspec
 from colocate.objects import Pod
 from podgroup.api import GangPlan, GangPlanStatus, PlannedMember, PlanPhase
 from podgroup.state.gangs import accepted, owned, rejected
+from podgroup.state.storage import Progress
 
 
 class Bind(NamedTuple):
@@ -39,7 +44,22 @@ class Delete(NamedTuple):
     reason: str
 
 
-Step = Bind | Delete
+class BindVolumes(NamedTuple):
+    """Write what is still to be written for the volumes of this pod, which is planned on this node."""
+
+    pod: Pod
+    node: str
+
+
+class ReleaseVolumes(NamedTuple):
+    """Take back what was written for volumes that there are none of yet."""
+
+    pod: Pod
+
+
+Step = Bind | Delete | BindVolumes | ReleaseVolumes
+VOLUME_SECONDS = 600.0
+"""For so long volumes may take (kube-scheduler's default bindTimeoutSeconds)."""
 
 
 class Next(NamedTuple):
@@ -78,30 +98,34 @@ def _look(plan: GangPlan, pods: Mapping[str, Pod]) -> _Seen:
 
 
 def advance(
-    plan: GangPlan, pods: Mapping[str, Pod], alive_nodes: Mapping[str, bool], beside: int, elapsed_seconds: float
+    plan: GangPlan,
+    pods: Mapping[str, Pod],
+    alive_nodes: Mapping[str, bool],
+    beside: int,
+    elapsed_seconds: float,
+    volumes: Mapping[str, Progress] = MappingProxyType({}),
 ) -> Next:
     """One look at an open plan.
 
     `alive_nodes` says which nodes are there and ready; `beside` counts satisfied members that are not part of the plan;
-    `elapsed_seconds` is the time since the plan was made.
+    `elapsed_seconds` is the time since the plan was made; `volumes` says by uid how far the volumes of unbound members
+    have come.
     """
     seen = _look(plan, pods)
     phase = plan.status.phase
     if phase == "RollingBack":
-        return _roll_back(plan, seen, alive_nodes)
+        return _roll_back(plan, seen, alive_nodes, volumes)
+    if phase == "Provisioning":
+        return _provision(plan, seen, alive_nodes, beside, elapsed_seconds, volumes)
     if phase not in ("Binding", "Confirming", "Repairing"):
         return Next(plan, [])
     least, here = plan.spec.min_member - beside, len(seen.bound) + len(seen.accepted)
     stranded = [(m, p) for m, p in seen.bound if not alive_nodes.get(p.spec.node_name)]
-    lost = [m for m, _ in seen.unbound if not alive_nodes.get(m.node)]
     late = elapsed_seconds >= plan.spec.timeout_seconds
     if phase == "Binding":
-        if here + len(seen.unbound) + len(seen.refused) < least:
-            gone = ", ".join(m.name for m in seen.gone)
-            return _begin_roll_back(plan, "MemberLost", f"{gone} went away before the gang was bound")
-        if lost:
-            text = f"node {lost[0].node} went away before {lost[0].name} was bound to it"
-            return _begin_roll_back(plan, "NodeLost", text)
+        hopeless = _hopeless(plan, seen, alive_nodes, least)
+        if hopeless is not None:
+            return hopeless
         if late and seen.unbound and here >= least:
             return Next(_without(plan, [m for m, _ in seen.unbound]), [])  # the surplus need not hold up the quorum
         if late and seen.unbound:
@@ -129,6 +153,45 @@ def advance(
     return Next(plan, steps)
 
 
+def _hopeless(plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool], least: int) -> Next | None:
+    """The end of a plan that cannot be bound as it was made."""
+    if len(seen.bound) + len(seen.accepted) + len(seen.unbound) + len(seen.refused) < least:
+        gone = ", ".join(m.name for m in seen.gone)
+        return _begin_roll_back(plan, "MemberLost", f"{gone} went away before the gang was bound")
+    lost = [m for m, _ in seen.unbound if not alive_nodes.get(m.node)]
+    if lost:
+        text = f"node {lost[0].node} went away before {lost[0].name} was bound to it"
+        return _begin_roll_back(plan, "NodeLost", text)
+    return None
+
+
+def _provision(
+    plan: GangPlan,
+    seen: _Seen,
+    alive_nodes: Mapping[str, bool],
+    beside: int,
+    elapsed_seconds: float,
+    volumes: Mapping[str, Progress],
+) -> Next:
+    least = plan.spec.min_member - beside
+    hopeless = _hopeless(plan, seen, alive_nodes, least)
+    if hopeless is not None:
+        return hopeless
+    state = {m.uid: volumes.get(m.uid, Progress()) for m, _ in seen.unbound}
+    failed = [m for m, _ in seen.unbound if state[m.uid].state == "Failed"]
+    waits = [m for m, _ in seen.unbound if state[m.uid].state == "Open"]
+    late = elapsed_seconds >= VOLUME_SECONDS
+    dropped = failed + (waits if late else [])
+    if dropped:
+        if len(plan.spec.members) - len(seen.gone) - len(dropped) >= max(least, 1):
+            return Next(_without(plan, dropped), [])  # the surplus need not hold up the quorum
+        text = state[dropped[0].uid].text + ("" if failed else f" for {elapsed_seconds:.0f} s")
+        return _begin_roll_back(plan, "VolumeFailed" if failed else "VolumeTimeout", f"{dropped[0].name}: {text}")
+    if not waits:
+        return Next(_in(plan, "Binding", "Binding", f"binding {len(seen.unbound)} members"), [])
+    return Next(plan, [BindVolumes(p, m.node) for m, p in seen.unbound if state[m.uid].todo])
+
+
 def _without(plan: GangPlan, dropped: list[PlannedMember]) -> GangPlan:
     members = [m for m in plan.spec.members if m not in dropped]
     return msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, members=members))
@@ -143,16 +206,18 @@ def _begin_roll_back(plan: GangPlan, reason: str, message: str) -> Next:
     return Next(_in(plan, "RollingBack", reason, message), [])
 
 
-def _roll_back(plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool]) -> Next:
+def _roll_back(plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool], volumes: Mapping[str, Progress]) -> Next:
     """Delete what is bound, unstarted members first; pods without an owner would be lost for ever and are left.
 
-    What is leaving a dead node is as good as gone: no kubelet will ever say so.
+    What is leaving a dead node is as good as gone: no kubelet will ever say so. Volumes that there are already stay:
+    they are their claims'.
     """
+    asked = [ReleaseVolumes(p) for m, p in seen.unbound if volumes.get(m.uid, Progress()).written]
     bound = [p for _, p in (*seen.bound, *seen.accepted) if not p.terminal]
     there = [p for p in bound if not (p.deleting and not alive_nodes.get(p.spec.node_name))]
     steps: list[Step] = [Delete(p, plan.status.reason) for p in there if owned(p) and not p.deleting]
-    if any(owned(p) for p in there):
-        return Next(plan, steps)
+    if asked or any(owned(p) for p in there):
+        return Next(plan, [*steps, *asked])
     left = [p.metadata.name for p in there]
     text = f"{plan.status.message}; taken back"
     if left:

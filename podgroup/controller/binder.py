@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 import structlog
 
-from colocate.kube.client import EVENTS, MERGE, PODS, STRATEGIC, Api, ApiError, Unreachable, path_of
+from colocate.kube.client import CLAIMS, EVENTS, MERGE, PODS, STRATEGIC, VOLUMES, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import Condition, Pod
+from colocate.objects import Claim, Condition, PersistentVolume, Pod
 from podgroup.api import PLAN_API, PLANS, POD_GROUP_API, POD_GROUPS, GangPlan, PodGroup, PodGroupStatus
 from podgroup.state.large_plans import compact
+from podgroup.state.volumes import BOUND_BY_US, SELECTED_NODE
 
 EPOCH = "colocate.io/epoch"
 PLAN = "colocate.io/plan"
@@ -106,6 +107,36 @@ class Binder:
                 raise
             return await self.read(pod)
         return msgspec.json.decode(answer, type=Pod)
+
+    async def keep_volume(self, volume: PersistentVolume, claim: Claim) -> PersistentVolume:
+        """Keep a volume for a claim, as long as it is what was seen. Raises ApiError 409 if it is not."""
+        meta, whose = volume.metadata, claim.metadata
+        reference = {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "namespace": whose.namespace,
+            "name": whose.name,
+            "uid": whose.uid,
+            "resourceVersion": whose.resource_version,
+        }
+        ours = {} if volume.spec.claim_ref is not None else {"annotations": {BOUND_BY_US: "yes"}}  # a user keeps it too
+        body = {"metadata": {"resourceVersion": meta.resource_version, **ours}, "spec": {"claimRef": reference}}
+        answer = await self._write("PATCH", path_of(VOLUMES, "", meta.name), body, MERGE)
+        return msgspec.json.decode(answer, type=PersistentVolume)
+
+    async def free_volume(self, volume: PersistentVolume) -> PersistentVolume:
+        """Keep a volume for nobody any more, unless it has been bound meanwhile. Raises ApiError 409 then."""
+        meta = {"resourceVersion": volume.metadata.resource_version, "annotations": {BOUND_BY_US: None}}
+        body = {"metadata": meta, "spec": {"claimRef": None}}
+        answer = await self._write("PATCH", path_of(VOLUMES, "", volume.metadata.name), body, MERGE)
+        return msgspec.json.decode(answer, type=PersistentVolume)
+
+    async def select_node(self, claim: Claim, node: str | None) -> Claim:
+        """Have a claim's volume made for this node, or for none. Raises ApiError 409 if it is not what was seen."""
+        meta = claim.metadata
+        body = {"metadata": {"resourceVersion": meta.resource_version, "annotations": {SELECTED_NODE: node}}}
+        answer = await self._write("PATCH", path_of(CLAIMS, meta.namespace, meta.name), body, MERGE)
+        return msgspec.json.decode(answer, type=Claim)
 
     async def delete(self, pod: Pod, reason: str, message: str, *, at_once: bool = False) -> None:
         """Ask for the end of a pod that has an owner, marked so that a Job need not count it as a failure (KEP-3329).

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gc
 import uuid
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,8 @@ from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
 from colocate.units import seconds_of
-from podgroup.api import POD_GROUP_API, GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PodGroup
-from podgroup.commit.protocol import Bind, advance, take_back
+from podgroup.api import POD_GROUP_API, GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PlanPhase, PodGroup
+from podgroup.commit.protocol import VOLUME_SECONDS, Bind, BindVolumes, Delete, Step, advance, take_back
 from podgroup.controller.binder import EPOCH, Binder, now_text
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
@@ -62,6 +63,11 @@ GIVE_UP_AGAIN_SECONDS = 5.0
 """How often members on vanished nodes are looked at that were left for later."""
 
 
+def _time_of(plan: GangPlan) -> float:
+    """For how long a plan may be as it is."""
+    return VOLUME_SECONDS if plan.status.phase == "Provisioning" else plan.spec.timeout_seconds
+
+
 class Controller:
     """One leader's time in office."""
 
@@ -93,6 +99,8 @@ class Controller:
         """Gang -> when it last lost a member to a vanished node."""
         self._asked: dict[str, float] = {}
         """uid of such a member -> when its end was last asked for; a finalizer may keep it."""
+        self._alone: dict[str, float] = {}
+        """uid of a pod that is alone and planned, and waits for its volumes -> since when."""
         self._tasks: asyncio.TaskGroup
         self._spent = 0.0
         """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
@@ -239,7 +247,9 @@ class Controller:
         due += [at + UNSEEN_SECONDS - now for uid, at in self._busy.items() if uid in self.cluster.planned]
         open_plans = [p for p in self.cluster.plans.values() if p.status.phase in (*OPEN_PHASES, "Repairing")]
         due += [ROLL_BACK_SECONDS for p in self.cluster.plans.values() if p.status.phase == "RollingBack"]
-        due += [plan.spec.timeout_seconds - self._elapsed(plan) for plan in open_plans]
+        due += [_time_of(plan) - self._elapsed(plan) for plan in open_plans]
+        self._alone = {uid: at for uid, at in self._alone.items() if uid in self.cluster.planned}
+        due += [at + VOLUME_SECONDS - now for at in self._alone.values()]
         look = self.queue.next_look(now)
         lost = self.feed.lost_nodes.next_due(now)
         due += [lost] if lost is not None else []
@@ -260,7 +270,11 @@ class Controller:
         """A gang can start: persist the plan, then bind. A pod that is alone needs no plan: one bind is atomic."""
         if not is_group(start.key):
             ((member, node),) = start.placed
-            self._hands.spawn(member.uid, self._hands.bind(self.cluster.pods[member.uid], node, ""))
+            if self.cluster.volumes_of(member.uid).state == "Bound":
+                self._hands.spawn(member.uid, self._hands.bind(self.cluster.pods[member.uid], node, ""))
+            else:
+                self._alone[member.uid] = now_seconds()
+                self.feed.look_again(start.key)
             return
         group, before = self.cluster.groups.get(start.key), self.cluster.plans.get(start.key)
         if group is None:  # it went while its gang was put off
@@ -291,9 +305,14 @@ class Controller:
             note=start.note,
             members=members,
         )
+        waits = [m.name for m, _ in start.placed if self.cluster.volumes_of(m.uid).state != "Bound"]
+        phase: PlanPhase = "Provisioning" if waits else "Binding"
         message = start.note or f"binding {len(start.placed)} members"
+        if waits:
+            message = f"before anybody is bound, {len(waits)} members get their volumes: {', '.join(waits[:3])}"
+            message += ", ..." if len(waits) > 3 else ""
         status = msgspec.structs.replace(
-            plan.status, phase="Binding", reason="Binding", message=message, position=0, waiting_since=None
+            plan.status, phase=phase, reason=phase, message=message, position=0, waiting_since=None
         )
         self._hands.spawn(
             start.key, self._hands.save(start.key, msgspec.structs.replace(plan, spec=spec, status=status))
@@ -310,6 +329,9 @@ class Controller:
 
     def _carry_on(self, key: str) -> None:
         """The next steps of an open plan; an intent is persisted before it is acted on."""
+        if not is_group(key):
+            self._carry_on_alone(key)
+            return
         plan = self.cluster.plans.get(key)
         if plan is None or key in self._busy:
             return
@@ -327,10 +349,17 @@ class Controller:
             and (p.status.phase == "Succeeded" or bool(p.spec.node_name and not p.terminal))
             for p in without_former_runs(self.cluster.pods_of(key))
         )
-        if plan.status.phase == "Binding" and self._late(plan) and not any(p.spec.node_name for p in pods.values()):
+        if (
+            plan.status.phase in ("Provisioning", "Binding")
+            and self._late(plan)
+            and not any(p.spec.node_name for p in pods.values())
+        ):
             self._hands.spawn(key, self._hands.save(key, take_back(plan)))
             return
-        after = advance(plan, pods, alive, beside, self._elapsed(plan))
+        volumes = {
+            uid: self.cluster.volumes_of(uid) for uid, p in pods.items() if p.spec.volumes and not p.spec.node_name
+        }
+        after = advance(plan, pods, alive, beside, self._elapsed(plan), volumes)
         if after.plan is not plan:
             if after.plan.status.phase == "Waiting":
                 self._began.pop(plan.spec.plan_id, None)
@@ -343,7 +372,7 @@ class Controller:
             if after.plan.status.phase == "Running":
                 self.queue.rested(key)
                 self._began.pop(plan.spec.plan_id, None)
-            self._hands.spawn(key, self._hands.save(key, after.plan))
+            self._hands.spawn(key, self._hands.save(key, self._timed(plan, after.plan)))
             return
         for step in after.steps:
             uid = step.pod.metadata.uid
@@ -352,10 +381,44 @@ class Controller:
             if self._hands.full:
                 self.feed.dirty.add(key)  # the rest with the next look: what is under way wakes us
                 break
-            if isinstance(step, Bind):
-                self._hands.spawn(uid, self._hands.bind(step.pod, step.node, plan.spec.plan_id))
-            else:
-                self._hands.spawn(uid, self._hands.delete(step.pod, step.reason, plan.status.message))
+            self._hands.spawn(uid, self._do(step, plan))
+
+    def _do(self, step: Step, plan: GangPlan) -> Coroutine[Any, Any, None]:
+        if isinstance(step, Bind):
+            return self._hands.bind(step.pod, step.node, plan.spec.plan_id)
+        if isinstance(step, Delete):
+            return self._hands.delete(step.pod, step.reason, plan.status.message)
+        if isinstance(step, BindVolumes):
+            return self._hands.bind_volumes(step.pod, step.node)
+        return self._hands.release_volumes(step.pod)
+
+    def _carry_on_alone(self, key: str) -> None:
+        """The next step of a pod that is a gang of its own and waits for its volumes."""
+        for uid in self.cluster.members.get(key, set()) & self._alone.keys() - self._busy.keys():
+            pod, node = self.cluster.pods[uid], self.cluster.planned.get(uid)
+            if node is None:
+                continue
+            volumes = self.cluster.volumes_of(uid)
+            late = now_seconds() - self._alone[uid] >= VOLUME_SECONDS
+            if volumes.state == "Bound":
+                del self._alone[uid]
+                self._hands.spawn(uid, self._hands.bind(pod, node, ""))
+            elif (volumes.state == "Failed" or late) and volumes.written:
+                self._hands.spawn(uid, self._hands.release_volumes(pod))
+            elif volumes.state == "Failed" or late:
+                del self._alone[uid]
+                self.cluster.withdraw(uid)
+                self.queue.rest(key, now_seconds())
+                self.feed.look_again(key)
+            elif volumes.todo:
+                self._hands.spawn(uid, self._hands.bind_volumes(pod, node))
+
+    def _timed(self, before: GangPlan, now: GangPlan) -> GangPlan:
+        """The time for binding begins when all volumes are there."""
+        if (before.status.phase, now.status.phase) != ("Provisioning", "Binding"):
+            return now
+        self._began[before.spec.plan_id] = now_seconds()
+        return msgspec.structs.replace(now, spec=msgspec.structs.replace(now.spec, created=now_text()))
 
     def _late(self, plan: GangPlan) -> bool:
         """Whether a plan was written when nobody reckoned with it any more: a request that was long under way."""

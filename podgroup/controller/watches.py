@@ -7,8 +7,34 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from colocate.kube.client import BUDGETS, CLAIMS, NAMESPACES, NODES, PODS, VOLUMES
-from colocate.objects import Claim, DisruptionBudget, Namespace, Node, ObjectMeta, PersistentVolume, Pod
+from colocate.kube.client import (
+    ATTACHMENTS,
+    BUDGETS,
+    CLAIMS,
+    CSI_DRIVERS,
+    CSI_NODES,
+    NAMESPACES,
+    NODES,
+    PODS,
+    STORAGE_CAPACITIES,
+    STORAGE_CLASSES,
+    VOLUMES,
+)
+from colocate.kube.reflector import Object
+from colocate.objects import (
+    Claim,
+    CsiDriver,
+    CsiNode,
+    CsiStorageCapacity,
+    DisruptionBudget,
+    Namespace,
+    Node,
+    ObjectMeta,
+    PersistentVolume,
+    Pod,
+    StorageClass,
+    VolumeAttachment,
+)
 from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
 from podgroup.controller.lost_nodes import LostNodes
 from podgroup.queue.queue import Queue
@@ -42,8 +68,13 @@ class Feed:
         return [
             (NODES, Node, self.on_node),
             (NAMESPACES, Namespace, self.on_namespace),
+            (STORAGE_CLASSES, StorageClass, self.on_storage_class),
+            (CSI_DRIVERS, CsiDriver, self.on_driver),
+            (STORAGE_CAPACITIES, CsiStorageCapacity, self.on_capacity),
             (VOLUMES, PersistentVolume, self.on_volume),
             (CLAIMS, Claim, self.on_claim),
+            (CSI_NODES, CsiNode, self.on_csi_node),
+            (ATTACHMENTS, VolumeAttachment, self.on_attachment),
             (BUDGETS, DisruptionBudget, self.on_budget),
             (POD_GROUPS, PodGroup, self.on_group),
             (PLANS, GangPlan, self.on_plan),
@@ -131,8 +162,12 @@ class Feed:
         """A claim has been bound, or has gone."""
         claim = now or before
         assert claim is not None
-        self._cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", now)
-        self.look_again(*self._cluster.waiting_for_volumes())
+        key, storage = f"{claim.metadata.namespace}/{claim.metadata.name}", self._cluster.storage
+        known = storage.claims.get(key)
+        if now is not None and known is not None and older(now.metadata, known.metadata):
+            return
+        storage.set_claim(key, now)
+        self.look_again(*self._cluster.waiting_with(key))
 
     def on_namespace(self, before: Namespace | None, now: Namespace | None) -> None:
         """A namespace has come, has other labels, or has gone."""
@@ -145,8 +180,40 @@ class Feed:
         """A volume has come, or has gone."""
         volume = now or before
         assert volume is not None
-        self._cluster.set_volume(volume.metadata.name, now)
+        name, storage = volume.metadata.name, self._cluster.storage
+        known = storage.volumes.get(name)
+        if now is not None and known is not None and older(now.metadata, known.metadata):
+            return
+        storage.set_volume(name, now)
         self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_storage_class(self, before: StorageClass | None, now: StorageClass | None) -> None:
+        """A StorageClass has come, changed or gone."""
+        self._cluster.storage.set_class(_name(before, now), now)
+        self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_driver(self, before: CsiDriver | None, now: CsiDriver | None) -> None:
+        """A CSIDriver has come, changed or gone."""
+        if before is None or now is None or before.spec != now.spec:
+            self._cluster.storage.set_driver(_name(before, now), now)
+            self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_capacity(self, before: CsiStorageCapacity | None, now: CsiStorageCapacity | None) -> None:
+        """How much can be stored somewhere has changed."""
+        meta = (now or before).metadata  # type: ignore[union-attr]
+        self._cluster.storage.set_capacity(f"{meta.namespace}/{meta.name}", now)
+        self.look_again(*self._cluster.waiting_for_volumes())
+
+    def on_csi_node(self, before: CsiNode | None, now: CsiNode | None) -> None:
+        """The drivers of a node have changed."""
+        self._cluster.set_csi_node(_name(before, now), now)
+        self.wake.set()
+
+    def on_attachment(self, before: VolumeAttachment | None, now: VolumeAttachment | None) -> None:
+        """A volume has been attached to a node, or detached."""
+        node = self._cluster.storage.set_attachment(_name(before, now), now)
+        self._cluster.set_attachments(node)
+        self.wake.set()
 
     def on_budget(self, before: DisruptionBudget | None, now: DisruptionBudget | None) -> None:
         """A PodDisruptionBudget has changed."""
@@ -157,6 +224,12 @@ class Feed:
             self._cluster.budgets[key] = now
         else:
             self._cluster.budgets.pop(key, None)
+
+
+def _name(before: Object | None, now: Object | None) -> str:
+    found = now or before
+    assert found is not None
+    return found.metadata.name
 
 
 def older(one: ObjectMeta, other: ObjectMeta) -> bool:

@@ -125,6 +125,40 @@ class Hands:
                 self.queue.rest(key, now_seconds())
         self._settle(uid, key, now)
 
+    async def bind_volumes(self, pod: Pod, node: str) -> None:
+        """Write what is still to be written for the volumes of a pod that is planned on a node."""
+        uid, key = pod.metadata.uid, gang_key(pod)
+        for todo in self.cluster.volumes_of(uid).todo:
+            claim = f"{todo.claim.metadata.namespace}/{todo.claim.metadata.name}"
+            try:
+                if todo.volume is not None:
+                    self.feed.on_volume(todo.volume, await self.binder.keep_volume(todo.volume, todo.claim))
+                else:
+                    self.feed.on_claim(todo.claim, await self.binder.select_node(todo.claim, node))
+                self.cluster.storage.asked(uid, claim)
+            except (ApiError, Unreachable) as error:
+                await self._volume_failed(key, pod, error)
+        self._done(uid, key)
+
+    async def release_volumes(self, pod: Pod) -> None:
+        """Take back what was written for volumes of a pod that there are none of yet."""
+        uid, key = pod.metadata.uid, gang_key(pod)
+        for todo in self.cluster.volumes_of(uid).written:
+            try:
+                if todo.volume is not None:
+                    self.feed.on_volume(todo.volume, await self.binder.free_volume(todo.volume))
+                else:
+                    self.feed.on_claim(todo.claim, await self.binder.select_node(todo.claim, None))
+            except (ApiError, Unreachable) as error:
+                await self._volume_failed(key, pod, error)
+        self._done(uid, key)
+
+    async def _volume_failed(self, key: str, pod: Pod, error: ApiError | Unreachable) -> None:
+        log.warning("volume_not_written", pod=pod.metadata.name, error=str(error))
+        if isinstance(error, ApiError) and error.status == 403:
+            await self._forbidden(key, error)
+        await pause(error, 2, random.random())  # what has changed meanwhile the watch tells
+
     def _still_planned(self, key: str, uid: str, plan_id: str) -> bool:
         """Whether a bind is still wanted: its plan has not been taken back meanwhile."""
         plan = self.cluster.plans.get(key)

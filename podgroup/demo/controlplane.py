@@ -40,7 +40,8 @@ USERS = {
 }
 CONTROLLERS = (
     "job-controller,replicaset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
-    "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller"
+    "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller,"
+    "persistentvolume-binder-controller,ephemeral-volume-controller"
 )
 HERE = Path(__file__).resolve()
 MANIFESTS = next(p for p in (HERE.with_name("crd"), HERE.parents[2] / "manifests" / "crd") if p.is_dir())
@@ -171,6 +172,7 @@ class ControlPlane:
                 *(f"--{f}kubeconfig={config}" for f in ("", "authentication-", "authorization-")),
                 *("--use-service-account-credentials", "--leader-elect=false", "--secure-port=0"),
                 *(f"--controllers={CONTROLLERS}", f"--service-account-private-key-file={key}"),
+                "--enable-hostpath-provisioner",
                 *("--kube-api-qps=1000", "--kube-api-burst=1000", "--node-monitor-grace-period=1h"),
             )
         if "kwok" in self._names:

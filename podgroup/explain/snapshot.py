@@ -8,7 +8,21 @@ import msgspec
 
 from colocate import __version__
 from colocate.errors import BadInput, StateTooNew
-from colocate.objects import Claim, DisruptionBudget, Lean, Namespace, Node, PersistentVolume, Pod, PriorityClass
+from colocate.objects import (
+    Claim,
+    CsiDriver,
+    CsiNode,
+    CsiStorageCapacity,
+    DisruptionBudget,
+    Lean,
+    Namespace,
+    Node,
+    PersistentVolume,
+    Pod,
+    PriorityClass,
+    StorageClass,
+    VolumeAttachment,
+)
 from colocate.units import parse_time
 from podgroup.api import Counterfactual, GangPlan, PlannedMember, PodGroup
 from podgroup.explain.counterfactual import counterfactuals
@@ -21,7 +35,7 @@ from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key, sort_members
 
 KIND = "ClusterSnapshot"
-VERSION = 1
+VERSION = 2
 
 
 class Verdict(Lean, frozen=True):
@@ -54,6 +68,11 @@ class ClusterSnapshot(Lean, frozen=True):
     plans: list[GangPlan] = msgspec.field(default_factory=list)
     claims: list[Claim] = msgspec.field(default_factory=list)
     volumes: list[PersistentVolume] = msgspec.field(default_factory=list)
+    storage_classes: list[StorageClass] = msgspec.field(default_factory=list)
+    csi_drivers: list[CsiDriver] = msgspec.field(default_factory=list)
+    csi_nodes: list[CsiNode] = msgspec.field(default_factory=list)
+    storage_capacities: list[CsiStorageCapacity] = msgspec.field(default_factory=list)
+    attachments: list[VolumeAttachment] = msgspec.field(default_factory=list)
     namespaces: list[Namespace] = msgspec.field(default_factory=list)
     budgets: list[DisruptionBudget] = msgspec.field(default_factory=list)
     classes: list[PriorityClass] = msgspec.field(default_factory=list)
@@ -99,10 +118,21 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
         cluster.set_node(node)
     for namespace in snapshot.namespaces:
         cluster.set_namespace(namespace.metadata.name, namespace.metadata.labels)
+    storage = cluster.storage
+    for made_by in snapshot.storage_classes:
+        storage.set_class(made_by.metadata.name, made_by)
+    for driver in snapshot.csi_drivers:
+        storage.set_driver(driver.metadata.name, driver)
+    for capacity in snapshot.storage_capacities:
+        storage.set_capacity(f"{capacity.metadata.namespace}/{capacity.metadata.name}", capacity)
     for claim in snapshot.claims:
-        cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", claim)
+        storage.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", claim)
     for volume in snapshot.volumes:
-        cluster.set_volume(volume.metadata.name, volume)
+        storage.set_volume(volume.metadata.name, volume)
+    for csi_node in snapshot.csi_nodes:
+        cluster.set_csi_node(csi_node.metadata.name, csi_node)
+    for attachment in snapshot.attachments:
+        cluster.set_attachments(storage.set_attachment(attachment.metadata.name, attachment))
     for budget in snapshot.budgets:
         cluster.budgets[f"{budget.metadata.namespace}/{budget.metadata.name}"] = budget
     for group in snapshot.groups:

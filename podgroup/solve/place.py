@@ -16,7 +16,7 @@ import numpy as np
 
 from podgroup.solve.pack import pack
 from podgroup.solve.place_class import most_on_a_node, place_class
-from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, classes_of
+from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of
 from podgroup.state.ledger import Ints, Ledger, Mask
 
 MAX_ORDERS = 24
@@ -62,7 +62,7 @@ def _searched(trial: Trial, classes: list[Class], gang: Gang, within: Mask) -> l
     """A packing of a small gang that no order of its classes finds; only for filters that do not change on the way."""
     members = [(group, m) for group in classes for m in group.members]
     masks = {id(group): trial.mask(group) for group in classes}
-    if any(s.affinity or s.anti_affinity or s.spread or s.host_ports for s in (group.shape for group in classes)):
+    if any(changes_on_the_way(group.shape) for group in classes):
         return None
     rows = np.flatnonzero(np.any([trial.room(g, masks[id(g)]) > 0 for g in classes], axis=0))
     columns = sorted({trial.ledger.columns[r] for g in classes for r, _ in g.shape.requests})

@@ -14,14 +14,22 @@ import numpy as np
 from colocate.objects import TopologySpreadConstraint
 from podgroup.solve.question import Class, Trial
 from podgroup.state.ledger import Ints, Ledger, Mask
-from podgroup.state.shape import Term, all_of, selector_keys
+from podgroup.state.selectors import selector_keys
+from podgroup.state.shape import Term, all_of
+from podgroup.state.supply import Supply
+from podgroup.state.volumes import ATTACHABLE
 
 COMMON = frozenset({"cpu", "memory", "pods", "ephemeral-storage"})
 
 
+def is_extended(resource: str) -> bool:
+    """Whether a resource is one that few nodes have: a node that has some is kept for those that ask for it."""
+    return resource not in COMMON and not resource.startswith(ATTACHABLE)
+
+
 def scarcest(ledger: Ledger, group: Class) -> tuple[str, int] | None:
     """The extended resource of which a class takes the largest share, and how much of it; None if it takes none."""
-    scarce = [(name, amount) for name, amount in group.shape.requests if name not in COMMON]
+    scarce = [(name, amount) for name, amount in group.shape.requests if is_extended(name)]
     if not scarce:
         return None
     total = {name: max(int(ledger.allocatable[:, ledger.columns[name]].sum()), 1) for name, _ in scarce}
@@ -41,7 +49,7 @@ def preference(trial: Trial, group: Class, room: Ints) -> Ints:
         name, amount = scarce
         column = free[:, ledger.columns[name]]
         return np.lexsort((column, column - room * amount))
-    extended = [c for name, c in ledger.columns.items() if name not in COMMON]
+    extended = [c for name, c in ledger.columns.items() if is_extended(name)]
     stranded = (free[:, extended] > 0).any(axis=1) if extended else np.zeros(len(room), dtype=bool)
     return np.lexsort((free[:, ledger.columns["memory"]], free[:, ledger.columns["cpu"]], stranded))
 
@@ -68,6 +76,8 @@ class _Changing(NamedTuple):
     together: list[tuple[Ints, Mask]]
     """Affinity terms: the domain codes, and which domains hold a matching pod; all False while nobody is there."""
     spread: list[_Spread]
+    volumes: Supply | None
+    """Where those that come first may take what others could have had."""
 
 
 class _Spread(NamedTuple):
@@ -87,7 +97,8 @@ class _Spread(NamedTuple):
 def _changing(trial: Trial, group: Class, mask: Mask) -> tuple[_Changing, Mask]:
     """What must be looked at member by member, and the mask less what can be said beforehand."""
     ledger, shape = trial.ledger, group.shape
-    changing = _Changing([], [], [])
+    supply = trial.supply(group, mask) if shape.unbound else None
+    changing = _Changing([], [], [], supply if supply is not None and supply.scarce else None)
     for term in shape.anti_affinity:
         if term.selects(group.namespace, group.labels):
             changing.apart.append(ledger.label(term.topology_key).codes)
@@ -149,6 +160,8 @@ def _good(room: Ints, changing: _Changing) -> tuple[Mask, Ints]:
         now = s.counts[s.codes]
         good &= now + s.counts_self - least <= s.max_skew
         skew += now
+    if changing.volumes is not None:
+        good &= changing.volumes.mask
     return good, skew
 
 
@@ -179,6 +192,8 @@ def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> In
             there[codes[row]] = True
         for s in changing.spread:
             s.counts[s.codes[row]] += s.counted
+        if changing.volumes is not None:
+            changing.volumes.take(row)
     return np.array(taken, dtype=np.int64)
 
 
@@ -196,9 +211,11 @@ def most_on_a_node(ledger: Ledger, group: Class) -> int:
 
 def place_class(trial: Trial, group: Class) -> Ints | None:
     """The rows of all members of a class; None if not all fit. The trial is not changed."""
+    wanted = len(group.members)
+    if group.shape.alone and wanted > 1:
+        return None
     mask = trial.mask(group)
     changing, mask = _changing(trial, group, mask)
-    wanted = len(group.members)
     room = trial.room(group, mask)
     apart = [codes for codes in changing.apart if not _one_node_each(codes)]
     if len(apart) < len(changing.apart):

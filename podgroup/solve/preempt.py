@@ -16,10 +16,10 @@ import numpy as np
 from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.solve.place import place
-from podgroup.solve.question import Gang, Placed
+from podgroup.solve.question import Gang, Placed, changes_on_the_way
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key, is_group, owned, without_former_runs
-from podgroup.state.shape import matches
+from podgroup.state.selectors import matches
 
 MAX_SINGLE_GANGS = 64
 MAX_QUESTIONS = 128
@@ -243,7 +243,7 @@ class Question:
     def _only_amounts_matter(self) -> bool:
         gang, ledger = self.gang, self._cluster.ledger
         for shape in {id(m.shape): m.shape for m in gang.members}.values():
-            if shape.affinity or shape.anti_affinity or shape.spread or shape.host_ports:
+            if changes_on_the_way(shape):
                 return False
         return not any(ledger.repelling_terms(m.namespace, m.labels) for m in gang.members)
 

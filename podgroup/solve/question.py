@@ -1,7 +1,7 @@
 """Which nodes fit: the question asked of the solver, members in classes of equals, and a trial copy of the ledger.
 
 The filters are those of kube-scheduler: NodeUnschedulable, TaintToleration, NodeAffinity, NodeName, NodePorts,
-NodeResourcesFit, InterPodAffinity, PodTopologySpread, VolumeBinding of bound volumes.
+NodeResourcesFit, InterPodAffinity, PodTopologySpread, VolumeBinding, VolumeZone, VolumeRestrictions, NodeVolumeLimits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from podgroup.state.allocation import Holding
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.shape import HostPort, Shape, Term
+from podgroup.state.supply import Supply
 
 NEVER = np.iinfo(np.int64).max
 
@@ -69,6 +70,12 @@ def looked_at(member: Member, keys: Set[str]) -> tuple[tuple[str, str], ...]:
     return tuple((k, member.labels[k]) for k in sorted(keys | member.shape.selector_keys) if k in member.labels)
 
 
+def changes_on_the_way(shape: Shape) -> bool:
+    """Whether a pod changes, by more than the amounts that it takes, where the next of its kind can be."""
+    terms = shape.affinity or shape.anti_affinity or shape.spread or shape.host_ports
+    return bool(terms or shape.unbound or shape.shared_volumes or shape.alone)
+
+
 def is_simple(gang: Gang) -> bool:
     """Equal pods, all of which must start, without constraints between pods: what `sequence` knows.
 
@@ -77,7 +84,7 @@ def is_simple(gang: Gang) -> bool:
     if not gang.members or gang.quorum < len(gang.members) or gang.fixed or gang.reserve or gang.leave:
         return False
     shape = gang.members[0].shape
-    if shape.unsupported or shape.affinity or shape.anti_affinity or shape.spread or shape.host_ports:
+    if shape.unsupported or changes_on_the_way(shape):
         return False
     return all(m.shape is shape for m in gang.members)
 
@@ -125,6 +132,10 @@ class Trial:
         self.ledger, self.within = ledger, within
         self.used = ledger.used.copy()
         self.put: list[tuple[Class, Ints]] = []
+        self._taken: set[str] = set()
+        """Volumes that it has given away."""
+        self._decided: dict[str, str] = {}
+        """Claims that several share -> the volume that they have got."""
 
     def mask(self, group: Class) -> Mask:
         """The nodes that pass every filter that does not change while this class is being placed."""
@@ -132,6 +143,8 @@ class Trial:
         if shape.unsupported:
             return np.zeros_like(self.within)
         found = self.within & ledger.standing(shape)
+        if shape.unbound:
+            found &= self.supply(group, found).mask
         if shape.host_ports:
             found &= ~ledger.ports_taken(shape.host_ports)
         for term, nodes in ledger.repelling_terms(group.namespace, group.labels):
@@ -142,8 +155,34 @@ class Trial:
                     found &= ~self._domains(term.topology_key, rows)
             if conflict(shape.host_ports, other.shape.host_ports):
                 found[rows] = False
+            if not set(shape.alone).isdisjoint(other.shape.alone):
+                found[:] = False
         for term in shape.anti_affinity:
             found &= ~self._domains(term.topology_key, np.flatnonzero(self.count(term)))
+        return found
+
+    def supply(self, group: Class, within: Mask) -> Supply:
+        """The volumes that are left for the claims of a class."""
+        decided = dict(self._decided)
+        for wanted in group.shape.unbound:
+            theirs = self.ledger.storage.decided(wanted.shared) if wanted.shared not in decided else None
+            if theirs is not None:
+                decided[wanted.shared] = theirs
+        return Supply(self.ledger, group.shape.unbound, self._taken, decided, within)
+
+    def _attached_anew(self, group: Class, resource: str) -> Ints:
+        """How many shared volumes of a class are not attached to each node yet."""
+        found = np.zeros(len(self.ledger.names), dtype=np.int64)
+        for volume in group.shape.shared_volumes:
+            if volume[0] != resource:
+                continue
+            found += 1
+            found[[self.ledger.rows[n] for n in self.ledger.sharing(volume) if n in self.ledger.rows]] -= 1
+            there = [rows for other, rows in self.put if volume in other.shape.shared_volumes]
+            if there:
+                here = np.unique(np.concatenate(there))
+                held = [self.ledger.rows[n] for n in self.ledger.sharing(volume) if n in self.ledger.rows]
+                found[np.setdiff1d(here, held)] -= 1
         return found
 
     def _domains(self, key: str, rows: Sequence[int] | Ints) -> Mask:
@@ -168,13 +207,30 @@ class Trial:
             if column is None:
                 return np.zeros_like(room)
             free = self.ledger.allocatable[:, column] - self.used[:, column]
+            if group.shape.shared_volumes:
+                free = free - self._attached_anew(group, resource)
             room = np.minimum(room, free // amount)
-        return np.clip(room, 0, 1 if group.shape.host_ports else None)
+        for resource in {r for r, _ in group.shape.shared_volumes} & self.ledger.columns.keys():
+            column, anew = self.ledger.columns[resource], self._attached_anew(group, resource)
+            free = self.ledger.allocatable[:, column] - self.used[:, column]
+            room = np.where((anew > 0) & (free < anew), 0, room)
+        if group.shape.unbound:
+            room = np.minimum(room, self.supply(group, mask).most)
+        alone = group.shape.host_ports or group.shape.alone
+        return np.clip(room, 0, 1 if alone else None)
 
     def commit(self, group: Class, rows: Ints) -> None:
         """These nodes have taken a member each."""
         for resource, amount in group.shape.requests:
             np.add.at(self.used[:, self.ledger.columns[resource]], rows, amount)
+        for resource in {r for r, _ in group.shape.shared_volumes} & self.ledger.columns.keys():
+            here = np.unique(rows)
+            self.used[here, self.ledger.columns[resource]] += self._attached_anew(group, resource)[here]
+        if group.shape.unbound:
+            supply = self.supply(group, self.within)
+            for row in rows.tolist() if supply.scarce else ():
+                supply.take(row)
+            self._taken, self._decided = supply.taken, supply.decided
         self.put.append((group, rows))
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from colocate.objects import Node, NodeStatus, ObjectMeta
 from podgroup.jit import njit
 from podgroup.solve.place import HOSTNAME
-from podgroup.solve.place_class import COMMON, scarcest
+from podgroup.solve.place_class import is_extended, scarcest
 from podgroup.solve.question import Class, Gang, Member, Placed, Trial, looked_at
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.shape import Shape
@@ -64,7 +64,7 @@ def place_in_turn(ledger: Ledger, gangs: Sequence[Gang], stop: bool = False) -> 
             preferred[i, j] = labels.setdefault(key, len(labels))
     known = _kinds(ledger, classes, list(labels))
     narrowest = np.array([key == HOSTNAME for key in labels], dtype=np.bool_)
-    extended = np.array([c for name, c in ledger.columns.items() if name not in COMMON], dtype=np.int64)
+    extended = np.array([c for name, c in ledger.columns.items() if is_extended(name)], dtype=np.int64)
     free = ledger.allocatable - ledger.used
     cpu, memory = ledger.columns["cpu"], ledger.columns["memory"]
     nodes = np.empty(int(rows[:, 1].sum()), dtype=np.int64)

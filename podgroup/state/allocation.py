@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from colocate.objects import LabelSelector
-from podgroup.state.shape import Shape, matches
+from podgroup.state.selectors import matches
+from podgroup.state.shape import Shape
 
 MAX_COUNTED = 64
 

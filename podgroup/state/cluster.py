@@ -9,41 +9,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
+import numpy as np
 
-from colocate.objects import Claim, DisruptionBudget, LabelSelector, Node, NodeSelector, PersistentVolume, Pod
+from colocate.objects import CsiNode, DisruptionBudget, LabelSelector, Node, Pod
 from podgroup.api import GangPlan, PodGroup
 from podgroup.state.allocation import Holding
 from podgroup.state.gangs import gang_key
 from podgroup.state.large_plans import expand
 from podgroup.state.ledger import Ledger
-from podgroup.state.shape import Shape, matches, resized, selects_namespaces, shape_of, zones_of
+from podgroup.state.selectors import matches
+from podgroup.state.shape import Shape, resized, selects_namespaces, shape_of
+from podgroup.state.storage import Progress, Storage
+from podgroup.state.supply import Supply, reach
 
 T = TypeVar("T")
-OPEN_PHASES = ("Binding", "Confirming")
+OPEN_PHASES = ("Provisioning", "Binding", "Confirming")
 HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
 """Phases of a plan in which its unbound members keep their room: a bind of theirs may still be on its way."""
 CARRIED_ON = (*HOLDING_PHASES, "Repairing")
 """Phases of a plan in which the commit protocol has something to do."""
 MAX_GAINS = 4096
-BOUND = "pv.kubernetes.io/bind-completed"
-"""Annotation of a claim whose binding to its volume is complete (volume.IsVolumeBound)."""
 
 
 class Cluster:
     """The objects as last seen."""
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.storage = Storage()
+        self.ledger = Ledger(self.storage)
         self.pods: dict[str, Pod] = {}
         self.groups: dict[str, PodGroup] = {}
         self.plans: dict[str, GangPlan] = {}
-        self.claims: dict[str, Claim] = {}
-        self.volumes: dict[str, PersistentVolume] = {}
         self.budgets: dict[str, DisruptionBudget] = {}
         self.members: dict[str, set[str]] = {}
         """Gang -> uids of its pods."""
@@ -57,11 +57,6 @@ class Cluster:
         """Nodes that have gained room or have changed, one after the other; `gained` counts those that were cut off."""
         self.gained = 0
         self._priority: dict[str, int] = {}
-        self._volumes_version = 0
-        self._users: dict[str, set[str]] = {}
-        """Claim -> uids of the pods on nodes that use it."""
-        self._used: dict[str, list[str]] = {}
-        """uid -> the claims that it uses."""
         self.namespaces: dict[str, Mapping[str, str]] = {}
         """Name -> labels."""
         self._namespaces_version = 0
@@ -78,16 +73,6 @@ class Cluster:
     def remove_node(self, name: str) -> None:
         """A node that is gone."""
         self.ledger.remove_node(name)
-
-    def set_claim(self, key: str, claim: Claim | None) -> None:
-        """A claim as it is now, or that it is gone."""
-        _put(self.claims, key, claim)
-        self._volumes_version += 1
-
-    def set_volume(self, name: str, volume: PersistentVolume | None) -> None:
-        """A volume as it is now, or that it is gone."""
-        _put(self.volumes, name, volume)
-        self._volumes_version += 1
 
     def set_namespace(self, name: str, labels: Mapping[str, str] | None) -> bool:
         """A namespace's labels as they are now, None if it is gone; False if nothing changed."""
@@ -109,6 +94,11 @@ class Cluster:
             if p.spec.affinity is not None and not p.spec.node_name and not p.terminal and selects_namespaces(p)
         }
 
+    def waiting_with(self, claim: str) -> set[str]:
+        """The gangs with unbound pods that use a claim."""
+        pods = (self.pods[uid] for uid in self.storage.wanting(claim) if uid in self.pods)
+        return {gang_key(p) for p in pods if not p.spec.node_name}
+
     def waiting_for_volumes(self) -> set[str]:
         """The gangs with unbound pods that use claims."""
         return {gang_key(p) for p in self.pods.values() if p.spec.volumes and not p.spec.node_name and not p.terminal}
@@ -116,6 +106,9 @@ class Cluster:
     def set_pod(self, pod: Pod) -> None:
         """A pod as it is now."""
         self.pods[pod.metadata.uid] = pod
+        if pod.spec.volumes:
+            uid = pod.metadata.uid
+            self._hold_again(self.storage.gone(uid) if pod.terminal else self.storage.living(pod))
         self.members.setdefault(gang_key(pod), set()).add(pod.metadata.uid)
         uid = pod.metadata.uid
         if pod.spec.node_name:
@@ -136,6 +129,7 @@ class Cluster:
         self.planned.pop(uid, None)
         self._shapes.pop(uid, None)
         self._release(uid)
+        self._hold_again(self.storage.gone(uid))
 
     def set_plan(self, key: str, plan: GangPlan) -> None:
         """A plan as it is now: while it is open, its members hold what they are promised."""
@@ -178,38 +172,51 @@ class Cluster:
         uid, seen = pod.metadata.uid, (pod.spec, self._seen_beside(pod), resized(pod))
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
-            shape = shape_of(pod, partial(self._where, uid), self._namespaces_of)
+            needs = self.storage.needs(pod) if pod.spec.volumes else None
+            shape = shape_of(pod, needs, self._namespaces_of)
             cached = self._shapes[uid] = (seen, self._equal.setdefault(msgspec.json.encode(shape), shape))
         return cached[1]
 
     def _seen_beside(self, pod: Pod) -> tuple[int, int]:
         """The versions of what a shape depends on that is not in the pod."""
-        volumes = self._volumes_version if pod.spec.volumes else 0
+        volumes = self.storage.version if pod.spec.volumes else 0
         return volumes, self._namespaces_version if pod.spec.affinity is not None and selects_namespaces(pod) else 0
 
     def _namespaces_of(self, selector: LabelSelector) -> tuple[str, ...]:
         return tuple(name for name, labels in self.namespaces.items() if matches(selector, labels))
 
-    def _where(self, uid: str, namespace: str, name: str) -> tuple[NodeSelector, ...] | str:
-        """From where a pod can reach the volume of a claim, or why nobody knows, or why it may not."""
-        claim = self.claims.get(f"{namespace}/{name}")
-        if claim is None:
-            return "the claim does not exist"
-        if not claim.spec.volume_name or BOUND not in claim.metadata.annotations:
-            return "the claim is not bound to a volume yet"
-        if claim.status.phase == "Lost":
-            return "the claim has lost its volume"
-        if claim.metadata.deletion_timestamp is not None:
-            return "the claim is being deleted"
-        volume = self.volumes.get(claim.spec.volume_name)
-        if volume is None:
-            return f"its volume {claim.spec.volume_name} does not exist"
-        others = self._users.get(f"{namespace}/{name}", set()) - {uid}
-        if "ReadWriteOncePod" in claim.spec.access_modes and others:
-            user = self.pods[min(others)].metadata.name
-            return f"it is for one pod alone (ReadWriteOncePod), and {user} uses it"
-        required = volume.spec.node_affinity.required if volume.spec.node_affinity else None
-        return (*([required] if required is not None else []), *zones_of(volume))
+    def set_csi_node(self, name: str, node: CsiNode | None) -> None:
+        """The drivers of a node as they are now, or that it is gone."""
+        if self.storage.set_csi_node(name, node):
+            self._hold_again(self.storage.on_nodes())
+        self.set_attachments(name)
+
+    def set_attachments(self, node: str) -> None:
+        """The limits of a node, or what is attached to it, may have changed."""
+        if self.ledger.set_limits(node, self.storage.limits(node)):
+            self._gain(node)
+
+    def volumes_of(self, uid: str) -> Progress:
+        """How far the volumes of a pod that is planned on a node have come."""
+        pod, node = self.pods.get(uid), self.planned.get(uid)
+        if pod is None or node is None or not pod.spec.volumes:
+            return Progress()
+        row, volumes = self.ledger.rows.get(node), self.storage.volumes
+        reached = {name for name in self.storage.bound_to(pod) if row is not None and reach(self.ledger, name)[row]}
+        return self.storage.progress(pod, node, reached & volumes.keys())
+
+    def _choose_volumes(self, pod: Pod, node: str) -> None:
+        """A pod that is planned on a node takes its volumes there."""
+        uid, claims = pod.metadata.uid, self.storage.open_claims(pod)
+        if not claims or uid in self.storage.chosen or node not in self.ledger.rows:
+            return
+        decided = {key: name for key, _ in claims if (name := self.storage.decided(key, uid)) is not None}
+        row = self.ledger.rows[node]
+        within = np.zeros(len(self.ledger.names), dtype=bool)
+        within[row] = True
+        picks = Supply(self.ledger, [w for _, w in claims], frozenset(), decided, within).pick(row)
+        keys = [key for key, _ in claims]
+        self.storage.chosen[uid] = None if picks is None else dict(zip(keys, picks, strict=True))
 
     def _hold(self, pod: Pod) -> None:
         uid = pod.metadata.uid
@@ -217,7 +224,11 @@ class Cluster:
         if not node or pod.terminal:
             self._release(uid)
             return
-        self._uses(pod)
+        if pod.spec.volumes:
+            if self.storage.on_node(uid, node):
+                self.set_attachments(node)
+            if not pod.spec.node_name:
+                self._choose_volumes(pod, node)
         if uid not in self.ledger.holdings:
             self.priorities[pod.spec.priority] += 1
             self._priority[uid] = pod.spec.priority
@@ -233,26 +244,16 @@ class Cluster:
             )
         )
 
-    def _uses(self, pod: Pod) -> None:
-        """A pod on a node uses its claims from now on."""
-        uid, claims = pod.metadata.uid, [v.persistent_volume_claim for v in pod.spec.volumes]
-        keys = [f"{pod.metadata.namespace}/{c.claim_name}" for c in claims if c is not None]
-        if keys and uid not in self._used:
-            self._used[uid] = keys
-            self._volumes_version += 1
-            for key in keys:
-                self._users.setdefault(key, set()).add(uid)
-
-    def _uses_no_more(self, uid: str) -> None:
-        for key in self._used.pop(uid, ()):
-            self._volumes_version += 1
-            self._users[key].discard(uid)
-            if not self._users[key]:
-                del self._users[key]
+    def _hold_again(self, uids: Iterable[str]) -> None:
+        """What these hold depends on who else uses their claims."""
+        for uid in uids:
+            if uid in self.ledger.holdings and uid in self.pods:
+                self._hold(self.pods[uid])
 
     def _release(self, uid: str) -> None:
-        self._uses_no_more(uid)
         holding = self.ledger.release(uid)
+        if self.storage.left(uid) and holding is not None:
+            self.set_attachments(holding.node)
         if holding is not None:
             self._gain(holding.node)
         if uid in self._priority:

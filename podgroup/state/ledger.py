@@ -16,13 +16,18 @@ import numpy.typing as npt
 
 from colocate.objects import LabelSelector, Node, NodeSelector, NodeSelectorTerm, Taint, Toleration
 from podgroup.state.allocation import Counted, Counts, Holding, selects
-from podgroup.state.shape import HostPort, Shape, Term, amounts, selector_keys, selector_text
+from podgroup.state.selectors import selector_keys, selector_text
+from podgroup.state.shape import HostPort, Shape, Term, amounts
+from podgroup.state.storage import Storage
+from podgroup.state.volumes import ATTACHABLE
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 UNSCHEDULABLE = Taint(key="node.kubernetes.io/unschedulable", effect="NoSchedule")
 MAX_STANDING = 1024
+UNLIMITED = 2**31
+"""Attachments to a node that has no limit."""
 REPELLING = ("NoSchedule", "NoExecute")
 
 
@@ -87,7 +92,8 @@ class Column:
 class Ledger:
     """All nodes, and what is held on each."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage | None = None) -> None:
+        self.storage = storage or Storage()
         self.names: list[str] = []
         self.rows: dict[str, int] = {}
         self.columns: dict[str, int] = {"cpu": 0, "memory": 1, "pods": 2}
@@ -104,6 +110,11 @@ class Ledger:
         self._taint_codes: Ints | None = None
         self._taint_sets: list[tuple[Taint, ...]] = []
         self._static: dict[int, tuple[Shape, Mask]] = {}
+        self._selected: dict[int, tuple[NodeSelector, Mask]] = {}
+        self._limits: dict[str, dict[str, int]] = {}
+        """Node -> resource -> how many attachments its pods can have."""
+        self._shared: dict[tuple[str, str], dict[str, int]] = {}
+        """(resource, volume) -> node -> how many of its pods share it: it is attached there once."""
         self._counts = Counts()
         self._apart: dict[tuple[object, ...], tuple[Term, dict[str, int]]] = {}
         self._ports: dict[HostPort, dict[str, int]] = {}
@@ -130,6 +141,8 @@ class Ledger:
         if before.spec != node.spec:
             self._taint_codes = None
         self._static.clear()
+        if relabelled:
+            self._selected.clear()
         return True
 
     def remove_node(self, name: str) -> None:
@@ -160,12 +173,15 @@ class Ledger:
         self._reindex()
         for uid in self._on.get(name, ()):
             self._account(self.used[row], self.holdings[uid].shape, 1)
+        for (resource, _), nodes in self._shared.items():
+            self.used[row, self.columns[resource]] += name in nodes
 
     def _reindex(self) -> None:
         self.rows = {name: row for row, name in enumerate(self.names)}
         self._labels.clear()
         self._counts.clear()
         self._static.clear()
+        self._selected.clear()
         self._taint_codes = None
 
     def _set_capacity(self, row: int, node: Node) -> None:
@@ -178,6 +194,9 @@ class Ledger:
         self.allocatable[row] = 0
         for resource, amount in offered.items():
             self.allocatable[row, self.columns[resource]] = amount
+        for resource, column in self.columns.items():
+            if resource.startswith(ATTACHABLE):
+                self.allocatable[row, column] = self._limits.get(node.metadata.name, {}).get(resource, UNLIMITED)
         readiness = [c.status for c in node.status.conditions if c.type == "Ready"]
         self.ready[row] = readiness in ([], ["True"])
 
@@ -186,8 +205,23 @@ class Ledger:
         if resource not in self.columns:
             self.columns[resource] = len(self.columns)
             nothing = np.zeros((len(self.names), 1), dtype=np.int64)
-            self.allocatable, self.used = np.hstack([self.allocatable, nothing]), np.hstack([self.used, nothing])
+            offered = nothing
+            if resource.startswith(ATTACHABLE):
+                limits = [[self._limits.get(n, {}).get(resource, UNLIMITED)] for n in self.names]
+                offered = np.array(limits, dtype=np.int64).reshape(-1, 1)
+            self.allocatable, self.used = np.hstack([self.allocatable, offered]), np.hstack([self.used, nothing])
         return self.columns[resource]
+
+    def set_limits(self, name: str, limits: dict[str, int]) -> bool:
+        """How many attachments the pods of a node can have, by resource; False if nothing has changed."""
+        if self._limits.get(name, {}) == limits:
+            return False
+        self._limits[name] = limits
+        for resource in limits:
+            self.column(resource)
+        if name in self.rows:
+            self._set_capacity(self.rows[name], self._nodes[name])
+        return True
 
     # pods
 
@@ -223,13 +257,16 @@ class Ledger:
     @contextmanager
     def empty(self) -> Iterator[None]:
         """The ledger as if nothing were held anywhere; as before afterwards."""
-        kept = self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports
+        kept = self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports, self._shared
         self.used, self.holdings, self._on = np.zeros_like(self.used), {}, {}
-        self._labelled, self._counts, self._apart, self._ports = {}, Counts(), {}, {}
+        self._labelled, self._counts, self._apart, self._ports, self._shared = {}, Counts(), {}, {}, {}
         try:
             yield
         finally:
-            self.used, self.holdings, self._on, self._labelled, self._counts, self._apart, self._ports = kept
+            (
+                self.used, self.holdings, self._on, self._labelled,
+                self._counts, self._apart, self._ports, self._shared,
+            ) = kept  # fmt: skip
 
     @contextmanager
     def using(self, used: Ints) -> Iterator[None]:
@@ -270,6 +307,14 @@ class Ledger:
             for counted, selector, counts in self._counts.concerning(holding.labels):
                 if selects(counted, selector, holding):
                     counts[row] += sign
+        for volume in holding.shape.shared_volumes:
+            nodes = self._shared.setdefault(volume, {})
+            before = holding.node in nodes
+            _tally(nodes, holding.node, sign)
+            if row is not None:
+                self.used[row, self.column(volume[0])] += (holding.node in nodes) - before
+            if not nodes:
+                del self._shared[volume]
         for term in holding.shape.anti_affinity:
             nodes = self._apart.setdefault(term.key, (term, {}))[1]
             _tally(nodes, holding.node, sign)
@@ -310,11 +355,17 @@ class Ledger:
         return np.isin(self._taint_codes, good)
 
     def selected(self, selector: NodeSelector) -> Mask:
-        """The nodes that a node selector selects: any of its terms."""
+        """The nodes that a node selector selects: any of its terms. Kept: copy before changing it."""
+        cached = self._selected.get(id(selector))
+        if cached is not None and cached[0] is selector:
+            return cached[1]
         found = np.zeros(len(self.names), dtype=bool)
         for term in selector.node_selector_terms:
             if term.match_expressions or term.match_fields:
                 found |= self._term_holds(term)
+        if len(self._selected) >= MAX_STANDING * 8:
+            self._selected.clear()
+        self._selected[id(selector)] = (selector, found)
         return found
 
     def _term_holds(self, term: NodeSelectorTerm) -> Mask:
@@ -378,6 +429,10 @@ class Ledger:
         return frozenset(
             key for term, _ in self._apart.values() if term.selector for key in selector_keys(term.selector)
         )
+
+    def sharing(self, volume: tuple[str, str]) -> Iterable[str]:
+        """The nodes to which a volume that pods share is attached."""
+        return self._shared.get(volume, ())
 
     def ports_taken(self, ports: Iterable[HostPort]) -> Mask:
         """The nodes on which one of these ports is taken."""

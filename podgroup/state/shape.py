@@ -20,8 +20,6 @@ from colocate.objects import (
     LabelRequirement,
     LabelSelector,
     NodeSelector,
-    NodeSelectorTerm,
-    PersistentVolume,
     Pod,
     PodAffinityTerm,
     Quantities,
@@ -29,6 +27,8 @@ from colocate.objects import (
     TopologySpreadConstraint,
 )
 from colocate.units import parse_quantity
+from podgroup.state.selectors import matches, selector_keys, selector_text
+from podgroup.state.volumes import Needs, Unbound
 
 ALWAYS = "Always"
 MOST = 2**53
@@ -37,15 +37,6 @@ MOST_OF_A_POD = 2**50
 KNOWN_OPERATORS = frozenset({"In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"})
 Namespaces = Callable[[LabelSelector], "tuple[str, ...]"]
 """A selector of namespaces -> those whose labels it selects."""
-VolumeTerms = Callable[[str, str], "tuple[NodeSelector, ...] | str"]
-"""(namespace, claim) -> from where its volume can be reached (all of these), or why that is not known."""
-ZONES = {
-    "failure-domain.beta.kubernetes.io/zone": "topology.kubernetes.io/zone",
-    "failure-domain.beta.kubernetes.io/region": "topology.kubernetes.io/region",
-    "topology.kubernetes.io/zone": "topology.kubernetes.io/zone",
-    "topology.kubernetes.io/region": "topology.kubernetes.io/region",
-}
-"""Labels of a volume that say where it is, and what they are called today."""
 
 
 class HostPort(NamedTuple):
@@ -103,6 +94,12 @@ class Shape(msgspec.Struct, frozen=True, weakref=True):
     node_selector: dict[str, str] = {}
     node_affinity: NodeSelector | None = None
     volume_affinity: tuple[NodeSelector, ...] = ()
+    unbound: tuple[Unbound, ...] = ()
+    """Claims whose volumes are found or made once it has a node."""
+    shared_volumes: tuple[tuple[str, str], ...] = ()
+    """(resource, volume) of attachments that other pods of its node may have made already."""
+    alone: tuple[str, ...] = ()
+    """Claims that only one of those that wait with them can have."""
     tolerations: tuple[Toleration, ...] = ()
     host_ports: tuple[HostPort, ...] = ()
     affinity: tuple[Term, ...] = ()
@@ -121,38 +118,6 @@ class Shape(msgspec.Struct, frozen=True, weakref=True):
         for selector in filter(None, selectors):
             found |= selector_keys(selector)
         return frozenset(found)
-
-
-def selector_text(selector: LabelSelector | None) -> str:
-    """A selector in one line, equal for equal ones."""
-    if selector is None:
-        return "-"
-    parts = [f"{k}={v}" for k, v in sorted(selector.match_labels.items())]
-    parts += sorted(f"{r.key} {r.operator} {sorted(r.values)}" for r in selector.match_expressions)
-    return ",".join(parts)
-
-
-def selector_keys(selector: LabelSelector) -> set[str]:
-    """The label keys that a selector looks at."""
-    return {*selector.match_labels, *(r.key for r in selector.match_expressions)}
-
-
-def matches(selector: LabelSelector | None, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector selects these labels; None selects nothing, an empty one everything."""
-    if selector is None:
-        return False
-    if any(labels.get(key) != value for key, value in selector.match_labels.items()):
-        return False
-    return all(_requirement_holds(r, labels) for r in selector.match_expressions)
-
-
-def _requirement_holds(requirement: LabelRequirement, labels: Mapping[str, str]) -> bool:
-    value = labels.get(requirement.key)
-    if requirement.operator == "In":
-        return value in requirement.values
-    if requirement.operator == "NotIn":
-        return value not in requirement.values
-    return (value is not None) == (requirement.operator == "Exists")
 
 
 @lru_cache(maxsize=4096)  # a cluster's pods ask for the same few amounts, and exact fractions are slow
@@ -267,8 +232,6 @@ def _unsupported(pod: Pod) -> str:
     affinity = pod.spec.affinity
     if pod.spec.resource_claims:
         return "resourceClaims (dynamic resource allocation)"
-    if any(v.ephemeral is not None for v in pod.spec.volumes):
-        return "volumes[].ephemeral"
     required = affinity.node_affinity.required if affinity and affinity.node_affinity else None
     for node_term in required.node_selector_terms if required else []:
         for requirement in (*node_term.match_expressions, *node_term.match_fields):
@@ -282,21 +245,6 @@ def _unsupported(pod: Pod) -> str:
     return ""
 
 
-def zones_of(volume: PersistentVolume) -> tuple[NodeSelector, ...]:
-    """Where a volume is by its labels (VolumeZone): on nodes with one of its values, or that have no such labels."""
-    nowhere = NodeSelectorTerm(match_expressions=[LabelRequirement(key=key, operator="DoesNotExist") for key in ZONES])
-    found = []
-    for key, today in ZONES.items():
-        values = [v.strip() for v in volume.metadata.labels.get(key, "").split("__") if v.strip()]
-        if values:
-            there = [
-                NodeSelectorTerm(match_expressions=[LabelRequirement(key=name, operator="In", values=values)])
-                for name in dict.fromkeys((key, today))
-            ]
-            found.append(NodeSelector(node_selector_terms=[*there, nowhere]))
-    return tuple(found)
-
-
 def _hosts(pod: Pod) -> tuple[HostPort, ...]:
     containers = [*pod.spec.containers, *(c for c in pod.spec.init_containers if c.restart_policy == ALWAYS)]
     found = {
@@ -308,35 +256,31 @@ def _hosts(pod: Pod) -> tuple[HostPort, ...]:
     return tuple(sorted(found))
 
 
-def shape_of(
-    pod: Pod,
-    volume_terms: VolumeTerms = lambda _namespace, _claim: "no claims are known here",
-    namespaces: Namespaces = lambda _selector: (),
-) -> Shape:
-    """The shape of a pod. An impossible quantity makes it unsupported; it never raises."""
+def shape_of(pod: Pod, needs: Needs | None = None, namespaces: Namespaces = lambda _selector: ()) -> Shape:
+    """The shape of a pod. An impossible quantity makes it unsupported; it never raises.
+
+    `needs` is what its claims ask for; without it no claims are known.
+    """
+    if needs is None:
+        claim = next(filter(None, (v.claim(pod.metadata.name) for v in pod.spec.volumes)), "")
+        needs = Needs(refused=f"volume claim {claim}: no claims are known here" if claim else "")
     try:
-        requests = tuple(sorted(requests_of(pod).items()))
-        unsupported = _unsupported(pod)
+        amounts_of_it = requests_of(pod)
+        unsupported = _unsupported(pod) or needs.refused
     except ValueError as error:
-        requests, unsupported = (("pods", 1),), str(error)
-    volumes: list[NodeSelector] = []
-    for volume in pod.spec.volumes:
-        if volume.persistent_volume_claim is not None:
-            claim = volume.persistent_volume_claim.claim_name
-            where = volume_terms(pod.metadata.namespace, claim)
-            if isinstance(where, str):
-                unsupported = unsupported or f"volume claim {claim}: {where}"
-            else:
-                volumes.extend(where)
+        amounts_of_it, unsupported = {"pods": 1}, str(error)
     affinity = pod.spec.affinity
     node = affinity.node_affinity if affinity else None
     beside = affinity.pod_affinity if affinity else None
     apart = affinity.pod_anti_affinity if affinity else None
     return Shape(
-        requests=requests,
+        requests=tuple(sorted({**amounts_of_it, **dict(needs.attached)}.items())),
         node_selector=pod.spec.node_selector,
         node_affinity=node.required if node else None,
-        volume_affinity=tuple(volumes),
+        volume_affinity=needs.reach,
+        unbound=needs.unbound,
+        shared_volumes=needs.shared,
+        alone=needs.alone,
         tolerations=tuple(pod.spec.tolerations),
         host_ports=_hosts(pod),
         affinity=_terms(beside.required if beside else (), pod.metadata.namespace, namespaces),

@@ -17,27 +17,76 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from colocate.kube.client import CLAIMS, MERGE, NAMESPACES, NODES, PODS, VOLUMES, Api, path_of
-from colocate.objects import Claim, Namespace, Node, PersistentVolume, Pod
+from colocate.kube.client import (
+    ATTACHMENTS,
+    CLAIMS,
+    CSI_DRIVERS,
+    CSI_NODES,
+    MERGE,
+    NAMESPACES,
+    NODES,
+    PODS,
+    STORAGE_CAPACITIES,
+    STORAGE_CLASSES,
+    VOLUMES,
+    Api,
+    path_of,
+)
+from colocate.objects import (
+    Claim,
+    CsiDriver,
+    CsiNode,
+    CsiStorageCapacity,
+    Namespace,
+    Node,
+    PersistentVolume,
+    Pod,
+    StorageClass,
+    VolumeAttachment,
+)
 from podgroup.demo.controlplane import ControlPlane
 from podgroup.queue.entry import member_of
 from podgroup.solve.place_class import feasible
 from podgroup.solve.question import Trial, classes_of
 from podgroup.state.cluster import Cluster
 
-CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 EXAMPLES, PODS_ASKED = 84, 25
 """2,100 pairs of a cluster and a pod."""
 HOMES = {"one": {"team": "a"}, "two": {"team": "b"}}
 ZONE, HOST, SIZE = "topology.kubernetes.io/zone", "kubernetes.io/hostname", "size"
 GPU = "nvidia.com/gpu"
+DRIVER = "disks.example.com"
+LATER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "small": ("later", "1Gi", {}),
+    "large": ("later", "3Gi", {}),
+    "too-large": ("later", "90Gi", {}),
+    "many": ("later", "1Gi", {"accessModes": ["ReadWriteMany"]}),
+    "block": ("later", "1Gi", {"volumeMode": "Block"}),
+    "labelled": ("later", "1Gi", {"selector": {"matchLabels": {"speed": "fast"}}}),
+    "kept": ("later", "1Gi", {}),
+    "made": ("made", "1Gi", {}),
+    "selected": ("made", "1Gi", {}),
+    "roomy-small": ("roomy", "1Gi", {}),
+    "roomy-large": ("roomy", "2Gi", {}),
+    "no-class": ("none-of-that-name", "1Gi", {}),
+}
+"""Claims that are bound once their pod has a node -> StorageClass, size, and what else they say."""
+FREE: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "on-first": ("1Gi", {}, {"only": (HOST, "first")}),
+    "in-zone": ("2Gi", {"speed": "fast"}, {"only": (ZONE, "z0")}),
+    "anywhere": ("4Gi", {}, {"accessModes": ["ReadWriteOnce", "ReadWriteMany"], "only": (ZONE, "z1")}),
+    "of-blocks": ("1Gi", {}, {"volumeMode": "Block"}),
+    "kept": ("1Gi", {}, {"only": (HOST, "first")}),
+    "released": ("50Gi", {}, {}),
+}
+"""Volumes of the class `later` -> size, labels, and where they are."""
+MADE = {"provisioner": "made.example.com", "volumeBindingMode": "WaitForFirstConsumer"}
 number = itertools.count()
 
 
@@ -196,7 +245,7 @@ def _spec(found: dict[str, Any]) -> dict[str, Any]:
         seen.setdefault((constraint["topologyKey"], constraint["whenUnsatisfiable"]), constraint)
     if seen:
         spec["topologySpreadConstraints"] = list(seen.values())
-    claims = found.pop("claims", [])
+    claims = found.pop("claims", []) + found.pop("volumes", [])
     if claims:
         spec["volumes"] = [{"name": c, "persistentVolumeClaim": {"claimName": c}} for c in dict.fromkeys(claims)]
     return {**spec, **found}
@@ -211,6 +260,7 @@ OPTIONS = {
     "apart": some(affinity_term),
     "spread": some(spread),
     "claims": some(st.sampled_from(["local", "zoned", "alone"] * 3 + ["unbound", "half", "lost", "missing"])),
+    "volumes": some(st.sampled_from([*LATER, "disk-a", "disk-b", "disk-a", "disk-b"]), 3),
     "resources": st.builds(
         lambda cpu: {"requests": {"cpu": cpu}, "limits": {"cpu": cpu}}, st.sampled_from(["2", "3500m"])
     ),
@@ -251,6 +301,8 @@ nodes = st.lists(
             "memory": st.sampled_from(["2Gi", "4Gi"]),
             "pods": st.sampled_from(["2", "110"]),
             "gpu": st.sampled_from([None, "2"]),
+            "disks": st.sampled_from([None, None, 0, 1, 2]),
+            "attached": st.booleans(),
         }
     ),
     min_size=2,
@@ -332,17 +384,34 @@ async def _prepare(plane: ControlPlane) -> None:
         for name, its in HOMES.items():
             meta = {"name": name, "labels": its}
             await api.request("POST", NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
-        body = {
+        in_two_zones = {"key": ZONE, "values": ["z0", "z1"]}
+        later = {"volumeBindingMode": "WaitForFirstConsumer"}
+        body: dict[str, Any] = {
             "apiVersion": "storage.k8s.io/v1",
             "kind": "StorageClass",
             "provisioner": "kubernetes.io/no-provisioner",
         }
-        await api.request("POST", CLASSES, {**body, "metadata": {"name": "x"}, "volumeBindingMode": "Immediate"})
-
-
-async def _all(api: Api, kind: Any, path: str) -> list[Any]:
-    of = msgspec.defstruct("List", [("items", list[kind])])
-    return msgspec.json.decode(await api.request("GET", path), type=of).items  # type: ignore[attr-defined,no-any-return]
+        kinds: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("x", {"volumeBindingMode": "Immediate"}),
+            ("later", later),
+            ("made", {**MADE, "allowedTopologies": [{"matchLabelExpressions": [in_two_zones]}]}),
+            ("roomy", {**MADE, "provisioner": DRIVER}),
+        )
+        for name, kind in kinds:
+            await api.request("POST", STORAGE_CLASSES, {**body, **kind, "metadata": {"name": name}})
+        driver = {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": DRIVER}}
+        await api.request("POST", CSI_DRIVERS, {**driver, "spec": {"storageCapacity": True, "attachRequired": True}})
+        for zone, size, most in (("z0", "1Gi", "8Gi"), ("z1", "1Gi", None), ("z2", None, None)):
+            capacity = {
+                "apiVersion": "storage.k8s.io/v1",
+                "kind": "CSIStorageCapacity",
+                "metadata": {"name": f"in-{zone}"},
+                "storageClassName": "roomy",
+                "nodeTopology": {"matchLabels": {ZONE: zone}},
+            }
+            capacity |= {"capacity": size} if size else {}
+            capacity |= {"maximumVolumeSize": most} if most else {}
+            await api.request("POST", path_of(STORAGE_CAPACITIES, "default"), capacity)
 
 
 class Asked:
@@ -385,6 +454,8 @@ class Asked:
             }
             await self.api.request("POST", NODES, body)
         await self._volumes()
+        for i, one in enumerate(made):
+            await self._disks(i, one)
         for i, (one, where, state) in enumerate(running):
             name, node = f"there-{self.n}-{i}", self.node(where % len(made))
             keep = {"finalizers": ["colocate.io/test"]} if state == "leaves" else {}
@@ -404,8 +475,12 @@ class Asked:
         kinds: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
             "local": ("ReadWriteOnce", {}, {"local": {"path": "/x"}, **affinity}),
             "zoned": ("ReadWriteOnce", {ZONE: "z0__z1"}, {"hostPath": {"path": "/x"}}),
-            "alone": ("ReadWriteOncePod", {}, {"csi": {"driver": "d", "volumeHandle": "h"}}),
+            "alone": ("ReadWriteOncePod", {}, {"csi": {"driver": DRIVER, "volumeHandle": "h"}}),
             "half": ("ReadWriteOnce", {}, {"hostPath": {"path": "/x"}}),
+            **{
+                name: ("ReadWriteMany", {}, {"csi": {"driver": DRIVER, "volumeHandle": name}})
+                for name in ("disk-a", "disk-b", "disk-c")
+            },
         }
         size = {"storage": "1Gi"}
         for name, (mode, its, source) in kinds.items():
@@ -415,7 +490,7 @@ class Asked:
                 "POST", VOLUMES, {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": meta, "spec": spec}
             )
         for home in HOMES:
-            for name in ("local", "zoned", "alone", "half", "unbound", "lost"):
+            for name in ("local", "zoned", "alone", "half", "unbound", "lost", "disk-a", "disk-b"):
                 mode = kinds[name][0] if name in kinds else "ReadWriteOnce"
                 claim: dict[str, Any] = {
                     "accessModes": [mode],
@@ -428,13 +503,55 @@ class Asked:
                 body = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta, "spec": claim}
                 await self.api.request("POST", path_of(CLAIMS, home), body)
 
+        await self._free_volumes()
+        for home in HOMES:
+            for name, (made_by, bytes_, more) in LATER.items():
+                wanted = {"accessModes": ["ReadWriteOnce"], "storageClassName": made_by, **more}
+                wanted["resources"] = {"requests": {"storage": bytes_}}
+                chosen = {"volume.kubernetes.io/selected-node": self.node(1)} if name == "selected" else {}
+                meta = {"name": name, "annotations": chosen}
+                body = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta, "spec": wanted}
+                await self.api.request("POST", path_of(CLAIMS, home), body)
+
+    async def _free_volumes(self) -> None:
+        for name, (size, its, more) in FREE.items():
+            spec = {"accessModes": ["ReadWriteOnce"], "storageClassName": "later", "local": {"path": "/x"}, **more}
+            key, value = spec.pop("only", (HOST, "first"))
+            there = {"key": key, "operator": "In", "values": [self.node(0) if value == "first" else value]}
+            spec["nodeAffinity"] = {"required": {"nodeSelectorTerms": [{"matchExpressions": [there]}]}}
+            if name == "kept":
+                spec["claimRef"] = {"namespace": "one", "name": "kept"}
+            called = f"{name}-{self.n}"
+            body = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": called, "labels": its}}
+            await self.api.request("POST", VOLUMES, {**body, "spec": {**spec, "capacity": {"storage": size}}})
+            status = {"status": {"phase": "Released" if name == "released" else "Available"}}
+            await self.api.request("PATCH", f"{path_of(VOLUMES, '', called)}/status", status, content_type=MERGE)
+
+    async def _disks(self, i: int, one: dict[str, Any]) -> None:
+        """How many disks a node can have, and one that is attached to it and that no pod uses."""
+        meta = {"name": self.node(i)}
+        if one["disks"] is not None:
+            driver = {"name": DRIVER, "nodeID": self.node(i), "allocatable": {"count": one["disks"]}}
+            body = {
+                "apiVersion": "storage.k8s.io/v1",
+                "kind": "CSINode",
+                "metadata": meta,
+                "spec": {"drivers": [driver]},
+            }
+            await self.api.request("POST", CSI_NODES, {**body, "metadata": meta})
+        if one["attached"]:
+            source = {"persistentVolumeName": f"disk-c-{self.n}"}
+            spec = {"attacher": DRIVER, "nodeName": self.node(i), "source": source}
+            body = {"apiVersion": "storage.k8s.io/v1", "kind": "VolumeAttachment", "metadata": meta, "spec": spec}
+            await self.api.request("POST", ATTACHMENTS, body)
+
     async def theirs(self, asked: list[dict[str, Any]]) -> list[set[str]]:
         """By kube-scheduler, once it has seen all of the cluster."""
         uids = [await self.pod(f"asked-{self.n}-{next(number)}", one) for one in asked]
         waiting, until = set(uids), time.monotonic() + 30
         while waiting:
             for home in HOMES:
-                for pod in await _all(self.api, Pod, path_of(PODS, home)):
+                for pod in await self.api.all(Pod, path_of(PODS, home)):
                     said = any(c.type == "PodScheduled" and c.status == "False" for c in pod.status.conditions)
                     waiting -= {pod.metadata.uid} if said else set()
             assert time.monotonic() < until, "kube-scheduler does not answer"
@@ -453,15 +570,25 @@ class Asked:
     async def ours(self, asked: list[dict[str, Any]]) -> list[set[str]]:
         """By the solver, on what the API server has."""
         cluster, found = Cluster(), []
-        for namespace in await _all(self.api, Namespace, NAMESPACES):
+        for namespace in await self.api.all(Namespace, NAMESPACES):
             cluster.set_namespace(namespace.metadata.name, namespace.metadata.labels)
-        for node in await _all(self.api, Node, NODES):
+        for node in await self.api.all(Node, NODES):
             cluster.set_node(node)
-        for volume in await _all(self.api, PersistentVolume, VOLUMES):
-            cluster.set_volume(volume.metadata.name, volume)
-        for claim in await _all(self.api, Claim, CLAIMS):
-            cluster.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", claim)
-        all_pods = {p.metadata.name: p for p in await _all(self.api, Pod, PODS)}
+        for made_by in await self.api.all(StorageClass, STORAGE_CLASSES):
+            cluster.storage.set_class(made_by.metadata.name, made_by)
+        for driver in await self.api.all(CsiDriver, CSI_DRIVERS):
+            cluster.storage.set_driver(driver.metadata.name, driver)
+        for capacity in await self.api.all(CsiStorageCapacity, STORAGE_CAPACITIES):
+            cluster.storage.set_capacity(capacity.metadata.name, capacity)
+        for volume in await self.api.all(PersistentVolume, VOLUMES):
+            cluster.storage.set_volume(volume.metadata.name, volume)
+        for csi_node in await self.api.all(CsiNode, CSI_NODES):
+            cluster.set_csi_node(csi_node.metadata.name, csi_node)
+        for attachment in await self.api.all(VolumeAttachment, ATTACHMENTS):
+            cluster.set_attachments(cluster.storage.set_attachment(attachment.metadata.name, attachment))
+        for claim in await self.api.all(Claim, CLAIMS):
+            cluster.storage.set_claim(f"{claim.metadata.namespace}/{claim.metadata.name}", claim)
+        all_pods = {p.metadata.name: p for p in await self.api.all(Pod, PODS)}
         for pod in all_pods.values():
             if pod.spec.node_name:
                 cluster.set_pod(pod)
@@ -474,13 +601,13 @@ class Asked:
 
     async def clear(self) -> None:
         for home in HOMES:
-            for pod in await _all(self.api, Pod, path_of(PODS, home)):
+            for pod in await self.api.all(Pod, path_of(PODS, home)):
                 if pod.metadata.finalizers:
                     path = path_of(PODS, home, pod.metadata.name)
                     await self.api.request("PATCH", path, {"metadata": {"finalizers": None}}, content_type=MERGE)
             for collection in (PODS, CLAIMS):
                 await self.api.request("DELETE", path_of(collection, home), {"gracePeriodSeconds": 0})
-        for path in (NODES, VOLUMES):
+        for path in (NODES, VOLUMES, CSI_NODES, ATTACHMENTS):
             await self.api.request("DELETE", path, {})
 
 

@@ -43,9 +43,10 @@ from podgroup.solve.question import Gang, Member, is_simple
 from podgroup.solve.sequence import place_in_turn
 from podgroup.solve.shortage import shortage
 from podgroup.state.allocation import Holding
-from podgroup.state.cluster import BOUND, Cluster
+from podgroup.state.cluster import Cluster
 from podgroup.state.ledger import Ledger
-from podgroup.state.shape import requests_of, shape_of, zones_of
+from podgroup.state.shape import requests_of, shape_of
+from podgroup.state.volumes import BOUND, zones_of
 
 HOST, RACK, ZONE = "kubernetes.io/hostname", "topology.kubernetes.io/rack", "topology.kubernetes.io/zone"
 GPU = "nvidia.com/gpu"
@@ -549,8 +550,8 @@ def test_a_claim_for_one_pod_alone_is_refused_to_a_second_one_by_name():
         metadata=ObjectMeta(name="data", annotations={BOUND: "yes"}),
         spec=ClaimSpec(volume_name="v", access_modes=["ReadWriteOncePod"]),
     )
-    made.set_claim("ns/data", claim)
-    made.set_volume("v", PersistentVolume(metadata=ObjectMeta(name="v")))
+    made.storage.set_claim("ns/data", claim)
+    made.storage.set_volume("v", PersistentVolume(metadata=ObjectMeta(name="v")))
     volumes = [Volume(persistent_volume_claim=ClaimSource(claim_name="data"))]
     first, second = (pod(name, spec={"volumes": volumes}) for name in ("first", "second"))
     made.set_pod(first)

@@ -1,0 +1,439 @@
+"""Claims, volumes, and what is told of storage, as last seen; and which free volume each planned pod is to have.
+
+A pod that is planned on a node takes its volumes there at once, as it takes its room: nobody else is promised them.
+What must be written for that (`todo`), and how far it has come, follows from the objects as they are, so that a
+controller that was killed goes on where it was. Source: the scheduler's VolumeBinding plugin (binder.go).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import Literal, NamedTuple, TypeVar
+
+from colocate.objects import (
+    Claim,
+    CsiDriver,
+    CsiNode,
+    CsiStorageCapacity,
+    NodeSelector,
+    PersistentVolume,
+    Pod,
+    StorageClass,
+    Volume,
+    VolumeAttachment,
+)
+from podgroup.state.volumes import (
+    ATTACHABLE,
+    BOUND_BY_US,
+    DELAYED,
+    NO_PROVISIONER,
+    SELECTED_NODE,
+    Needs,
+    Unbound,
+    class_of,
+    class_of_volume,
+    is_bound,
+    large_enough,
+    names,
+    nodes_of,
+    size_of,
+    suits,
+    unbound,
+    zones_of,
+)
+
+T = TypeVar("T")
+
+
+class Todo(NamedTuple):
+    """A write: keep this volume for the claim, or, without one, have it made for the node."""
+
+    claim: Claim
+    volume: PersistentVolume | None
+
+
+class Progress(NamedTuple):
+    """How far the volumes of a planned pod have come."""
+
+    state: Literal["Bound", "Open", "Failed"] = "Bound"
+    text: str = ""
+    todo: tuple[Todo, ...] = ()
+    written: tuple[Todo, ...] = ()
+    """What was written and has not led to a volume yet: the end of the plan takes it back."""
+
+
+class _User(NamedTuple):
+    pod: str
+    claims: tuple[str, ...]
+
+
+class Storage:
+    """The objects of storage, by name; claims by `namespace/name`."""
+
+    def __init__(self) -> None:
+        self.claims: dict[str, Claim] = {}
+        self.volumes: dict[str, PersistentVolume] = {}
+        self.classes: dict[str, StorageClass] = {}
+        self.drivers: dict[str, CsiDriver] = {}
+        self.capacities: dict[str, tuple[CsiStorageCapacity, NodeSelector | None]] = {}
+        """Each with the nodes that can reach it; None for all, where it says so."""
+        self.version = 0
+        """Of everything that a pod's needs depend on."""
+        self._of_class: dict[str, dict[str, PersistentVolume]] = {}
+        self._kept: dict[tuple[str, str], set[str]] = {}
+        """(namespace, claim) -> the volumes that name it."""
+        self._limits: dict[str, dict[str, int]] = {}
+        """Node -> driver -> how many volumes it can have there."""
+        self._attachments: dict[str, VolumeAttachment] = {}
+        self._attached: dict[str, set[str]] = {}
+        """Node -> attachments."""
+        self._wanting: dict[str, set[str]] = {}
+        """Claim -> uids of the living pods with it."""
+        self._users: dict[str, _User] = {}
+        """uid of a living pod with claims."""
+        self._on: dict[str, str] = {}
+        """uid -> node, of pods with claims."""
+        self._on_node: dict[str, set[str]] = {}
+        self.chosen: dict[str, dict[str, str] | None] = {}
+        """uid of a planned pod -> claim -> its volume, "" for one that is to be made; None if there is none."""
+        self._asked: dict[str, set[str]] = {}
+        """uid -> the claims that have been written for."""
+
+    # what the watches tell
+
+    def set_claim(self, key: str, claim: Claim | None) -> None:
+        """A claim as it is now, or that it is gone."""
+        _put(self.claims, key, claim)
+        self.version += 1
+
+    def set_volume(self, name: str, volume: PersistentVolume | None) -> None:
+        """A volume as it is now, or that it is gone."""
+        before = self.volumes.get(name)
+        if before is not None:
+            del self._of_class[class_of_volume(before)][name]
+            if before.spec.claim_ref is not None:
+                self._kept[before.spec.claim_ref.namespace, before.spec.claim_ref.name].discard(name)
+        _put(self.volumes, name, volume)
+        if volume is not None:
+            self._of_class.setdefault(class_of_volume(volume), {})[name] = volume
+            whose = volume.spec.claim_ref
+            if whose is not None:
+                self._kept.setdefault((whose.namespace, whose.name), set()).add(name)
+        self.version += 1
+
+    def set_class(self, name: str, made_by: StorageClass | None) -> None:
+        """A StorageClass as it is now, or that it is gone."""
+        _put(self.classes, name, made_by)
+        self.version += 1
+
+    def set_driver(self, name: str, driver: CsiDriver | None) -> None:
+        """A CSIDriver as it is now, or that it is gone."""
+        _put(self.drivers, name, driver)
+        self.version += 1
+
+    def set_capacity(self, key: str, capacity: CsiStorageCapacity | None) -> None:
+        """A CSIStorageCapacity as it is now, or that it is gone."""
+        nodes = nodes_of(capacity.node_topology) if capacity is not None and capacity.node_topology else None
+        _put(self.capacities, key, None if capacity is None else (capacity, nodes))
+        self.version += 1
+
+    @property
+    def _limited(self) -> frozenset[str]:
+        """The drivers that have a limit on some node."""
+        return frozenset(driver for limits in self._limits.values() for driver in limits)
+
+    def set_csi_node(self, name: str, node: CsiNode | None) -> bool:
+        """The drivers of a node as they are now; whether volumes count now that did not before, or the reverse."""
+        drivers = self._limited
+        self._limits.pop(name, None)
+        limits = (
+            {d.name: d.allocatable.count for d in node.spec.drivers if d.allocatable.count is not None} if node else {}
+        )
+        if limits:
+            self._limits[name] = limits
+        self.version += drivers != self._limited
+        return drivers != self._limited
+
+    def set_attachment(self, name: str, attachment: VolumeAttachment | None) -> str:
+        """An attachment as it is now, or that it is gone; the node of it."""
+        before = self._attachments.get(name)
+        node = (attachment or before).spec.node_name if attachment or before else ""  # type: ignore[union-attr]
+        _put(self._attachments, name, attachment)
+        here = self._attached.setdefault(node, set())
+        here.add(name) if attachment is not None else here.discard(name)
+        return node
+
+    # who uses what
+
+    def living(self, pod: Pod) -> Set[str]:
+        """A pod that has not ended waits with, or uses, its claims; the uids for whom that changes something."""
+        uid, keys = pod.metadata.uid, tuple(key for key, _ in claims_of(pod))
+        if not keys or uid in self._users:
+            return frozenset()
+        self._users[uid] = _User(pod.metadata.name, keys)
+        return self._changed(uid, keys, set.add)
+
+    def gone(self, uid: str) -> Set[str]:
+        """A pod has ended or is gone; the uids for whom that changes something."""
+        self.left(uid)
+        user = self._users.pop(uid, None)
+        return self._changed(uid, user.claims, set.discard) if user is not None else frozenset()
+
+    def wanting(self, key: str) -> Set[str]:
+        """uids of the living pods with a claim."""
+        return self._wanting.get(key, frozenset())
+
+    def _changed(self, uid: str, keys: Iterable[str], change: Callable[[set[str], str], None]) -> Set[str]:
+        others: set[str] = set()
+        for key in keys:
+            wanting = self._wanting.setdefault(key, set())
+            change(wanting, uid)
+            if len(wanting - {uid}) == 1:  # who was alone with it is no more, or is again
+                others |= wanting - {uid}
+            if not wanting:
+                del self._wanting[key]
+        if others:
+            self.version += 1
+        return others
+
+    def on_node(self, uid: str, node: str) -> bool:
+        """A pod with claims holds room on a node; False if it did already."""
+        if uid not in self._users or self._on.get(uid) == node:
+            return False
+        self.left(uid)
+        self._on[uid] = node
+        self._on_node.setdefault(node, set()).add(uid)
+        self._used_alone(uid)
+        return True
+
+    def left(self, uid: str) -> bool:
+        """It holds none any more; False if it did not."""
+        node = self._on.pop(uid, None)
+        if node is not None:
+            self._on_node[node].discard(uid)
+            self._used_alone(uid)
+        self.chosen.pop(uid, None)
+        self._asked.pop(uid, None)
+        return node is not None
+
+    def _used_alone(self, uid: str) -> None:
+        """Others can, or cannot, have what is for one pod alone."""
+        user = self._users.get(uid)
+        modes = (self.claims[key].spec.access_modes for key in user.claims if key in self.claims) if user else ()
+        self.version += any("ReadWriteOncePod" in its for its in modes)
+
+    def on_nodes(self) -> list[str]:
+        """uids of the pods with claims that hold room on nodes."""
+        return list(self._on)
+
+    # what pods need
+
+    def needs(self, pod: Pod) -> Needs:
+        """What the claims of a pod ask for."""
+        reach: list[NodeSelector] = []
+        open_claims: list[Unbound] = []
+        attached: dict[str, int] = {}
+        shared: list[tuple[str, str]] = []
+        alone: list[str] = []
+        limited = self._limited
+        for key, volume in claims_of(pod):
+            refused = self._refused(pod, key, volume)
+            if refused:
+                name = key.partition("/")[2]
+                return Needs(refused=f"volume claim {name}: {refused}")
+            claim = self.claims[key]
+            together = len(self._wanting.get(key, ())) > 1
+            if is_bound(claim):
+                its = self.volumes[claim.spec.volume_name]
+                reach += [] if reaches(its) is None else [reaches(its)]  # type: ignore[list-item]
+                reach += zones_of(its)
+            else:
+                open_claims.append(unbound(claim, self._kept_for(claim), key if together else ""))
+            driver, handle = self._attachment(key, claim)
+            if driver in limited:
+                resource = f"{ATTACHABLE}{driver}"
+                if together:
+                    shared.append((resource, handle))
+                else:
+                    attached[resource] = attached.get(resource, 0) + 1
+            if together and "ReadWriteOncePod" in claim.spec.access_modes:
+                alone.append(key)
+        return Needs(
+            tuple(reach), tuple(open_claims), tuple(sorted(attached.items())), tuple(sorted(set(shared))), tuple(alone)
+        )
+
+    def _refused(self, pod: Pod, key: str, volume: Volume) -> str:
+        claim = self.claims.get(key)
+        if claim is None:
+            return "the claim does not exist"
+        if volume.ephemeral is not None and not any(o.uid == pod.metadata.uid for o in claim.metadata.owner_references):
+            return "the claim was not made for this pod, whose ephemeral volume has its name"
+        if claim.status.phase == "Lost":
+            return "the claim has lost its volume"
+        if claim.metadata.deletion_timestamp is not None:
+            return "the claim is being deleted"
+        if not is_bound(claim):
+            name = class_of(claim)
+            if claim.spec.volume_name or not name:
+                return "the claim is not bound to a volume yet"
+            if name not in self.classes:
+                return f"its StorageClass {name} does not exist"
+            if self.classes[name].volume_binding_mode != DELAYED:
+                return "the claim is not bound to a volume yet"
+        elif claim.spec.volume_name not in self.volumes:
+            return f"its volume {claim.spec.volume_name} does not exist"
+        others = {uid for uid in self._wanting.get(key, ()) if uid in self._on} - {pod.metadata.uid}
+        if "ReadWriteOncePod" in claim.spec.access_modes and others:
+            return f"it is for one pod alone (ReadWriteOncePod), and {self._users[min(others)].pod} uses it"
+        return ""
+
+    def _kept_for(self, claim: Claim) -> str:
+        whose, wanted = (claim.metadata.namespace, claim.metadata.name), unbound(claim, "", "")
+        kept = (self.volumes[name] for name in sorted(self._kept.get(whose, ())))
+        fit = (v for v in kept if names(v, claim) and large_enough(v, wanted))
+        return next((v.metadata.name for v in fit if class_of_volume(v) == wanted.storage_class), "")
+
+    def _attachment(self, key: str, claim: Claim) -> tuple[str, str]:
+        """(driver, volume) as it is counted on a node; of a volume that is still to be made the claim stands for it."""
+        volume = self.volumes.get(claim.spec.volume_name)
+        if volume is None:
+            made_by = self.classes.get(class_of(claim))
+            return (made_by.provisioner if made_by is not None else ""), key
+        csi = volume.spec.csi
+        return (csi.driver, csi.volume_handle) if csi is not None else ("", "")
+
+    def available(self, wanted: Unbound) -> list[PersistentVolume]:
+        """The volumes that a claim can have, the smallest first; none that a planned pod is to have."""
+        if wanted.selected_node:
+            return []
+        if wanted.kept:
+            return [self.volumes[wanted.kept]]
+        taken = {name for choice in self.chosen.values() if choice for name in choice.values()}
+        fit = [
+            v
+            for name, v in self._of_class.get(wanted.storage_class, {}).items()
+            if name not in taken and suits(v, wanted)
+        ]
+        return sorted(fit, key=lambda v: (size_of(v.spec.capacity.get("storage")), v.metadata.name))
+
+    def decided(self, key: str, but: str = "") -> str | None:
+        """The volume that another planned pod with this claim is to have, "" for one that is made; None if none is."""
+        for uid in sorted(self._wanting.get(key, ())):
+            choice = self.chosen.get(uid)
+            if uid != but and choice is not None and key in choice:
+                return choice[key]
+        return None
+
+    def limits(self, node: str) -> dict[str, int]:
+        """Resource -> how many attachments the pods of a node can have."""
+        found = {f"{ATTACHABLE}{driver}": most for driver, most in self._limits.get(node, {}).items()}
+        for resource in self._idle(node) if found else ():
+            if resource in found:
+                found[resource] = max(found[resource] - 1, 0)
+        return found
+
+    def _idle(self, node: str) -> Iterator[str]:
+        """One for each attachment of a node that none of its pods uses."""
+        used = set()
+        for uid in self._on_node.get(node, ()):
+            used |= {self.claims[key].spec.volume_name for key in self._users[uid].claims if key in self.claims}
+        for name in self._attached.get(node, ()):
+            spec = self._attachments[name].spec
+            volume = self.volumes.get(spec.source.persistent_volume_name)
+            if volume is not None and volume.spec.csi is not None and volume.metadata.name not in used:
+                yield f"{ATTACHABLE}{spec.attacher}"
+
+    # how planned pods get theirs
+
+    def open_claims(self, pod: Pod) -> list[tuple[str, Unbound]]:
+        """The claims of a pod that are bound only once it has a node."""
+        keys = [key for key, _ in claims_of(pod)]
+        found = [(key, self.claims[key]) for key in keys if key in self.claims and not is_bound(self.claims[key])]
+        return [
+            (key, unbound(c, self._kept_for(c), key if len(self._wanting.get(key, ())) > 1 else "")) for key, c in found
+        ]
+
+    def bound_to(self, pod: Pod) -> set[str]:
+        """The volumes to which claims of a pod are bound."""
+        claims = (self.claims.get(key) for key, _ in claims_of(pod))
+        return {c.spec.volume_name for c in claims if c is not None and is_bound(c)}
+
+    def asked(self, uid: str, key: str) -> None:
+        """What `todo` said of this claim has been written."""
+        self._asked.setdefault(uid, set()).add(key)
+
+    def progress(self, pod: Pod, node: str, reached: Set[str]) -> Progress:
+        """How far the volumes of a pod that is planned on a node have come; `reached` can be reached from there."""
+        uid, keys = pod.metadata.uid, [key for key, _ in claims_of(pod)]
+        each = {key: self._claim_progress(uid, key, node, reached) for key in keys}
+        written = tuple(todo for key in keys for todo in self._written(key, node))
+        for one in each.values():
+            if one.state == "Failed":
+                return one._replace(written=written)
+        waits = [key.partition("/")[2] for key in keys if each[key].state == "Open"]
+        if not waits:
+            return Progress()
+        todo = tuple(todo for one in each.values() for todo in one.todo)
+        return Progress("Open", f"waiting for the volumes of {', '.join(waits)}", todo, written)
+
+    def _claim_progress(self, uid: str, key: str, node: str, reached: Set[str]) -> Progress:
+        claim, name = self.claims.get(key), key.partition("/")[2]
+        if claim is None or claim.metadata.deletion_timestamp is not None:
+            return Progress("Failed", f"claim {name} has gone")
+        if is_bound(claim) and claim.spec.volume_name in self.volumes:
+            there = claim.spec.volume_name in reached
+            text = f"volume {claim.spec.volume_name} of claim {name} cannot be used on {node}"
+            return Progress() if there else Progress("Failed", text)
+        if claim.spec.volume_name:
+            return Progress("Open")  # it is being bound
+        choice, asked = (self.chosen.get(uid) or {}).get(key), key in self._asked.get(uid, ())
+        if choice is None:
+            return Progress("Failed", f"there is no volume for claim {name} on {node}")
+        if choice:
+            its = self.volumes.get(choice)
+            whose = its.spec.claim_ref if its is not None else None
+            if its is not None and whose is not None and whose.uid and names(its, claim):
+                return Progress("Open")  # it is being bound
+            if its is None or asked or not (whose is None or names(its, claim)):
+                return Progress("Failed", f"volume {choice} could not be bound to claim {name}")
+            return Progress("Open", todo=(Todo(claim, its),))
+        if claim.metadata.annotations.get(SELECTED_NODE):
+            return Progress("Open")  # it is being made
+        if asked:  # whoever makes volumes says so by taking the node away
+            return Progress("Failed", f"no volume could be made for claim {name} on {node}")
+        return Progress("Open", todo=(Todo(claim, None),))
+
+    def _written(self, key: str, node: str) -> Iterator[Todo]:
+        """What was written for a claim that is to have its volume on a node, and has not led to any yet."""
+        claim = self.claims.get(key)
+        if claim is None or claim.spec.volume_name:
+            return
+        if claim.metadata.annotations.get(SELECTED_NODE) == node:
+            yield Todo(claim, None)
+        for name in sorted(self._kept.get((claim.metadata.namespace, claim.metadata.name), ())):
+            its = self.volumes[name]
+            if names(its, claim) and BOUND_BY_US in its.metadata.annotations and its.status.phase == "Available":
+                yield Todo(claim, its)
+
+
+def claims_of(pod: Pod) -> list[tuple[str, Volume]]:
+    """(namespace/name, volume) of the claims of a pod, each once."""
+    found = {v.claim(pod.metadata.name): v for v in pod.spec.volumes}
+    return [(f"{pod.metadata.namespace}/{name}", v) for name, v in found.items() if name]
+
+
+def reaches(volume: PersistentVolume) -> NodeSelector | None:
+    """From where a volume can be reached by its node affinity; None from everywhere."""
+    return volume.spec.node_affinity.required if volume.spec.node_affinity else None
+
+
+def makes(made_by: StorageClass | None) -> bool:
+    """Whether a class makes volumes."""
+    return made_by is not None and made_by.provisioner not in ("", NO_PROVISIONER)
+
+
+def _put(into: dict[str, T], key: str, value: T | None) -> None:
+    if value is None:
+        into.pop(key, None)
+    else:
+        into[key] = value
