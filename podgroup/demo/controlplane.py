@@ -41,7 +41,8 @@ USERS = {
 CONTROLLERS = (
     "job-controller,replicaset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
     "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller,"
-    "persistentvolume-binder-controller,ephemeral-volume-controller"
+    "persistentvolume-binder-controller,persistentvolume-protection-controller,"
+    "persistentvolumeclaim-protection-controller,ephemeral-volume-controller"
 )
 HERE = Path(__file__).resolve()
 MANIFESTS = next(p for p in (HERE.with_name("crd"), HERE.parents[2] / "manifests" / "crd") if p.is_dir())

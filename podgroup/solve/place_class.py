@@ -94,10 +94,11 @@ class _Spread(NamedTuple):
     """Whether it is one more for those that come after it: an empty selector selects it, but counts nobody."""
 
 
-def _changing(trial: Trial, group: Class, mask: Mask) -> tuple[_Changing, Mask]:
+def _changing(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> tuple[_Changing, Mask]:
     """What must be looked at member by member, and the mask less what can be said beforehand."""
     ledger, shape = trial.ledger, group.shape
-    supply = trial.supply(group, mask) if shape.unbound else None
+    if supply is not None:
+        mask = mask & supply.mask
     changing = _Changing([], [], [], supply if supply is not None and supply.scarce else None)
     for term in shape.anti_affinity:
         if term.selects(group.namespace, group.labels):
@@ -167,7 +168,8 @@ def _good(room: Ints, changing: _Changing) -> tuple[Mask, Ints]:
 
 def feasible(trial: Trial, group: Class) -> Mask:
     """The nodes on any of which one member of a class could be: what kube-scheduler's filters leave of them."""
-    changing, mask = _changing(trial, group, trial.mask(group))
+    supply = trial.supply(group, trial.within) if group.shape.unbound else None
+    changing, mask = _changing(trial, group, trial.mask(group), supply)
     return _good(trial.room(group, mask), changing)[0] if mask.any() else mask
 
 
@@ -211,11 +213,21 @@ def most_on_a_node(ledger: Ledger, group: Class) -> int:
 
 def place_class(trial: Trial, group: Class) -> Ints | None:
     """The rows of all members of a class; None if not all fit. The trial is not changed."""
-    wanted = len(group.members)
-    if group.shape.alone and wanted > 1:
+    if group.shape.alone and len(group.members) > 1:
         return None
     mask = trial.mask(group)
-    changing, mask = _changing(trial, group, mask)
+    if not group.shape.unbound:
+        return _place(trial, group, mask, None)
+    for supply in trial.supply(group, mask).alternatives():
+        rows = _place(trial, group, mask, supply)
+        if rows is not None:
+            return rows
+    return None
+
+
+def _place(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> Ints | None:
+    wanted = len(group.members)
+    changing, mask = _changing(trial, group, mask, supply)
     room = trial.room(group, mask)
     apart = [codes for codes in changing.apart if not _one_node_each(codes)]
     if len(apart) < len(changing.apart):
@@ -233,7 +245,7 @@ def place_class(trial: Trial, group: Class) -> Ints | None:
     totals = np.bincount(first[0][room > 0], weights=np.minimum(room, wanted)[room > 0])
     for domain in np.argsort(totals, kind="stable"):
         if totals[domain] >= wanted:
-            again, _ = _changing(trial, group, mask)
+            again, _ = _changing(trial, group, mask, supply.copy() if supply is not None else None)
             rows = _one_by_one(np.where(first[0] == domain, room, 0), order, wanted, again)
             if rows is not None:
                 return rows

@@ -227,10 +227,10 @@ class Trial:
             here = np.unique(rows)
             self.used[here, self.ledger.columns[resource]] += self._attached_anew(group, resource)[here]
         if group.shape.unbound:
-            supply = self.supply(group, self.within)
-            for row in rows.tolist() if supply.scarce else ():
-                supply.take(row)
-            self._taken, self._decided = supply.taken, supply.decided
+            for supply in self.supply(group, self.within).alternatives():
+                if not supply.scarce or all(supply.take(row) for row in rows.tolist()):
+                    self._taken, self._decided = supply.taken, supply.decided
+                    break
         self.put.append((group, rows))
 
 

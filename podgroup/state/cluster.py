@@ -25,6 +25,7 @@ from podgroup.state.selectors import matches
 from podgroup.state.shape import Shape, resized, selects_namespaces, shape_of
 from podgroup.state.storage import Progress, Storage
 from podgroup.state.supply import Supply, reach
+from podgroup.state.volumes import Unbound
 
 T = TypeVar("T")
 OPEN_PHASES = ("Provisioning", "Binding", "Confirming")
@@ -210,8 +211,9 @@ class Cluster:
         uid, claims = pod.metadata.uid, self.storage.open_claims(pod)
         if not claims or uid in self.storage.chosen or node not in self.ledger.rows:
             return
-        decided = {key: name for key, _ in claims if (name := self.storage.decided(key, uid)) is not None}
         row = self.ledger.rows[node]
+        shared = {key: self._shared_volume(key, w, row, uid) for key, w in claims if w.shared}
+        decided = {key: name for key, name in shared.items() if name is not None}
         within = np.zeros(len(self.ledger.names), dtype=bool)
         within[row] = True
         picks = Supply(self.ledger, [w for _, w in claims], frozenset(), decided, within).pick(row)
@@ -243,6 +245,17 @@ class Cluster:
                 leaving=pod.deleting,
             )
         )
+
+    def _shared_volume(self, key: str, wanted: Unbound, row: int, uid: str) -> str | None:
+        """The volume of a claim that others have been planned with: another one, if theirs cannot be reached."""
+        theirs = self.storage.decided(key, uid)
+        if not theirs or reach(self.ledger, theirs)[row]:
+            return theirs
+        rows = [row, *(self.ledger.rows[n] for n in self.storage.planned_with(key) if n in self.ledger.rows)]
+        free = self.storage.available(wanted)
+        other = next((v.metadata.name for v in free if reach(self.ledger, v.metadata.name)[rows].all()), theirs)
+        self.storage.decide(key, other)
+        return other
 
     def _hold_again(self, uids: Iterable[str]) -> None:
         """What these hold depends on who else uses their claims."""

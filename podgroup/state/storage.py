@@ -324,6 +324,17 @@ class Storage:
                 return choice[key]
         return None
 
+    def decide(self, key: str, volume: str) -> None:
+        """All planned pods with a claim are to have this volume."""
+        for uid in self._wanting.get(key, ()):
+            choice = self.chosen.get(uid)
+            if choice is not None and key in choice:
+                choice[key] = volume
+
+    def planned_with(self, key: str) -> list[str]:
+        """The nodes of the planned pods with a claim."""
+        return [self._on[uid] for uid in self._wanting.get(key, ()) if self.chosen.get(uid) and uid in self._on]
+
     def limits(self, node: str) -> dict[str, int]:
         """Resource -> how many attachments the pods of a node can have."""
         found = {f"{ATTACHABLE}{driver}": most for driver, most in self._limits.get(node, {}).items()}

@@ -6,7 +6,7 @@ not there must be made. Source: the scheduler's VolumeBinding plugin (findMatchi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.storage import makes, reaches
 from podgroup.state.volumes import Unbound, size_of, topologies_of
 
-MANY = np.iinfo(np.int64).max
+MANY, MOST_ALTERNATIVES = np.iinfo(np.int64).max, 16
 
 
 class Supply:
@@ -26,7 +26,7 @@ class Supply:
     ) -> None:
         """`decided` are claims that several pods share -> the volume that one of them has got, "" if it is made."""
         self._ledger, self.wanted = ledger, wanted
-        self.taken, self.decided = set(taken), dict(decided)
+        self.taken, self.decided, self._within = set(taken), dict(decided), within
         self._order = sorted(range(len(wanted)), key=lambda i: wanted[i].size)
         self._made = [makeable(ledger, w) for w in wanted]
         self._found = [self._candidates(w, within) for w in wanted]
@@ -48,6 +48,26 @@ class Supply:
         for _, mask in found:
             count += mask
         return count
+
+    def alternatives(self) -> Iterator[Supply]:
+        """For claims that several share and that have no volume yet: this one with each volume they could have.
+
+        The one that most nodes reach comes first; to have one made is the last.
+        """
+        for i, wanted in enumerate(self.wanted):
+            if not wanted.shared or wanted.shared in self.decided:
+                continue
+            names = [name for name, _ in self._found[i]][:MOST_ALTERNATIVES] + ([""] if self._made[i].any() else [])
+            for name in names:
+                decided = {**self.decided, wanted.shared: name}
+                taken = self.taken | ({name} if name else set())
+                yield from Supply(self._ledger, self.wanted, taken, decided, self._within).alternatives()
+            return
+        yield self
+
+    def copy(self) -> Supply:
+        """The same, to be taken from by itself."""
+        return Supply(self._ledger, self.wanted, self.taken, self.decided, self._within)
 
     @property
     def scarce(self) -> bool:
@@ -90,24 +110,19 @@ class Supply:
             picks[i] = name
         return picks
 
-    def take(self, row: int) -> None:
-        """A pod has been placed on a node: its volumes are taken."""
-        for i, name in enumerate(self.pick(row) or ()):
-            shared = self.wanted[i].shared
-            if shared:
-                self.decided[shared] = name
-                self._found[i] = [(n, mask) for n, mask in self._found[i] if n == name]
-                self._count[i] = self._counted(self._found[i])
-            if not name:
+    def take(self, row: int) -> bool:
+        """A pod has been placed on a node: its volumes are taken. False if there are none."""
+        picks = self.pick(row)
+        for i, name in enumerate(picks or ()):
+            if not name or self.wanted[i].shared:
                 continue
             self.taken.add(name)
             for j, found in enumerate(self._found):
-                if j == i and shared:
-                    continue
                 gone = [mask for n, mask in found if n == name]
                 if gone:
                     self._found[j] = [one for one in found if one[0] != name]
                     self._count[j] = self._count[j] - gone[0]
+        return picks is not None
 
 
 def reach(ledger: Ledger, volume: str) -> Mask:

@@ -22,6 +22,7 @@ from podgroup.queue.entry import Settings
 from tests.cluster.conftest import HIGH, LOW, World
 from tests.cluster.proxy import Proxy, Request, healthy
 from tests.cluster.test_gangs import CASES, create
+from tests.cluster.test_volumes import LOCAL, Stored, need_class
 
 SILENT_SECONDS = 1.5
 """When no write has come for so long, there are no more."""
@@ -41,6 +42,7 @@ class Scenario(NamedTuple):
 
     create: Callable[[World], Awaitable[None]]
     bound: set[str]
+    clear: Callable[[World], Awaitable[None]] | None = None
 
 
 def of_table(name: str) -> Scenario:
@@ -87,11 +89,28 @@ async def preemption(world: World) -> None:
     await gang(world, "high", 2, 2, HIGH)
 
 
+async def volumes(world: World) -> None:
+    """A volume for each of two claims, on different nodes: kept for them, bound, and only then the members."""
+    await nodes(world, 2)
+    await need_class(world.api, LOCAL)
+    await world.group("pg", 2)
+    made = Stored(world.api, world.namespace)
+    made.owner = world.owner
+    for i in range(2):
+        await made.volume(f"on-{i}", f"n{i}")
+        await made.member(f"pg-{i}", LOCAL, "pg")
+
+
+async def without_volumes(world: World) -> None:
+    await Stored(world.api, world.namespace).without_volumes()
+
+
 SCENARIOS = {
     **{name: of_table(name) for name in ("T1", "T2", "T3", "T4", "T6", "T9")},
     "T11": Scenario(big_and_small, {"small-0"}),
     "N4": Scenario(elastic, {"pg-0", "pg-1", "pg-2"}),
     "V5": Scenario(preemption, {"high-0", "high-1"}),
+    "volumes": Scenario(volumes, {"pg-0", "pg-1"}, without_volumes),
 }
 
 
@@ -182,6 +201,8 @@ async def test_a_successor_brings_about_the_same_at_every_write(
                         await world.only_bound(*scenario.bound)
         proxy.fault = healthy
         await world.clear()
+        if scenario.clear is not None:
+            await scenario.clear(world)
         if not reached:
             assert index >= len(scenario.bound), "each bind is a write that decides something"
             assert bool(refused) == (when == "late"), "each bind was late once"

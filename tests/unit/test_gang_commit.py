@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from colocate.objects import ContainerStatus, ObjectMeta, OwnerReference, Pod, PodSpec, PodStatus
+from colocate.objects import Claim, ContainerStatus, ObjectMeta, OwnerReference, Pod, PodSpec, PodStatus
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember
-from podgroup.commit.protocol import Bind, Delete, advance
+from podgroup.commit.protocol import VOLUME_SECONDS, Bind, BindVolumes, Delete, ReleaseVolumes, advance
 from podgroup.state.gangs import owned
+from podgroup.state.storage import Progress, Todo
 
 OWNER = [OwnerReference(kind="Job", name="j", uid="j", controller=True)]
 
@@ -174,6 +175,48 @@ def test_one_look(before, pods, nodes, phase, steps):
         assert [(type(s), int(s.pod.metadata.name[1:])) for s in after.steps] == steps
     else:
         assert steps == []
+
+
+TODO = Todo(Claim(metadata=ObjectMeta(name="c")), None)
+ASK, WAIT = Progress("Open", "waiting", todo=(TODO,)), Progress("Open", "waiting for c", written=(TODO,))
+FAILED = Progress("Failed", "no volume could be made for c", written=(TODO,))
+THREE = [waiting(0), waiting(1), waiting(2)]
+PROVISIONING = {
+    "what is to be written for volumes is written": (
+        3,
+        THREE,
+        [ASK, WAIT, Progress()],
+        1,
+        "Provisioning",
+        [(BindVolumes, 0)],
+    ),
+    "nobody is bound before all have theirs": (3, THREE, [WAIT, Progress(), Progress()], 1, "Provisioning", []),
+    "all have theirs: they are bound": (3, THREE, [Progress()] * 3, 1, "Binding", []),
+    "one that cannot be had takes all back": (3, THREE, [WAIT, FAILED, Progress()], 1, "RollingBack", []),
+    "the surplus need not hold up the quorum": (2, THREE, [WAIT, FAILED, Progress()], 1, "Provisioning", []),
+    "not for ever": (3, THREE, [WAIT, Progress(), Progress()], VOLUME_SECONDS, "RollingBack", []),
+    "a late surplus goes without": (2, THREE, [WAIT, Progress(), Progress()], VOLUME_SECONDS, "Provisioning", []),
+    "a member that has gone": (3, THREE[:2], [WAIT, WAIT], 1, "RollingBack", []),
+}
+
+
+@pytest.mark.parametrize(
+    ("least", "pods", "volumes", "elapsed", "phase", "steps"), PROVISIONING.values(), ids=PROVISIONING.keys()
+)
+def test_one_look_while_volumes_are_awaited(least, pods, volumes, elapsed, phase, steps):
+    before = plan("Provisioning", least=least)
+    known = {p.metadata.uid: v for p, v in zip(pods, volumes, strict=True)}
+    after = advance(before, {p.metadata.uid: p for p in pods}, ALIVE, 0, elapsed, known)
+    assert after.plan.status.phase == phase
+    assert [(type(s), int(s.pod.metadata.name[1:])) for s in after.steps] == steps
+
+
+def test_what_was_written_for_volumes_is_taken_back_before_the_room_is_given_up():
+    before, pods = plan("RollingBack"), {p.metadata.uid: p for p in THREE}
+    after = advance(before, pods, ALIVE, 0, 1.0, {"u0": FAILED, "u1": WAIT})
+    assert after.plan is before
+    assert [(type(s), s.pod.metadata.name) for s in after.steps] == [(ReleaseVolumes, "p0"), (ReleaseVolumes, "p1")]
+    assert advance(before, pods, ALIVE, 0, 1.0).plan.status.phase == "Waiting"
 
 
 def test_members_outside_the_plan_count_for_the_quorum():
