@@ -45,9 +45,9 @@ class Stored(World):
         await self.api.request("POST", VOLUMES, body)
 
         async def free() -> bool:
-            return (await self.its_volume(name)).status.phase == "Available"
+            return (await self.its_volume(name)).status.phase in ("Available", "Bound")  # or it is taken already
 
-        await self.until(free, f"volume {name} is available")
+        await self.until(free, f"volume {name} is there")
 
     async def its_volume(self, name: str) -> PersistentVolume:
         return await self.api.get(PersistentVolume, path_of(VOLUMES, "", f"{self.namespace}-{name}"))
