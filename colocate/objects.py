@@ -236,6 +236,7 @@ class PodStatus(Lean, frozen=True):
     message: str = ""
     conditions: list[Condition] = []
     start_time: str | None = None
+    nominated_node_name: str = ""
     container_statuses: list[ContainerStatus] = []
     init_container_statuses: list[ContainerStatus] = []
 

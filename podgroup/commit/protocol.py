@@ -18,7 +18,7 @@ swap (`pods/binding` with uid and resourceVersion), so repeating one is harmless
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -104,26 +104,27 @@ def advance(
     beside: int,
     elapsed_seconds: float,
     volumes: Mapping[str, Progress] = MappingProxyType({}),
+    overfull: Set[str] = frozenset(),
 ) -> Next:
     """One look at an open plan.
 
-    `alive_nodes` says which nodes are there and ready; `beside` counts satisfied members that are not part of the plan;
-    `elapsed_seconds` is the time since the plan was made; `volumes` says by uid how far the volumes of unbound members
-    have come.
+    `alive_nodes` says which nodes are there, and whether they are ready; `beside` counts satisfied members that are not
+    part of the plan; `elapsed_seconds` is the time since the plan was made; `volumes` says by uid how far the volumes
+    of unbound members have come; on the nodes that are `overfull` others have taken the room of unbound members.
     """
     seen = _look(plan, pods)
     phase = plan.status.phase
     if phase == "RollingBack":
         return _roll_back(plan, seen, alive_nodes, volumes)
     if phase == "Provisioning":
-        return _provision(plan, seen, alive_nodes, beside, elapsed_seconds, volumes)
+        return _provision(plan, seen, alive_nodes, beside, elapsed_seconds, volumes, overfull)
     if phase not in ("Binding", "Confirming", "Repairing"):
         return Next(plan, [])
     least, here = plan.spec.min_member - beside, len(seen.bound) + len(seen.accepted)
     stranded = [(m, p) for m, p in seen.bound if not alive_nodes.get(p.spec.node_name)]
     late = elapsed_seconds >= plan.spec.timeout_seconds
     if phase == "Binding":
-        hopeless = _hopeless(plan, seen, alive_nodes, least)
+        hopeless = _hopeless(plan, seen, alive_nodes, overfull, least)
         if hopeless is not None:
             return hopeless
         if late and seen.unbound and here >= least:
@@ -132,7 +133,7 @@ def advance(
             text = f"{len(seen.unbound)} of {len(plan.spec.members)} members could not be bound in time"
             return _begin_roll_back(plan, "BindTimeout", text)
         if seen.unbound:
-            return Next(plan, [Bind(pod, member.node) for member, pod in seen.unbound])
+            return Next(plan, [Bind(pod, member.node) for member, pod in seen.unbound if alive_nodes.get(member.node)])
         return Next(_in(plan, "Confirming", "Bound", "every member is bound; waiting for the kubelets"), [])
     steps: list[Step] = [Delete(p, f"node {p.spec.node_name} went away") for _, p in stranded if owned(p)]
     if len(seen.accepted) >= least and (late or not (seen.bound or seen.unbound)):
@@ -153,15 +154,41 @@ def advance(
     return Next(plan, steps)
 
 
-def _hopeless(plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool], least: int) -> Next | None:
-    """The end of a plan that cannot be bound as it was made."""
+def displaced(
+    plan: GangPlan, pods: Mapping[str, Pod], alive_nodes: Mapping[str, bool], overfull: Set[str]
+) -> list[Pod]:
+    """The members that cannot be bound where the plan has them: another place may do, before anything is taken back."""
+    if plan.status.phase not in ("Provisioning", "Binding"):
+        return []
+    return [p for m, p in _look(plan, pods).unbound if m.node in overfull or not alive_nodes.get(m.node)]
+
+
+def moved(plan: GangPlan, nodes: Mapping[str, str]) -> GangPlan:
+    """The plan with these members (by uid) on other nodes."""
+    members = [msgspec.structs.replace(m, node=nodes.get(m.uid, m.node)) for m in plan.spec.members]
+    return msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, members=members))
+
+
+def _hopeless(
+    plan: GangPlan, seen: _Seen, alive_nodes: Mapping[str, bool], overfull: Set[str], least: int
+) -> Next | None:
+    """The end of a plan that cannot be bound as it was made, and whose members have no other places.
+
+    A node that is not ready may be again: it is waited for.
+    """
     if len(seen.bound) + len(seen.accepted) + len(seen.unbound) + len(seen.refused) < least:
         gone = ", ".join(m.name for m in seen.gone)
         return _begin_roll_back(plan, "MemberLost", f"{gone} went away before the gang was bound")
-    lost = [m for m, _ in seen.unbound if not alive_nodes.get(m.node)]
+    lost = [m for m, _ in seen.unbound if m.node not in alive_nodes]
     if lost:
         text = f"node {lost[0].node} went away before {lost[0].name} was bound to it"
         return _begin_roll_back(plan, "NodeLost", text)
+    taken = [m for m, _ in seen.unbound if m.node in overfull]
+    if taken and len(plan.spec.members) - len(seen.gone) - len(taken) >= max(least, 1):
+        return Next(_without(plan, taken), [])  # the surplus need not hold up the quorum
+    if taken:
+        text = f"the room on node {taken[0].node} was taken by others before {taken[0].name} was bound to it"
+        return _begin_roll_back(plan, "RoomTaken", text)
     return None
 
 
@@ -172,9 +199,10 @@ def _provision(
     beside: int,
     elapsed_seconds: float,
     volumes: Mapping[str, Progress],
+    overfull: Set[str],
 ) -> Next:
     least = plan.spec.min_member - beside
-    hopeless = _hopeless(plan, seen, alive_nodes, least)
+    hopeless = _hopeless(plan, seen, alive_nodes, overfull, least)
     if hopeless is not None:
         return hopeless
     state = {m.uid: volumes.get(m.uid, Progress()) for m, _ in seen.unbound}

@@ -25,7 +25,17 @@ from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.api import POD_GROUP_API, GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PlanPhase, PodGroup
-from podgroup.commit.protocol import VOLUME_SECONDS, Bind, BindVolumes, Delete, Step, advance, take_back
+from podgroup.commit.protocol import (
+    VOLUME_SECONDS,
+    Bind,
+    BindVolumes,
+    Delete,
+    Step,
+    advance,
+    displaced,
+    moved,
+    take_back,
+)
 from podgroup.controller.binder import EPOCH, Binder, now_text
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
@@ -342,7 +352,11 @@ class Controller:
             return
         ledger, planned = self.cluster.ledger, {m.uid for m in plan.spec.members}
         pods = {uid: p for uid in planned if (p := self.cluster.pods.get(uid)) is not None}
-        alive = {m.node: m.node in ledger.rows and bool(ledger.ready[ledger.rows[m.node]]) for m in plan.spec.members}
+        alive = {m.node: bool(ledger.ready[ledger.rows[m.node]]) for m in plan.spec.members if m.node in ledger.rows}
+        overfull = self.cluster.overfull({m.uid: m.node for m in plan.spec.members if m.uid in self.cluster.planned})
+        elsewhere = displaced(plan, pods, alive, overfull)
+        if elsewhere and self._moves(key, plan, elsewhere):
+            return
         beside = sum(
             p.metadata.uid not in planned
             and not p.deleting
@@ -359,7 +373,7 @@ class Controller:
         volumes = {
             uid: self.cluster.volumes_of(uid) for uid, p in pods.items() if p.spec.volumes and not p.spec.node_name
         }
-        after = advance(plan, pods, alive, beside, self._elapsed(plan), volumes)
+        after = advance(plan, pods, alive, beside, self._elapsed(plan), volumes, overfull)
         if after.plan is not plan:
             if after.plan.status.phase == "Waiting":
                 self._began.pop(plan.spec.plan_id, None)
@@ -382,6 +396,21 @@ class Controller:
                 self.feed.dirty.add(key)  # the rest with the next look: what is under way wakes us
                 break
             self._hands.spawn(uid, self._do(step, plan))
+
+    def _moves(self, key: str, plan: GangPlan, members: list[Pod]) -> bool:
+        """Other places for members that cannot be bound where the plan has them; whether that is under way."""
+        uids = {p.metadata.uid for p in members}
+        if uids & self._busy.keys():
+            return True  # what comes of a bind that is on its way must be known first
+        if any(self.cluster.shape(p).unbound for p in members):
+            return False  # a volume may be on its way to where it is
+        placed = self.queue.place_again(self.cluster, key, members)
+        if placed is None:
+            return False
+        after = moved(plan, {m.uid: node for m, node in placed})
+        log.info("members_moved", gang=key, members=sorted(m.name for m, _ in placed))
+        self._hands.spawn(key, self._hands.save_fenced(key, after, members))
+        return True
 
     def _do(self, step: Step, plan: GangPlan) -> Coroutine[Any, Any, None]:
         if isinstance(step, Bind):

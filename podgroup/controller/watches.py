@@ -110,6 +110,8 @@ class Feed:
         if now is not None and known is not None and older(now.metadata, known.metadata):
             return
         holding = self._cluster.ledger.holdings.get(uid)
+        if holding is None and now is not None and now.spec.node_name and not now.terminal:  # somebody else's doing
+            self.look_again(*self._cluster.planned_on(now.spec.node_name))
         if known is not None and gang_key(known) != key:
             self._cluster.remove_pod(uid)
             self.dirty.add(gang_key(known))
@@ -124,6 +126,8 @@ class Feed:
             self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
         if now is None or now.spec.node_name:
             self.busy.pop(uid, None)
+        if pod.status.nominated_node_name or (known is not None and known.status.nominated_node_name):
+            self._queue.nominated(self._cluster, pod)
         self._touched(key)
         self.look_again(key)
 

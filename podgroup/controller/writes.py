@@ -101,7 +101,7 @@ class Hands:
         uid, key = pod.metadata.uid, gang_key(pod)
         now: Pod | None = pod
         for attempt in range(BIND_ATTEMPTS):
-            if not self._still_planned(key, uid, plan_id):
+            if not self._still_planned(key, uid, plan_id) or (attempt and self.cluster.overfull({uid: node})):
                 break
             try:
                 now = await self.binder.bind(pod, node, plan_id)
@@ -231,7 +231,7 @@ class Hands:
         self._done(pod.metadata.uid, gang_key(pod))
 
     async def save_fenced(self, key: str, plan: GangPlan, unbound: list[Pod]) -> None:
-        """The end of a roll-back: a bind that was never answered must not land after its room was given away."""
+        """A plan that gives up places of these: a bind that was never answered must not land after that."""
         stamped = await asyncio.gather(*(self.fence(pod) for pod in unbound))
         if any(pod is not None and pod.spec.node_name for pod in stamped):
             self._done(key, key)  # it had landed: there is more to take back

@@ -118,6 +118,23 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
         cluster.set_node(node)
     for namespace in snapshot.namespaces:
         cluster.set_namespace(namespace.metadata.name, namespace.metadata.labels)
+    _restore_storage(snapshot, cluster)
+    for budget in snapshot.budgets:
+        cluster.budgets[f"{budget.metadata.namespace}/{budget.metadata.name}"] = budget
+    for group in snapshot.groups:
+        cluster.groups[f"{group.metadata.namespace}/{group.metadata.name}"] = group
+    for pod in snapshot.pods:
+        cluster.set_pod(pod)
+    for pod in snapshot.pods:
+        if pod.status.nominated_node_name:
+            queue.nominated(cluster, pod)
+    for plan in snapshot.plans:
+        cluster.set_plan(f"{plan.metadata.namespace}/{plan.metadata.name}", plan)
+    queue.remember(cluster, now)
+    return cluster, queue
+
+
+def _restore_storage(snapshot: ClusterSnapshot, cluster: Cluster) -> None:
     storage = cluster.storage
     for made_by in snapshot.storage_classes:
         storage.set_class(made_by.metadata.name, made_by)
@@ -133,16 +150,6 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
         cluster.set_csi_node(csi_node.metadata.name, csi_node)
     for attachment in snapshot.attachments:
         cluster.set_attachments(storage.set_attachment(attachment.metadata.name, attachment))
-    for budget in snapshot.budgets:
-        cluster.budgets[f"{budget.metadata.namespace}/{budget.metadata.name}"] = budget
-    for group in snapshot.groups:
-        cluster.groups[f"{group.metadata.namespace}/{group.metadata.name}"] = group
-    for pod in snapshot.pods:
-        cluster.set_pod(pod)
-    for plan in snapshot.plans:
-        cluster.set_plan(f"{plan.metadata.namespace}/{plan.metadata.name}", plan)
-    queue.remember(cluster, now)
-    return cluster, queue
 
 
 def decide(snapshot: ClusterSnapshot) -> list[Verdict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -191,19 +191,39 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
         if members.bound and not _waits_for_itself(entry):
             note = f"{missing} members are not there; those that are go on"
     annotations = group.metadata.annotations if group is not None else {}
-    preferred = annotations.get(PREFERRED_TOPOLOGY)
     counted = [cluster.shape(p) for p in members.counted] if group is not None and group.spec.min_resources else []
     reserve = rest_of_min_resources(cluster, entry.key, counted) if entry.need else {}
     gang = Gang(
         members=tuple(member_of(cluster, p) for p in members.pending),
         quorum=quorum,
         required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
-        preferred_topology=(preferred,) if preferred else settings.topology,
+        preferred_topology=_preferred(annotations, settings),
         fixed=tuple(p.spec.node_name for p in members.bound),
         reserve=reserve,
         leave=of_interest(owed_to_others, _taken(cluster, members.pending, reserve)) if owed_to_others else (),
     )
     return gang, note
+
+
+def rest_of(cluster: Cluster, key: str, pods: Sequence[Pod], settings: Settings) -> Gang:
+    """What the solver is asked for planned members that must go elsewhere, the others staying where they are."""
+    group, uids = cluster.groups.get(key), {p.metadata.uid for p in pods}
+    annotations = group.metadata.annotations if group is not None else {}
+    others = [p for p in cluster.pods_of(key) if p.metadata.uid not in uids and not p.terminal]
+    there = (p.spec.node_name or cluster.planned.get(p.metadata.uid, "") for p in others)
+    return Gang(
+        members=tuple(member_of(cluster, p) for p in pods),
+        quorum=len(pods),
+        required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
+        preferred_topology=_preferred(annotations, settings),
+        fixed=tuple(filter(None, there)),
+    )
+
+
+def _preferred(annotations: Mapping[str, str], settings: Settings) -> tuple[str, ...]:
+    """As few domains of which labels as possible: what the PodGroup says, or the operator."""
+    said = annotations.get(PREFERRED_TOPOLOGY)
+    return (said,) if said else settings.topology
 
 
 def _taken(cluster: Cluster, pods: Iterable[Pod], reserve: Mapping[str, int]) -> set[str]:

@@ -1,4 +1,5 @@
-"""Room that is kept for somebody: the place of a lost member, and the places that victims are leaving."""
+"""Room that is kept for somebody: the place of a lost member, the places that victims are leaving, and those that
+another scheduler has made free for its pods (nominatedNodeName, kube-scheduler's preemption)."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from colocate.objects import Pod
 from podgroup.solve.question import Placed
 from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
+from podgroup.state.gangs import gang_key
 from podgroup.state.shape import Shape
 
-SLOT, NOMINATED = "slot:", "nominated:"
+SLOT, NOMINATED, THEIRS = "slot:", "nominated:", "theirs:"
 
 
 class Hold(NamedTuple):
@@ -46,6 +49,20 @@ class Holds:
         self.drop(cluster, key, NOMINATED)
         for one in placed:
             self._keep(cluster, Hold(key, NOMINATED + one.member.uid, until, NOMINATED, priority), one.holding)
+
+    def theirs(self, cluster: Cluster, pod: Pod, ours: tuple[str, ...]) -> None:
+        """The room that another scheduler has made free for its pod, until it is bound, gone, or wants it no more."""
+        uid, node = THEIRS + pod.metadata.uid, pod.status.nominated_node_name
+        waits = node and not pod.spec.node_name and not pod.terminal and not pod.deleting
+        waits = waits and pod.spec.scheduler_name not in ours and pod.metadata.uid in cluster.pods
+        mine = [h for h in self._holds if h.uid == uid]
+        if not waits:
+            self._give_up(cluster, mine)
+            return
+        meta, shape = pod.metadata, cluster.shape(pod)
+        cluster.ledger.hold(Holding(uid, meta.name, meta.namespace, node, shape, meta.labels))
+        if not mine:
+            self._holds.append(Hold(gang_key(pod), uid, float("inf"), THEIRS, pod.spec.priority))
 
     def _keep(self, cluster: Cluster, hold: Hold, like: Holding) -> None:
         room_only = Shape(requests=like.shape.requests)
@@ -86,7 +103,7 @@ class Holds:
 
     @contextmanager
     def usable_by(self, cluster: Cluster, key: str, priority: int) -> Iterator[None]:
-        """What is kept for a gang is free to itself, and what is only promised to those that are less important."""
-        lifted = [h.uid for h in self._holds if h.key == key or (h.kind == NOMINATED and h.priority < priority)]
+        """What is kept for a gang is free to itself, and what is promised to those that are less important."""
+        lifted = [h.uid for h in self._holds if h.key == key or (h.kind != SLOT and h.priority < priority)]
         with cluster.ledger.without(lifted):
             yield

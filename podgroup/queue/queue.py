@@ -21,7 +21,7 @@ import numpy as np
 from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.queue.backfill import Head, claim
-from podgroup.queue.entry import Entry, Settings, entry_of, not_ready, question
+from podgroup.queue.entry import Entry, Settings, entry_of, not_ready, question, rest_of
 from podgroup.queue.kept_room import NOMINATED, SLOT, Holds
 from podgroup.queue.min_resources import Reservations
 from podgroup.queue.runtimes import Known, durations, runtime, starts_at
@@ -639,6 +639,17 @@ class Queue:
     def _waits_in_vain(self, key: str, now: float) -> bool:
         memory = self.waiting.get(key)
         return memory is not None and memory.capacity and now - memory.since >= self.settings.slot_seconds
+
+    def place_again(self, cluster: Cluster, key: str, pods: list[Pod]) -> list[Placed] | None:
+        """Other places for planned members of a gang, beside the rest of it; None if there are none for all of them."""
+        gang = rest_of(cluster, key, pods, self.settings)
+        priority = max(p.spec.priority for p in pods)
+        with cluster.ledger.without(m.uid for m in gang.members), self.holds.usable_by(cluster, key, priority):
+            return place(cluster.ledger, gang)
+
+    def nominated(self, cluster: Cluster, pod: Pod) -> None:
+        """Another scheduler's pod is, or was, to have a place that it has made free."""
+        self.holds.theirs(cluster, pod, self.settings.schedulers)
 
     def makes_room(self, key: str) -> bool:
         """Whether victims are still to go for this gang."""

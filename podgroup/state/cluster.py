@@ -206,6 +206,21 @@ class Cluster:
         reached = {name for name in self.storage.bound_to(pod) if row is not None and reach(self.ledger, name)[row]}
         return self.storage.progress(pod, node, reached & volumes.keys())
 
+    def overfull(self, members: Mapping[str, str]) -> set[str]:
+        """Of the nodes of these planned members (uid -> node), those with too little of what they ask for."""
+        found: set[str] = set()
+        for uid, node in members.items():
+            row, pod = self.ledger.rows.get(node), self.pods.get(uid)
+            if row is not None and pod is not None and node not in found:
+                columns = [self.ledger.columns[r] for r, _ in self.shape(pod).requests if r in self.ledger.columns]
+                if (self.ledger.allocatable[row, columns] < self.ledger.used[row, columns]).any():
+                    found.add(node)
+        return found
+
+    def planned_on(self, node: str) -> set[str]:
+        """The gangs with members that are planned on a node and not bound yet."""
+        return {gang_key(self.pods[uid]) for uid, where in self.planned.items() if where == node and uid in self.pods}
+
     def _choose_volumes(self, pod: Pod, node: str) -> None:
         """A pod that is planned on a node takes its volumes there."""
         uid, claims = pod.metadata.uid, self.storage.open_claims(pod)

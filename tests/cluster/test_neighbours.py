@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from colocate.kube.client import DEFINITIONS, LEASES, Api, path_of
+from colocate.kube.client import DEFINITIONS, LEASES, MERGE, PODS, Api, path_of
 from podgroup.demo.controlplane import ControlPlane
 from podgroup.queue.entry import Settings
-from tests.cluster.conftest import World, leader
+from tests.cluster.conftest import HIGH, World, leader
+from tests.cluster.proxy import Proxy, Request
 from tests.cluster.test_faults import process
 
 UPSTREAM = "scheduler-plugins-scheduler"
@@ -105,3 +106,55 @@ async def test_without_the_option_pods_of_that_name_are_left_alone(world: World)
         await world.pod("ours", cpu=1)
         await world.until_bound("ours")
         assert (await world.status("ray-cluster-pg")).status.phase == ""
+
+
+async def test_the_room_that_kube_scheduler_has_made_free_for_its_pod_is_left_to_it(world: World) -> None:
+    """C07: `nominatedNodeName` is there for other schedulers to read; to a more important gang it does not stand."""
+    await world.node("n", cpu=4, memory="1Gi")
+    await world.pod("shop", cpu=4, spec={"schedulerName": "somebody-else"})
+    nominated = {"status": {"nominatedNodeName": "n"}}
+    path = path_of(PODS, world.namespace, "shop", "status")
+    await world.api.request("PATCH", path, nominated, content_type=MERGE)
+    async with leader(world):
+        await world.group("batch", 4)
+        for i in range(4):
+            await world.pod(f"batch-{i}", "batch", cpu=1)
+        assert (await world.told("batch", "Unschedulable")).startswith("0 of 4 members fit; blocked by cpu")
+        await world.only_bound()
+        await world.pod("urgent", cpu=1, spec={"priorityClassName": HIGH})
+        await world.until_bound("urgent")
+        await world.api.request("PATCH", path, {"status": {"nominatedNodeName": None}}, content_type=MERGE)
+        await world.delete(PODS, "urgent", 0)
+        await world.until_bound(*(f"batch-{i}" for i in range(4)))
+
+
+async def test_members_whose_room_another_scheduler_takes_are_placed_elsewhere(world: World, proxy: Proxy) -> None:
+    """1.8: between the plan and the binds, which the API server is too busy for; nothing is taken back for it."""
+    for name in ("a", "b", "c", "d"):
+        await world.node(name, cpu=2, memory="1Gi")
+    taken = asyncio.Event()
+
+    async def too_busy(request: Request) -> str:
+        return "503" if request.path.endswith("/binding") and not taken.is_set() else "pass"
+
+    proxy.fault = too_busy
+    async with Api.connect(str(proxy.kubeconfig())) as through, leader(World(through, world.namespace)):
+        await world.group("pg", 3)
+        for i in range(3):
+            await world.pod(f"p{i}", "pg", cpu=2)
+
+        async def planned() -> list[str]:
+            return [m.node for m in (await world.plan("pg")).spec.members]
+
+        before = await world.until(planned, "there is a plan")
+        plan = (await world.plan("pg")).spec.plan_id
+        await world.pod("theirs", cpu=2, spec={"schedulerName": "somebody-else", "nodeName": before[2]})
+
+        async def moved() -> bool:
+            return before[2] not in await planned()
+
+        await world.until(moved, "the member is planned elsewhere")
+        taken.set()
+        bound = await world.until_bound("p0", "p1", "p2", "theirs")
+    assert len(set(bound.values())) == 4, "each has a node of its own"
+    assert (await world.plan("pg")).spec.plan_id == plan

@@ -6,7 +6,16 @@ import pytest
 
 from colocate.objects import Claim, ContainerStatus, ObjectMeta, OwnerReference, Pod, PodSpec, PodStatus
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember
-from podgroup.commit.protocol import VOLUME_SECONDS, Bind, BindVolumes, Delete, ReleaseVolumes, advance
+from podgroup.commit.protocol import (
+    VOLUME_SECONDS,
+    Bind,
+    BindVolumes,
+    Delete,
+    ReleaseVolumes,
+    advance,
+    displaced,
+    moved,
+)
 from podgroup.state.gangs import owned
 from podgroup.state.storage import Progress, Todo
 
@@ -50,6 +59,13 @@ def refused(i, **options):
 
 
 ALIVE = {f"n{i}": True for i in range(4)}
+
+
+def there(nodes):
+    """Which nodes are there, and whether they are ready; None for one that has gone."""
+    return {name: ready for name, ready in {**ALIVE, **nodes}.items() if ready is not None}
+
+
 BIND, DELETE = Bind, Delete
 ROWS = {
     "what is unbound is bound": (plan(), [bound(0), waiting(1), waiting(2)], {}, "Binding", [(BIND, 1), (BIND, 2)]),
@@ -93,7 +109,7 @@ ROWS = {
     "a node went away between two binds": (
         plan(),
         [bound(0), waiting(1), waiting(2)],
-        {"n1": False},
+        {"n1": None},
         "RollingBack",
         [],
     ),
@@ -161,6 +177,13 @@ ROWS = {
         "RollingBack",
         [],
     ),
+    "a node that is not ready for a moment is waited for": (
+        plan(),
+        [bound(0), waiting(1), waiting(2)],
+        {"n1": False},
+        "Binding",
+        [(BIND, 2)],
+    ),
     "all gone: the gang waits again": (plan("RollingBack"), [], {}, "Waiting", []),
     "a pod without an owner is never deleted": (plan("RollingBack"), [running(0, owned=False)], {}, "Waiting", []),
     "a plan at rest asks for nothing": (plan("Running"), [running(0)], {}, "Running", []),
@@ -169,12 +192,35 @@ ROWS = {
 
 @pytest.mark.parametrize(("before", "pods", "nodes", "phase", "steps"), ROWS.values(), ids=ROWS.keys())
 def test_one_look(before, pods, nodes, phase, steps):
-    after = advance(before, {p.metadata.uid: p for p in pods}, {**ALIVE, **nodes}, 0, elapsed_seconds=1.0)
+    after = advance(before, {p.metadata.uid: p for p in pods}, there(nodes), 0, elapsed_seconds=1.0)
     assert after.plan.status.phase == phase
     if after.plan is before:
         assert [(type(s), int(s.pod.metadata.name[1:])) for s in after.steps] == steps
     else:
         assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("least", "phase", "members"),
+    [
+        pytest.param(3, "RollingBack", 3, id="of a quorum: all is taken back"),
+        pytest.param(2, "Binding", 2, id="of the surplus: it goes without"),
+    ],
+)
+def test_a_member_whose_room_others_have_taken(least, phase, members):
+    before, pods = plan(least=least), {p.metadata.uid: p for p in [bound(0), waiting(1), waiting(2)]}
+    assert [p.metadata.name for p in displaced(before, pods, ALIVE, {"n2"})] == ["p2"]
+    after = advance(before, pods, ALIVE, 0, 1.0, overfull={"n2"}).plan
+    assert (after.status.phase, len(after.spec.members)) == (phase, members)
+
+
+def test_members_that_can_be_elsewhere_are_moved_there():
+    before, pods = plan(), {p.metadata.uid: p for p in [bound(0), waiting(1), waiting(2)]}
+    gone = displaced(before, pods, there({"n1": None, "n2": False}), set())
+    assert [p.metadata.name for p in gone] == ["p1", "p2"]
+    after = moved(before, {"u1": "n3", "u2": "n3"})
+    assert [m.node for m in after.spec.members] == ["n0", "n3", "n3"]
+    assert displaced(after, pods, ALIVE, set()) == []
 
 
 TODO = Todo(Claim(metadata=ObjectMeta(name="c")), None)
