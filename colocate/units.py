@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated
@@ -123,6 +124,11 @@ def seconds_of(text: str | None) -> float | None:
         return parse_time(text) if text else None
     except ValueError:
         return None
+
+
+def time_text(seconds: float) -> str:
+    """Seconds since the epoch as RFC 3339 in UTC, to the second, as the API server writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_percent(text: str | float) -> float:

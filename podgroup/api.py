@@ -80,6 +80,16 @@ class GangPlanSpec(Lean, frozen=True):
     members: list[PlannedMember] = []
 
 
+class KeptPlace(Lean, frozen=True):
+    """The place of a lost member, kept for the one that replaces it."""
+
+    node: str
+    requests: Quantities = {}
+    until: str = ""
+    failed: bool = False
+    """Whether it was lost by a failure, and not by an end that was asked for."""
+
+
 class Counterfactual(Lean, frozen=True):
     """A change with which the solver places the group."""
 
@@ -99,6 +109,8 @@ class GangPlanStatus(Lean, frozen=True):
     waiting_since: str | None = None
     counterfactuals: list[Counterfactual] = []
     estimate_seconds: tuple[float, float] | None = None
+    kept_places: list[KeptPlace] = []
+    """So that they outlive the controller that keeps them."""
     conditions: list[Condition] = []
     observed_generation: int = 0
 

@@ -7,7 +7,7 @@ back before anything else is done with that pod.
 from __future__ import annotations
 
 import secrets
-from datetime import UTC, datetime
+import time
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ import structlog
 from colocate.kube.client import CLAIMS, EVENTS, MERGE, PODS, STRATEGIC, VOLUMES, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Claim, Condition, PersistentVolume, Pod
+from colocate.units import time_text
 from podgroup.api import PLAN_API, PLANS, POD_GROUP_API, POD_GROUPS, GangPlan, PodGroup, PodGroupStatus
 from podgroup.state.large_plans import compact
 from podgroup.state.volumes import BOUND_BY_US, SELECTED_NODE
@@ -23,18 +24,12 @@ from podgroup.state.volumes import BOUND_BY_US, SELECTED_NODE
 EPOCH = "colocate.io/epoch"
 PLAN = "colocate.io/plan"
 COMPONENT = "colocate-controller"
-TIME = "%Y-%m-%dT%H:%M:%SZ"
 log = structlog.get_logger()
 
 
 def now_text() -> str:
     """The wall clock as the API server writes it."""
-    return datetime.now(UTC).strftime(TIME)
-
-
-def text_of(seconds: float) -> str:
-    """A time in seconds since the epoch, as the API server writes it."""
-    return datetime.fromtimestamp(seconds, UTC).strftime(TIME)
+    return time_text(time.time())
 
 
 class Binder:

@@ -235,9 +235,18 @@ class Controller:
                 wanted = partial(self.queue.makes_room, eviction.key)
                 deletion = self._hands.delete(victim, "PreemptionByScheduler", text, wanted)
                 self._hands.spawn(victim.metadata.uid, deletion)
+        self._write_kept_places()
         self._status.touch_waiting()
         if self.queue.unfinished or self.queue.victims.unfinished:
             self.feed.wake.set()
+
+    def _write_kept_places(self) -> None:
+        """Plans at rest say which places are kept for lost members; the others are written anyhow."""
+        for key in self.feed.lost_members - self._busy.keys():
+            self.feed.lost_members.discard(key)
+            plan = self.cluster.plans.get(key)
+            if plan is not None and plan.status.phase not in CARRIED_ON and self.queue.holds.places(self.cluster, key):
+                self._hands.spawn(key, self._hands.save(key, plan))
 
     def _due(self) -> set[str]:
         """The gangs to be looked at now: a look at ten thousand members takes as long as many binds."""

@@ -19,8 +19,9 @@ from colocate.errors import ColocateError
 from colocate.kube.client import ApiError, Unreachable
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, ObjectMeta, Pod
+from colocate.units import time_text
 from podgroup.api import GangPlan, GangPlanStatus, PodGroup, PodGroupStatus
-from podgroup.controller.binder import Binder, now_text, text_of
+from podgroup.controller.binder import Binder, now_text
 from podgroup.controller.watches import now_seconds
 from podgroup.queue.queue import Queue, Waiting
 from podgroup.state.cluster import CARRIED_ON, Cluster
@@ -242,7 +243,7 @@ class StatusWriter:
             reason=memory.reason,
             message=memory.message,
             position=self._positions.get(key, 0),
-            waiting_since=text_of(memory.since),
+            waiting_since=time_text(memory.since),
             observed_generation=group.metadata.generation if group is not None else 0,
         )
         await self._save(key, status)

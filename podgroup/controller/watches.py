@@ -59,6 +59,8 @@ class Feed:
         self.dirty: set[str] = set()
         self.lost_nodes = LostNodes(queue.settings)
         """Nodes that have been deleted and not been looked at since."""
+        self.lost_members: set[str] = set()
+        """Gangs that have lost a member since: the place that is kept is to be written down."""
         self.wake = asyncio.Event()
         self.busy: dict[str, float] = {}
         """uids of pods and keys of plans that a write is under way for -> when it began."""
@@ -124,6 +126,7 @@ class Feed:
         failed = now is not None and now.status.phase == "Failed" and not rejected(now)
         if holding is not None and (now is None or failed):
             self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
+            self.lost_members.add(key)
         if now is None or now.spec.node_name:
             self.busy.pop(uid, None)
         if pod.status.nominated_node_name or (known is not None and known.status.nominated_node_name):

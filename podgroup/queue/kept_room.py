@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from colocate.objects import Pod
+from colocate.objects import Pod, Quantities
+from colocate.units import seconds_of, time_text
+from podgroup.api import KeptPlace
 from podgroup.solve.question import Placed
 from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
-from podgroup.state.shape import Shape
+from podgroup.state.shape import Shape, amounts
 
 SLOT, NOMINATED, THEIRS = "slot:", "nominated:", "theirs:"
 
@@ -39,6 +41,25 @@ class Holds:
     def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float, failed: bool) -> None:
         """The place of a member that was lost is kept for the one that replaces it."""
         self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed=failed), lost)
+
+    def places(self, cluster: Cluster, key: str) -> list[KeptPlace]:
+        """The places of lost members of a gang, as its plan says them."""
+        found = []
+        for hold in self._holds:
+            holding = cluster.ledger.holdings.get(hold.uid) if (hold.key, hold.kind) == (key, SLOT) else None
+            if holding is not None:
+                requests: Quantities = {r: f"{a}m" if r == "cpu" else a for r, a in holding.shape.requests}
+                found.append(KeptPlace(holding.node, requests, time_text(hold.until), hold.failed))
+        return found
+
+    def restore(self, cluster: Cluster, key: str, places: list[KeptPlace], now: float) -> None:
+        """What a former leader kept."""
+        for i, place in enumerate(places):
+            until = seconds_of(place.until) or 0.0
+            if until > now:
+                shape = Shape(requests=tuple(sorted(amounts(place.requests).items())))
+                lost = Holding(f"{key}/{i}", "", key.partition("/")[0], place.node, shape, {})
+                self.keep_slot(cluster, lost, key, until, place.failed)
 
     def failed(self, key: str) -> bool:
         """Whether a place is kept for this gang since one of its members failed."""

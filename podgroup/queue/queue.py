@@ -304,6 +304,8 @@ class Queue:
             made = [seconds_of(p.metadata.creation_timestamp) or now for p in pods]
             created = sort_members(pods, self.settings.schedulers).created
             self.waiting[key] = Waiting(since=since, members_at=min(max(made, default=now), now), created=created)
+            if plan is not None:
+                self.holds.restore(cluster, key, plan.status.kept_places, now)
 
     def next_look(self, now: float) -> float | None:
         """In how many seconds a gang must be looked at although nothing changes; None if none."""

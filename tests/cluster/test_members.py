@@ -506,3 +506,35 @@ async def test_a_verb_that_is_forbidden_is_named(world: World, limited: Api) -> 
         (condition,) = await world.until(named, "the forbidden verb is named")
         assert 'cannot create resource "pods/binding"' in condition.message
         await world.only_bound()
+
+
+async def test_the_place_of_a_lost_member_outlives_the_leader_that_keeps_it(world: World) -> None:
+    """1.9: who comes after it reads it in the plan; a gang that waits does not get it."""
+    for i in range(2):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    await world.group("pg", 2)
+    for i in range(2):
+        await world.pod(f"p{i}", "pg", cpu=1)
+
+    async def started() -> bool:
+        return (await world.plan("pg")).status.reason == "Started"
+
+    async def kept() -> list[str]:
+        return [place.node for place in (await world.plan("pg")).status.kept_places]
+
+    async def waits() -> bool:
+        return any(c.status == "False" for c in (await world.pods())["newcomer"].status.conditions)
+
+    async def replaced() -> bool:
+        return (await world.bound()).get("again") == bound["p1"]
+
+    async with leader(world, lease_seconds=1.0):
+        bound = await world.until_bound("p0", "p1")
+        await world.until(started, "the gang runs")
+        await world.set_phase("p1", "Failed")
+        assert await world.until(kept, "its place is kept") == [bound["p1"]]
+    await world.pod("newcomer", cpu=1)
+    async with leader(world):
+        await world.until(waits, "the newcomer waits")
+        await world.pod("again", "pg", cpu=1)
+        await world.until(replaced, "the replacement has the place")
