@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -124,6 +125,12 @@ def seconds_of(text: str | None) -> float | None:
         return parse_time(text) if text else None
     except ValueError:
         return None
+
+
+def age_of(text: str | None) -> float:
+    """Seconds since a time in RFC 3339; for ever if it is none."""
+    began = seconds_of(text)
+    return time.time() - began if began is not None else float("inf")
 
 
 def time_text(seconds: float) -> str:

@@ -97,6 +97,17 @@ class Counterfactual(Lean, frozen=True):
     proven: bool = True
 
 
+class Advice(Lean, frozen=True):
+    """What would let a gang start that does not fit, and when it may."""
+
+    given: str | None = None
+    counterfactuals: list[Counterfactual] = []
+    estimate_seconds: tuple[float, float] | None = None
+    """From when it was given to the gang's start: (earliest, latest); None if that is not known."""
+    fits_when_empty: bool = True
+    """Whether it could start if everything else ended."""
+
+
 class GangPlanStatus(Lean, frozen=True):
     """Why the group waits, or how far its start has come."""
 
@@ -107,8 +118,7 @@ class GangPlanStatus(Lean, frozen=True):
     position: int = 0
     """In the queue, from 1; 0 while it does not wait."""
     waiting_since: str | None = None
-    counterfactuals: list[Counterfactual] = []
-    estimate_seconds: tuple[float, float] | None = None
+    advice: Advice | None = None
     kept_places: list[KeptPlace] = []
     """So that they outlive the controller that keeps them."""
     conditions: list[Condition] = []

@@ -7,7 +7,9 @@ from colocate.cli.options import Add, cluster, duration, positive, snapshot, tab
 
 def add_commands(add: Add) -> None:
     """controller, queue, what-if, snapshot."""
-    controller = add("controller", "podgroup.commands:controller", "Gang scheduling: the controller of a cluster")
+    controller = add(
+        "controller", "podgroup.controller.process:controller", "Gang scheduling: the controller of a cluster"
+    )
     cluster(controller)
     controller.add_argument("--scheduler-name", default="colocate", help="the pods we bind (default: colocate)")
     controller.add_argument(
@@ -35,13 +37,17 @@ def add_commands(add: Add) -> None:
 
     queue = add("queue", "podgroup.commands:queue", "The gangs that wait: position, since when, and why")
     cluster(queue)
-    queue.add_argument("-n", "--namespace", default="", help="only this namespace")
+    whose = queue.add_mutually_exclusive_group()
+    whose.add_argument("-n", "--namespace", default="", help="default: the context's")
+    whose.add_argument("-A", "--all-namespaces", action="store_true", help="of all namespaces")
     table_form(queue)
 
     what_if = add(
         "what-if", "podgroup.commands:what_if", "Whether a job would start now, and where: the same solver, read-only"
     )
-    what_if.add_argument("-f", "--file", required=True, help="the job's manifest, YAML")
+    what_if.add_argument(
+        "-f", "--file", action="append", required=True, help="the job's manifest, YAML; several are one question"
+    )
     snapshot(what_if)
     table_form(what_if)
 

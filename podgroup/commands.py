@@ -1,26 +1,17 @@
-"""controller, queue, explain podgroup, what-if, snapshot, demo gang: the commands about a cluster."""
+"""queue, explain podgroup, what-if, snapshot, replay, demo gang: the commands about a cluster."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
-import socket
 import sys
 import tempfile
-import uuid
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 import yaml
-from aiohttp import web
 
-from colocate.cli.logs import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.errors import BadInput
 from colocate.kube.client import (
@@ -30,7 +21,6 @@ from colocate.kube.client import (
     CLASSES,
     CSI_DRIVERS,
     CSI_NODES,
-    LEASES,
     NAMESPACES,
     NODES,
     PODS,
@@ -39,17 +29,14 @@ from colocate.kube.client import (
     VOLUMES,
     Api,
     ApiError,
-    Unreachable,
     path_of,
 )
-from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import (
     Claim,
     CsiDriver,
     CsiNode,
     CsiStorageCapacity,
     DisruptionBudget,
-    Lease,
     Namespace,
     Node,
     PersistentVolume,
@@ -58,144 +45,29 @@ from colocate.objects import (
     StorageClass,
     VolumeAttachment,
 )
-from colocate.units import format_duration
-from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
+from colocate.units import age_of, format_duration
+from podgroup.api import PLANS, POD_GROUPS, Advice, GangPlan, PodGroup
 from podgroup.controller.binder import now_text
-from podgroup.controller.loop import Controller
-from podgroup.controller.watches import now_seconds
-from podgroup.explain.manifests import pods_of
-from podgroup.explain.snapshot import KIND, VERSION, ClusterSnapshot, Explanation, Verdict, decide, explain, load
+from podgroup.explain.manifests import Manifest, pods_of
+from podgroup.explain.snapshot import (
+    KIND,
+    VERSION,
+    ClusterSnapshot,
+    Explanation,
+    Outcome,
+    Verdict,
+    decide,
+    explain,
+    load,
+)
 from podgroup.explain.snapshot import what_if as ask
 from podgroup.queue.entry import Settings
-from podgroup.queue.queue import PlaceInTurn, Queue
 
-SILENT_SECONDS = 120.0
+ADVICE_ATTEMPTS = 25
+"""Of a fifth of a second: who has just begun to wait is advised soon."""
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 """What the parser raises for a text that is none."""
-UPSTREAM = "scheduler-plugins-scheduler"
-UPSTREAM_LEASES = (UPSTREAM, "sig-scheduling")
-log = structlog.get_logger()
 T = TypeVar("T")
-
-
-def controller(options: argparse.Namespace) -> int:
-    """Lead, or wait to; until SIGTERM."""
-    configure_logs()
-    return asyncio.run(_controller(options))
-
-
-async def _controller(options: argparse.Namespace) -> int:
-    if options.lease_duration < 1:
-        raise BadInput(f"--lease-duration: {options.lease_duration:g} s is too short: at least 1 s")
-    names = {options.scheduler_name, *options.also_answer_to}
-    settings = Settings(
-        schedulers=tuple(sorted(names)),
-        timeout_seconds=options.timeout,
-        node_loss_grace_seconds=options.node_loss_grace,
-    )
-    identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    compiling = asyncio.ensure_future(asyncio.to_thread(_compiled))  # it leads meanwhile, and decides one by one
-    async with Api.connect(options.kubeconfig, options.context) as api:
-        if UPSTREAM in names:
-            await _refuse_beside_upstream(api)
-        health = Health()
-        runner = await health.serve(options.http)
-        while not stop.is_set():
-            election = Election(api, options.lease_namespace, options.lease_name, identity, options.lease_duration)
-            health.controller = Controller(api, settings, election, compiling.result() if compiling.done() else None)
-            compiling.add_done_callback(partial(_use, health.controller.queue))
-            leading = asyncio.ensure_future(election.lead(health.controller.run))
-            stopped = asyncio.ensure_future(stop.wait())
-            await asyncio.wait([leading, stopped], return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-            leading.cancel()
-            try:
-                await leading
-            except asyncio.CancelledError:
-                continue
-            except (LeadershipLost, ApiError, Unreachable) as lost:
-                log.warning("leadership_lost", error=str(lost))
-                await asyncio.sleep(1.0)
-        if runner is not None:
-            await runner.cleanup()
-    return 0
-
-
-def _compiled() -> PlaceInTurn | None:
-    """The compiled solver of simple gangs; None where numba is not usable, and they are decided one by one."""
-    try:
-        from podgroup.solve import sequence
-
-        sequence.compile_all()
-    except (ImportError, RuntimeError, OSError) as error:
-        log.warning("kernels_not_compiled", error=str(error))
-        return None
-    return sequence.place_in_turn
-
-
-def _use(queue: Queue, compiled: asyncio.Future[PlaceInTurn | None]) -> None:
-    if not compiled.cancelled() and compiled.exception() is None:
-        queue.place_in_turn = compiled.result()
-
-
-class Health:
-    """/metrics, /healthz and /readyz of a controller that leads or stands by."""
-
-    def __init__(self) -> None:
-        self.controller: Controller | None = None
-
-    async def serve(self, address: str) -> web.AppRunner | None:
-        """Listen on `HOST:PORT`; nothing if that is empty. Raises BadInput."""
-        if not address:
-            return None
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
-            raise BadInput(f"--http: {address!r} is not HOST:PORT")
-        app = web.Application()
-        for path, handler in (("/metrics", self._metrics), ("/healthz", self._healthz), ("/readyz", self._readyz)):
-            app.router.add_get(path, handler)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, host, int(port)).start()
-        except OSError as error:
-            await runner.cleanup()
-            raise BadInput(f"--http: {address} cannot be listened on: {os.strerror(error.errno or 0)}") from error
-        return runner
-
-    async def _metrics(self, _: web.Request) -> web.Response:
-        text = self.controller.metrics.text(self.controller.queue) if self.controller is not None else b""
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    async def _healthz(self, _: web.Request) -> web.Response:
-        """A leader that decides, or somebody who stands by."""
-        alive = self.controller.alive_at if self.controller is not None else None
-        silent = 0.0 if alive is None else now_seconds() - alive
-        return web.Response(status=200 if silent < SILENT_SECONDS else 500, text=f"last decision {silent:.1f} s ago\n")
-
-    async def _readyz(self, _: web.Request) -> web.Response:
-        leads = self.controller is not None and self.controller.synced
-        return web.Response(text="leading\n" if leads else "standing by\n")
-
-
-async def _refuse_beside_upstream(api: Api) -> None:
-    """Two schedulers of one name would split gangs between them."""
-    for lease in await api.all(Lease, LEASES):
-        meta, spec = lease.metadata, lease.spec
-        alive = bool(spec.holder_identity) and _age(spec.renew_time) < (spec.lease_duration_seconds or 15)
-        if meta.name in UPSTREAM_LEASES and alive:
-            raise BadInput(
-                f"--also-answer-to {UPSTREAM}: that scheduler is alive (lease {meta.namespace}/{meta.name}, held by "
-                f"{spec.holder_identity}); stop it first"
-            )
-
-
-def _age(text: str | None) -> float:
-    """Seconds since a time of the API server; for ever if it is not known."""
-    return (datetime.now(UTC) - datetime.fromisoformat(text)).total_seconds() if text else float("inf")
 
 
 def queue(options: argparse.Namespace) -> int:
@@ -205,8 +77,8 @@ def queue(options: argparse.Namespace) -> int:
 
 async def _queue(options: argparse.Namespace) -> int:
     async with Api.connect(options.kubeconfig, options.context) as api:
-        path = path_of(PLANS, options.namespace) if options.namespace else PLANS
-        plans = await api.all(GangPlan, path)
+        namespace = "" if options.all_namespaces else options.namespace or api.namespace
+        plans = await api.all(GangPlan, path_of(PLANS, namespace) if namespace else PLANS)
     waiting = [p for p in plans if p.status.waits]
     waiting.sort(key=lambda p: (p.status.position or 1 << 30, p.status.waiting_since or "", p.metadata.name))
     if options.output in DATA_FORMS:
@@ -217,14 +89,28 @@ async def _queue(options: argparse.Namespace) -> int:
             str(p.status.position or "-"),
             p.metadata.namespace,
             p.metadata.name,
-            format_duration(_age(p.status.waiting_since)),
+            format_duration(age_of(p.status.waiting_since)),
+            _starts(p.status.advice),
             p.status.reason,
             p.status.message,
         )
         for p in waiting
     ]
-    print_table(("position", "namespace", "podgroup", "waiting", "reason", "message"), rows)
+    print_table(("position", "namespace", "podgroup", "waiting", "starts", "reason", "message"), rows)
+    if not rows and namespace:
+        print(f"no gang waits in namespace {namespace}; -A asks about all", file=sys.stderr)
     return 0
+
+
+def _starts(advice: Advice | None) -> str:
+    """When a gang may start, as of now."""
+    if advice is not None and not advice.fits_when_empty:
+        return "never"
+    if advice is None or advice.estimate_seconds is None:
+        return "-"
+    age = age_of(advice.given) if advice.given else 0.0
+    low, high = (format_duration(max(seconds - age, 0.0)) for seconds in advice.estimate_seconds)
+    return high if low == high else f"{low} to {high}"
 
 
 def _row(plan: GangPlan) -> dict[str, Any]:
@@ -280,14 +166,14 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
     return msgspec.structs.replace(snapshot, verdicts=decide(snapshot))
 
 
-def _read(options: argparse.Namespace) -> ClusterSnapshot:
-    """--snapshot, or the live cluster."""
+def _read(options: argparse.Namespace) -> tuple[ClusterSnapshot, str]:
+    """--snapshot, or the live cluster; and the namespace that is meant."""
     if options.snapshot:
-        return _load(_file(options.snapshot))
+        return _load(_file(options.snapshot)), options.namespace or "default"
 
-    async def live() -> ClusterSnapshot:
+    async def live() -> tuple[ClusterSnapshot, str]:
         async with Api.connect(options.kubeconfig, options.context) as api:
-            return await _take(api, Settings(schedulers=(options.scheduler_name,)))
+            return await _take(api, Settings(schedulers=(options.scheduler_name,))), options.namespace or api.namespace
 
     return asyncio.run(live())
 
@@ -316,7 +202,7 @@ def _file(given: str) -> Path:
 def snapshot(options: argparse.Namespace) -> int:
     """Write the cluster as it is to a file."""
     path = check_file("--file", options.file)
-    taken = _read(options)
+    taken, _ = _read(options)
     try:
         path.write_bytes(msgspec.json.encode(taken) + b"\n")
     except OSError as error:
@@ -364,18 +250,12 @@ _Loader.yaml_implicit_resolvers = {
 
 def what_if(options: argparse.Namespace) -> int:
     """Exit 0 if everything asked about would start at once, 1 if not."""
-    try:
-        text = sys.stdin.read() if options.file == "-" else _bytes(_file(options.file)).decode()
-        manifests = list(yaml.load_all(text, Loader=_Loader))
-    except NOT_YAML as error:
-        raise BadInput(f"{options.file}: not YAML: {' '.join(str(error).split())}") from error
-    taken = _read(options)
-    try:
-        schedulers = taken.settings.schedulers
-        pods, groups = pods_of(manifests, options.namespace or "default", schedulers, taken.taken, taken.classes)
-    except BadInput as error:
-        raise BadInput(f"{options.file}: {error}") from error
-    verdicts = ask(taken, pods, groups)
+    manifests = [one for file in options.file for one in _manifests(file)]
+    taken, namespace = _read(options)
+    asked = pods_of(manifests, namespace, taken.settings.schedulers, taken.taken, taken.classes)
+    for text in asked.passed_over:
+        print(text, file=sys.stderr)
+    verdicts = ask(taken, asked.pods, asked.groups)
     if options.output in DATA_FORMS:
         print_data(verdicts, options.output)
     else:
@@ -383,12 +263,73 @@ def what_if(options: argparse.Namespace) -> int:
     return 0 if all(v.outcome == "Start" and v.surplus <= 0 for v in verdicts) else 1
 
 
+def _manifests(given: str) -> list[Manifest]:
+    """The documents of a file, of standard input, or of the YAML files of a folder, as kubectl reads them."""
+    if given == "-":
+        return _documents("standard input", sys.stdin.read())
+    if Path(given).is_dir():
+        files = sorted(f for f in Path(given).iterdir() if f.suffix in (".yaml", ".yml", ".json"))
+        if not files:
+            raise BadInput(f"{given}: no .yaml, .yml or .json file is in this folder")
+        return [one for file in files for one in _manifests(str(file))]
+    try:
+        text = _bytes(_file(given)).decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{given}: not YAML: {error}") from error
+    return _documents(given, text)
+
+
+def _documents(where: str, text: str) -> list[Manifest]:
+    try:
+        return [Manifest(where, i + 1, one) for i, one in enumerate(yaml.load_all(text, Loader=_Loader))]
+    except NOT_YAML as error:
+        raise BadInput(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
 def explain_group(options: argparse.Namespace) -> int:
-    """Why a PodGroup waits, and what would change that."""
+    """Why a PodGroup waits, and what would change that: as the controller says, or decided anew."""
     if len(options.workload) != 2:
         raise BadInput("explain podgroup: name one: colocate explain podgroup NAME [-n NAMESPACE]")
-    key = f"{options.namespace or 'default'}/{options.workload[1]}"
-    taken = _read(options)
+    name = options.workload[1]
+    said = None if options.snapshot or options.anew else asyncio.run(_said(options, name))
+    key, found = said if said is not None else _decided_anew(options, name)
+    if options.output in DATA_FORMS:
+        print_data(found, options.output)
+    elif found.verdict.outcome == "Rest":
+        print(f"{key} does not wait: {found.verdict.message}")
+    else:
+        _print_explanation(found)
+    return 0
+
+
+async def _said(options: argparse.Namespace, name: str) -> tuple[str, Explanation] | None:
+    """What the controller says in the gang's plan, for which one's own namespace is enough; None if it says nothing."""
+    async with Api.connect(options.kubeconfig, options.context) as api:
+        namespace = options.namespace or api.namespace
+        groups = {g.metadata.name for g in await api.all(PodGroup, path_of(POD_GROUPS, namespace))}
+        if name not in groups:
+            raise BadInput(f"no PodGroup {namespace}/{name}; known: {', '.join(sorted(groups)) or 'none'}")
+        status = None
+        for _ in range(ADVICE_ATTEMPTS):
+            try:
+                status = (await api.get(GangPlan, path_of(PLANS, namespace, name))).status
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+            if status is not None and (status.reason != "Unschedulable" or status.advice is not None):
+                break
+            await asyncio.sleep(0.2)
+    if status is None or not status.reason:
+        return None
+    key = f"{namespace}/{name}"
+    outcome: Outcome = "Preempt" if status.reason == "WaitingForPreemption" else "Wait" if status.waits else "Rest"
+    verdict = Verdict(gang=key, outcome=outcome, reason=status.reason, message=status.message)
+    return key, Explanation(verdict=verdict, position=status.position, advice=status.advice)
+
+
+def _decided_anew(options: argparse.Namespace, name: str) -> tuple[str, Explanation]:
+    taken, namespace = _read(options)
+    key = f"{namespace}/{name}"
     found = explain(taken, key)
     groups = {f"{g.metadata.namespace}/{g.metadata.name}": g for g in taken.groups}
     if found is None and key not in groups:
@@ -396,33 +337,29 @@ def explain_group(options: argparse.Namespace) -> int:
     if found is None:
         plan = next((p for p in taken.plans if f"{p.metadata.namespace}/{p.metadata.name}" == key), None)
         text = plan.status.message if plan is not None else groups[key].status.phase
-        found = Explanation(Verdict(gang=key, outcome="Rest", message=text), 0, [], None)
-    if options.output in DATA_FORMS:
-        print_data(found, options.output)
-    elif found.verdict.outcome == "Rest":
-        print(f"{key} does not wait: {found.verdict.message}")
-    else:
-        _print_explanation(found, len(taken.verdicts))
-    return 0
+        found = Explanation(verdict=Verdict(gang=key, outcome="Rest", message=text), position=0, advice=None)
+    return key, found
 
 
-def _print_explanation(found: Explanation, waiting: int) -> None:
-    verdict = found.verdict
+def _print_explanation(found: Explanation) -> None:
+    verdict, advice = found.verdict, found.advice
     reason = f" ({verdict.reason})" if verdict.reason else ""
-    print(f"{verdict.gang}: {verdict.outcome}{reason}, {found.position} of {waiting}")
+    print(f"{verdict.gang}: {verdict.outcome}{reason}" + (f", position {found.position}" if found.position else ""))
     print(f"  {_verdict(verdict)[3]}")
-    for change in found.counterfactuals:
+    if advice is None:
+        if verdict.reason == "Unschedulable":
+            print("  what would let it start has not been worked out yet: --anew does that from the whole cluster")
+        return
+    for change in advice.counterfactuals:
         print(f"  it would start if {change.change}")
-    if not found.fits_when_empty:
+    if not advice.fits_when_empty:
         print("  it would not fit even if everything else ended")
-    elif found.estimate_seconds is not None:
-        low, high = (format_duration(s) for s in found.estimate_seconds)
-        if not found.estimate_seconds[0]:  # of the least nothing is known
-            print(f"  as others end, it starts within {high}")
-        else:
-            print(f"  as others end, it starts in {low}" + (f" to {high}" if high != low else ""))
-    elif verdict.outcome == "Wait" and verdict.reason == "Unschedulable":
+    elif advice.estimate_seconds is None:
         print("  when it starts is not known: too little is known of how long the others run")
+    elif not advice.estimate_seconds[0]:  # of the least nothing is known
+        print(f"  as others end, it starts within {format_duration(advice.estimate_seconds[1])}")
+    else:
+        print(f"  as others end, it starts in {_starts(advice)}")
 
 
 def demo_gang(options: argparse.Namespace) -> int:

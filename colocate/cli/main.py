@@ -99,6 +99,9 @@ def _add_node(add: Add) -> None:
 
     explain = add("explain", "colocate.cli.watch:explain", "Why the node is as it is, or why a PodGroup waits")
     explain.add_argument("workload", nargs="*", help="only this service or job; or: podgroup NAME")
+    explain.add_argument(
+        "--anew", action="store_true", help="of a PodGroup: decide it anew from the whole cluster, which you may list"
+    )
     snapshot(explain)
     table_form(explain)
     socket(explain)

@@ -71,5 +71,5 @@ def snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
         parser.set_defaults(snapshot=None)
     else:
         parser.add_argument("--snapshot", help="a file of `colocate snapshot`, in place of the live cluster")
-        parser.add_argument("-n", "--namespace", default="", help="default: default")
+        parser.add_argument("-n", "--namespace", default="", help="default: the context's")
     parser.add_argument("--scheduler-name", default="colocate", help="whose pods are decided (default: colocate)")

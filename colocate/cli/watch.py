@@ -156,7 +156,11 @@ def _print_top(data: dict[str, Any], wide: bool) -> None:
 
 def explain(options: argparse.Namespace) -> int:
     """Of this node, or of what an entry point stands for: a PodGroup."""
-    for kind in entry_points(group="colocate.explain", name=options.workload[0]) if options.workload else ():
+    named = options.workload[:1]
+    if len(options.workload) == 1 and "/" in named[0]:  # TYPE/NAME
+        named = named[0].split("/", 1)
+    for kind in entry_points(group="colocate.explain", name=named[0]) if named else ():
+        options.workload = [*named, *options.workload[1:]]
         return int(kind.load()(options))
     if len(options.workload) > 1:
         raise BadInput(f"explain takes one service or job, or podgroup NAME, not {' '.join(options.workload)!r}")

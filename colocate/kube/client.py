@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -19,7 +20,7 @@ import msgspec
 import structlog
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
-from kubernetes.aio.config import load_incluster_config, load_kube_config
+from kubernetes.aio.config import list_kube_config_contexts, load_incluster_config, load_kube_config
 
 from colocate.errors import BadInput, ColocateError
 from colocate.objects import Lean, ObjectMeta
@@ -104,6 +105,8 @@ class Api:
         configuration.retries = None
         self._client = ApiClient(configuration)
         self.server: str = configuration.host
+        self.namespace = "default"
+        """The context's, or the pod's."""
 
     @classmethod
     @asynccontextmanager
@@ -124,6 +127,7 @@ class Api:
             if not configuration.host.startswith(("http://", "https://")):
                 raise ValueError(f"cluster.server is {configuration.host!r}, not a URL")
             api = cls(configuration, None if inside else read)
+            api.namespace = _namespace(named, context, inside) or api.namespace
         except Exception as error:
             said = " ".join(str(error).split())
             raise BadInput(f"the kubeconfig {named or '~/.kube/config'} cannot be used: {said}") from error
@@ -243,6 +247,15 @@ class Api:
         )
         response: aiohttp.ClientResponse = answer.response
         return response
+
+
+def _namespace(kubeconfig: str | None, context: str | None, inside: bool) -> str:
+    if inside:
+        file = Path(SERVICE_ACCOUNT).with_name("namespace")
+        return file.read_text().strip() if file.exists() else ""
+    contexts, active = list_kube_config_contexts(kubeconfig or None)  # type: ignore[no-untyped-call]
+    chosen = next((c for c in contexts if c["name"] == context), active)
+    return str(chosen["context"].get("namespace") or "")
 
 
 def _error(response: aiohttp.ClientResponse, content: bytes) -> ApiError:

@@ -36,6 +36,7 @@ from podgroup.commit.protocol import (
     moved,
     take_back,
 )
+from podgroup.controller.advisor import Advisor
 from podgroup.controller.binder import EPOCH, Binder, now_text
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
@@ -134,6 +135,7 @@ class Controller:
                 self.queue.remember(self.cluster, now_seconds())
                 self._status.conditions = await self._schema_has_conditions()
                 self._tasks.create_task(self._status.run(self._hands.binder))
+                self._tasks.create_task(Advisor(self.cluster, self.queue, self._status.advise).run())
                 while True:
                     await self._decide()
         except* LeadershipLost as lost:

@@ -20,7 +20,7 @@ from colocate.kube.client import ApiError, Unreachable
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Condition, ObjectMeta, Pod
 from colocate.units import time_text
-from podgroup.api import GangPlan, GangPlanStatus, PodGroup, PodGroupStatus
+from podgroup.api import Advice, GangPlan, GangPlanStatus, PodGroup, PodGroupStatus
 from podgroup.controller.binder import Binder, now_text
 from podgroup.controller.watches import now_seconds
 from podgroup.queue.queue import Queue, Waiting
@@ -58,8 +58,17 @@ class StatusWriter:
         self._told_pods: dict[str, tuple[str, str]] = {}
         self._heard: dict[str, str] = {}
         """Gang -> the reason of its last Event."""
+        self._advice: dict[str, Advice] = {}
         self._retold: dict[str, float] = {}
         """Gang -> when its pods were last told."""
+
+    def advise(self, key: str, advice: Advice) -> None:
+        """What would let a gang start: written with why it waits."""
+        before = self._advice.get(key)
+        self._advice[key] = advice
+        if before is None or msgspec.structs.replace(before, given=advice.given) != advice:
+            self._told.pop(key, None)
+            self._touched[key] = None
 
     def touch(self, key: str) -> None:
         """Something about this gang may have changed."""
@@ -222,6 +231,7 @@ class StatusWriter:
         known = self._cluster.groups.keys() | self._cluster.members.keys()
         self._written = {key: at for key, at in self._written.items() if key in known}
         self._retold = {key: at for key, at in self._retold.items() if key in known}
+        self._advice = {key: advice for key, advice in self._advice.items() if key in self._queue.waiting}
 
     def _about(self, key: str) -> PodGroup | Pod | None:
         """The object that a gang's users look at."""
@@ -244,6 +254,7 @@ class StatusWriter:
             message=memory.message,
             position=self._positions.get(key, 0),
             waiting_since=time_text(memory.since),
+            advice=self._advice.get(key) if memory.reason == "Unschedulable" else None,
             observed_generation=group.metadata.generation if group is not None else 0,
         )
         await self._save(key, status)

@@ -23,15 +23,19 @@ SYSTEM = "node.kubernetes.io/"
 replace = msgspec.structs.replace
 
 
+Step = Iterator[str | None]
+"""One question to the solver at a time, the cluster as before after each: a change that is proven, or None."""
+
+
 def counterfactuals(
     cluster: Cluster, gang: Gang, satisfied: int, owed_without: Callable[[str], tuple[Debt, ...]]
-) -> list[Counterfactual]:
-    """The cheapest changes with which the gang starts, at most `MAX_FOUND`; the cluster is as before afterwards.
+) -> Iterator[Counterfactual | None]:
+    """The cheapest changes with which the gang starts, at most `MAX_FOUND`, found step by step.
 
     `satisfied` members of the quorum run or have completed; `owed_without(key)` is what must be left to others if that
     gang has ended.
     """
-    found: list[Counterfactual] = []
+    found = 0
     for changes in (
         _smaller(cluster.ledger, gang, satisfied),
         _uncordoned(cluster.ledger, gang),
@@ -41,29 +45,28 @@ def counterfactuals(
         _more_nodes(cluster.ledger, gang),
     ):
         for change in changes:
-            found.append(Counterfactual(change=change))
-            if len(found) == MAX_FOUND:
-                return found
-    return found
+            yield Counterfactual(change=change) if change is not None else None
+            found += change is not None
+            if found == MAX_FOUND:
+                return
 
 
-def _smaller(ledger: Ledger, gang: Gang, satisfied: int) -> Iterator[str]:
+def _smaller(ledger: Ledger, gang: Gang, satisfied: int) -> Step:
     fit = most_that_fit(ledger, gang)
     if 0 < fit < gang.quorum and place(ledger, gang._replace(quorum=fit, reserve={})) is not None:
         yield f"minMember were {satisfied + fit} instead of {satisfied + gang.quorum}"
 
 
-def _uncordoned(ledger: Ledger, gang: Gang) -> Iterator[str]:
+def _uncordoned(ledger: Ledger, gang: Gang) -> Step:
     cordoned = [node for node in ledger.nodes() if node.spec.unschedulable][:MAX_TRIED]
     for node in cordoned:
         taints = [t for t in node.spec.taints if t.key != UNSCHEDULABLE.key]
-        ledger.set_node(replace(node, spec=replace(node.spec, unschedulable=False, taints=taints)))
-        if place(ledger, gang) is not None:
-            yield f"node {node.metadata.name} is uncordoned"
-        ledger.set_node(node)
+        with ledger.as_if(replace(node, spec=replace(node.spec, unschedulable=False, taints=taints))):
+            placed = place(ledger, gang)
+        yield f"node {node.metadata.name} is uncordoned" if placed is not None else None
 
 
-def _tolerated(ledger: Ledger, gang: Gang) -> Iterator[str]:
+def _tolerated(ledger: Ledger, gang: Gang) -> Step:
     taints: dict[Taint, None] = {}
     for node in ledger.nodes():
         taints.update(
@@ -72,9 +75,9 @@ def _tolerated(ledger: Ledger, gang: Gang) -> Iterator[str]:
     for taint in list(taints)[:MAX_TRIED]:
         toleration = Toleration(key=taint.key, operator="Equal", value=taint.value, effect=taint.effect)
         members = tuple(_tolerating(m, toleration) for m in gang.members)
-        if place(ledger, gang._replace(members=members)) is not None:
-            value = f"={taint.value}" if taint.value else ""
-            yield f"its pods tolerate the taint {taint.key}{value}:{taint.effect}"
+        placed = place(ledger, gang._replace(members=members))
+        value = f"={taint.value}" if taint.value else ""
+        yield f"its pods tolerate the taint {taint.key}{value}:{taint.effect}" if placed is not None else None
 
 
 def _tolerating(member: Member, toleration: Toleration) -> Member:
@@ -82,12 +85,12 @@ def _tolerating(member: Member, toleration: Toleration) -> Member:
     return member._replace(shape=shape)
 
 
-def _anywhere(ledger: Ledger, gang: Gang) -> Iterator[str]:
+def _anywhere(ledger: Ledger, gang: Gang) -> Step:
     if gang.required_topology and place(ledger, gang._replace(required_topology="")) is not None:
         yield f"it is not required to be within one {gang.required_topology}"
 
 
-def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], tuple[Debt, ...]]) -> Iterator[str]:
+def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], tuple[Debt, ...]]) -> Step:
     """One other gang has ended; those with the fewest pods first."""
     gangs: dict[str, list[str]] = {}
     for uid in cluster.ledger.holdings:
@@ -96,11 +99,10 @@ def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], 
     for key, uids in sorted(gangs.items(), key=lambda g: (len(g[1]), g[0]))[:MAX_TRIED]:
         with cluster.ledger.without(uids):
             placed = place(cluster.ledger, gang._replace(leave=owed_without(key)))
-        if placed is not None:
-            yield f"{key.replace('pod:', '')} ends ({len(uids)} pods)"
+        yield f"{key.replace('pod:', '')} ends ({len(uids)} pods)" if placed is not None else None
 
 
-def _more_nodes(ledger: Ledger, gang: Gang) -> Iterator[str]:
+def _more_nodes(ledger: Ledger, gang: Gang) -> Step:
     """As many more nodes as it takes, empty ones like the one with the most of what the gang asks for."""
     candidates = [n for n in ledger.nodes() if not n.spec.unschedulable and not n.spec.taints]
     if not candidates:
@@ -110,16 +112,22 @@ def _more_nodes(ledger: Ledger, gang: Gang) -> Iterator[str]:
         candidates,
         key=lambda n: [int(ledger.allocatable[ledger.rows[n.metadata.name], ledger.columns[r]]) for r in scarce],
     )
-    added: list[str] = []
-    try:
-        while len(added) < MAX_NODES:
-            name = f"{like.metadata.name}-more-{len(added)}"
-            labels = {k: name if v == like.metadata.name else v for k, v in like.metadata.labels.items()}
-            ledger.set_node(Node(metadata=ObjectMeta(name=name, labels=labels), spec=like.spec, status=like.status))
-            added.append(name)
-            if place(ledger, gang) is not None:
-                yield f"{len(added)} more node{'s' if len(added) > 1 else ''} like {like.metadata.name}"
-                return
-    finally:
-        for name in added:
-            ledger.remove_node(name)
+    too_few, enough = 0, 1
+    while not _fits_beside(ledger, gang, like, enough):
+        if enough >= MAX_NODES:
+            return
+        too_few, enough = enough, 2 * enough
+        yield None
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if _fits_beside(ledger, gang, like, middle) else (middle, enough)
+        yield None
+    yield f"{enough} more node{'s' if enough > 1 else ''} like {like.metadata.name}"
+
+
+def _fits_beside(ledger: Ledger, gang: Gang, like: Node, count: int) -> bool:
+    named = [f"{like.metadata.name}-more-{i}" for i in range(count)]
+    labels = [{k: name if v == like.metadata.name else v for k, v in like.metadata.labels.items()} for name in named]
+    metas = [ObjectMeta(name=name, labels=its) for name, its in zip(named, labels, strict=True)]
+    with ledger.as_if(*(Node(metadata=meta, spec=like.spec, status=like.status) for meta in metas)):
+        return place(ledger, gang) is not None

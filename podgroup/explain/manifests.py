@@ -1,8 +1,9 @@
 """The pods that a manifest would make: what `what-if` asks about.
 
 Pods, PodGroups, and the workloads whose pods are known beforehand: Job, JobSet, Deployment, ReplicaSet, StatefulSet,
-kubeflow's jobs (`*ReplicaSpecs`), RayCluster and RayJob. A workload of several roles becomes one gang of all its pods,
-as its operator makes it, unless its pods name a group.
+LeaderWorkerSet, kubeflow's jobs (`*ReplicaSpecs`), RayCluster, RayJob and Volcano's Job. A workload of several roles
+becomes one gang of all its pods, as its operator makes it, unless its pods name a group. Other documents are passed
+over, and that is said.
 """
 
 from __future__ import annotations
@@ -18,6 +19,18 @@ from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
 from podgroup.state.shape import requests_of
 
 MAX_PODS = 50_000
+VOLCANO = "batch.volcano.sh"
+ALONE = ("Pod", "Job", "Deployment", "ReplicaSet", "StatefulSet")
+"""Their pods are gangs of one, unless they name a group."""
+WITHOUT_PODS = frozenset(
+    [
+        *("v1", "apps", "batch", "policy", "autoscaling", "networking.k8s.io", "rbac.authorization.k8s.io"),
+        *("storage.k8s.io", "scheduling.k8s.io", "apiextensions.k8s.io", "admissionregistration.k8s.io"),
+        "coordination.k8s.io",
+    ]
+)
+"""APIs whose other kinds make no pods, but for these, whose pods are not known beforehand."""
+LATER = ("CronJob", "DaemonSet")
 
 
 class _Template(NamedTuple):
@@ -26,41 +39,84 @@ class _Template(NamedTuple):
     template: Mapping[str, Any]
 
 
+class _Role(NamedTuple):
+    role: str
+    replicas: int
+    template: Mapping[str, Any]
+    gang: str = ""
+    """What its name has beyond the workload's."""
+    scheduler: str = ""
+    """Where the template names none."""
+
+
 class _PodTemplate(msgspec.Struct):
     metadata: ObjectMeta = ObjectMeta()
     spec: PodSpec = PodSpec()
 
 
+class Manifest(NamedTuple):
+    """A document of a file."""
+
+    file: str
+    number: int
+    content: Any
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        kind = self.content.get("kind") if isinstance(self.content, dict) else None
+        return f"{self.file}: document {self.number}" + (f" ({kind})" if kind else "")
+
+
+class Asked(NamedTuple):
+    """What manifests would make."""
+
+    pods: list[Pod]
+    groups: list[PodGroup]
+    passed_over: list[str]
+    """Documents that make no pods, or none that are known beforehand, in words."""
+
+
 def pods_of(
-    manifests: list[Any], namespace: str, schedulers: tuple[str, ...], now: str, classes: Sequence[PriorityClass] = ()
-) -> tuple[list[Pod], list[PodGroup]]:
+    manifests: Sequence[Manifest],
+    namespace: str,
+    schedulers: tuple[str, ...],
+    now: str,
+    classes: Sequence[PriorityClass] = (),
+) -> Asked:
     """Pods and groups of these manifests, as if they were created now. Raises BadInput that names the place.
 
-    `classes` give the pods that name one their priority, as the API server's admission would.
+    `classes` give the pods that name one their priority, as the API server's admission would. A null is absent, as the
+    API server has it.
     """
-    pods: list[Pod] = []
-    groups: list[PodGroup] = []
-    for i, manifest in enumerate(_flat(manifests)):
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("kind"), str):
-            raise BadInput(f"document {i + 1}: not a Kubernetes object: it has no kind")
-        where = f"document {i + 1} ({manifest['kind']})"
+    asked = Asked([], [], [])
+    for one in _flat(manifests):
+        content = _without_nulls(one.content)
+        if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
+            raise BadInput(f"{one.where}: not a Kubernetes object: it has no kind")
         try:
-            before = len(pods)
-            _add(manifest, namespace, schedulers, now, pods, groups)
-            pods[before:] = [_with_priority(pod, classes) for pod in pods[before:]]
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from error
-        except msgspec.ValidationError as error:
-            raise BadInput(f"{where}: {error}") from error
+            before = len(asked.pods)
+            _add(content, namespace, schedulers, now, asked)
+            asked.pods[before:] = [_with_priority(pod, classes) for pod in asked.pods[before:]]
+        except (BadInput, msgspec.ValidationError) as error:
+            raise BadInput(f"{one.where}: {error}") from error
         except (AttributeError, TypeError) as error:
-            raise BadInput(f"{where}: a field that must be an object or a list is something else: {error}") from error
-    if not pods:
-        raise BadInput("the file has no pods to ask about")
-    names = [f"{p.metadata.namespace}/{p.metadata.name}" for p in pods]
+            raise BadInput(
+                f"{one.where}: a field that must be an object or a list is something else: {error}"
+            ) from error
+    if not asked.pods:
+        raise BadInput("; ".join(["there are no pods to ask about", *asked.passed_over]))
+    names = [f"{p.metadata.namespace}/{p.metadata.name}" for p in asked.pods]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else []
     if twice:
         raise BadInput(f"two pods are called {twice[0]}: the API server would refuse the second")
-    return pods, groups
+    return asked
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value if v is not None] if isinstance(value, list) else value
 
 
 def _with_priority(pod: Pod, classes: Sequence[PriorityClass]) -> Pod:
@@ -77,85 +133,128 @@ def _with_priority(pod: Pod, classes: Sequence[PriorityClass]) -> Pod:
     return msgspec.structs.replace(pod, spec=spec)
 
 
-def _flat(manifests: list[Any]) -> Iterator[Any]:
+def _flat(manifests: Sequence[Manifest]) -> Iterator[Manifest]:
     """The documents that are not empty, and the items of lists."""
-    for manifest in manifests:
-        if isinstance(manifest, dict) and manifest.get("kind") == "List" and isinstance(manifest.get("items"), list):
-            yield from _flat(manifest["items"])
-        elif manifest is not None:
-            yield manifest
+    for one in manifests:
+        content = one.content
+        if isinstance(content, dict) and content.get("kind") == "List" and isinstance(content.get("items"), list):
+            yield from _flat([one._replace(content=item) for item in content["items"]])
+        elif content is not None:
+            yield one
 
 
-def _add(
-    manifest: dict[str, Any],
-    namespace: str,
-    schedulers: tuple[str, ...],
-    now: str,
-    pods: list[Pod],
-    groups: list[PodGroup],
-) -> None:
+def _add(manifest: dict[str, Any], namespace: str, schedulers: tuple[str, ...], now: str, asked: Asked) -> None:
     kind, meta = manifest["kind"], msgspec.convert(manifest.get("metadata", {}), ObjectMeta)
-    name = meta.name or kind.lower()
+    api, prefix = (
+        str(manifest.get("apiVersion", "")).partition("/")[0],
+        manifest.get("metadata", {}).get("generateName"),
+    )
+    name = meta.name or (f"{prefix}{len(asked.pods)}" if prefix else kind.lower())
     namespace = meta.namespace or namespace
     if kind == "PodGroup":
-        spec = msgspec.convert(manifest.get("spec", {}), PodGroupSpec)
-        unknown = sorted(set(manifest.get("spec") or {}) - {"minMember", "minResources", "scheduleTimeoutSeconds"})
-        if unknown:
-            raise BadInput(
-                f"spec.{unknown[0]} is not a field of a PodGroup: minMember, minResources, scheduleTimeoutSeconds"
-            )
-        if spec.min_member < 1:
-            raise BadInput(f"spec.minMember is {spec.min_member}: it must be at least 1")
-        made = msgspec.structs.replace(
-            meta, name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}"
-        )
-        groups.append(PodGroup(metadata=made, spec=spec))
+        asked.groups.append(_group(manifest, meta, name, namespace, now))
         return
-    templates = list(_templates(kind, manifest))
-    if not templates:
-        known = (
-            "Pod, PodGroup, Job, JobSet, Deployment, ReplicaSet, StatefulSet, *ReplicaSpecs jobs, RayCluster, RayJob"
-        )
-        raise BadInput(f"{kind} {name}: its pods are not known beforehand; known kinds: {known}")
-    total = sum(t.replicas for t in templates)
-    if total + len(pods) > MAX_PODS:
+    roles = list(_roles(kind, api, manifest))
+    if not roles:
+        known = api in WITHOUT_PODS and kind not in LATER
+        told = "makes no pods" if known else f"of {api or 'no API'}: its pods are not known beforehand"
+        asked.passed_over.append(f"{kind} {name} {told}; it is passed over")
+        return
+    total = sum(t.replicas for t in roles)
+    if total + len(asked.pods) > MAX_PODS:
         raise BadInput(f"{total} pods: at most {MAX_PODS} can be asked about")
-    named = False
-    together = kind not in ("Pod", "Job", "Deployment", "ReplicaSet", "StatefulSet")
-    for role, replicas, template in templates:
-        shape = msgspec.convert(template, _PodTemplate)
-        if not shape.spec.containers:
-            raise BadInput("a pod template without containers: write spec.template.spec.containers")
-        try:
-            requests_of(Pod(metadata=shape.metadata, spec=shape.spec))
-        except ValueError as error:
-            raise BadInput(f"resources: {error}") from error
-        labels = dict(shape.metadata.labels)
-        named = named or POD_GROUP_LABEL in labels
-        if together:
-            labels.setdefault(POD_GROUP_LABEL, name)
-        said = (template.get("spec") or {}).get("schedulerName", schedulers[0])  # operators fill in what is not said
-        if said not in schedulers:
-            raise BadInput(f"spec.schedulerName is {said!r}: that scheduler places these pods; ours: {schedulers[0]}")
-        for i in range(replicas):
-            one = name if kind == "Pod" else "-".join(filter(None, (name, role, str(i))))
-            whose = OwnerReference(kind=kind, name=name, uid=f"what-if/{name}", controller=True)
-            made = msgspec.structs.replace(
-                shape.metadata,
-                name=one,
-                namespace=namespace,
-                uid=f"what-if/{namespace}/{one}",
-                labels=labels,
-                creation_timestamp=now,
-                deletion_timestamp=None,
-                owner_references=[] if kind == "Pod" else [whose],
-            )
-            spec_of_pod = msgspec.structs.replace(shape.spec, scheduler_name=said, node_name="")
-            pods.append(Pod(metadata=made, spec=spec_of_pod))
-    named = named or POD_GROUP_LABEL in meta.labels or any(g.metadata.name == name for g in groups)
-    if together and not named:
-        group = ObjectMeta(name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}")
-        groups.append(PodGroup(metadata=group, spec=PodGroupSpec(min_member=max(total, 1))))
+    together = kind not in ALONE or api == VOLCANO
+    named = POD_GROUP_LABEL in meta.labels or any(g.metadata.name == name for g in asked.groups)
+    for gang in dict.fromkeys(t.gang for t in roles):
+        its = [t for t in roles if t.gang == gang]
+        group = name + gang if together else ""
+        labelled = False
+        for role in its:
+            made = _pods(role, kind, name, namespace, schedulers, now, group)
+            labelled = labelled or any(p.metadata.labels.get(POD_GROUP_LABEL, group) != group for p in made)
+            asked.pods.extend(made)
+        if together and not (named or labelled):
+            of_it = ObjectMeta(name=group, namespace=namespace, creation_timestamp=now, uid=f"what-if/{group}")
+            least = sum(t.replicas for t in its)
+            if api == VOLCANO:
+                least = min(_count(manifest["spec"].get("minAvailable", least), "spec.minAvailable"), least)
+            asked.groups.append(PodGroup(metadata=of_it, spec=PodGroupSpec(min_member=max(least, 1))))
+
+
+def _group(manifest: Mapping[str, Any], meta: ObjectMeta, name: str, namespace: str, now: str) -> PodGroup:
+    spec = msgspec.convert(manifest.get("spec", {}), PodGroupSpec)
+    unknown = sorted(set(manifest.get("spec") or {}) - {"minMember", "minResources", "scheduleTimeoutSeconds"})
+    if unknown:
+        raise BadInput(
+            f"spec.{unknown[0]} is not a field of a PodGroup: minMember, minResources, scheduleTimeoutSeconds"
+        )
+    if spec.min_member < 1:
+        raise BadInput(f"spec.minMember is {spec.min_member}: it must be at least 1")
+    made = msgspec.structs.replace(meta, name=name, namespace=namespace, creation_timestamp=now, uid=f"what-if/{name}")
+    return PodGroup(metadata=made, spec=spec)
+
+
+def _pods(
+    role: _Role, kind: str, name: str, namespace: str, schedulers: tuple[str, ...], now: str, group: str
+) -> list[Pod]:
+    """The pods of one role."""
+    shape = msgspec.convert(role.template, _PodTemplate)
+    if not shape.spec.containers:
+        raise BadInput("a pod template without containers: write spec.template.spec.containers")
+    try:
+        requests_of(Pod(metadata=shape.metadata, spec=shape.spec))
+    except ValueError as error:
+        raise BadInput(f"resources: {error}") from error
+    labels = {**({POD_GROUP_LABEL: group} if group else {}), **shape.metadata.labels}
+    said = (role.template.get("spec") or {}).get("schedulerName", role.scheduler or schedulers[0])
+    if said not in schedulers:
+        raise BadInput(f"spec.schedulerName is {said!r}: that scheduler places these pods; ours: {schedulers[0]}")
+    spec = msgspec.structs.replace(shape.spec, scheduler_name=said, node_name="")
+    found = []
+    for i in range(role.replicas):
+        one = name if kind == "Pod" else "-".join(filter(None, (name + role.gang, role.role, str(i))))
+        whose = OwnerReference(kind=kind, name=name, uid=f"what-if/{name}", controller=True)
+        made = msgspec.structs.replace(
+            shape.metadata,
+            name=one,
+            namespace=namespace,
+            uid=f"what-if/{namespace}/{one}",
+            labels=labels,
+            creation_timestamp=now,
+            deletion_timestamp=None,
+            owner_references=[] if kind == "Pod" else [whose],
+        )
+        found.append(Pod(metadata=made, spec=spec))
+    return found
+
+
+def _roles(kind: str, api: str, manifest: Mapping[str, Any]) -> Iterator[_Role]:
+    spec = manifest.get("spec") or {}
+    if api == VOLCANO:
+        for task in spec.get("tasks", []) if kind == "Job" else ():
+            count = _count(task.get("replicas", 1), "spec.tasks[].replicas")
+            scheduler = spec.get("schedulerName", "volcano")
+            yield _Role(str(task.get("name", "task")), count, task.get("template", {}), scheduler=scheduler)
+    elif kind == "LeaderWorkerSet":
+        yield from _of_leader_and_workers(spec)
+    elif kind == "Pod" or (kind in ALONE and api in ("", "batch", "apps")) or api not in WITHOUT_PODS:
+        for role, replicas, template in _templates(kind, manifest):
+            yield _Role(role, replicas, template)
+
+
+def _of_leader_and_workers(spec: Mapping[str, Any]) -> Iterator[_Role]:
+    """A gang for each replica: a leader, and one worker less than its size."""
+    of = spec.get("leaderWorkerTemplate", {})
+    size, replicas = (
+        _count(of.get("size", 1), "spec.leaderWorkerTemplate.size"),
+        _count(spec.get("replicas", 1), "spec.replicas"),
+    )
+    workers = of.get("workerTemplate", {})
+    for i in range(replicas):
+        gang = f"-{i}" if replicas > 1 else ""
+        yield _Role("", 1, of.get("leaderTemplate", workers), gang)
+        if size > 1:
+            yield _Role("worker", size - 1, workers, gang)
 
 
 def _templates(kind: str, manifest: Mapping[str, Any]) -> Iterator[_Template]:

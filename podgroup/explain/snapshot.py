@@ -24,25 +24,25 @@ from colocate.objects import (
     VolumeAttachment,
 )
 from colocate.units import parse_time
-from podgroup.api import Counterfactual, GangPlan, PlannedMember, PodGroup
-from podgroup.explain.counterfactual import counterfactuals
-from podgroup.queue.entry import Settings, entry_of, of_interest, question
+from podgroup.api import Advice, GangPlan, PlannedMember, PodGroup
+from podgroup.explain.advice import advise
+from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
-from podgroup.queue.runtimes import starts_at
-from podgroup.solve.place import place
-from podgroup.solve.question import Debt
 from podgroup.state.cluster import Cluster
-from podgroup.state.gangs import gang_key, sort_members
+from podgroup.state.gangs import gang_key
 
 KIND = "ClusterSnapshot"
 VERSION = 2
+
+
+Outcome = Literal["Start", "Preempt", "Wait", "Rest"]
 
 
 class Verdict(Lean, frozen=True):
     """What a cycle decides about one gang."""
 
     gang: str
-    outcome: Literal["Start", "Preempt", "Wait", "Rest"]
+    outcome: Outcome
     """Rest: it waits for nothing."""
     reason: str = ""
     message: str = ""
@@ -85,11 +85,7 @@ class Explanation(Lean, frozen=True):
 
     verdict: Verdict
     position: int
-    counterfactuals: list[Counterfactual]
-    estimate_seconds: tuple[float, float] | None
-    """From now to its start: (earliest, latest); None if nothing is known of how long the others run."""
-    fits_when_empty: bool = True
-    """Whether it could start if everything else ended."""
+    advice: Advice | None
 
 
 def load(content: bytes) -> ClusterSnapshot:
@@ -201,21 +197,7 @@ def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
     verdicts = {v.gang: v for v in _verdicts(cluster, queue, now)}
     if key not in verdicts:
         return None
-    found, when, position, fits = [], None, queue.order.index(key) + 1, True
-    entry = entry_of(cluster, key, snapshot.settings)
-    if verdicts[key].reason == "Unschedulable" and queue.waiting[key].question is not None and entry is not None:
-        owed = queue.reservations.against(key, entry.priority)
-        gang, _ = question(cluster, entry, snapshot.settings, owed)
-        satisfied = sort_members(cluster.pods_of(key), snapshot.settings.schedulers).satisfied
-        priority = entry.priority
-        resources = {resource for debt in gang.leave for resource in debt.amounts}
-
-        def owed_without(other: str) -> tuple[Debt, ...]:
-            return of_interest(queue.reservations.against(key, priority, without=other), resources)
-
-        found = counterfactuals(cluster, gang, satisfied, owed_without)
-        with cluster.ledger.empty():
-            fits = place(cluster.ledger, gang._replace(leave=())) is not None
-        start = starts_at(cluster, gang, now)
-        when = None if start is None else (round(start[0] - now, 1), round(start[1] - now, 1))
-    return Explanation(verdicts[key], position, found, when, fits)
+    advice = list(advise(cluster, queue, key, now))
+    return Explanation(
+        verdict=verdicts[key], position=queue.order.index(key) + 1, advice=advice[-1] if advice else None
+    )

@@ -7,22 +7,25 @@ enforces a declared runtime: of an owner whose pods have taken longer it is not 
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from statistics import quantiles
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from colocate.objects import Pod
 from colocate.units import seconds_of
-from podgroup.solve.place import place
+from podgroup.solve.preempt import Question
 from podgroup.solve.question import Gang
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import family
 
 RUNTIME = "colocate.io/expected-runtime-seconds"
 LEAST_RUNS = 3
-MOST_DIGITS = 9
+MOST_DIGITS, PODS_A_STEP = 9, 2000
 OVERRUN_SECONDS = 2.0
 """Times of the API server are in whole seconds."""
 
+T = TypeVar("T")
+Steps = Generator[None, None, T]
 Interval = tuple[float, float]
 """(earliest, latest), in seconds since the epoch."""
 
@@ -43,8 +46,22 @@ def _declared(pod: Pod) -> float | None:
 
 def durations(cluster: Cluster, now: float) -> Known:
     """What is known at this time, in seconds since the epoch."""
+    return _at_once(_learn(cluster, now))
+
+
+def _at_once(steps: Steps[T]) -> T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
+
+
+def _learn(cluster: Cluster, now: float) -> Steps[Known]:
     found = Known({}, set())
-    for pod in cluster.pods.values():
+    for i, pod in enumerate(list(cluster.pods.values())):
+        if i % PODS_A_STEP == PODS_A_STEP - 1:
+            yield
         began = seconds_of(pod.status.start_time)
         if began is None or not family(pod):
             continue
@@ -84,34 +101,39 @@ def end_of(pod: Pod, known: Known, now: float) -> Interval | None:
 
 def starts_at(cluster: Cluster, gang: Gang, now: float) -> Interval | None:
     """When a gang fits for the first time as others end; None if what is known does not say."""
-    known = durations(cluster, now)
+    return _at_once(starts_step_by_step(cluster, gang, now))
+
+
+def starts_step_by_step(cluster: Cluster, gang: Gang, now: float) -> Steps[Interval | None]:
+    """The same; the cluster is as before after each step."""
+    known = yield from _learn(cluster, now)
     ends = {}
-    for uid in cluster.ledger.holdings:
+    for uid in list(cluster.ledger.holdings):
         pod = cluster.pods.get(uid)
         end = end_of(pod, known, now) if pod is not None else None
         if end is not None:
             ends[uid] = end
-    low, high = _first_fit(cluster, gang, {u: e[0] for u, e in ends.items()}), None
-    if low is not None:
-        high = _first_fit(cluster, gang, {u: e[1] for u, e in ends.items()})
-    return None if low is None or high is None else (low, high)
+    low = yield from _first_fit(cluster, gang, {u: e[0] for u, e in ends.items()})
+    if low is None:
+        return None
+    high = yield from _first_fit(cluster, gang, {u: e[1] for u, e in ends.items()})
+    return None if high is None else (low, high)
 
 
-def _first_fit(cluster: Cluster, gang: Gang, ends: dict[str, float]) -> float | None:
+def _first_fit(cluster: Cluster, gang: Gang, ends: dict[str, float]) -> Steps[float | None]:
     """The first end after which the gang fits, found by bisection: what has ended stays ended."""
     moments = sorted(set(ends.values()))
-    if not moments or not _fits(cluster, gang, ends, moments[-1]):
+    pods = [cluster.pods[uid] for uid in ends if uid in cluster.pods]
+
+    def fits(moment: float) -> bool:
+        there = [p for p in pods if p.metadata.uid in cluster.ledger.holdings]  # some may have gone since
+        return bool(Question(cluster, gang, there).placed([p for p in there if ends[p.metadata.uid] <= moment]))
+
+    if not moments or not fits(moments[-1]):
         return None
     low, high = 0, len(moments) - 1
     while low < high:
         middle = (low + high) // 2
-        if _fits(cluster, gang, ends, moments[middle]):
-            high = middle
-        else:
-            low = middle + 1
+        low, high = (low, middle) if fits(moments[middle]) else (middle + 1, high)
+        yield
     return moments[low]
-
-
-def _fits(cluster: Cluster, gang: Gang, ends: dict[str, float], moment: float) -> bool:
-    with cluster.ledger.without([uid for uid, end in ends.items() if end <= moment]):
-        return place(cluster.ledger, gang) is not None

@@ -41,6 +41,13 @@ def tolerates(tolerations: Iterable[Toleration], taint: Taint) -> bool:
     )
 
 
+_OF_NODES = (
+    "names", "rows", "_nodes", "columns", "allocatable", "used", "ready", "_labels", "_static", "_selected", "_counts",
+    "_taint_codes", "_taint_sets",
+)  # fmt: skip
+"""What of a ledger depends on which nodes there are."""
+
+
 class Column:
     """One label of all nodes as codes: -1 where a node does not have it."""
 
@@ -267,6 +274,29 @@ class Ledger:
                 self.used, self.holdings, self._on, self._labelled,
                 self._counts, self._apart, self._ports, self._shared,
             ) = kept  # fmt: skip
+
+    @contextmanager
+    def as_if(self, *nodes: Node) -> Iterator[None]:
+        """The ledger as if these nodes were so, or there; as before afterwards, with all that it had worked out."""
+        kept = {name: getattr(self, name) for name in _OF_NODES}
+        self.names, self._nodes, self.columns = list(self.names), dict(self._nodes), dict(self.columns)
+        self.allocatable, self.used, self.ready = self.allocatable.copy(), self.used.copy(), self.ready.copy()
+        self._labels, self._static, self._selected, self._counts = {}, {}, {}, Counts()
+        self._taint_codes = None
+        try:
+            new = [node for node in nodes if node.metadata.name not in self._nodes]
+            self.names += [node.metadata.name for node in new]
+            more = np.zeros((len(new), len(self.columns)), dtype=np.int64)
+            self.allocatable, self.used = np.vstack([self.allocatable, more]), np.vstack([self.used, more])
+            self.ready = np.append(self.ready, np.ones(len(new), dtype=bool))
+            self.rows = {name: row for row, name in enumerate(self.names)}
+            for node in nodes:
+                self._nodes[node.metadata.name] = node
+                self._set_capacity(self.rows[node.metadata.name], node)
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
 
     @contextmanager
     def using(self, used: Ints) -> Iterator[None]:

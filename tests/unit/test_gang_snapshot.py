@@ -27,7 +27,7 @@ from colocate.objects import (
 )
 from colocate.units import parse_time
 from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
-from podgroup.explain.manifests import pods_of
+from podgroup.explain.manifests import Manifest, pods_of
 from podgroup.explain.snapshot import KIND, VERSION, ClusterSnapshot, decide, explain, load, what_if
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
@@ -119,7 +119,8 @@ def test_counterfactuals_of_a_gang_of_six(nodes, there, change):
     found = explain(cluster(nodes, [*there, *gang(6)], [group("g", 6)]), "ns/g")
     assert found is not None
     assert found.verdict.reason == "Unschedulable"
-    assert change in [c.change for c in found.counterfactuals]
+    assert found.advice is not None
+    assert change in [c.change for c in found.advice.counterfactuals]
 
 
 def test_a_required_rack_that_is_too_small_is_said():
@@ -127,7 +128,8 @@ def test_a_required_rack_that_is_too_small_is_said():
     wanted = group("g", 6, **{"colocate.io/required-topology": "rack"})
     found = explain(cluster(racks, gang(6), [wanted]), "ns/g")
     assert found is not None
-    assert "it is not required to be within one rack" in [c.change for c in found.counterfactuals]
+    assert found.advice is not None
+    assert "it is not required to be within one rack" in [c.change for c in found.advice.counterfactuals]
     assert "blocked by required topology rack" in found.verdict.message
 
 
@@ -135,13 +137,15 @@ def test_an_estimate_follows_declared_runtimes():
     running = [pod(f"x-{i}", "x", 2, on="a", expected_runtime_seconds=str(s)) for i, s in enumerate((160, 360))]
     found = explain(cluster([node("a")], [*running, *gang(3)], [group("g", 3)]), "ns/g")
     assert found is not None
-    assert found.estimate_seconds == (300.0, 300.0), "the second one began a minute ago and takes six"
+    assert found.advice is not None
+    assert found.advice.estimate_seconds == (300.0, 300.0), "the second one began a minute ago and takes six"
 
 
 def test_nothing_is_said_of_runtimes_that_are_not_known():
     found = explain(cluster([node("a")], [pod("x", cpu=4, on="a"), *gang(3)], [group("g", 3)]), "ns/g")
     assert found is not None
-    assert found.estimate_seconds is None
+    assert found.advice is not None
+    assert found.advice.estimate_seconds is None
 
 
 def test_of_a_deadline_only_the_most_is_said(tmp_path, capsys):
@@ -177,12 +181,16 @@ MPI = {
 URGENT = PriorityClass(metadata=ObjectMeta(name="urgent"), value=1000)
 
 
+def asked(*contents, classes=()):
+    return pods_of([Manifest("f", i + 1, c) for i, c in enumerate(contents)], "ns", ("colocate",), NOW, classes)
+
+
 def test_a_priority_class_gives_its_pods_their_priority():
     named = {"kind": "Pod", "metadata": {"name": "p"}, "spec": {"priorityClassName": "urgent", "containers": [{}]}}
-    (one,), _ = pods_of([named], "ns", ("colocate",), NOW, [URGENT])
+    (one,), _, _ = asked(named, classes=[URGENT])
     assert one.spec.priority == 1000
     with pytest.raises(BadInput, match=r"spec\.priorityClassName 'urgent' does not exist; known: none"):
-        pods_of([named], "ns", ("colocate",), NOW)
+        asked(named)
 
 
 def test_what_does_not_fit_of_a_gang_is_counted():
@@ -191,7 +199,7 @@ def test_what_does_not_fit_of_a_gang_is_counted():
 
 
 def test_a_job_without_a_group_is_pods_alone():
-    pods, groups = pods_of([JOB], "ns", ("colocate",), NOW)
+    pods, groups, _ = asked(JOB)
     assert groups == []
     verdicts = what_if(cluster([node("a")], [], []), pods, groups)
     assert [v.outcome for v in verdicts] == ["Start", "Start", "Wait"]
@@ -199,23 +207,84 @@ def test_a_job_without_a_group_is_pods_alone():
 
 @pytest.mark.parametrize(("nodes", "outcome"), [(1, "Wait"), (2, "Start")])
 def test_an_mpi_job_is_one_gang(nodes, outcome):
-    pods, groups = pods_of([MPI], "ns", ("colocate",), NOW)
+    pods, groups, _ = asked(MPI)
     (verdict,) = what_if(cluster([node(f"n{i}") for i in range(nodes)], [], []), pods, groups)
     assert (verdict.gang, verdict.outcome) == ("ns/pi", outcome)
+
+
+ONE = {"spec": {"containers": [{"resources": {"requests": {"cpu": "1"}}}]}}
+FILES = {
+    "what makes no pods is passed over": ([{"apiVersion": "v1", "kind": "Secret"}, {"kind": "Pod", **ONE}], [""], [1]),
+    "null is absent": (
+        [{"kind": "Job", "metadata": {"labels": None}, "spec": {"completions": None, "template": ONE}}],
+        [""],
+        [1],
+    ),
+    "names that are generated are two": ([{"kind": "Pod", "metadata": {"generateName": "p-"}, **ONE}] * 2, [""], [2]),
+    "a LeaderWorkerSet": (
+        [
+            {
+                "apiVersion": "leaderworkerset.x-k8s.io/v1",
+                "kind": "LeaderWorkerSet",
+                "metadata": {"name": "chat"},
+                "spec": {"replicas": 2, "leaderWorkerTemplate": {"size": 3, "workerTemplate": ONE}},
+            }
+        ],
+        ["chat-0", "chat-1"],
+        [3, 3],
+    ),
+    "a Job of Volcano": (
+        [
+            {
+                "apiVersion": "batch.volcano.sh/v1alpha1",
+                "kind": "Job",
+                "metadata": {"name": "mesh"},
+                "spec": {
+                    "minAvailable": 3,
+                    "schedulerName": "colocate",
+                    "tasks": [{"name": "lead", "template": ONE}, {"name": "hand", "replicas": 3, "template": ONE}],
+                },
+            }
+        ],
+        ["mesh"],
+        [4],
+    ),
+}
+
+
+@pytest.mark.parametrize(("contents", "gangs", "sizes"), FILES.values(), ids=FILES.keys())
+def test_files_as_they_are(contents, gangs, sizes):
+    pods, groups, passed_over = asked(*contents)
+    label = "scheduling.x-k8s.io/pod-group"
+    found = [[p for p in pods if p.metadata.labels.get(label, "") == gang] for gang in gangs]
+    assert [len(its) for its in found] == sizes
+    assert len(pods) == len({p.metadata.name for p in pods}) == sum(sizes)
+    assert [g.metadata.name for g in groups] == [gang for gang in gangs if gang]
+    assert len(passed_over) == sum(c["kind"] == "Secret" for c in contents)
+    if gangs == ["mesh"]:
+        assert groups[0].spec.min_member == 3
 
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
         ({"spec": {}}, "it has no kind"),
-        ({"kind": "ConfigMap", "metadata": {"name": "x"}}, "ConfigMap x: its pods are not known beforehand"),
+        (
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}},
+            "there are no pods to ask about; ConfigMap x makes no pods; it is passed over",
+        ),
+        ({"apiVersion": "x.io/v1", "kind": "Flow"}, "Flow flow of x.io: its pods are not known beforehand"),
+        (
+            {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "spec": {"tasks": [{"template": ONE}]}},
+            "spec.schedulerName is 'volcano'",
+        ),
         ({"kind": "Job", "spec": {"parallelism": -1}}, "spec.parallelism is -1"),
         ({"kind": "Job", "spec": {"parallelism": 10**9}}, "spec.parallelism is 1000000000"),
         (
             {"kind": "Pod", "spec": {"containers": 5}},
             r"document 1 \(Pod\): Expected `array`, got `int` - at `\$.spec.containers`",
         ),
-        ({"kind": "PodGroup", "spec": {"minMember": 1}}, "has no pods"),
+        ({"kind": "PodGroup", "spec": {"minMember": 1}}, "there are no pods to ask about"),
         ({"kind": "PodGroup", "spec": {"minmember": 1}}, "spec.minmember is not a field"),
         (
             {"kind": "JobSet", "spec": {"replicatedJobs": ["x"]}},
@@ -235,7 +304,7 @@ def test_an_mpi_job_is_one_gang(nodes, outcome):
 )
 def test_a_manifest_that_cannot_be_used_is_refused(manifest, message):
     with pytest.raises(BadInput, match=message):
-        pods_of([manifest], "ns", ("colocate",), NOW)
+        asked(manifest)
 
 
 TIMES = {
