@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from fractions import Fraction
 from functools import lru_cache
 from typing import Annotated
@@ -127,15 +125,16 @@ def seconds_of(text: str | None) -> float | None:
         return None
 
 
-def age_of(text: str | None) -> float:
-    """Seconds since a time in RFC 3339; for ever if it is none."""
-    began = seconds_of(text)
-    return time.time() - began if began is not None else float("inf")
-
-
 def time_text(seconds: float) -> str:
     """Seconds since the epoch as RFC 3339 in UTC, to the second, as the API server writes it."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    days, second = divmod(int(seconds // 1), 86400)
+    era, of_era = divmod(days + 719468, 146097)  # years that begin in March (Howard Hinnant, civil_from_days)
+    year = (of_era - of_era // 1460 + of_era // 36524 - of_era // 146096) // 365
+    of_year = of_era - (365 * year + year // 4 - year // 100)
+    month = (5 * of_year + 2) // 153
+    day, month = of_year - (153 * month + 2) // 5 + 1, month + (3 if month < 10 else -9)
+    year += era * 400 + (month <= 2)
+    return f"{year:04}-{month:02}-{day:02}T{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}Z"
 
 
 def parse_percent(text: str | float) -> float:

@@ -12,6 +12,10 @@ POD_GROUP_LABEL = "scheduling.x-k8s.io/pod-group"
 POD_GROUP_API = "scheduling.x-k8s.io/v1alpha1"
 PLAN_API = "colocate.io/v1alpha1"
 POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
+SCHEDULERS = "colocate.io/schedulers"
+"""Annotation of the controller's lease: the `schedulerName`s that it answers to."""
+LEASE = ("colocate-system", "colocate-controller")
+"""Namespace and name of that lease, unless the controller was told otherwise."""
 PLANS = f"/apis/{PLAN_API}/gangplans"
 
 

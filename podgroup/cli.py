@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from colocate.cli.options import Add, cluster, duration, positive, snapshot, table_form
+from podgroup.api import LEASE
 
 
 def add_commands(add: Add) -> None:
@@ -29,8 +30,8 @@ def add_commands(add: Add) -> None:
         help="for how long a node's object must have been gone before the members on it are given up",
     )
     controller.add_argument("--http", default="", help="HOST:PORT of /metrics, /healthz and /readyz (default: none)")
-    controller.add_argument("--lease-namespace", default="colocate-system", help="where the lease is")
-    controller.add_argument("--lease-name", default="colocate-controller", help="of the lease")
+    controller.add_argument("--lease-namespace", default=LEASE[0], help="where the lease is")
+    controller.add_argument("--lease-name", default=LEASE[1], help="of the lease")
     controller.add_argument(
         "--lease-duration", type=duration, default=15.0, help="how long a dead leader is waited for"
     )

@@ -21,6 +21,7 @@ from colocate.kube.client import (
     CLASSES,
     CSI_DRIVERS,
     CSI_NODES,
+    LEASES,
     NAMESPACES,
     NODES,
     PODS,
@@ -29,6 +30,7 @@ from colocate.kube.client import (
     VOLUMES,
     Api,
     ApiError,
+    age_of,
     path_of,
 )
 from colocate.objects import (
@@ -37,6 +39,7 @@ from colocate.objects import (
     CsiNode,
     CsiStorageCapacity,
     DisruptionBudget,
+    Lease,
     Namespace,
     Node,
     PersistentVolume,
@@ -45,8 +48,8 @@ from colocate.objects import (
     StorageClass,
     VolumeAttachment,
 )
-from colocate.units import age_of, format_duration
-from podgroup.api import PLANS, POD_GROUPS, Advice, GangPlan, PodGroup
+from colocate.units import format_duration
+from podgroup.api import LEASE, PLANS, POD_GROUPS, SCHEDULERS, Advice, GangPlan, PodGroup
 from podgroup.controller.binder import now_text
 from podgroup.explain.manifests import Manifest, pods_of
 from podgroup.explain.snapshot import (
@@ -62,6 +65,7 @@ from podgroup.explain.snapshot import (
 )
 from podgroup.explain.snapshot import what_if as ask
 from podgroup.queue.entry import Settings
+from podgroup.state.gangs import gang_key
 
 ADVICE_ATTEMPTS = 25
 """Of a fifth of a second: who has just begun to wait is advised soon."""
@@ -89,7 +93,7 @@ async def _queue(options: argparse.Namespace) -> int:
             str(p.status.position or "-"),
             p.metadata.namespace,
             p.metadata.name,
-            format_duration(age_of(p.status.waiting_since)),
+            format_duration(age_of(p.status.waiting_since)) if p.status.waiting_since else "-",
             _starts(p.status.advice),
             p.status.reason,
             p.status.message,
@@ -123,6 +127,18 @@ def _row(plan: GangPlan) -> dict[str, Any]:
         "reason": status.reason,
         "message": status.message,
     }
+
+
+async def _schedulers(api: Api, options: argparse.Namespace) -> tuple[str, ...]:
+    """The names whose pods are decided: what was said, or what the controller's lease says."""
+    if options.scheduler_name:
+        return (options.scheduler_name,)
+    try:
+        lease = await api.get(Lease, path_of(LEASES, *LEASE))
+    except ApiError:  # it has none yet, or one may not look
+        return Settings().schedulers
+    said = lease.metadata.annotations.get(SCHEDULERS, "")
+    return tuple(filter(None, said.split(","))) or Settings().schedulers
 
 
 async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
@@ -173,7 +189,8 @@ def _read(options: argparse.Namespace) -> tuple[ClusterSnapshot, str]:
 
     async def live() -> tuple[ClusterSnapshot, str]:
         async with Api.connect(options.kubeconfig, options.context) as api:
-            return await _take(api, Settings(schedulers=(options.scheduler_name,))), options.namespace or api.namespace
+            settings = Settings(schedulers=await _schedulers(api, options))
+            return await _take(api, settings), options.namespace or api.namespace
 
     return asyncio.run(live())
 
@@ -319,12 +336,23 @@ async def _said(options: argparse.Namespace, name: str) -> tuple[str, Explanatio
             if status is not None and (status.reason != "Unschedulable" or status.advice is not None):
                 break
             await asyncio.sleep(0.2)
-    if status is None or not status.reason:
-        return None
-    key = f"{namespace}/{name}"
+        key = f"{namespace}/{name}"
+        if status is None or not status.reason:
+            foreign = await _foreign(api, options, key)
+            rest = Verdict(gang=key, outcome="Rest", message=foreign)
+            return (key, Explanation(verdict=rest, position=0, advice=None)) if foreign else None
     outcome: Outcome = "Preempt" if status.reason == "WaitingForPreemption" else "Wait" if status.waits else "Rest"
     verdict = Verdict(gang=key, outcome=outcome, reason=status.reason, message=status.message)
     return key, Explanation(verdict=verdict, position=status.position, advice=status.advice)
+
+
+async def _foreign(api: Api, options: argparse.Namespace, key: str) -> str:
+    """Whose the pods of a gang are, if they all are another scheduler's."""
+    pods = [p for p in await api.all(Pod, path_of(PODS, key.partition("/")[0])) if gang_key(p) == key]
+    names, ours = {p.spec.scheduler_name for p in pods}, await _schedulers(api, options)
+    if not names or names & set(ours):
+        return ""
+    return f"its pods have schedulerName {', '.join(sorted(names))}; ours: {', '.join(ours)}"
 
 
 def _decided_anew(options: argparse.Namespace, name: str) -> tuple[str, Explanation]:

@@ -72,4 +72,4 @@ def snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
     else:
         parser.add_argument("--snapshot", help="a file of `colocate snapshot`, in place of the live cluster")
         parser.add_argument("-n", "--namespace", default="", help="default: the context's")
-    parser.add_argument("--scheduler-name", default="colocate", help="whose pods are decided (default: colocate)")
+    parser.add_argument("--scheduler-name", help="whose pods are decided (default: what the controller answers to)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from kubernetes.aio.config import list_kube_config_contexts, load_incluster_conf
 
 from colocate.errors import BadInput, ColocateError
 from colocate.objects import Lean, ObjectMeta
+from colocate.units import seconds_of
 
 T = TypeVar("T")
 
@@ -67,6 +69,12 @@ class _Status(Lean, frozen=True):
     metadata: ObjectMeta = ObjectMeta()
     reason: str = ""
     message: str = ""
+
+
+def age_of(text: str | None) -> float:
+    """Seconds since a time in RFC 3339; for ever if it is none."""
+    began = seconds_of(text)
+    return time.time() - began if began is not None else float("inf")
 
 
 def path_of(collection: str, namespace: str = "", name: str = "", subresource: str = "") -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import msgspec
 import structlog
@@ -31,7 +32,17 @@ class LeadershipLost(ColocateError):  # noqa: N818
 class Election:
     """One candidate."""
 
-    def __init__(self, api: Api, namespace: str, name: str, identity: str, lease_seconds: float = 15.0) -> None:
+    def __init__(
+        self,
+        api: Api,
+        namespace: str,
+        name: str,
+        identity: str,
+        lease_seconds: float = 15.0,
+        says: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`says` are annotations of the lease while it is this candidate's."""
+        self._says = says
         self._api, self._namespace, self._name, self.identity = api, namespace, name, identity
         self.lease_seconds = lease_seconds
         self.renew_within_seconds = lease_seconds * 2 / 3
@@ -155,7 +166,9 @@ class Election:
             lease_transitions=transitions,
         )
         version = before.metadata.resource_version if before is not None else ""
-        meta = ObjectMeta(name=self._name, namespace=self._namespace, resource_version=version)
+        meta = ObjectMeta(
+            name=self._name, namespace=self._namespace, resource_version=version, annotations=dict(self._says)
+        )
         body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"}
         body |= msgspec.to_builtins(Lease(metadata=meta, spec=spec))
         timeout = self.renew_within_seconds / 2

@@ -15,10 +15,10 @@ from aiohttp import web
 
 from colocate.cli.logs import configure_logs
 from colocate.errors import BadInput
-from colocate.kube.client import LEASES, Api, ApiError, Unreachable
+from colocate.kube.client import LEASES, Api, ApiError, Unreachable, age_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Lease
-from colocate.units import age_of
+from podgroup.api import SCHEDULERS
 from podgroup.controller.loop import Controller
 from podgroup.controller.watches import now_seconds
 from podgroup.queue.entry import Settings
@@ -56,7 +56,9 @@ async def _controller(options: argparse.Namespace) -> int:
         health = Health()
         runner = await health.serve(options.http)
         while not stop.is_set():
-            election = Election(api, options.lease_namespace, options.lease_name, identity, options.lease_duration)
+            says = {SCHEDULERS: ",".join(settings.schedulers)}
+            where = (options.lease_namespace, options.lease_name)
+            election = Election(api, *where, identity, options.lease_duration, says)
             health.controller = Controller(api, settings, election, compiling.result() if compiling.done() else None)
             compiling.add_done_callback(partial(_use, health.controller.queue))
             leading = asyncio.ensure_future(election.lead(health.controller.run))

@@ -34,7 +34,7 @@ def advise(cluster: Cluster, queue: Queue, key: str, now: float) -> Iterator[Adv
     with cluster.ledger.empty():
         fits = place(cluster.ledger, gang._replace(leave=())) is not None
     found = []
-    for change in counterfactuals(cluster, gang, satisfied, owed_without):
+    for change in counterfactuals(cluster, key, gang, satisfied, owed_without):
         found += [change] if change is not None else []
         yield Advice(counterfactuals=list(found), fits_when_empty=fits)
     steps, when = starts_step_by_step(cluster, gang, now), None

@@ -9,7 +9,9 @@ import msgspec
 from colocate.objects import Node, ObjectMeta, Taint, Toleration
 from podgroup.api import Counterfactual
 from podgroup.solve.place import most_that_fit, place
+from podgroup.solve.place_class import scarcest
 from podgroup.solve.question import Debt, Gang, Member
+from podgroup.solve.shortage import most_lacking
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
 from podgroup.state.ledger import REPELLING, UNSCHEDULABLE, Ledger
@@ -28,20 +30,22 @@ Step = Iterator[str | None]
 
 
 def counterfactuals(
-    cluster: Cluster, gang: Gang, satisfied: int, owed_without: Callable[[str], tuple[Debt, ...]]
+    cluster: Cluster, key: str, gang: Gang, satisfied: int, owed_without: Callable[[str], tuple[Debt, ...]]
 ) -> Iterator[Counterfactual | None]:
     """The cheapest changes with which the gang starts, at most `MAX_FOUND`, found step by step.
 
     `satisfied` members of the quorum run or have completed; `owed_without(key)` is what must be left to others if that
     gang has ended.
     """
+    group = cluster.groups.get(key)
+    asked = group.spec.min_member if group is not None else satisfied + gang.quorum
     found = 0
     for changes in (
-        _smaller(cluster.ledger, gang, satisfied),
+        _smaller(cluster.ledger, gang, satisfied, asked),
         _uncordoned(cluster.ledger, gang),
         _tolerated(cluster.ledger, gang),
         _anywhere(cluster.ledger, gang),
-        _without_others(cluster, gang, owed_without),
+        _without_others(cluster, key, gang, owed_without),
         _more_nodes(cluster.ledger, gang),
     ):
         for change in changes:
@@ -51,10 +55,10 @@ def counterfactuals(
                 return
 
 
-def _smaller(ledger: Ledger, gang: Gang, satisfied: int) -> Step:
+def _smaller(ledger: Ledger, gang: Gang, satisfied: int, asked: int) -> Step:
     fit = most_that_fit(ledger, gang)
     if 0 < fit < gang.quorum and place(ledger, gang._replace(quorum=fit, reserve={})) is not None:
-        yield f"minMember were {satisfied + fit} instead of {satisfied + gang.quorum}"
+        yield f"minMember were {satisfied + fit} instead of {asked}"
 
 
 def _uncordoned(ledger: Ledger, gang: Gang) -> Step:
@@ -90,39 +94,46 @@ def _anywhere(ledger: Ledger, gang: Gang) -> Step:
         yield f"it is not required to be within one {gang.required_topology}"
 
 
-def _without_others(cluster: Cluster, gang: Gang, owed_without: Callable[[str], tuple[Debt, ...]]) -> Step:
+def _without_others(cluster: Cluster, key: str, gang: Gang, owed_without: Callable[[str], tuple[Debt, ...]]) -> Step:
     """One other gang has ended; those with the fewest pods first."""
     gangs: dict[str, list[str]] = {}
     for uid in cluster.ledger.holdings:
-        if uid in cluster.pods:
-            gangs.setdefault(gang_key(cluster.pods[uid]), []).append(uid)
-    for key, uids in sorted(gangs.items(), key=lambda g: (len(g[1]), g[0]))[:MAX_TRIED]:
+        other = gang_key(cluster.pods[uid]) if uid in cluster.pods else key
+        if other != key:
+            gangs.setdefault(other, []).append(uid)
+    for other, uids in sorted(gangs.items(), key=lambda g: (len(g[1]), g[0]))[:MAX_TRIED]:
         with cluster.ledger.without(uids):
-            placed = place(cluster.ledger, gang._replace(leave=owed_without(key)))
-        yield f"{key.replace('pod:', '')} ends ({len(uids)} pods)" if placed is not None else None
+            placed = place(cluster.ledger, gang._replace(leave=owed_without(other)))
+        yield f"{other.replace('pod:', '')} ends ({len(uids)} pods)" if placed is not None else None
 
 
 def _more_nodes(ledger: Ledger, gang: Gang) -> Step:
-    """As many more nodes as it takes, empty ones like the one with the most of what the gang asks for."""
+    """As many more nodes as it takes, empty ones like the one with the most of what a class of members lacks most."""
     candidates = [n for n in ledger.nodes() if not n.spec.unschedulable and not n.spec.taints]
-    if not candidates:
+    models: dict[str, Node] = {}
+    for group in most_lacking(ledger, gang) if candidates else ():
+        scarce = [r for r, _ in group.shape.requests if r in ledger.columns]
+        rare = scarcest(ledger, group)
+        scarce.sort(key=lambda r: rare is None or r != rare[0])
+        like = max(candidates, key=lambda n: _offered(ledger, n, scarce))
+        models.setdefault(like.metadata.name, like)
+    for like in models.values():
+        too_few, enough = 0, 1
+        while enough <= MAX_NODES and not _fits_beside(ledger, gang, like, enough):
+            too_few, enough = enough, 2 * enough
+            yield None
+        if enough > MAX_NODES:
+            continue
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            too_few, enough = (too_few, middle) if _fits_beside(ledger, gang, like, middle) else (middle, enough)
+            yield None
+        yield f"{enough} more node{'s' if enough > 1 else ''} like {like.metadata.name}"
         return
-    scarce = [r for m in gang.members[:1] for r, _ in m.shape.requests if r in ledger.columns]
-    like = max(
-        candidates,
-        key=lambda n: [int(ledger.allocatable[ledger.rows[n.metadata.name], ledger.columns[r]]) for r in scarce],
-    )
-    too_few, enough = 0, 1
-    while not _fits_beside(ledger, gang, like, enough):
-        if enough >= MAX_NODES:
-            return
-        too_few, enough = enough, 2 * enough
-        yield None
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if _fits_beside(ledger, gang, like, middle) else (middle, enough)
-        yield None
-    yield f"{enough} more node{'s' if enough > 1 else ''} like {like.metadata.name}"
+
+
+def _offered(ledger: Ledger, node: Node, resources: list[str]) -> list[int]:
+    return [int(ledger.allocatable[ledger.rows[node.metadata.name], ledger.columns[r]]) for r in resources]
 
 
 def _fits_beside(ledger: Ledger, gang: Gang, like: Node, count: int) -> bool:

@@ -164,10 +164,11 @@ def _invalid(entry: Entry) -> tuple[str, str] | None:
 def _waits_for_itself(entry: Entry) -> bool:
     """Whether the owner may make the missing members only after these run (mpi-operator#608).
 
-    Of owners that are known to, or where the PodGroup says so; never of a gang that has run before.
+    Of owners that are known to, or where the PodGroup says so. What has completed is an earlier stage of the same run:
+    members of former runs are not counted.
     """
     members, group = entry.members, entry.group
-    if group is None or members.succeeded:
+    if group is None:
         return False
     if group.metadata.annotations.get(CREATION_DEPENDENCY) == "true":
         return True

@@ -47,18 +47,40 @@ def shortage(ledger: Ledger, gang: Gang) -> Shortage:
     """Why `place` found nothing."""
     fit = most_that_fit(ledger, gang)
     trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
-    group = max(classes_of(gang.members, ledger), key=lambda c: (_lacking(trial, c), len(c.members)))
+    group = most_lacking(ledger, gang)[0]
     mask = trial.mask(group)
     resource = _scarcest(trial, group, mask)
     blocked = resource
     if not resource and gang.required_topology:
         blocked = f"required topology {gang.required_topology}"
     elif not resource and gang.reserve:
-        blocked = "minResources"
+        blocked = f"minResources ({_short_of(ledger, gang)})"
     elif not resource and gang.leave and fit < gang.quorum:
         blocked = "what others are owed of their minResources"
     block = _largest_block(ledger, mask, resource) if resource in ledger.columns else (0, 0)
     return Shortage(min(fit, gang.quorum), gang.quorum, blocked, block, tuple(_refusals(ledger, group)))
+
+
+def most_lacking(ledger: Ledger, gang: Gang) -> list[Class]:
+    """Its classes of equal members, those first of which the most do not fit even alone."""
+    trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
+    return sorted(classes_of(gang.members, ledger), key=lambda c: (-_lacking(trial, c), -len(c.members)))
+
+
+def _short_of(ledger: Ledger, gang: Gang) -> str:
+    """Of which resource it asks for more than is free on the nodes that it may use, in words."""
+    mask, found = ledger.standing(gang.members[0].shape), []
+    asked: dict[str, int] = dict(gang.reserve)
+    for member in gang.members[: gang.quorum]:
+        for resource, amount in member.shape.requests:
+            if resource in gang.reserve:
+                asked[resource] += amount
+    for resource in gang.reserve:
+        column = ledger.columns.get(resource)
+        free = np.maximum(ledger.free[:, column], 0)[mask].sum() if column is not None else 0
+        found.append((int(free) / max(asked[resource], 1), resource, int(free)))
+    _, resource, free = min(found)
+    return f"{_units(resource, asked[resource])} of {resource}, {_units(resource, free)} free"
 
 
 def _lacking(trial: Trial, group: Class) -> int:

@@ -87,6 +87,10 @@ class Storage:
         self._attachments: dict[str, VolumeAttachment] = {}
         self._attached: dict[str, set[str]] = {}
         """Node -> attachments."""
+        self._claims_on: dict[str, set[str]] = {}
+        """Volume -> the claims that name it."""
+        self._same: dict[tuple[str, str], set[str]] = {}
+        """(driver, handle) -> the volumes that are the same one to the driver."""
         self._wanting: dict[str, set[str]] = {}
         """Claim -> uids of the living pods with it."""
         self._users: dict[str, _User] = {}
@@ -103,7 +107,12 @@ class Storage:
 
     def set_claim(self, key: str, claim: Claim | None) -> None:
         """A claim as it is now, or that it is gone."""
+        before = self.claims.get(key)
+        if before is not None and before.spec.volume_name:
+            self._claims_on[before.spec.volume_name].discard(key)
         _put(self.claims, key, claim)
+        if claim is not None and claim.spec.volume_name:
+            self._claims_on.setdefault(claim.spec.volume_name, set()).add(key)
         self.version += 1
 
     def set_volume(self, name: str, volume: PersistentVolume | None) -> None:
@@ -113,12 +122,17 @@ class Storage:
             del self._of_class[class_of_volume(before)][name]
             if before.spec.claim_ref is not None:
                 self._kept[before.spec.claim_ref.namespace, before.spec.claim_ref.name].discard(name)
+            if before.spec.csi is not None:
+                self._same[before.spec.csi.driver, before.spec.csi.volume_handle].discard(name)
         _put(self.volumes, name, volume)
         if volume is not None:
             self._of_class.setdefault(class_of_volume(volume), {})[name] = volume
             whose = volume.spec.claim_ref
             if whose is not None:
                 self._kept.setdefault((whose.namespace, whose.name), set()).add(name)
+            csi = volume.spec.csi
+            if csi is not None:
+                self._same.setdefault((csi.driver, csi.volume_handle), set()).add(name)
         self.version += 1
 
     def set_class(self, name: str, made_by: StorageClass | None) -> None:
@@ -188,13 +202,23 @@ class Storage:
         for key in keys:
             wanting = self._wanting.setdefault(key, set())
             change(wanting, uid)
-            if len(wanting - {uid}) == 1:  # who was alone with it is no more, or is again
-                others |= wanting - {uid}
+            company = self._sharing(key) - {uid}
+            if len(company) == 1:  # who was alone with it is no more, or is again
+                others |= company
             if not wanting:
                 del self._wanting[key]
         if others:
             self.version += 1
         return others
+
+    def _sharing(self, key: str) -> set[str]:
+        """uids of the living pods that have the volume of a claim, by this claim or another one."""
+        claim = self.claims.get(key)
+        volume = self.volumes.get(claim.spec.volume_name) if claim is not None else None
+        if volume is None or volume.spec.csi is None:
+            return set(self._wanting.get(key, ()))
+        same = self._same[volume.spec.csi.driver, volume.spec.csi.volume_handle]
+        return {uid for name in same for other in self._claims_on.get(name, ()) for uid in self._wanting.get(other, ())}
 
     def on_node(self, uid: str, node: str) -> bool:
         """A pod with claims holds room on a node; False if it did already."""
@@ -252,7 +276,7 @@ class Storage:
             driver, handle = self._attachment(key, claim)
             if driver in limited:
                 resource = f"{ATTACHABLE}{driver}"
-                if together:
+                if self._sharing(key) - {pod.metadata.uid}:
                     shared.append((resource, handle))
                 else:
                     attached[resource] = attached.get(resource, 0) + 1
@@ -277,7 +301,7 @@ class Storage:
             if claim.spec.volume_name or not name:
                 return "the claim is not bound to a volume yet"
             if name not in self.classes:
-                return f"its StorageClass {name} does not exist"
+                return f"the claim is not bound to a volume yet (there is no StorageClass {name})"
             if self.classes[name].volume_binding_mode != DELAYED:
                 return "the claim is not bound to a volume yet"
         elif claim.spec.volume_name not in self.volumes:

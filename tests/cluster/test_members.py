@@ -387,10 +387,8 @@ async def test_a_constraint_that_we_do_not_know_is_no_guess(world: World) -> Non
     await world.node("n", cpu=4, memory="1Gi")
     async with leader(world):
         await world.group("pg", 1)
-        claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
-        volume = {"name": "v", "ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
-        await world.pod("p", "pg", cpu=1, spec={"volumes": [volume]})
-        assert "volumes[].ephemeral" in await world.told("pg", "UnsupportedConstraint")
+        await world.pod("p", "pg", cpu=1, spec={"resourceClaims": [{"name": "gpu", "resourceClaimName": "gpu"}]})
+        assert "resourceClaims" in await world.told("pg", "UnsupportedConstraint")
 
 
 async def test_a_bound_volume_says_where_its_pod_goes(world: World) -> None:

@@ -56,7 +56,7 @@ async def three_pods(world: World) -> None:
 async def test_a_server_that_streams_no_list_is_listed_page_by_page(
     world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("colocate.kube.reflector.PAGE", 2)
+    monkeypatch.setattr("colocate.kube.client.PAGE", 2)
     await three_pods(world)
     pages = []
 

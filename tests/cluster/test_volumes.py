@@ -115,9 +115,10 @@ async def stored(world: World) -> AsyncIterator[Stored]:
 
 
 async def watched(world: Stored, *claims: str) -> None:
-    """As long as it runs: nobody is bound before all of these are."""
+    """As long as it runs: none of those with these claims is bound before all of these are."""
     while True:
-        bound = await world.bound()  # first: what is bound then had its volumes before
+        # First who is bound: what is bound then had its volumes before.
+        bound = {p for p in await world.bound() if f"data-{p}" in claims}
         for claim in claims if bound else ():
             assert is_bound(await world.its_claim(claim)), f"{bound} before {claim} was"
         await asyncio.sleep(0.01)

@@ -577,6 +577,23 @@ def test_staged_owners_are_known_by_what_operators_put_on_their_pods(labels, kin
         assert "colocate.io/creation-dependency" in made.queue.waiting["ns/g"].message
 
 
+def test_a_stage_follows_one_that_has_completed():
+    """C02: data, then model, then trainers: one group, each made only after the one before is complete."""
+    made = Simulated(creation_grace_seconds=1.0)
+    made.cluster.set_node(node("n", 4))
+    staged = group("g", 4)
+    annotations = {"colocate.io/creation-dependency": "true"}
+    made.cluster.groups["ns/g"] = replace(staged, metadata=replace(staged.metadata, annotations=annotations))
+    done = pod("g-data", "g")
+    made.cluster.set_pod(replace(done, status=replace(done.status, phase="Succeeded")))
+    made.cluster.set_pod(pod("g-model", "g"))
+    made.dirty.add("ns/g")
+    made.cycle()
+    made.now = 2.0
+    made.cycle()
+    assert [p.metadata.name for p in made.bound("g")] == ["g-model"]
+
+
 def test_a_gang_that_runs_gets_the_members_that_are_there_though_one_failed_for_good():
     """mpi-operator keeps a failed worker and makes the launcher anew: that one must run, so that the job can end."""
     made = Simulated(creation_grace_seconds=30.0, slot_seconds=0.0)
@@ -1036,7 +1053,7 @@ def test_of_two_drivers_whose_executors_cannot_all_fit_one_runs():
     spark(made, "a", executors=3)
     made.cycle()
     assert len(made.bound("a")) == 4
-    assert made.queue.waiting["ns/b"].message.endswith("blocked by minResources")
+    assert made.queue.waiting["ns/b"].message.endswith("blocked by minResources (4 of cpu, 2 free)")
     made.finish("a")
     made.cycle()
     assert made.running() == ["b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from colocate.objects import (
     Resources,
     Taint,
 )
-from colocate.units import parse_time
+from colocate.units import parse_time, time_text
 from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
 from podgroup.explain.manifests import Manifest, pods_of
 from podgroup.explain.snapshot import KIND, VERSION, ClusterSnapshot, decide, explain, load, what_if
@@ -121,6 +122,31 @@ def test_counterfactuals_of_a_gang_of_six(nodes, there, change):
     assert found.verdict.reason == "Unschedulable"
     assert found.advice is not None
     assert change in [c.change for c in found.advice.counterfactuals]
+
+
+def test_more_nodes_are_like_those_that_the_members_lack():
+    """F9: the launcher comes first and asks for no GPU; the node with the most CPU would not help."""
+    gpu = node("gpu", 4)
+    gpu = replace(gpu, status=replace(gpu.status, allocatable={**gpu.status.allocatable, "nvidia.com/gpu": "8"}))
+    worker = pod("worker-0", "g", 1)
+    wants = Container(resources=Resources(requests={"cpu": "1", "nvidia.com/gpu": "8"}))
+    workers = [
+        replace(worker, metadata=replace(worker.metadata, name=n, uid=n), spec=replace(worker.spec, containers=[wants]))
+        for n in ("worker-0", "worker-1")
+    ]
+    found = explain(cluster([node("cpu", 64), gpu], [pod("launcher", "g", 2), *workers], [group("g", 3)]), "ns/g")
+    assert found is not None
+    assert found.advice is not None
+    assert "1 more node like gpu" in [c.change for c in found.advice.counterfactuals]
+
+
+def test_a_gang_is_not_told_to_end_itself():
+    """F10: a running member of its own holds what it lacks."""
+    there = pod("m-run", "g", 3, on="a")
+    found = explain(cluster([node("a")], [there, *gang(2, cpu=2)], [group("g", 3)]), "ns/g")
+    assert found is not None
+    assert found.advice is not None
+    assert not [c for c in found.advice.counterfactuals if "ns/g ends" in c.change]
 
 
 def test_a_required_rack_that_is_too_small_is_said():
@@ -318,6 +344,13 @@ TIMES = {
 @pytest.mark.parametrize(("text", "seconds"), TIMES.items())
 def test_times_of_the_api_server(text, seconds):
     assert parse_time(text) == seconds
+
+
+@given(st.integers(0, 253402300799))
+def test_times_are_written_as_they_are_read(seconds):
+    written = time_text(seconds)
+    assert parse_time(written) == seconds
+    assert written == datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ").rjust(20, "0")
 
 
 sizes = st.integers(1, 4)

@@ -201,6 +201,18 @@ def test_a_disk_that_pods_of_a_node_share_is_attached_once():
     assert nodes_of(ask(made, other)) == ["a"]
 
 
+def test_a_disk_that_claims_of_two_namespaces_have_is_attached_once():
+    """Two volumes of one handle, as a disk is shared between namespaces."""
+    made = cluster("a")
+    limit(made, "a", 1)
+    disk(made, "d", "same", bound_to="one")
+    disk(made, "e", "same", bound_to="two")
+    pods = [member(made, "p0", "one"), member(made, "p1", "two")]
+    assert nodes_of(ask(made, pods)) == ["a", "a"]
+    made.promise("p0", "a")
+    assert nodes_of(ask(made, pods[1:])) == ["a"]
+
+
 def test_a_disk_that_is_attached_and_that_no_pod_uses_counts_until_one_does():
     made = cluster("a")
     limit(made, "a", 1)
@@ -294,9 +306,10 @@ def test_what_a_planned_pod_is_to_have_nobody_else_is_promised():
     assert nodes_of(ask(made, [second])) == ["a"]
 
 
+NOT_YET = "the claim is not bound to a volume yet"
 REFUSED = {
-    "a claim that is bound at once and is not yet": ({"by": "other"}, "its StorageClass other does not exist"),
-    "a claim without a class": ({"by": ""}, "the claim is not bound to a volume yet"),
+    "a claim of a class that is not there": ({"by": "other"}, f"{NOT_YET} (there is no StorageClass other)"),
+    "a claim without a class": ({"by": ""}, NOT_YET),
     "a claim that is being deleted": ({"deletion_timestamp": "2026-01-01T00:00:00Z"}, "the claim is being deleted"),
 }
 
