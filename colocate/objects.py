@@ -163,12 +163,18 @@ class ClaimSource(Lean, frozen=True):
     claim_name: str = ""
 
 
+class EphemeralSource(Lean, frozen=True):
+    """Its claim is made with the pod, and goes with it."""
+
+    volume_claim_template: ClaimTemplate | None = None
+
+
 class Volume(Lean, frozen=True):
     """Only volumes that bind a pod to nodes are told apart."""
 
     name: str = ""
     persistent_volume_claim: ClaimSource | None = None
-    ephemeral: dict[str, msgspec.Raw] | None = None
+    ephemeral: EphemeralSource | None = None
 
     def claim(self, pod: str) -> str:
         """The name of its claim in a pod of this name; empty if it needs none."""
@@ -337,6 +343,13 @@ class ClaimSpec(Lean, frozen=True):
     volume_attributes_class_name: str | None = None
     selector: LabelSelector | None = None
     resources: Resources = Resources()
+
+
+class ClaimTemplate(Lean, frozen=True):
+    """A claim that is made for each pod."""
+
+    metadata: ObjectMeta = ObjectMeta()
+    spec: ClaimSpec = ClaimSpec()
 
 
 class ClaimStatus(Lean, frozen=True):

@@ -54,6 +54,8 @@ class PlannedMember(Lean, frozen=True):
     name: str
     uid: str
     node: str = ""
+    volumes: dict[str, str] = {}
+    """Claim (namespace/name) -> the volume that it is to have; claims whose volumes are made are not here."""
     at: int | None = None
     """Instead of the node's name its number in the plan's `nodes`, where there are many members."""
 
@@ -90,6 +92,7 @@ class KeptPlace(Lean, frozen=True):
     node: str
     requests: Quantities = {}
     until: str = ""
+    count: int = 1
     failed: bool = False
     """Whether it was lost by a failure, and not by an end that was asked for."""
 

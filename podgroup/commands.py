@@ -272,7 +272,7 @@ def what_if(options: argparse.Namespace) -> int:
     asked = pods_of(manifests, namespace, taken.settings.schedulers, taken.taken, taken.classes)
     for text in asked.passed_over:
         print(text, file=sys.stderr)
-    verdicts = ask(taken, asked.pods, asked.groups)
+    verdicts = ask(taken, asked.pods, asked.groups, asked.claims)
     if options.output in DATA_FORMS:
         print_data(verdicts, options.output)
     else:

@@ -212,7 +212,8 @@ def _provision(
     dropped = failed + (waits if late else [])
     if dropped:
         if len(plan.spec.members) - len(seen.gone) - len(dropped) >= max(least, 1):
-            return Next(_without(plan, dropped), [])  # the surplus need not hold up the quorum
+            asked = [ReleaseVolumes(p) for m, p in seen.unbound if m in dropped and state[m.uid].written]
+            return Next(plan, list(asked)) if asked else Next(_without(plan, dropped), [])  # the surplus goes without
         text = state[dropped[0].uid].text + ("" if failed else f" for {elapsed_seconds:.0f} s")
         return _begin_roll_back(plan, "VolumeFailed" if failed else "VolumeTimeout", f"{dropped[0].name}: {text}")
     if not waits:

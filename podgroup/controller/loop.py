@@ -210,6 +210,7 @@ class Controller:
         if now_seconds() >= self._look_at:  # also in a cluster that is never silent
             self._look_at = float("inf")
             self.feed.dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
+            self.feed.dirty.update(gang_key(self.cluster.pods[uid]) for uid in self._alone if uid in self.cluster.pods)
         self._hands.woken = now_seconds()
         await asyncio.sleep(max(GATHER_SECONDS, self._spent))
         self.feed.wake.clear()
@@ -304,7 +305,8 @@ class Controller:
             return
         if before is not None and before.spec.pod_group_uid not in ("", group.metadata.uid):
             before = msgspec.structs.replace(before, spec=GangPlanSpec(), status=GangPlanStatus())  # another gang's
-        members = [PlannedMember(name=m.name, uid=m.uid, node=node) for m, node in start.placed]
+        chosen = self.cluster.storage.written_in_plan
+        members = [PlannedMember(name=m.name, uid=m.uid, node=node, volumes=chosen(m.uid)) for m, node in start.placed]
         if before is not None and before.status.phase == "Repairing":
             still = [self.cluster.pods.get(m.uid) for m in before.spec.members]
             alive = {p.metadata.uid for p in still if p is not None and not p.terminal}
@@ -416,11 +418,16 @@ class Controller:
         if any(self.cluster.shape(p).unbound for p in members):
             return False  # a volume may be on its way to where it is
         placed = self.queue.place_again(self.cluster, key, members)
-        if placed is None:
+        if placed is None or all(self.cluster.planned.get(m.uid) == node for m, node in placed):
             return False
         after = moved(plan, {m.uid: node for m, node in placed})
         log.info("members_moved", gang=key, members=sorted(m.name for m, _ in placed))
-        self._hands.spawn(key, self._hands.save_fenced(key, after, members))
+        left = [self.cluster.ledger.holdings[uid]._replace(uid=f"left:{uid}", kept=True) for uid in uids]
+        for holding in left:  # until a bind that is still on its way can no longer land there
+            self.cluster.ledger.hold(holding)
+        for member, node in placed:
+            self.cluster.promise(member.uid, node)
+        self._hands.spawn(key, self._hands.save_moved(key, after, members, [h.uid for h in left]))
         return True
 
     def _do(self, step: Step, plan: GangPlan) -> Coroutine[Any, Any, None]:

@@ -18,7 +18,7 @@ import structlog
 
 from colocate.kube.client import TIMEOUT_SECONDS, ApiError, Unreachable, pause
 from colocate.kube.lease import LeadershipLost
-from colocate.objects import Condition, Pod
+from colocate.objects import Claim, Condition, PersistentVolume, Pod
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus
 from podgroup.controller.binder import Binder, now_text
 from podgroup.controller.metrics import Metrics
@@ -132,9 +132,9 @@ class Hands:
             claim = f"{todo.claim.metadata.namespace}/{todo.claim.metadata.name}"
             try:
                 if todo.volume is not None:
-                    self.feed.on_volume(todo.volume, await self.binder.keep_volume(todo.volume, todo.claim))
+                    self._heard(await self.binder.keep_volume(todo.volume, todo.claim))
                 else:
-                    self.feed.on_claim(todo.claim, await self.binder.select_node(todo.claim, node))
+                    self._heard(await self.binder.select_node(todo.claim, node))
                 self.cluster.storage.asked(uid, claim)
             except (ApiError, Unreachable) as error:
                 await self._volume_failed(key, pod, error)
@@ -146,12 +146,24 @@ class Hands:
         for todo in self.cluster.volumes_of(uid).written:
             try:
                 if todo.volume is not None:
-                    self.feed.on_volume(todo.volume, await self.binder.free_volume(todo.volume))
+                    self._heard(await self.binder.free_volume(todo.volume))
                 else:
-                    self.feed.on_claim(todo.claim, await self.binder.select_node(todo.claim, None))
+                    self._heard(await self.binder.select_node(todo.claim, None))
             except (ApiError, Unreachable) as error:
                 await self._volume_failed(key, pod, error)
         self._done(uid, key)
+
+    def _heard(self, now: Claim | PersistentVolume) -> None:
+        """An answer says how a claim or a volume is; of one whose end the watch has told of it says nothing new."""
+        meta, storage = now.metadata, self.cluster.storage
+        if isinstance(now, Claim):
+            claim = storage.claims.get(f"{meta.namespace}/{meta.name}")
+            if claim is not None and claim.metadata.uid == meta.uid:
+                self.feed.on_claim(claim, now)
+        else:
+            volume = storage.volumes.get(meta.name)
+            if volume is not None and volume.metadata.uid == meta.uid:
+                self.feed.on_volume(volume, now)
 
     async def _volume_failed(self, key: str, pod: Pod, error: ApiError | Unreachable) -> None:
         log.warning("volume_not_written", pod=pod.metadata.name, error=str(error))
@@ -237,6 +249,15 @@ class Hands:
             self._done(key, key)  # it had landed: there is more to take back
         else:
             await self.save(key, plan)
+
+    async def save_moved(self, key: str, plan: GangPlan, members: list[Pod], left: list[str]) -> None:
+        """Members are planned elsewhere; the places that they have `left` are held until they are fenced."""
+        try:
+            await self.save_fenced(key, plan, members)
+        finally:
+            for uid in left:
+                self.cluster.release_hold(uid)
+            self.feed.wake.set()
 
     async def save(self, key: str, plan: GangPlan) -> None:
         """Persist a plan; on failure go on from the one that is there."""

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import msgspec
 
 from colocate.errors import BadInput
-from colocate.objects import ObjectMeta, OwnerReference, Pod, PodSpec, PriorityClass
+from colocate.objects import (
+    Claim,
+    ClaimSource,
+    ClaimTemplate,
+    ObjectMeta,
+    OwnerReference,
+    Pod,
+    PodSpec,
+    PriorityClass,
+    Volume,
+)
 from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
 from podgroup.state.shape import requests_of
 
@@ -47,6 +57,8 @@ class _Role(NamedTuple):
     """What its name has beyond the workload's."""
     scheduler: str = ""
     """Where the template names none."""
+    claims: tuple[str, ...] = ()
+    """Templates of claims of which each pod gets one."""
 
 
 class _PodTemplate(msgspec.Struct):
@@ -73,6 +85,7 @@ class Asked(NamedTuple):
 
     pods: list[Pod]
     groups: list[PodGroup]
+    claims: list[Claim]
     passed_over: list[str]
     """Documents that make no pods, or none that are known beforehand, in words."""
 
@@ -89,7 +102,7 @@ def pods_of(
     `classes` give the pods that name one their priority, as the API server's admission would. A null is absent, as the
     API server has it.
     """
-    asked = Asked([], [], [])
+    asked = Asked([], [], [], [])
     for one in _flat(manifests):
         content = _without_nulls(one.content)
         if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
@@ -154,12 +167,18 @@ def _add(manifest: dict[str, Any], namespace: str, schedulers: tuple[str, ...], 
     if kind == "PodGroup":
         asked.groups.append(_group(manifest, meta, name, namespace, now))
         return
+    if kind == "PersistentVolumeClaim":
+        template = msgspec.convert(manifest, ClaimTemplate)
+        asked.claims.append(_claim(template, name, namespace, now))
+        return
     roles = list(_roles(kind, api, manifest))
     if not roles:
         known = api in WITHOUT_PODS and kind not in LATER
         told = "makes no pods" if known else f"of {api or 'no API'}: its pods are not known beforehand"
         asked.passed_over.append(f"{kind} {name} {told}; it is passed over")
         return
+    if kind == "StatefulSet":
+        roles = [_with_claims(role, manifest, name, namespace, now, asked) for role in roles]
     total = sum(t.replicas for t in roles)
     if total + len(asked.pods) > MAX_PODS:
         raise BadInput(f"{total} pods: at most {MAX_PODS} can be asked about")
@@ -173,12 +192,45 @@ def _add(manifest: dict[str, Any], namespace: str, schedulers: tuple[str, ...], 
             made = _pods(role, kind, name, namespace, schedulers, now, group)
             labelled = labelled or any(p.metadata.labels.get(POD_GROUP_LABEL, group) != group for p in made)
             asked.pods.extend(made)
+            asked.claims.extend(_claims_of(made, now))
         if together and not (named or labelled):
             of_it = ObjectMeta(name=group, namespace=namespace, creation_timestamp=now, uid=f"what-if/{group}")
             least = sum(t.replicas for t in its)
             if api == VOLCANO:
                 least = min(_count(manifest["spec"].get("minAvailable", least), "spec.minAvailable"), least)
             asked.groups.append(PodGroup(metadata=of_it, spec=PodGroupSpec(min_member=max(least, 1))))
+
+
+def _claim(template: ClaimTemplate, name: str, namespace: str, now: str, pod: Pod | None = None) -> Claim:
+    """A claim as it is just after it was made: not bound to any volume."""
+    owners = [OwnerReference(kind="Pod", name=pod.metadata.name, uid=pod.metadata.uid, controller=True)] if pod else []
+    meta = msgspec.structs.replace(
+        template.metadata,
+        name=name,
+        namespace=namespace,
+        uid=f"what-if/{namespace}/{name}",
+        creation_timestamp=now,
+        owner_references=owners,
+    )
+    return Claim(metadata=meta, spec=template.spec)
+
+
+def _claims_of(pods: list[Pod], now: str) -> Iterator[Claim]:
+    """The claims of their ephemeral volumes."""
+    for pod in pods:
+        for volume in pod.spec.volumes:
+            template = volume.ephemeral.volume_claim_template if volume.ephemeral is not None else None
+            if template is not None:
+                yield _claim(template, volume.claim(pod.metadata.name), pod.metadata.namespace, now, pod)
+
+
+def _with_claims(role: _Role, manifest: Mapping[str, Any], name: str, namespace: str, now: str, asked: Asked) -> _Role:
+    """A StatefulSet makes a claim of each template for each pod, and a volume of the template's name in it."""
+    templates = msgspec.convert((manifest.get("spec") or {}).get("volumeClaimTemplates", []), list[ClaimTemplate])
+    for template in templates:
+        for i in range(role.replicas):
+            asked.claims.append(_claim(template, f"{template.metadata.name}-{name}-{i}", namespace, now))
+    return role._replace(claims=tuple(t.metadata.name for t in templates))
 
 
 def _group(manifest: Mapping[str, Any], meta: ObjectMeta, name: str, namespace: str, now: str) -> PodGroup:
@@ -224,7 +276,9 @@ def _pods(
             deletion_timestamp=None,
             owner_references=[] if kind == "Pod" else [whose],
         )
-        found.append(Pod(metadata=made, spec=spec))
+        own = [Volume(name=c, persistent_volume_claim=ClaimSource(claim_name=f"{c}-{one}")) for c in role.claims]
+        volumes = [*(v for v in spec.volumes if v.name not in role.claims), *own]
+        found.append(Pod(metadata=made, spec=msgspec.structs.replace(spec, volumes=volumes)))
     return found
 
 

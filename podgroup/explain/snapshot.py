@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -181,9 +182,18 @@ def _verdicts(cluster: Cluster, queue: Queue, now: float) -> list[Verdict]:
     return [found[key] for key in queue.order if key in found]
 
 
-def what_if(snapshot: ClusterSnapshot, pods: list[Pod], groups: list[PodGroup]) -> list[Verdict]:
-    """What the next cycle would decide about these, were they created now."""
-    more = msgspec.structs.replace(snapshot, pods=[*snapshot.pods, *pods], groups=[*snapshot.groups, *groups])
+def what_if(
+    snapshot: ClusterSnapshot, pods: list[Pod], groups: list[PodGroup], claims: Sequence[Claim] = ()
+) -> list[Verdict]:
+    """What the next cycle would decide about these, were they created now. A claim that is there already stays."""
+    there = {(c.metadata.namespace, c.metadata.name) for c in snapshot.claims}
+    new = [c for c in claims if (c.metadata.namespace, c.metadata.name) not in there]
+    more = msgspec.structs.replace(
+        snapshot,
+        pods=[*snapshot.pods, *pods],
+        groups=[*snapshot.groups, *groups],
+        claims=[*snapshot.claims, *new],
+    )
     asked = {gang_key(p) for p in pods} | {f"{g.metadata.namespace}/{g.metadata.name}" for g in groups}
     found = {verdict.gang: verdict for verdict in decide(more)}
     busy = "what this gang has planned already is being carried out or taken back: ask again"

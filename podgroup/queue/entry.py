@@ -206,7 +206,9 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
     return gang, note
 
 
-def rest_of(cluster: Cluster, key: str, pods: Sequence[Pod], settings: Settings) -> Gang:
+def rest_of(
+    cluster: Cluster, key: str, pods: Sequence[Pod], settings: Settings, owed_to_others: tuple[Debt, ...]
+) -> Gang:
     """What the solver is asked for planned members that must go elsewhere, the others staying where they are."""
     group, uids = cluster.groups.get(key), {p.metadata.uid for p in pods}
     annotations = group.metadata.annotations if group is not None else {}
@@ -218,6 +220,7 @@ def rest_of(cluster: Cluster, key: str, pods: Sequence[Pod], settings: Settings)
         required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
         preferred_topology=_preferred(annotations, settings),
         fixed=tuple(filter(None, there)),
+        leave=of_interest(owed_to_others, _taken(cluster, pods, {})) if owed_to_others else (),
     )
 
 

@@ -3,7 +3,8 @@ another scheduler has made free for its pods (nominatedNodeName, kube-scheduler'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
 from podgroup.state.shape import Shape, amounts
 
+MOST_PLACES = 200
+"""Of one gang, as its plan says them: a plan must fit into a request."""
 SLOT, NOMINATED, THEIRS = "slot:", "nominated:", "theirs:"
 
 
@@ -44,12 +47,15 @@ class Holds:
 
     def places(self, cluster: Cluster, key: str) -> list[KeptPlace]:
         """The places of lost members of a gang, as its plan says them."""
-        found = []
+        counted: Counter[tuple[str, tuple[tuple[str, int], ...], str, bool]] = Counter()
         for hold in self._holds:
             holding = cluster.ledger.holdings.get(hold.uid) if (hold.key, hold.kind) == (key, SLOT) else None
             if holding is not None:
-                requests: Quantities = {r: f"{a}m" if r == "cpu" else a for r, a in holding.shape.requests}
-                found.append(KeptPlace(holding.node, requests, time_text(hold.until), hold.failed))
+                counted[holding.node, holding.shape.requests, time_text(hold.until), hold.failed] += 1
+        found = []
+        for (node, requests, until, failed), count in list(counted.items())[:MOST_PLACES]:
+            asked: Quantities = {r: f"{a}m" if r == "cpu" else a for r, a in requests}
+            found.append(KeptPlace(node=node, requests=asked, until=until, failed=failed, count=count))
         return found
 
     def restore(self, cluster: Cluster, key: str, places: list[KeptPlace], now: float) -> None:
@@ -58,8 +64,9 @@ class Holds:
             until = seconds_of(place.until) or 0.0
             if until > now:
                 shape = Shape(requests=tuple(sorted(amounts(place.requests).items())))
-                lost = Holding(f"{key}/{i}", "", key.partition("/")[0], place.node, shape, {})
-                self.keep_slot(cluster, lost, key, until, place.failed)
+                for j in range(min(place.count, MOST_PLACES)):
+                    lost = Holding(f"{key}/{i}/{j}", "", key.partition("/")[0], place.node, shape, {})
+                    self.keep_slot(cluster, lost, key, until, place.failed)
 
     def failed(self, key: str) -> bool:
         """Whether a place is kept for this gang since one of its members failed."""
@@ -81,19 +88,27 @@ class Holds:
             self._give_up(cluster, mine)
             return
         meta, shape = pod.metadata, cluster.shape(pod)
-        cluster.ledger.hold(Holding(uid, meta.name, meta.namespace, node, shape, meta.labels))
+        cluster.ledger.hold(Holding(uid, meta.name, meta.namespace, node, shape, meta.labels, kept=True))
         if not mine:
             self._holds.append(Hold(gang_key(pod), uid, float("inf"), THEIRS, pod.spec.priority))
 
     def _keep(self, cluster: Cluster, hold: Hold, like: Holding) -> None:
         room_only = Shape(requests=like.shape.requests)
-        cluster.ledger.hold(like._replace(uid=hold.uid, labels={}, shape=room_only, leaving=False))
+        cluster.ledger.hold(like._replace(uid=hold.uid, labels={}, shape=room_only, leaving=False, kept=True))
         self._holds.append(hold)
 
-    def drop(self, cluster: Cluster, key: str, kind: str, most: int | None = None) -> None:
-        """Give up a gang's holds of one kind, at most so many."""
-        mine = [h for h in self._holds if h.key == key and h.kind == kind][:most]
-        self._give_up(cluster, mine)
+    def drop(self, cluster: Cluster, key: str, kind: str) -> None:
+        """Give up a gang's holds of one kind."""
+        self._give_up(cluster, [h for h in self._holds if h.key == key and h.kind == kind])
+
+    def drop_slots(self, cluster: Cluster, key: str, nodes: Iterable[str]) -> None:
+        """A gang has got members on these nodes: a slot for each, those there first."""
+        there = {h.uid: cluster.ledger.holdings[h.uid].node for h in self._holds if (h.key, h.kind) == (key, SLOT)}
+        for node in nodes:
+            uid = next((uid for uid, where in there.items() if where == node), next(iter(there), None))
+            if uid is not None:
+                del there[uid]
+                self._give_up(cluster, [h for h in self._holds if h.uid == uid])
 
     def expire(self, cluster: Cluster, now: float, whole: set[str]) -> None:
         """Give up what is over, and the slots of gangs that need none any more."""

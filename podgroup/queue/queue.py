@@ -493,7 +493,7 @@ class Queue:
             )
             return self._make_room(cluster, entry, gang, now) if reason == "Unschedulable" else None
         self.holds.drop(cluster, entry.key, NOMINATED)
-        self.holds.drop(cluster, entry.key, SLOT, len(placed))
+        self.holds.drop_slots(cluster, entry.key, [node for _, node in placed])
         for member, node in placed:
             cluster.promise(member.uid, node)
         self._owed_less(cluster, entry.key, now)
@@ -644,8 +644,8 @@ class Queue:
 
     def place_again(self, cluster: Cluster, key: str, pods: list[Pod]) -> list[Placed] | None:
         """Other places for planned members of a gang, beside the rest of it; None if there are none for all of them."""
-        gang = rest_of(cluster, key, pods, self.settings)
         priority = max(p.spec.priority for p in pods)
+        gang = rest_of(cluster, key, pods, self.settings, self.reservations.against(key, priority))
         with cluster.ledger.without(m.uid for m in gang.members), self.holds.usable_by(cluster, key, priority):
             return place(cluster.ledger, gang)
 

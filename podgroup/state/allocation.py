@@ -26,6 +26,8 @@ class Holding(NamedTuple):
     labels: Mapping[str, str]
     leaving: bool = False
     """Being deleted: it holds its room, but spreads no more."""
+    kept: bool = False
+    """Room that is kept for a pod that is not there: nobody has taken it."""
 
 
 class Counted(NamedTuple):

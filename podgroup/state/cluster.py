@@ -23,7 +23,7 @@ from podgroup.state.large_plans import expand
 from podgroup.state.ledger import Ledger
 from podgroup.state.selectors import matches
 from podgroup.state.shape import Shape, resized, selects_namespaces, shape_of
-from podgroup.state.storage import Progress, Storage
+from podgroup.state.storage import Progress, Storage, has_claims
 from podgroup.state.supply import Supply, reach
 from podgroup.state.volumes import Unbound
 
@@ -58,6 +58,8 @@ class Cluster:
         """Nodes that have gained room or have changed, one after the other; `gained` counts those that were cut off."""
         self.gained = 0
         self._priority: dict[str, int] = {}
+        self._planned_on: dict[str, set[str]] = {}
+        """Node -> uids of the pods that are planned on it."""
         self.namespaces: dict[str, Mapping[str, str]] = {}
         """Name -> labels."""
         self._namespaces_version = 0
@@ -102,21 +104,36 @@ class Cluster:
 
     def waiting_for_volumes(self) -> set[str]:
         """The gangs with unbound pods that use claims."""
-        return {gang_key(p) for p in self.pods.values() if p.spec.volumes and not p.spec.node_name and not p.terminal}
+        pods = (self.pods[uid] for uid in self.storage.users() if uid in self.pods)
+        return {gang_key(p) for p in pods if not p.spec.node_name}
 
     def set_pod(self, pod: Pod) -> None:
         """A pod as it is now."""
         self.pods[pod.metadata.uid] = pod
-        if pod.spec.volumes:
+        if has_claims(pod):
             uid = pod.metadata.uid
             self._hold_again(self.storage.gone(uid) if pod.terminal else self.storage.living(pod))
         self.members.setdefault(gang_key(pod), set()).add(pod.metadata.uid)
         uid = pod.metadata.uid
         if pod.spec.node_name:
-            self.planned.pop(uid, None)
-        elif uid in self._intended:
-            self.planned.setdefault(uid, self._intended[uid])
+            self._unplan(uid)
+        elif uid in self._intended and uid not in self.planned:
+            self._plan(uid, self._intended[uid])
         self._hold(pod)
+
+    def _plan(self, uid: str, node: str) -> None:
+        self._unplan(uid)
+        self.planned[uid] = node
+        self._planned_on.setdefault(node, set()).add(uid)
+
+    def _unplan(self, uid: str) -> bool:
+        node = self.planned.pop(uid, None)
+        if node is None:
+            return False
+        self._planned_on[node].discard(uid)
+        if not self._planned_on[node]:
+            del self._planned_on[node]
+        return True
 
     def remove_pod(self, uid: str) -> None:
         """A pod that is gone."""
@@ -127,19 +144,27 @@ class Cluster:
         self.members[key].discard(uid)
         if not self.members[key]:
             del self.members[key]
-        self.planned.pop(uid, None)
+        self._unplan(uid)
         self._shapes.pop(uid, None)
         self._release(uid)
         self._hold_again(self.storage.gone(uid))
 
     def set_plan(self, key: str, plan: GangPlan) -> None:
         """A plan as it is now: while it is open, its members hold what they are promised."""
-        self.remove_plan(key)
-        self.plans[key] = plan = expand(plan)
-        if plan.status.phase in HOLDING_PHASES:
-            for member in plan.spec.members:
-                self._intended[member.uid] = member.node
-                self.promise(member.uid, member.node)
+        before, plan = self.plans.get(key), expand(plan)
+        members = plan.spec.members if plan.status.phase in HOLDING_PHASES else []
+        wanted = {m.uid: m.node for m in members}
+        for member in before.spec.members if before is not None else ():
+            if wanted.get(member.uid) != member.node:
+                self._intended.pop(member.uid, None)
+                self.withdraw(member.uid)
+        self.plans[key] = plan
+        for member in members:
+            uid, node = member.uid, member.node
+            if self._intended.get(uid) != node or self.planned.get(uid) != node:
+                self._intended[uid] = node
+                self.storage.remember(uid, member.volumes)
+                self.promise(uid, node)
 
     def remove_plan(self, key: str) -> None:
         """A plan that is gone: what it promised and is not bound is free."""
@@ -152,12 +177,12 @@ class Cluster:
         """A pod that is to be bound to a node holds its room there from now on."""
         pod = self.pods.get(uid)
         if pod is not None and not pod.spec.node_name:
-            self.planned[uid] = node
+            self._plan(uid, node)
             self._hold(pod)
 
     def withdraw(self, uid: str) -> None:
         """The promise is void."""
-        if self.planned.pop(uid, None) is not None and uid in self.pods:
+        if self._unplan(uid) and uid in self.pods:
             self._hold(self.pods[uid])
 
     def release_hold(self, uid: str) -> None:
@@ -173,14 +198,14 @@ class Cluster:
         uid, seen = pod.metadata.uid, (pod.spec, self._seen_beside(pod), resized(pod))
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
-            needs = self.storage.needs(pod) if pod.spec.volumes else None
+            needs = self.storage.needs(pod) if has_claims(pod) else None
             shape = shape_of(pod, needs, self._namespaces_of)
             cached = self._shapes[uid] = (seen, self._equal.setdefault(msgspec.json.encode(shape), shape))
         return cached[1]
 
     def _seen_beside(self, pod: Pod) -> tuple[int, int]:
         """The versions of what a shape depends on that is not in the pod."""
-        volumes = self.storage.version if pod.spec.volumes else 0
+        volumes = self.storage.version if has_claims(pod) else 0
         return volumes, self._namespaces_version if pod.spec.affinity is not None and selects_namespaces(pod) else 0
 
     def _namespaces_of(self, selector: LabelSelector) -> tuple[str, ...]:
@@ -200,8 +225,11 @@ class Cluster:
     def volumes_of(self, uid: str) -> Progress:
         """How far the volumes of a pod that is planned on a node have come."""
         pod, node = self.pods.get(uid), self.planned.get(uid)
-        if pod is None or node is None or not pod.spec.volumes:
+        if pod is None or node is None or not has_claims(pod):
             return Progress()
+        if self.storage.chosen.get(uid, {}) is None:  # there was none: there may be by now
+            del self.storage.chosen[uid]
+            self._choose_volumes(pod, node)
         row, volumes = self.ledger.rows.get(node), self.storage.volumes
         reached = {name for name in self.storage.bound_to(pod) if row is not None and reach(self.ledger, name)[row]}
         return self.storage.progress(pod, node, reached & volumes.keys())
@@ -212,19 +240,25 @@ class Cluster:
         for uid, node in members.items():
             row, pod = self.ledger.rows.get(node), self.pods.get(uid)
             if row is not None and pod is not None and node not in found:
+                kept = [h.shape for h in self.ledger.on(node) if h.kept]  # for somebody who is not there yet
+                free = self.ledger.allocatable[row] - self.ledger.used[row]
+                for resource, amount in (one for shape in kept for one in shape.requests):
+                    free[self.ledger.columns[resource]] += amount
                 columns = [self.ledger.columns[r] for r, _ in self.shape(pod).requests if r in self.ledger.columns]
-                if (self.ledger.allocatable[row, columns] < self.ledger.used[row, columns]).any():
+                if (free[columns] < 0).any():
                     found.add(node)
         return found
 
     def planned_on(self, node: str) -> set[str]:
         """The gangs with members that are planned on a node and not bound yet."""
-        return {gang_key(self.pods[uid]) for uid, where in self.planned.items() if where == node and uid in self.pods}
+        return {gang_key(self.pods[uid]) for uid in self._planned_on.get(node, ()) if uid in self.pods}
 
     def _choose_volumes(self, pod: Pod, node: str) -> None:
         """A pod that is planned on a node takes its volumes there."""
         uid, claims = pod.metadata.uid, self.storage.open_claims(pod)
         if not claims or uid in self.storage.chosen or node not in self.ledger.rows:
+            return
+        if self.storage.recall(uid, [key for key, _ in claims]):
             return
         row = self.ledger.rows[node]
         shared = {key: self._shared_volume(key, w, row, uid) for key, w in claims if w.shared}
@@ -233,7 +267,7 @@ class Cluster:
         within[row] = True
         picks = Supply(self.ledger, [w for _, w in claims], frozenset(), decided, within).pick(row)
         keys = [key for key, _ in claims]
-        self.storage.chosen[uid] = None if picks is None else dict(zip(keys, picks, strict=True))
+        self.storage.choose(uid, None if picks is None else dict(zip(keys, picks, strict=True)))
 
     def _hold(self, pod: Pod) -> None:
         uid = pod.metadata.uid
@@ -241,7 +275,7 @@ class Cluster:
         if not node or pod.terminal:
             self._release(uid)
             return
-        if pod.spec.volumes:
+        if has_claims(pod):
             if self.storage.on_node(uid, node):
                 self.set_attachments(node)
             if not pod.spec.node_name:
@@ -280,8 +314,11 @@ class Cluster:
 
     def _release(self, uid: str) -> None:
         holding = self.ledger.release(uid)
+        freed = bool(any((self.storage.chosen.get(uid) or {}).values()))
         if self.storage.left(uid) and holding is not None:
             self.set_attachments(holding.node)
+        if freed:  # a volume may be for other nodes too
+            self._gain_everywhere()
         if holding is not None:
             self._gain(holding.node)
         if uid in self._priority:
@@ -289,6 +326,10 @@ class Cluster:
             self.priorities[priority] -= 1
             if not self.priorities[priority]:
                 del self.priorities[priority]
+
+    def _gain_everywhere(self) -> None:
+        self.gained += len(self.gains) + 1
+        self.gains.clear()
 
     def _gain(self, node: str) -> None:
         self.gains.append(node)

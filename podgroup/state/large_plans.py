@@ -24,7 +24,10 @@ def compact(plan: GangPlan) -> GangPlan:
     prefix = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     nodes = sorted({m.node for m in members})
     number = {name: i for i, name in enumerate(nodes)}
-    short = [PlannedMember(name=m.name.removeprefix(prefix), uid=m.uid, at=number[m.node]) for m in members]
+    short = [
+        PlannedMember(name=m.name.removeprefix(prefix), uid=m.uid, at=number[m.node], volumes=m.volumes)
+        for m in members
+    ]
     spec = msgspec.structs.replace(plan.spec, prefix=prefix, nodes=nodes, members=short)
     return msgspec.structs.replace(plan, spec=spec)
 
@@ -36,6 +39,7 @@ def expand(plan: GangPlan) -> GangPlan:
         return plan
     names: dict[int | None, str] = dict(enumerate(spec.nodes))
     whole = [
-        PlannedMember(name=spec.prefix + m.name, uid=m.uid, node=m.node or names.get(m.at, "")) for m in spec.members
+        PlannedMember(name=spec.prefix + m.name, uid=m.uid, node=m.node or names.get(m.at, ""), volumes=m.volumes)
+        for m in spec.members
     ]
     return msgspec.structs.replace(plan, spec=msgspec.structs.replace(spec, prefix="", nodes=[], members=whole))

@@ -7,8 +7,13 @@ controller that was killed goes on where it was. Source: the scheduler's VolumeB
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import islice
 from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
 
 from colocate.objects import (
     Claim,
@@ -30,19 +35,22 @@ from podgroup.state.volumes import (
     SELECTED_NODE,
     Needs,
     Unbound,
+    capacity_of,
     class_of,
     class_of_volume,
     is_bound,
+    is_free,
     large_enough,
     names,
     nodes_of,
-    size_of,
     suits,
     unbound,
     zones_of,
 )
 
+replace = msgspec.structs.replace
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class Todo(NamedTuple):
@@ -77,9 +85,16 @@ class Storage:
         self.drivers: dict[str, CsiDriver] = {}
         self.capacities: dict[str, tuple[CsiStorageCapacity, NodeSelector | None]] = {}
         """Each with the nodes that can reach it; None for all, where it says so."""
+        self._drivers_limited: Counter[str] = Counter()
+        """Driver -> how many nodes have a limit for it."""
+        self._taken: Counter[str] = Counter()
+        """The volumes that planned pods are to have."""
+        self._free: dict[str, list[tuple[int, str, PersistentVolume]]] = {}
+        """StorageClass -> its free volumes, by size and name."""
+        self._remembered: dict[str, dict[str, str]] = {}
+        """uid -> what a plan says that it is to have."""
         self.version = 0
         """Of everything that a pod's needs depend on."""
-        self._of_class: dict[str, dict[str, PersistentVolume]] = {}
         self._kept: dict[tuple[str, str], set[str]] = {}
         """(namespace, claim) -> the volumes that name it."""
         self._limits: dict[str, dict[str, int]] = {}
@@ -109,31 +124,35 @@ class Storage:
         """A claim as it is now, or that it is gone."""
         before = self.claims.get(key)
         if before is not None and before.spec.volume_name:
-            self._claims_on[before.spec.volume_name].discard(key)
+            _discard(self._claims_on, before.spec.volume_name, key)
         _put(self.claims, key, claim)
         if claim is not None and claim.spec.volume_name:
             self._claims_on.setdefault(claim.spec.volume_name, set()).add(key)
-        self.version += 1
+        self.version += not _alike(before, claim)
 
     def set_volume(self, name: str, volume: PersistentVolume | None) -> None:
         """A volume as it is now, or that it is gone."""
         before = self.volumes.get(name)
         if before is not None:
-            del self._of_class[class_of_volume(before)][name]
             if before.spec.claim_ref is not None:
-                self._kept[before.spec.claim_ref.namespace, before.spec.claim_ref.name].discard(name)
+                _discard(self._kept, (before.spec.claim_ref.namespace, before.spec.claim_ref.name), name)
+            elif is_free(before):
+                free = self._free[class_of_volume(before)]
+                del free[bisect_left(free, (capacity_of(before), name), key=lambda one: one[:2])]
             if before.spec.csi is not None:
-                self._same[before.spec.csi.driver, before.spec.csi.volume_handle].discard(name)
+                _discard(self._same, (before.spec.csi.driver, before.spec.csi.volume_handle), name)
         _put(self.volumes, name, volume)
         if volume is not None:
-            self._of_class.setdefault(class_of_volume(volume), {})[name] = volume
+            if is_free(volume):
+                free = self._free.setdefault(class_of_volume(volume), [])
+                insort(free, (capacity_of(volume), name, volume), key=lambda one: one[:2])
             whose = volume.spec.claim_ref
             if whose is not None:
                 self._kept.setdefault((whose.namespace, whose.name), set()).add(name)
             csi = volume.spec.csi
             if csi is not None:
                 self._same.setdefault((csi.driver, csi.volume_handle), set()).add(name)
-        self.version += 1
+        self.version += not _alike(before, volume)
 
     def set_class(self, name: str, made_by: StorageClass | None) -> None:
         """A StorageClass as it is now, or that it is gone."""
@@ -151,30 +170,32 @@ class Storage:
         _put(self.capacities, key, None if capacity is None else (capacity, nodes))
         self.version += 1
 
-    @property
-    def _limited(self) -> frozenset[str]:
-        """The drivers that have a limit on some node."""
-        return frozenset(driver for limits in self._limits.values() for driver in limits)
-
     def set_csi_node(self, name: str, node: CsiNode | None) -> bool:
         """The drivers of a node as they are now; whether volumes count now that did not before, or the reverse."""
-        drivers = self._limited
-        self._limits.pop(name, None)
+        drivers = self._drivers_limited.keys() | set()
+        for driver in self._limits.pop(name, {}):
+            self._drivers_limited[driver] -= 1
+            if not self._drivers_limited[driver]:
+                del self._drivers_limited[driver]
         limits = (
             {d.name: d.allocatable.count for d in node.spec.drivers if d.allocatable.count is not None} if node else {}
         )
         if limits:
             self._limits[name] = limits
-        self.version += drivers != self._limited
-        return drivers != self._limited
+            self._drivers_limited.update(limits.keys())
+        changed = drivers != self._drivers_limited.keys()
+        self.version += changed
+        return changed
 
     def set_attachment(self, name: str, attachment: VolumeAttachment | None) -> str:
         """An attachment as it is now, or that it is gone; the node of it."""
         before = self._attachments.get(name)
         node = (attachment or before).spec.node_name if attachment or before else ""  # type: ignore[union-attr]
         _put(self._attachments, name, attachment)
-        here = self._attached.setdefault(node, set())
-        here.add(name) if attachment is not None else here.discard(name)
+        if attachment is not None:
+            self._attached.setdefault(node, set()).add(name)
+        else:
+            _discard(self._attached, node, name)
         return node
 
     # who uses what
@@ -234,11 +255,44 @@ class Storage:
         """It holds none any more; False if it did not."""
         node = self._on.pop(uid, None)
         if node is not None:
-            self._on_node[node].discard(uid)
+            _discard(self._on_node, node, uid)
             self._used_alone(uid)
+        self._choose(uid, None)
         self.chosen.pop(uid, None)
         self._asked.pop(uid, None)
+        self._remembered.pop(uid, None)
         return node is not None
+
+    def users(self) -> list[str]:
+        """uids of the living pods with claims."""
+        return list(self._users)
+
+    def remember(self, uid: str, volumes: Mapping[str, str]) -> None:
+        """What a plan says that a pod is to have, before it is promised its place."""
+        if uid not in self.chosen:
+            self._remembered[uid] = dict(volumes)
+
+    def recall(self, uid: str, claims: list[str]) -> bool:
+        """A planned pod is to have what its plan says; False if none has."""
+        said = self._remembered.pop(uid, None)
+        if said is None:
+            return False
+        self.choose(uid, {key: said.get(key, "") for key in claims})
+        return True
+
+    def choose(self, uid: str, volumes: dict[str, str] | None) -> None:
+        """A planned pod is to have these volumes, by claim; None if there are none."""
+        self._choose(uid, volumes)
+        self.chosen[uid] = volumes
+
+    def _choose(self, uid: str, volumes: Mapping[str, str] | None) -> None:
+        self._taken.subtract(filter(None, (self.chosen.get(uid) or {}).values()))
+        self._taken.update(filter(None, (volumes or {}).values()))
+        self._taken = +self._taken if len(self._taken) > 2 * len(self.chosen) + 64 else self._taken
+
+    def written_in_plan(self, uid: str) -> dict[str, str]:
+        """What a plan says of the volumes of a member."""
+        return {key: name for key, name in (self.chosen.get(uid) or {}).items() if name}
 
     def _used_alone(self, uid: str) -> None:
         """Others can, or cannot, have what is for one pod alone."""
@@ -259,7 +313,6 @@ class Storage:
         attached: dict[str, int] = {}
         shared: list[tuple[str, str]] = []
         alone: list[str] = []
-        limited = self._limited
         for key, volume in claims_of(pod):
             refused = self._refused(pod, key, volume)
             if refused:
@@ -274,7 +327,7 @@ class Storage:
             else:
                 open_claims.append(unbound(claim, self._kept_for(claim), key if together else ""))
             driver, handle = self._attachment(key, claim)
-            if driver in limited:
+            if driver in self._drivers_limited:
                 resource = f"{ATTACHABLE}{driver}"
                 if self._sharing(key) - {pod.metadata.uid}:
                     shared.append((resource, handle))
@@ -332,13 +385,9 @@ class Storage:
             return []
         if wanted.kept:
             return [self.volumes[wanted.kept]]
-        taken = {name for choice in self.chosen.values() if choice for name in choice.values()}
-        fit = [
-            v
-            for name, v in self._of_class.get(wanted.storage_class, {}).items()
-            if name not in taken and suits(v, wanted)
-        ]
-        return sorted(fit, key=lambda v: (size_of(v.spec.capacity.get("storage")), v.metadata.name))
+        free = self._free.get(wanted.storage_class, [])
+        first = bisect_left(free, (wanted.size, ""), key=lambda one: one[:2])
+        return [v for _, name, v in islice(free, first, None) if not self._taken[name] and suits(v, wanted)]
 
     def decided(self, key: str, but: str = "") -> str | None:
         """The volume that another planned pod with this claim is to have, "" for one that is made; None if none is."""
@@ -353,7 +402,7 @@ class Storage:
         for uid in self._wanting.get(key, ()):
             choice = self.chosen.get(uid)
             if choice is not None and key in choice:
-                choice[key] = volume
+                self.choose(uid, {**choice, key: volume})
 
     def planned_with(self, key: str) -> list[str]:
         """The nodes of the planned pods with a claim."""
@@ -451,6 +500,19 @@ class Storage:
                 yield Todo(claim, its)
 
 
+def has_claims(pod: Pod) -> bool:
+    """Whether a pod has any; nearly every pod has some other volume."""
+    return any(v.persistent_volume_claim is not None or v.ephemeral is not None for v in pod.spec.volumes)
+
+
+def _alike(before: Claim | PersistentVolume | None, now: Claim | PersistentVolume | None) -> bool:
+    """Whether nothing has changed that a pod's needs depend on."""
+    if before is None or now is None:
+        return before is now
+    a, b = (replace(o.metadata, resource_version="", finalizers=[]) for o in (before, now))
+    return a == b and before.spec == now.spec and before.status == now.status
+
+
 def claims_of(pod: Pod) -> list[tuple[str, Volume]]:
     """(namespace/name, volume) of the claims of a pod, each once."""
     found = {v.claim(pod.metadata.name): v for v in pod.spec.volumes}
@@ -465,6 +527,13 @@ def reaches(volume: PersistentVolume) -> NodeSelector | None:
 def makes(made_by: StorageClass | None) -> bool:
     """Whether a class makes volumes."""
     return made_by is not None and made_by.provisioner not in ("", NO_PROVISIONER)
+
+
+def _discard(into: dict[K, set[str]], key: K, value: str) -> None:
+    """Out of a set of an index, and the set out of the index once it is empty."""
+    into[key].discard(value)
+    if not into[key]:
+        del into[key]
 
 
 def _put(into: dict[str, T], key: str, value: T | None) -> None:

@@ -7,6 +7,7 @@ not there must be made. Source: the scheduler's VolumeBinding plugin (findMatchi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import islice
 
 import numpy as np
 
@@ -52,18 +53,23 @@ class Supply:
     def alternatives(self) -> Iterator[Supply]:
         """For claims that several share and that have no volume yet: this one with each volume they could have.
 
-        The one that most nodes reach comes first; to have one made is the last.
+        The one that most nodes reach comes first; to have one made is the last. Of volumes that the same nodes reach
+        the first is enough, and of all combinations so many are tried.
         """
-        for i, wanted in enumerate(self.wanted):
-            if not wanted.shared or wanted.shared in self.decided:
-                continue
-            names = [name for name, _ in self._found[i]][:MOST_ALTERNATIVES] + ([""] if self._made[i].any() else [])
-            for name in names:
-                decided = {**self.decided, wanted.shared: name}
-                taken = self.taken | ({name} if name else set())
-                yield from Supply(self._ledger, self.wanted, taken, decided, self._within).alternatives()
-            return
-        yield self
+        return islice(_alternatives(self), MOST_ALTERNATIVES)
+
+    def undecided(self) -> tuple[str, list[str]] | None:
+        """The first claim that several share and that has no volume yet, and those that it could have."""
+        for wanted, found, made in zip(self.wanted, self._found, self._made, strict=True):
+            if wanted.shared and wanted.shared not in self.decided:
+                reached = {(mask & self._within).tobytes(): name for name, mask in reversed(found)}
+                return wanted.shared, [*reversed(reached.values()), *([""] if made.any() else [])]
+        return None
+
+    def having(self, claim: str, volume: str) -> Supply:
+        """The same with this volume for a claim that several share."""
+        decided, taken = {**self.decided, claim: volume}, self.taken | ({volume} if volume else set())
+        return Supply(self._ledger, self.wanted, taken, decided, self._within)
 
     def copy(self) -> Supply:
         """The same, to be taken from by itself."""
@@ -123,6 +129,16 @@ class Supply:
                     self._found[j] = [one for one in found if one[0] != name]
                     self._count[j] = self._count[j] - gone[0]
         return picks is not None
+
+
+def _alternatives(supply: Supply) -> Iterator[Supply]:
+    undecided = supply.undecided()
+    if undecided is None:
+        yield supply
+        return
+    claim, names = undecided
+    for name in names:
+        yield from _alternatives(supply.having(claim, name))
 
 
 def reach(ledger: Ledger, volume: str) -> Mask:

@@ -124,10 +124,20 @@ def unbound(claim: Claim, kept: str, shared: str) -> Unbound:
     )
 
 
+def capacity_of(volume: PersistentVolume) -> int:
+    """Bytes."""
+    return size_of(volume.spec.capacity.get("storage"))
+
+
+def is_free(volume: PersistentVolume) -> bool:
+    """Whether a volume is there for whoever it suits."""
+    return volume.spec.claim_ref is None and volume.status.phase == "Available"
+
+
 def large_enough(volume: PersistentVolume, wanted: Unbound) -> bool:
     """Whether a volume that is kept for a claim is what it asks for."""
     return (
-        size_of(volume.spec.capacity.get("storage")) >= wanted.size
+        capacity_of(volume) >= wanted.size
         and volume.spec.volume_mode == wanted.volume_mode
         and (volume.spec.volume_attributes_class_name or "") == wanted.attributes_class
         and volume.metadata.deletion_timestamp is None
@@ -137,8 +147,7 @@ def large_enough(volume: PersistentVolume, wanted: Unbound) -> bool:
 def suits(volume: PersistentVolume, wanted: Unbound) -> bool:
     """Whether a free volume is what a claim asks for, wherever it is."""
     return (
-        volume.spec.claim_ref is None
-        and volume.status.phase == "Available"
+        is_free(volume)
         and large_enough(volume, wanted)
         and set(wanted.access_modes) <= set(volume.spec.access_modes)
         and (wanted.selector is None or matches(wanted.selector, volume.metadata.labels))

@@ -24,6 +24,7 @@ from colocate.objects import (
     PodStatus,
     PriorityClass,
     Resources,
+    StorageClass,
     Taint,
 )
 from colocate.units import parse_time, time_text
@@ -213,7 +214,7 @@ def asked(*contents, classes=()):
 
 def test_a_priority_class_gives_its_pods_their_priority():
     named = {"kind": "Pod", "metadata": {"name": "p"}, "spec": {"priorityClassName": "urgent", "containers": [{}]}}
-    (one,), _, _ = asked(named, classes=[URGENT])
+    (one,), _, _, _ = asked(named, classes=[URGENT])
     assert one.spec.priority == 1000
     with pytest.raises(BadInput, match=r"spec\.priorityClassName 'urgent' does not exist; known: none"):
         asked(named)
@@ -225,7 +226,7 @@ def test_what_does_not_fit_of_a_gang_is_counted():
 
 
 def test_a_job_without_a_group_is_pods_alone():
-    pods, groups, _ = asked(JOB)
+    pods, groups, _, _ = asked(JOB)
     assert groups == []
     verdicts = what_if(cluster([node("a")], [], []), pods, groups)
     assert [v.outcome for v in verdicts] == ["Start", "Start", "Wait"]
@@ -233,7 +234,7 @@ def test_a_job_without_a_group_is_pods_alone():
 
 @pytest.mark.parametrize(("nodes", "outcome"), [(1, "Wait"), (2, "Start")])
 def test_an_mpi_job_is_one_gang(nodes, outcome):
-    pods, groups, _ = asked(MPI)
+    pods, groups, _, _ = asked(MPI)
     (verdict,) = what_if(cluster([node(f"n{i}") for i in range(nodes)], [], []), pods, groups)
     assert (verdict.gang, verdict.outcome) == ("ns/pi", outcome)
 
@@ -278,9 +279,43 @@ FILES = {
 }
 
 
+CLAIM = {"spec": {"storageClassName": "later", "resources": {"requests": {"storage": "1Gi"}}}}
+LATER = StorageClass(metadata=ObjectMeta(name="later"), provisioner="disks", volume_binding_mode="WaitForFirstConsumer")
+STORED: dict[str, list[dict[str, Any]]] = {
+    "a claim of the same file": [
+        {"kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, **CLAIM},
+        {
+            "kind": "Pod",
+            "spec": {**ONE["spec"], "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]},
+        },
+    ],
+    "an ephemeral volume": [
+        {
+            "kind": "Pod",
+            "spec": {**ONE["spec"], "volumes": [{"name": "v", "ephemeral": {"volumeClaimTemplate": CLAIM}}]},
+        }
+    ],
+    "templates of a StatefulSet": [
+        {
+            "kind": "StatefulSet",
+            "spec": {"template": ONE, "volumeClaimTemplates": [{"metadata": {"name": "data"}, **CLAIM}]},
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("contents", STORED.values(), ids=STORED.keys())
+def test_claims_that_would_be_made_are_asked_about(contents):
+    pods, groups, claims, _ = asked(*contents)
+    there = cluster([node("a")], [], [])
+    assert [v.outcome for v in what_if(replace(there, storage_classes=[LATER]), pods, groups, claims)] == ["Start"]
+    (verdict,) = what_if(there, pods, groups, claims)
+    assert "there is no StorageClass later" in verdict.message
+
+
 @pytest.mark.parametrize(("contents", "gangs", "sizes"), FILES.values(), ids=FILES.keys())
 def test_files_as_they_are(contents, gangs, sizes):
-    pods, groups, passed_over = asked(*contents)
+    pods, groups, _, passed_over = asked(*contents)
     label = "scheduling.x-k8s.io/pod-group"
     found = [[p for p in pods if p.metadata.labels.get(label, "") == gang] for gang in gangs]
     assert [len(its) for its in found] == sizes

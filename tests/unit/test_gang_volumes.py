@@ -21,6 +21,7 @@ from colocate.objects import (
     CsiNodeDriver,
     CsiNodeSpec,
     CsiSource,
+    EphemeralSource,
     LabelRequirement,
     NodeSelector,
     NodeSelectorTerm,
@@ -323,7 +324,7 @@ def test_a_claim_that_cannot_be_waited_for_is_refused_by_name(asked, text):
 
 def test_an_ephemeral_volume_has_the_claim_that_was_made_for_its_pod():
     made = cluster("a")
-    one = pod("p", cpu=1, spec={"volumes": [Volume(name="scratch", ephemeral={})]})
+    one = pod("p", cpu=1, spec={"volumes": [Volume(name="scratch", ephemeral=EphemeralSource())]})
     made.set_pod(one)
     assert made.shape(one).unsupported == "volume claim p-scratch: the claim does not exist"
     claim(made, "p-scratch", by="made")

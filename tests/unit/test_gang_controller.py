@@ -1,0 +1,289 @@
+"""The glue of the controller, as it is: its writes are caught, and the API server answers every save at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from colocate.objects import ClaimSource, Condition, ContainerStatus, ObjectMeta, PodStatus, StorageClass, Volume
+from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
+from podgroup.controller.loop import Controller
+from podgroup.controller.watches import now_seconds
+from podgroup.queue.entry import Settings
+from podgroup.state.volumes import DELAYED, SELECTED_NODE
+from tests.unit.test_gang_placement import node, pod
+from tests.unit.test_gang_volumes import claim, volume
+
+replace = msgspec.structs.replace
+
+
+class Always:
+    def holds(self) -> bool:
+        return True
+
+
+class Caught:
+    """A controller without an API server: `writes` are (what, verb, arguments) that it would have made."""
+
+    def __init__(self) -> None:
+        self.it = Controller(cast("Any", None), Settings(), cast("Any", Always()))
+        self.cluster, self.feed, self.queue = self.it.cluster, self.it.feed, self.it.queue
+        self.writes: list[tuple[str, str, dict[str, Any]]] = []
+        self.it._hands.spawn = self._catch  # type: ignore[method-assign]
+
+    def _catch(self, what: str, work: Any) -> None:
+        self.writes.append((what, work.__name__, dict(work.cr_frame.f_locals)))
+        work.close()
+
+    def node(self, name: str, ready: bool = True) -> None:
+        made = node(name, cpu=4)
+        status = [] if ready else [Condition(type="Ready", status="False")]
+        self.feed.on_node(None, replace(made, status=replace(made.status, conditions=status)))
+
+    def group(self, name: str, least: int) -> None:
+        meta = ObjectMeta(name=name, namespace="ns", uid=name)
+        self.feed.on_group(None, PodGroup(metadata=meta, spec=PodGroupSpec(min_member=least)))
+
+    def pod(
+        self, name: str, gang: str = "", cpu: int = 4, priority: int = 0, on: str = "", nominated: str = "", **spec: Any
+    ) -> None:
+        labels = {POD_GROUP_LABEL: gang} if gang else {}
+        scheduler = "somebody-else" if nominated else "colocate"
+        made = pod(
+            name,
+            labels=labels,
+            cpu=cpu,
+            spec={"priority": priority, "scheduler_name": scheduler, "node_name": on, **spec},
+        )
+        status = PodStatus(phase="Running" if on else "Pending", nominated_node_name=nominated)
+        self.feed.on_pod(None, replace(made, status=status))
+
+    def cycle(self, *keys: str) -> dict[str, dict[str, str]]:
+        """Decide and begin: gang -> member -> node."""
+        decided = self.queue.cycle(self.cluster, set(keys), now_seconds())
+        for start in decided.starts:
+            self.it._begin(start)
+        self._answer()
+        return {s.key: {m.name: where for m, where in s.placed} for s in decided.starts}
+
+    def _answer(self) -> None:
+        for what, verb, arguments in self.writes:
+            if verb in ("save", "save_fenced", "save_moved"):
+                self.cluster.set_plan(what, arguments["plan"])
+            for uid in arguments.get("left", ()):
+                self.cluster.release_hold(uid)
+
+    def round(self, key: str) -> list[str]:
+        """One look at an open plan: what is written for it."""
+        self.writes.clear()
+        self.it._carry_on(key)
+        self._answer()
+        return [verb for _, verb, _ in self.writes]
+
+    def failed(self, name: str) -> None:
+        before = self.cluster.pods[name]
+        status = PodStatus(phase="Failed", container_statuses=[ContainerStatus(name="c")])
+        self.feed.on_pod(before, replace(before, status=status))
+
+
+def test_a_place_that_was_taken_over_a_nomination_is_bound():
+    caught = Caught()
+    caught.node("n")
+    caught.pod("theirs", nominated="n")
+    caught.group("g", 1)
+    caught.pod("g-0", "g", priority=100)
+    assert caught.cycle("ns/g") == {"ns/g": {"g-0": "n"}}
+    assert caught.round("ns/g") == ["bind"]
+
+
+def test_a_nomination_beside_victims_that_still_run_takes_nothing_back():
+    caught = Caught()
+    caught.node("n")
+    caught.pod("victim", cpu=2, on="n")
+    caught.group("g", 1)
+    caught.pod("g-0", "g", cpu=2)
+    caught.cycle("ns/g")
+    caught.pod("theirs", cpu=2, nominated="n")
+    assert caught.round("ns/g") == ["bind"]
+
+
+def test_the_slot_that_a_replacement_uses_is_the_one_that_is_given_up():
+    caught = Caught()
+    for name in ("a", "b", "c", "d"):
+        caught.node(name)
+    caught.group("g", 3)
+    for name, on in (("g-0", "c"), ("g-1", "d"), ("g-2", "a"), ("g-3", "b")):
+        caught.pod(name, "g", on=on)
+    caught.failed("g-3")
+    caught.failed("g-2")
+    caught.pod("g-4", "g")
+    (started,) = caught.cycle("ns/g").values()
+    assert caught.round("ns/g") == ["bind"]
+    kept = [place.node for place in caught.queue.holds.places(caught.cluster, "ns/g")]
+    assert kept == [] or kept == [{"a": "b", "b": "a"}[started["g-4"]]]
+
+
+def test_the_new_place_of_a_moved_member_is_its_own_at_once():
+    caught = Caught()
+    caught.node("a")
+    caught.group("g", 1)
+    caught.pod("g-0", "g")
+    assert caught.cycle("ns/g") == {"ns/g": {"g-0": "a"}}
+    caught.node("b")
+    caught.node("a", ready=False)
+    caught.group("h", 1)
+    caught.pod("h-0", "h")
+    caught.writes.clear()
+    caught.it._carry_on("ns/g")
+    assert [verb for _, verb, _ in caught.writes] == ["save_moved"]
+    assert caught.queue.cycle(caught.cluster, {"ns/h"}, now_seconds()).starts == []
+    caught._answer()
+    assert caught.round("ns/g") == ["bind"]
+
+
+def with_claim(caught: Caught, name: str, gang: str = "") -> None:
+    its = StorageClass(metadata=ObjectMeta(name="made"), provisioner="disks", volume_binding_mode=DELAYED)
+    caught.cluster.storage.set_class("made", its)
+    claim(caught.cluster, f"c-{name}", by="made")
+    volumes = [Volume(name="v", persistent_volume_claim=ClaimSource(claim_name=f"c-{name}"))]
+    caught.pod(name, gang, cpu=1, volumes=volumes)
+
+
+def test_a_pod_alone_whose_volume_never_comes_gives_its_room_up_in_a_silent_cluster():
+    caught = Caught()
+    caught.node("a")
+    with_claim(caught, "solo")
+    caught.cycle("ns/pod:solo")
+    asked = caught.cluster.storage.claims["ns/c-solo"]
+    annotated = replace(asked.metadata, annotations={SELECTED_NODE: "a"})
+    caught.cluster.storage.set_claim("ns/c-solo", replace(asked, metadata=annotated))
+    caught.it._alone["solo"] = now_seconds() - 700
+
+    async def silence() -> None:
+        until = time.monotonic() + 5
+        while not caught.writes and time.monotonic() < until:
+            await caught.it._decide()
+
+    caught.feed.dirty.clear()
+    caught.feed.wake.clear()
+    caught.writes.clear()
+    asyncio.run(silence())
+    assert [verb for _, verb, _ in caught.writes] == ["release_volumes"]
+
+
+def test_a_successor_reads_in_the_plan_which_volume_each_member_is_to_have():
+    """By name the pods come in another order than the solver gave volumes in."""
+    caught = Caught()
+    caught.node("a")
+    its = StorageClass(metadata=ObjectMeta(name="local"), provisioner="x", volume_binding_mode=DELAYED)
+    caught.cluster.storage.set_class("local", replace(its, provisioner="kubernetes.io/no-provisioner"))
+    for name, size in (("small", 1), ("large", 5)):
+        volume(caught.cluster, name, "a", size=size)
+    caught.group("g", 2)
+    for name, size in (("g-0", 1), ("g-1", 3)):
+        claim(caught.cluster, f"c-{name}", size=size)
+    for name in ("g-1", "g-0"):
+        volumes = [Volume(name="v", persistent_volume_claim=ClaimSource(claim_name=f"c-{name}"))]
+        caught.pod(name, "g", cpu=1, volumes=volumes)
+    caught.cycle("ns/g")
+    plan, chosen = caught.cluster.plans["ns/g"], dict(caught.cluster.storage.chosen)
+    pods = list(caught.cluster.pods.values())
+    for one in pods:
+        caught.cluster.remove_pod(one.metadata.uid)
+    caught.cluster.remove_plan("ns/g")
+    caught.cluster.set_plan("ns/g", plan)
+    for one in sorted(pods, key=lambda p: p.metadata.name):
+        caught.cluster.set_pod(one)
+    assert caught.cluster.storage.chosen == chosen
+    assert {uid: caught.cluster.volumes_of(uid).state for uid in chosen} == {"g-0": "Open", "g-1": "Open"}
+
+
+def test_an_event_of_a_volume_concerns_only_those_that_have_claims():
+    caught = Caught()
+    caught.node("a")
+    token = [Volume(name="kube-api-access")]
+    caught.pod("plain", cpu=8, volumes=token)
+    with_claim(caught, "solo")
+    before = caught.cluster.shape(caught.cluster.pods["plain"])
+    caught.feed.dirty.clear()
+    one = volume(caught.cluster, "v", "a")
+    caught.feed.on_volume(None, one)
+    assert caught.feed.dirty == {"ns/pod:solo"}
+    assert caught.cluster.shape(caught.cluster.pods["plain"]) is before
+
+
+def test_a_free_volume_helps_on_all_nodes_that_reach_it():
+    caught = Caught()
+    for name in ("a", "b"):
+        caught.node(name)
+    its = StorageClass(
+        metadata=ObjectMeta(name="local"), provisioner="kubernetes.io/no-provisioner", volume_binding_mode=DELAYED
+    )
+    caught.cluster.storage.set_class("local", its)
+    volume(caught.cluster, "v", "ab")
+    for name in ("first", "second"):
+        claim(caught.cluster, f"c-{name}")
+        volumes = [Volume(name="v", persistent_volume_claim=ClaimSource(claim_name=f"c-{name}"))]
+        caught.pod(name, cpu=4, volumes=volumes)
+    caught.pod("on-a", cpu=4, on="a")
+    assert caught.cycle("ns/pod:first", "ns/pod:second") == {"ns/pod:first": {"first": "b"}}
+    gone = caught.cluster.pods["on-a"]
+    caught.feed.on_pod(gone, None)
+    caught.pod("on-b", cpu=4, on="b")
+    caught.cluster.withdraw("first")
+    caught.feed.on_pod(caught.cluster.pods["first"], None)
+    assert caught.cycle() == {"ns/pod:second": {"second": "a"}}
+
+
+@pytest.mark.parametrize("shared", [1, 2, 3, 4])
+def test_claims_that_are_shared_are_tried_in_a_bounded_number_of_ways(shared: int) -> None:
+    caught = Caught()
+    for i in range(6):
+        caught.node(f"n{i}")
+    its = StorageClass(
+        metadata=ObjectMeta(name="local"), provisioner="kubernetes.io/no-provisioner", volume_binding_mode=DELAYED
+    )
+    caught.cluster.storage.set_class("local", its)
+    for i in range(16):
+        volume(caught.cluster, f"v{i:02}", ["n0", "n1", "n2"] if i % 2 else ["n3", "n4", "n5"])
+    caught.group("g", 4)
+    for i in range(shared):
+        claim(caught.cluster, f"shared-{i}")
+    for i in range(4):
+        volumes = [
+            Volume(name=f"v{j}", persistent_volume_claim=ClaimSource(claim_name=f"shared-{j}")) for j in range(shared)
+        ]
+        caught.pod(f"g-{i}", "g", volumes=volumes)
+    asked = caught.cluster.ledger.storage
+    calls = 0
+    available = asked.available
+
+    def counted(wanted: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return available(wanted)
+
+    asked.available = counted  # type: ignore[method-assign]
+    assert caught.cycle("ns/g") == {}, "three nodes reach each volume, and four are needed"
+    assert calls < 5000
+
+
+def test_indexes_of_storage_are_as_before_when_all_has_gone():
+    caught = Caught()
+    storage = caught.cluster.storage
+    sizes = {name: len(value) for name, value in vars(storage).items() if isinstance(value, dict)}
+    for i in range(3):
+        one = volume(caught.cluster, f"v{i}", "a")
+        storage.set_volume(f"v{i}", replace(one, spec=replace(one.spec, claim_ref=None)))
+        made = claim(caught.cluster, f"c{i}", by="local")
+        storage.set_claim(f"ns/c{i}", replace(made, spec=replace(made.spec, volume_name=f"v{i}")))
+    for i in range(3):
+        storage.set_claim(f"ns/c{i}", None)
+        storage.set_volume(f"v{i}", None)
+    left = {name: len(value) for name, value in vars(storage).items() if isinstance(value, dict)}
+    left["_free"] = sum(map(len, storage._free.values()))
+    assert left == sizes
