@@ -37,15 +37,18 @@ from podgroup.commit.protocol import (
     take_back,
 )
 from podgroup.controller.advisor import Advisor
+from podgroup.controller.alone import Alone
 from podgroup.controller.binder import EPOCH, Binder, now_text
+from podgroup.controller.losses import GIVE_UP_AGAIN_SECONDS, Losses
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import Hands
+from podgroup.queue.decisions import PlaceInTurn, Start
 from podgroup.queue.entry import Settings
-from podgroup.queue.queue import PlaceInTurn, Queue, Start
+from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
-from podgroup.state.gangs import gang_key, is_group, owned, sort_members, without_former_runs
+from podgroup.state.gangs import is_group, sort_members, without_former_runs
 
 LARGE, LOOK_SECONDS = 200, 2e-5
 """A gang of at least so many members is looked at again only after so long for each of them."""
@@ -70,8 +73,6 @@ def settle_memory() -> None:
 
 CYCLE_SECONDS = 0.02
 """How long a look at the queue may take before watches, the lease and writes have their turn."""
-GIVE_UP_AGAIN_SECONDS = 5.0
-"""How often members on vanished nodes are looked at that were left for later."""
 
 
 def _time_of(plan: GangPlan) -> float:
@@ -104,14 +105,8 @@ class Controller:
         """The plans that were there when its time in office began."""
         self._said: dict[str, str] = {}
         """Gang -> the defect that was logged of it."""
-        self._halted = ""
-        """Why the members on vanished nodes are not given up."""
-        self._given_up: dict[str, float] = {}
-        """Gang -> when it last lost a member to a vanished node."""
-        self._asked: dict[str, float] = {}
-        """uid of such a member -> when its end was last asked for; a finalizer may keep it."""
-        self._alone: dict[str, float] = {}
-        """uid of a pod that is alone and planned, and waits for its volumes -> since when."""
+        self._alone = Alone(self.cluster, self.queue, self.feed, self._hands)
+        self._losses = Losses(self.cluster, self.feed, self._hands, self.metrics, settings)
         self._tasks: asyncio.TaskGroup
         self._spent = 0.0
         """Of the last look at the queue: for as long the next changes are gathered, so that watches are read too."""
@@ -210,13 +205,13 @@ class Controller:
         if now_seconds() >= self._look_at:  # also in a cluster that is never silent
             self._look_at = float("inf")
             self.feed.dirty.update(k for k, p in self.cluster.plans.items() if p.status.phase in CARRIED_ON)
-            self.feed.dirty.update(gang_key(self.cluster.pods[uid]) for uid in self._alone if uid in self.cluster.pods)
+            self.feed.dirty.update(self._alone.keys())
         self._hands.woken = now_seconds()
         await asyncio.sleep(max(GATHER_SECONDS, self._spent))
         self.feed.wake.clear()
         dirty = self._due()
         self._read_back_unseen()
-        self._give_up_lost()
+        self._losses.give_up()
         for key in dirty:
             self._carry_on(key)
         began = now_seconds()
@@ -270,8 +265,7 @@ class Controller:
         open_plans = [p for p in self.cluster.plans.values() if p.status.phase in (*OPEN_PHASES, "Repairing")]
         due += [ROLL_BACK_SECONDS for p in self.cluster.plans.values() if p.status.phase == "RollingBack"]
         due += [_time_of(plan) - self._elapsed(plan) for plan in open_plans]
-        self._alone = {uid: at for uid, at in self._alone.items() if uid in self.cluster.planned}
-        due += [at + VOLUME_SECONDS - now for at in self._alone.values()]
+        due += self._alone.due(now)
         look = self.queue.next_look(now)
         lost = self.feed.lost_nodes.next_due(now)
         due += [lost] if lost is not None else []
@@ -295,8 +289,7 @@ class Controller:
             if self.cluster.volumes_of(member.uid).state == "Bound":
                 self._hands.spawn(member.uid, self._hands.bind(self.cluster.pods[member.uid], node, ""))
             else:
-                self._alone[member.uid] = now_seconds()
-                self.feed.look_again(start.key)
+                self._alone.begin(start.key, member.uid)
             return
         group, before = self.cluster.groups.get(start.key), self.cluster.plans.get(start.key)
         if group is None:  # it went while its gang was put off
@@ -353,7 +346,7 @@ class Controller:
     def _carry_on(self, key: str) -> None:
         """The next steps of an open plan; an intent is persisted before it is acted on."""
         if not is_group(key):
-            self._carry_on_alone(key)
+            self._alone.carry_on(key)
             return
         plan = self.cluster.plans.get(key)
         if plan is None or key in self._busy:
@@ -439,27 +432,6 @@ class Controller:
             return self._hands.bind_volumes(step.pod, step.node)
         return self._hands.release_volumes(step.pod)
 
-    def _carry_on_alone(self, key: str) -> None:
-        """The next step of a pod that is a gang of its own and waits for its volumes."""
-        for uid in self.cluster.members.get(key, set()) & self._alone.keys() - self._busy.keys():
-            pod, node = self.cluster.pods[uid], self.cluster.planned.get(uid)
-            if node is None:
-                continue
-            volumes = self.cluster.volumes_of(uid)
-            late = now_seconds() - self._alone[uid] >= VOLUME_SECONDS
-            if volumes.state == "Bound":
-                del self._alone[uid]
-                self._hands.spawn(uid, self._hands.bind(pod, node, ""))
-            elif (volumes.state == "Failed" or late) and volumes.written:
-                self._hands.spawn(uid, self._hands.release_volumes(pod))
-            elif volumes.state == "Failed" or late:
-                del self._alone[uid]
-                self.cluster.withdraw(uid)
-                self.queue.rest(key, now_seconds())
-                self.feed.look_again(key)
-            elif volumes.todo:
-                self._hands.spawn(uid, self._hands.bind_volumes(pod, node))
-
     def _timed(self, before: GangPlan, now: GangPlan) -> GangPlan:
         """The time for binding begins when all volumes are there."""
         if (before.status.phase, now.status.phase) != ("Provisioning", "Binding"):
@@ -471,62 +443,6 @@ class Controller:
         """Whether a plan was written when nobody reckoned with it any more: a request that was long under way."""
         former = plan.spec.epoch < self._hands.binder.epoch and plan.spec.plan_id not in self._inherited
         return former or plan.spec.plan_id in self._hands.abandoned
-
-    def _give_up_lost(self) -> None:
-        """Members on a node that is gone will never end by themselves: their owners may replace them."""
-        lost, now = self.feed.lost_nodes, now_seconds()
-        lost.look(self.cluster.ledger.rows)
-        members = {name: self._ours_on(name) for name in lost.names}
-        if not any(members.values()):  # nobody of ours is on any of them
-            for name in lost.names:
-                lost.forget(name)
-        present, grace = len(self.cluster.ledger.rows), self.settings.node_loss_grace_seconds
-        halted = lost.halted(present)
-        if bool(halted) != bool(self._halted):
-            log.warning("node_loss_halted" if halted else "node_loss_goes_on", why=halted)
-            for pod in {gang_key(p): p for pods in members.values() for p in pods}.values() if halted else ():
-                about = self.cluster.groups.get(gang_key(pod), pod)
-                self._tasks.create_task(self._tell(about, "NodeLossHalted", halted))
-        self._halted = halted
-        self.metrics.lost_nodes.set(sum(bool(pods) for pods in members.values()))
-        self.metrics.node_loss_halted.set(bool(halted))
-        self._given_up = {key: at for key, at in self._given_up.items() if now - at < grace}
-        self._asked = {uid: at for uid, at in self._asked.items() if uid in self.cluster.pods}
-        for name in lost.due(now, present):
-            for pod in members.get(name, ()):
-                key, uid = gang_key(pod), pod.metadata.uid
-                if uid in self._busy or now - self._asked.get(uid, -GIVE_UP_AGAIN_SECONDS) < GIVE_UP_AGAIN_SECONDS:
-                    continue
-                if key not in self._given_up and len(self._given_up) >= self.settings.most_lost_gangs:
-                    continue  # with a later look
-                self._given_up[key] = self._asked[uid] = now
-                self.metrics.lost_members.inc()
-                text = f"node {name} has been gone for {grace:.0f} s"
-                deletion = self._hands.delete(pod, "DeletionByNodeLoss", text, partial(self._is_lost, name))
-                self._hands.spawn(pod.metadata.uid, deletion)
-
-    def _ours_on(self, node: str) -> list[Pod]:
-        """Members of gangs on a node that is gone, which have an owner to replace them."""
-        uids = [h.uid for h in self.cluster.ledger.on(node)]
-        pods = [self.cluster.pods[uid] for uid in uids if uid in self.cluster.pods]
-        return [
-            p
-            for p in pods
-            if p.spec.node_name == node
-            and not p.terminal
-            and p.spec.scheduler_name in self.settings.schedulers
-            and is_group(gang_key(p))
-            and owned(p)
-        ]
-
-    async def _tell(self, about: Pod | PodGroup, reason: str, message: str) -> None:
-        try:
-            await self._hands.limited(self._hands.binder.event(about, reason, message, warning=True))
-        except (ApiError, Unreachable) as error:
-            log.warning("event_lost", reason=reason, error=str(error))
-
-    def _is_lost(self, node: str) -> bool:
-        return node not in self.cluster.ledger.rows
 
     def _read_back_unseen(self) -> None:
         """A bind whose success the watch does not show is asked for."""

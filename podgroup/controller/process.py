@@ -21,8 +21,9 @@ from colocate.objects import Lease
 from podgroup.api import SCHEDULERS
 from podgroup.controller.loop import Controller
 from podgroup.controller.watches import now_seconds
+from podgroup.queue.decisions import PlaceInTurn
 from podgroup.queue.entry import Settings
-from podgroup.queue.queue import PlaceInTurn, Queue
+from podgroup.queue.queue import Queue
 
 SILENT_SECONDS = 120.0
 UPSTREAM = "scheduler-plugins-scheduler"

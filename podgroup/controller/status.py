@@ -23,7 +23,8 @@ from colocate.units import time_text
 from podgroup.api import Advice, GangPlan, GangPlanStatus, PodGroup, PodGroupStatus
 from podgroup.controller.binder import Binder, now_text
 from podgroup.controller.watches import now_seconds
-from podgroup.queue.queue import Queue, Waiting
+from podgroup.queue.decisions import Waiting
+from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, Cluster
 from podgroup.state.gangs import group_status, is_group, sort_members
 

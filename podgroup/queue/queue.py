@@ -9,11 +9,9 @@ tried is remembered in frozen `Waiting` entries; the clock is an argument.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Set
 from contextlib import ExitStack
-from itertools import groupby, islice
-from typing import NamedTuple
+from itertools import groupby
 
 import msgspec
 import numpy as np
@@ -21,19 +19,19 @@ import numpy as np
 from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.queue.backfill import Head, claim
+from podgroup.queue.decisions import Decisions, Elastic, Evict, Hopeless, PlaceInTurn, Start, Waiting
 from podgroup.queue.entry import Entry, Settings, entry_of, not_ready, question, rest_of
+from podgroup.queue.in_turn import FEW, InTurn
 from podgroup.queue.kept_room import NOMINATED, SLOT, Holds
 from podgroup.queue.min_resources import Reservations
 from podgroup.queue.runtimes import Known, durations, runtime, starts_at
 from podgroup.queue.victims import Victims
 from podgroup.solve.place import place
-from podgroup.solve.preempt import Preemption
 from podgroup.solve.question import Gang, Placed, Trial, classes_of, is_simple, looked_at
-from podgroup.solve.shortage import Shortage, shortage
+from podgroup.solve.shortage import shortage
 from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import is_group, sort_members
-from podgroup.state.ledger import Ledger
 
 REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
 DELETED_SLOT_SECONDS = 10.0
@@ -42,109 +40,6 @@ NOMINATION_SECONDS = 30.0
 """Beyond their grace period victims have so long to go, before other room is looked for."""
 RETRY_SECONDS = 60.0
 """A gang that waits for room is tried again after so long though no node has changed: pods beside it may have."""
-
-
-FEW, MOST_IN_TURN = 8, 256
-"""How many simple gangs are asked about in one question: fewer are not worth it, more would take too long."""
-
-
-class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """What is remembered of a gang that waits. Times are seconds of the caller's monotonic clock."""
-
-    since: float
-    reason: str = ""
-    message: str = ""
-    capacity: bool = False
-    """Whether more capacity would help: an autoscaler is told so."""
-    gain: int = -1
-    """The cluster's gains when it was last tried; -1 if it was not."""
-    tried: float = 0.0
-    question: Gang | None = None
-    """What the solver could not place."""
-    kind: tuple[object, ...] = ()
-    """Its signature: what helps one of a kind helps the others."""
-    reserved_at: float | None = None
-    """Since when its claim has not grown."""
-    claimed: int = 0
-    """The places of how many members its claim had at most."""
-    members_at: float = 0.0
-    """When a member was last added."""
-    created: int = 0
-
-
-class Start(NamedTuple):
-    """Bind these."""
-
-    key: str
-    placed: list[Placed]
-    waited_seconds: float
-    note: str = ""
-
-
-class Elastic(NamedTuple):
-    """A start of this cycle of a gang with more members than its quorum."""
-
-    start: Start
-    gang: Gang
-
-    @property
-    def surplus(self) -> list[Placed]:
-        """What it was given beyond its quorum."""
-        needed = {m.uid for m in self.gang.members[: self.gang.quorum]}
-        return [one for one in self.start.placed if one.member.uid not in needed]
-
-
-class Evict(NamedTuple):
-    """Delete these, to make room for a more important gang."""
-
-    key: str
-    preemption: Preemption
-
-
-class Decisions(NamedTuple):
-    """Of one cycle."""
-
-    starts: list[Start]
-    evictions: list[Evict]
-    failures: list[tuple[str, Exception]]
-    """Gangs that could not be decided: a defect of ours, which must not stop the others."""
-
-
-PlaceInTurn = Callable[[Ledger, Sequence[Gang], bool], "list[list[Placed] | None]"]
-"""See solve.sequence.place_in_turn."""
-
-
-class InTurn:
-    """The entries of one priority, in their order; so many at a time are asked about in one question."""
-
-    def __init__(self, entries: list[Entry]) -> None:
-        self.left = deque(entries)
-        self._most, self.alone = FEW, 0
-        """`alone`: so many are to be tried one by one first."""
-
-    def ahead(self) -> Iterator[Entry]:
-        """Those to be asked about next."""
-        return islice(self.left, self._most)
-
-    def none_of(self, count: int) -> None:
-        """So many, or the one behind them if there are none, are to be tried one by one."""
-        self.alone, self._most = max(count, 1), FEW
-
-    def started(self) -> Entry:
-        """The first has started."""
-        self._most = min(2 * self._most, MOST_IN_TURN)
-        return self.left.popleft()
-
-    def next(self) -> Entry | None:
-        """The one that is to be tried by itself, if any."""
-        if not self.alone:
-            return None
-        self.alone -= 1
-        return self.left.popleft() if self.left else None
-
-
-Hopeless = dict[tuple[object, ...], tuple[int, Shortage]]
-"""Within one cycle room only shrinks: signature -> a quorum that did not fit, and why."""
 
 
 def _rank(entry: Entry) -> tuple[int, bool, bool, str, str]:

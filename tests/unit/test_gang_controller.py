@@ -161,7 +161,7 @@ def test_a_pod_alone_whose_volume_never_comes_gives_its_room_up_in_a_silent_clus
     asked = caught.cluster.storage.claims["ns/c-solo"]
     annotated = replace(asked.metadata, annotations={SELECTED_NODE: "a"})
     caught.cluster.storage.set_claim("ns/c-solo", replace(asked, metadata=annotated))
-    caught.it._alone["solo"] = now_seconds() - 700
+    caught.it._alone.since["solo"] = now_seconds() - 700
 
     async def silence() -> None:
         until = time.monotonic() + 5

@@ -23,8 +23,9 @@ from colocate.objects import (
 )
 from colocate.units import parse_time
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PodGroupSpec
+from podgroup.queue.decisions import Start
 from podgroup.queue.entry import Settings
-from podgroup.queue.queue import Queue, Start
+from podgroup.queue.queue import Queue
 from podgroup.solve.sequence import place_in_turn
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import is_group
