@@ -173,8 +173,8 @@ class Feed:
         known = storage.claims.get(key)
         if now is not None and known is not None and older(now.metadata, known.metadata):
             return
-        storage.set_claim(key, now)
-        self.look_again(*self._cluster.waiting_with(key))
+        if storage.set_claim(key, now):
+            self.look_again(*self._cluster.waiting_with(key))
 
     def on_namespace(self, before: Namespace | None, now: Namespace | None) -> None:
         """A namespace has come, has other labels, or has gone."""
@@ -191,8 +191,8 @@ class Feed:
         known = storage.volumes.get(name)
         if now is not None and known is not None and older(now.metadata, known.metadata):
             return
-        storage.set_volume(name, now)
-        self.look_again(*self._cluster.waiting_for_volumes())
+        if storage.set_volume(name, now):
+            self.look_again(*self._cluster.waiting_for_volumes())
 
     def on_storage_class(self, before: StorageClass | None, now: StorageClass | None) -> None:
         """A StorageClass has come, changed or gone."""

@@ -120,18 +120,20 @@ class Storage:
 
     # what the watches tell
 
-    def set_claim(self, key: str, claim: Claim | None) -> None:
-        """A claim as it is now, or that it is gone."""
+    def set_claim(self, key: str, claim: Claim | None) -> bool:
+        """A claim as it is now, or that it is gone; False if nothing changed that matters here."""
         before = self.claims.get(key)
         if before is not None and before.spec.volume_name:
             _discard(self._claims_on, before.spec.volume_name, key)
         _put(self.claims, key, claim)
         if claim is not None and claim.spec.volume_name:
             self._claims_on.setdefault(claim.spec.volume_name, set()).add(key)
-        self.version += not _alike(before, claim)
+        changed = not _alike(before, claim)
+        self.version += changed
+        return changed
 
-    def set_volume(self, name: str, volume: PersistentVolume | None) -> None:
-        """A volume as it is now, or that it is gone."""
+    def set_volume(self, name: str, volume: PersistentVolume | None) -> bool:
+        """A volume as it is now, or that it is gone; False if nothing changed that matters here."""
         before = self.volumes.get(name)
         if before is not None:
             if before.spec.claim_ref is not None:
@@ -152,7 +154,9 @@ class Storage:
             csi = volume.spec.csi
             if csi is not None:
                 self._same.setdefault((csi.driver, csi.volume_handle), set()).add(name)
-        self.version += not _alike(before, volume)
+        changed = not _alike(before, volume)
+        self.version += changed
+        return changed
 
     def set_class(self, name: str, made_by: StorageClass | None) -> None:
         """A StorageClass as it is now, or that it is gone."""

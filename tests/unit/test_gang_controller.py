@@ -211,8 +211,12 @@ def test_an_event_of_a_volume_concerns_only_those_that_have_claims():
     before = caught.cluster.shape(caught.cluster.pods["plain"])
     caught.feed.dirty.clear()
     one = volume(caught.cluster, "v", "a")
+    caught.cluster.storage.set_volume("v", None)
     caught.feed.on_volume(None, one)
     assert caught.feed.dirty == {"ns/pod:solo"}
+    caught.feed.dirty.clear()
+    caught.feed.on_volume(one, replace(one, metadata=replace(one.metadata, resource_version="2")))
+    assert caught.feed.dirty == set(), "nothing has changed"
     assert caught.cluster.shape(caught.cluster.pods["plain"]) is before
 
 
