@@ -194,13 +194,13 @@ class Storage:
     def set_attachment(self, name: str, attachment: VolumeAttachment | None) -> str:
         """An attachment as it is now, or that it is gone; the node of it."""
         before = self._attachments.get(name)
-        node = (attachment or before).spec.node_name if attachment or before else ""  # type: ignore[union-attr]
         _put(self._attachments, name, attachment)
+        if before is not None:
+            _discard(self._attached, before.spec.node_name, name)
         if attachment is not None:
-            self._attached.setdefault(node, set()).add(name)
-        else:
-            _discard(self._attached, node, name)
-        return node
+            self._attached.setdefault(attachment.spec.node_name, set()).add(name)
+        known = attachment or before
+        return known.spec.node_name if known is not None else ""
 
     # who uses what
 
@@ -249,7 +249,10 @@ class Storage:
         """A pod with claims holds room on a node; False if it did already."""
         if uid not in self._users or self._on.get(uid) == node:
             return False
+        said = self._remembered.get(uid)
         self.left(uid)
+        if said is not None:
+            self._remembered[uid] = said
         self._on[uid] = node
         self._on_node.setdefault(node, set()).add(uid)
         self._used_alone(uid)

@@ -176,29 +176,35 @@ def test_a_pod_alone_whose_volume_never_comes_gives_its_room_up_in_a_silent_clus
 
 
 def test_a_successor_reads_in_the_plan_which_volume_each_member_is_to_have():
-    """By name the pods come in another order than the solver gave volumes in."""
+    """By name the pods come in another order than volumes were given in, and the first would take the other's."""
     caught = Caught()
     caught.node("a")
-    its = StorageClass(metadata=ObjectMeta(name="local"), provisioner="x", volume_binding_mode=DELAYED)
-    caught.cluster.storage.set_class("local", replace(its, provisioner="kubernetes.io/no-provisioner"))
-    for name, size in (("small", 1), ("large", 5)):
-        volume(caught.cluster, name, "a", size=size)
+    its = StorageClass(
+        metadata=ObjectMeta(name="local"), provisioner="kubernetes.io/no-provisioner", volume_binding_mode=DELAYED
+    )
+    storage = caught.cluster.storage
+    storage.set_class("local", its)
+    volume(caught.cluster, "small-for-both", "a", size=1)
+    one = storage.volumes["small-for-both"]
+    modes = ["ReadWriteOnce", "ReadWriteMany"]
+    storage.set_volume("small-for-both", replace(one, spec=replace(one.spec, access_modes=modes)))
+    volume(caught.cluster, "large", "a", size=5)
     caught.group("g", 2)
-    for name, size in (("g-0", 1), ("g-1", 3)):
-        claim(caught.cluster, f"c-{name}", size=size)
-    for name in ("g-1", "g-0"):
+    for name, its_modes in (("g-0", ["ReadWriteOnce"]), ("g-1", ["ReadWriteMany"])):
+        claim(caught.cluster, f"c-{name}", modes=its_modes)
         volumes = [Volume(name="v", persistent_volume_claim=ClaimSource(claim_name=f"c-{name}"))]
-        caught.pod(name, "g", cpu=1, volumes=volumes)
+        caught.pod(name, "g", cpu=1 if name == "g-0" else 2, volumes=volumes)
     caught.cycle("ns/g")
-    plan, chosen = caught.cluster.plans["ns/g"], dict(caught.cluster.storage.chosen)
-    pods = list(caught.cluster.pods.values())
-    for one in pods:
-        caught.cluster.remove_pod(one.metadata.uid)
+    chosen = {"g-0": {"ns/c-g-0": "large"}, "g-1": {"ns/c-g-1": "small-for-both"}}
+    assert storage.chosen == chosen
+    plan, pods = caught.cluster.plans["ns/g"], list(caught.cluster.pods.values())
+    for one_pod in pods:
+        caught.cluster.remove_pod(one_pod.metadata.uid)
     caught.cluster.remove_plan("ns/g")
     caught.cluster.set_plan("ns/g", plan)
-    for one in sorted(pods, key=lambda p: p.metadata.name):
-        caught.cluster.set_pod(one)
-    assert caught.cluster.storage.chosen == chosen
+    for one_pod in sorted(pods, key=lambda p: p.metadata.name):
+        caught.cluster.set_pod(one_pod)
+    assert storage.chosen == chosen
     assert {uid: caught.cluster.volumes_of(uid).state for uid in chosen} == {"g-0": "Open", "g-1": "Open"}
 
 
