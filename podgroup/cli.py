@@ -56,4 +56,11 @@ def add_commands(add: Add) -> None:
         "snapshot", "podgroup.commands:snapshot", "Write the cluster as it is to a file, to decide it again elsewhere"
     )
     taken.add_argument("-f", "--file", default="colocate-cluster.json", help="default: colocate-cluster.json")
+    taken.add_argument(
+        "--from",
+        dest="controller",
+        default="",
+        metavar="URL",
+        help="of a controller's --http: what it goes by and decides, its memory included",
+    )
     snapshot(taken, live=True)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
 import msgspec
 import yaml
 
@@ -219,13 +220,28 @@ def _file(given: str) -> Path:
 def snapshot(options: argparse.Namespace) -> int:
     """Write the cluster as it is to a file."""
     path = check_file("--file", options.file)
-    taken, _ = _read(options)
+    taken = _of_controller(options.controller) if options.controller else _read(options)[0]
     try:
         path.write_bytes(msgspec.json.encode(taken) + b"\n")
     except OSError as error:
         raise BadInput(f"--file: {path} cannot be written: {error.strerror}") from error
     print(f"{path}: {len(taken.nodes)} nodes, {len(taken.pods)} pods, {len(taken.groups)} groups")
     return 0
+
+
+def _of_controller(url: str) -> ClusterSnapshot:
+    async def fetch() -> bytes:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60.0)) as session:
+            answer = await session.get(f"{url.rstrip('/')}/snapshot")
+            content = await answer.read()
+            if answer.status != 200:
+                raise BadInput(f"--from {url}: {answer.status} {content.decode(errors='replace').strip()}")
+            return content
+
+    try:
+        return load(asyncio.run(fetch()))
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise BadInput(f"--from {url} does not answer: {error or type(error).__name__}") from error
 
 
 def replay(path: Path, options: argparse.Namespace) -> int:

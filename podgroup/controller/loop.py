@@ -23,7 +23,7 @@ from colocate.kube.client import DEFINITIONS, Api, ApiError, Unreachable
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
-from colocate.units import seconds_of
+from colocate.units import seconds_of, time_text
 from podgroup.api import POD_GROUP_API, GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PlanPhase, PodGroup
 from podgroup.commit.protocol import (
     VOLUME_SECONDS,
@@ -44,7 +44,8 @@ from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import Hands
-from podgroup.queue.decisions import PlaceInTurn, Start
+from podgroup.explain.snapshot import ClusterSnapshot, taken_of, verdicts_of
+from podgroup.queue.decisions import Decisions, PlaceInTurn, Start
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
@@ -105,6 +106,8 @@ class Controller:
         """The plans that were there when its time in office began."""
         self._said: dict[str, str] = {}
         """Gang -> the defect that was logged of it."""
+        self._wanted: asyncio.Future[ClusterSnapshot] | None = None
+        """Whoever wants to see what a cycle goes by and decides."""
         self._alone = Alone(self.cluster, self.queue, self.feed, self._hands)
         self._losses = Losses(self.cluster, self.feed, self._hands, self.metrics, settings)
         self._tasks: asyncio.TaskGroup
@@ -215,8 +218,11 @@ class Controller:
         for key in dirty:
             self._carry_on(key)
         began = now_seconds()
-        later = self.feed.dirty & self._not_before.keys()
-        decided = self.queue.cycle(self.cluster, dirty, began, later, lambda: now_seconds() - began > CYCLE_SECONDS)
+        if self._wanted is not None:
+            decided = self._decide_for(self._wanted, began)
+        else:
+            later = self.feed.dirty & self._not_before.keys()
+            decided = self.queue.cycle(self.cluster, dirty, began, later, lambda: now_seconds() - began > CYCLE_SECONDS)
         for key, error in decided.failures:
             if self._said.get(key) != repr(error):
                 self._said[key] = repr(error)
@@ -237,6 +243,23 @@ class Controller:
         self._status.touch_waiting()
         if self.queue.unfinished or self.queue.victims.unfinished:
             self.feed.wake.set()
+
+    async def snapshot(self) -> ClusterSnapshot:
+        """The cluster, what the queue remembers, and what the next cycle, which looks at every gang, decides on it."""
+        if self._wanted is None:
+            self._wanted = asyncio.get_running_loop().create_future()
+        self.feed.wake.set()
+        return await asyncio.shield(self._wanted)
+
+    def _decide_for(self, wanted: asyncio.Future[ClusterSnapshot], now: float) -> Decisions:
+        taken = taken_of(self.cluster, self.settings, time_text(now))
+        memory = self.queue.memory(self.cluster, now)
+        decided = self.queue.cycle(self.cluster, {*self.cluster.members, *self.cluster.groups}, now)
+        verdicts = verdicts_of(self.cluster, self.queue, decided)
+        self._wanted = None
+        if not wanted.done():
+            wanted.set_result(msgspec.structs.replace(taken, memory=memory, verdicts=verdicts))
+        return decided
 
     def _write_kept_places(self) -> None:
         """Plans at rest say which places are kept for lost members; the others are written anyhow."""

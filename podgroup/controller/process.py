@@ -10,6 +10,7 @@ import socket
 import uuid
 from functools import partial
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -25,7 +26,7 @@ from podgroup.queue.decisions import PlaceInTurn
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
 
-SILENT_SECONDS = 120.0
+SILENT_SECONDS, SNAPSHOT_SECONDS = 120.0, 30.0
 UPSTREAM = "scheduler-plugins-scheduler"
 UPSTREAM_LEASES = (UPSTREAM, "sig-scheduling")
 log = structlog.get_logger()
@@ -110,7 +111,13 @@ class Health:
         if not host or not port.isdigit() or int(port) > 65535:
             raise BadInput(f"--http: {address!r} is not HOST:PORT")
         app = web.Application()
-        for path, handler in (("/metrics", self._metrics), ("/healthz", self._healthz), ("/readyz", self._readyz)):
+        pages = {
+            "/metrics": self._metrics,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/snapshot": self._snapshot,
+        }
+        for path, handler in pages.items():
             app.router.add_get(path, handler)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -130,6 +137,13 @@ class Health:
         alive = self.controller.alive_at if self.controller is not None else None
         silent = 0.0 if alive is None else now_seconds() - alive
         return web.Response(status=200 if silent < SILENT_SECONDS else 500, text=f"last decision {silent:.1f} s ago\n")
+
+    async def _snapshot(self, _: web.Request) -> web.Response:
+        """For `colocate snapshot --from`."""
+        if self.controller is None or not self.controller.synced:
+            return web.Response(status=503, text="this replica stands by: ask the one that leads\n")
+        taken = await asyncio.wait_for(self.controller.snapshot(), SNAPSHOT_SECONDS)
+        return web.Response(body=await asyncio.to_thread(msgspec.json.encode, taken), content_type="application/json")
 
     async def _readyz(self, _: web.Request) -> web.Response:
         leads = self.controller is not None and self.controller.synced

@@ -18,6 +18,7 @@ from colocate.objects import (
     Lean,
     Namespace,
     Node,
+    ObjectMeta,
     PersistentVolume,
     Pod,
     PriorityClass,
@@ -27,7 +28,9 @@ from colocate.objects import (
 from colocate.units import parse_time
 from podgroup.api import Advice, GangPlan, PlannedMember, PodGroup
 from podgroup.explain.advice import advise
+from podgroup.queue.decisions import Decisions
 from podgroup.queue.entry import Settings
+from podgroup.queue.memory import QueueMemory
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
@@ -79,6 +82,13 @@ class ClusterSnapshot(Lean, frozen=True):
     classes: list[PriorityClass] = msgspec.field(default_factory=list)
     verdicts: list[Verdict] = msgspec.field(default_factory=list)
     """What was decided on it when it was taken."""
+    memory: QueueMemory | None = None
+    """Of the controller that has decided; without it the queue knows what plans and pods say."""
+
+    @property
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self.memory.now if self.memory is not None else parse_time(self.taken)
 
 
 class Explanation(Lean, frozen=True):
@@ -110,7 +120,8 @@ def load(content: bytes) -> ClusterSnapshot:
 
 def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
     """The cluster of a snapshot, and a queue that knows since when each gang has waited."""
-    cluster, queue, now = Cluster(), Queue(snapshot.settings), parse_time(snapshot.taken)
+    memory, now = snapshot.memory, snapshot.now
+    cluster, queue = Cluster(), Queue(snapshot.settings, memory.searches if memory is not None else None)
     for node in snapshot.nodes:
         cluster.set_node(node)
     for namespace in snapshot.namespaces:
@@ -127,7 +138,10 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
             queue.nominated(cluster, pod)
     for plan in snapshot.plans:
         cluster.set_plan(f"{plan.metadata.namespace}/{plan.metadata.name}", plan)
-    queue.remember(cluster, now)
+    if memory is not None:
+        queue.recall(cluster, memory)
+    else:
+        queue.remember(cluster, now)
     return cluster, queue
 
 
@@ -152,11 +166,11 @@ def _restore_storage(snapshot: ClusterSnapshot, cluster: Cluster) -> None:
 def decide(snapshot: ClusterSnapshot) -> list[Verdict]:
     """What a cycle decides on this snapshot, in the order of the queue."""
     cluster, queue = restore(snapshot)
-    return _verdicts(cluster, queue, parse_time(snapshot.taken))
+    return verdicts_of(cluster, queue, queue.cycle(cluster, {*cluster.members, *cluster.groups}, snapshot.now))
 
 
-def _verdicts(cluster: Cluster, queue: Queue, now: float) -> list[Verdict]:
-    decided = queue.cycle(cluster, {*cluster.members, *cluster.groups}, now)
+def verdicts_of(cluster: Cluster, queue: Queue, decided: Decisions) -> list[Verdict]:
+    """What a cycle that has looked at every gang has decided, in the order of the queue."""
     found = {
         start.key: Verdict(
             gang=start.key,
@@ -182,6 +196,30 @@ def _verdicts(cluster: Cluster, queue: Queue, now: float) -> list[Verdict]:
     return [found[key] for key in queue.order if key in found]
 
 
+def taken_of(cluster: Cluster, settings: Settings, taken: str) -> ClusterSnapshot:
+    """The cluster as it is known, without what was decided on it."""
+    storage = cluster.storage
+    return ClusterSnapshot(
+        taken=taken,
+        kind=KIND,
+        version=VERSION,
+        settings=settings,
+        nodes=cluster.ledger.nodes(),
+        pods=list(cluster.pods.values()),
+        groups=list(cluster.groups.values()),
+        plans=list(cluster.plans.values()),
+        claims=list(storage.claims.values()),
+        volumes=list(storage.volumes.values()),
+        storage_classes=list(storage.classes.values()),
+        csi_drivers=list(storage.drivers.values()),
+        csi_nodes=storage.csi_nodes(),
+        storage_capacities=[capacity for capacity, _ in storage.capacities.values()],
+        attachments=storage.attachments(),
+        namespaces=[Namespace(metadata=ObjectMeta(name=n, labels=dict(its))) for n, its in cluster.namespaces.items()],
+        budgets=list(cluster.budgets.values()),
+    )
+
+
 def what_if(
     snapshot: ClusterSnapshot, pods: list[Pod], groups: list[PodGroup], claims: Sequence[Claim] = ()
 ) -> list[Verdict]:
@@ -203,8 +241,8 @@ def what_if(
 def explain(snapshot: ClusterSnapshot, key: str) -> Explanation | None:
     """Why this gang waits; None if it does not."""
     cluster, queue = restore(snapshot)
-    now = parse_time(snapshot.taken)
-    verdicts = {v.gang: v for v in _verdicts(cluster, queue, now)}
+    now, everybody = snapshot.now, {*cluster.members, *cluster.groups}
+    verdicts = {v.gang: v for v in verdicts_of(cluster, queue, queue.cycle(cluster, everybody, now))}
     if key not in verdicts:
         return None
     advice = list(advise(cluster, queue, key, now))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from colocate.objects import Pod, Quantities
 from colocate.units import seconds_of, time_text
 from podgroup.api import KeptPlace
+from podgroup.queue.memory import KeptRoom
 from podgroup.solve.question import Placed
 from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
@@ -67,6 +68,34 @@ class Holds:
                 for j in range(min(place.count, MOST_PLACES)):
                     lost = Holding(f"{key}/{i}/{j}", "", key.partition("/")[0], place.node, shape, {})
                     self.keep_slot(cluster, lost, key, until, place.failed)
+
+    def remembered(self, cluster: Cluster) -> list[KeptRoom]:
+        """All that is kept, but for what other schedulers' pods say themselves."""
+        found = []
+        for h in self._holds:
+            holding = cluster.ledger.holdings.get(h.uid) if h.kind != THEIRS else None
+            if holding is not None:
+                requests = dict(holding.shape.requests)
+                found.append(
+                    KeptRoom(
+                        gang=h.key,
+                        uid=h.uid,
+                        until=h.until,
+                        kind=h.kind,
+                        node=holding.node,
+                        requests=requests,
+                        priority=h.priority,
+                        failed=h.failed,
+                    )
+                )
+        return found
+
+    def recall(self, cluster: Cluster, kept: Iterable[KeptRoom]) -> None:
+        """Keep these."""
+        for one in kept:
+            shape = Shape(requests=tuple(sorted(one.requests.items())))
+            like = Holding(one.uid, "", one.gang.partition("/")[0], one.node, shape, {})
+            self._keep(cluster, Hold(one.gang, one.uid, one.until, one.kind, one.priority, one.failed), like)
 
     def failed(self, key: str) -> bool:
         """Whether a place is kept for this gang since one of its members failed."""

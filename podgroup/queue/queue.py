@@ -23,6 +23,7 @@ from podgroup.queue.decisions import Decisions, Elastic, Evict, Hopeless, PlaceI
 from podgroup.queue.entry import Entry, Settings, entry_of, not_ready, question, rest_of
 from podgroup.queue.in_turn import FEW, InTurn
 from podgroup.queue.kept_room import NOMINATED, SLOT, Holds
+from podgroup.queue.memory import QueueMemory, RememberedGang
 from podgroup.queue.min_resources import Reservations
 from podgroup.queue.runtimes import Known, durations, runtime, starts_at
 from podgroup.queue.victims import Victims
@@ -201,6 +202,49 @@ class Queue:
             self.waiting[key] = Waiting(since=since, members_at=min(max(made, default=now), now), created=created)
             if plan is not None:
                 self.holds.restore(cluster, key, plan.status.kept_places, now)
+
+    def memory(self, cluster: Cluster, now: float) -> QueueMemory:
+        """What the next cycle goes by; that one tries every gang anew, as whoever recalls this will."""
+        self._try_all_again()
+        self.unfinished = False
+        going, left_over = self.victims.remembered()
+        return QueueMemory(
+            now=now,
+            searches=self.victims.most,
+            gangs={
+                key: RememberedGang(
+                    since=m.since,
+                    members_at=m.members_at,
+                    created=m.created,
+                    reserved_at=m.reserved_at,
+                    claimed=m.claimed,
+                )
+                for key, m in self.waiting.items()
+            },
+            resting=dict(self._resting),
+            kept=self.holds.remembered(cluster),
+            promised=dict(cluster.planned),
+            going=going,
+            left_over=left_over,
+        )
+
+    def recall(self, cluster: Cluster, memory: QueueMemory) -> None:
+        """Go on from what another queue remembered."""
+        self.waiting = {
+            key: Waiting(
+                since=m.since,
+                members_at=m.members_at,
+                created=m.created,
+                reserved_at=m.reserved_at,
+                claimed=m.claimed,
+            )
+            for key, m in memory.gangs.items()
+        }
+        self._resting = dict(memory.resting)
+        for uid, node in memory.promised.items():
+            cluster.promise(uid, node)
+        self.holds.recall(cluster, memory.kept)
+        self.victims.recall(memory.going, memory.left_over)
 
     def next_look(self, now: float) -> float | None:
         """In how many seconds a gang must be looked at although nothing changes; None if none."""

@@ -5,7 +5,7 @@ A search is the dearest of all decisions: so many a cycle are made, those that w
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 from podgroup.queue.entry import Entry
 from podgroup.queue.kept_room import Holds
@@ -39,6 +39,19 @@ class Victims:
         self._hopeless = {}
         self._going &= cluster.pods.keys()
         return self._searching
+
+    @property
+    def most(self) -> int | None:
+        """For so many gangs a cycle looks; None: for all."""
+        return self._most
+
+    def remembered(self) -> tuple[list[str], list[str]]:
+        """uids of victims that have not gone yet, and the gangs that are left to the next cycle."""
+        return sorted(self._going), list(self._left_over)
+
+    def recall(self, going: Iterable[str], left_over: Iterable[str]) -> None:
+        """Go on from these."""
+        self._going, self._left_over = set(going), list(left_over)
 
     @property
     def unfinished(self) -> bool:

@@ -17,10 +17,14 @@ import msgspec
 
 from colocate.objects import (
     Claim,
+    CsiAllocatable,
     CsiDriver,
     CsiNode,
+    CsiNodeDriver,
+    CsiNodeSpec,
     CsiStorageCapacity,
     NodeSelector,
+    ObjectMeta,
     PersistentVolume,
     Pod,
     StorageClass,
@@ -201,6 +205,18 @@ class Storage:
             self._attached.setdefault(attachment.spec.node_name, set()).add(name)
         known = attachment or before
         return known.spec.node_name if known is not None else ""
+
+    def csi_nodes(self) -> list[CsiNode]:
+        """The limits of the nodes, as objects."""
+        found = []
+        for name, limits in self._limits.items():
+            drivers = [CsiNodeDriver(name=d, allocatable=CsiAllocatable(count=n)) for d, n in limits.items()]
+            found.append(CsiNode(metadata=ObjectMeta(name=name), spec=CsiNodeSpec(drivers=drivers)))
+        return found
+
+    def attachments(self) -> list[VolumeAttachment]:
+        """What is attached anywhere."""
+        return list(self._attachments.values())
 
     # who uses what
 

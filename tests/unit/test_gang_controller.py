@@ -8,11 +8,23 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
-from colocate.objects import ClaimSource, Condition, ContainerStatus, ObjectMeta, PodStatus, StorageClass, Volume
+from colocate.objects import (
+    ClaimSource,
+    Condition,
+    ContainerStatus,
+    ObjectMeta,
+    OwnerReference,
+    PodStatus,
+    StorageClass,
+    Volume,
+)
 from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
 from podgroup.controller.loop import Controller
 from podgroup.controller.watches import now_seconds
+from podgroup.explain.snapshot import ClusterSnapshot, decide, load
 from podgroup.queue.entry import Settings
 from podgroup.state.volumes import DELAYED, SELECTED_NODE
 from tests.unit.test_gang_placement import node, pod
@@ -60,7 +72,8 @@ class Caught:
             spec={"priority": priority, "scheduler_name": scheduler, "node_name": on, **spec},
         )
         status = PodStatus(phase="Running" if on else "Pending", nominated_node_name=nominated)
-        self.feed.on_pod(None, replace(made, status=status))
+        owner = [OwnerReference(kind="Job", name=gang or name, uid=gang or name, controller=True)]
+        self.feed.on_pod(None, replace(made, status=status, metadata=replace(made.metadata, owner_references=owner)))
 
     def cycle(self, *keys: str) -> dict[str, dict[str, str]]:
         """Decide and begin: gang -> member -> node."""
@@ -297,3 +310,48 @@ def test_indexes_of_storage_are_as_before_when_all_has_gone():
     left = {name: len(value) for name, value in vars(storage).items() if isinstance(value, dict)}
     left["_free"] = sum(map(len, storage._free.values()))
     assert left == sizes
+
+
+sizes = st.integers(1, 3)
+running = st.tuples(sizes, sizes, st.sampled_from([0, 10]), st.sampled_from("abc"))
+"""Members, quorum, priority, and the node that the first of them is on."""
+
+
+@given(
+    st.lists(running, max_size=3),
+    st.lists(st.tuples(sizes, sizes, st.sampled_from([0, 10, 20])), min_size=1, max_size=4),
+    st.sets(st.integers(0, 2)),
+    st.integers(0, 2),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_a_controller_decided_is_decided_again_from_its_snapshot(there, waits, fails, cycles, nominated):
+    """With slots of lost members, places that victims are leaving, promises, and another scheduler's nomination."""
+    caught = Caught()
+    for name in "abc":
+        caught.node(name)
+    for i, (size, least, priority, on) in enumerate(there):
+        caught.group(f"r{i}", min(size, least))
+        for j in range(size):
+            caught.pod(f"r{i}-{j}", f"r{i}", cpu=1, priority=priority, on="abc"[("abc".index(on) + j) % 3])
+    for i in fails & set(range(len(there))):
+        caught.failed(f"r{i}-0")
+    for i, (size, least, priority) in enumerate(waits):
+        caught.group(f"w{i}", min(size, least))
+        for j in range(size):
+            caught.pod(f"w{i}-{j}", f"w{i}", cpu=2, priority=priority)
+    if nominated:
+        caught.pod("theirs", cpu=2, nominated="a")
+    caught.pod("alone", cpu=1)
+    everybody = {*caught.cluster.members, *caught.cluster.groups}
+    for _ in range(cycles):
+        caught.cycle(*everybody)
+    wanted: asyncio.Future[ClusterSnapshot] = asyncio.new_event_loop().create_future()
+    caught.it._decide_for(wanted, now_seconds())
+    taken = wanted.result()
+    wanted.get_loop().close()
+    for verdict in taken.verdicts:
+        event(f"{verdict.outcome} {verdict.reason}")
+    event(f"kept {sorted({k.kind for k in (taken.memory.kept if taken.memory else [])})}")
+    again = load(msgspec.json.encode(taken))
+    assert msgspec.json.encode(decide(again)) == msgspec.json.encode(taken.verdicts)
