@@ -165,7 +165,9 @@ def displaced(
 
 def moved(plan: GangPlan, nodes: Mapping[str, str]) -> GangPlan:
     """The plan with these members (by uid) on other nodes."""
-    members = [msgspec.structs.replace(m, node=nodes.get(m.uid, m.node)) for m in plan.spec.members]
+    members = [
+        msgspec.structs.replace(m, node=nodes[m.uid], volumes={}) if m.uid in nodes else m for m in plan.spec.members
+    ]
     return msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, members=members))
 
 
@@ -212,8 +214,7 @@ def _provision(
     dropped = failed + (waits if late else [])
     if dropped:
         if len(plan.spec.members) - len(seen.gone) - len(dropped) >= max(least, 1):
-            asked = [ReleaseVolumes(p) for m, p in seen.unbound if m in dropped and state[m.uid].written]
-            return Next(plan, list(asked)) if asked else Next(_without(plan, dropped), [])  # the surplus goes without
+            return Next(_without(plan, dropped), [])  # the surplus need not hold up the quorum
         text = state[dropped[0].uid].text + ("" if failed else f" for {elapsed_seconds:.0f} s")
         return _begin_roll_back(plan, "VolumeFailed" if failed else "VolumeTimeout", f"{dropped[0].name}: {text}")
     if not waits:

@@ -43,9 +43,9 @@ class Alone:
             if volumes.state == "Bound":
                 del self.since[uid]
                 self._hands.spawn(uid, self._hands.bind(pod, node, ""))
-            elif over and volumes.written:
-                self._hands.spawn(uid, self._hands.release_volumes(pod))
             elif over:
+                if volumes.written:
+                    self._hands.spawn(uid, self._hands.release_volumes(pod, volumes.written))
                 del self.since[uid]
                 self._cluster.withdraw(uid)
                 self._queue.rest(key, now_seconds())

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import gc
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,7 @@ from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
 from podgroup.state.gangs import is_group, sort_members, without_former_runs
+from podgroup.state.storage import Progress
 
 LARGE, LOOK_SECONDS = 200, 2e-5
 """A gang of at least so many members is looked at again only after so long for each of them."""
@@ -219,7 +220,7 @@ class Controller:
             self._carry_on(key)
         began = now_seconds()
         if self._wanted is not None:
-            decided = self._decide_for(self._wanted, began)
+            decided = self._decide_for(self._wanted, dirty, began)
         else:
             later = self.feed.dirty & self._not_before.keys()
             decided = self.queue.cycle(self.cluster, dirty, began, later, lambda: now_seconds() - began > CYCLE_SECONDS)
@@ -251,10 +252,11 @@ class Controller:
         self.feed.wake.set()
         return await asyncio.shield(self._wanted)
 
-    def _decide_for(self, wanted: asyncio.Future[ClusterSnapshot], now: float) -> Decisions:
+    def _decide_for(self, wanted: asyncio.Future[ClusterSnapshot], dirty: set[str], now: float) -> Decisions:
         taken = taken_of(self.cluster, self.settings, time_text(now))
         memory = self.queue.memory(self.cluster, now)
-        decided = self.queue.cycle(self.cluster, {*self.cluster.members, *self.cluster.groups}, now)
+        everybody = {*dirty, *self.cluster.members, *self.cluster.groups, *self.queue.waiting}
+        decided = self.queue.cycle(self.cluster, everybody, now)
         verdicts = verdicts_of(self.cluster, self.queue, decided)
         self._wanted = None
         if not wanted.done():
@@ -309,6 +311,8 @@ class Controller:
         """A gang can start: persist the plan, then bind. A pod that is alone needs no plan: one bind is atomic."""
         if not is_group(start.key):
             ((member, node),) = start.placed
+            if member.uid not in self.cluster.pods:
+                return
             if self.cluster.volumes_of(member.uid).state == "Bound":
                 self._hands.spawn(member.uid, self._hands.bind(self.cluster.pods[member.uid], node, ""))
             else:
@@ -415,6 +419,7 @@ class Controller:
             if after.plan.status.phase == "Running":
                 self.queue.rested(key)
                 self._began.pop(plan.spec.plan_id, None)
+            self._release_of_dropped(plan, after.plan, volumes)
             self._hands.spawn(key, self._hands.save(key, self._timed(plan, after.plan)))
             return
         for step in after.steps:
@@ -424,7 +429,7 @@ class Controller:
             if self._hands.full:
                 self.feed.dirty.add(key)  # the rest with the next look: what is under way wakes us
                 break
-            self._hands.spawn(uid, self._do(step, plan))
+            self._hands.spawn(uid, self._do(step, plan, volumes))
 
     def _moves(self, key: str, plan: GangPlan, members: list[Pod]) -> bool:
         """Other places for members that cannot be bound where the plan has them; whether that is under way."""
@@ -434,7 +439,8 @@ class Controller:
         if any(self.cluster.shape(p).unbound for p in members):
             return False  # a volume may be on its way to where it is
         placed = self.queue.place_again(self.cluster, key, members)
-        if placed is None or all(self.cluster.planned.get(m.uid) == node for m, node in placed):
+        before = {m.uid: m.node for m in plan.spec.members}
+        if placed is None or all(before[m.uid] == node for m, node in placed):
             return False
         after = moved(plan, {m.uid: node for m, node in placed})
         log.info("members_moved", gang=key, members=sorted(m.name for m, _ in placed))
@@ -446,14 +452,27 @@ class Controller:
         self._hands.spawn(key, self._hands.save_moved(key, after, members, [h.uid for h in left]))
         return True
 
-    def _do(self, step: Step, plan: GangPlan) -> Coroutine[Any, Any, None]:
+    def _release_of_dropped(self, before: GangPlan, now: GangPlan, volumes: Mapping[str, Progress]) -> None:
+        """Members that a plan goes on without: their volumes are asked for no more, but for what others share."""
+        left = {m.uid for m in now.spec.members}
+        for uid in {m.uid for m in before.spec.members} - left if now.status.phase == "Provisioning" else ():
+            storage, pod = self.cluster.storage, self.cluster.pods.get(uid)
+            mine = tuple(
+                todo
+                for todo in volumes.get(uid, Progress()).written
+                if not left & storage.wanting(f"{todo.claim.metadata.namespace}/{todo.claim.metadata.name}")
+            )
+            if mine and pod is not None and uid not in self._busy:
+                self._hands.spawn(uid, self._hands.release_volumes(pod, mine))
+
+    def _do(self, step: Step, plan: GangPlan, volumes: Mapping[str, Progress]) -> Coroutine[Any, Any, None]:
         if isinstance(step, Bind):
             return self._hands.bind(step.pod, step.node, plan.spec.plan_id)
         if isinstance(step, Delete):
             return self._hands.delete(step.pod, step.reason, plan.status.message)
         if isinstance(step, BindVolumes):
             return self._hands.bind_volumes(step.pod, step.node)
-        return self._hands.release_volumes(step.pod)
+        return self._hands.release_volumes(step.pod, volumes[step.pod.metadata.uid].written)
 
     def _timed(self, before: GangPlan, now: GangPlan) -> GangPlan:
         """The time for binding begins when all volumes are there."""

@@ -26,7 +26,7 @@ from podgroup.queue.decisions import PlaceInTurn
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
 
-SILENT_SECONDS, SNAPSHOT_SECONDS = 120.0, 30.0
+SILENT_SECONDS, SNAPSHOT_SECONDS, SNAPSHOT_AGAIN_SECONDS = 120.0, 30.0, 5.0
 UPSTREAM = "scheduler-plugins-scheduler"
 UPSTREAM_LEASES = (UPSTREAM, "sig-scheduling")
 log = structlog.get_logger()
@@ -102,6 +102,7 @@ class Health:
 
     def __init__(self) -> None:
         self.controller: Controller | None = None
+        self._snapshot_at = float("-inf")
 
     async def serve(self, address: str) -> web.AppRunner | None:
         """Listen on `HOST:PORT`; nothing if that is empty. Raises BadInput."""
@@ -142,7 +143,14 @@ class Health:
         """For `colocate snapshot --from`."""
         if self.controller is None or not self.controller.synced:
             return web.Response(status=503, text="this replica stands by: ask the one that leads\n")
-        taken = await asyncio.wait_for(self.controller.snapshot(), SNAPSHOT_SECONDS)
+        now = now_seconds()
+        if now - self._snapshot_at < SNAPSHOT_AGAIN_SECONDS:
+            return web.Response(status=429, text=f"once in {SNAPSHOT_AGAIN_SECONDS:g} s: it looks at every gang\n")
+        self._snapshot_at = now
+        try:
+            taken = await asyncio.wait_for(self.controller.snapshot(), SNAPSHOT_SECONDS)
+        except TimeoutError:
+            return web.Response(status=503, text="nothing is decided now: ask again\n")
         return web.Response(body=await asyncio.to_thread(msgspec.json.encode, taken), content_type="application/json")
 
     async def _readyz(self, _: web.Request) -> web.Response:

@@ -27,13 +27,14 @@ from podgroup.controller.watches import Feed, now_seconds
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import HOLDING_PHASES, OPEN_PHASES, Cluster
 from podgroup.state.gangs import gang_key, is_group
+from podgroup.state.storage import Todo
 
 WRITES_AT_ONCE = 256
 FENCE_ATTEMPTS, REFUSED = 5, (400, 403, 422)
 FENCE_SECONDS = 2 * TIMEOUT_SECONDS
 BACKLOG = 512
 """Writes that wait or are under way."""
-BIND_ATTEMPTS = DELETE_ATTEMPTS = 8
+BIND_ATTEMPTS = DELETE_ATTEMPTS = RELEASE_ATTEMPTS = 8
 OBJECT_NAME = re.compile(r"[^/]+/[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 """`namespace/name`, the name a DNS subdomain (RFC 1123)."""
 log = structlog.get_logger()
@@ -51,6 +52,8 @@ class Hands:
         """Plans whose saving was not answered and had not been done when it was looked at: it may be done yet."""
         self._locks: dict[str, asyncio.Lock] = {}
         """Of plans: one write at a time."""
+        self._releases: dict[str, int] = {}
+        """uid -> how often what was written for its volumes was to be taken back."""
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
 
     def connect(self, feed: Feed, touched: Callable[[str], None]) -> None:
@@ -140,17 +143,23 @@ class Hands:
                 await self._volume_failed(key, pod, error)
         self._done(uid, key)
 
-    async def release_volumes(self, pod: Pod) -> None:
-        """Take back what was written for volumes of a pod that there are none of yet."""
+    async def release_volumes(self, pod: Pod, written: tuple[Todo, ...]) -> None:
+        """Take back what was written for volumes of a pod that there are none of yet; what is refused stays."""
         uid, key = pod.metadata.uid, gang_key(pod)
-        for todo in self.cluster.volumes_of(uid).written:
+        tries = self._releases[uid] = self._releases.get(uid, 0) + 1
+        for todo in written:
             try:
                 if todo.volume is not None:
                     self._heard(await self.binder.free_volume(todo.volume))
                 else:
                     self._heard(await self.binder.select_node(todo.claim, None))
             except (ApiError, Unreachable) as error:
+                refused = isinstance(error, ApiError) and error.status in (*REFUSED, 404)
+                if refused or tries >= RELEASE_ATTEMPTS:
+                    self.cluster.storage.leave(uid)
                 await self._volume_failed(key, pod, error)
+        if not self.cluster.volumes_of(uid).written:
+            self._releases.pop(uid, None)
         self._done(uid, key)
 
     def _heard(self, now: Claim | PersistentVolume) -> None:
@@ -255,6 +264,9 @@ class Hands:
         try:
             await self.save_fenced(key, plan, members)
         finally:
+            known = self.cluster.plans.get(key)
+            if known is not None:  # what was not saved is not promised either
+                self.cluster.set_plan(key, known)
             for uid in left:
                 self.cluster.release_hold(uid)
             self.feed.wake.set()

@@ -36,6 +36,7 @@ from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
 
 KIND = "ClusterSnapshot"
+DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 VERSION = 2
 
 
@@ -196,6 +197,16 @@ def verdicts_of(cluster: Cluster, queue: Queue, decided: Decisions) -> list[Verd
     return [found[key] for key in queue.order if key in found]
 
 
+def _with_default_class(claim: Claim, classes: Sequence[StorageClass]) -> Claim:
+    """What the DefaultStorageClass admission plugin makes of a claim that names no class."""
+    default = [c for c in classes if c.metadata.annotations.get(DEFAULT_CLASS) == "true"]
+    if claim.spec.storage_class_name is not None or not default:
+        return claim
+    newest = max(default, key=lambda c: (c.metadata.creation_timestamp or "", c.metadata.name))
+    spec = msgspec.structs.replace(claim.spec, storage_class_name=newest.metadata.name)
+    return msgspec.structs.replace(claim, spec=spec)
+
+
 def taken_of(cluster: Cluster, settings: Settings, taken: str) -> ClusterSnapshot:
     """The cluster as it is known, without what was decided on it."""
     storage = cluster.storage
@@ -226,6 +237,7 @@ def what_if(
     """What the next cycle would decide about these, were they created now. A claim that is there already stays."""
     there = {(c.metadata.namespace, c.metadata.name) for c in snapshot.claims}
     new = [c for c in claims if (c.metadata.namespace, c.metadata.name) not in there]
+    new = [_with_default_class(c, snapshot.storage_classes) for c in new]
     more = msgspec.structs.replace(
         snapshot,
         pods=[*snapshot.pods, *pods],

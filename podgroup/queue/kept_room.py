@@ -20,7 +20,8 @@ from podgroup.state.shape import Shape, amounts
 
 MOST_PLACES = 200
 """Of one gang, as its plan says them: a plan must fit into a request."""
-SLOT, NOMINATED, THEIRS = "slot:", "nominated:", "theirs:"
+SLOT, NOMINATED, THEIRS, LEFT = "slot:", "nominated:", "theirs:", "left:"
+NEVER = float(2**40)
 
 
 class Hold(NamedTuple):
@@ -71,7 +72,11 @@ class Holds:
 
     def remembered(self, cluster: Cluster) -> list[KeptRoom]:
         """All that is kept, but for what other schedulers' pods say themselves."""
-        found = []
+        found, known = [], {h.uid for h in self._holds}
+        for uid, one in cluster.ledger.holdings.items():
+            if one.kept and uid not in known:  # a place that a moved member has left and is not fenced from yet
+                requests = dict(one.shape.requests)
+                found.append(KeptRoom(gang="", uid=uid, until=NEVER, kind=LEFT, node=one.node, requests=requests))
         for h in self._holds:
             holding = cluster.ledger.holdings.get(h.uid) if h.kind != THEIRS else None
             if holding is not None:
@@ -169,6 +174,8 @@ class Holds:
     @contextmanager
     def usable_by(self, cluster: Cluster, key: str, priority: int) -> Iterator[None]:
         """What is kept for a gang is free to itself, and what is promised to those that are less important."""
-        lifted = [h.uid for h in self._holds if h.key == key or (h.kind != SLOT and h.priority < priority)]
+        lifted = [
+            h.uid for h in self._holds if h.key == key or (h.kind in (NOMINATED, THEIRS) and h.priority < priority)
+        ]
         with cluster.ledger.without(lifted):
             yield

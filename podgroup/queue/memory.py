@@ -15,6 +15,7 @@ class RememberedGang(Lean, frozen=True):
     created: int = 0
     reserved_at: float | None = None
     claimed: int = 0
+    capacity: bool = False
 
 
 class KeptRoom(Lean, frozen=True):
@@ -42,6 +43,8 @@ class QueueMemory(Lean, frozen=True):
     kept: list[KeptRoom] = msgspec.field(default_factory=list)
     promised: dict[str, str] = msgspec.field(default_factory=dict)
     """uid -> node of pods that are to be bound, though no plan says so yet."""
+    volumes: dict[str, dict[str, str]] = msgspec.field(default_factory=dict)
+    """uid of these -> claim -> the volume that it is to have, "" for one that is made."""
     going: list[str] = msgspec.field(default_factory=list)
     """uids of victims that have not gone yet."""
     left_over: list[str] = msgspec.field(default_factory=list)

@@ -218,12 +218,14 @@ class Queue:
                     created=m.created,
                     reserved_at=m.reserved_at,
                     claimed=m.claimed,
+                    capacity=m.capacity,
                 )
                 for key, m in self.waiting.items()
             },
             resting=dict(self._resting),
             kept=self.holds.remembered(cluster),
             promised=dict(cluster.planned),
+            volumes={uid: dict(chosen) for uid, chosen in cluster.storage.chosen.items() if chosen},
             going=going,
             left_over=left_over,
         )
@@ -237,11 +239,14 @@ class Queue:
                 created=m.created,
                 reserved_at=m.reserved_at,
                 claimed=m.claimed,
+                capacity=m.capacity,
             )
             for key, m in memory.gangs.items()
         }
         self._resting = dict(memory.resting)
         for uid, node in memory.promised.items():
+            if uid in memory.volumes:
+                cluster.storage.remember(uid, memory.volumes[uid])
             cluster.promise(uid, node)
         self.holds.recall(cluster, memory.kept)
         self.victims.recall(memory.going, memory.left_over)

@@ -119,6 +119,8 @@ class Storage:
         self._on_node: dict[str, set[str]] = {}
         self.chosen: dict[str, dict[str, str] | None] = {}
         """uid of a planned pod -> claim -> its volume, "" for one that is to be made; None if there is none."""
+        self._left_as_is: set[str] = set()
+        """uids of which what was written could not be taken back."""
         self._asked: dict[str, set[str]] = {}
         """uid -> the claims that have been written for."""
 
@@ -284,6 +286,7 @@ class Storage:
         self.chosen.pop(uid, None)
         self._asked.pop(uid, None)
         self._remembered.pop(uid, None)
+        self._left_as_is.discard(uid)
         return node is not None
 
     def users(self) -> list[str]:
@@ -298,7 +301,7 @@ class Storage:
     def recall(self, uid: str, claims: list[str]) -> bool:
         """A planned pod is to have what its plan says; False if none has."""
         said = self._remembered.pop(uid, None)
-        if said is None:
+        if not said:  # all are to be made, or a former version wrote it
             return False
         self.choose(uid, {key: said.get(key, "") for key in claims})
         return True
@@ -379,7 +382,7 @@ class Storage:
             if name not in self.classes:
                 return f"the claim is not bound to a volume yet (there is no StorageClass {name})"
             if self.classes[name].volume_binding_mode != DELAYED:
-                return "the claim is not bound to a volume yet"
+                return f"the claim is not bound to a volume yet (StorageClass {name} does that before a pod has a node)"
         elif claim.spec.volume_name not in self.volumes:
             return f"its volume {claim.spec.volume_name} does not exist"
         others = {uid for uid in self._wanting.get(key, ()) if uid in self._on} - {pod.metadata.uid}
@@ -465,6 +468,10 @@ class Storage:
         claims = (self.claims.get(key) for key, _ in claims_of(pod))
         return {c.spec.volume_name for c in claims if c is not None and is_bound(c)}
 
+    def leave(self, uid: str) -> None:
+        """What was written for a pod's volumes cannot be taken back: nobody waits for that."""
+        self._left_as_is.add(uid)
+
     def asked(self, uid: str, key: str) -> None:
         """What `todo` said of this claim has been written."""
         self._asked.setdefault(uid, set()).add(key)
@@ -473,7 +480,7 @@ class Storage:
         """How far the volumes of a pod that is planned on a node have come; `reached` can be reached from there."""
         uid, keys = pod.metadata.uid, [key for key, _ in claims_of(pod)]
         each = {key: self._claim_progress(uid, key, node, reached) for key in keys}
-        written = tuple(todo for key in keys for todo in self._written(key, node))
+        written = () if uid in self._left_as_is else tuple(todo for key in keys for todo in self._written(key, node))
         for one in each.values():
             if one.state == "Failed":
                 return one._replace(written=written)

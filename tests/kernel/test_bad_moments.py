@@ -298,8 +298,9 @@ def test_a_demo_that_is_ended_leaves_nothing(tmp_path, number, ignored):
     environment = {**os.environ, "COLOCATE_STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(tmp_path)}
     command = [*CLI, "demo", "--seconds", "3", "--report", str(tmp_path / "report.html")]
     shell = "".join(f"trap '' {n.name.removeprefix('SIG')}; " for n in ignored) + 'exec "$@"'
-    kept = {signal.SIGINT: signal.default_int_handler} if not ignored else {}
-    before = {n: signal.signal(n, handler) for n, handler in kept.items()}  # this suite may run in the background too
+    before = {signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # this suite may be nohup's child
+    if not ignored:  # or in the background
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     demo = subprocess.Popen(["sh", "-c", shell, "sh", *command], env=environment, stderr=subprocess.DEVNULL)
     for n, handler in before.items():
         signal.signal(n, handler)

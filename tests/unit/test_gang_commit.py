@@ -226,7 +226,6 @@ def test_members_that_can_be_elsewhere_are_moved_there():
 TODO = Todo(Claim(metadata=ObjectMeta(name="c")), None)
 ASK, WAIT = Progress("Open", "waiting", todo=(TODO,)), Progress("Open", "waiting for c", written=(TODO,))
 FAILED = Progress("Failed", "no volume could be made for c", written=(TODO,))
-GIVEN_UP = Progress("Failed", "no volume could be made for c")
 THREE = [waiting(0), waiting(1), waiting(2)]
 PROVISIONING = {
     "what is to be written for volumes is written": (
@@ -240,17 +239,9 @@ PROVISIONING = {
     "nobody is bound before all have theirs": (3, THREE, [WAIT, Progress(), Progress()], 1, "Provisioning", []),
     "all have theirs: they are bound": (3, THREE, [Progress()] * 3, 1, "Binding", []),
     "one that cannot be had takes all back": (3, THREE, [WAIT, FAILED, Progress()], 1, "RollingBack", []),
-    "of the surplus what was written is taken back": (
-        2,
-        THREE,
-        [WAIT, FAILED, Progress()],
-        1,
-        "Provisioning",
-        [(ReleaseVolumes, 1)],
-    ),
-    "and it need not hold up the quorum": (2, THREE, [WAIT, GIVEN_UP, Progress()], 1, "Provisioning", []),
+    "the surplus need not hold up the quorum": (2, THREE, [WAIT, FAILED, Progress()], 1, "Provisioning", []),
     "not for ever": (3, THREE, [WAIT, Progress(), Progress()], VOLUME_SECONDS, "RollingBack", []),
-    "a late surplus goes without": (2, THREE, [ASK, Progress(), Progress()], VOLUME_SECONDS, "Provisioning", []),
+    "a late surplus goes without": (2, THREE, [WAIT, Progress(), Progress()], VOLUME_SECONDS, "Provisioning", []),
     "a member that has gone": (3, THREE[:2], [WAIT, WAIT], 1, "RollingBack", []),
 }
 

@@ -26,7 +26,7 @@ from podgroup.controller.loop import Controller
 from podgroup.controller.watches import now_seconds
 from podgroup.explain.snapshot import ClusterSnapshot, decide, load
 from podgroup.queue.entry import Settings
-from podgroup.state.volumes import DELAYED, SELECTED_NODE
+from podgroup.state.volumes import BOUND, DELAYED, SELECTED_NODE
 from tests.unit.test_gang_placement import node, pod
 from tests.unit.test_gang_volumes import claim, volume
 
@@ -158,6 +158,60 @@ def test_the_new_place_of_a_moved_member_is_its_own_at_once():
     assert caught.round("ns/g") == ["bind"]
 
 
+def test_a_move_that_comes_to_nothing_leaves_promises_as_the_plan_has_them():
+    """The fence of one of two members finds that it had been bound after all."""
+    caught = Caught()
+    for name in ("a", "b"):
+        caught.node(name)
+    caught.group("g", 2)
+    for i in range(2):
+        caught.pod(f"g-{i}", "g")
+    caught.cycle("ns/g")
+    plan = caught.cluster.plans["ns/g"]
+    for name in ("c", "d"):
+        caught.node(name)
+    for name in ("a", "b"):
+        caught.node(name, ready=False)
+    caught.writes.clear()
+    caught.it._carry_on("ns/g")
+    ((_, verb, arguments),) = caught.writes
+    assert verb == "save_moved"
+
+    async def landed() -> None:
+        hands = caught.it._hands
+        first = caught.cluster.pods["g-0"]
+        bound = replace(first, spec=replace(first.spec, node_name=plan.spec.members[0].node))
+
+        async def fence(pod: Any, since: Any = None) -> Any:
+            if pod.metadata.uid == "g-0":
+                caught.feed.on_pod(first, bound)
+                return bound
+            return pod
+
+        hands.fence = fence  # type: ignore[method-assign]
+        await hands.save_moved("ns/g", arguments["plan"], arguments["members"], arguments["left"])
+
+    asyncio.run(landed())
+    assert caught.cluster.planned == {"g-1": plan.spec.members[1].node}
+    assert not [uid for uid in caught.cluster.ledger.holdings if uid.startswith("left:")]
+    assert caught.round("ns/g") == ["save_moved"], "and it is tried again"
+
+
+def test_what_vanished_in_the_round_of_a_snapshot_is_forgotten():
+    caught = Caught()
+    caught.node("n")
+    caught.pod("busy", on="n")
+    caught.pod("alone")
+    caught.cycle("ns/pod:alone", "ns/pod:busy")
+    caught.feed.on_pod(caught.cluster.pods["alone"], None)
+    wanted: asyncio.Future[ClusterSnapshot] = asyncio.new_event_loop().create_future()
+    caught.it._decide_for(wanted, caught.it._due(), now_seconds())
+    wanted.get_loop().close()
+    assert "ns/pod:alone" not in caught.queue.waiting
+    caught.feed.on_pod(caught.cluster.pods["busy"], None)
+    assert caught.cycle("ns/pod:busy") == {}
+
+
 def with_claim(caught: Caught, name: str, gang: str = "") -> None:
     its = StorageClass(metadata=ObjectMeta(name="made"), provisioner="disks", volume_binding_mode=DELAYED)
     caught.cluster.storage.set_class("made", its)
@@ -186,6 +240,37 @@ def test_a_pod_alone_whose_volume_never_comes_gives_its_room_up_in_a_silent_clus
     caught.writes.clear()
     asyncio.run(silence())
     assert [verb for _, verb, _ in caught.writes] == ["release_volumes"]
+
+
+def test_of_a_member_that_is_dropped_only_its_own_claims_are_asked_for_no_more():
+    caught = Caught()
+    caught.node("a")
+    its = StorageClass(metadata=ObjectMeta(name="made"), provisioner="disks", volume_binding_mode=DELAYED)
+    caught.cluster.storage.set_class("made", its)
+    for name in ("shared", "own"):
+        claim(caught.cluster, name, by="made")
+    caught.group("g", 1)
+    for name, claims in (("g-0", ["shared"]), ("g-1", ["shared", "own"])):
+        volumes = [Volume(name=c, persistent_volume_claim=ClaimSource(claim_name=c)) for c in claims]
+        caught.pod(name, "g", cpu=1, volumes=volumes)
+    caught.cycle("ns/g")
+    for name in ("shared", "own"):
+        asked = caught.cluster.storage.claims[f"ns/{name}"]
+        annotated = replace(asked.metadata, annotations={SELECTED_NODE: "a"})
+        caught.cluster.storage.set_claim(f"ns/{name}", replace(asked, metadata=annotated))
+        for uid in ("g-0", "g-1"):
+            caught.cluster.storage.asked(uid, f"ns/{name}")
+    caught.it._began[caught.cluster.plans["ns/g"].spec.plan_id] = now_seconds() - 700
+    gone = caught.cluster.storage.claims["ns/shared"]
+    bound_now = replace(gone.metadata, annotations={**gone.metadata.annotations, BOUND: "yes"})
+    volume(caught.cluster, "made-for-it", "a")
+    caught.cluster.storage.set_claim(
+        "ns/shared", replace(gone, metadata=bound_now, spec=replace(gone.spec, volume_name="made-for-it"))
+    )
+    assert sorted(caught.round("ns/g")) == ["release_volumes", "save"]
+    (arguments,) = [arguments for _, verb, arguments in caught.writes if verb == "release_volumes"]
+    assert [todo.claim.metadata.name for todo in arguments["written"]] == ["own"]
+    assert [m.name for m in caught.cluster.plans["ns/g"].spec.members] == ["g-0"]
 
 
 def test_a_successor_reads_in_the_plan_which_volume_each_member_is_to_have():
@@ -347,7 +432,7 @@ def test_what_a_controller_decided_is_decided_again_from_its_snapshot(there, wai
     for _ in range(cycles):
         caught.cycle(*everybody)
     wanted: asyncio.Future[ClusterSnapshot] = asyncio.new_event_loop().create_future()
-    caught.it._decide_for(wanted, now_seconds())
+    caught.it._decide_for(wanted, set(), now_seconds())
     taken = wanted.result()
     wanted.get_loop().close()
     for verdict in taken.verdicts:
