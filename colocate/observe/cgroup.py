@@ -16,7 +16,7 @@ from colocate.cgroup.tree import joined, processes_below
 from colocate.knob import HELD
 from colocate.snapshot import Tier, Workload
 
-INACTIVE_FILE_SECONDS = 5.0
+INACTIVE_FILE_SECONDS = QUOTA_SECONDS = 5.0
 INACTIVE_FILE_MOVED_RATIO = 1 / 64
 
 
@@ -44,6 +44,8 @@ class FilePages:
     def __init__(self) -> None:
         self._kept: dict[str, InactiveFile] = {}
         self._hits: dict[str, tuple[int, int | None, int | None]] = {}
+        self._unlimited: dict[str, tuple[int, float, int | None]] = {}
+        """Cgroup without a CPU quota (v1) -> inode, when that was read, and its throttled time, which stands still."""
         self.now = 0.0
 
     def keep(
@@ -67,9 +69,22 @@ class FilePages:
             kept = self._hits[path] = (inode, stalled_us, limit_hits(port, path, inodes))
         return kept[2]
 
+    def throttled(self, port: FilePort, path: str, hierarchy: str, inode: int) -> int | None:
+        """Nanoseconds that a cgroup was throttled for (v1); without a quota that stands still, and is seldom read."""
+        kept = self._unlimited.get(path)
+        if kept is not None and kept[0] == inode and 0 <= self.now - kept[1] < QUOTA_SECONDS:
+            return kept[2]
+        throttled = _throttled(port, path, hierarchy, inode)
+        if (port.read(hierarchy, path, "cpu.cfs_quota_us", inode) or "").startswith("-1"):
+            self._unlimited[path] = (inode, self.now, throttled)
+        else:
+            self._unlimited.pop(path, None)
+        return throttled
+
     def forget_others(self, paths: Collection[str]) -> None:
         """Only these cgroups are left."""
         self._hits = {path: kept for path, kept in self._hits.items() if path in paths}
+        self._unlimited = {path: kept for path, kept in self._unlimited.items() if path in paths}
         if len(self._kept) > len(paths):
             self._kept = {path: kept for path, kept in self._kept.items() if path in paths}
 
@@ -137,14 +152,20 @@ def _cpu_v2(port: FilePort, path: str, inode: int) -> dict[str, Any]:
     return {"cpu_usage_us": usage, "throttled_us": throttled}
 
 
-def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int]) -> dict[str, Any]:
+def _throttled(port: FilePort, path: str, hierarchy: str, inode: int) -> int | None:
+    (found,) = parse_flat_keyed(port.read(hierarchy, path, "cpu.stat", inode), "throttled_time")
+    return found
+
+
+def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     cpuacct, cpu = port.layout.hierarchy("cpuacct"), port.layout.hierarchy("cpu")
     if cpuacct in inodes:
         usage = port.read(cpuacct, path, "cpuacct.usage", inodes[cpuacct])
         figures["cpu_usage_us"] = int(usage) // 1000 if usage else None
-    if cpu in inodes:
-        (throttled,) = parse_flat_keyed(port.read(cpu, path, "cpu.stat", inodes[cpu]), "throttled_time")
+    if cpu is not None and cpu in inodes:
+        read = _throttled if pages is None else pages.throttled
+        throttled = read(port, path, cpu, inodes[cpu])
         figures["throttled_us"] = None if throttled is None else throttled // 1000
     return figures
 
@@ -196,7 +217,7 @@ def read_workload(
         return None
     governed = tier in ("batch", "tier")
     v2 = port.layout.version == 2
-    figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes)
+    figures = _cpu_v2(port, path, inodes[UNIFIED]) if v2 else _cpu_v1(port, path, inodes, None if governed else pages)
     if figures.get("cpu_usage_us") is None and port.read(main, path, "cgroup.procs", inodes[main]) is None:
         return None
     if UNIFIED in inodes and "psi" in port.layout.controllers:

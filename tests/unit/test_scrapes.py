@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import socket
+from typing import cast
 
 import pytest
 from aiohttp import web
 
 from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import find_tree, inodes_of
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.cgroup import FilePages
@@ -224,6 +226,38 @@ def test_a_reading_of_file_pages_stands_for_a_while(
     assert pages.known("/x", inode, usage, stalled) == ((100, 40) if stands else None)
     pages.forget_others([])
     assert pages.known("/x", 7, 6400, 0) is None
+
+
+class Files:
+    """A cgroup's files (v1), and how often its throttling was read."""
+
+    def __init__(self, quota: str) -> None:
+        self.quota, self.throttled, self.reads = quota, 0, 0
+
+    def read(self, hierarchy: str, path: str, file: str, inode: int | None = None) -> str | None:
+        if file == "cpu.cfs_quota_us":
+            return self.quota
+        self.reads += 1
+        return f"nr_periods 1\nnr_throttled 1\nthrottled_time {self.throttled}\n"
+
+
+@pytest.mark.parametrize(
+    ("quota", "reads"),
+    [
+        pytest.param("-1\n", 3, id="without a quota it stands still, and is seldom read"),
+        pytest.param("50000\n", 12, id="with one it is read each time"),
+    ],
+)
+def test_throttling_is_read_anew_where_it_may_have_grown(quota: str, reads: int) -> None:
+    pages, files = FilePages(), Files(quota)
+    for second in range(12):
+        pages.now, files.throttled = float(second), 1000 * second * (not quota.startswith("-"))
+        assert pages.throttled(cast("FilePort", files), "/x", "cpu", 7) == files.throttled
+    assert files.reads == reads
+    files.quota, pages.now = "50000\n", 100.0
+    pages.throttled(cast("FilePort", files), "/x", "cpu", 7)
+    pages.now, files.throttled = 100.5, 77
+    assert pages.throttled(cast("FilePort", files), "/x", "cpu", 7) == 77, "it has got a quota since"
 
 
 # -- what pages really look like ----------------------------------------------------------------------------------
