@@ -19,7 +19,7 @@ from colocate.kube.lease import Election
 from colocate.objects import Lease
 from podgroup.controller.loop import Controller
 from podgroup.queue.entry import Settings
-from tests.cluster.conftest import HIGH, LOW, World
+from tests.cluster.conftest import HIGH, LOW, PATIENCE, World
 from tests.cluster.proxy import Proxy, Request, healthy
 from tests.cluster.test_gangs import CASES, create
 from tests.cluster.test_volumes import LOCAL, Stored, need_class
@@ -148,7 +148,8 @@ class Cut:
     async def wait(self) -> bool:
         """Whether the write has come; False once no more come."""
         while not self.reached.is_set():
-            if asyncio.get_running_loop().time() - self.last > SILENT_SECONDS:
+            patience = SILENT_SECONDS if self.seen else PATIENCE  # before the first one everything is listed
+            if asyncio.get_running_loop().time() - self.last > patience:
                 return False
             await asyncio.sleep(0.02)
         return True
