@@ -32,8 +32,8 @@ class Advisor:
 
     def __init__(self, cluster: Cluster, queue: Queue, tell: Callable[[str, Advice], None]) -> None:
         self._cluster, self._queue, self._tell = cluster, queue, tell
-        self._given: dict[str, tuple[float, str]] = {}
-        """Gang -> when it was advised, and what it was told of its shortage then."""
+        self._given: dict[str, float] = {}
+        """Gang -> when it was advised."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -42,7 +42,7 @@ class Advisor:
             if key is None:
                 await asyncio.sleep(1.0)
                 continue
-            self._given[key] = (time.monotonic(), self._queue.waiting[key].message)
+            self._given[key] = time.monotonic()
             try:
                 advice = await self._advise(key)
             except Exception as error:
@@ -52,12 +52,12 @@ class Advisor:
                 self._tell(key, msgspec.structs.replace(advice, given=now_text()))
 
     def _next(self) -> str | None:
-        """Who has not been advised, or not since what it lacks has changed, or longest ago."""
+        """Who has not been advised, or longest ago."""
         waits = [k for k in self._queue.order if self._lacks_room(k)][:NEAREST]
         self._given = {key: given for key, given in self._given.items() if key in waits}
         now = time.monotonic()
-        due = [k for k in waits if k not in self._given or now - self._given[k][0] >= AGAIN_SECONDS]
-        return min(due, key=lambda k: self._given.get(k, (0.0, ""))[0], default=None)
+        due = [k for k in waits if now - self._given.get(k, float("-inf")) >= AGAIN_SECONDS]
+        return min(due, key=lambda k: self._given.get(k, 0.0), default=None)
 
     def _lacks_room(self, key: str) -> bool:
         memory = self._queue.waiting.get(key)

@@ -50,7 +50,7 @@ from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
 from podgroup.state.gangs import is_group, sort_members, without_former_runs
-from podgroup.state.storage import Progress
+from podgroup.state.storage import Progress, has_claims
 
 LARGE, LOOK_SECONDS = 200, 2e-5
 """A gang of at least so many members is looked at again only after so long for each of them."""
@@ -404,7 +404,7 @@ class Controller:
             self._hands.spawn(key, self._hands.save(key, take_back(plan)))
             return
         volumes = {
-            uid: self.cluster.volumes_of(uid) for uid, p in pods.items() if p.spec.volumes and not p.spec.node_name
+            uid: self.cluster.volumes_of(uid) for uid, p in pods.items() if has_claims(p) and not p.spec.node_name
         }
         after = advance(plan, pods, alive, beside, self._elapsed(plan), volumes, overfull)
         if after.plan is not plan:

@@ -1,4 +1,4 @@
-"""`colocate controller`: leads, or waits to, until SIGTERM; /metrics, /healthz and /readyz."""
+"""`colocate controller`: leads, or waits to, until SIGTERM; /metrics, /healthz, /readyz and /snapshot."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _use(queue: Queue, compiled: asyncio.Future[PlaceInTurn | None]) -> None:
 
 
 class Health:
-    """/metrics, /healthz and /readyz of a controller that leads or stands by."""
+    """/metrics, /healthz, /readyz and /snapshot of a controller that leads or stands by."""
 
     def __init__(self) -> None:
         self.controller: Controller | None = None

@@ -8,7 +8,7 @@ from colocate.objects import Lean
 
 
 class RememberedGang(Lean, frozen=True):
-    """Of a gang that waits; times are seconds since the epoch."""
+    """What of a gang's `Waiting` outlives a cycle, by the same names; times are seconds since the epoch."""
 
     since: float
     members_at: float = 0.0

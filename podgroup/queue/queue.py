@@ -211,17 +211,7 @@ class Queue:
         return QueueMemory(
             now=now,
             searches=self.victims.most,
-            gangs={
-                key: RememberedGang(
-                    since=m.since,
-                    members_at=m.members_at,
-                    created=m.created,
-                    reserved_at=m.reserved_at,
-                    claimed=m.claimed,
-                    capacity=m.capacity,
-                )
-                for key, m in self.waiting.items()
-            },
+            gangs={k: msgspec.convert(m, RememberedGang, from_attributes=True) for k, m in self.waiting.items()},
             resting=dict(self._resting),
             kept=self.holds.remembered(cluster),
             promised=dict(cluster.planned),
@@ -232,17 +222,7 @@ class Queue:
 
     def recall(self, cluster: Cluster, memory: QueueMemory) -> None:
         """Go on from what another queue remembered."""
-        self.waiting = {
-            key: Waiting(
-                since=m.since,
-                members_at=m.members_at,
-                created=m.created,
-                reserved_at=m.reserved_at,
-                claimed=m.claimed,
-                capacity=m.capacity,
-            )
-            for key, m in memory.gangs.items()
-        }
+        self.waiting = {key: Waiting(**msgspec.structs.asdict(m)) for key, m in memory.gangs.items()}
         self._resting = dict(memory.resting)
         for uid, node in memory.promised.items():
             if uid in memory.volumes:

@@ -176,13 +176,12 @@ class Trial:
         for volume in group.shape.shared_volumes:
             if volume[0] != resource:
                 continue
-            found += 1
-            found[[self.ledger.rows[n] for n in self.ledger.sharing(volume) if n in self.ledger.rows]] -= 1
-            there = [rows for other, rows in self.put if volume in other.shape.shared_volumes]
-            if there:
-                here = np.unique(np.concatenate(there))
-                held = [self.ledger.rows[n] for n in self.ledger.sharing(volume) if n in self.ledger.rows]
-                found[np.setdiff1d(here, held)] -= 1
+            anew = np.ones_like(found)
+            anew[[self.ledger.rows[n] for n in self.ledger.sharing(volume) if n in self.ledger.rows]] = 0
+            for other, rows in self.put:
+                if volume in other.shape.shared_volumes:
+                    anew[rows] = 0
+            found += anew
         return found
 
     def _domains(self, key: str, rows: Sequence[int] | Ints) -> Mask:

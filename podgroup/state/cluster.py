@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -27,7 +26,6 @@ from podgroup.state.storage import Progress, Storage, has_claims
 from podgroup.state.supply import Supply, reach
 from podgroup.state.volumes import Unbound
 
-T = TypeVar("T")
 OPEN_PHASES = ("Provisioning", "Binding", "Confirming")
 HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
 """Phases of a plan in which its unbound members keep their room: a bind of theirs may still be on its way."""
@@ -81,7 +79,9 @@ class Cluster:
         """A namespace's labels as they are now, None if it is gone; False if nothing changed."""
         if self.namespaces.get(name) == labels:
             return False
-        _put(self.namespaces, name, labels)
+        self.namespaces.pop(name, None)
+        if labels is not None:
+            self.namespaces[name] = labels
         self._namespaces_version += 1
         for uid in list(self.ledger.holdings):  # terms of pods that are there may look elsewhere now
             pod = self.pods.get(uid)
@@ -345,10 +345,3 @@ class Cluster:
     def gained_since(self, gain: int) -> Iterable[str] | None:
         """The nodes that have become better since; None if that is too long ago to tell."""
         return None if gain < self.gained else self.gains[gain - self.gained :]
-
-
-def _put(into: dict[str, T], key: str, value: T | None) -> None:
-    if value is None:
-        into.pop(key, None)
-    else:
-        into[key] = value

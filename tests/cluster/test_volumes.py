@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,8 @@ async def test_members_that_share_a_claim_start_together(stored: Stored) -> None
         assert set((await stored.until_bound("p0", "p1")).values()) == {"a", "b"}
 
 
-async def test_a_volume_that_cannot_be_made_takes_all_back_and_leaves_the_room_to_others(stored: Stored) -> None:
+async def two_whose_volumes_nobody_makes(stored: Stored) -> Callable[[], Awaitable[bool]]:
+    """A gang of two; whether the volumes of both have been asked for."""
     await stored.node("a", cpu=2)
     await stored.group("pg", 2)
     for i in range(2):
@@ -205,6 +206,11 @@ async def test_a_volume_that_cannot_be_made_takes_all_back_and_leaves_the_room_t
     async def asked() -> bool:
         return all([await stored.selected(f"data-p{i}") == "a" for i in range(2)])
 
+    return asked
+
+
+async def test_a_volume_that_cannot_be_made_takes_all_back_and_leaves_the_room_to_others(stored: Stored) -> None:
+    asked = await two_whose_volumes_nobody_makes(stored)
     async with leader(stored):
         await stored.until(asked, "both volumes are asked for")
         assert (await stored.plan("pg")).status.phase == "Provisioning"
@@ -220,14 +226,7 @@ async def test_a_volume_that_cannot_be_made_takes_all_back_and_leaves_the_room_t
 
 
 async def test_a_successor_carries_on_where_volumes_are_being_made(stored: Stored) -> None:
-    await stored.node("a", cpu=2)
-    await stored.group("pg", 2)
-    for i in range(2):
-        await stored.member(f"p{i}", NOBODY, "pg")
-
-    async def asked() -> bool:
-        return all([await stored.selected(f"data-p{i}") == "a" for i in range(2)])
-
+    asked = await two_whose_volumes_nobody_makes(stored)
     async with leader(stored, lease_seconds=1.0):
         await stored.until(asked, "both volumes are asked for")
     plan = (await stored.plan("pg")).spec.plan_id
