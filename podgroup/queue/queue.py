@@ -386,6 +386,7 @@ class Queue:
         memory = self.waiting[entry.key]
         refused = self._resting_now(cluster, entry.key, now)
         refused = refused or not_ready(cluster, entry, self.settings, now - memory.members_at)
+        refused = refused or self._gives_way(entry)
         if refused is not None:
             self._tell(entry.key, *refused, capacity=False)
             return None
@@ -425,6 +426,14 @@ class Queue:
         if gang.quorum and len(gang.members) > gang.quorum and not entry.owed:
             self._elastic.append(Elastic(start, gang))
         return start
+
+    def _gives_way(self, entry: Entry) -> tuple[str, str] | None:
+        """A quorum that is about to go gets no more members: they would be left alone."""
+        going = sum(self.victims.going(p.metadata.uid) for p in entry.members.bound)
+        least = entry.group.spec.min_member if entry.group is not None else 1
+        if entry.need or not going or entry.members.satisfied - going >= least:
+            return None
+        return "SurplusWaits", "its members make room for a more important gang"
 
     def _instead_of_surplus(self, cluster: Cluster, gang: Gang, hopeless: Hopeless) -> list[Placed] | None:
         """Room for a quorum that equally important gangs have just been given beyond theirs: it is taken back."""

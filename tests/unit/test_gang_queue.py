@@ -930,6 +930,21 @@ def test_an_open_plan_keeps_its_room_whatever_is_known_first():
     assert made.queue.waiting["ns/rival"].reason == "Unschedulable"
 
 
+def test_a_gang_whose_quorum_makes_room_gets_no_surplus_meanwhile():
+    """It would be left alone when the victims have gone: found by the state machine below."""
+    gangs = Gangs()
+    for what in (
+        (1, 2, 0, 4), 1, 1, (1, 1, 0, 1), (1, 1, 0, 1), (1, 2, 0, 2), (1, 1, 0, 1), 1, 1, 2, 2, (2, 3, 5, 3), 3,
+    ):  # fmt: skip
+        if isinstance(what, int):
+            gangs.add_node(cpu=what)
+        else:
+            cpu, least, priority, size = what
+            gangs.add_gang(cpu=cpu, least=least, priority=priority, size=size)
+        gangs.holds()
+    assert gangs.made.bound("g6")
+
+
 @lru_cache(maxsize=10_000)
 def possible(free: tuple[int, ...], asks: tuple[int, ...]) -> bool:
     """Whether some assignment exists at all."""
