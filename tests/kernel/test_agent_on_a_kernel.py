@@ -337,6 +337,12 @@ def test_restore_says_by_its_exit_code_that_a_tier_with_jobs_is_left(node, agent
 # -- below BestEffort ---------------------------------------------------------------------------------------------
 
 
+def used(node, path) -> float:
+    """CPU seconds that a cgroup has used: what its processes used before they came into it is not its."""
+    found = read_workload(node.port, id_=path, name=path, tier="service", path=path, inodes=inodes_of(node.port, path))
+    return (found.cpu_usage_us or 0) / 1e6 if found is not None else 0.0
+
+
 @pytest.mark.slow
 def test_batch_is_strictly_below_best_effort(node, dirs):
     """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s."""
@@ -351,21 +357,17 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     alone = node.start("kubepods/burstable/podservice", DUTY, "0.6", "5", cpu=0)
     alone_median = float(alone.communicate(timeout=30 * PATIENCE)[0].split()[0])
     running = AgentProcess(node, dirs, tick="200ms")
-    tier = joined(node.path, "kubepods", "batch")
+    tier, best_effort = joined(node.path, "kubepods", "batch"), joined(node.path, "kubepods", "besteffort")
     assert inodes_of(node.port, tier), "the tier is BestEffort's sibling"
-    service = node.start("kubepods/burstable/podservice", DUTY, "0.6", str(seconds), cpu=0)
-    best_effort = node.start("kubepods/besteffort/podhog", HOG, cpu=0)
     job = subprocess.Popen(
         [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG]
     )
-    median = float(service.communicate(timeout=60 * PATIENCE)[0].split()[0])
     assert wait_for(lambda: running.ask("status")["jobs"] == 1)
-    hierarchy = node.port.layout.controllers["cpu"]
-    pids = processes_below(node.port, hierarchy, tier)
-    batch = sum(
-        sum(int(f) for f in (node.port.proc(f"/proc/{p}/stat") or "").rpartition(")")[2].split()[11:13]) for p in pids
-    ) / os.sysconf("SC_CLK_TCK")
-    got = node.cpu_seconds(best_effort)
+    node.start("kubepods/besteffort/podhog", HOG, cpu=0)
+    before = used(node, best_effort), used(node, tier)
+    service = node.start("kubepods/burstable/podservice", DUTY, "0.6", str(seconds), cpu=0)
+    median = float(service.communicate(timeout=60 * PATIENCE)[0].split()[0])
+    got, batch = used(node, best_effort) - before[0], used(node, tier) - before[1]
     job.terminate()
     job.wait(10 * PATIENCE)
     running.stop()
@@ -391,21 +393,15 @@ def test_hogs_that_wait_only_for_each_other_do_not_starve_batch(node, dirs):
     )
     tier, above = joined(node.path, "kubepods", "batch"), joined(node.path, "kubepods", "besteffort")
 
-    def used(path):
-        found = read_workload(
-            node.port, id_=path, name=path, tier="service", path=path, inodes=inodes_of(node.port, path)
-        )
-        return (found.cpu_usage_us or 0) / 1e6 if found is not None else 0.0
-
     agents = 0.0 if PATIENCE == 1 else 0.3  # what the agent itself takes of an emulated CPU
     seen = []
 
     def both_run():
         """BestEffort has its CPU, and batch the other one, over five seconds."""
-        before, started = (used(above), used(tier)), time.monotonic()
+        before, started = (used(node, above), used(node, tier)), time.monotonic()
         time.sleep(5)
         seconds = time.monotonic() - started
-        rates = ((used(above) - before[0]) / seconds, (used(tier) - before[1]) / seconds)
+        rates = ((used(node, above) - before[0]) / seconds, (used(node, tier) - before[1]) / seconds)
         seen.append(rates)
         return rates[0] > 0.8 - agents and rates[1] > 0.6 - agents
 
