@@ -103,7 +103,7 @@ class Agent:
         self.writer = Writer(port, journal, shadow=shadow)
         self.tier = TierMaker(port, journal, self.observer.tree)
         self.recorder = recorder or Recorder(None, policy.spec.records, "none")
-        self.watch: PressureWatch | None = None
+        self._watch: PressureWatch | None = None
         self._long_waits: LongWaits | None = None
         self._look_again_seconds: float | None = None
         self.model = ModelState()
@@ -271,8 +271,8 @@ class Agent:
         self._look_again_seconds = KNOWN_SECONDS if new else None
 
     def _housekeep(self, snapshot: NodeSnapshot) -> None:
-        if self.watch is not None:
-            self.watch.watch(self.observer.watched(snapshot))
+        if self._watch is not None:
+            self._watch.watch(self.observer.watched(snapshot))
         if self.guardian is not None and not self.shadow:
             self.guardian.ensure()
             self.guardian.beat(self._patience)
@@ -351,12 +351,11 @@ class Agent:
     async def run(self, stop: asyncio.Event) -> None:
         """Tick until told to stop; sooner when a service stalls on memory, or a law wants to look again."""
         spec = self.policy.spec
-        self.watch = PressureWatch(self.port, self.wake, spec.memory.pressure / 100, spec.memory.poll)
-        if isinstance(self.port, KernelPort):  # a model has no threads to look at
+        if isinstance(self.port, KernelPort):  # a model stands still between ticks, and has no threads to look at
+            self._watch = PressureWatch(self.port, self.wake, spec.memory.pressure / 100, spec.memory.poll)
             self._long_waits = LongWaits(self.port)
             self.observer.long_waits = self._long_waits.waited_us
         async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self.watch.run())
             stopping = tasks.create_task(stop.wait())
             following = time.monotonic()
             while not stop.is_set():
@@ -375,7 +374,6 @@ class Agent:
                 woken.cancel()
                 self._woken = self._wake.is_set()
                 self._wake.clear()
-            watching.cancel()
 
     async def close(self, *, handover: bool = False) -> Report:
         """Stop in order: undo, or leave the grants to a successor."""
@@ -392,6 +390,8 @@ class Agent:
             if stuck and not handover:
                 word = ""  # what that worker may still do the guardian undoes, once we are gone
         finally:
+            if self._watch is not None:
+                self._watch.close()
             if self._long_waits is not None:
                 self._long_waits.close()
             if self.guardian is not None:

@@ -345,7 +345,7 @@ def used(node, path) -> float:
 
 @pytest.mark.slow
 def test_batch_is_strictly_below_best_effort(node, dirs):
-    """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s."""
+    """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s; what the first questions cost counts."""
     node.knob("/", "cpuset.cpus", "0")
     for path in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
         node.make(path, inner=True)
@@ -354,6 +354,9 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     node.make("web")
     node.knob("kubepods/besteffort", "cpu.weight", "1")
     seconds = 30.0
+    # An emulated agent leaves BestEffort a third of a CPU: batch's floor of 0.01 cores and what it may displace (0.017,
+    # designs/0001) are 8 % of that.
+    least = 0.95 if PATIENCE == 1 else 0.9
     alone = node.start("kubepods/burstable/podservice", DUTY, "0.6", "5", cpu=0)
     alone_median = float(alone.communicate(timeout=30 * PATIENCE)[0].split()[0])
     running = AgentProcess(node, dirs, tick="200ms")
@@ -366,12 +369,16 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     node.start("kubepods/besteffort/podhog", HOG, cpu=0)
     before = used(node, best_effort), used(node, tier)
     service = node.start("kubepods/burstable/podservice", DUTY, "0.6", str(seconds), cpu=0)
-    median = float(service.communicate(timeout=60 * PATIENCE)[0].split()[0])
+    seen = []
+    while service.poll() is None:
+        time.sleep(1)
+        seen.append((round(used(node, best_effort) - before[0], 2), round(used(node, tier) - before[1], 2)))
+    median = float(service.communicate()[0].split()[0])
     got, batch = used(node, best_effort) - before[0], used(node, tier) - before[1]
     job.terminate()
     job.wait(10 * PATIENCE)
     running.stop()
-    assert got / (got + batch) >= 0.95, f"BestEffort {got:.2f} s, batch {batch:.2f} s"
+    assert got / (got + batch) >= least, f"BestEffort {got:.2f} s, batch {batch:.2f} s, second by second: {seen}"
     assert median <= 1.25 * alone_median, (
         f"{median} s, alone {alone_median} s; {got:.2f} s BestEffort, {batch:.2f} s batch"
     )

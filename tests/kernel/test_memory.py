@@ -173,14 +173,12 @@ def test_a_stalling_service_wakes_the_loop(node, on_disk):
     async def watch():
         watcher = PressureWatch(node.port, lambda _: woken.append(time.monotonic()), 0.02, 0.075)
         inode = node.port.inode(UNIFIED, path)
-        running = asyncio.create_task(watcher.run())
         watcher.watch({"service:web": (path, inode)})
         node.start("web", *([GROW] if v2 else [THRASH, str(on_disk / "file")]))
         end = time.monotonic() + 15 * PATIENCE
         while not woken and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        watcher.close()
         return watcher.mode
 
     mode = asyncio.run(watch())
