@@ -214,8 +214,7 @@ class ModelKernel(ModelFiles):
         used = self.machine.memory_of(self.machine.tasks.values()) / self.machine.memory_bytes
         self._stalled_ratio = min(max(used - 0.93, 0.0) / 0.07, 1.0)
         if self._stalled_ratio:
-            for path in {t.where.get(UNIFIED, "/") for t in self.machine.tasks.values()}:
-                self.usage(path).memory_pressure += step * self._stalled_ratio
+            self._stall({t.where.get(UNIFIED, "/") for t in self.machine.tasks.values()}, step * self._stalled_ratio)
 
     def _waits_for_memory(self, task: Task, step: float) -> bool:
         """Whether a task sleeps in the kernel: it allocates at its group's memory.high, or serves on a full machine."""
@@ -225,5 +224,14 @@ class ModelKernel(ModelFiles):
             return False
         if self.machine.random.random() < CRAWLING_SHARE:
             return False
-        self.usage(task.where.get(UNIFIED, "/")).memory_pressure += step
+        self._stall({task.where.get(UNIFIED, "/")}, step)
         return True
+
+    def _stall(self, paths: set[str], seconds: float) -> None:
+        """Who stalls stalls in its cgroup and in all above."""
+        stalled, level = set[str](), paths
+        while level:
+            stalled |= level
+            level = {path.rpartition("/")[0] or "/" for path in level if path != "/"}
+        for path in stalled:
+            self.usage(path).memory_pressure += seconds

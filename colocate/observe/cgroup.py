@@ -46,7 +46,33 @@ class FilePages:
         self._hits: dict[str, tuple[int, int | None, int | None]] = {}
         self._unlimited: dict[str, tuple[int, float, int | None]] = {}
         """Cgroup without a CPU quota (v1) -> inode, when that was read, and its throttled time, which stands still."""
+        self._stalls: dict[str, tuple[int, int | None, int | None]] = {}
+        """Cgroup below a common group -> inode and its (some, full) memory pressure."""
+        self._above: tuple[str, int | None] = ("", None)
+        self._group = ""
         self.now = 0.0
+
+    def look_above(self, port: FilePort, group: str) -> None:
+        """Read the memory pressure of a group of many: while its `some` stands still, so does that of all below it.
+
+        A task that stalls stalls in its cgroup and in all above (Documentation/accounting/psi.rst). A reading adds up
+        what every CPU of the machine saw, so that one for each pod is dear on large ones.
+        """
+        some, _ = parse_pressure(port.read(UNIFIED, group, "memory.pressure"))
+        self._group = f"{group}/"
+        if some is None or (group, some) != self._above:
+            self._stalls = {}
+        self._above = (group, some)
+
+    def memory_pressure(self, port: FilePort, path: str, inode: int) -> tuple[int | None, int | None]:
+        """(some, full) of a cgroup in microseconds."""
+        if not self._group or not path.startswith(self._group):
+            return parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
+        kept = self._stalls.get(path)
+        if kept is None or kept[0] != inode:
+            read = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
+            kept = self._stalls[path] = (inode, *read)
+        return kept[1:]
 
     def keep(
         self, path: str, inode: int, usage_bytes: int, stalled_us: int | None, inactive_bytes: int, mapped_bytes: int
@@ -85,6 +111,7 @@ class FilePages:
         """Only these cgroups are left."""
         self._hits = {path: kept for path, kept in self._hits.items() if path in paths}
         self._unlimited = {path: kept for path, kept in self._unlimited.items() if path in paths}
+        self._stalls = {path: kept for path, kept in self._stalls.items() if path in paths}
         if len(self._kept) > len(paths):
             self._kept = {path: kept for path, kept in self._kept.items() if path in paths}
 
@@ -159,7 +186,8 @@ def _throttled(port: FilePort, path: str, hierarchy: str, inode: int) -> int | N
 
 def _cpu_v1(port: FilePort, path: str, inodes: dict[str, int], pages: FilePages | None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    cpuacct, cpu = port.layout.hierarchy("cpuacct"), port.layout.hierarchy("cpu")
+    controllers = port.layout.controllers
+    cpuacct, cpu = controllers.get("cpuacct"), controllers.get("cpu")
     if cpuacct in inodes:
         usage = port.read(cpuacct, path, "cpuacct.usage", inodes[cpuacct])
         figures["cpu_usage_us"] = int(usage) // 1000 if usage else None
@@ -223,7 +251,10 @@ def read_workload(
     if UNIFIED in inodes and "psi" in port.layout.controllers:
         inode = inodes[UNIFIED]
         figures["cpu_pressure_us"], _ = parse_pressure(port.read(UNIFIED, path, "cpu.pressure", inode))
-        memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
+        if pages is None:
+            memory = parse_pressure(port.read(UNIFIED, path, "memory.pressure", inode))
+        else:
+            memory = pages.memory_pressure(port, path, inode)
         figures["memory_pressure_us"], figures["memory_pressure_full_us"] = memory
     service, stalled = tier == "service", figures.get("memory_pressure_us")
     figures.update(_memory(port, path, inodes, None if governed else pages, stalled, service=service))

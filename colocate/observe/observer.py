@@ -177,6 +177,8 @@ class Observer:
         self._inodes = {t.path: t.inodes for t in targets}
         self._pages.forget_others(self._inodes)
         self._pages.now = self._at
+        if self.tree.burstable and "psi" in self._port.layout.controllers:
+            self._pages.look_above(self._port, self.tree.burstable)
         self.problems.update(self.extra_problems)
         if self.lister.problem:
             self.problems["kubelet"] = self.lister.problem

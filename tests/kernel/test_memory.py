@@ -18,10 +18,10 @@ from colocate.calibrate.measure import PROBE
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import inodes_of
 from colocate.model import reference
-from colocate.observe.cgroup import read_workload
+from colocate.observe.cgroup import FilePages, parse_pressure, read_workload
 from colocate.observe.pressure import PressureWatch
 from colocate.policy.schema import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
-from tests.kernel.conftest import PATIENCE
+from tests.kernel.conftest import PATIENCE, wait_for
 
 GROW = """
 import time
@@ -184,3 +184,37 @@ def test_a_stalling_service_wakes_the_loop(node, on_disk):
     mode = asyncio.run(watch())
     assert mode in ("poll", "trigger")
     assert woken, "the service did not stall"
+
+
+def test_a_pods_stall_shows_in_its_group(node, on_disk):
+    """Pods' own totals are read only once their group's has moved: what is kept is what the kernel would say."""
+    if "psi" not in node.port.layout.controllers:
+        pytest.skip("needs PSI in the unified hierarchy")
+    for path in ("kubepods", "kubepods/burstable"):
+        node.make(path, inner=True)
+    pods = [node.make(f"kubepods/burstable/pod{name}") for name in "ab"]
+    v2, group = node.port.layout.version == 2, f"{node.path}/kubepods/burstable"
+    limit = str((16 if v2 else 48) << 20)
+    node.knob("kubepods/burstable/podb", "memory.high" if v2 else "memory.max", limit)
+    pages, inodes = FilePages(), [node.port.inode(UNIFIED, pod) for pod in pods]
+
+    def totals(read) -> list[list[int]]:
+        return [[total or 0 for total in read(pod, inode)] for pod, inode in zip(pods, inodes, strict=True)]
+
+    def directly(pod: str, inode: int) -> tuple[int | None, int | None]:
+        return parse_pressure(node.port.read(UNIFIED, pod, "memory.pressure", inode))
+
+    def agree() -> int:
+        """What podb has stalled, in microseconds, read between two direct looks at both."""
+        before = totals(directly)
+        pages.look_above(node.port, group)
+        kept = totals(lambda pod, inode: pages.memory_pressure(node.port, pod, inode))
+        after = totals(directly)
+        for low, found, high in zip(before, kept, after, strict=True):
+            assert all(x - 2 <= y <= z for x, y, z in zip(low, found, high, strict=True)), (low, found, high)
+        return kept[1][0]
+
+    assert agree() == agree(), "nothing runs, nothing stalls"
+    still = agree()
+    node.start("kubepods/burstable/podb", *([GROW] if v2 else [THRASH, str(on_disk / "file")]))
+    assert wait_for(lambda: agree() > still + 20_000, 15), "podb did not stall"

@@ -260,6 +260,39 @@ def test_throttling_is_read_anew_where_it_may_have_grown(quota: str, reads: int)
     assert pages.throttled(cast("FilePort", files), "/x", "cpu", 7) == 77, "it has got a quota since"
 
 
+class Pressures:
+    """The `some` of memory pressure files by path, and how often those of pods were read."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int | None] = {"/pods": 5, "/pods/a": 2, "/pods/b": 3, "/other": 1}
+        self.reads: list[str] = []
+
+    def read(self, hierarchy: str, path: str, file: str, inode: int | None = None) -> str | None:
+        assert file == "memory.pressure"
+        if path != "/pods":
+            self.reads.append(path)
+        total = self.totals.get(path)
+        return None if total is None else f"some avg10=0.00 avg60=0.00 avg300=0.00 total={total}\n"
+
+
+def test_pods_are_not_asked_for_stalls_while_their_group_has_none() -> None:
+    pages, files = FilePages(), Pressures()
+    port = cast("FilePort", files)
+
+    def look(inode: int = 7) -> list[int | None]:
+        pages.look_above(port, "/pods")
+        files.reads.clear()
+        return [pages.memory_pressure(port, path, inode)[0] for path in ("/pods/a", "/pods/b", "/other")]
+
+    assert (look(), files.reads) == ([2, 3, 1], ["/pods/a", "/pods/b", "/other"])
+    assert (look(), files.reads) == ([2, 3, 1], ["/other"]), "who is not in the group is asked each time"
+    files.totals |= {"/pods": 9, "/pods/b": 7}
+    assert (look(), files.reads) == ([2, 7, 1], ["/pods/a", "/pods/b", "/other"])
+    assert (look(8), files.reads) == ([2, 7, 1], ["/pods/a", "/pods/b", "/other"]), "other cgroups have the names now"
+    files.totals["/pods"] = None
+    assert (look(8), files.reads) == ([2, 7, 1], ["/pods/a", "/pods/b", "/other"]), "the group cannot be read"
+
+
 # -- what pages really look like ----------------------------------------------------------------------------------
 
 
