@@ -131,7 +131,7 @@ def _pressure(port: KernelPort) -> list[Check]:
         Check("PSI per cgroup", below, "unified hierarchy" if below else "-",
               "services cannot be told apart by pressure", "mount the cgroup2 hierarchy"),
         Check("PSI triggers of 500 ms", not trigger, trigger or "allowed",
-              "pressure totals are read every 75 ms instead (under 1 us each)", "CAP_SYS_RESOURCE"),
+              "pressure totals are read every 100 ms instead (1-2 ms of CPU a second)", "CAP_SYS_RESOURCE"),
     ]  # fmt: skip
 
 

@@ -352,7 +352,7 @@ class Agent:
         """Tick until told to stop; sooner when a service stalls on memory, or a law wants to look again."""
         spec = self.policy.spec
         if isinstance(self.port, KernelPort):  # a model stands still between ticks, and has no threads to look at
-            self._watch = PressureWatch(self.port, self.wake, spec.memory.pressure / 100, spec.memory.poll)
+            self._watch = PressureWatch(self.port.layout, self.wake, spec.memory.pressure / 100, spec.memory.poll)
             self._long_waits = LongWaits(self.port)
             self.observer.long_waits = self._long_waits.waited_us
         async with asyncio.TaskGroup() as tasks:

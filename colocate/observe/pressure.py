@@ -15,9 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from colocate.cgroup.layout import UNIFIED
-from colocate.cgroup.port import KernelPort
-from colocate.observe.cgroup import parse_pressure
+from colocate.cgroup.layout import UNIFIED, Layout
 
 TRIGGER_WINDOW_US = 500_000
 
@@ -26,16 +24,18 @@ class PressureWatch:
     """Calls `wake(workload_id)` in the loop when `some` memory pressure of a watched cgroup passes the threshold."""
 
     def __init__(
-        self, port: KernelPort, wake: Callable[[str], None], threshold_ratio: float, poll_seconds: float
+        self, layout: Layout, wake: Callable[[str], None], threshold_ratio: float, poll_seconds: float
     ) -> None:
         """Starts the thread; to be made where a loop runs, and closed."""
-        self._port, self._wake = port, wake
+        self._mount, self._wake = layout.mounts.get(UNIFIED), wake
         self._threshold_ratio, self._poll_seconds = threshold_ratio, poll_seconds
         self._lock = threading.Lock()
         self._watched: dict[str, tuple[str, int]] = {}
         self._triggers: dict[str, int] = {}
-        self._totals: dict[tuple[str, int], int] = {}
-        """Workload id and inode of those without a trigger -> microseconds; the thread's own."""
+        self._read: dict[str, int] = {}
+        """Workload id -> descriptor: of a trigger, or of a file that is read because there is none."""
+        self._totals: dict[int, int] = {}
+        """Descriptor -> microseconds, as last read."""
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._told, self._tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -47,7 +47,7 @@ class PressureWatch:
     @property
     def mode(self) -> str:
         """`trigger` where the kernel tells of all of them, else `poll`."""
-        return "trigger" if self._watched and not self._untriggered() else "poll"
+        return "trigger" if self._triggers and not self._read else "poll"
 
     def watch(self, cgroups: dict[str, tuple[str, int]]) -> None:
         """Watch exactly these: workload id -> (path, inode in the unified hierarchy)."""
@@ -56,57 +56,53 @@ class PressureWatch:
         with self._lock:
             for id_, known in self._watched.items():
                 if cgroups.get(id_) != known:
-                    self._close_trigger(id_)
+                    self._close(id_)
             for id_, (path, _) in cgroups.items():
                 if self._watched.get(id_) != cgroups[id_]:
-                    self._open_trigger(id_, path)
+                    self._open(id_, f"{self._mount}{path}/memory.pressure")
             self._watched = dict(cgroups)
         os.write(self._tell, b"w")
 
     def close(self) -> None:
-        """End the thread and the triggers."""
+        """End the thread and let everything go."""
         self._closing = True
         os.write(self._tell, b"c")
         self._thread.join()
-        for id_ in list(self._triggers):
-            self._close_trigger(id_)
+        for id_ in list(self._watched):
+            self._close(id_)
         self._epoll.close()
         os.close(self._told)
         os.close(self._tell)
 
-    def _untriggered(self) -> dict[str, tuple[str, int]]:
-        with self._lock:
-            return {i: where for i, where in self._watched.items() if i not in self._triggers}
+    def _open(self, id_: str, file: str) -> None:
+        with contextlib.suppress(OSError):
+            fd = os.open(file, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            stall_us = max(int(self._threshold_ratio * TRIGGER_WINDOW_US), 1000)
+            try:
+                os.write(fd, f"some {stall_us} {TRIGGER_WINDOW_US}".encode())
+            except OSError:
+                os.close(fd)
+            else:
+                self._epoll.register(fd, select.EPOLLPRI)
+                self._triggers[id_] = fd
+                return
+        with contextlib.suppress(OSError):
+            self._read[id_] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _open_trigger(self, id_: str, path: str) -> None:
-        mount = self._port.layout.mounts.get(UNIFIED)
-        if mount is None:
-            return
-        try:
-            fd = os.open(f"{mount}{path}/memory.pressure", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return
-        stall_us = max(int(self._threshold_ratio * TRIGGER_WINDOW_US), 1000)
-        try:
-            os.write(fd, f"some {stall_us} {TRIGGER_WINDOW_US}".encode())
-        except OSError:
-            os.close(fd)
-            return
-        self._epoll.register(fd, select.EPOLLPRI)
-        self._triggers[id_] = fd
-
-    def _close_trigger(self, id_: str) -> None:
-        fd = self._triggers.pop(id_, None)
-        if fd is not None:
+    def _close(self, id_: str) -> None:
+        if (fd := self._triggers.pop(id_, None)) is not None:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
+            os.close(fd)
+        if (fd := self._read.pop(id_, None)) is not None:
+            self._totals.pop(fd, None)
             os.close(fd)
 
     def _on_trigger(self, fd: int, event: int) -> None:
         with self._lock:
             id_ = next((i for i, kept in self._triggers.items() if kept == fd), None)
-            if id_ is not None and event & select.EPOLLERR:  # its cgroup is gone, or made anew: read until next told
-                self._close_trigger(id_)
+            if id_ is not None and event & select.EPOLLERR:  # its cgroup is gone; one made anew has another inode
+                self._close(id_)
                 id_ = None
         if id_ is not None:
             self._call(id_)
@@ -115,28 +111,26 @@ class PressureWatch:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is to be woken
             self._loop.call_soon_threadsafe(self._wake, id_)
 
-    def _look(self, watched: dict[str, tuple[str, int]], elapsed_seconds: float) -> None:
-        """One round of reading those without a trigger."""
-        before, self._totals = self._totals, {}
-        for id_, (path, inode) in watched.items():
-            with contextlib.suppress(OSError, ValueError):
-                total, _ = parse_pressure(self._port.read(UNIFIED, path, "memory.pressure", inode))
-                if total is None:
-                    continue
-                self._totals[id_, inode] = total
-                if total - before.get((id_, inode), total) > self._threshold_ratio * elapsed_seconds * 1e6:
-                    self._call(id_)
+    def _look(self, elapsed_seconds: float) -> None:
+        """One round of reading those without a trigger. Short, for it is run a dozen times a second."""
+        with self._lock:
+            for id_, fd in self._read.items():
+                with contextlib.suppress(OSError, ValueError):  # gone
+                    line = os.pread(fd, 128, 0)
+                    total = int(line[line.index(b"total=") + 6 : line.index(b"\n")])
+                    if total - self._totals.get(fd, total) > self._threshold_ratio * elapsed_seconds * 1e6:
+                        self._call(id_)
+                    self._totals[fd] = total
 
     def _run(self) -> None:
         last = time.monotonic()
         while not self._closing:
-            watched = self._untriggered()
-            for fd, event in self._epoll.poll(self._poll_seconds if watched else None):
+            for fd, event in self._epoll.poll(self._poll_seconds if self._read else None):
                 if fd == self._told:
                     os.read(fd, 4096)
                 else:
                     self._on_trigger(fd, event)
             now = time.monotonic()
-            if watched and now - last >= 0.5 * self._poll_seconds:
-                self._look(watched, now - last)
+            if now - last >= 0.5 * self._poll_seconds:
+                self._look(now - last)
                 last = now

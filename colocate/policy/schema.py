@@ -111,7 +111,7 @@ class MemoryPolicy(Spec, frozen=True):
     """Of the node's memory, never part of what batch may have."""
     pressure: Percent = 5.0
     """The share of time in which some task of a service may stall on memory before the ladder starts."""
-    poll: Duration = 0.075
+    poll: Duration = 0.1
     """How often pressure totals are read where triggers are not allowed."""
     rung: Duration = 0.5
     """How long a rung is given to work before the next is taken."""

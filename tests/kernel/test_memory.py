@@ -171,7 +171,7 @@ def test_a_stalling_service_wakes_the_loop(node, on_disk):
     woken: list[float] = []
 
     async def watch():
-        watcher = PressureWatch(node.port, lambda _: woken.append(time.monotonic()), 0.02, 0.075)
+        watcher = PressureWatch(node.port.layout, lambda _: woken.append(time.monotonic()), 0.02, 0.075)
         inode = node.port.inode(UNIFIED, path)
         watcher.watch({"service:web": (path, inode)})
         node.start("web", *([GROW] if v2 else [THRASH, str(on_disk / "file")]))
