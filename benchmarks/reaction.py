@@ -150,8 +150,11 @@ async def _stall(port: KernelPort, node: ScratchNode, directory: Path, phase: fl
         services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
         memory=MemoryPolicy(),
     )
-    first = _reader(node, service, directory)  # it makes the file
-    await asyncio.sleep(1.5)
+    first = _reader(node, service, directory)
+    for _ in range(1000):
+        if (directory / "file").exists():
+            break
+        await asyncio.sleep(0.1)
     first.kill()
     first.communicate()
     _drop_cached(directory / "file")

@@ -117,11 +117,12 @@ def thrash(path: str, size: int = 96 << 20) -> None:
     """Make the file if it is not there, and read it at random for ever."""
     if not os.path.exists(path):
         block = mmap.mmap(-1, 1 << 20)  # aligned, as O_DIRECT wants it: none of the file may be cached beforehand
-        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        out = os.open(f"{path}.part", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
         for _ in range(size >> 20):
             block[:] = os.urandom(1 << 20)
             os.write(out, block)
         os.close(out)
+        os.rename(f"{path}.part", path)  # who sees it finds it whole
     with open(path, "rb") as file:
         pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     pages.madvise(mmap.MADV_RANDOM)
