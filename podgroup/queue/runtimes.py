@@ -127,7 +127,7 @@ def _first_fit(cluster: Cluster, gang: Gang, ends: dict[str, float]) -> Steps[fl
 
     def fits(moment: float) -> bool:
         there = [p for p in pods if p.metadata.uid in cluster.ledger.holdings]  # some may have gone since
-        return bool(Question(cluster, gang, there).placed([p for p in there if ends[p.metadata.uid] <= moment]))
+        return bool(Question(cluster, gang).placed([p for p in there if ends[p.metadata.uid] <= moment]))
 
     if not moments or not fits(moments[-1]):
         return None

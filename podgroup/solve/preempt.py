@@ -7,8 +7,9 @@ order of reprieves is kube-scheduler's (DefaultPreemption), the two kinds of bun
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from copy import copy
+from heapq import merge
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from podgroup.solve.place import place
 from podgroup.solve.question import Gang, Placed, changes_on_the_way
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key, is_group, owned, without_former_runs
+from podgroup.state.ledger import Ints
 from podgroup.state.selectors import matches
 
 MAX_SINGLE_GANGS = 64
@@ -66,30 +68,20 @@ class Search(NamedTuple):
         return left
 
 
-def bundles(
-    cluster: Cluster, search: Search, wanted: frozenset[str] = frozenset(), *, shared: bool = False
+def _of_groups(
+    cluster: Cluster, search: Search, left: dict[str, int], wanted: frozenset[str], *, shared: bool
 ) -> list[Bundle]:
-    """What may be taken, the least important and youngest first.
+    """What may be taken of each group, in no order; surplus members on the nodes `wanted` first.
 
-    Of a gang's surplus, members on the nodes `wanted` are named first. Each pod's budget allows it by itself; with
-    `shared`, those that are named first use it up.
+    Each pod's budget allows it by itself; with `shared`, those that are named first use it up.
     """
-    left, found = search.budgets(cluster), []
-    for other, uids in sorted(cluster.members.items()) if left else cluster.members.items():
-        if other == search.key:
-            continue
-        if len(uids) == 1 and not is_group(other):  # most of what runs, and nothing of it is surplus
-            (one,) = (cluster.pods[uid] for uid in uids)
-            there = one.spec.node_name and not one.terminal and not one.deleting
-            less = there and one.spec.priority < search.priority + (other in search.yielding)
-            if less and owned(one) and _allowed(cluster, one, left if shared else dict(left)):
-                found.append(Bundle(other, one.spec.priority, [], [one]))
-            continue
+    found = []
+    for other in sorted(cluster.grouped - {search.key}):
         bound = [p for p in cluster.pods_of(other) if p.spec.node_name and not p.terminal and not p.deleting]
         limit = search.priority + (other in search.yielding)
         if not bound or max(p.spec.priority for p in bound) >= limit:
             continue
-        bound.sort(key=lambda p: (p.spec.node_name not in wanted, p.spec.priority, _youth(p), p.metadata.name))
+        bound.sort(key=lambda p: (p.spec.node_name not in wanted, p.spec.priority, *_youngest(p)))
         may = [p for p in bound if owned(p) and _allowed(cluster, p, left if shared else dict(left))]
         group = cluster.groups.get(other)
         done = sum(p.status.phase == "Succeeded" for p in without_former_runs(cluster.pods_of(other)))
@@ -99,9 +91,25 @@ def bundles(
         whole = rest if all(p in may for p in rest) else []
         if surplus or whole:
             found.append(Bundle(other, max(p.spec.priority for p in bound), surplus, whole))
-    found.sort(key=lambda b: b.key)
-    found.sort(key=lambda b: (b.whole or b.surplus)[0].metadata.creation_timestamp or "", reverse=True)  # stable
-    return sorted(found, key=lambda b: b.priority)
+    return found
+
+
+def _alone(cluster: Cluster, search: Search, left: dict[str, int], *, shared: bool) -> Iterator[Bundle]:
+    """Pods that run alone, the first to go first."""
+    for priority, _, key, uid in cluster.runners.below(search.priority):
+        pod = cluster.pods[uid]
+        if key != search.key and _allowed(cluster, pod, left if shared else dict(left)):
+            yield Bundle(key, priority, [], [pod])
+
+
+def _order(bundle: Bundle) -> tuple[int, float, str]:
+    """The least important and youngest first."""
+    first = (bundle.whole or bundle.surplus)[0]
+    return (bundle.priority, _youngest(first)[0], bundle.key)
+
+
+def _youngest(pod: Pod) -> tuple[float, str]:
+    return -(seconds_of(pod.metadata.creation_timestamp) or 0.0), pod.metadata.name
 
 
 def _allowed(cluster: Cluster, pod: Pod, left: dict[str, int]) -> bool:
@@ -119,11 +127,6 @@ def _allowed(cluster: Cluster, pod: Pod, left: dict[str, int]) -> bool:
     for key in mine:
         left[key] -= 1
     return True
-
-
-def _youth(pod: Pod) -> tuple[int, ...]:
-    """Younger pods first."""
-    return tuple(-ord(c) for c in pod.metadata.creation_timestamp or "")
 
 
 def preempt(
@@ -184,21 +187,48 @@ def _permitted(cluster: Cluster, victims: list[Pod], left: dict[str, int]) -> bo
 
 
 def _search(cluster: Cluster, gang: Gang, search: Search, *, shared: bool) -> Preemption | None:
-    available = bundles(cluster, search, shared=shared)
-    everything = [p for b in available for p in (*b.surplus, *b.whole)]
-    asked = Question(cluster, gang, everything)
-    ideal = asked.placed(everything)
-    if not ideal:
-        return None
-    if any(b.surplus for b in available):
-        available = bundles(cluster, search, frozenset(node for _, node in ideal), shared=shared)
-        asked = Question(cluster, gang, [p for b in available for p in (*b.surplus, *b.whole)])
+    def available(wanted: frozenset[str]) -> tuple[list[Bundle], Iterator[Bundle]]:
+        left = search.budgets(cluster)
+        groups = sorted(_of_groups(cluster, search, left, wanted, shared=shared), key=_order)
+        return groups, merge(groups, _alone(cluster, search, left, shared=shared), key=_order)
+
+    groups, in_order = available(frozenset())
+    if any(b.surplus for b in groups):
+        ideal = _ideal(cluster, gang, groups, in_order)
+        if not ideal:
+            return None
+        groups, in_order = available(frozenset(node for _, node in ideal))
+    asked = Question(cluster, gang)
+    found = None
+    candidates = Candidates([p for b in groups for p in b.surplus], in_order)
     if gang.quorum < len(gang.members):
-        mild = [b if not is_group(b.key) else b._replace(whole=[]) for b in available]
-        found = _choose(asked.of(gang._replace(quorum=len(gang.members))), mild)
-        if found is not None:
-            return found
-    return _choose(asked, available)
+        found = _choose(asked.of(gang._replace(quorum=len(gang.members))), candidates, mild=True)
+    return found or _choose(asked, candidates)
+
+
+def _ideal(cluster: Cluster, gang: Gang, groups: list[Bundle], in_order: Iterator[Bundle]) -> list[Placed] | None:
+    """Where the gang would go without all that may be taken of groups; or else without all that may be taken."""
+    asked = Question(cluster, gang)
+    placed = asked.placed([p for b in groups for p in (*b.surplus, *b.whole)])
+    return placed or asked.placed([p for b in in_order for p in (*b.surplus, *b.whole)])
+
+
+class Candidates:
+    """Who may be taken, the first to go first; as many are looked at as are asked about."""
+
+    def __init__(self, surplus: list[Pod], in_order: Iterator[Bundle]) -> None:
+        self.surplus = surplus
+        self._in_order = (b for b in in_order if b.whole)
+        self._known: list[Bundle] = []
+
+    def whole(self, count: int, *, mild: bool = False) -> list[Bundle]:
+        """The first so many that can be taken as a whole; `mild`: no groups."""
+        while sum(1 for b in self._known if not (mild and is_group(b.key))) < count:
+            more = next(self._in_order, None)
+            if more is None:
+                break
+            self._known.append(more)
+        return [b for b in self._known if not (mild and is_group(b.key))][:count]
 
 
 class Question:
@@ -207,19 +237,15 @@ class Question:
     Where only amounts matter (no terms or ports look at who is there), nobody is taken out of the ledger for it.
     """
 
-    def __init__(self, cluster: Cluster, gang: Gang, pods: Sequence[Pod]) -> None:
+    def __init__(self, cluster: Cluster, gang: Gang) -> None:
         self._cluster, self.gang = cluster, gang
         self._numeric = self._only_amounts_matter()
-        ledger, kinds = cluster.ledger, dict[int, int]()
-        self._index = {p.metadata.uid: i for i, p in enumerate(pods)} if self._numeric else {}
-        held = [ledger.holdings[uid] for uid in self._index]
-        self._rows = np.array([ledger.rows.get(h.node, -1) for h in held], dtype=np.int64)
-        shapes = [h.shape for h in held]
-        self._kinds = np.array([kinds.setdefault(id(s), len(kinds)) for s in shapes], dtype=np.int64)
-        self._asks = np.zeros((len(kinds), len(ledger.columns)), dtype=np.int64)
-        for shape in {id(s): s for s in shapes}.values():
-            for resource, amount in shape.requests:
-                self._asks[kinds[id(shape)], ledger.columns[resource]] = amount
+        self._index: dict[str, int] = {}
+        self._rows: list[int] = []
+        self._kinds: list[int] = []
+        self._kind_of: dict[int, int] = {}
+        self._asks: list[Ints] = []
+        """Of each kind of pod that was asked about."""
 
     def of(self, gang: Gang) -> Question:
         """The same about another quorum of the same members."""
@@ -233,12 +259,33 @@ class Question:
         if not self._numeric:
             with ledger.without([p.metadata.uid for p in victims]):
                 return place(ledger, self.gang)
-        chosen = np.array([self._index[p.metadata.uid] for p in victims], dtype=np.int64)
-        chosen = chosen[self._rows[chosen] >= 0]
+        chosen = [self._known(p.metadata.uid) for p in victims]
         used = ledger.used.copy()
-        np.subtract.at(used, self._rows[chosen], self._asks[self._kinds[chosen]])
+        rows = np.array([self._rows[i] for i in chosen], dtype=np.int64)
+        kinds = np.array([self._kinds[i] for i in chosen], dtype=np.int64)
+        here = rows >= 0
+        if here.any():
+            np.subtract.at(used, rows[here], np.array(self._asks)[kinds[here]])
         with ledger.using(used):
             return place(ledger, self.gang)
+
+    def _known(self, uid: str) -> int:
+        """The number of a pod, whose node and kind are looked up once."""
+        number = self._index.get(uid)
+        if number is None:
+            ledger = self._cluster.ledger
+            held = ledger.holdings[uid]
+            kind = self._kind_of.get(id(held.shape))
+            if kind is None:
+                kind = self._kind_of[id(held.shape)] = len(self._asks)
+                asks = np.zeros(len(ledger.columns), dtype=np.int64)
+                for resource, amount in held.shape.requests:
+                    asks[ledger.columns[resource]] = amount
+                self._asks.append(asks)
+            number = self._index[uid] = len(self._rows)
+            self._rows.append(ledger.rows.get(held.node, -1))
+            self._kinds.append(kind)
+        return number
 
     def _only_amounts_matter(self) -> bool:
         gang, ledger = self.gang, self._cluster.ledger
@@ -248,25 +295,27 @@ class Question:
         return not any(ledger.repelling_terms(m.namespace, m.labels) for m in gang.members)
 
 
-def _choose(asked: Question, available: list[Bundle]) -> Preemption | None:
-    surplus = [p for b in available for p in b.surplus]
-    whole = [b for b in available if b.whole]
+def _choose(asked: Question, candidates: Candidates, *, mild: bool = False) -> Preemption | None:
+    surplus = candidates.surplus
     if surplus and asked.placed(surplus):
         return _spare(asked, surplus, [])
-    for bundle in whole[:MAX_SINGLE_GANGS]:
+    for bundle in candidates.whole(MAX_SINGLE_GANGS, mild=mild):
         if asked.placed([*surplus, *bundle.whole]):
             return _spare(asked, surplus, [bundle])
 
     def fits(count: int) -> bool:
-        return bool(asked.placed([*surplus, *(p for b in whole[:count] for p in b.whole)]))
+        return bool(asked.placed([*surplus, *(p for b in candidates.whole(count, mild=mild) for p in b.whole)]))
 
-    if not fits(len(whole)):
-        return None
-    low, high = 0, len(whole)  # too few, enough
+    low, high = 0, MAX_SINGLE_GANGS  # too few, enough
+    while not fits(high):
+        if len(candidates.whole(high + 1, mild=mild)) <= high:
+            return None
+        low, high = high, 4 * high
+    high = len(candidates.whole(high, mild=mild))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return _spare(asked, surplus, whole[:high])
+    return _spare(asked, surplus, candidates.whole(high, mild=mild))
 
 
 def _spare(asked: Question, surplus: list[Pod], taken: list[Bundle]) -> Preemption | None:

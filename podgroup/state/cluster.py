@@ -17,9 +17,10 @@ import numpy as np
 from colocate.objects import CsiNode, DisruptionBudget, LabelSelector, Node, Pod
 from podgroup.api import GangPlan, PodGroup
 from podgroup.state.allocation import Holding
-from podgroup.state.gangs import gang_key
+from podgroup.state.gangs import gang_key, is_group
 from podgroup.state.large_plans import expand
 from podgroup.state.ledger import Ledger
+from podgroup.state.runners import Runners
 from podgroup.state.selectors import matches
 from podgroup.state.shape import Shape, resized, selects_namespaces, shape_of
 from podgroup.state.storage import Progress, Storage, has_claims
@@ -46,6 +47,9 @@ class Cluster:
         self.budgets: dict[str, DisruptionBudget] = {}
         self.members: dict[str, set[str]] = {}
         """Gang -> uids of its pods."""
+        self.grouped: set[str] = set()
+        """Those gangs that are groups: few beside the pods that are alone."""
+        self.runners = Runners()
         self.planned: dict[str, str] = {}
         """uid -> the node that an open plan, or a bind under way, promises it."""
         self._intended: dict[str, str] = {}
@@ -113,8 +117,11 @@ class Cluster:
         if has_claims(pod):
             uid = pod.metadata.uid
             self._hold_again(self.storage.gone(uid) if pod.terminal else self.storage.living(pod))
-        self.members.setdefault(gang_key(pod), set()).add(pod.metadata.uid)
-        uid = pod.metadata.uid
+        uid, key = pod.metadata.uid, gang_key(pod)
+        self.members.setdefault(key, set()).add(uid)
+        if is_group(key):
+            self.grouped.add(key)
+        self.runners.set(pod)
         if pod.spec.node_name:
             self._unplan(uid)
         elif uid in self._intended and uid not in self.planned:
@@ -144,6 +151,8 @@ class Cluster:
         self.members[key].discard(uid)
         if not self.members[key]:
             del self.members[key]
+            self.grouped.discard(key)
+        self.runners.drop(uid)
         self._unplan(uid)
         self._shapes.pop(uid, None)
         self._release(uid)
