@@ -11,7 +11,7 @@ from podgroup.api import Counterfactual
 from podgroup.solve.place import most_that_fit, place
 from podgroup.solve.place_class import scarcest
 from podgroup.solve.question import Debt, Gang, Member
-from podgroup.solve.shortage import most_lacking
+from podgroup.solve.shortage import amount_text, most_lacking
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
 from podgroup.state.ledger import REPELLING, UNSCHEDULABLE, Ledger
@@ -46,6 +46,7 @@ def counterfactuals(
         _tolerated(cluster.ledger, gang),
         _anywhere(cluster.ledger, gang),
         _without_others(cluster, key, gang, owed_without),
+        _larger_budget(cluster.ledger, gang),
         _more_nodes(cluster.ledger, gang),
     ):
         for change in changes:
@@ -130,6 +131,26 @@ def _more_nodes(ledger: Ledger, gang: Gang) -> Step:
             yield None
         yield f"{enough} more node{'s' if enough > 1 else ''} like {like.metadata.name}"
         return
+
+
+def _larger_budget(ledger: Ledger, gang: Gang) -> Step:
+    """A budget of a set of nodes is as much larger as it takes."""
+    asked: dict[str, int] = {}
+    for member in gang.members[: gang.quorum]:
+        for resource, amount in member.shape.requests:
+            asked[resource] = asked.get(resource, 0) + amount
+    for budget in ledger.left_of(asked):
+        spent, resource = budget.amount - budget.left, budget.resource
+        with ledger.as_if_budget(budget.name, max(spent, 0) + asked[resource]):
+            placed = place(ledger, gang._replace(members=gang.members[: gang.quorum]))
+        if placed is None:
+            yield None
+            continue
+        there = [m for m, node in placed if budget.nodes[ledger.rows[node]]]
+        amount = spent + sum(dict(m.shape.requests).get(resource, 0) for m in there)
+        if amount > budget.amount:
+            text, now = amount_text(resource, amount), amount_text(resource, budget.amount)
+            yield f"the budget {budget.name} were {text} of {resource} instead of {now}"
 
 
 def _offered(ledger: Ledger, node: Node, resources: list[str]) -> list[int]:

@@ -34,6 +34,7 @@ from podgroup.queue.memory import QueueMemory
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
+from podgroup.state.node_budgets import NodeSetBudget
 
 KIND = "ClusterSnapshot"
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
@@ -80,6 +81,7 @@ class ClusterSnapshot(Lean, frozen=True):
     attachments: list[VolumeAttachment] = msgspec.field(default_factory=list)
     namespaces: list[Namespace] = msgspec.field(default_factory=list)
     budgets: list[DisruptionBudget] = msgspec.field(default_factory=list)
+    node_budgets: list[NodeSetBudget] = msgspec.field(default_factory=list)
     classes: list[PriorityClass] = msgspec.field(default_factory=list)
     verdicts: list[Verdict] = msgspec.field(default_factory=list)
     """What was decided on it when it was taken."""
@@ -125,6 +127,8 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
     cluster, queue = Cluster(), Queue(snapshot.settings, memory.searches if memory is not None else None)
     for node in snapshot.nodes:
         cluster.set_node(node)
+    for of_nodes in snapshot.node_budgets:
+        cluster.set_node_budget(of_nodes)
     for namespace in snapshot.namespaces:
         cluster.set_namespace(namespace.metadata.name, namespace.metadata.labels)
     _restore_storage(snapshot, cluster)
@@ -228,6 +232,7 @@ def taken_of(cluster: Cluster, settings: Settings, taken: str) -> ClusterSnapsho
         attachments=storage.attachments(),
         namespaces=[Namespace(metadata=ObjectMeta(name=n, labels=dict(its))) for n, its in cluster.namespaces.items()],
         budgets=list(cluster.budgets.values()),
+        node_budgets=cluster.ledger.budgets(),
     )
 
 

@@ -57,7 +57,7 @@ def claim(ledger: Ledger, key: str, gang: Gang) -> tuple[Head, int]:
         take(group.members)
     if not gang.leave:  # parts of members, where nobody else is owed them
         with ledger.with_also(claims):
-            parts = [*_parts(ledger, gang, placed, left), *_reserve(ledger, gang)]
+            parts = [*_parts(ledger, gang, placed, left), *_reserve(ledger, gang), *_of_budgets(ledger, left)]
         claims += [_room(f"claim:{len(claims) + i}", node, amounts) for i, (node, amounts) in enumerate(parts)]
     return Head(key, gang, tuple(claims)), len(placed)
 
@@ -106,6 +106,21 @@ def _domain(ledger: Ledger, gang: Gang, placed: Sequence[Placed]) -> Mask:
     codes = ledger.label(gang.required_topology).codes
     here: Mask = codes == codes[ledger.rows[nodes[0]]]
     return here
+
+
+def _of_budgets(ledger: Ledger, members: Sequence[Member]) -> Iterator[tuple[str, dict[str, int]]]:
+    """What is left of the budgets that members without a place count for, as far as they ask for it."""
+    asked: dict[str, int] = {}
+    for member in members:
+        for resource, amount in member.shape.requests:
+            asked[resource] = asked.get(resource, 0) + amount
+    for budget in ledger.left_of(asked):
+        left, column = min(max(budget.left, 0), asked[budget.resource]), ledger.columns[budget.resource]
+        for row in np.flatnonzero(budget.nodes).tolist():
+            free = min(max(int(ledger.allocatable[row, column] - ledger.used[row, column]), 0), left)
+            if free > 0:
+                yield ledger.names[row], {budget.resource: free}
+                left -= free
 
 
 def _reserve(ledger: Ledger, gang: Gang) -> Iterator[tuple[str, dict[str, int]]]:

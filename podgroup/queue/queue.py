@@ -489,6 +489,8 @@ class Queue:
         rows = sorted({ledger.rows[n] for n in nodes if n in ledger.rows})
         trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
         groups = classes_of(memory.question.members, ledger)
+        if any(ledger.budgeted(g.shape) for g in groups):
+            return True  # what is free on one node of a budget may help on another
         return any(bool(trial.room(g, trial.mask(g))[rows].any()) for g in groups)
 
     def _room(

@@ -18,6 +18,7 @@ from podgroup.solve.pack import pack
 from podgroup.solve.place_class import most_on_a_node, place_class
 from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of
 from podgroup.state.ledger import Ints, Ledger, Mask
+from podgroup.state.node_budgets import capped
 
 MAX_ORDERS = 24
 MAX_PREFERRED_DOMAINS = 4
@@ -73,6 +74,9 @@ def _searched(trial: Trial, classes: list[Class], gang: Gang, within: Mask) -> l
         return None
     for (group, _), node in zip(members, found, strict=True):
         trial.commit(group, rows[[node]])
+    asked = {resource for group in classes for resource, _ in group.shape.requests}
+    if any(budget.left < 0 for budget in trial.ledger.left_of(asked, trial.used)):
+        return None
     if not _enough_left(trial, gang, within):
         return None
     return [Placed(m, trial.ledger.names[int(rows[node])]) for (_, m), node in zip(members, found, strict=True)]
@@ -118,8 +122,9 @@ def _free(trial: Trial, wanted: Mapping[str, int], usable: Mask) -> bool:
         column = trial.ledger.columns.get(resource)
         if column is None:
             return amount <= 0
-        free = (trial.ledger.allocatable[:, column] - trial.used[:, column])[usable]
-        if int(np.maximum(free, 0).sum()) < amount:
+        free = np.where(usable, np.maximum(trial.ledger.allocatable[:, column] - trial.used[:, column], 0), 0)
+        caps = [left.cap(1) for left in trial.ledger.left_of((resource,), trial.used)]
+        if int(capped(free, caps, np.arange(len(free))).sum()) < amount:
             return False
     return True
 
@@ -134,6 +139,12 @@ def _rooms(ledger: Ledger, classes: list[Class], within: Mask) -> list[Ints] | N
     trial, rooms = Trial(ledger, within), []
     for group in classes:
         room = np.minimum(trial.room(group, trial.mask(group)), most_on_a_node(ledger, group))
+        caps, anyhow = trial.caps(group), np.arange(len(room))
+        if caps:  # those of parts; how much of a whole each part may have is not known here
+            room = np.minimum(room, len(group.members))
+            if int(capped(room, caps, anyhow).sum()) < len(group.members):
+                return None
+            room = capped(room, [cap for cap in caps if (within & ~cap.nodes).any()], anyhow)
         if int(room.sum()) < len(group.members):
             return None
         rooms.append(room)

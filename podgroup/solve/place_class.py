@@ -14,6 +14,7 @@ import numpy as np
 from colocate.objects import TopologySpreadConstraint
 from podgroup.solve.question import Class, Trial
 from podgroup.state.ledger import Ints, Ledger, Mask
+from podgroup.state.node_budgets import capped
 from podgroup.state.selectors import selector_keys
 from podgroup.state.shape import Term, all_of
 from podgroup.state.supply import Supply
@@ -78,6 +79,8 @@ class _Changing(NamedTuple):
     spread: list[_Spread]
     volumes: Supply | None
     """Where those that come first may take what others could have had."""
+    budgets: list[tuple[Mask, Ints]]
+    """Sets of nodes, and how many members more each may take: an array of one, counted down."""
 
 
 class _Spread(NamedTuple):
@@ -99,7 +102,8 @@ def _changing(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> 
     ledger, shape = trial.ledger, group.shape
     if supply is not None:
         mask = mask & supply.mask
-    changing = _Changing([], [], [], supply if supply is not None and supply.scarce else None)
+    budgets = [(cap.nodes, np.array([cap.most])) for cap in trial.caps(group)]
+    changing = _Changing([], [], [], supply if supply is not None and supply.scarce else None, budgets)
     for term in shape.anti_affinity:
         if term.selects(group.namespace, group.labels):
             changing.apart.append(ledger.label(term.topology_key).codes)
@@ -163,6 +167,9 @@ def _good(room: Ints, changing: _Changing) -> tuple[Mask, Ints]:
         skew += now
     if changing.volumes is not None:
         good &= changing.volumes.mask
+    for nodes, left in changing.budgets:
+        if left[0] <= 0:
+            good &= ~nodes
     return good, skew
 
 
@@ -196,6 +203,8 @@ def _one_by_one(room: Ints, order: Ints, wanted: int, changing: _Changing) -> In
             s.counts[s.codes[row]] += s.counted
         if changing.volumes is not None:
             changing.volumes.take(row)
+        for nodes, left in changing.budgets:
+            left[0] -= nodes[row]
     return np.array(taken, dtype=np.int64)
 
 
@@ -236,8 +245,8 @@ def _place(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> Int
     if int(np.minimum(room, wanted).sum()) < wanted:
         return None
     order = preference(trial, group, room)
-    if not any(changing):
-        return spread_out(room, order, wanted)
+    if not any(changing._replace(budgets=[])):
+        return spread_out(capped(room, trial.caps(group), order), order, wanted)
     first = [codes for codes, there in changing.together if not there.any()]
     if not first:
         return _one_by_one(room, order, wanted, changing)

@@ -14,6 +14,7 @@ import numpy as np
 
 from podgroup.state.allocation import Holding
 from podgroup.state.ledger import Ints, Ledger, Mask
+from podgroup.state.node_budgets import Cap
 from podgroup.state.shape import HostPort, Shape, Term
 from podgroup.state.supply import Supply
 
@@ -217,6 +218,12 @@ class Trial:
             room = np.minimum(room, self.supply(group, mask).most)
         alone = group.shape.host_ports or group.shape.alone
         return np.clip(room, 0, 1 if alone else None)
+
+    def caps(self, group: Class) -> list[Cap]:
+        """What budgets of sets of nodes leave for a class."""
+        asked = dict(group.shape.requests)
+        left = self.ledger.left_of({r for r, amount in asked.items() if amount}, self.used)
+        return [budget.cap(asked[budget.resource]) for budget in left]
 
     def commit(self, group: Class, rows: Ints) -> None:
         """These nodes have taken a member each."""

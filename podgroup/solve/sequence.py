@@ -8,6 +8,7 @@ nodes are filled: `place` and `place_class`, with which it is held equal by a pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from colocate.objects import Node, NodeStatus, ObjectMeta
 from podgroup.jit import njit
-from podgroup.solve.place import HOSTNAME
+from podgroup.solve.place import HOSTNAME, place
 from podgroup.solve.place_class import is_extended, scarcest
 from podgroup.solve.question import Class, Gang, Member, Placed, Trial, looked_at
 from podgroup.state.ledger import Ints, Ledger, Mask
@@ -49,6 +50,8 @@ def place_in_turn(ledger: Ledger, gangs: Sequence[Gang], stop: bool = False) -> 
     """
     if not gangs or not ledger.names:
         return [None for _ in gangs[: 1 if stop else None]]
+    if any(ledger.budgeted(shape) for shape in {id(g.members[0].shape): g.members[0].shape for g in gangs}.values()):
+        return _one_by_one(ledger, gangs, stop)
     keys, kinds, labels = ledger.repelling_keys, dict[tuple[object, ...], int](), dict[str, int]()
     classes: list[Class] = []
     rows = np.empty((len(gangs), 3), dtype=np.int64)
@@ -78,6 +81,20 @@ def place_in_turn(ledger: Ledger, gangs: Sequence[Gang], stop: bool = False) -> 
         found.append(
             None if here[0] < 0 else [Placed(m, names[row]) for m, row in zip(gang.members, here, strict=True)]
         )
+    return found
+
+
+def _one_by_one(ledger: Ledger, gangs: Sequence[Gang], stop: bool) -> list[list[Placed] | None]:
+    """The same where budgets of sets of nodes count, which the compiled loop does not know."""
+    found: list[list[Placed] | None] = []
+    with ExitStack() as held:
+        for gang in gangs:
+            placed = place(ledger, gang)
+            found.append(placed)
+            if placed is not None:
+                held.enter_context(ledger.with_also([one.holding for one in placed]))
+            elif stop:
+                break
     return found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from podgroup.solve.place import most_that_fit
 from podgroup.solve.question import Class, Gang, Trial, classes_of
 from podgroup.state.ledger import Ints, Ledger, Mask
+from podgroup.state.node_budgets import capped
 
 MAX_REASONS = 3
 
@@ -32,12 +33,13 @@ class Shortage(NamedTuple):
         if self.blocked_by:
             parts.append(f"blocked by {self.blocked_by}")
         if self.block[0]:
-            parts.append(f"largest free block {self.block[0]}x{_units(self.blocked_by, self.block[1])}")
+            parts.append(f"largest free block {self.block[0]}x{amount_text(self.blocked_by, self.block[1])}")
         parts += [f"{nodes} node{'s' if nodes > 1 else ''}: {why}" for why, nodes in self.refused[:MAX_REASONS]]
         return "; ".join(parts)
 
 
-def _units(resource: str, amount: int) -> str:
+def amount_text(resource: str, amount: int) -> str:
+    """An amount of a resource as its users write it."""
     if resource == "cpu":
         return f"{amount / 1000:g}"
     return f"{amount / (1 << 30):.1f}Gi" if resource in ("memory", "ephemeral-storage") else str(amount)
@@ -57,6 +59,8 @@ def shortage(ledger: Ledger, gang: Gang) -> Shortage:
         blocked = f"minResources ({_short_of(ledger, gang)})"
     elif not resource and gang.leave and fit < gang.quorum:
         blocked = "what others are owed of their minResources"
+    elif not resource and fit < gang.quorum:
+        blocked = _over_budget(trial, group, mask)
     block = _largest_block(ledger, mask, resource) if resource in ledger.columns else (0, 0)
     return Shortage(min(fit, gang.quorum), gang.quorum, blocked, block, tuple(_refusals(ledger, group)))
 
@@ -80,7 +84,19 @@ def _short_of(ledger: Ledger, gang: Gang) -> str:
         free = np.maximum(ledger.free[:, column], 0)[mask].sum() if column is not None else 0
         found.append((int(free) / max(asked[resource], 1), resource, int(free)))
     _, resource, free = min(found)
-    return f"{_units(resource, asked[resource])} of {resource}, {_units(resource, free)} free"
+    return f"{amount_text(resource, asked[resource])} of {resource}, {amount_text(resource, free)} free"
+
+
+def _over_budget(trial: Trial, group: Class, mask: Mask) -> str:
+    """The budget of a set of nodes that leaves the least for a class, in words; empty if none is in its way."""
+    wanted, caps = len(group.members), trial.caps(group)
+    room = np.minimum(trial.room(group, mask), wanted)
+    if not caps or int(capped(room, caps, np.arange(len(room))).sum()) >= wanted:
+        return ""
+    least = min(caps, key=lambda cap: (cap.most, cap.name))
+    left = next(one for one in trial.ledger.left_of(dict(group.shape.requests), trial.used) if one.name == least.name)
+    of = f"{amount_text(left.resource, max(left.left, 0))} of {amount_text(left.resource, left.amount)}"
+    return f"budget {left.name} ({of} {left.resource} left)"
 
 
 def _lacking(trial: Trial, group: Class) -> int:

@@ -20,6 +20,7 @@ from podgroup.state.allocation import Holding
 from podgroup.state.gangs import gang_key, is_group
 from podgroup.state.large_plans import expand
 from podgroup.state.ledger import Ledger
+from podgroup.state.node_budgets import NodeSetBudget
 from podgroup.state.runners import Runners
 from podgroup.state.selectors import matches
 from podgroup.state.shape import Shape, resized, selects_namespaces, shape_of
@@ -78,6 +79,16 @@ class Cluster:
     def remove_node(self, name: str) -> None:
         """A node that is gone."""
         self.ledger.remove_node(name)
+
+    def set_node_budget(self, budget: NodeSetBudget) -> None:
+        """A budget of a set of nodes as it is now. Raises ValueError for an amount that is none."""
+        self.ledger.set_budget(budget)
+        self._gain_everywhere()
+
+    def remove_node_budget(self, name: str) -> None:
+        """A budget that is gone."""
+        self.ledger.remove_budget(name)
+        self._gain_everywhere()
 
     def set_namespace(self, name: str, labels: Mapping[str, str] | None) -> bool:
         """A namespace's labels as they are now, None if it is gone; False if nothing changed."""

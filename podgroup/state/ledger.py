@@ -8,7 +8,7 @@ are array operations; no loop is over pods x nodes.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from colocate.objects import LabelSelector, Node, NodeSelector, NodeSelectorTerm, Taint, Toleration
 from podgroup.state.allocation import Counted, Counts, Holding, selects
+from podgroup.state.node_budgets import Left, NodeSetBudget
 from podgroup.state.selectors import selector_keys, selector_text
 from podgroup.state.shape import HostPort, Shape, Term, amounts
 from podgroup.state.storage import Storage
@@ -117,12 +118,14 @@ class Ledger:
         self._taint_codes: Ints | None = None
         self._taint_sets: list[tuple[Taint, ...]] = []
         self._static: dict[int, tuple[Shape, Mask]] = {}
-        self._selected: dict[int, tuple[NodeSelector, Mask]] = {}
+        self._selected: dict[int, tuple[NodeSelector | LabelSelector, Mask]] = {}
         self._limits: dict[str, dict[str, int]] = {}
         """Node -> resource -> how many attachments its pods can have."""
         self._shared: dict[tuple[str, str], dict[str, int]] = {}
         """(resource, volume) -> node -> how many of its pods share it: it is attached there once."""
         self._counts = Counts()
+        self._budgets: dict[str, tuple[NodeSetBudget, int]] = {}
+        """Name -> budget, and its amount in whole units."""
         self._apart: dict[tuple[object, ...], tuple[Term, dict[str, int]]] = {}
         self._ports: dict[HostPort, dict[str, int]] = {}
 
@@ -319,6 +322,16 @@ class Ledger:
             for holding in more:
                 self.release(holding.uid)
 
+    @contextmanager
+    def as_if_budget(self, name: str, amount: int) -> Iterator[None]:
+        """The ledger as if a budget were so large; as before afterwards."""
+        kept = self._budgets[name]
+        self._budgets[name] = (kept[0], amount)
+        try:
+            yield
+        finally:
+            self._budgets[name] = kept
+
     def on(self, node: str) -> list[Holding]:
         """What is held on a node, by uid."""
         return [self.holdings[uid] for uid in sorted(self._on.get(node, ()))]
@@ -472,6 +485,50 @@ class Ledger:
                 if port.conflicts(held):
                     taken[[self.rows[n] for n in nodes if n in self.rows]] = True
         return taken
+
+    # sets of nodes
+
+    def set_budget(self, budget: NodeSetBudget) -> None:
+        """A budget of a set of nodes as it is now. Raises ValueError for an amount that is none."""
+        self.column(budget.resource)
+        self._budgets[budget.name] = (budget, amounts({budget.resource: budget.amount})[budget.resource])
+
+    def remove_budget(self, name: str) -> None:
+        """A budget that is gone."""
+        self._budgets.pop(name, None)
+
+    def budgets(self) -> list[NodeSetBudget]:
+        """All of them, by name."""
+        return [self._budgets[name][0] for name in sorted(self._budgets)]
+
+    def budgeted(self, shape: Shape) -> bool:
+        """Whether a pod of this shape counts for a budget."""
+        asked = {resource for resource, _ in shape.requests}
+        return any(budget.resource in asked for budget, _ in self._budgets.values())
+
+    def left_of(self, resources: Container[str], used: Ints | None = None) -> list[Left]:
+        """What is left of the budgets of these resources, by name; `used` as of a trial."""
+        found = []
+        for name in sorted(self._budgets):
+            budget, amount = self._budgets[name]
+            if budget.resource in resources:
+                nodes, column = self._in_budget(budget), self.columns[budget.resource]
+                spent = int((self.used if used is None else used)[nodes, column].sum())
+                found.append(Left(name, budget.resource, nodes, amount, amount - spent))
+        return found
+
+    def _in_budget(self, budget: NodeSetBudget) -> Mask:
+        selector = budget.node_selector
+        cached = self._selected.get(id(selector))
+        if cached is not None and cached[0] is selector:
+            return cached[1]
+        found = np.ones(len(self.names), dtype=bool)
+        for key, value in selector.match_labels.items():
+            found &= self.label(key).holds("In", [value])
+        for requirement in selector.match_expressions:
+            found &= self.label(requirement.key).holds(requirement.operator, requirement.values)
+        self._selected[id(selector)] = (selector, found)
+        return found
 
     @property
     def free(self) -> Ints:
