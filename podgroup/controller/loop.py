@@ -45,6 +45,7 @@ from podgroup.controller.status import StatusWriter, empty_plan
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import Hands
 from podgroup.explain.snapshot import ClusterSnapshot, taken_of, verdicts_of
+from podgroup.policy import policy_named
 from podgroup.queue.decisions import Decisions, PlaceInTurn, Start
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
@@ -89,7 +90,8 @@ class Controller:
         self, api: Api, settings: Settings, election: Election, place_in_turn: PlaceInTurn | None = None
     ) -> None:
         self._api, self.settings, self._election = api, settings, election
-        self.cluster, self.queue = Cluster(), Queue(settings, SEARCHES_A_CYCLE, place_in_turn)
+        self.cluster = Cluster(policy_named(settings.policy))
+        self.queue = Queue(settings, SEARCHES_A_CYCLE, place_in_turn)
         self.metrics = Metrics()
         self._hands = Hands(self.cluster, self.queue, Binder(api, 0, election), self.metrics)
         self._status = StatusWriter(self.cluster, self.queue, self._hands.save_waiting)

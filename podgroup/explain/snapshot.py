@@ -28,6 +28,7 @@ from colocate.objects import (
 from colocate.units import parse_time
 from podgroup.api import Advice, GangPlan, PlannedMember, PodGroup
 from podgroup.explain.advice import advise
+from podgroup.policy import policy_named
 from podgroup.queue.decisions import Decisions
 from podgroup.queue.entry import Settings
 from podgroup.queue.memory import QueueMemory
@@ -124,7 +125,8 @@ def load(content: bytes) -> ClusterSnapshot:
 def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
     """The cluster of a snapshot, and a queue that knows since when each gang has waited."""
     memory, now = snapshot.memory, snapshot.now
-    cluster, queue = Cluster(), Queue(snapshot.settings, memory.searches if memory is not None else None)
+    cluster = Cluster(policy_named(snapshot.settings.policy))
+    queue = Queue(snapshot.settings, memory.searches if memory is not None else None)
     for node in snapshot.nodes:
         cluster.set_node(node)
     for of_nodes in snapshot.node_budgets:

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from colocate.objects import Pod
+from colocate.units import seconds_of
 from podgroup.api import GangPlan, PodGroup
+from podgroup.policy import DEFAULT, Gangs
 from podgroup.queue.min_resources import rest_of_min_resources
 from podgroup.solve.question import Debt, Gang, Member
 from podgroup.state.cluster import CARRIED_ON, HOLDING_PHASES, Cluster
@@ -33,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     schedulers: tuple[str, ...] = ("colocate",)
     """The `schedulerName`s that we answer to."""
+    policy: str = DEFAULT.id
+    """The id of the order of gangs and nodes (policy.py)."""
     topology: tuple[str, ...] = ("topology.kubernetes.io/zone", "topology.kubernetes.io/rack", "kubernetes.io/hostname")
     """Node labels from the broadest to the narrowest: gangs go into as few domains as they can."""
     timeout_seconds: int = 60
@@ -66,8 +71,9 @@ class Entry(NamedTuple):
     priority: int
     owed: bool
     """It has not yet what minResources speaks of (a driver's executors): more members are no mere wish."""
-    order: tuple[int, bool, bool, str, str]
-    """Priority; within it quorums before members that are only wished for, repairs first; then age, then name."""
+    order: tuple[int, bool, bool, float, str, str]
+    """Priority; within it quorums before members that are only wished for, repairs first; then what the policy says,
+    age, and name."""
 
 
 def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
@@ -87,8 +93,29 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
     created = (group.metadata.creation_timestamp or "") if group is not None else first
     broken, priority = _broken(members, group, plan), members.priority
     owed = _is_owed(cluster, key, members, group)
-    order = (-priority, need == 0 and not owed, not broken, created, key)
+    wished = _wished_order(cluster, members, need, created)
+    order = (-priority, need == 0 and not owed, not broken, wished, created, key)
     return Entry(key, members, group, broken, need, priority, owed, order)
+
+
+def _wished_order(cluster: Cluster, members: Members, need: int, created: str) -> float:
+    """What the policy says of one gang."""
+    policy, ledger = cluster.ledger.policy, cluster.ledger
+    if policy is DEFAULT:
+        return 0.0  # by age alone: no arrays are made for it
+    requests = np.zeros((1, len(ledger.columns)), dtype=np.int64)
+    for pod in members.pending:
+        for resource, amount in cluster.shape(pod).requests:
+            if resource in ledger.columns:
+                requests[0, ledger.columns[resource]] += amount
+    gangs = Gangs(
+        created=np.array([seconds_of(created) or 0.0]),
+        members=np.array([len(members.pending)]),
+        quorum=np.array([need]),
+        requests=requests,
+        columns=ledger.columns,
+    )
+    return float(policy.order(gangs)[0])
 
 
 def _is_owed(cluster: Cluster, key: str, members: Members, group: PodGroup | None) -> bool:

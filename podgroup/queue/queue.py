@@ -43,7 +43,7 @@ RETRY_SECONDS = 60.0
 """A gang that waits for room is tried again after so long though no node has changed: pods beside it may have."""
 
 
-def _rank(entry: Entry) -> tuple[int, bool, bool, str, str]:
+def _rank(entry: Entry) -> tuple[int, bool, bool, float, str, str]:
     return entry.order
 
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from colocate.objects import TopologySpreadConstraint
+from podgroup.policy import Nodes
 from podgroup.solve.question import Class, Trial
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.node_budgets import capped
@@ -38,21 +39,22 @@ def scarcest(ledger: Ledger, group: Class) -> tuple[str, int] | None:
 
 
 def preference(trial: Trial, group: Class, room: Ints) -> Ints:
-    """The rows in the order in which they should be filled.
-
-    With an extended resource: those that this class fills up with the least left over, and of them the fullest.
-    Without: nodes without extended resources before those that have some free, and of them the fullest.
-    """
+    """The rows in the order in which they should be filled, by the policy."""
     ledger = trial.ledger
-    free = ledger.allocatable - trial.used
-    scarce = scarcest(ledger, group)
-    if scarce is not None:
-        name, amount = scarce
-        column = free[:, ledger.columns[name]]
-        return np.lexsort((column, column - room * amount))
-    extended = [c for name, c in ledger.columns.items() if is_extended(name)]
-    stranded = (free[:, extended] > 0).any(axis=1) if extended else np.zeros(len(room), dtype=bool)
-    return np.lexsort((free[:, ledger.columns["memory"]], free[:, ledger.columns["cpu"]], stranded))
+    asks, scarce = np.zeros(len(ledger.columns), dtype=np.int64), scarcest(ledger, group)
+    for resource, amount in group.shape.requests:
+        if resource in ledger.columns:
+            asks[ledger.columns[resource]] = amount
+    nodes = Nodes(
+        free=ledger.allocatable - trial.used,
+        allocatable=ledger.allocatable,
+        room=room,
+        asks=asks,
+        scarce=ledger.columns[scarce[0]] if scarce is not None else -1,
+        extended=np.array([c for name, c in ledger.columns.items() if is_extended(name)], dtype=np.int64),
+        columns=ledger.columns,
+    )
+    return ledger.policy.rows(nodes)
 
 
 def spread_out(room: Ints, order: Ints, wanted: int) -> Ints | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from colocate.objects import Node, NodeStatus, ObjectMeta
 from podgroup.jit import njit
+from podgroup.policy import DEFAULT
 from podgroup.solve.place import HOSTNAME, place
 from podgroup.solve.place_class import is_extended, scarcest
 from podgroup.solve.question import Class, Gang, Member, Placed, Trial, looked_at
@@ -50,7 +51,9 @@ def place_in_turn(ledger: Ledger, gangs: Sequence[Gang], stop: bool = False) -> 
     """
     if not gangs or not ledger.names:
         return [None for _ in gangs[: 1 if stop else None]]
-    if any(ledger.budgeted(shape) for shape in {id(g.members[0].shape): g.members[0].shape for g in gangs}.values()):
+    if ledger.policy is not DEFAULT or any(
+        ledger.budgeted(shape) for shape in {id(g.members[0].shape): g.members[0].shape for g in gangs}.values()
+    ):
         return _one_by_one(ledger, gangs, stop)
     keys, kinds, labels = ledger.repelling_keys, dict[tuple[object, ...], int](), dict[str, int]()
     classes: list[Class] = []
@@ -85,7 +88,7 @@ def place_in_turn(ledger: Ledger, gangs: Sequence[Gang], stop: bool = False) -> 
 
 
 def _one_by_one(ledger: Ledger, gangs: Sequence[Gang], stop: bool) -> list[list[Placed] | None]:
-    """The same where budgets of sets of nodes count, which the compiled loop does not know."""
+    """The same where budgets of sets of nodes or another policy count, which the compiled loop does not know."""
     found: list[list[Placed] | None] = []
     with ExitStack() as held:
         for gang in gangs:

@@ -16,6 +16,7 @@ import numpy as np
 
 from colocate.objects import CsiNode, DisruptionBudget, LabelSelector, Node, Pod
 from podgroup.api import GangPlan, PodGroup
+from podgroup.policy import DEFAULT, Policy
 from podgroup.state.allocation import Holding
 from podgroup.state.gangs import gang_key, is_group
 from podgroup.state.large_plans import expand
@@ -39,9 +40,9 @@ MAX_GAINS = 4096
 class Cluster:
     """The objects as last seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy = DEFAULT) -> None:
         self.storage = Storage()
-        self.ledger = Ledger(self.storage)
+        self.ledger = Ledger(self.storage, policy)
         self.pods: dict[str, Pod] = {}
         self.groups: dict[str, PodGroup] = {}
         self.plans: dict[str, GangPlan] = {}

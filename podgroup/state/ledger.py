@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colocate.objects import LabelSelector, Node, NodeSelector, NodeSelectorTerm, Taint, Toleration
+from podgroup.policy import DEFAULT, Policy
 from podgroup.state.allocation import Counted, Counts, Holding, selects
 from podgroup.state.node_budgets import Left, NodeSetBudget
 from podgroup.state.selectors import selector_keys, selector_text
@@ -100,8 +101,8 @@ class Column:
 class Ledger:
     """All nodes, and what is held on each."""
 
-    def __init__(self, storage: Storage | None = None) -> None:
-        self.storage = storage or Storage()
+    def __init__(self, storage: Storage | None = None, policy: Policy = DEFAULT) -> None:
+        self.storage, self.policy = storage or Storage(), policy
         self.names: list[str] = []
         self.rows: dict[str, int] = {}
         self.columns: dict[str, int] = {"cpu": 0, "memory": 1, "pods": 2}

@@ -1,0 +1,96 @@
+"""In which order gangs of one priority are tried, and which nodes are filled first: arrays in, arrays out.
+
+Priorities, quorums before members that are only wished for, repairs, the head's claim and what fits are not a policy's
+business: no policy can start a gang in part, jump a priority or put more on a node than it holds. A policy is pure, and
+its id stands in every snapshot, so that a cycle can be decided again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from colocate.errors import BadInput
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class Gangs(NamedTuple):
+    """Gangs that wait, as arrays of shape (gangs,); `requests` is (gangs, resources)."""
+
+    created: Floats
+    """Seconds since the epoch."""
+    members: Ints
+    quorum: Ints
+    """How many members are still missing from the quorum."""
+    requests: Ints
+    """What the members ask for together, in whole units (millicores for cpu)."""
+    columns: Mapping[str, int]
+    """Resource -> column of `requests`."""
+
+
+class Nodes(NamedTuple):
+    """All nodes before one class of equal members is put on them; arrays of shape (nodes,) or (nodes, resources)."""
+
+    free: Ints
+    allocatable: Ints
+    room: Ints
+    """How many members of the class each node takes; 0 where it takes none."""
+    asks: Ints
+    """What a member asks for, shape (resources,)."""
+    scarce: int
+    """The column of the extended resource of which the class takes the largest share; -1 if it asks for none."""
+    extended: Ints
+    """The columns of all extended resources."""
+    columns: Mapping[str, int]
+
+
+class Policy(Protocol):
+    """An order of gangs and of nodes."""
+
+    @property
+    def id(self) -> str:
+        """Name and version."""
+
+    def order(self, gangs: Gangs) -> Floats:
+        """A number for each gang, shape (gangs,): the smaller goes first; equal ones by age, then by name."""
+
+    def rows(self, nodes: Nodes) -> Ints:
+        """The rows of all nodes in the order in which they are filled, shape (nodes,)."""
+
+
+class AgeAndTightest:
+    """The oldest gang first; nodes that are left with the fewest fragments first."""
+
+    id = "age-tightest/1"
+
+    def order(self, gangs: Gangs) -> Floats:
+        """All equal: age decides."""
+        return np.zeros(len(gangs.created))
+
+    def rows(self, nodes: Nodes) -> Ints:
+        """With an extended resource: those that the class fills up with the least left over, and of them the fullest.
+
+        Without: nodes without extended resources before those that have some free, and of them the fullest.
+        """
+        if nodes.scarce >= 0:
+            column = nodes.free[:, nodes.scarce]
+            return np.lexsort((column, column - nodes.room * nodes.asks[nodes.scarce]))
+        stranded = (nodes.free[:, nodes.extended] > 0).any(axis=1)
+        cpu, memory = nodes.free[:, nodes.columns["cpu"]], nodes.free[:, nodes.columns["memory"]]
+        return np.lexsort((memory, cpu, stranded))
+
+
+DEFAULT = AgeAndTightest()
+POLICIES: dict[str, Policy] = {DEFAULT.id: DEFAULT}
+
+
+def policy_named(id_: str) -> Policy:
+    """The policy of that id. Raises BadInput."""
+    if id_ not in POLICIES:
+        raise BadInput(f"settings.policy: {id_!r} is not known here; known are: {', '.join(sorted(POLICIES))}")
+    return POLICIES[id_]
