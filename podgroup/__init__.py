@@ -2,5 +2,6 @@
 
 Data flows through the folders in this order:
 controller/watches -> state -> queue -> solve -> commit -> controller/writes.
-All but `controller`, `commands` and `demo` is pure.
+All but `controller`, `commands` and `demo` is pure. What users write and read is `dialects`' business, in which order
+gangs and nodes are taken `policy`'s.
 """

@@ -50,8 +50,9 @@ from colocate.objects import (
     VolumeAttachment,
 )
 from colocate.units import format_duration
-from podgroup.api import LEASE, PLANS, POD_GROUPS, SCHEDULERS, Advice, GangPlan, PodGroup
+from podgroup.api import LEASE, PLANS, SCHEDULERS, Advice, GangPlan
 from podgroup.controller.binder import now_text
+from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.explain.manifests import Manifest, pods_of
 from podgroup.explain.snapshot import (
     KIND,
@@ -150,14 +151,14 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         try:
             return await api.all(kind, path)
         except ApiError as error:
-            if error.status == 404 and path in (POD_GROUPS, PLANS):
+            if error.status == 404 and path in (DIALECT.groups.path, PLANS):
                 return []  # the custom resources are not installed
             raise
 
     nodes, pods, groups, plans = (
         await every(Node, NODES),
         await every(Pod, PODS),
-        await every(PodGroup, POD_GROUPS),
+        [DIALECT.group(written) for written in await every(DIALECT.groups.kind, DIALECT.groups.path)],
         await every(GangPlan, PLANS),
     )
     snapshot = ClusterSnapshot(
@@ -339,7 +340,7 @@ async def _said(options: argparse.Namespace, name: str) -> tuple[str, Explanatio
     """What the controller says in the gang's plan, for which one's own namespace is enough; None if it says nothing."""
     async with Api.connect(options.kubeconfig, options.context) as api:
         namespace = options.namespace or api.namespace
-        groups = {g.metadata.name for g in await api.all(PodGroup, path_of(POD_GROUPS, namespace))}
+        groups = {g.metadata.name for g in await api.all(DIALECT.groups.kind, path_of(DIALECT.groups.path, namespace))}
         if name not in groups:
             raise BadInput(f"no PodGroup {namespace}/{name}; known: {', '.join(sorted(groups)) or 'none'}")
         status = None

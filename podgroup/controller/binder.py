@@ -17,7 +17,8 @@ from colocate.kube.client import CLAIMS, EVENTS, MERGE, PODS, STRATEGIC, VOLUMES
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Claim, Condition, PersistentVolume, Pod
 from colocate.units import time_text
-from podgroup.api import PLAN_API, PLANS, POD_GROUP_API, POD_GROUPS, GangPlan, PodGroup, PodGroupStatus
+from podgroup.api import PLAN_API, PLANS, GangPlan, PodGroup, PodGroupStatus
+from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.state.large_plans import compact
 from podgroup.state.volumes import BOUND_BY_US, SELECTED_NODE
 
@@ -200,21 +201,10 @@ class Binder:
 
     async def tell_group(self, group: PodGroup, status: PodGroupStatus, conditions: bool) -> None:
         """Write a PodGroup's status; conditions and observedGeneration only where its schema has them."""
-        fields: dict[str, Any] = {
-            "phase": status.phase,
-            "occupiedBy": status.occupied_by or None,
-            "running": status.running,
-            "succeeded": status.succeeded,
-            "failed": status.failed,
-        }
-        if conditions:
-            fields["conditions"] = [msgspec.to_builtins(c) for c in status.conditions]
-            fields["observedGeneration"] = status.observed_generation
-        meta = group.metadata
+        meta, fields = group.metadata, DIALECT.status_fields(status, conditions)
         try:
-            await self._write(
-                "PATCH", path_of(POD_GROUPS, meta.namespace, meta.name, "status"), {"status": fields}, MERGE
-            )
+            path = path_of(DIALECT.groups.path, meta.namespace, meta.name, "status")
+            await self._write("PATCH", path, {"status": fields}, MERGE)
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -222,7 +212,7 @@ class Binder:
     async def event(self, about: Pod | PodGroup, reason: str, message: str, warning: bool) -> None:
         """One Event; losing it is no failure."""
         meta, now = about.metadata, now_text()
-        kind, version = ("Pod", "v1") if isinstance(about, Pod) else ("PodGroup", POD_GROUP_API)
+        kind, version = ("Pod", "v1") if isinstance(about, Pod) else (DIALECT.kind, DIALECT.api)
         body = {
             "apiVersion": "v1",
             "kind": "Event",

@@ -24,7 +24,7 @@ from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
 from colocate.units import seconds_of, time_text
-from podgroup.api import POD_GROUP_API, GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PlanPhase, PodGroup
+from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus, PlannedMember, PlanPhase, PodGroup
 from podgroup.commit.protocol import (
     VOLUME_SECONDS,
     Bind,
@@ -44,6 +44,7 @@ from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import Hands
+from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.explain.snapshot import ClusterSnapshot, taken_of, verdicts_of
 from podgroup.policy import policy_named
 from podgroup.queue.decisions import Decisions, PlaceInTurn, Start
@@ -154,14 +155,12 @@ class Controller:
 
     async def _schema_has_conditions(self) -> bool:
         """Whether the installed PodGroup has conditions in its status; upstream's has not, and is left as it is."""
+        (group, version), plural = DIALECT.api.split("/"), DIALECT.groups.path.rpartition("/")[2]
         try:
-            definition = msgspec.json.decode(
-                await self._api.request("GET", f"{DEFINITIONS}/podgroups.{POD_GROUP_API.split('/')[0]}")
-            )
+            definition = msgspec.json.decode(await self._api.request("GET", f"{DEFINITIONS}/{plural}.{group}"))
         except (ApiError, Unreachable) as error:
             log.warning("podgroup_schema_unknown", error=str(error))
             return False
-        version = POD_GROUP_API.split("/")[1]
         for served in definition["spec"]["versions"]:
             fields = served["schema"]["openAPIV3Schema"]["properties"].get("status", {}).get("properties", {})
             if served["name"] == version:

@@ -23,10 +23,11 @@ from colocate.units import time_text
 from podgroup.api import Advice, GangPlan, GangPlanStatus, PodGroup, PodGroupStatus
 from podgroup.controller.binder import Binder, now_text
 from podgroup.controller.watches import now_seconds
+from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.queue.decisions import Waiting
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, Cluster
-from podgroup.state.gangs import group_status, is_group, sort_members
+from podgroup.state.gangs import is_group, sort_members
 
 ROUND_SECONDS = 0.1
 AGAIN_SECONDS = 1.0
@@ -133,7 +134,7 @@ class StatusWriter:
             pods or (group.status.phase not in ("", "Pending") and key not in self._cluster.plans)
         ):
             return  # another scheduler's group
-        status = group_status(group, pods)
+        status = DIALECT.status(group, pods)
         if self.conditions:
             status = msgspec.structs.replace(status, conditions=self._conditions(key, group))
         else:

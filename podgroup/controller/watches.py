@@ -35,8 +35,9 @@ from colocate.objects import (
     StorageClass,
     VolumeAttachment,
 )
-from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
+from podgroup.api import PLANS, GangPlan, PodGroup
 from podgroup.controller.lost_nodes import LostNodes
+from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, Cluster
 from podgroup.state.gangs import gang_key, rejected
@@ -78,7 +79,7 @@ class Feed:
             (CSI_NODES, CsiNode, self.on_csi_node),
             (ATTACHMENTS, VolumeAttachment, self.on_attachment),
             (BUDGETS, DisruptionBudget, self.on_budget),
-            (POD_GROUPS, PodGroup, self.on_group),
+            (*DIALECT.groups, self.on_written_group),
             (PLANS, GangPlan, self.on_plan),
             (PODS, Pod, self.on_pod),
         ]
@@ -133,6 +134,10 @@ class Feed:
             self._queue.nominated(self._cluster, pod)
         self._touched(key)
         self.look_again(key)
+
+    def on_written_group(self, before: Any, now: Any) -> None:
+        """A group has come, changed or gone, in the words of its users."""
+        self.on_group(*(None if written is None else DIALECT.group(written) for written in (before, now)))
 
     def on_group(self, before: PodGroup | None, now: PodGroup | None) -> None:
         """A group has come, changed or gone; a change of its status is our own doing."""

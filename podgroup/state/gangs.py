@@ -1,10 +1,5 @@
-"""Pods and PodGroups become gangs: who belongs to whom, what is satisfied, what is missing, and the phase upstream
-writes.
-
-Source: scheduler-plugins, pkg/controllers/podgroup_controller.go (phases and counters), with its known defects left
-out: members are counted within their namespace, no phase is terminal, and a group whose quorum runs is not Failed. A
-pod without the label is a gang of its own.
-"""
+"""Pods become gangs: who belongs to whom, what is satisfied, and what is missing. A pod without a group is one by
+itself."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from colocate.objects import Pod
-from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupStatus
+from podgroup.dialects.scheduling_sigs import DIALECT
 
 _SUFFIX = re.compile(r"(-[a-z0-9]{5}|-?\d+)$")
 POD = "pod:"
@@ -22,7 +17,7 @@ POD = "pod:"
 
 def gang_key(pod: Pod) -> str:
     """`namespace/group`, or `namespace/pod:name` of a pod that is alone."""
-    group = pod.metadata.labels.get(POD_GROUP_LABEL)
+    group = DIALECT.group_of(pod)
     return f"{pod.metadata.namespace}/{group}" if group else f"{pod.metadata.namespace}/{POD}{pod.metadata.name}"
 
 
@@ -142,7 +137,7 @@ def sort_members(pods: Iterable[Pod], schedulers: tuple[str, ...]) -> Members:
             found.bound.append(pod)
         elif pod.spec.scheduler_name not in schedulers:
             found.foreign.append(pod)
-        elif pod.spec.scheduling_gates:
+        elif not DIALECT.admitted(pod):
             found.gated.append(pod)
         else:
             found.pending.append(pod)
@@ -153,32 +148,3 @@ def _natural(pod: Pod) -> tuple[str, int, str]:
     """`worker-10` after `worker-9`."""
     stem, _, ordinal = pod.metadata.name.rpartition("-")
     return (stem, int(ordinal), "") if ordinal.isdigit() else (pod.metadata.name, 0, "")
-
-
-def group_status(group: PodGroup, pods: Iterable[Pod]) -> PodGroupStatus:
-    """Phase and counters as upstream computes them, from the pods as they are; completed groups may come back."""
-    pods = list(pods)
-    running = sum(p.status.phase == "Running" for p in pods)
-    succeeded = sum(p.status.phase == "Succeeded" for p in pods)
-    failed = sum(p.status.phase == "Failed" for p in pods)
-    least = group.spec.min_member
-    phase = "Pending"
-    if len(pods) >= least and pods:
-        phase = "Scheduling"
-        if succeeded + running >= least:
-            phase = "Running"
-        if failed and succeeded + running < least <= failed + running + succeeded:
-            phase = "Failed"
-        if succeeded >= least:
-            phase = "Finished"
-    return PodGroupStatus(
-        phase=phase,
-        occupied_by=",".join(
-            sorted({f"{p.metadata.namespace}/{o.name}" for p in pods for o in p.metadata.owner_references[:1]})
-        ),
-        running=running,
-        succeeded=succeeded,
-        failed=failed,
-        schedule_start_time=group.status.schedule_start_time,
-        observed_generation=group.metadata.generation,
-    )

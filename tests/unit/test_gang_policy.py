@@ -51,8 +51,8 @@ def snapshot_of(sizes: list[tuple[int, int]], rooms: list[int], id_: str) -> Clu
 @pytest.mark.parametrize(
     ("id_", "started", "where"),
     [
-        pytest.param(DEFAULT.id, ["ns/g0", "ns/g1"], ["n0", "n1"], id="ours: the oldest by name, the tightest node"),
-        pytest.param(LargestAndEmptiest.id, ["ns/g2", "ns/g0"], ["n1", "n0"], id="another: the largest, the emptiest node"),
+        pytest.param(DEFAULT.id, ["ns/g0", "ns/g1"], ["n0", "n1"], id="ours: the first, the tightest node"),
+        pytest.param(LargestAndEmptiest.id, ["ns/g2", "ns/g0"], ["n1", "n0"], id="another: the largest, the emptiest"),
     ],
 )
 def test_the_policy_says_who_is_first_and_which_node_is_filled(id_: str, started: list[str], where: list[str]) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from colocate.objects import Named, ObjectMeta, OwnerReference, Pod, PodSpec, PodStatus
 from podgroup.api import GangPlan, GangPlanSpec, PlannedMember, PodGroup, PodGroupSpec
-from podgroup.state.gangs import group_status, sort_members
+from podgroup.dialects.scheduling_sigs import DIALECT
+from podgroup.state.gangs import sort_members
 from podgroup.state.large_plans import compact, expand
 from tools import crds
 
@@ -37,7 +38,7 @@ CASES = {
 @pytest.mark.parametrize(("there", "phase"), CASES.values(), ids=CASES.keys())
 def test_phases_of_a_group_of_three(there, phase):
     group = PodGroup(metadata=ObjectMeta(name="g", namespace="ns"), spec=PodGroupSpec(min_member=3))
-    status = group_status(group, there)
+    status = DIALECT.status(group, there)
     assert status.phase == phase
     assert status.running == sum(p.status.phase == "Running" for p in there)
 
@@ -46,7 +47,7 @@ def test_s8_a_group_of_two_owners_names_both():
     there = [
         Pod(metadata=ObjectMeta(name=n, namespace="ns", owner_references=[OwnerReference(name=n)])) for n in ("b", "a")
     ]
-    assert group_status(PodGroup(metadata=ObjectMeta(name="g")), there).occupied_by == "ns/a,ns/b"
+    assert DIALECT.status(PodGroup(metadata=ObjectMeta(name="g")), there).occupied_by == "ns/a,ns/b"
 
 
 def test_members_are_told_apart_and_ordered():
