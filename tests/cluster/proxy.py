@@ -14,6 +14,7 @@ from aiohttp import web
 
 from podgroup.demo.controlplane import ControlPlane
 
+BEHIND_SECONDS = 1.5
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 
 
@@ -31,7 +32,8 @@ class Request(NamedTuple):
 
 Fault = Callable[[Request], Awaitable[str]]
 """What to do with a request: `pass`; `drop` it unseen; `act` on it and drop the answer; ask `twice`; `echo` each line
-of the answer; or answer a status."""
+of the answer; send a watch `back`: what was told of it before comes again, first how all objects began, a moment later
+the rest; or answer a status."""
 
 
 async def healthy(_: Request) -> str:
@@ -61,6 +63,8 @@ class Proxy:
         self.answers: list[tuple[Request, int]] = []
         self._writes = self._reads = 0
         self._streams: list[web.Request] = []
+        self._told: dict[str, list[bytes]] = {}
+        """Path -> the lines of its watches so far."""
         self.port = 0
 
     async def __aenter__(self) -> Proxy:
@@ -101,7 +105,10 @@ class Proxy:
             return self._cut(incoming)
         if what.isdigit():
             reason = {"400": "BadRequest", "410": "Expired", "429": "TooManyRequests", "500": "InternalError"}[what]
-            return web.json_response({"kind": "Status", "code": int(what), "reason": reason}, status=int(what))
+            busy = {"Retry-After": "1"} if what == "429" else {}
+            return web.json_response(
+                {"kind": "Status", "code": int(what), "reason": reason}, status=int(what), headers=busy
+            )
         for _ in range(2 if what == "twice" else 1):
             answer = await self._ask(incoming, body)
         async with answer:
@@ -112,9 +119,12 @@ class Proxy:
             await response.prepare(incoming)
             self._streams.append(incoming)
             try:
-                if what == "echo":
+                if what == "back":
+                    await self._tell_again(response, request.path)
+                if "watch=true" in request.query:
                     async for line in answer.content:
-                        await response.write(line * 2)
+                        self._told.setdefault(request.path, []).append(line)
+                        await response.write(line * (2 if what == "echo" else 1))
                 async for chunk in answer.content.iter_any():
                     await response.write(chunk)
             except ConnectionError:
@@ -122,6 +132,14 @@ class Proxy:
             finally:
                 self._streams.remove(incoming)
             return response
+
+    async def _tell_again(self, response: web.StreamResponse, path: str) -> None:
+        """What a server says that is behind, and then catches up."""
+        lines = [line for line in self._told.get(path, []) if not line.startswith(b'{"type":"BOOKMARK"')]
+        began = [line for line in lines if line.startswith(b'{"type":"ADDED"')]
+        await response.write(b"".join(began))
+        await asyncio.sleep(BEHIND_SECONDS)
+        await response.write(b"".join(lines))
 
     def cut_streams(self) -> None:
         """Every answer that is still on its way breaks."""
