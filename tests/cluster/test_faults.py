@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from colocate.kube.client import LEASES, NODES, Api, path_of
-from podgroup.api import PLAN_API, PLANS
+from podgroup.api import PLAN_API, PLANS, POD_GROUPS
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import HIGH, LOW, World, leader
 from tests.cluster.proxy import BEHIND_SECONDS, Fault, Hold, Proxy, Request, healthy
@@ -206,6 +206,34 @@ async def test_a_watch_that_goes_back_and_catches_up_undoes_nothing(world: World
             return {f"big-{i}" for i in range(5)} <= (await world.bound()).keys()
 
         await world.until(goes_on, "and it is not blind afterwards")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["for good", "and made anew"])
+async def test_a_group_that_is_deleted_in_the_middle_of_its_binds(world: World, proxy: Proxy, again: bool) -> None:
+    """The last of three binds is on the wire when the group goes: what was planned whole is started whole."""
+    for i in range(3):
+        await world.node(f"n{i}", cpu=1, memory="1Gi")
+    hold = proxy.fault = Hold("/p2/binding")
+    async with Api.connect(str(proxy.kubeconfig())) as through, leader(World(through, world.namespace)):
+        await world.group("pg", 3)
+        for i in range(3):
+            await world.pod(f"p{i}", "pg", cpu=1)
+        await asyncio.wait_for(hold.held.wait(), 20)
+        await world.delete(POD_GROUPS, "pg")
+        if again:
+            await world.group("pg", 3)
+        await asyncio.sleep(1.0)
+        hold.release.set()
+        proxy.fault = healthy
+
+        await world.until_bound("p0", "p1", "p2")
+        if again:
+
+            async def counted() -> bool:
+                return (await world.status("pg")).status.running == 3
+
+            await world.until(counted, "the new group has what the old one started")
+        await world.only_bound("p0", "p1", "p2")
 
 
 async def test_a_leader_that_was_asleep_binds_nothing_after_its_time(
