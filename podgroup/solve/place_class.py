@@ -21,12 +21,16 @@ from podgroup.state.shape import Term, all_of
 from podgroup.state.supply import Supply
 from podgroup.state.volumes import ATTACHABLE
 
-COMMON = frozenset({"cpu", "memory", "pods", "ephemeral-storage"})
+COMMON = frozenset(
+    {"cpu", "memory", "pods", "ephemeral-storage"}
+    | {"kubernetes.io/batch-cpu", "kubernetes.io/batch-memory", "colocate.io/power", "intel.com/power"}
+)
+"""What every node has some of, watts and what is left to batch included: no reason to keep a node for anybody."""
 
 
 def is_extended(resource: str) -> bool:
     """Whether a resource is one that few nodes have: a node that has some is kept for those that ask for it."""
-    return resource not in COMMON and not resource.startswith(ATTACHABLE)
+    return resource not in COMMON and not resource.startswith((ATTACHABLE, "hugepages-"))
 
 
 def scarcest(ledger: Ledger, group: Class) -> tuple[str, int] | None:
@@ -57,8 +61,21 @@ def preference(trial: Trial, group: Class, room: Ints) -> Ints:
     return ledger.policy.rows(nodes)
 
 
-def spread_out(room: Ints, order: Ints, wanted: int) -> Ints | None:
-    """The rows of `wanted` members: nodes filled in order, the last part on the tightest node that takes it whole."""
+def kept_for_others(trial: Trial, group: Class) -> Mask:
+    """Nodes with free extended resources, for a class that asks for none: they are taken last."""
+    if scarcest(trial.ledger, group) is not None:
+        return np.zeros(len(trial.ledger.names), dtype=bool)
+    extended = [c for name, c in trial.ledger.columns.items() if is_extended(name)]
+    free = trial.ledger.allocatable[:, extended] > trial.used[:, extended]
+    found: Mask = np.any(free, axis=1)
+    return found
+
+
+def spread_out(room: Ints, order: Ints, wanted: int, kept: Mask) -> Ints | None:
+    """The rows of `wanted` members: nodes filled in order, the last part on the tightest node that takes it whole.
+
+    None of those `kept` for others, while another one would do.
+    """
     order = order[room[order] > 0]
     filled = np.cumsum(np.minimum(room[order], wanted))
     if not len(filled) or filled[-1] < wanted:
@@ -67,6 +84,7 @@ def spread_out(room: Ints, order: Ints, wanted: int) -> Ints | None:
     rest = wanted - (int(filled[last - 1]) if last else 0)
     left = order[last:]
     enough = left[room[left] >= rest]
+    enough = enough[~kept[enough]] if not kept[enough].all() else enough
     tightest = enough[np.argmin(room[enough])]
     return np.concatenate([np.repeat(order[:last], room[order[:last]]), np.full(rest, tightest)])
 
@@ -248,7 +266,7 @@ def _place(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> Int
         return None
     order = preference(trial, group, room)
     if not any(changing._replace(budgets=[])):
-        return spread_out(capped(room, trial.caps(group), order), order, wanted)
+        return spread_out(capped(room, trial.caps(group), order), order, wanted, kept_for_others(trial, group))
     first = [codes for codes, there in changing.together if not there.any()]
     if not first:
         return _one_by_one(room, order, wanted, changing)

@@ -68,7 +68,9 @@ class Gang(NamedTuple):
 
 def looked_at(member: Member, keys: Set[str]) -> tuple[tuple[str, str], ...]:
     """The labels of a member that some selector looks at: one of these keys, or its own."""
-    return tuple((k, member.labels[k]) for k in sorted(keys | member.shape.selector_keys) if k in member.labels)
+    own = member.shape.selector_keys
+    wanted = keys | own if keys else own
+    return tuple((k, member.labels[k]) for k in sorted(wanted) if k in member.labels) if wanted else ()
 
 
 def changes_on_the_way(shape: Shape) -> bool:

@@ -153,14 +153,24 @@ def _place_all(
     """All gangs in turn; `free` and `nodes` are filled in. How many were answered."""
     count = len(free)
     rooms = np.empty((len(asks), count), dtype=np.int64)
-    for kind in range(len(asks)):
-        for n in range(count):
-            rooms[kind, n] = _room(n, free, masks[kind], asks[kind])
+    for n in range(count):
+        _look_again(n, free, masks, asks, rooms)
     capped, part = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.bool_)
+    everywhere = np.ones(count, dtype=np.bool_)
     at = 0
     for g in range(len(gangs)):
         kind, wanted, required = gangs[g]
         room, total = rooms[kind], 0
+        if wanted == 1 and required < 0:  # no domains to choose from: one pass over the nodes
+            best = _first(1, free, asks[kind], scarce[kind], extended, cpu, memory, room, everywhere)
+            nodes[at] = best
+            at += 1
+            if best >= 0:
+                free[best] -= asks[kind]
+                _look_again(best, free, masks, asks, rooms)
+            elif stop:
+                return g + 1
+            continue
         for n in range(count):
             part[n] = room[n] > 0 and (required < 0 or codes[required, n] >= 0)
             capped[n] = min(room[n], wanted) if part[n] else 0
@@ -173,12 +183,10 @@ def _place_all(
             here = nodes[at : at + wanted]
             _fill(free, asks[kind], scarce[kind], extended, cpu, memory, room, part, here)
             for i in range(wanted):
-                for r in range(asks.shape[1]):
-                    free[here[i], r] -= asks[kind, r]
+                free[here[i]] -= asks[kind]
             for i in range(wanted):
                 if i == 0 or here[i] != here[i - 1]:
-                    for other in range(len(asks)):
-                        rooms[other, here[i]] = _room(here[i], free, masks[other], asks[other])
+                    _look_again(here[i], free, masks, asks, rooms)
         else:
             nodes[at : at + wanted] = -1
         at += wanted
@@ -188,18 +196,24 @@ def _place_all(
 
 
 @njit
+def _look_again(n: int, free: Ints, masks: Mask, asks: Ints, rooms: Ints) -> None:
+    """How many members of each kind a node takes now."""
+    for kind in range(len(asks)):
+        rooms[kind, n] = _room(n, free, masks[kind], asks[kind])
+
+
+@njit
 def _room(n: int, free: Ints, mask: Mask, asked: Ints) -> int:
-    """How many members of a kind a node takes now."""
+    """How many members of a kind a node takes now. Amounts are less than 2**53, so that a quotient is exact."""
     if not mask[n]:
         return 0
-    for r in range(len(asked)):
-        if asked[r] > 0 and free[n, r] < asked[r]:
-            return 0
-    least = np.iinfo(np.int64).max
+    least = np.inf
     for r in range(len(asked)):
         if asked[r] > 0:
-            least = min(least, free[n, r] // asked[r])
-    return least
+            if free[n, r] < asked[r]:
+                return 0
+            least = min(least, free[n, r] / asked[r])
+    return np.iinfo(np.int64).max if least == np.inf else int(least)
 
 
 @njit
@@ -280,6 +294,14 @@ def _fewest(codes: Ints, ranks: Ints, size: int, capped: Ints, part: Flags, want
 
 
 @njit
+def _has_extended(n: int, free: Ints, extended: Ints) -> bool:
+    found = False
+    for r in extended:
+        found = found or free[n, r] > 0
+    return found
+
+
+@njit
 def _before(
     a: int, b: int, free: Ints, asked: Ints, scarce: int, extended: Ints, cpu: int, memory: int, room: Ints
 ) -> bool:
@@ -292,9 +314,7 @@ def _before(
         if free[a, scarce] != free[b, scarce]:
             return bool(free[a, scarce] < free[b, scarce])
         return a < b
-    stranded_a, stranded_b = False, False
-    for r in extended:
-        stranded_a, stranded_b = stranded_a or free[a, r] > 0, stranded_b or free[b, r] > 0
+    stranded_a, stranded_b = _has_extended(a, free, extended), _has_extended(b, free, extended)
     if stranded_a != stranded_b:
         return bool(stranded_b)
     if free[a, cpu] != free[b, cpu]:
@@ -316,20 +336,23 @@ def _first(
     room: Ints,
     part: Flags,
 ) -> int:
-    """The node to fill first; with `least` the tightest one that takes so many, the first of equals."""
-    best = -1
+    """The node to fill first; with `least` the tightest one that takes so many, the first of equals.
+
+    Of those that are kept for others (`place_class.kept_for_others`) only where no other takes so many.
+    """
+    best, kept = -1, False
     for n in range(len(free)):
         if not part[n] or room[n] < least:
             continue
-        if (
-            best < 0
-            or (least > 0 and room[n] < room[best])
-            or (
-                (least == 0 or room[n] == room[best])
-                and _before(n, best, free, asked, scarce, extended, cpu, memory, room)
-            )
-        ):
-            best = n
+        kept_too = least > 0 and scarce < 0 and _has_extended(n, free, extended)
+        if best < 0 or kept_too != kept:
+            better = best < 0 or kept
+        elif least > 0 and room[n] != room[best]:
+            better = room[n] < room[best]
+        else:
+            better = _before(n, best, free, asked, scarce, extended, cpu, memory, room)
+        if better:
+            best, kept = n, kept_too
     return best
 
 

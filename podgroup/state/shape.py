@@ -31,6 +31,7 @@ from podgroup.state.selectors import matches, selector_keys, selector_text
 from podgroup.state.volumes import Needs, Unbound
 
 ALWAYS = "Always"
+NO_KEYS: frozenset[str] = frozenset()
 MOST = 2**53
 """No amount is larger: sums over all nodes must stay within 64 bits."""
 MOST_OF_A_POD = 2**50
@@ -111,6 +112,8 @@ class Shape(msgspec.Struct, frozen=True, weakref=True):
     @property
     def selector_keys(self) -> frozenset[str]:
         """Label keys that its own terms look at."""
+        if not (self.affinity or self.anti_affinity or self.spread):
+            return NO_KEYS
         selectors = [t.selector for t in (*self.affinity, *self.anti_affinity)] + [
             s.label_selector for s in self.spread
         ]

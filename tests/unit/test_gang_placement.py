@@ -92,6 +92,9 @@ def ledger(*nodes, held=()):
     return made
 
 
+replace = msgspec.structs.replace
+
+
 def where(made, asked):
     placed = place(made, asked)
     return None if placed is None else sorted(node for _, node in placed)
@@ -255,6 +258,26 @@ BETWEEN = {
 @pytest.mark.parametrize(("nodes", "pods", "expected"), BETWEEN.values(), ids=BETWEEN.keys())
 def test_constraints_between_pods(nodes, pods, expected):
     assert where(ledger(*nodes), gang(*pods)) == expected
+
+
+@pytest.mark.parametrize("common", ["colocate.io/power", "kubernetes.io/batch-cpu", "hugepages-2Mi"])
+def test_what_every_node_has_keeps_no_node_and_hides_no_gpu(common):
+    """A pod of CPU alone leaves the node with GPUs alone; one of a GPU goes where the fewest are left over."""
+
+    def powered(name, **offered):
+        made = node(name, **offered)
+        return replace(made, status=replace(made.status, allocatable={**made.status.allocatable, common: "1000"}))
+
+    def asking(name, **requests):
+        made = pod(name, **requests)
+        container = made.spec.containers[0]
+        asked = replace(container.resources, requests={**container.resources.requests, common: "100"})
+        return replace(made, spec=replace(made.spec, containers=[replace(container, resources=asked)]))
+
+    made = ledger(powered("a-gpu", gpu=4, cpu=8), powered("b-gpu", gpu=1, cpu=64), powered("c-cpu", cpu=64))
+    assert where(made, gang(pod("cpu", cpu=1))) == ["c-cpu"]
+    assert where(made, gang(asking("watts", cpu=1))) == ["c-cpu"]
+    assert where(made, gang(asking("gpu", cpu=1, gpu=1))) == ["b-gpu"]
 
 
 def test_the_search_does_not_forget_that_two_roles_keep_apart():
