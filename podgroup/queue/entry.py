@@ -59,6 +59,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     still owed of its minResources is kept as long."""
 
 
+Order = tuple[int, bool, bool, float, str, str]
+"""Priority; within it quorums before members that are only wished for, repairs first; then what the policy says, age,
+and name."""
+
+
 class Entry(NamedTuple):
     """One gang in the queue."""
 
@@ -71,9 +76,7 @@ class Entry(NamedTuple):
     priority: int
     owed: bool
     """It has not yet what minResources speaks of (a driver's executors): more members are no mere wish."""
-    order: tuple[int, bool, bool, float, str, str]
-    """Priority; within it quorums before members that are only wished for, repairs first; then what the policy says,
-    age, and name."""
+    order: Order
 
 
 def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:

@@ -20,7 +20,7 @@ from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.queue.backfill import Head, claim
 from podgroup.queue.decisions import Decisions, Elastic, Evict, Hopeless, PlaceInTurn, Start, Waiting
-from podgroup.queue.entry import Entry, Settings, entry_of, not_ready, question, rest_of
+from podgroup.queue.entry import Entry, Order, Settings, entry_of, not_ready, question, rest_of
 from podgroup.queue.in_turn import FEW, InTurn
 from podgroup.queue.kept_room import NOMINATED, SLOT, Holds
 from podgroup.queue.memory import QueueMemory, RememberedGang
@@ -43,10 +43,6 @@ RETRY_SECONDS = 60.0
 """A gang that waits for room is tried again after so long though no node has changed: pods beside it may have."""
 
 
-def _rank(entry: Entry) -> tuple[int, bool, bool, float, str, str]:
-    return entry.order
-
-
 class Queue:
     """All gangs that wait."""
 
@@ -67,7 +63,7 @@ class Queue:
         self.order: list[str] = []
         """The gangs that wait, as they were last tried."""
         self._entries: dict[str, Entry] = {}
-        self._ranked: list[Entry] = []
+        self._ranked: list[tuple[Order, Entry]] = []
         """The same, in their order."""
         self.unfinished = False
         """Whether the last cycle ran out of time: the next one goes on, and passes by what has been tried."""
@@ -103,7 +99,7 @@ class Queue:
             freed = self._refresh_safely(cluster, key, now, decided) or freed
         if freed:
             self._try_all_again()
-        entries = list(self._ranked)
+        entries = [entry for _, entry in self._ranked]
         self.order = [e.key for e in entries]
         self._tried = self._tried - dirty if self.unfinished else set()
         self.unfinished, self._helped = False, {}
@@ -268,7 +264,7 @@ class Queue:
             return
         self._unrank(key)
         self._entries[key] = entry
-        insort(self._ranked, entry, key=_rank)
+        insort(self._ranked, (entry.order, entry))  # no two orders are equal
         before = self.waiting.get(key, Waiting(since=now, members_at=now))
         if entry.members.created > before.created:
             before = msgspec.structs.replace(before, members_at=now)
@@ -278,7 +274,7 @@ class Queue:
         """Take a gang's former entry out of the order."""
         former = self._entries.pop(key, None)
         if former is not None:
-            del self._ranked[bisect_left(self._ranked, former.order, key=_rank)]
+            del self._ranked[bisect_left(self._ranked, (former.order, former))]
 
     def _forget(self, cluster: Cluster, key: str) -> None:
         self._unrank(key)

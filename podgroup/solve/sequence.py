@@ -152,21 +152,22 @@ def _place_all(
 ) -> int:
     """All gangs in turn; `free` and `nodes` are filled in. How many were answered."""
     count = len(free)
-    rooms = np.empty((len(asks), count), dtype=np.int64)
-    for n in range(count):
-        _look_again(n, free, masks, asks, rooms)
+    rooms = _rooms(free, masks, asks)
     capped, part = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.bool_)
-    everywhere = np.ones(count, dtype=np.bool_)
+    everywhere, kept = np.ones(count, dtype=np.bool_), np.empty(count, dtype=np.bool_)
+    for n in range(count):
+        kept[n] = _has_extended(n, free, extended)
     at = 0
     for g in range(len(gangs)):
         kind, wanted, required = gangs[g]
         room, total = rooms[kind], 0
         if wanted == 1 and required < 0:  # no domains to choose from: one pass over the nodes
-            best = _first(1, free, asks[kind], scarce[kind], extended, cpu, memory, room, everywhere)
+            best = _first(1, free, asks[kind], scarce[kind], kept, cpu, memory, room, everywhere)
             nodes[at] = best
             at += 1
             if best >= 0:
                 free[best] -= asks[kind]
+                kept[best] = kept[best] and _has_extended(best, free, extended)
                 _look_again(best, free, masks, asks, rooms)
             elif stop:
                 return g + 1
@@ -181,11 +182,12 @@ def _place_all(
         if fits:
             _as_few_domains(preferred[g], codes, ranks, sizes, narrowest, capped, part, wanted)
             here = nodes[at : at + wanted]
-            _fill(free, asks[kind], scarce[kind], extended, cpu, memory, room, part, here)
+            _fill(free, asks[kind], scarce[kind], kept, cpu, memory, room, part, here)
             for i in range(wanted):
                 free[here[i]] -= asks[kind]
             for i in range(wanted):
                 if i == 0 or here[i] != here[i - 1]:
+                    kept[here[i]] = kept[here[i]] and _has_extended(here[i], free, extended)
                     _look_again(here[i], free, masks, asks, rooms)
         else:
             nodes[at : at + wanted] = -1
@@ -193,6 +195,17 @@ def _place_all(
         if stop and not fits:
             return g + 1
     return len(gangs)
+
+
+@njit
+def _rooms(free: Ints, masks: Mask, asks: Ints) -> Ints:
+    """How many members of each kind each node takes, kinds x nodes."""
+    found = np.empty((len(asks), len(free)), dtype=np.int64)
+    for kind in range(len(asks)):
+        mask, asked = masks[kind], asks[kind]
+        for n in range(len(free)):
+            found[kind, n] = _room(n, free, mask, asked)
+    return found
 
 
 @njit
@@ -303,7 +316,7 @@ def _has_extended(n: int, free: Ints, extended: Ints) -> bool:
 
 @njit
 def _before(
-    a: int, b: int, free: Ints, asked: Ints, scarce: int, extended: Ints, cpu: int, memory: int, room: Ints
+    a: int, b: int, free: Ints, asked: Ints, scarce: int, kept: Flags, cpu: int, memory: int, room: Ints
 ) -> bool:
     """Whether node a is filled before node b (`place_class.preference`)."""
     if scarce >= 0:
@@ -314,9 +327,8 @@ def _before(
         if free[a, scarce] != free[b, scarce]:
             return bool(free[a, scarce] < free[b, scarce])
         return a < b
-    stranded_a, stranded_b = _has_extended(a, free, extended), _has_extended(b, free, extended)
-    if stranded_a != stranded_b:
-        return bool(stranded_b)
+    if kept[a] != kept[b]:
+        return bool(kept[b])
     if free[a, cpu] != free[b, cpu]:
         return bool(free[a, cpu] < free[b, cpu])
     if free[a, memory] != free[b, memory]:
@@ -330,7 +342,7 @@ def _first(
     free: Ints,
     asked: Ints,
     scarce: int,
-    extended: Ints,
+    kept: Flags,
     cpu: int,
     memory: int,
     room: Ints,
@@ -340,19 +352,18 @@ def _first(
 
     Of those that are kept for others (`place_class.kept_for_others`) only where no other takes so many.
     """
-    best, kept = -1, False
+    best = -1
     for n in range(len(free)):
         if not part[n] or room[n] < least:
             continue
-        kept_too = least > 0 and scarce < 0 and _has_extended(n, free, extended)
-        if best < 0 or kept_too != kept:
-            better = best < 0 or kept
+        if best < 0 or (least > 0 and scarce < 0 and kept[n] != kept[best]):
+            better = best < 0 or kept[best]
         elif least > 0 and room[n] != room[best]:
             better = room[n] < room[best]
         else:
-            better = _before(n, best, free, asked, scarce, extended, cpu, memory, room)
+            better = _before(n, best, free, asked, scarce, kept, cpu, memory, room)
         if better:
-            best, kept = n, kept_too
+            best = n
     return best
 
 
@@ -361,7 +372,7 @@ def _fill(
     free: Ints,
     asked: Ints,
     scarce: int,
-    extended: Ints,
+    kept: Flags,
     cpu: int,
     memory: int,
     room: Ints,
@@ -371,9 +382,9 @@ def _fill(
     """Nodes in their order, the last part on the tightest node that takes it whole (`place_class.spread_out`)."""
     left, at = len(nodes), 0
     while left > 0:
-        best = -1 if left == 1 else _first(0, free, asked, scarce, extended, cpu, memory, room, part)
+        best = -1 if left == 1 else _first(0, free, asked, scarce, kept, cpu, memory, room, part)
         if best < 0 or room[best] >= left:
-            best = _first(left, free, asked, scarce, extended, cpu, memory, room, part)
+            best = _first(left, free, asked, scarce, kept, cpu, memory, room, part)
         taken = min(room[best], left)
         nodes[at : at + taken] = best
         at += taken

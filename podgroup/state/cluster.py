@@ -69,6 +69,8 @@ class Cluster:
         self._namespaces_version = 0
         self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
+        self._of_spec: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
+        """Namespace and specification, as text -> shape."""
 
     def set_node(self, node: Node) -> bool:
         """A node as it is now; False if nothing changed that matters here."""
@@ -219,10 +221,23 @@ class Cluster:
         uid, seen = pod.metadata.uid, (pod.spec, self._seen_beside(pod), resized(pod))
         cached = self._shapes.get(uid)
         if cached is None or cached[0] != seen:
+            cached = self._shapes[uid] = (seen, self._shape_anew(pod))
+        return cached[1]
+
+    def _shape_anew(self, pod: Pod) -> Shape:
+        looks_beside = has_claims(pod) or (pod.spec.affinity is not None and selects_namespaces(pod)) or resized(pod)
+        text, shape = b"", None
+        if not looks_beside:  # its namespace and specification decide, which pods of one template have in common
+            same = msgspec.structs.replace(pod.spec, node_name="")
+            text = msgspec.json.encode((pod.metadata.namespace, same))
+            shape = self._of_spec.get(text)
+        if shape is None:
             needs = self.storage.needs(pod) if has_claims(pod) else None
             shape = shape_of(pod, needs, self._namespaces_of)
-            cached = self._shapes[uid] = (seen, self._equal.setdefault(msgspec.json.encode(shape), shape))
-        return cached[1]
+            shape = self._equal.setdefault(msgspec.json.encode(shape), shape)
+            if text:
+                self._of_spec[text] = shape
+        return shape
 
     def _seen_beside(self, pod: Pod) -> tuple[int, int]:
         """The versions of what a shape depends on that is not in the pod."""
