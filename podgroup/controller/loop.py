@@ -371,6 +371,12 @@ class Controller:
         satisfied = sort_members(self.cluster.pods_of(start.key), self.settings.schedulers).satisfied
         return min(group.spec.min_member, satisfied + len(start.placed)) if start.note else group.spec.min_member
 
+    def _awake(self, member: PlannedMember) -> bool:
+        """Whether a member's node is ready, or the member does not mind."""
+        ledger, pod = self.cluster.ledger, self.cluster.pods.get(member.uid)
+        tolerations = self.cluster.shape(pod).tolerations if pod is not None else ()
+        return bool(ledger.awake(tolerations)[ledger.rows[member.node]])
+
     def _carry_on(self, key: str) -> None:
         """The next steps of an open plan; an intent is persisted before it is acted on."""
         if not is_group(key):
@@ -386,7 +392,7 @@ class Controller:
             return
         ledger, planned = self.cluster.ledger, {m.uid for m in plan.spec.members}
         pods = {uid: p for uid in planned if (p := self.cluster.pods.get(uid)) is not None}
-        alive = {m.node: bool(ledger.ready[ledger.rows[m.node]]) for m in plan.spec.members if m.node in ledger.rows}
+        alive = {m.node: self._awake(m) for m in plan.spec.members if m.node in ledger.rows}
         overfull = self.cluster.overfull({m.uid: m.node for m in plan.spec.members if m.uid in self.cluster.planned})
         elsewhere = displaced(plan, pods, alive, overfull)
         if elsewhere and self._moves(key, plan, elsewhere):

@@ -142,7 +142,7 @@ def _refusals(ledger: Ledger, group: Class) -> list[tuple[str, int]]:
     trial = Trial(ledger, np.ones(len(ledger.names), dtype=bool))
     whole = trial.mask(group)
     filters: list[tuple[str, Mask]] = [
-        ("not ready", ~ledger.ready),
+        ("not ready", ~ledger.awake(shape.tolerations)),
         ("untolerated taint or cordoned", ~ledger.tolerated(shape.tolerations)),
         ("node selector, affinity or volume", ~selected),
         ("host port taken", ledger.ports_taken(shape.host_ports)),

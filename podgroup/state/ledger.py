@@ -27,6 +27,7 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 UNSCHEDULABLE = Taint(key="node.kubernetes.io/unschedulable", effect="NoSchedule")
+NOT_READY = Taint(key="node.kubernetes.io/not-ready", effect="NoSchedule")
 MAX_STANDING = 1024
 UNLIMITED = 2**31
 """Attachments to a node that has no limit."""
@@ -398,6 +399,12 @@ class Ledger:
         good = [i for i, taints in enumerate(self._taint_sets) if all(tolerates(wanted, t) for t in taints)]
         return np.isin(self._taint_codes, good)
 
+    def awake(self, tolerations: Iterable[Toleration]) -> Mask:
+        """The nodes that are ready; all, for a pod that tolerates the taint of those that are not."""
+        if tolerates(tolerations, NOT_READY):
+            return np.ones(len(self.names), dtype=bool)
+        return self.ready
+
     def selected(self, selector: NodeSelector) -> Mask:
         """The nodes that a node selector selects: any of its terms. Kept: copy before changing it."""
         cached = self._selected.get(id(selector))
@@ -433,7 +440,7 @@ class Ledger:
         cached = self._static.get(id(shape))
         if cached is not None and cached[0] is shape:
             return cached[1]
-        found = self.ready & self.tolerated(shape.tolerations) & self.chosen(shape)
+        found = self.awake(shape.tolerations) & self.tolerated(shape.tolerations) & self.chosen(shape)
         for selector in shape.volume_affinity:
             found &= self.selected(selector)
         if len(self._static) >= MAX_STANDING:

@@ -260,6 +260,27 @@ def test_constraints_between_pods(nodes, pods, expected):
     assert where(ledger(*nodes), gang(*pods)) == expected
 
 
+@pytest.mark.parametrize(
+    ("tolerated", "goes"),
+    [
+        pytest.param([], None, id="it tolerates nothing"),
+        pytest.param([Toleration(key="node.kubernetes.io/not-ready", operator="Exists")], ["n"], id="all effects"),
+        pytest.param([Toleration(operator="Exists")], ["n"], id="everything"),
+        pytest.param(
+            [Toleration(key="node.kubernetes.io/not-ready", operator="Exists", effect="NoExecute")],
+            None,
+            id="to stay only",
+        ),
+    ],
+)
+def test_a_node_that_is_not_ready_is_for_those_who_tolerate_that(tolerated, goes):
+    """Source: node-lifecycle-controller's taint; kube-scheduler looks at nothing else."""
+    asleep = node("n", taints=[Taint(key="node.kubernetes.io/not-ready", effect="NoSchedule")])
+    conditions = [Condition(type="Ready", status="False")]
+    asleep = replace(asleep, status=replace(asleep.status, conditions=conditions))
+    assert where(ledger(asleep), gang(pod("p", spec={"tolerations": tolerated}, cpu=1))) == goes
+
+
 @pytest.mark.parametrize("common", ["colocate.io/power", "kubernetes.io/batch-cpu", "hugepages-2Mi"])
 def test_what_every_node_has_keeps_no_node_and_hides_no_gpu(common):
     """A pod of CPU alone leaves the node with GPUs alone; one of a GPU goes where the fewest are left over."""

@@ -1,0 +1,164 @@
+"""Real operators beside a real API server: they make the pods, KWOK plays the nodes, a controller of ours schedules."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from colocate.kube.client import DEFINITIONS, MERGE, NODES, PODS, Api, ApiError, path_of
+from colocate.kube.reflector import Reflector
+from colocate.objects import Node, Pod
+from podgroup.api import POD_GROUPS, PodGroup
+from podgroup.demo.controlplane import ControlPlane, install
+from podgroup.demo.observer import Observer
+from podgroup.queue.entry import Settings
+from tests.cluster.conftest import World, leader
+from tests.operators.jobs import ADAPTERS, Adapter
+from tools import operators
+
+UPSTREAM = "scheduler-plugins-scheduler"
+"""What operators write into their pods, whatever they are told."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of them need the binaries."""
+    lacks = operators.lacks()
+    for item in items:
+        if lacks:
+            item.add_marker(pytest.mark.skip(reason=f"operators lack {lacks}"))
+
+
+@pytest.fixture(scope="package")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with ControlPlane(tmp_path_factory.mktemp("plane"), controllers=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def played(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All operators, running."""
+    logs = tmp_path_factory.mktemp("operators")
+    asyncio.run(_install(plane))
+    with contextlib.ExitStack() as stack:
+        for adapter in ADAPTERS:
+            folder = operators.built(adapter.name)
+            assert folder is not None
+            log = stack.enter_context((logs / f"{adapter.name}.log").open("wb"))
+            command = [str(folder / "operator"), *adapter.options(str(plane.kubeconfig()))]
+            environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig()), "POD_NAMESPACE": "default"}
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            stack.callback(_end, process)
+        yield
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+async def _install(plane: ControlPlane) -> None:
+    async with Api.connect(str(plane.kubeconfig())) as api:
+        await install(api)
+        for adapter in ADAPTERS:
+            folder = operators.built(adapter.name)
+            assert folder is not None
+            for file in sorted((folder / "crds").iterdir()):
+                await api.request("POST", DEFINITIONS, yaml.safe_load(file.read_text()))
+        for adapter in ADAPTERS:
+            for _ in range(300):
+                with contextlib.suppress(ApiError):
+                    await api.request("GET", adapter.collection)
+                    break
+                await asyncio.sleep(0.1)
+
+
+class Played(World):
+    """The cluster as an operator's user has it, in the namespace `default`."""
+
+    def __init__(self, api: Api, adapter: Adapter) -> None:
+        super().__init__(api, "default")
+        self.adapter, self.seen = adapter, Observer()
+
+    async def nodes(self, *names: str, gpus: int = 8) -> None:
+        for name in names:
+            await self.node(name, nvidia_com__gpu=gpus, cpu=16, memory="64Gi")
+
+    async def start(self, name: str, workers: int, **changes: Any) -> None:
+        await self.create(self.adapter.collection, self.adapter.job(name, workers, **changes))
+
+    async def change(self, name: str, spec: dict[str, Any]) -> None:
+        path = path_of(self.adapter.collection, self.namespace, name)
+        await self.api.request("PATCH", path, {"spec": spec}, content_type=MERGE)
+
+    async def end(self, name: str) -> None:
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+        await self.api.request("DELETE", path_of(self.adapter.collection, self.namespace, name), body)
+
+    async def members(self, name: str) -> dict[str, Pod]:
+        label = self.adapter.label
+        return {n: p for n, p in (await self.pods()).items() if p.metadata.labels.get(label) == name and not p.deleting}
+
+    async def bound_of(self, name: str) -> int:
+        return sum(bool(p.spec.node_name) and not p.terminal for p in (await self.members(name)).values())
+
+    async def until_runs(self, name: str, count: int) -> None:
+        async def all_run() -> bool:
+            return await self.bound_of(name) == count
+
+        await self.until(all_run, f"{count} members of {name} are bound")
+
+    async def until_waits(self, name: str, count: int) -> None:
+        """Its pods are there, none is on a node, and its users are told why."""
+
+        async def told() -> bool:
+            pods = await self.members(name)
+            said = [c.reason for p in pods.values() for c in p.status.conditions if c.type == "PodScheduled"]
+            return len(pods) == count and len(said) == count and not any(p.spec.node_name for p in pods.values())
+
+        await self.until(told, f"{name} waits whole")
+
+    async def sweep(self) -> None:
+        """Everything goes."""
+        with contextlib.suppress(ApiError):
+            path = path_of(self.adapter.collection, self.namespace)
+            await self.api.request("DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1"})
+        await self.clear()
+
+
+@pytest.fixture(params=ADAPTERS, ids=[adapter.name for adapter in ADAPTERS])
+async def world(plane: ControlPlane, played: None, request: pytest.FixtureRequest) -> AsyncIterator[Played]:
+    """A cluster with one operator's jobs, watched by somebody who knows nothing of the controller."""
+    async with Api.connect(str(plane.kubeconfig())) as api:
+        world = Played(api, request.param)
+        watched: list[tuple[str, Any, Any]] = [
+            (NODES, Node, world.seen.on_node),
+            (POD_GROUPS, PodGroup, world.seen.on_group),
+            (PODS, Pod, world.seen.on_pod),
+        ]
+        tasks = []
+        for path, kind, handler in watched:
+            reflector: Reflector[Any] = Reflector(api, path, kind, handler)
+            tasks.append(asyncio.create_task(reflector.run()))
+            await reflector.synced.wait()
+        settings = Settings(schedulers=("colocate", UPSTREAM), creation_grace_seconds=10.0)
+        try:
+            async with leader(world, settings):
+                yield world
+            found = world.seen.result()
+            assert (found["partial_gangs"], found["overcommitted_nodes"]) == (0, 0), found
+        finally:
+            await world.sweep()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

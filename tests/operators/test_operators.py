@@ -1,0 +1,108 @@
+"""What users of an operator do with its jobs: each starts whole or waits whole, whoever makes its pods."""
+
+from __future__ import annotations
+
+import asyncio
+
+from colocate.kube.client import PODS
+from tests.operators.conftest import Played
+
+
+async def test_1_a_job_that_fits_starts(world: Played) -> None:
+    await world.nodes("f0", "f1")
+    await world.start("a", 2)
+    await world.until_runs("a", 3)
+
+
+async def test_2_a_job_that_does_not_fit_waits_and_starts_when_there_is_room(world: Played) -> None:
+    await world.nodes("g0")
+    await world.start("a", 2)
+    await world.until_waits("a", 3)
+    await world.nodes("g1")
+    await world.until_runs("a", 3)
+
+
+async def test_3_of_two_that_compete_one_starts_and_the_other_follows(world: Played) -> None:
+    await world.nodes("h0", "h1")
+    await world.start("a", 2)
+    await world.start("b", 2)
+
+    async def one_of_them() -> bool:
+        return sorted([await world.bound_of("a"), await world.bound_of("b")]) == [0, 3]
+
+    await world.until(one_of_them, "one runs whole, the other waits whole")
+    await asyncio.sleep(1.0)
+    assert await one_of_them()
+    first, second = ("a", "b") if await world.bound_of("a") else ("b", "a")
+    await world.end(first)
+    await world.until_runs(second, 3)
+
+
+async def test_4_a_worker_that_is_deleted_comes_back_to_its_place(world: Played) -> None:
+    await world.nodes("i0", "i1")
+    await world.start("a", 2)
+    await world.until_runs("a", 3)
+    await world.start("rival", 1)
+    await world.until_waits("rival", 2)
+    members = await world.members("a")
+    lost = min(n for n, p in members.items() if "nvidia.com/gpu" in p.spec.containers[0].resources.requests)
+    await world.delete(PODS, lost, 0)
+
+    async def replaced() -> bool:
+        now = await world.members("a")
+        return lost not in now or now[lost].metadata.uid != members[lost].metadata.uid
+
+    await world.until(replaced, "the operator has made another one")
+    await world.until_runs("a", 3)
+    assert await world.bound_of("rival") == 0
+
+
+async def test_5_a_job_is_scaled_down_and_up_again(world: Played) -> None:
+    await world.nodes("j0", "j1", "j2")
+    await world.start("a", 3)
+    await world.until_runs("a", 4)
+    await world.change("a", world.adapter.scaled(1))
+    await world.until_runs("a", 2)
+    await world.change("a", world.adapter.scaled(3))
+    await world.until_runs("a", 4)
+
+
+async def test_5b_growth_takes_no_equal_job_s_members(world: Played) -> None:
+    await world.nodes("k0", "k1", "k2", "k3")
+    for name in ("a", "b"):
+        await world.start(name, 2)
+        await world.until_runs(name, 3)
+    before = {n: p.metadata.uid for n, p in (await world.pods()).items()}
+    for name in ("a", "b"):
+        await world.change(name, world.adapter.scaled(3))
+    await asyncio.sleep(5.0)
+    after = {n: p.metadata.uid for n, p in (await world.pods()).items()}
+    assert before.items() <= after.items(), "who ran runs"
+    await world.nodes("k4", "k5")
+    for name in ("a", "b"):
+        await world.until_runs(name, 4)
+
+
+async def test_6_a_job_that_is_deleted_leaves_its_room_at_once(world: Played) -> None:
+    await world.nodes("l0", "l1")
+    await world.start("big", 3)
+    await world.until_waits("big", 4)
+    await world.start("a", 2)
+    await world.until_runs("a", 3)
+    await world.end("big")
+    await world.end("a")
+    await world.start("b", 2)
+    await world.until_runs("b", 3)
+
+
+async def test_7_a_suspended_job_gives_its_room_away_and_comes_back_whole(world: Played) -> None:
+    await world.nodes("m0", "m1")
+    await world.start("a", 2)
+    await world.until_runs("a", 3)
+    await world.change("a", world.adapter.suspended(True))
+    await world.start("b", 2)
+    await world.until_runs("b", 3)
+    await world.change("a", world.adapter.suspended(False))
+    await world.until_waits("a", 3)
+    await world.end("b")
+    await world.until_runs("a", 3)

@@ -1,0 +1,113 @@
+"""Builds the operators whose jobs are played against the controller, each from its own module.
+
+`python -m tools.operators` builds what is missing. They are not part of the usual tests: a build takes minutes, once.
+What is built lies in the cache, by name and version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from colocate.errors import HostUnfit
+
+
+class Module(NamedTuple):
+    """A Go module at a version, the package of its operator, and its custom resources."""
+
+    path: str
+    version: str
+    package: str
+    resources: tuple[str, ...]
+    """Files of CustomResourceDefinitions within the module."""
+
+
+OPERATORS = {
+    "mpi-operator": Module(
+        "github.com/kubeflow/mpi-operator",
+        "v0.7.0",
+        "./cmd/mpi-operator",
+        ("manifests/base/kubeflow.org_mpijobs.yaml",),
+    ),
+    "kuberay": Module(
+        "github.com/ray-project/kuberay/ray-operator",
+        "v1.5.0",
+        ".",
+        ("config/crd/bases/ray.io_rayclusters.yaml", "config/crd/bases/ray.io_rayjobs.yaml"),
+    ),
+}
+
+
+def cache() -> Path:
+    """Where they are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colocate" / "operators"
+
+
+def built(name: str) -> Path | None:
+    """The folder with an operator's binary `operator` and its custom resources `crds/`; None if it is not built."""
+    folder = cache() / f"{name}-{OPERATORS[name].version}"
+    return folder if (folder / "operator").exists() else None
+
+
+def lacks() -> str:
+    """What is missing before the operators can be played; empty if nothing is."""
+    missing = [name for name in OPERATORS if built(name) is None]
+    if not missing:
+        return ""
+    return f"{', '.join(missing)}: make test-operators builds them (Go, about five minutes each, once)"
+
+
+def build(name: str) -> Path:
+    """Build an operator, unless it is there. Raises HostUnfit."""
+    there = built(name)
+    if there is not None:
+        return there
+    module = OPERATORS[name]
+    if shutil.which("go") is None:
+        raise HostUnfit("there is no Go here", "install Go (https://go.dev/dl)")
+    told = _go("mod", "download", "-json", f"{module.path}@{module.version}", where=Path("/"))
+    source = Path(json.loads(told)["Dir"])
+    folder = cache() / f"{name}-{module.version}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        copy, made = Path(temporary) / "source", Path(temporary) / "made"
+        shutil.copytree(source, copy, copy_function=shutil.copyfile)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # the module cache is read-only
+        (made / "crds").mkdir(parents=True)
+        for resource in module.resources:
+            shutil.copy(copy / resource, made / "crds")
+        _go("build", "-trimpath", "-ldflags", "-s -w", "-o", str(made / "operator"), module.package, where=copy)
+        made.rename(folder)  # whole or not at all
+    return folder
+
+
+def _go(*arguments: str, where: Path) -> str:
+    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod"}
+    ran = subprocess.run(["go", *arguments], cwd=where, env=environment, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise HostUnfit(f"go {arguments[0]} failed: {ran.stderr.strip()[-2000:]}", "see the message of Go")
+    return ran.stdout
+
+
+def main() -> int:
+    """Build what is missing."""
+    for name in OPERATORS:
+        if built(name) is None:
+            print(f"operators: building {name} {OPERATORS[name].version} ...", flush=True)
+        try:
+            build(name)
+        except HostUnfit as error:
+            print(f"operators: {name}: {error}: {error.mend}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
