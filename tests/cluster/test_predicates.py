@@ -594,9 +594,11 @@ class Asked:
                 cluster.set_pod(pod)
         newest = sorted((n for n in all_pods if n.startswith(f"asked-{self.n}-")), key=lambda n: int(n.split("-")[2]))
         for name in newest[-len(asked) :]:
+            cluster.set_pod(all_pods[name])  # who shares a disk with it holds it in another way from then on
             (group,) = classes_of([member_of(cluster, all_pods[name])], cluster.ledger)
             mask = feasible(Trial(cluster.ledger, np.ones(len(cluster.ledger.names), dtype=bool)), group)
             found.append({n for n, good in zip(cluster.ledger.names, mask, strict=True) if good})
+            cluster.remove_pod(all_pods[name].metadata.uid)
         return found
 
     async def clear(self) -> None:
