@@ -130,7 +130,10 @@ def restore(snapshot: ClusterSnapshot) -> tuple[Cluster, Queue]:
     for node in snapshot.nodes:
         cluster.set_node(node)
     for of_nodes in snapshot.node_budgets:
-        cluster.set_node_budget(of_nodes)
+        try:
+            cluster.set_node_budget(of_nodes)
+        except ValueError as error:
+            raise BadInput(f"nodeBudgets: {of_nodes.name}: amount: {error}") from error
     for namespace in snapshot.namespaces:
         cluster.set_namespace(namespace.metadata.name, namespace.metadata.labels)
     _restore_storage(snapshot, cluster)
