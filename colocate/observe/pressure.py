@@ -60,7 +60,8 @@ class PressureWatch:
             for id_, (path, _) in cgroups.items():
                 if self._watched.get(id_) != cgroups[id_]:
                     self._open(id_, f"{self._mount}{path}/memory.pressure")
-            self._watched = dict(cgroups)
+            opened = self._triggers.keys() | self._read.keys()  # who could not be opened is tried again
+            self._watched = {id_: where for id_, where in cgroups.items() if id_ in opened}
         os.write(self._tell, b"w")
 
     def close(self) -> None:
@@ -101,8 +102,9 @@ class PressureWatch:
     def _on_trigger(self, fd: int, event: int) -> None:
         with self._lock:
             id_ = next((i for i, kept in self._triggers.items() if kept == fd), None)
-            if id_ is not None and event & select.EPOLLERR:  # its cgroup is gone; one made anew has another inode
+            if id_ is not None and event & select.EPOLLERR:  # its cgroup is gone, or made anew
                 self._close(id_)
+                self._watched.pop(id_, None)
                 id_ = None
         if id_ is not None:
             self._call(id_)
