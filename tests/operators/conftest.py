@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -89,25 +90,30 @@ class Played(World):
     def __init__(self, api: Api, adapter: Adapter) -> None:
         super().__init__(api, "default")
         self.adapter, self.seen = adapter, Observer()
+        self._suffix = uuid.uuid4().hex[:4]
+        """What owned objects of an earlier test's job leave behind for a while has another name."""
+
+    def _called(self, name: str) -> str:
+        return f"{name}-{self._suffix}"
 
     async def nodes(self, *names: str, gpus: int = 8) -> None:
         for name in names:
             await self.node(name, nvidia_com__gpu=gpus, cpu=16, memory="64Gi")
 
-    async def start(self, name: str, workers: int, **changes: Any) -> None:
-        await self.create(self.adapter.collection, self.adapter.job(name, workers, **changes))
+    async def start(self, name: str, workers: int) -> None:
+        await self.create(self.adapter.collection, self.adapter.job(self._called(name), workers))
 
     async def change(self, name: str, spec: dict[str, Any]) -> None:
-        path = path_of(self.adapter.collection, self.namespace, name)
+        path = path_of(self.adapter.collection, self.namespace, self._called(name))
         await self.api.request("PATCH", path, {"spec": spec}, content_type=MERGE)
 
     async def end(self, name: str) -> None:
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
-        await self.api.request("DELETE", path_of(self.adapter.collection, self.namespace, name), body)
+        await self.api.request("DELETE", path_of(self.adapter.collection, self.namespace, self._called(name)), body)
 
     async def members(self, name: str) -> dict[str, Pod]:
-        label = self.adapter.label
-        return {n: p for n, p in (await self.pods()).items() if p.metadata.labels.get(label) == name and not p.deleting}
+        label, job = self.adapter.label, self._called(name)
+        return {n: p for n, p in (await self.pods()).items() if p.metadata.labels.get(label) == job and not p.deleting}
 
     async def bound_of(self, name: str) -> int:
         return sum(bool(p.spec.node_name) and not p.terminal for p in (await self.members(name)).values())
