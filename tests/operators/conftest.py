@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -134,11 +135,20 @@ class Played(World):
 
         await self.until(told, f"{name} waits whole")
 
+    async def told_of(self) -> list[str]:
+        """The Events of the last minutes, for a test that has failed."""
+        answer = await self.api.request("GET", path_of("/api/v1/events", self.namespace))
+        items = msgspec.json.decode(answer)["items"]
+        return [
+            f"{e['involvedObject']['kind']}/{e['involvedObject']['name']} {e['reason']}: {e['message']}" for e in items
+        ]
+
     async def sweep(self) -> None:
-        """Everything goes."""
-        with contextlib.suppress(ApiError):
-            path = path_of(self.adapter.collection, self.namespace)
-            await self.api.request("DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1"})
+        """Everything goes, what would make pods anew first."""
+        for collection in (self.adapter.collection, "/apis/batch/v1/jobs"):
+            with contextlib.suppress(ApiError):
+                path = path_of(collection, self.namespace)
+                await self.api.request("DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1"})
         await self.clear()
 
 
@@ -168,3 +178,4 @@ async def world(plane: ControlPlane, played: None, request: pytest.FixtureReques
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0.25)  # encrypted streams end a moment after they are let go

@@ -68,16 +68,18 @@ async def test_5_a_job_is_scaled_down_and_up_again(world: Played) -> None:
 
 
 async def test_5b_growth_takes_no_equal_job_s_members(world: Played) -> None:
+    async def all_members() -> dict[str, str]:
+        return {n: p.metadata.uid for job in ("a", "b") for n, p in (await world.members(job)).items()}
+
     await world.nodes("k0", "k1", "k2", "k3")
     for name in ("a", "b"):
         await world.start(name, 2)
         await world.until_runs(name, 3)
-    before = {n: p.metadata.uid for n, p in (await world.pods()).items()}
+    before = await all_members()
     for name in ("a", "b"):
         await world.change(name, world.adapter.scaled(3))
     await asyncio.sleep(5.0)
-    after = {n: p.metadata.uid for n, p in (await world.pods()).items()}
-    assert before.items() <= after.items(), "who ran runs"
+    assert before.items() <= (await all_members()).items(), ("who ran runs", await world.told_of())
     await world.nodes("k4", "k5")
     for name in ("a", "b"):
         await world.until_runs(name, 4)
