@@ -17,6 +17,7 @@ from colocate.errors import BadInput
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 class Gangs(NamedTuple):
@@ -47,6 +48,14 @@ class Nodes(NamedTuple):
     extended: Ints
     """The columns of all extended resources."""
     columns: Mapping[str, int]
+
+    @property
+    def kept_for_others(self) -> Mask:
+        """Those with free extended resources, for a class that asks for none, shape (nodes,)."""
+        if self.scarce >= 0:
+            return np.zeros(len(self.free), dtype=np.bool_)
+        found: Mask = np.any(self.free[:, self.extended] > 0, axis=1)
+        return found
 
 
 class Policy(Protocol):
@@ -80,9 +89,8 @@ class AgeAndTightest:
         if nodes.scarce >= 0:
             column = nodes.free[:, nodes.scarce]
             return np.lexsort((column, column - nodes.room * nodes.asks[nodes.scarce]))
-        stranded = (nodes.free[:, nodes.extended] > 0).any(axis=1)
         cpu, memory = nodes.free[:, nodes.columns["cpu"]], nodes.free[:, nodes.columns["memory"]]
-        return np.lexsort((memory, cpu, stranded))
+        return np.lexsort((memory, cpu, nodes.kept_for_others))
 
 
 DEFAULT = AgeAndTightest()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colocate.errors import HostUnfit
+from podgroup.demo.controlplane import cache_folder
 
 
 class Module(NamedTuple):
@@ -44,15 +45,14 @@ OPERATORS = {
 }
 
 
-def cache() -> Path:
-    """Where they are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colocate" / "operators"
-
-
 def built(name: str) -> Path | None:
     """The folder with an operator's binary `operator` and its custom resources `crds/`; None if it is not built."""
-    folder = cache() / f"{name}-{OPERATORS[name].version}"
+    folder = _folder(name)
     return folder if (folder / "operator").exists() else None
+
+
+def _folder(name: str) -> Path:
+    return cache_folder("operators") / f"{name}-{OPERATORS[name].version}"
 
 
 def lacks() -> str:
@@ -73,7 +73,7 @@ def build(name: str) -> Path:
         raise HostUnfit("there is no Go here", "install Go (https://go.dev/dl)")
     told = _go("mod", "download", "-json", f"{module.path}@{module.version}", where=Path("/"))
     source = Path(json.loads(told)["Dir"])
-    folder = cache() / f"{name}-{module.version}"
+    folder = _folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         copy, made = Path(temporary) / "source", Path(temporary) / "made"

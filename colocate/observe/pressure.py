@@ -32,8 +32,9 @@ class PressureWatch:
         self._lock = threading.Lock()
         self._watched: dict[str, tuple[str, int]] = {}
         self._triggers: dict[str, int] = {}
+        """Workload id -> descriptor."""
         self._read: dict[str, int] = {}
-        """Workload id -> descriptor: of a trigger, or of a file that is read because there is none."""
+        """The same of files that are read because no trigger is allowed."""
         self._totals: dict[int, int] = {}
         """Descriptor -> microseconds, as last read."""
         self._loop = asyncio.get_running_loop()

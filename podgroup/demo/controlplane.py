@@ -59,9 +59,14 @@ async def install(api: Api) -> None:
                 raise
 
 
+def cache_folder(name: str) -> Path:
+    """Where what was built is kept, of one kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colocate" / name
+
+
 def binaries(*names: str) -> Path:
     """The folder that has these binaries. Raises HostUnfit that names what is missing and how to get it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colocate" / "kube"
+    cache = cache_folder("kube")
     places = [Path(os.environ["KUBEBUILDER_ASSETS"])] if "KUBEBUILDER_ASSETS" in os.environ else []
     places += sorted(cache.glob("*/")) if cache.is_dir() else []
     for place in places:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -132,25 +134,33 @@ class Observer:
         }
 
 
-async def observe(kubeconfig: str) -> None:
-    """Until the input ends; then print the result."""
-    seen = Observer()
-    async with Api.connect(kubeconfig) as api:
-        watched: list[tuple[str, Any, Any]] = [
-            (NODES, Node, seen.on_node),
-            (POD_GROUPS, PodGroup, seen.on_group),
-            (PODS, Pod, seen.on_pod),
-        ]
-        tasks = []
+@asynccontextmanager
+async def watching(api: Api, seen: Observer) -> AsyncIterator[None]:
+    """The observer is told of everything while this is entered."""
+    watched: list[tuple[str, Any, Any]] = [
+        (NODES, Node, seen.on_node),
+        (POD_GROUPS, PodGroup, seen.on_group),
+        (PODS, Pod, seen.on_pod),
+    ]
+    tasks = []
+    try:
         for path, kind, handler in watched:
             reflector: Reflector[Any] = Reflector(api, path, kind, handler)
             tasks.append(asyncio.create_task(reflector.run()))
             await reflector.synced.wait()
-        print("watching", flush=True)
-        await asyncio.to_thread(sys.stdin.read)
+        yield
+    finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def observe(kubeconfig: str) -> None:
+    """Until the input ends; then print the result."""
+    seen = Observer()
+    async with Api.connect(kubeconfig) as api, watching(api, seen):
+        print("watching", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
     print(msgspec.json.encode(seen.result()).decode())
 
 

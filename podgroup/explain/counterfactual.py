@@ -10,7 +10,7 @@ from colocate.objects import Node, ObjectMeta, Taint, Toleration
 from podgroup.api import Counterfactual
 from podgroup.solve.place import most_that_fit, place
 from podgroup.solve.place_class import scarcest
-from podgroup.solve.question import Debt, Gang, Member
+from podgroup.solve.question import Debt, Gang, Member, asked_by
 from podgroup.solve.shortage import amount_text, most_lacking
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
@@ -135,10 +135,7 @@ def _more_nodes(ledger: Ledger, gang: Gang) -> Step:
 
 def _larger_budget(ledger: Ledger, gang: Gang) -> Step:
     """A budget of a set of nodes is as much larger as it takes."""
-    asked: dict[str, int] = {}
-    for member in gang.members[: gang.quorum]:
-        for resource, amount in member.shape.requests:
-            asked[resource] = asked.get(resource, 0) + amount
+    asked = asked_by(gang.members[: gang.quorum])
     for budget in ledger.left_of(asked):
         spent, resource = budget.amount - budget.left, budget.resource
         with ledger.as_if_budget(budget.name, max(spent, 0) + asked[resource]):
@@ -147,7 +144,7 @@ def _larger_budget(ledger: Ledger, gang: Gang) -> Step:
             yield None
             continue
         there = [m for m, node in placed if budget.nodes[ledger.rows[node]]]
-        amount = spent + sum(dict(m.shape.requests).get(resource, 0) for m in there)
+        amount = spent + asked_by(there).get(resource, 0)
         if amount > budget.amount:
             text, now = amount_text(resource, amount), amount_text(resource, budget.amount)
             yield f"the budget {budget.name} were {text} of {resource} instead of {now}"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from podgroup.solve.place import place
-from podgroup.solve.question import Class, Gang, Member, Placed, Trial, classes_of
+from podgroup.solve.question import Class, Gang, Member, Placed, Trial, asked_by, classes_of
 from podgroup.state.allocation import Holding
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.shape import Shape
@@ -110,10 +110,7 @@ def _domain(ledger: Ledger, gang: Gang, placed: Sequence[Placed]) -> Mask:
 
 def _of_budgets(ledger: Ledger, members: Sequence[Member]) -> Iterator[tuple[str, dict[str, int]]]:
     """What is left of the budgets that members without a place count for, as far as they ask for it."""
-    asked: dict[str, int] = {}
-    for member in members:
-        for resource, amount in member.shape.requests:
-            asked[resource] = asked.get(resource, 0) + amount
+    asked = asked_by(members)
     for budget in ledger.left_of(asked):
         left, column = min(max(budget.left, 0), asked[budget.resource]), ledger.columns[budget.resource]
         for row in np.flatnonzero(budget.nodes).tolist():

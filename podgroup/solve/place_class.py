@@ -42,14 +42,14 @@ def scarcest(ledger: Ledger, group: Class) -> tuple[str, int] | None:
     return max(scarce, key=lambda r: (r[1] / total[r[0]], r))
 
 
-def preference(trial: Trial, group: Class, room: Ints) -> Ints:
-    """The rows in the order in which they should be filled, by the policy."""
+def _nodes(trial: Trial, group: Class, room: Ints) -> Nodes:
+    """All nodes, as a policy looks at them before a class is put on them."""
     ledger = trial.ledger
     asks, scarce = np.zeros(len(ledger.columns), dtype=np.int64), scarcest(ledger, group)
     for resource, amount in group.shape.requests:
         if resource in ledger.columns:
             asks[ledger.columns[resource]] = amount
-    nodes = Nodes(
+    return Nodes(
         free=ledger.allocatable - trial.used,
         allocatable=ledger.allocatable,
         room=room,
@@ -58,17 +58,6 @@ def preference(trial: Trial, group: Class, room: Ints) -> Ints:
         extended=np.array([c for name, c in ledger.columns.items() if is_extended(name)], dtype=np.int64),
         columns=ledger.columns,
     )
-    return ledger.policy.rows(nodes)
-
-
-def kept_for_others(trial: Trial, group: Class) -> Mask:
-    """Nodes with free extended resources, for a class that asks for none: they are taken last."""
-    if scarcest(trial.ledger, group) is not None:
-        return np.zeros(len(trial.ledger.names), dtype=bool)
-    extended = [c for name, c in trial.ledger.columns.items() if is_extended(name)]
-    free = trial.ledger.allocatable[:, extended] > trial.used[:, extended]
-    found: Mask = np.any(free, axis=1)
-    return found
 
 
 def spread_out(room: Ints, order: Ints, wanted: int, kept: Mask) -> Ints | None:
@@ -264,9 +253,10 @@ def _place(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> Int
         changing = changing._replace(apart=apart)
     if int(np.minimum(room, wanted).sum()) < wanted:
         return None
-    order = preference(trial, group, room)
+    nodes = _nodes(trial, group, room)
+    order = trial.ledger.policy.rows(nodes)
     if not any(changing._replace(budgets=[])):
-        return spread_out(capped(room, trial.caps(group), order), order, wanted, kept_for_others(trial, group))
+        return spread_out(capped(room, trial.caps(group), order), order, wanted, nodes.kept_for_others)
     first = [codes for codes, there in changing.together if not there.any()]
     if not first:
         return _one_by_one(room, order, wanted, changing)

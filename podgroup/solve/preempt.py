@@ -21,6 +21,7 @@ from podgroup.solve.question import Gang, Placed, changes_on_the_way
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key, is_group, owned, without_former_runs
 from podgroup.state.ledger import Ints
+from podgroup.state.runners import youngest_first
 from podgroup.state.selectors import matches
 
 MAX_SINGLE_GANGS = 64
@@ -81,7 +82,7 @@ def _of_groups(
         limit = search.priority + (other in search.yielding)
         if not bound or max(p.spec.priority for p in bound) >= limit:
             continue
-        bound.sort(key=lambda p: (p.spec.node_name not in wanted, p.spec.priority, *_youngest(p)))
+        bound.sort(key=lambda p: (p.spec.node_name not in wanted, p.spec.priority, youngest_first(p), p.metadata.name))
         may = [p for p in bound if owned(p) and _allowed(cluster, p, left if shared else dict(left))]
         group = cluster.groups.get(other)
         done = sum(p.status.phase == "Succeeded" for p in without_former_runs(cluster.pods_of(other)))
@@ -105,11 +106,7 @@ def _alone(cluster: Cluster, search: Search, left: dict[str, int], *, shared: bo
 def _order(bundle: Bundle) -> tuple[int, float, str]:
     """The least important and youngest first."""
     first = (bundle.whole or bundle.surplus)[0]
-    return (bundle.priority, _youngest(first)[0], bundle.key)
-
-
-def _youngest(pod: Pod) -> tuple[float, str]:
-    return -(seconds_of(pod.metadata.creation_timestamp) or 0.0), pod.metadata.name
+    return (bundle.priority, youngest_first(first), bundle.key)
 
 
 def _allowed(cluster: Cluster, pod: Pod, left: dict[str, int]) -> bool:
@@ -220,15 +217,17 @@ class Candidates:
         self.surplus = surplus
         self._in_order = (b for b in in_order if b.whole)
         self._known: list[Bundle] = []
+        self._mild: list[Bundle] = []
+        """Of them those that are no groups."""
 
     def whole(self, count: int, *, mild: bool = False) -> list[Bundle]:
         """The first so many that can be taken as a whole; `mild`: no groups."""
-        while sum(1 for b in self._known if not (mild and is_group(b.key))) < count:
-            more = next(self._in_order, None)
-            if more is None:
-                break
+        chosen = self._mild if mild else self._known
+        while len(chosen) < count and (more := next(self._in_order, None)) is not None:
             self._known.append(more)
-        return [b for b in self._known if not (mild and is_group(b.key))][:count]
+            if not is_group(more.key):
+                self._mild.append(more)
+        return chosen[:count]
 
 
 class Question:

@@ -6,7 +6,7 @@ NodeResourcesFit, InterPodAffinity, PodTopologySpread, VolumeBinding, VolumeZone
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -29,6 +29,15 @@ class Member(NamedTuple):
     namespace: str
     shape: Shape
     labels: Mapping[str, str]
+
+
+def asked_by(members: Iterable[Member]) -> dict[str, int]:
+    """What members ask for together, by resource."""
+    found: dict[str, int] = {}
+    for member in members:
+        for resource, amount in member.shape.requests:
+            found[resource] = found.get(resource, 0) + amount
+    return found
 
 
 class Debt(NamedTuple):

@@ -318,7 +318,7 @@ def _has_extended(n: int, free: Ints, extended: Ints) -> bool:
 def _before(
     a: int, b: int, free: Ints, asked: Ints, scarce: int, kept: Flags, cpu: int, memory: int, room: Ints
 ) -> bool:
-    """Whether node a is filled before node b (`place_class.preference`)."""
+    """Whether node a is filled before node b (`policy.AgeAndTightest`)."""
     if scarce >= 0:
         over_a = free[a, scarce] - room[a] * asked[scarce]
         over_b = free[b, scarce] - room[b] * asked[scarce]
@@ -350,7 +350,7 @@ def _first(
 ) -> int:
     """The node to fill first; with `least` the tightest one that takes so many, the first of equals.
 
-    Of those that are kept for others (`place_class.kept_for_others`) only where no other takes so many.
+    Of those that are kept for others (`policy.Nodes`) only where no other takes so many.
     """
     best = -1
     for n in range(len(free)):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from podgroup.solve.place import most_that_fit
-from podgroup.solve.question import Class, Gang, Trial, classes_of
+from podgroup.solve.question import Class, Gang, Trial, asked_by, classes_of
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.node_budgets import capped
 
@@ -74,11 +74,8 @@ def most_lacking(ledger: Ledger, gang: Gang) -> list[Class]:
 def _short_of(ledger: Ledger, gang: Gang) -> str:
     """Of which resource it asks for more than is free on the nodes that it may use, in words."""
     mask, found = ledger.standing(gang.members[0].shape), []
-    asked: dict[str, int] = dict(gang.reserve)
-    for member in gang.members[: gang.quorum]:
-        for resource, amount in member.shape.requests:
-            if resource in gang.reserve:
-                asked[resource] += amount
+    members = asked_by(gang.members[: gang.quorum])
+    asked = {resource: amount + members.get(resource, 0) for resource, amount in gang.reserve.items()}
     for resource in gang.reserve:
         column = ledger.columns.get(resource)
         free = np.maximum(ledger.free[:, column], 0)[mask].sum() if column is not None else 0

@@ -13,6 +13,11 @@ Rank = tuple[int, float, str, str]
 """(priority, youngest first, gang, uid)"""
 
 
+def youngest_first(pod: Pod) -> float:
+    """The less, the younger."""
+    return -(seconds_of(pod.metadata.creation_timestamp) or 0.0)
+
+
 class Runners:
     """Bound pods without a group that a controller would make anew, sorted; kept so pod by pod."""
 
@@ -26,7 +31,7 @@ class Runners:
         if not pod.spec.node_name or pod.terminal or pod.deleting or is_group(key) or not owned(pod):
             self.drop(uid)
             return
-        rank = (pod.spec.priority, -(seconds_of(pod.metadata.creation_timestamp) or 0.0), key, uid)
+        rank = (pod.spec.priority, youngest_first(pod), key, uid)
         if self._rank.get(uid) != rank:
             self.drop(uid)
             self._rank[uid] = rank

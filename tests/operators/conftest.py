@@ -14,12 +14,10 @@ import msgspec
 import pytest
 import yaml
 
-from colocate.kube.client import DEFINITIONS, MERGE, NODES, PODS, Api, ApiError, path_of
-from colocate.kube.reflector import Reflector
-from colocate.objects import Node, Pod
-from podgroup.api import POD_GROUPS, PodGroup
+from colocate.kube.client import DEFINITIONS, MERGE, Api, ApiError, path_of
+from colocate.objects import Pod
 from podgroup.demo.controlplane import ControlPlane, install
-from podgroup.demo.observer import Observer
+from podgroup.demo.observer import Observer, watching
 from podgroup.queue.entry import Settings
 from tests.cluster.conftest import World, leader
 from tests.operators.jobs import ADAPTERS, Adapter
@@ -157,25 +155,12 @@ async def world(plane: ControlPlane, played: None, request: pytest.FixtureReques
     """A cluster with one operator's jobs, watched by somebody who knows nothing of the controller."""
     async with Api.connect(str(plane.kubeconfig())) as api:
         world = Played(api, request.param)
-        watched: list[tuple[str, Any, Any]] = [
-            (NODES, Node, world.seen.on_node),
-            (POD_GROUPS, PodGroup, world.seen.on_group),
-            (PODS, Pod, world.seen.on_pod),
-        ]
-        tasks = []
-        for path, kind, handler in watched:
-            reflector: Reflector[Any] = Reflector(api, path, kind, handler)
-            tasks.append(asyncio.create_task(reflector.run()))
-            await reflector.synced.wait()
         settings = Settings(schedulers=("colocate", UPSTREAM), creation_grace_seconds=10.0)
         try:
-            async with leader(world, settings):
+            async with watching(api, world.seen), leader(world, settings):
                 yield world
             found = world.seen.result()
             assert (found["partial_gangs"], found["overcommitted_nodes"]) == (0, 0), found
         finally:
             await world.sweep()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.sleep(0.25)  # encrypted streams end a moment after they are let go
