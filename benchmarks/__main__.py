@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     names = named or [
         name for name in SUITES if full or name != "gang"
     ]  # gang: by name, for `make bench` has 40 minutes
-    unknown = [n for n in names if n not in SUITES]
+    unknown = [n for n in names if n not in SUITES] + [a for a in arguments if a.startswith("-") and a != "--full"]
     if unknown:
         print(f"unknown benchmark {unknown[0]!r}; known: {', '.join(SUITES)}", file=sys.stderr)
         return 2

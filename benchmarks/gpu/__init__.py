@@ -1,0 +1,1 @@
+"""GPU batch beside GPU services: what is measured on a real card."""
