@@ -27,6 +27,8 @@ class Module(NamedTuple):
     package: str
     resources: tuple[str, ...]
     """Files of CustomResourceDefinitions within the module."""
+    webhooks: str = ""
+    """The file of its webhook configurations."""
 
 
 OPERATORS = {
@@ -42,6 +44,49 @@ OPERATORS = {
         ".",
         ("config/crd/bases/ray.io_rayclusters.yaml", "config/crd/bases/ray.io_rayjobs.yaml"),
     ),
+    "training-operator": Module(
+        "github.com/kubeflow/training-operator",
+        "v1.9.3",
+        "./cmd/training-operator.v1",
+        ("manifests/base/crds/kubeflow.org_pytorchjobs.yaml",),
+        "manifests/base/webhook/manifests.yaml",
+    ),
+    "jobset": Module(
+        "sigs.k8s.io/jobset",
+        "v0.10.1",
+        ".",
+        ("config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml",),
+        "config/components/webhook/manifests.yaml",
+    ),
+    "lws": Module(
+        "sigs.k8s.io/lws",
+        "v0.7.0",
+        "./cmd",
+        ("config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml",),
+        "config/webhook/manifests.yaml",
+    ),
+    "kueue": Module(
+        "sigs.k8s.io/kueue",
+        "v0.17.0",
+        "./cmd/kueue",
+        tuple(
+            f"config/components/crd/bases/kueue.x-k8s.io_{plural}.yaml"
+            for plural in (
+                "workloads",
+                "localqueues",
+                "workloadpriorityclasses",
+                "cohorts",
+                "topologies",
+                "clusterqueues",
+                "provisioningrequestconfigs",
+                "admissionchecks",
+                "resourceflavors",
+                "multikueueclusters",
+                "multikueueconfigs",
+            )
+        ),
+        "config/components/webhook/manifests.yaml",
+    ),
 }
 
 
@@ -55,12 +100,9 @@ def _folder(name: str) -> Path:
     return cache_folder("operators") / f"{name}-{OPERATORS[name].version}"
 
 
-def lacks() -> str:
-    """What is missing before the operators can be played; empty if nothing is."""
-    missing = [name for name in OPERATORS if built(name) is None]
-    if not missing:
-        return ""
-    return f"{', '.join(missing)}: make test-operators builds them (Go, about five minutes each, once)"
+def lacks(name: str) -> str:
+    """What is missing before an operator can be played; empty if nothing is."""
+    return "" if built(name) else f"{name} is not built: make test-operators builds it (Go, some minutes, once)"
 
 
 def build(name: str) -> Path:
@@ -83,6 +125,8 @@ def build(name: str) -> Path:
         (made / "crds").mkdir(parents=True)
         for resource in module.resources:
             shutil.copy(copy / resource, made / "crds")
+        if module.webhooks:
+            shutil.copy(copy / module.webhooks, made / "webhooks.yaml")
         _go("build", "-trimpath", "-ldflags", "-s -w", "-o", str(made / "operator"), module.package, where=copy)
         made.rename(folder)  # whole or not at all
     return folder

@@ -124,8 +124,9 @@ class Feed:
             self._cluster.remove_pod(uid)
         if now is not None and rejected(now) and known is not None and not known.terminal:
             self._refused(now.status.reason)
-        failed = now is not None and now.status.phase == "Failed" and not rejected(now)
-        if holding is not None and (now is None or failed):
+        ended = now is not None and now.status.phase == "Failed" and not rejected(now)
+        if holding is not None and (now is None or ended):
+            failed = ended and not pod.deleting  # who is told to go fails on its way out: a kubelet says so
             self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
             self.lost_members.add(key)
         if now is None or now.spec.node_name:

@@ -39,7 +39,7 @@ USERS = {
     "node": ("system:node:localhost", '"system:nodes"'),
 }
 CONTROLLERS = (
-    "job-controller,replicaset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
+    "job-controller,replicaset-controller,statefulset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
     "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller,"
     "persistentvolume-binder-controller,persistentvolume-protection-controller,"
     "persistentvolumeclaim-protection-controller,ephemeral-volume-controller"
@@ -79,7 +79,8 @@ def binaries(*names: str) -> Path:
     raise HostUnfit(f"the Kubernetes binaries {', '.join(names)} are not in {where}", mend)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on now."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -160,7 +161,7 @@ class ControlPlane:
 
     def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        client, peer, self.port = _free_ports(3)
+        client, peer, self.port = free_ports(3)
         tokens = "".join(f"{self._tokens[u]},{name},{u},{groups}\n" for u, (name, groups) in USERS.items())
         path = self.directory / "tokens.csv"
         path.touch(mode=0o600)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import subprocess
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -16,23 +14,20 @@ import yaml
 
 from colocate.kube.client import DEFINITIONS, MERGE, Api, ApiError, path_of
 from colocate.objects import Pod
-from podgroup.demo.controlplane import ControlPlane, install
+from podgroup.api import PLANS, POD_GROUPS
+from podgroup.demo.controlplane import ControlPlane, free_ports, install
 from podgroup.demo.observer import Observer, watching
 from podgroup.queue.entry import Settings
 from tests.cluster.conftest import World, leader
 from tests.operators.jobs import ADAPTERS, Adapter
+from tests.operators.running import Running
 from tools import operators
 
 UPSTREAM = "scheduler-plugins-scheduler"
 """What operators write into their pods, whatever they are told."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of them need the binaries."""
-    lacks = operators.lacks()
-    for item in items:
-        if lacks:
-            item.add_marker(pytest.mark.skip(reason=f"operators lack {lacks}"))
+BUILT = [adapter for adapter in ADAPTERS if not operators.lacks(adapter.name)]
 
 
 @pytest.fixture(scope="package")
@@ -43,39 +38,39 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 
 @pytest.fixture(scope="package")
 def played(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """All operators, running."""
-    logs = tmp_path_factory.mktemp("operators")
+    """All operators that are built, running."""
+    config = plane.kubeconfig()
     asyncio.run(_install(plane))
     with contextlib.ExitStack() as stack:
-        for adapter in ADAPTERS:
-            folder = operators.built(adapter.name)
-            assert folder is not None
-            log = stack.enter_context((logs / f"{adapter.name}.log").open("wb"))
-            command = [str(folder / "operator"), *adapter.options(str(plane.kubeconfig()))]
-            environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig()), "POD_NAMESPACE": "default"}
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            stack.callback(_end, process)
+        started = []
+        for adapter, port in zip(BUILT, free_ports(len(BUILT)), strict=True):
+            directory = tmp_path_factory.mktemp(adapter.name)
+            started.append(Running(adapter, config, directory, port))
+            stack.enter_context(started[-1].running())
+        asyncio.run(_hook(plane, started))
         yield
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+async def _hook(plane: ControlPlane, started: list[Running]) -> None:
+    async with Api.connect(str(plane.kubeconfig())) as api:
+        for running in started:
+            for collection, body in running.webhooks():
+                await api.request("POST", collection, body)
+            for collection, body in running.adapter.beside():
+                await api.request("POST", collection, body)
 
 
 async def _install(plane: ControlPlane) -> None:
     async with Api.connect(str(plane.kubeconfig())) as api:
         await install(api)
-        for adapter in ADAPTERS:
+        for adapter in BUILT:
             folder = operators.built(adapter.name)
             assert folder is not None
             for file in sorted((folder / "crds").iterdir()):
                 await api.request("POST", DEFINITIONS, yaml.safe_load(file.read_text()))
-        for adapter in ADAPTERS:
+            for collection, body in adapter.before():
+                await api.request("POST", collection, body)
+        for adapter in BUILT:
             for _ in range(300):
                 with contextlib.suppress(ApiError):
                     await api.request("GET", adapter.collection)
@@ -100,11 +95,23 @@ class Played(World):
             await self.node(name, nvidia_com__gpu=gpus, cpu=16, memory="64Gi")
 
     async def start(self, name: str, workers: int) -> None:
-        await self.create(self.adapter.collection, self.adapter.job(self._called(name), workers))
+        for collection, body in self.adapter.objects(self._called(name), workers):
+            await self.create(collection, body)
 
     async def change(self, name: str, spec: dict[str, Any]) -> None:
-        path = path_of(self.adapter.collection, self.namespace, self._called(name))
+        await self.patch(self.adapter.collection, self._called(name), spec)
+
+    async def patch(self, collection: str, name: str, spec: dict[str, Any]) -> None:
+        path = path_of(collection, self.namespace, name)
         await self.api.request("PATCH", path, {"spec": spec}, content_type=MERGE)
+
+    async def suspend(self, name: str, yes: bool) -> None:
+        await self.adapter.suspend(self, self._called(name), yes)
+
+    async def items(self, collection: str) -> list[dict[str, Any]]:
+        answer = await self.api.request("GET", path_of(collection, self.namespace))
+        found: list[dict[str, Any]] = msgspec.json.decode(answer)["items"]
+        return found
 
     async def end(self, name: str) -> None:
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
@@ -121,7 +128,10 @@ class Played(World):
         async def all_run() -> bool:
             return await self.bound_of(name) == count
 
-        await self.until(all_run, f"{count} members of {name} are bound")
+        try:
+            await self.until(all_run, f"{count} members of {name} are bound")
+        except AssertionError as error:
+            raise AssertionError(await self.told_of()) from error
 
     async def until_waits(self, name: str, count: int) -> None:
         """Its pods are there, none is on a node, and its users are told why."""
@@ -134,11 +144,13 @@ class Played(World):
         await self.until(told, f"{name} waits whole")
 
     async def told_of(self) -> list[str]:
-        """The Events of the last minutes, for a test that has failed."""
-        answer = await self.api.request("GET", path_of("/api/v1/events", self.namespace))
-        items = msgspec.json.decode(answer)["items"]
+        """Plans, and the Events of the last minutes, for a test that has failed."""
+        plans = [(i["metadata"]["name"], i.get("status")) for i in await self.items(PLANS)]
+        groups = [(i["metadata"]["name"], i.get("status")) for i in await self.items(POD_GROUPS)]
+        print(plans, groups)
         return [
-            f"{e['involvedObject']['kind']}/{e['involvedObject']['name']} {e['reason']}: {e['message']}" for e in items
+            f"{e['involvedObject']['kind']}/{e['involvedObject']['name']} {e['reason']}: {e['message']}"
+            for e in await self.items("/api/v1/events")
         ]
 
     async def sweep(self) -> None:
@@ -153,6 +165,8 @@ class Played(World):
 @pytest.fixture(params=ADAPTERS, ids=[adapter.name for adapter in ADAPTERS])
 async def world(plane: ControlPlane, played: None, request: pytest.FixtureRequest) -> AsyncIterator[Played]:
     """A cluster with one operator's jobs, watched by somebody who knows nothing of the controller."""
+    if lacks := operators.lacks(request.param.name):
+        pytest.skip(lacks)
     async with Api.connect(str(plane.kubeconfig())) as api:
         world = Played(api, request.param)
         settings = Settings(schedulers=("colocate", UPSTREAM), creation_grace_seconds=10.0)

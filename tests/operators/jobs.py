@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any, Protocol
 
+from podgroup.api import POD_GROUPS
+
 GPUS = 8
+Objects = list[tuple[str, dict[str, Any]]]
+"""Collections and what is made in them."""
 
 
-def template(name: str, gpus: int = 0) -> dict[str, Any]:
+def template(name: str, gpus: int = 0, group: str = "") -> dict[str, Any]:
+    """A pod; one whose user groups it by hand names group and scheduler."""
     asked: dict[str, str] = {"cpu": "1", "memory": "1Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
     container = {"name": name, "image": "example.com/work:1", "resources": {"requests": asked, "limits": asked}}
-    return {"spec": {"containers": [container], "terminationGracePeriodSeconds": 0}}
+    spec: dict[str, Any] = {"containers": [container], "terminationGracePeriodSeconds": 0}
+    if not group:
+        return {"spec": spec}
+    spec |= {"schedulerName": "colocate"}
+    return {"metadata": {"labels": {"scheduling.x-k8s.io/pod-group": group}}, "spec": spec}
 
 
-class Adapter(Protocol):
+def pod_group(name: str, members: int) -> tuple[str, dict[str, Any]]:
+    body = {"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": {"name": name}}
+    return POD_GROUPS, {**body, "spec": {"minMember": members}}
+
+
+class Cluster(Protocol):
+    """What suspending a job may need."""
+
+    async def patch(self, collection: str, name: str, spec: dict[str, Any]) -> None:
+        """Merge into the specification."""
+
+    async def items(self, collection: str) -> list[dict[str, Any]]:
+        """Of the namespace."""
+
+
+class Adapter:
     """An operator, its jobs, and what its users do to them."""
 
     name: str
     collection: str
     label: str
     """Of its pods: the job that they are of."""
+    hooked: tuple[str, ...] = ()
+    """API groups whose webhooks are asked."""
 
-    def options(self, kubeconfig: str) -> list[str]:
-        """Of its command line."""
+    def options(self, where: Path, port: int) -> list[str]:
+        """Of its command line; `where` holds `kubeconfig` and `config.yaml`, `port` is for its webhooks."""
+        return [f"--config={where / 'config.yaml'}"]
+
+    def config(self, port: int) -> dict[str, Any]:
+        """Its file of settings."""
+        return {}
+
+    def before(self) -> Objects:
+        """What must be there before it starts."""
+        return []
+
+    def beside(self) -> Objects:
+        """What its administrator makes once it runs."""
+        return []
 
     def job(self, name: str, workers: int) -> dict[str, Any]:
         """An object; its gang has one member more than workers."""
+        raise NotImplementedError
+
+    def objects(self, name: str, workers: int) -> Objects:
+        """All that a user makes for a job."""
+        return [(self.collection, self.job(name, workers))]
 
     def scaled(self, workers: int) -> dict[str, Any]:
         """The change of its specification, as a merge patch."""
+        raise NotImplementedError
 
     def suspended(self, yes: bool) -> dict[str, Any]:
         """The same."""
+        return {"suspend": yes}
+
+    async def suspend(self, cluster: Cluster, name: str, yes: bool) -> None:
+        """Suspend it, or let it go on."""
+        await cluster.patch(self.collection, name, self.suspended(yes))
 
 
-class MpiJob:
+class MpiJob(Adapter):
     """kubeflow.org/v2beta1."""
 
     name, collection = "mpi-operator", "/apis/kubeflow.org/v2beta1/mpijobs"
     label = "training.kubeflow.org/job-name"
 
-    def options(self, kubeconfig: str) -> list[str]:
+    def options(self, where: Path, port: int) -> list[str]:
         scheduler = "--gang-scheduling=scheduler-plugins-scheduler"
-        return [f"--kubeConfig={kubeconfig}", scheduler, "--lock-namespace=default"]
+        return [f"--kubeConfig={where / 'kubeconfig'}", scheduler, "--lock-namespace=default"]
 
     def job(self, name: str, workers: int) -> dict[str, Any]:
         replicas = {
@@ -59,12 +111,12 @@ class MpiJob:
         return {"runPolicy": {"suspend": yes}}
 
 
-class RayCluster:
+class RayCluster(Adapter):
     """ray.io/v1."""
 
     name, collection, label = "kuberay", "/apis/ray.io/v1/rayclusters", "ray.io/cluster"
 
-    def options(self, kubeconfig: str) -> list[str]:
+    def options(self, where: Path, port: int) -> list[str]:
         return [
             "--batch-scheduler=scheduler-plugins",
             "--enable-leader-election=false",
@@ -87,8 +139,157 @@ class RayCluster:
         group = self.job("", workers)["spec"]["workerGroupSpecs"]
         return {"workerGroupSpecs": group}
 
+
+class PyTorchJob(Adapter):
+    """kubeflow.org/v1. Its operator waits for a certificate that it makes itself; its webhooks are not asked."""
+
+    name, collection = "training-operator", "/apis/kubeflow.org/v1/pytorchjobs"
+    label = "training.kubeflow.org/job-name"
+
+    def options(self, where: Path, port: int) -> list[str]:
+        return [
+            f"--kubeconfig={where / 'kubeconfig'}",
+            "--enable-scheme=pytorchjob",
+            "--gang-scheduler-name=scheduler-plugins-scheduler",
+            f"--webhook-server-port={port}",
+            "--metrics-bind-address=0",
+            "--health-probe-bind-address=0",
+        ]
+
+    def before(self) -> Objects:
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "training-operator-webhook-cert"}}
+        hooks = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration"}
+        named = {"metadata": {"name": "validator.training-operator.kubeflow.org"}}
+        collection = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
+        return [("/api/v1/namespaces/default/secrets", secret), (collection, {**hooks, **named})]
+
+    def job(self, name: str, workers: int) -> dict[str, Any]:
+        replicas = {
+            "Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": template("pytorch")},
+            "Worker": {"replicas": workers, "restartPolicy": "OnFailure", "template": template("pytorch", GPUS)},
+        }
+        spec = {"pytorchReplicaSpecs": replicas}
+        return {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": name}, "spec": spec}
+
+    def scaled(self, workers: int) -> dict[str, Any]:
+        return {"pytorchReplicaSpecs": {"Worker": {"replicas": workers}}}
+
     def suspended(self, yes: bool) -> dict[str, Any]:
-        return {"suspend": yes}
+        return {"runPolicy": {"suspend": yes}}
 
 
-ADAPTERS: tuple[Adapter, ...] = (MpiJob(), RayCluster())
+class JobSet(Adapter):
+    """jobset.x-k8s.io/v1alpha2; its user makes the PodGroup."""
+
+    name, collection = "jobset", "/apis/jobset.x-k8s.io/v1alpha2/jobsets"
+    label = "jobset.sigs.k8s.io/jobset-name"
+    hooked = ("jobset.x-k8s.io", "")
+    labels: dict[str, str] = {}  # noqa: RUF012
+
+    def options(self, where: Path, port: int) -> list[str]:
+        return [*super().options(where, port), "--metrics-bind-address=0", "--health-probe-bind-address=0"]
+
+    def config(self, port: int) -> dict[str, Any]:
+        return {
+            "apiVersion": "config.jobset.x-k8s.io/v1alpha1",
+            "kind": "Configuration",
+            "internalCertManagement": {"enable": False},
+            "leaderElection": {"leaderElect": False},
+            "webhook": {"port": port},
+        }
+
+    def job(self, name: str, workers: int) -> dict[str, Any]:
+        def part(of: str, many: int, gpus: int) -> dict[str, Any]:
+            pods = template("main", gpus, name)
+            pods["spec"]["restartPolicy"] = "Never"
+            jobs = {"parallelism": many, "completions": many, "backoffLimit": 4, "template": pods}
+            return {"name": of, "replicas": 1, "template": {"spec": jobs}}
+
+        spec = {"replicatedJobs": [part("leader", 1, 0), part("workers", workers, GPUS)]}
+        meta = {"name": name, "labels": self.labels}
+        return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": meta, "spec": spec}
+
+    def objects(self, name: str, workers: int) -> Objects:
+        return [pod_group(name, workers + 1), *super().objects(name, workers)]
+
+
+class LeaderWorkerSet(Adapter):
+    """leaderworkerset.x-k8s.io/v1: one group, whose user makes the PodGroup; all pods restart when one does."""
+
+    name, collection = "lws", "/apis/leaderworkerset.x-k8s.io/v1/leaderworkersets"
+    label = "leaderworkerset.sigs.k8s.io/name"
+    hooked = ("leaderworkerset.x-k8s.io", "")
+
+    def config(self, port: int) -> dict[str, Any]:
+        return {
+            "apiVersion": "config.lws.x-k8s.io/v1alpha1",
+            "kind": "Configuration",
+            "internalCertManagement": {"enable": False},
+            "leaderElection": {"leaderElect": False},
+            "webhook": {"port": port},
+            "metrics": {"bindAddress": "0"},
+            "health": {"healthProbeBindAddress": "0"},
+        }
+
+    def job(self, name: str, workers: int) -> dict[str, Any]:
+        pods = {"leaderTemplate": template("main", 0, name), "workerTemplate": template("main", GPUS, name)}
+        spec = {"replicas": 1, "leaderWorkerTemplate": {"size": workers + 1, **pods}}
+        kind = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
+        return {**kind, "metadata": {"name": name}, "spec": spec}
+
+    def objects(self, name: str, workers: int) -> Objects:
+        return [pod_group(name, workers + 1), *super().objects(name, workers)]
+
+
+class Queued(JobSet):
+    """A JobSet that Kueue admits: by quota first, then by us to nodes."""
+
+    name = "kueue"
+    hooked = ("kueue.x-k8s.io", "jobset.x-k8s.io")
+    labels = {"kueue.x-k8s.io/queue-name": "queue"}  # noqa: RUF012
+
+    def options(self, where: Path, port: int) -> list[str]:
+        gates = "--feature-gates=VisibilityOnDemand=false"
+        return [f"--config={where / 'config.yaml'}", f"--kubeconfig={where / 'kubeconfig'}", gates]
+
+    def config(self, port: int) -> dict[str, Any]:
+        return {
+            "apiVersion": "config.kueue.x-k8s.io/v1beta2",
+            "kind": "Configuration",
+            "namespace": "default",
+            "health": {"healthProbeBindAddress": "0"},
+            "metrics": {"bindAddress": "0"},
+            "webhook": {"port": port},
+            "leaderElection": {"leaderElect": False},
+            "internalCertManagement": {"enable": False},
+            "integrations": {"frameworks": ["jobset.x-k8s.io/jobset"]},
+        }
+
+    def beside(self) -> Objects:
+        def made(kind: str, plural: str, name: str, spec: dict[str, Any], within: str = "") -> tuple[str, Any]:
+            body = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": kind, "metadata": {"name": name}, "spec": spec}
+            return f"/apis/kueue.x-k8s.io/v1beta2/{within}{plural}", body
+
+        quota = [{"name": r, "nominalQuota": q} for r, q in (("cpu", 999), ("memory", "9Ti"), ("nvidia.com/gpu", 999))]
+        covered = {"coveredResources": [q["name"] for q in quota], "flavors": [{"name": "any", "resources": quota}]}
+        return [
+            made("ResourceFlavor", "resourceflavors", "any", {}),
+            made("ClusterQueue", "clusterqueues", "all", {"namespaceSelector": {}, "resourceGroups": [covered]}),
+            made("LocalQueue", "localqueues", "queue", {"clusterQueue": "all"}, "namespaces/default/"),
+        ]
+
+    async def suspend(self, cluster: Cluster, name: str, yes: bool) -> None:
+        """Its administrator takes the admission away."""
+        workloads = "/apis/kueue.x-k8s.io/v1beta2/workloads"
+        for _ in range(100):
+            for item in await cluster.items(workloads):
+                if any(o["name"] == name for o in item["metadata"].get("ownerReferences", [])):
+                    return await cluster.patch(workloads, item["metadata"]["name"], {"active": not yes})
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"Kueue made no workload of {name}")
+
+
+ADAPTERS: tuple[Adapter, ...] = (MpiJob(), RayCluster(), PyTorchJob(), JobSet(), LeaderWorkerSet(), Queued())
+ELASTIC = tuple(a for a in ADAPTERS if isinstance(a, MpiJob | RayCluster | PyTorchJob))
+"""The others cannot change how many members a gang has."""
+SUSPENDABLE = tuple(a for a in ADAPTERS if not isinstance(a, LeaderWorkerSet))

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from colocate.kube.client import PODS
 from tests.operators.conftest import Played
+from tests.operators.jobs import ELASTIC, SUSPENDABLE, Adapter
+
+
+def of(adapters: tuple[Adapter, ...]) -> pytest.MarkDecorator:
+    """Only with these operators."""
+    return pytest.mark.parametrize("world", adapters, ids=[a.name for a in adapters], indirect=True)
 
 
 async def test_1_a_job_that_fits_starts(world: Played) -> None:
@@ -57,6 +65,7 @@ async def test_4_a_worker_that_is_deleted_comes_back_to_its_place(world: Played)
     assert await world.bound_of("rival") == 0
 
 
+@of(ELASTIC)
 async def test_5_a_job_is_scaled_down_and_up_again(world: Played) -> None:
     await world.nodes("j0", "j1", "j2")
     await world.start("a", 3)
@@ -67,6 +76,7 @@ async def test_5_a_job_is_scaled_down_and_up_again(world: Played) -> None:
     await world.until_runs("a", 4)
 
 
+@of(ELASTIC)
 async def test_5b_growth_takes_no_equal_job_s_members(world: Played) -> None:
     async def all_members() -> dict[str, str]:
         return {n: p.metadata.uid for job in ("a", "b") for n, p in (await world.members(job)).items()}
@@ -97,14 +107,15 @@ async def test_6_a_job_that_is_deleted_leaves_its_room_at_once(world: Played) ->
     await world.until_runs("b", 3)
 
 
+@of(SUSPENDABLE)
 async def test_7_a_suspended_job_gives_its_room_away_and_comes_back_whole(world: Played) -> None:
     await world.nodes("m0", "m1")
     await world.start("a", 2)
     await world.until_runs("a", 3)
-    await world.change("a", world.adapter.suspended(True))
+    await world.suspend("a", True)
     await world.start("b", 2)
     await world.until_runs("b", 3)
-    await world.change("a", world.adapter.suspended(False))
+    await world.suspend("a", False)
     await world.until_waits("a", 3)
     await world.end("b")
     await world.until_runs("a", 3)

@@ -97,10 +97,12 @@ class Caught:
         self._answer()
         return [verb for _, verb, _ in self.writes]
 
-    def failed(self, name: str) -> None:
+    def failed(self, name: str, told_to_go: bool = False) -> None:
         before = self.cluster.pods[name]
+        asked = "2026-01-01T00:00:00Z" if told_to_go else None
+        meta = replace(before.metadata, deletion_timestamp=asked)
         status = PodStatus(phase="Failed", container_statuses=[ContainerStatus(name="c")])
-        self.feed.on_pod(before, replace(before, status=status))
+        self.feed.on_pod(before, replace(before, status=status, metadata=meta))
 
 
 def test_a_place_that_was_taken_over_a_nomination_is_bound():
@@ -138,6 +140,30 @@ def test_the_slot_that_a_replacement_uses_is_the_one_that_is_given_up():
     assert caught.round("ns/g") == ["bind"]
     kept = [place.node for place in caught.queue.holds.places(caught.cluster, "ns/g")]
     assert kept == [] or kept == [{"a": "b", "b": "a"}[started["g-4"]]]
+
+
+@pytest.mark.parametrize(
+    ("told_to_go", "starts"),
+    [
+        pytest.param(True, True, id="its owner suspended it, so its pods fail on their way out: the room is free"),
+        pytest.param(False, False, id="one failed by itself: its owner may make all anew, and their places are kept"),
+    ],
+)
+def test_a_gang_whose_pods_have_all_gone_keeps_its_places_only_if_one_failed(told_to_go: bool, starts: bool):
+    caught = Caught()
+    for name in ("a", "b"):
+        caught.node(name)
+    caught.group("g", 2)
+    caught.pod("g-0", "g", on="a")
+    caught.pod("g-1", "g", on="b")
+    caught.failed("g-0", told_to_go)
+    caught.failed("g-1", told_to_go=True)
+    for name in ("g-0", "g-1"):
+        caught.feed.on_pod(caught.cluster.pods[name], None)
+    caught.group("h", 2)
+    caught.pod("h-0", "h")
+    caught.pod("h-1", "h")
+    assert bool(caught.cycle("ns/h")) is starts
 
 
 def test_the_new_place_of_a_moved_member_is_its_own_at_once():
