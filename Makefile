@@ -11,7 +11,7 @@ help:
 	@echo "make demo             set up, then show co-location on this machine's own cgroups (about two minutes)"
 	@echo "make test             set up, then run the quick tests of every suite whose prerequisites exist"
 	@echo "make test-slow        the slow tests: cgroup v2 in a virtual machine, a controller that dies at every write"
-	@echo "make test-operators   unmodified operators (mpi-operator, KubeRay) against the controller; builds them once (Go, minutes each)"
+	@echo "make test-operators   unmodified operators (MPIJob, RayCluster, PyTorchJob, JobSet, LeaderWorkerSet, Kueue) against the controller; builds them once (Go, minutes each)"
 	@echo "make lint             ruff, mypy --strict, import-linter"
 	@echo "make bench            a subset of the benchmarks (at most 40 minutes); bench-full runs all"
 	@echo "make system-packages  the Debian packages of the guest, browser and benchmark suites (root)"

@@ -94,7 +94,7 @@ class KeptPlace(Lean, frozen=True):
     until: str = ""
     count: int = 1
     failed: bool = False
-    """Whether it was lost by a failure, and not by an end that was asked for."""
+    """Whether it is kept though no member lives: one failed, or the owner makes all anew when one has gone."""
 
 
 class Counterfactual(Lean, frozen=True):
@@ -127,7 +127,14 @@ class GangPlanStatus(Lean, frozen=True):
     waiting_since: str | None = None
     advice: Advice | None = None
     kept_places: list[KeptPlace] = []
-    """So that they outlive the controller that keeps them."""
+    """So that they outlive the controller that keeps them, as what follows does."""
+    taken_back: int = 0
+    """How often in a row its start has been taken back."""
+    backing_off_until: str | None = None
+    reserved_since: str | None = None
+    """Since when what it claims as the head of the queue has not grown."""
+    reserved_members: int = 0
+    """The places of how many members that claim had at most."""
     conditions: list[Condition] = []
     observed_generation: int = 0
 

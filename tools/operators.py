@@ -42,7 +42,7 @@ OPERATORS = {
         "github.com/ray-project/kuberay/ray-operator",
         "v1.5.0",
         ".",
-        ("config/crd/bases/ray.io_rayclusters.yaml", "config/crd/bases/ray.io_rayjobs.yaml"),
+        tuple(f"config/crd/bases/ray.io_{plural}.yaml" for plural in ("rayclusters", "rayjobs", "rayservices")),
     ),
     "training-operator": Module(
         "github.com/kubeflow/training-operator",
@@ -92,8 +92,9 @@ OPERATORS = {
 
 def built(name: str) -> Path | None:
     """The folder with an operator's binary `operator` and its custom resources `crds/`; None if it is not built."""
-    folder = _folder(name)
-    return folder if (folder / "operator").exists() else None
+    folder, module = _folder(name), OPERATORS[name]
+    wanted = ["operator", *(f"crds/{Path(r).name}" for r in module.resources)]
+    return folder if all((folder / file).exists() for file in wanted) else None
 
 
 def _folder(name: str) -> Path:
@@ -116,19 +117,19 @@ def build(name: str) -> Path:
     told = _go("mod", "download", "-json", f"{module.path}@{module.version}", where=Path("/"))
     source = Path(json.loads(told)["Dir"])
     folder = _folder(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        copy, made = Path(temporary) / "source", Path(temporary) / "made"
-        shutil.copytree(source, copy, copy_function=shutil.copyfile)
-        for path in (copy, *copy.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # the module cache is read-only
-        (made / "crds").mkdir(parents=True)
-        for resource in module.resources:
-            shutil.copy(copy / resource, made / "crds")
-        if module.webhooks:
-            shutil.copy(copy / module.webhooks, made / "webhooks.yaml")
-        _go("build", "-trimpath", "-ldflags", "-s -w", "-o", str(made / "operator"), module.package, where=copy)
-        made.rename(folder)  # whole or not at all
+    (folder / "crds").mkdir(parents=True, exist_ok=True)
+    for resource in module.resources:
+        shutil.copyfile(source / resource, folder / "crds" / Path(resource).name)
+    if module.webhooks:
+        shutil.copyfile(source / module.webhooks, folder / "webhooks.yaml")
+    if not (folder / "operator").exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            copy, made = Path(temporary) / "source", Path(temporary) / "operator"
+            shutil.copytree(source, copy, copy_function=shutil.copyfile)
+            for path in (copy, *copy.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # the module cache is read-only
+            _go("build", "-trimpath", "-ldflags", "-s -w", "-o", str(made), module.package, where=copy)
+            made.rename(folder / "operator")  # whole or not at all
     return folder
 
 

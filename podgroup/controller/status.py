@@ -84,7 +84,7 @@ class StatusWriter:
             if plan is not None and memory.reason and may_be_told(plan) and plan.status.reason != memory.reason:
                 self._told.pop(key, None)  # what was told was written over when the gang started
             said = self._told.get(key, ("", "", 0.0))[:2]
-            if said != (memory.reason, memory.message) or self._position_is_stale(key):
+            if said != (memory.reason, memory.message) or self._position_is_stale(key) or _claims_anew(memory, plan):
                 self._touched[key] = None
 
     def _position_is_stale(self, key: str) -> bool:
@@ -177,6 +177,7 @@ class StatusWriter:
         told_reason, told_message, at = self._told.get(key, ("", "", 0.0))
         now, failure = time.monotonic(), None
         stale = told_message != memory.message or self._position_is_stale(key)  # numbers change all the time
+        stale = stale or _claims_anew(memory, self._cluster.plans.get(key))
         if told_reason != memory.reason or (stale and now - at >= MESSAGE_SECONDS):
             self._told[key] = (memory.reason, memory.message, now)
             try:
@@ -266,6 +267,13 @@ class StatusWriter:
 def may_be_told(plan: GangPlan | None) -> bool:
     """Whether a plan is at rest, so that its status may say why the gang waits."""
     return plan is None or plan.status.phase not in CARRIED_ON
+
+
+def _claims_anew(memory: Waiting, plan: GangPlan | None) -> bool:
+    """Whether a head's claim is not the one that its plan tells of."""
+    if plan is None or memory.reserved_at is None or not plan.status.waits:
+        return False
+    return plan.status.reserved_since != time_text(memory.reserved_at)
 
 
 def empty_plan(key: str) -> GangPlan:

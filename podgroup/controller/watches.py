@@ -38,6 +38,7 @@ from colocate.objects import (
 from podgroup.api import PLANS, GangPlan, PodGroup
 from podgroup.controller.lost_nodes import LostNodes
 from podgroup.dialects.scheduling_sigs import DIALECT
+from podgroup.queue.entry import MADE_ANEW_LABEL
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, Cluster
 from podgroup.state.gangs import gang_key, rejected
@@ -127,7 +128,8 @@ class Feed:
         ended = now is not None and now.status.phase == "Failed" and not rejected(now)
         if holding is not None and (now is None or ended):
             failed = ended and not pod.deleting  # who is told to go fails on its way out: a kubelet says so
-            self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod))
+            made_anew = MADE_ANEW_LABEL in pod.metadata.labels
+            self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod), made_anew)
             self.lost_members.add(key)
         if now is None or now.spec.node_name:
             self.busy.pop(uid, None)

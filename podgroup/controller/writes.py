@@ -282,7 +282,7 @@ class Hands:
             if plan.status.phase == "Running":  # what was forbidden is permitted by now
                 allowed = [c for c in plan.status.conditions if c.type != "Permitted"]
                 plan = msgspec.structs.replace(plan, status=msgspec.structs.replace(plan.status, conditions=allowed))
-            plan = msgspec.structs.replace(plan, status=self._with_places(key, plan.status))
+            plan = msgspec.structs.replace(plan, status=self.queue.in_plan(self.cluster, key, plan.status))
             try:
                 self.cluster.set_plan(key, await self.binder.save(plan))
                 if known is None or known.status.phase != plan.status.phase:
@@ -312,12 +312,9 @@ class Hands:
                 began=plan.spec.began,
                 min_member=plan.spec.min_member,
             )
-            status = self._with_places(key, status)
+            status = self.queue.in_plan(self.cluster, key, status)
             saved = await self.binder.save(msgspec.structs.replace(plan, spec=spec, status=status))
             self.cluster.set_plan(key, saved)
-
-    def _with_places(self, key: str, status: GangPlanStatus) -> GangPlanStatus:
-        return msgspec.structs.replace(status, kept_places=self.queue.holds.places(self.cluster, key))
 
     def _lock(self, key: str) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())

@@ -28,7 +28,10 @@ STAGED_LABELS = {
     "ray.io/originated-from-crd": "RayJob",
 }
 """Operators that make some members only after others are ready: by the owner of their pods, or by a label that they put
-on every pod, with its value ("": any). The pods of a JobSet are a Job's, those of a LeaderWorkerSet a StatefulSet's."""
+on every pod, with its value ("": any). The pods of a JobSet are a Job's, those of a LeaderWorkerSet a
+StatefulSet's."""
+MADE_ANEW_LABEL = "leaderworkerset.sigs.k8s.io/name"
+"""On the pods of an operator that deletes all members and makes them anew when one has gone; it cannot suspend."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ class Hold(NamedTuple):
     priority: int = 0
     """Of the gang: a nomination does not stand against one that is more important."""
     failed: bool = False
-    """Of a slot: it, or one before it, began with a failure, and not with an end that was asked for."""
+    """Of a slot: it, or one before it, began with a failure, or the owner makes all anew when one has gone."""
 
 
 class Holds:
@@ -102,9 +102,15 @@ class Holds:
             like = Holding(one.uid, "", one.gang.partition("/")[0], one.node, shape, {})
             self._keep(cluster, Hold(one.gang, one.uid, one.until, one.kind, one.priority, one.failed), like)
 
-    def failed(self, key: str) -> bool:
-        """Whether a place is kept for this gang since one of its members failed."""
-        return any(h.key == key and h.failed for h in self._holds)
+    def whole_until(self, key: str) -> float:
+        """Until when places are kept for this gang though none of its members lives; 0 if they are not."""
+        return max((h.until for h in self._holds if h.key == key and h.failed), default=0.0)
+
+    def extend(self, key: str, until: float) -> None:
+        """The places of lost members of a gang are kept for as long as this at least."""
+        self._holds = [
+            h._replace(until=max(h.until, until)) if (h.key, h.kind) == (key, SLOT) else h for h in self._holds
+        ]
 
     def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float, priority: int) -> None:
         """The places that a gang has made victims leave are its own."""

@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 
 from colocate.objects import Pod
-from colocate.units import seconds_of
+from colocate.units import seconds_of, time_text
+from podgroup.api import GangPlanStatus
 from podgroup.queue.backfill import Head, claim
 from podgroup.queue.decisions import Decisions, Elastic, Evict, Hopeless, PlaceInTurn, Start, Waiting
 from podgroup.queue.entry import Entry, Order, Settings, entry_of, not_ready, question, rest_of
@@ -197,7 +198,29 @@ class Queue:
             created = sort_members(pods, self.settings.schedulers).created
             self.waiting[key] = Waiting(since=since, members_at=min(max(made, default=now), now), created=created)
             if plan is not None:
-                self.holds.restore(cluster, key, plan.status.kept_places, now)
+                self._recall_plan(cluster, key, plan.status, now)
+
+    def _recall_plan(self, cluster: Cluster, key: str, status: GangPlanStatus, now: float) -> None:
+        self.holds.restore(cluster, key, status.kept_places, now)
+        if status.taken_back:
+            self._resting[key] = (seconds_of(status.backing_off_until) or now, status.taken_back)
+        if status.waits and status.reserved_since:
+            began = min(seconds_of(status.reserved_since) or now, now)
+            claimed = {"reserved_at": began, "claimed": status.reserved_members}
+            self.waiting[key] = msgspec.structs.replace(self.waiting[key], **claimed)
+
+    def in_plan(self, cluster: Cluster, key: str, status: GangPlanStatus) -> GangPlanStatus:
+        """A plan's status with what a new leader needs to go on as this one would."""
+        memory, (until, times) = self.waiting.get(key, Waiting(since=0.0)), self._resting.get(key, (0.0, 0))
+        claims = status.waits and memory.reserved_at is not None
+        return msgspec.structs.replace(
+            status,
+            kept_places=self.holds.places(cluster, key),
+            taken_back=times,
+            backing_off_until=time_text(until) if times else None,
+            reserved_since=time_text(memory.reserved_at or 0.0) if claims else None,
+            reserved_members=memory.claimed if claims else 0,
+        )
 
     def memory(self, cluster: Cluster, now: float) -> QueueMemory:
         """What the next cycle goes by; that one tries every gang anew, as whoever recalls this will."""
@@ -588,25 +611,31 @@ class Queue:
         """Whether victims are still to go for this gang."""
         return key in self.holds.keys(NOMINATED)
 
-    def lost(self, cluster: Cluster, holding: Holding, key: str, now: float, failed: bool = True) -> None:
+    def lost(
+        self, cluster: Cluster, holding: Holding, key: str, now: float, failed: bool = True, made_anew: bool = False
+    ) -> None:
         """A bound member of a gang is gone or has failed: keep its place for the one that replaces it.
 
         Not if it has made room for another gang, or was taken back with its own. Whoever was deleted without having
-        `failed` may be one that its owner wants no more: its place is kept for a short time only.
+        `failed` may be one that its owner wants no more: its place is kept for a short time only, and only while
+        another member lives, unless its owner has them all `made_anew`.
         """
         plan = cluster.plans.get(key)
         taken_back = plan is not None and plan.status.phase == "RollingBack"
         if self.victims.going(holding.uid):
             self.victims.spared(holding.uid)
         elif is_group(key) and not taken_back:
-            failed = failed or self.holds.failed(key)  # its owner may make all of them anew
+            since = self.holds.whole_until(key)  # its owner may make all of them anew
             seconds = self.settings.slot_seconds if failed else min(self.settings.slot_seconds, DELETED_SLOT_SECONDS)
-            self.holds.keep_slot(cluster, holding, key, now + seconds, failed)
+            until = max(now + seconds, since)
+            self.holds.keep_slot(cluster, holding, key, until, failed or made_anew or since > 0)
+            if made_anew:
+                self.holds.extend(key, until)
 
     def _needs_slots(self, cluster: Cluster, key: str) -> bool:
-        """Whether a gang is below its quorum and lives, or none of it does since one of its members failed."""
+        """Whether a gang is below its quorum and lives, or none of it does and its owner may make it anew."""
         members, group = sort_members(cluster.pods_of(key), self.settings.schedulers), cluster.groups.get(key)
-        lives = members.satisfied > 0 or self.holds.failed(key)
+        lives = members.satisfied > 0 or self.holds.whole_until(key) > 0
         return group is not None and lives and members.satisfied < group.spec.min_member
 
     def _end(self, cluster: Cluster, placed: list[Placed], now: float) -> float:

@@ -256,7 +256,7 @@ class Queued(JobSet):
         return {
             "apiVersion": "config.kueue.x-k8s.io/v1beta2",
             "kind": "Configuration",
-            "namespace": "default",
+            "namespace": "kueue-system",  # jobs in its own are not its business
             "health": {"healthProbeBindAddress": "0"},
             "metrics": {"bindAddress": "0"},
             "webhook": {"port": port},

@@ -630,13 +630,18 @@ def test_scaling_up_takes_no_running_members_of_an_equal_gang():
 
 
 @pytest.mark.parametrize(
-    ("failed", "rival"),
+    ("failed", "made_anew", "after", "rival"),
     [
-        pytest.param(True, False, id="a failure, and all are made anew: the place is kept"),
-        pytest.param(False, True, id="suspended, all are deleted: the room is free at once"),
+        pytest.param(True, False, 0, False, id="a failure, and all are made anew: the place is kept"),
+        pytest.param(True, False, 61, True, id="a failure, and nobody makes them anew: not for ever"),
+        pytest.param(False, False, 0, True, id="suspended, all are deleted: the room is free at once"),
+        pytest.param(False, True, 0, False, id="one was deleted, and its owner deletes the others: the place is kept"),
+        pytest.param(False, True, 14, False, id="a moment more after the last of them has gone"),
+        pytest.param(False, True, 16, True, id="its owner is deleted itself: a short time only"),
+        pytest.param(True, True, 59, False, id="one failed, and its owner deletes the others: as after every failure"),
     ],
 )
-def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, rival):
+def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, made_anew, after, rival):
     made = Simulated(slot_seconds=60.0)
     made.cluster.set_node(node("n", 2))
     made.add("g", 2, 2)
@@ -644,9 +649,11 @@ def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, rival):
     for i, name in enumerate(("g-0", "g-1")):
         holding = made.cluster.ledger.holdings[name]
         made.cluster.remove_pod(name)
-        made.queue.lost(made.cluster, holding, "ns/g", made.now, failed and i == 0)
+        made.queue.lost(made.cluster, holding, "ns/g", made.now, failed and i == 0, made_anew)
+        made.now = 5.0
     made.add("rival", 2, 2)
     made.dirty.add("ns/g")
+    made.now = float(after) if after else made.now
     made.cycle()
     assert bool(made.bound("rival")) == rival
 
@@ -1237,3 +1244,37 @@ def test_surplus_on_another_node_than_was_thought_of_first_goes():
     made.cycle()
     assert [p.spec.node_name for p in made.bound("vip")] == ["n1"]
     assert sorted(p.metadata.name for p in made.bound("g")) == ["g-0", "g-2"]
+
+
+def test_a_new_leader_goes_on_with_back_offs_and_the_claim_of_the_head():
+    """What it knows of them stands in the plans."""
+    old = Simulated(reserve_after_seconds=5.0, reservation_seconds=100.0)
+    old.now = 1_000_000.0
+    for name in ("n0", "n1"):
+        old.cluster.set_node(node(name, 4))
+    old.add("runs", 1, 1, cpu=4)
+    old.cycle()
+    old.add("head", 2, 2, cpu=4)
+    old.add("taken-back", 3, 3, cpu=4)
+    old.cycle()
+    for _ in range(2):
+        old.queue.rest("ns/taken-back", old.now)
+    old.now += 6.0
+    old.dirty |= {"ns/head", "ns/taken-back"}
+    old.cycle()
+    waiting, resting = replace(old.queue.waiting["ns/head"], claimed=1), old.queue._resting
+    old.queue.waiting["ns/head"] = waiting
+    assert (waiting.reserved_at, resting) == (old.now, {"ns/taken-back": (old.now + 14.0, 2)})
+
+    new = Simulated(reserve_after_seconds=5.0, reservation_seconds=100.0)
+    for name in ("head", "taken-back"):
+        told = old.queue.waiting[f"ns/{name}"]
+        status = GangPlanStatus(phase="Waiting", reason=told.reason, waiting_since=written(told.since))
+        meta = ObjectMeta(name=name, namespace="ns", uid=name)
+        status = old.queue.in_plan(old.cluster, f"ns/{name}", status)
+        old.cluster.set_plan(f"ns/{name}", GangPlan(metadata=meta, status=status))
+    new.cluster, new.now = old.cluster, old.now + 3.0
+    new.queue.remember(new.cluster, new.now)
+    kept = new.queue.waiting["ns/head"]
+    assert (kept.since, kept.reserved_at, kept.claimed) == (waiting.since, waiting.reserved_at, waiting.claimed)
+    assert new.queue._resting == resting
