@@ -1,7 +1,7 @@
 """Builds the operators whose jobs are played against the controller, each from its own module.
 
-`python -m tools.operators` builds what is missing. They are not part of the usual tests: a build takes minutes, once.
-What is built lies in the cache, by name and version.
+`python -m tools.operators [NAME...]` builds what is missing. They are not part of the usual tests: a build takes
+minutes, once. What is built lies in the cache, by name and version.
 """
 
 from __future__ import annotations
@@ -89,16 +89,25 @@ OPERATORS = {
     ),
 }
 
+BESIDE = {
+    "coscheduling": Module("sigs.k8s.io/scheduler-plugins", "v0.33.5", "./cmd/scheduler", ()),
+}
+"""What benchmarks run beside our controller; built by name."""
+
 
 def built(name: str) -> Path | None:
     """The folder with an operator's binary `operator` and its custom resources `crds/`; None if it is not built."""
-    folder, module = _folder(name), OPERATORS[name]
+    folder, module = _folder(name), _module(name)
     wanted = ["operator", *(f"crds/{Path(r).name}" for r in module.resources)]
     return folder if all((folder / file).exists() for file in wanted) else None
 
 
 def _folder(name: str) -> Path:
-    return cache_folder("operators") / f"{name}-{OPERATORS[name].version}"
+    return cache_folder("operators") / f"{name}-{_module(name).version}"
+
+
+def _module(name: str) -> Module:
+    return {**OPERATORS, **BESIDE}[name]
 
 
 def lacks(name: str) -> str:
@@ -111,7 +120,7 @@ def build(name: str) -> Path:
     there = built(name)
     if there is not None:
         return there
-    module = OPERATORS[name]
+    module = _module(name)
     if shutil.which("go") is None:
         raise HostUnfit("there is no Go here", "install Go (https://go.dev/dl)")
     told = _go("mod", "download", "-json", f"{module.path}@{module.version}", where=Path("/"))
@@ -141,11 +150,14 @@ def _go(*arguments: str, where: Path) -> str:
     return ran.stdout
 
 
-def main() -> int:
-    """Build what is missing."""
-    for name in OPERATORS:
+def main(names: list[str]) -> int:
+    """Build what is missing, of these or of all operators."""
+    for name in names or OPERATORS:
+        if name not in {**OPERATORS, **BESIDE}:
+            print(f"operators: {name} is not known; known: {', '.join({**OPERATORS, **BESIDE})}", file=sys.stderr)
+            return 2
         if built(name) is None:
-            print(f"operators: building {name} {OPERATORS[name].version} ...", flush=True)
+            print(f"operators: building {name} {_module(name).version} ...", flush=True)
         try:
             build(name)
         except HostUnfit as error:
@@ -155,4 +167,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ from tests.operators.jobs import ADAPTERS, Adapter
 from tests.operators.running import Running
 from tools import operators
 
+GPU = "nvidia.com/gpu"
 UPSTREAM = "scheduler-plugins-scheduler"
 """What operators write into their pods, whatever they are told."""
 
@@ -87,26 +88,39 @@ class Played(World):
         self._suffix = uuid.uuid4().hex[:4]
         """What owned objects of an earlier test's job leave behind for a while has another name."""
 
-    def _called(self, name: str) -> str:
+    def called(self, name: str) -> str:
+        """As the API server knows a job."""
         return f"{name}-{self._suffix}"
 
     async def nodes(self, *names: str, gpus: int = 8) -> None:
         for name in names:
             await self.node(name, nvidia_com__gpu=gpus, cpu=16, memory="64Gi")
 
-    async def start(self, name: str, workers: int) -> None:
-        for collection, body in self.adapter.objects(self._called(name), workers):
+    async def start(self, name: str, workers: int, queue: str = "", **spec: Any) -> None:
+        """Make a job, with this in its specification besides."""
+        for collection, body in self.adapter.objects(self.called(name), workers):
+            if collection == self.adapter.collection:
+                body["spec"] |= spec
+            if queue:
+                body["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": queue}
             await self.create(collection, body)
 
+    async def fail(self, name: str) -> str:
+        """A worker of a job ends with an error; its name."""
+        members = await self.members(name)
+        failed = min(n for n, p in members.items() if GPU in p.spec.containers[0].resources.requests)
+        await self.set_phase(failed, "Failed")
+        return failed
+
     async def change(self, name: str, spec: dict[str, Any]) -> None:
-        await self.patch(self.adapter.collection, self._called(name), spec)
+        await self.patch(self.adapter.collection, self.called(name), spec)
 
     async def patch(self, collection: str, name: str, spec: dict[str, Any]) -> None:
         path = path_of(collection, self.namespace, name)
         await self.api.request("PATCH", path, {"spec": spec}, content_type=MERGE)
 
     async def suspend(self, name: str, yes: bool) -> None:
-        await self.adapter.suspend(self, self._called(name), yes)
+        await self.adapter.suspend(self, self.called(name), yes)
 
     async def items(self, collection: str) -> list[dict[str, Any]]:
         answer = await self.api.request("GET", path_of(collection, self.namespace))
@@ -115,10 +129,10 @@ class Played(World):
 
     async def end(self, name: str) -> None:
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
-        await self.api.request("DELETE", path_of(self.adapter.collection, self.namespace, self._called(name)), body)
+        await self.api.request("DELETE", path_of(self.adapter.collection, self.namespace, self.called(name)), body)
 
     async def members(self, name: str) -> dict[str, Pod]:
-        label, job = self.adapter.label, self._called(name)
+        label, job = self.adapter.label, self.called(name)
         return {n: p for n, p in (await self.pods()).items() if p.metadata.labels.get(label) == job and not p.deleting}
 
     async def bound_of(self, name: str) -> int:

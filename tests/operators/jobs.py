@@ -270,13 +270,18 @@ class Queued(JobSet):
             body = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": kind, "metadata": {"name": name}, "spec": spec}
             return f"/apis/kueue.x-k8s.io/v1beta2/{within}{plural}", body
 
-        quota = [{"name": r, "nominalQuota": q} for r, q in (("cpu", 999), ("memory", "9Ti"), ("nvidia.com/gpu", 999))]
-        covered = {"coveredResources": [q["name"] for q in quota], "flavors": [{"name": "any", "resources": quota}]}
-        return [
-            made("ResourceFlavor", "resourceflavors", "any", {}),
-            made("ClusterQueue", "clusterqueues", "all", {"namespaceSelector": {}, "resourceGroups": [covered]}),
-            made("LocalQueue", "localqueues", "queue", {"clusterQueue": "all"}, "namespaces/default/"),
-        ]
+        def queue(name: str, gpus: int) -> Objects:
+            quota = [
+                {"name": r, "nominalQuota": q} for r, q in (("cpu", 999), ("memory", "9Ti"), ("nvidia.com/gpu", gpus))
+            ]
+            covered = {"coveredResources": [q["name"] for q in quota], "flavors": [{"name": "any", "resources": quota}]}
+            whole = {"namespaceSelector": {}, "resourceGroups": [covered]}
+            return [
+                made("ClusterQueue", "clusterqueues", name, whole),
+                made("LocalQueue", "localqueues", name, {"clusterQueue": name}, "namespaces/default/"),
+            ]
+
+        return [made("ResourceFlavor", "resourceflavors", "any", {}), *queue("queue", 999), *queue("small", 2 * GPUS)]
 
     async def suspend(self, cluster: Cluster, name: str, yes: bool) -> None:
         """Its administrator takes the admission away."""
@@ -290,6 +295,7 @@ class Queued(JobSet):
 
 
 ADAPTERS: tuple[Adapter, ...] = (MpiJob(), RayCluster(), PyTorchJob(), JobSet(), LeaderWorkerSet(), Queued())
+MPI, RAY, PYTORCH, JOBSET, LWS, KUEUE = ((a,) for a in ADAPTERS)
 ELASTIC = tuple(a for a in ADAPTERS if isinstance(a, MpiJob | RayCluster | PyTorchJob))
 """The others cannot change how many members a gang has."""
 SUSPENDABLE = tuple(a for a in ADAPTERS if not isinstance(a, LeaderWorkerSet))

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from colocate.kube.client import PODS
-from tests.operators.conftest import Played
-from tests.operators.jobs import ELASTIC, SUSPENDABLE, Adapter
+from tests.operators.conftest import GPU, Played
+from tests.operators.jobs import ELASTIC, JOBSET, KUEUE, LWS, MPI, SUSPENDABLE, Adapter
 
 
 def of(adapters: tuple[Adapter, ...]) -> pytest.MarkDecorator:
@@ -53,7 +53,7 @@ async def test_4_a_worker_that_is_deleted_comes_back_to_its_place(world: Played)
     await world.start("rival", 1)
     await world.until_waits("rival", 2)
     members = await world.members("a")
-    lost = min(n for n, p in members.items() if "nvidia.com/gpu" in p.spec.containers[0].resources.requests)
+    lost = min(n for n, p in members.items() if GPU in p.spec.containers[0].resources.requests)
     await world.delete(PODS, lost, 0)
 
     async def replaced() -> bool:
@@ -119,3 +119,74 @@ async def test_7_a_suspended_job_gives_its_room_away_and_comes_back_whole(world:
     await world.until_waits("a", 3)
     await world.end("b")
     await world.until_runs("a", 3)
+
+
+# what one operator alone does
+
+
+@of(JOBSET)
+async def test_a_job_set_that_restarts_as_a_whole_keeps_its_room(world: Played) -> None:
+    """failurePolicy: one worker fails, and all jobs are deleted and made anew (reviews: F3)."""
+    parts = world.adapter.job(world.called("a"), 2)["spec"]["replicatedJobs"]
+    for part in parts:
+        part["template"]["spec"]["backoffLimit"] = 0
+    await world.nodes("o0", "o1")
+    await world.start("a", 2, failurePolicy={"maxRestarts": 2}, replicatedJobs=parts)
+    await world.until_runs("a", 3)
+    before = await world.members("a")
+    await world.start("rival", 1)
+    await world.until_waits("rival", 2)
+    await world.fail("a")
+
+    async def anew() -> bool:
+        now = await world.members("a")
+        return len(now) == 3 and not {p.metadata.uid for p in now.values()} & {p.metadata.uid for p in before.values()}
+
+    await world.until(anew, "all its pods are other ones")
+    await world.until_runs("a", 3)
+    assert await world.bound_of("rival") == 0
+
+
+@of(JOBSET)
+async def test_a_job_set_that_starts_in_order_starts(world: Played) -> None:
+    """The workers are made once the leader is ready (reviews: F2)."""
+    await world.nodes("p0", "p1")
+    await world.start("a", 2, startupPolicy={"startupPolicyOrder": "InOrder"})
+    await world.until_runs("a", 3)
+
+
+@of(LWS)
+async def test_a_set_whose_workers_come_after_their_leader_starts(world: Played) -> None:
+    await world.nodes("q0", "q1")
+    await world.start("a", 2, startupPolicy="LeaderReady")
+    await world.until_runs("a", 3)
+
+
+@of(MPI)
+async def test_an_mpi_job_whose_worker_fails_gets_its_launcher_again(world: Played) -> None:
+    """mpi-operator replaces no failed worker, so the launcher must run for it to decide (reviews: F4)."""
+    await world.nodes("r0", "r1")
+    await world.start("a", 2)
+    await world.until_runs("a", 3)
+    launcher = min(n for n in await world.members("a") if "launcher" in n)
+    await world.fail("a")
+    await world.set_phase(launcher, "Failed")
+
+    async def again() -> bool:
+        return any(
+            "launcher" in n and n != launcher and p.spec.node_name for n, p in (await world.members("a")).items()
+        )
+
+    await world.until(again, "another launcher runs")
+
+
+@of(KUEUE)
+async def test_of_two_that_compete_for_quota_the_other_follows(world: Played) -> None:
+    await world.nodes("s0", "s1", "s2", "s3")
+    await world.start("a", 2, queue="small")
+    await world.until_runs("a", 3)
+    await world.start("b", 2, queue="small")
+    await asyncio.sleep(1.0)
+    assert await world.bound_of("b") == 0
+    await world.end("a")
+    await world.until_runs("b", 3)
