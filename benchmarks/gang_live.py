@@ -37,7 +37,7 @@ HTTP_PORT = 20179
 OURS = "colocate"
 EVENTS = re.compile(r'^apiserver_request_total{[^}]*resource="events"[^}]*verb="POST"[^}]*} (\S+)$', re.MULTILINE)
 DECIDE_SUM = "colocate_gang_decide_seconds_sum "
-PLAYED = {"colocate.io/simulated": "true"}
+PLAYED: dict[str, Any] = {"colocate.io/simulated": "true"}
 QUIET_SECONDS = 2.0
 """Once nothing has been written for so long, a run is over: Events follow the binds."""
 CAPACITY_GANG, CAPACITY_TIMES = 32, 25
