@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -35,6 +36,15 @@ HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
 CARRIED_ON = (*HOLDING_PHASES, "Repairing")
 """Phases of a plan in which the commit protocol has something to do."""
 MAX_GAINS = 4096
+
+
+class _Shaped(NamedTuple):
+    """A pod's shape, and what it was worked out from."""
+
+    pod: Pod
+    versions: tuple[int, int]
+    seen: tuple[object, ...]
+    shape: Shape
 
 
 class Cluster:
@@ -67,7 +77,7 @@ class Cluster:
         self.namespaces: dict[str, Mapping[str, str]] = {}
         """Name -> labels."""
         self._namespaces_version = 0
-        self._shapes: dict[str, tuple[tuple[object, ...], Shape]] = {}
+        self._shapes: dict[str, _Shaped] = {}
         self._equal: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
         self._of_spec: WeakValueDictionary[bytes, Shape] = WeakValueDictionary()
         """Namespace and specification, as text -> shape."""
@@ -218,11 +228,14 @@ class Cluster:
 
     def shape(self, pod: Pod) -> Shape:
         """A pod's shape; equal ones are one object while the pod's specification is the same."""
-        uid, seen = pod.metadata.uid, (pod.spec, self._seen_beside(pod), resized(pod))
+        uid, versions = pod.metadata.uid, (self.storage.version, self._namespaces_version)
         cached = self._shapes.get(uid)
-        if cached is None or cached[0] != seen:
-            cached = self._shapes[uid] = (seen, self._shape_anew(pod))
-        return cached[1]
+        if cached is not None and cached.pod is pod and cached.versions == versions:
+            return cached.shape
+        seen = (pod.spec, self._seen_beside(pod), resized(pod))
+        shape = cached.shape if cached is not None and cached.seen == seen else self._shape_anew(pod)
+        self._shapes[uid] = _Shaped(pod, versions, seen, shape)
+        return shape
 
     def _shape_anew(self, pod: Pod) -> Shape:
         looks_beside = has_claims(pod) or (pod.spec.affinity is not None and selects_namespaces(pod)) or resized(pod)
@@ -275,12 +288,14 @@ class Cluster:
         found: set[str] = set()
         for uid, node in members.items():
             row, pod = self.ledger.rows.get(node), self.pods.get(uid)
-            if row is not None and pod is not None and node not in found:
-                kept = [h.shape for h in self.ledger.on(node) if h.kept]  # for somebody who is not there yet
-                free = self.ledger.allocatable[row] - self.ledger.used[row]
-                for resource, amount in (one for shape in kept for one in shape.requests):
-                    free[self.ledger.columns[resource]] += amount
-                columns = [self.ledger.columns[r] for r, _ in self.shape(pod).requests if r in self.ledger.columns]
+            if row is None or pod is None or node in found:
+                continue
+            free = self.ledger.allocatable[row] - self.ledger.used[row]
+            columns = [self.ledger.columns[r] for r, _ in self.shape(pod).requests if r in self.ledger.columns]
+            if (free[columns] < 0).any():
+                for holding in self.ledger.on(node):
+                    for resource, amount in holding.shape.requests if holding.kept else ():
+                        free[self.ledger.columns[resource]] += amount  # kept for somebody who is not there yet
                 if (free[columns] < 0).any():
                     found.add(node)
         return found
