@@ -38,12 +38,13 @@ from podgroup.commit.protocol import (
 )
 from podgroup.controller.advisor import Advisor
 from podgroup.controller.alone import Alone
+from podgroup.controller.announcements import AT_ONCE
 from podgroup.controller.binder import EPOCH, Binder, now_text
 from podgroup.controller.losses import GIVE_UP_AGAIN_SECONDS, Losses
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import StatusWriter, empty_plan
 from podgroup.controller.watches import Feed, now_seconds
-from podgroup.controller.writes import Hands
+from podgroup.controller.writes import PREEMPTED, Hands
 from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.explain.snapshot import ClusterSnapshot, taken_of, verdicts_of
 from podgroup.policy import policy_named
@@ -137,6 +138,8 @@ class Controller:
                 self.queue.remember(self.cluster, now_seconds())
                 self._status.conditions = await self._schema_has_conditions()
                 self._tasks.create_task(self._status.run(self._hands.binder))
+                for _ in range(AT_ONCE):
+                    self._tasks.create_task(self._hands.announcements.run(self._hands.binder))
                 self._tasks.create_task(Advisor(self.cluster, self.queue, self._status.advise).run())
                 while True:
                     await self._decide()
@@ -239,7 +242,7 @@ class Controller:
             for victim in eviction.preemption.victims:
                 text = f"made room for {eviction.key}, which is more important"
                 wanted = partial(self.queue.makes_room, eviction.key)
-                deletion = self._hands.delete(victim, "PreemptionByScheduler", text, wanted)
+                deletion = self._hands.delete(victim, PREEMPTED, text, wanted)
                 self._hands.spawn(victim.metadata.uid, deletion)
         self._write_kept_places()
         self._status.touch_waiting()

@@ -20,6 +20,7 @@ from colocate.kube.client import TIMEOUT_SECONDS, ApiError, Unreachable, pause
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Claim, Condition, PersistentVolume, Pod
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus
+from podgroup.controller.announcements import Announcements
 from podgroup.controller.binder import Binder, now_text
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.status import empty_plan, may_be_told
@@ -30,6 +31,8 @@ from podgroup.state.gangs import gang_key, is_group
 from podgroup.state.storage import Todo
 
 WRITES_AT_ONCE = 256
+PREEMPTED = "PreemptionByScheduler"
+"""Of a pod's DisruptionTarget condition (KEP-3329)."""
 FENCE_ATTEMPTS, REFUSED = 5, (400, 403, 422)
 FENCE_SECONDS = 2 * TIMEOUT_SECONDS
 BACKLOG = 512
@@ -55,6 +58,7 @@ class Hands:
         self._releases: dict[str, int] = {}
         """uid -> how often what was written for its volumes was to be taken back."""
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
+        self.announcements = Announcements(lambda: bool(self._busy))
 
     def connect(self, feed: Feed, touched: Callable[[str], None]) -> None:
         """What is to be told of what was done."""
@@ -117,6 +121,9 @@ class Hands:
                 continue
             if now is None or now.spec.node_name:
                 self.metrics.binds.labels("gone" if now is None else "bound").inc()
+                if now is not None and now.spec.node_name == node:
+                    meta = pod.metadata
+                    self.announcements.add(pod, "Scheduled", f"assigned {meta.namespace}/{meta.name} to {node}")
                 break
             self.metrics.binds.labels("conflict").inc()
             await asyncio.sleep(0.02 * 2**attempt)
@@ -243,6 +250,8 @@ class Hands:
             at_once = pod.spec.node_name not in rows and pod.spec.node_name in gone
             try:
                 await self.binder.delete(pod, reason, message, at_once=at_once)
+                if reason == PREEMPTED:
+                    self.announcements.add(pod, "Preempted", message)
                 break
             except (ApiError, Unreachable) as error:
                 log.warning("delete_failed", pod=pod.metadata.name, error=str(error))

@@ -135,6 +135,12 @@ class World:
         """Pod -> node."""
         return {n: p.spec.node_name for n, p in (await self.pods(namespace)).items() if p.spec.node_name}
 
+    async def events_of_pods(self) -> set[tuple[str, str]]:
+        """Pod and reason of each."""
+        answer = await self.api.request("GET", path_of("/api/v1/events", self.namespace))
+        told = ((e["involvedObject"], e["reason"]) for e in msgspec.json.decode(answer)["items"])
+        return {(about["name"], reason) for about, reason in told if about["kind"] == "Pod"}
+
     async def status(self, name: str, namespace: str = "") -> PodGroup:
         return await self.api.get(PodGroup, path_of(POD_GROUPS, namespace or self.namespace, name))
 

@@ -122,6 +122,12 @@ async def test_a_victim_is_marked_so_that_its_job_does_not_count_a_failure(world
         await world.told("new", "WaitingForPreemption")
         await world.delete(PODS, "low", 0)
         await world.until_bound("new-0")
+        said = {("low", "Scheduled"), ("low", "Preempted"), ("new-0", "Scheduled")}
+
+        async def told() -> bool:
+            return said <= await world.events_of_pods()
+
+        await world.until(told, "kubectl describe pod shows where each was bound, and why one went")
 
 
 async def test_a_pod_without_an_owner_is_never_deleted(world: World) -> None:
