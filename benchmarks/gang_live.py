@@ -40,6 +40,8 @@ DECIDE_SUM = "colocate_gang_decide_seconds_sum "
 PLAYED: dict[str, Any] = {"colocate.io/simulated": "true"}
 QUIET_SECONDS = 2.0
 """Once nothing has been written for so long, a run is over: Events follow the binds."""
+IDLE_SECONDS = 5.0
+"""Before a burst: what is spent without it is not its cost."""
 CAPACITY_GANG, CAPACITY_TIMES = 32, 25
 POOL_NODES, FARM_NODES = 4, 8
 DRAINED, DRAINED_SIZE, DRAINED_SECONDS = 20, 8, 3.0
@@ -53,6 +55,7 @@ class Live:
 
     def __init__(self) -> None:
         self.bound: dict[str, float] = {}
+        self.running: set[str] = set()
         self.api: Api
         self.nodes_seen: Reflector[Node]
 
@@ -115,6 +118,8 @@ class Live:
     def on_pod(self, _before: Pod | None, now: Pod | None) -> None:
         if now is not None and now.spec.node_name and now.metadata.name not in self.bound:
             self.bound[now.metadata.name] = time.monotonic()
+        if now is not None and now.status.phase == "Running":
+            self.running.add(now.metadata.name)
 
     async def succeed(self, name: str) -> None:
         """A pod has done its work."""
@@ -136,9 +141,9 @@ class Live:
         return int(sum(float(found) for found in EVENTS.findall(text)))
 
     async def until_quiet(self) -> int:
-        """How many Events there are once no more come."""
+        """How many Events there are once no more come and every pod that is bound runs: all has been written."""
         before, now = -1, await self.events()
-        while now != before:
+        while now != before or len(self.running) < len(self.bound):
             await asyncio.sleep(QUIET_SECONDS)
             before, now = now, await self.events()
         return now
@@ -225,16 +230,24 @@ async def burst(live: Live, plane: ControlPlane, kind: str, jobs: Jobs) -> dict[
     await live.pods(jobs, _name(kind))
     with scheduler_of(kind, plane) as pid:
         await asyncio.sleep(8)
-        server = plane.pid("kube-apiserver")
+        pids = (pid, plane.pid("kube-apiserver"))
         await live.until_quiet()
-        before, own, api, started = await live.events(), _cpu(pid), _cpu(server), time.monotonic()
+        idle = [_cpu(p) for p in pids]
+        await asyncio.sleep(IDLE_SECONDS)
+        idle = [(_cpu(p) - was) / IDLE_SECONDS for p, was in zip(pids, idle, strict=True)]
+        before, spent, started = await live.events(), [_cpu(p) for p in pids], time.monotonic()
         await live.cordon(False)
         last = await live.until_bound(count)
         events = await live.until_quiet() - before
+        took = time.monotonic() - started
+        own, api = (_cpu(p) - was - rate * took for p, was, rate in zip(pids, spent, idle, strict=True))
         return {
             "binds_per_second": count / (last - started),
-            "cpu_per_pod_ms": (_cpu(pid) - own) / count * 1e3,
-            "api_cpu_per_pod_ms": (_cpu(server) - api) / count * 1e3,
+            "cpu_per_pod_ms": own / count * 1e3,
+            "api_cpu_per_pod_ms": api / count * 1e3,
+            "idle_cpu": idle[0],
+            "idle_api_cpu": idle[1],
+            "until_quiet_seconds": took,
             "events": events,
             "rss_mib": _rss_mib(pid),
         }

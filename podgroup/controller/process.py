@@ -12,6 +12,7 @@ from functools import partial
 
 import msgspec
 import structlog
+import uvloop
 from aiohttp import web
 
 from colocate.cli.logs import configure_logs
@@ -35,7 +36,7 @@ log = structlog.get_logger()
 def controller(options: argparse.Namespace) -> int:
     """Lead, or wait to; until SIGTERM."""
     configure_logs()
-    return asyncio.run(_controller(options))
+    return uvloop.run(_controller(options))
 
 
 async def _controller(options: argparse.Namespace) -> int:
