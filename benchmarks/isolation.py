@@ -318,6 +318,13 @@ def _ratio(rows: list[dict[str, Any]], field: str, other: str, ours: str = "colo
     return ratio_interval([values[ours, i] for i in rounds], [values[other, i] for i in rounds])
 
 
+def _cpu_of_batch(rows: list[dict[str, Any]]) -> Interval:
+    """What is used beyond the service's own, ours to BestEffort's: unlike work, a busy host does not change it much."""
+    own = {r["round"]: r["cpu"] for r in rows if r["arm"] == "alone"}
+    beyond = [{**r, "batch_cpu": r["cpu"] - own[r["round"]]} for r in rows if r["round"] in own]
+    return _ratio(beyond, "batch_cpu", "besteffort")
+
+
 def _disturbed_bars(cell: str, rows: list[dict[str, Any]]) -> list[str]:
     """Beside a third party: no worse than BestEffort, and batch work that is given up has to buy something."""
     ours, plain = "colocate/disturbed", "besteffort/disturbed"
@@ -364,6 +371,7 @@ def _bars(cell: str, where: str, batch: str, rows: list[dict[str, Any]]) -> list
             bar(f"{cell}: p99 to BestEffort's", to_plain.below(BARS["besteffort"]), to_plain, BARS["besteffort"]),
             bar(f"{cell}: p99 to alone", to_alone.below(alone), to_alone, alone),
             bar(f"{cell}: batch work to BestEffort's", gained.above(BARS["work"]), gained, BARS["work"]),
+            bar(f"{cell}: batch's CPU time to BestEffort's", "reported", _cpu_of_batch(rows), BARS["work"]),
             bar(f"{cell}: p99 to BestEffort's, demo's policy", "reported", *_demo(rows, "p99_ms")),
             bar(f"{cell}: batch work to BestEffort's, demo's policy", "reported", *_demo(rows, "work")),
             *_disturbed_bars(cell, rows),

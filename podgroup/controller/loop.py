@@ -57,6 +57,8 @@ from podgroup.state.storage import Progress, has_claims
 
 LARGE, LOOK_SECONDS = 200, 2e-5
 """A gang of at least so many members is looked at again only after so long for each of them."""
+BINDING_SECONDS = 0.02
+"""A gang whose members are being bound is looked at once for the answers of so long."""
 GATHER_SECONDS = 0.005
 """Changes that come together are decided together."""
 ROLL_BACK_SECONDS = 1.0
@@ -276,7 +278,7 @@ class Controller:
                 self._hands.spawn(key, self._hands.save(key, plan))
 
     def _due(self) -> set[str]:
-        """The gangs to be looked at now: a look at ten thousand members takes as long as many binds."""
+        """The gangs to be looked at now: not each of them after each bind of one of its members."""
         dirty, self.feed.dirty, now = self.feed.dirty, set(), now_seconds()
         self._not_before = {key: at for key, at in self._not_before.items() if at > now}
         for key in dirty:
@@ -285,6 +287,8 @@ class Controller:
                 self.feed.dirty.add(key)
             elif members >= LARGE:
                 self._not_before[key] = now + members * LOOK_SECONDS
+            elif members > 1 and not self._busy.keys().isdisjoint(self.cluster.members[key]):
+                self._not_before[key] = now + BINDING_SECONDS
         return dirty - self.feed.dirty
 
     def _next_look(self) -> float:
