@@ -126,7 +126,7 @@ async def settled(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("index", range(0, 24, 5))
+@pytest.mark.parametrize("index", range(0, 24, 2))
 async def test_a_controller_killed_at_any_write_is_succeeded(
     world: World, proxy: Proxy, tmp_path: Path, index: int, when: str
 ) -> None:
