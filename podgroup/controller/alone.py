@@ -48,7 +48,7 @@ class Alone:
                     self._hands.spawn(uid, self._hands.release_volumes(pod, volumes.written))
                 del self.since[uid]
                 self._cluster.withdraw(uid)
-                self._queue.rest(key, now_seconds())
+                self._queue.back_off(key, now_seconds())
                 self._feed.look_again(key)
             elif volumes.todo:
                 self._hands.spawn(uid, self._hands.bind_volumes(pod, node))

@@ -426,12 +426,12 @@ class Controller:
                 self._began.pop(plan.spec.plan_id, None)
                 if planned & self._busy.keys():
                     return  # a bind is still on its way: its room is kept until it is known what came of it
-                self.queue.rest(key, now_seconds())
+                self.queue.back_off(key, now_seconds(), plan.spec.plan_id)
                 unbound = [p for p in pods.values() if not p.spec.node_name and not p.terminal]
                 self._hands.spawn(key, self._hands.save_fenced(key, after.plan, unbound))
                 return
             if after.plan.status.phase == "Running":
-                self.queue.rested(key)
+                self.queue.forget_back_off(key)
                 self._began.pop(plan.spec.plan_id, None)
             self._release_of_dropped(plan, after.plan, volumes)
             self._hands.spawn(key, self._hands.save(key, self._timed(plan, after.plan)))

@@ -132,7 +132,7 @@ class Hands:
                 break
         else:
             if not is_group(key):
-                self.queue.rest(key, now_seconds())
+                self.queue.back_off(key, now_seconds())
         self._settle(uid, key, now)
 
     async def bind_volumes(self, pod: Pod, node: str) -> None:

@@ -23,13 +23,13 @@ def advise(cluster: Cluster, queue: Queue, key: str, now: float) -> Iterator[Adv
     memory, entry = queue.waiting.get(key), entry_of(cluster, key, queue.settings)
     if memory is None or memory.reason != "Unschedulable" or memory.question is None or entry is None:
         return
-    priority, owed = entry.priority, queue.reservations.against(key, entry.priority)
+    priority, owed = entry.priority, queue.owed.against(key, entry.priority)
     gang, _ = question(cluster, entry, queue.settings, owed)
     satisfied = sort_members(cluster.pods_of(key), queue.settings.schedulers).satisfied
     resources = {resource for debt in gang.leave for resource in debt.amounts}
 
     def owed_without(other: str) -> tuple[Debt, ...]:
-        return of_interest(queue.reservations.against(key, priority, without=other), resources)
+        return of_interest(queue.owed.against(key, priority, without=other), resources)
 
     with cluster.ledger.empty():
         fits = place(cluster.ledger, gang._replace(leave=())) is not None

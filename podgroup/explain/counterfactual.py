@@ -58,7 +58,7 @@ def counterfactuals(
 
 def _smaller(ledger: Ledger, gang: Gang, satisfied: int, asked: int) -> Step:
     fit = most_that_fit(ledger, gang)
-    if 0 < fit < gang.quorum and place(ledger, gang._replace(quorum=fit, reserve={})) is not None:
+    if 0 < fit < gang.quorum and place(ledger, gang._replace(quorum=fit, min_resources={})) is not None:
         yield f"minMember were {satisfied + fit} instead of {asked}"
 
 

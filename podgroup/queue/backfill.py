@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
 def claim(ledger: Ledger, key: str, gang: Gang) -> tuple[Head, int]:
     """What a gang that does not fit claims of what is free now, and of how many members the places are among it."""
-    wished = gang._replace(quorum=0, preferred_topology=(), reserve={})
+    wished = gang._replace(quorum=0, preferred_topology=(), min_resources={})
     claims: list[Holding] = []
     placed: list[Placed] = []
     left = list(gang.members[: gang.quorum])
@@ -122,10 +122,10 @@ def _of_budgets(ledger: Ledger, members: Sequence[Member]) -> Iterator[tuple[str
 
 def _reserve(ledger: Ledger, gang: Gang) -> Iterator[tuple[str, dict[str, int]]]:
     """What is free of what must be free beside the members (minResources)."""
-    if not gang.reserve:
+    if not gang.min_resources:
         return
     usable = np.flatnonzero(ledger.standing(gang.members[0].shape))
-    for resource, amount in gang.reserve.items():
+    for resource, amount in gang.min_resources.items():
         column, left = ledger.columns.get(resource), amount
         for row in usable.tolist() if column is not None else ():
             free = min(max(int(ledger.allocatable[row, column] - ledger.used[row, column]), 0), left)

@@ -12,7 +12,7 @@ from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.api import GangPlan, PodGroup
 from podgroup.policy import DEFAULT, Gangs
-from podgroup.queue.min_resources import rest_of_min_resources
+from podgroup.queue.min_resources import unused_min_resources
 from podgroup.solve.question import Debt, Gang, Member
 from podgroup.state.cluster import CARRIED_ON, HOLDING_PHASES, Cluster
 from podgroup.state.gangs import Members, is_group, sort_members
@@ -129,7 +129,7 @@ def _is_owed(cluster: Cluster, key: str, members: Members, group: PodGroup | Non
         return False
     there = [cluster.shape(p) for p in (*members.bound, *members.succeeded)]
     try:
-        return bool(rest_of_min_resources(cluster, key, there))
+        return bool(unused_min_resources(cluster, key, there))
     except ValueError:
         return False  # which it is told, once it is asked about
 
@@ -226,20 +226,20 @@ def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others:
             note = f"{missing} members are not there; those that are go on"
     annotations = group.metadata.annotations if group is not None else {}
     counted = [cluster.shape(p) for p in members.counted] if group is not None and group.spec.min_resources else []
-    reserve = rest_of_min_resources(cluster, entry.key, counted) if entry.need else {}
+    unused = unused_min_resources(cluster, entry.key, counted) if entry.need else {}
     gang = Gang(
         members=tuple(member_of(cluster, p) for p in members.pending),
         quorum=quorum,
         required_topology=annotations.get(REQUIRED_TOPOLOGY, ""),
         preferred_topology=_preferred(annotations, settings),
         fixed=tuple(p.spec.node_name for p in members.bound),
-        reserve=reserve,
-        leave=of_interest(owed_to_others, _taken(cluster, members.pending, reserve)) if owed_to_others else (),
+        min_resources=unused,
+        leave=of_interest(owed_to_others, _taken(cluster, members.pending, unused)) if owed_to_others else (),
     )
     return gang, note
 
 
-def rest_of(
+def elsewhere(
     cluster: Cluster, key: str, pods: Sequence[Pod], settings: Settings, owed_to_others: tuple[Debt, ...]
 ) -> Gang:
     """What the solver is asked for planned members that must go elsewhere, the others staying where they are."""
@@ -263,9 +263,9 @@ def _preferred(annotations: Mapping[str, str], settings: Settings) -> tuple[str,
     return (said,) if said else settings.topology
 
 
-def _taken(cluster: Cluster, pods: Iterable[Pod], reserve: Mapping[str, int]) -> set[str]:
+def _taken(cluster: Cluster, pods: Iterable[Pod], unused: Mapping[str, int]) -> set[str]:
     """The resources that these pods and what is reserved beside them take."""
-    return set(reserve).union(*({r for r, _ in cluster.shape(p).requests} for p in pods))
+    return set(unused).union(*({r for r, _ in cluster.shape(p).requests} for p in pods))
 
 
 def of_interest(owed: tuple[Debt, ...], resources: Set[str]) -> tuple[Debt, ...]:

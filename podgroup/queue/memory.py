@@ -38,7 +38,7 @@ class QueueMemory(Lean, frozen=True):
     searches: int | None = None
     """For so many gangs a cycle looks for victims; None: for all."""
     gangs: dict[str, RememberedGang] = msgspec.field(default_factory=dict)
-    resting: dict[str, tuple[float, int]] = msgspec.field(default_factory=dict)
+    backing_off: dict[str, tuple[float, int]] = msgspec.field(default_factory=dict, name="resting")
     """Gang -> until when it is left alone, and how often that has been so."""
     kept: list[KeptRoom] = msgspec.field(default_factory=list)
     promised: dict[str, str] = msgspec.field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Room that a gang which has started is still owed: its minResources less what its members hold.
 
 Spark starts one driver (minMember 1) and makes its executors afterwards; MPI may make its launcher last. Were their
-room given away meanwhile, drivers would hold nodes and wait for each other. A reservation is an amount, not a place:
+room given away meanwhile, drivers would hold nodes and wait for each other. What is owed is an amount, not a place:
 others may start as long as so much stays free on the nodes that its owner can use. It is a lease from the gang's start
 (volcano#2633: stale groups must not hold room for ever), respected by gangs that are no more important; of two that
 both have one, the later respects the earlier's, so that they never wait for each other.
@@ -20,7 +20,7 @@ from podgroup.state.gangs import without_former_runs
 from podgroup.state.shape import Shape, amounts
 
 
-class Reservation(NamedTuple):
+class Owed(NamedTuple):
     """What one gang is owed."""
 
     amounts: dict[str, int]
@@ -31,7 +31,7 @@ class Reservation(NamedTuple):
     until: float
 
 
-def rest_of_min_resources(cluster: Cluster, key: str, shapes: Iterable[Shape]) -> dict[str, int]:
+def unused_min_resources(cluster: Cluster, key: str, shapes: Iterable[Shape]) -> dict[str, int]:
     """What a group's minResources asks for beyond members of these shapes, in the solver's units; empty if nothing.
 
     Raises ValueError for a quantity that is none.
@@ -47,12 +47,12 @@ def rest_of_min_resources(cluster: Cluster, key: str, shapes: Iterable[Shape]) -
     return {resource: amount for resource, amount in rest.items() if amount > 0}
 
 
-class Reservations:
+class MinResources:
     """Those of all gangs."""
 
     def __init__(self, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
-        self._of: dict[str, Reservation] = {}
+        self._of: dict[str, Owed] = {}
 
     def refresh(self, cluster: Cluster, key: str, kept: Iterable[Shape], now: float) -> bool:
         """Look at a gang again; whether it is owed less than before. `kept` is room that is held for its members."""
@@ -94,7 +94,7 @@ class Reservations:
         """When each is over."""
         return [one.until for one in self._of.values()]
 
-    def _owed(self, cluster: Cluster, key: str, kept: Iterable[Shape], now: float) -> Reservation | None:
+    def _owed(self, cluster: Cluster, key: str, kept: Iterable[Shape], now: float) -> Owed | None:
         if key not in cluster.groups:
             return None
         pods = cluster.pods_of(key)
@@ -106,12 +106,12 @@ class Reservations:
         if began is None or now >= began + self._lease_seconds:
             return None
         try:
-            rest = rest_of_min_resources(cluster, key, [*kept, *(cluster.shape(p) for p in (*holding, *done))])
+            rest = unused_min_resources(cluster, key, [*kept, *(cluster.shape(p) for p in (*holding, *done))])
         except ValueError:
             return None  # it was edited since it started, and is told so once it waits
         priority = max(p.spec.priority for p in holding or done)
         shape = cluster.shape(min(holding or done, key=lambda p: p.metadata.name))
-        return Reservation(rest, shape, priority, began, began + self._lease_seconds) if rest else None
+        return Owed(rest, shape, priority, began, began + self._lease_seconds) if rest else None
 
     def _began(self, cluster: Cluster, key: str, holding: list[Pod], now: float) -> float | None:
         """When this run of the gang was first planned; None if somebody else started it."""

@@ -21,11 +21,11 @@ from colocate.units import seconds_of, time_text
 from podgroup.api import GangPlanStatus
 from podgroup.queue.backfill import Head, claim
 from podgroup.queue.decisions import Decisions, Elastic, Evict, Hopeless, PlaceInTurn, Start, Waiting
-from podgroup.queue.entry import Entry, Order, Settings, entry_of, not_ready, question, rest_of
+from podgroup.queue.entry import Entry, Order, Settings, elsewhere, entry_of, not_ready, question
 from podgroup.queue.in_turn import FEW, InTurn
 from podgroup.queue.kept_room import NOMINATED, SLOT, Holds
 from podgroup.queue.memory import QueueMemory, RememberedGang
-from podgroup.queue.min_resources import Reservations
+from podgroup.queue.min_resources import MinResources
 from podgroup.queue.runtimes import Known, durations, runtime, starts_at
 from podgroup.queue.victims import Victims
 from podgroup.solve.place import place
@@ -35,7 +35,7 @@ from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import is_group, sort_members
 
-REST_SECONDS, MAX_REST_SECONDS = 10.0, 300.0
+BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 10.0, 300.0
 DELETED_SLOT_SECONDS = 10.0
 """For how long the place of a deleted member is kept: owners that want another one make it at once."""
 NOMINATION_SECONDS = 30.0
@@ -72,8 +72,10 @@ class Queue:
         """What a pass that is unfinished has tried already."""
         self._helped: dict[tuple[object, ...], bool] = {}
         """Of this cycle: kind, and when it was tried -> whether a node that has changed since could take a member."""
-        self.holds, self.reservations = Holds(), Reservations(settings.reservation_seconds)
-        self._resting: dict[str, tuple[float, int]] = {}
+        self.holds, self.owed = Holds(), MinResources(settings.reservation_seconds)
+        self._backing_off: dict[str, tuple[float, int]] = {}
+        self._taken_back: dict[str, str] = {}
+        """Gang -> the last plan that was."""
         """Gang -> until when it is left alone, and how often that has been so."""
 
     def cycle(
@@ -95,7 +97,7 @@ class Queue:
         slots = self.holds.keys(SLOT)
         self.holds.expire(cluster, now, {key for key in slots if not self._needs_slots(cluster, key)})
         decided = Decisions([], [], [])
-        freed = self.reservations.expire(now)
+        freed = self.owed.expire(now)
         for key in dirty:
             freed = self._refresh_safely(cluster, key, now, decided) or freed
         if freed:
@@ -183,9 +185,9 @@ class Queue:
             return False
 
     def _owed_less(self, cluster: Cluster, key: str, now: float) -> bool:
-        if not self.reservations.concerns(cluster, key):
+        if not self.owed.concerns(cluster, key):
             return False
-        return self.reservations.refresh(cluster, key, self.holds.shapes(cluster, key), now)
+        return self.owed.refresh(cluster, key, self.holds.shapes(cluster, key), now)
 
     def remember(self, cluster: Cluster, now: float) -> None:
         """Know since when each gang has waited: what a plan says of it, and when its youngest member was made."""
@@ -203,7 +205,7 @@ class Queue:
     def _recall_plan(self, cluster: Cluster, key: str, status: GangPlanStatus, now: float) -> None:
         self.holds.restore(cluster, key, status.kept_places, now)
         if status.taken_back:
-            self._resting[key] = (seconds_of(status.backing_off_until) or now, status.taken_back)
+            self._backing_off[key] = (seconds_of(status.backing_off_until) or now, status.taken_back)
         if status.waits and status.reserved_since:
             began = min(seconds_of(status.reserved_since) or now, now)
             claimed = {"reserved_at": began, "claimed": status.reserved_members}
@@ -211,7 +213,7 @@ class Queue:
 
     def in_plan(self, cluster: Cluster, key: str, status: GangPlanStatus) -> GangPlanStatus:
         """A plan's status with what a new leader needs to go on as this one would."""
-        memory, (until, times) = self.waiting.get(key, Waiting(since=0.0)), self._resting.get(key, (0.0, 0))
+        memory, (until, times) = self.waiting.get(key, Waiting(since=0.0)), self._backing_off.get(key, (0.0, 0))
         claims = status.waits and memory.reserved_at is not None
         return msgspec.structs.replace(
             status,
@@ -231,7 +233,7 @@ class Queue:
             now=now,
             searches=self.victims.most,
             gangs={k: msgspec.convert(m, RememberedGang, from_attributes=True) for k, m in self.waiting.items()},
-            resting=dict(self._resting),
+            backing_off=dict(self._backing_off),
             kept=self.holds.remembered(cluster),
             promised=dict(cluster.planned),
             volumes={uid: dict(chosen) for uid, chosen in cluster.storage.chosen.items() if chosen},
@@ -242,7 +244,7 @@ class Queue:
     def recall(self, cluster: Cluster, memory: QueueMemory) -> None:
         """Go on from what another queue remembered."""
         self.waiting = {key: Waiting(**msgspec.structs.asdict(m)) for key, m in memory.gangs.items()}
-        self._resting = dict(memory.resting)
+        self._backing_off = dict(memory.backing_off)
         for uid, node in memory.promised.items():
             if uid in memory.volumes:
                 cluster.storage.remember(uid, memory.volumes[uid])
@@ -252,8 +254,8 @@ class Queue:
 
     def next_look(self, now: float) -> float | None:
         """In how many seconds a gang must be looked at although nothing changes; None if none."""
-        settings, due = self.settings, self.holds.ends + self.reservations.ends
-        due += [at for at, _ in self._resting.values()]
+        settings, due = self.settings, self.holds.ends + self.owed.ends
+        due += [at for at, _ in self._backing_off.values()]
         for memory in self.waiting.values():
             if memory.reason == "NotEnoughMembers":
                 due.append(memory.members_at + settings.creation_grace_seconds)
@@ -262,17 +264,21 @@ class Queue:
         ahead = [at for at in due if at > now]
         return min(ahead) - now if ahead else None
 
-    def rest(self, key: str, now: float) -> None:
-        """A gang that was taken back is left alone for a while: 10 s, doubling to 5 minutes."""
-        times = self._resting.get(key, (0.0, 0))[1] + 1
-        self._resting[key] = (now + min(REST_SECONDS * 2 ** (times - 1), MAX_REST_SECONDS), times)
+    def back_off(self, key: str, now: float, plan_id: str = "") -> None:
+        """A gang that was taken back is left alone for a while: 10 s, doubling to 5 minutes; once for a plan."""
+        if plan_id and self._taken_back.get(key) == plan_id:
+            return  # its end was not written down at the first try
+        self._taken_back[key] = plan_id
+        times = self._backing_off.get(key, (0.0, 0))[1] + 1
+        self._backing_off[key] = (now + min(BACK_OFF_SECONDS * 2 ** (times - 1), MAX_BACK_OFF_SECONDS), times)
 
-    def rested(self, key: str) -> None:
-        """A gang has started: what went wrong before is forgotten."""
-        self._resting.pop(key, None)
+    def forget_back_off(self, key: str) -> None:
+        """A gang has started, or is no more: what went wrong before is forgotten."""
+        self._backing_off.pop(key, None)
+        self._taken_back.pop(key, None)
 
-    def _resting_now(self, cluster: Cluster, key: str, now: float) -> tuple[str, str] | None:
-        if now >= self._resting.get(key, (now, 0))[0]:
+    def _backs_off(self, cluster: Cluster, key: str, now: float) -> tuple[str, str] | None:
+        if now >= self._backing_off.get(key, (now, 0))[0]:
             return None
         plan = cluster.plans.get(key)
         return "BackingOff", plan.status.message if plan is not None else "its last start was taken back"
@@ -305,7 +311,7 @@ class Queue:
         if not any(uid in cluster.planned for uid in cluster.members.get(key, ())):
             self.holds.drop(cluster, key, NOMINATED)  # whoever wanted the places has gone or runs
         if key not in cluster.groups and not cluster.members.get(key):
-            self._resting.pop(key, None)
+            self.forget_back_off(key)
 
     def _try_all_again(self) -> None:
         """Room that was kept for one is free to all: no node has changed, and yet more may fit."""
@@ -358,9 +364,9 @@ class Queue:
     def _simple(self, cluster: Cluster, entry: Entry, hopeless: Hopeless, now: float) -> Gang | None:
         """What is asked for an entry that has not been tried and that nothing is kept for; None if it is not simple."""
         memory, members = self.waiting[entry.key], entry.members
-        if memory.question is not None or not members.pending or members.bound or entry.key in self._resting:
+        if memory.question is not None or not members.pending or members.bound or entry.key in self._backing_off:
             return None
-        if self.holds.any_for(entry.key) or self.reservations.against(entry.key, entry.priority):
+        if self.holds.any_for(entry.key) or self.owed.against(entry.key, entry.priority):
             return None
         if not_ready(cluster, entry, self.settings, now - memory.members_at) is not None:
             return None
@@ -403,7 +409,7 @@ class Queue:
         self, cluster: Cluster, entry: Entry, head: Head | None, hopeless: Hopeless, now: float
     ) -> Start | Evict | None:
         memory = self.waiting[entry.key]
-        refused = self._resting_now(cluster, entry.key, now)
+        refused = self._backs_off(cluster, entry.key, now)
         refused = refused or not_ready(cluster, entry, self.settings, now - memory.members_at)
         refused = refused or self._gives_way(entry)
         if refused is not None:
@@ -413,7 +419,7 @@ class Queue:
             with self.holds.usable_by(cluster, entry.key, entry.priority):
                 if memory.question is not None and not self._could_help(cluster, memory, now):
                     return None
-        owed = self.reservations.against(entry.key, entry.priority)
+        owed = self.owed.against(entry.key, entry.priority)
         gang, note = question(cluster, entry, self.settings, owed)
         kind = gang.signature(cluster.ledger.repelling_keys)
         with self.holds.usable_by(cluster, entry.key, entry.priority):
@@ -483,7 +489,9 @@ class Queue:
         """What is left once all quorums of this priority were tried goes to members beyond a quorum."""
         there = {one.member.uid for one in elastic.start.placed}
         left, nodes = [m for m in elastic.gang.members if m.uid not in there], [o.node for o in elastic.start.placed]
-        wished = elastic.gang._replace(members=tuple(left), quorum=0, reserve={}, fixed=(*elastic.gang.fixed, *nodes))
+        wished = elastic.gang._replace(
+            members=tuple(left), quorum=0, min_resources={}, fixed=(*elastic.gang.fixed, *nodes)
+        )
         for one in place(cluster.ledger, wished) or () if left else ():
             cluster.promise(one.member.uid, one.node)
             elastic.start.placed.append(one)
@@ -599,7 +607,7 @@ class Queue:
     def place_again(self, cluster: Cluster, key: str, pods: list[Pod]) -> list[Placed] | None:
         """Other places for planned members of a gang, beside the rest of it; None if there are none for all of them."""
         priority = max(p.spec.priority for p in pods)
-        gang = rest_of(cluster, key, pods, self.settings, self.reservations.against(key, priority))
+        gang = elsewhere(cluster, key, pods, self.settings, self.owed.against(key, priority))
         with cluster.ledger.without(m.uid for m in gang.members), self.holds.usable_by(cluster, key, priority):
             return place(cluster.ledger, gang)
 

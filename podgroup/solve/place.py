@@ -3,7 +3,7 @@
 Among the nodes that fit, a gang of GPUs goes where it leaves the least fragments, and every gang into as few topology
 domains as it can: into one where one holds it, else into the fewest of the broadest kind, and of those into the fewest
 of the next. Homogeneous gangs are decided exactly. Several classes that compete for the same nodes are packed
-greedily in up to `MAX_ORDERS` orders, then by a bounded search (search.py); a larger gang whose packing neither finds
+greedily in up to `MAX_ORDERS` orders, then by a bounded search (pack.py); a larger gang whose packing neither finds
 waits, and is tried again with each change of the cluster.
 """
 
@@ -87,19 +87,19 @@ def _by_column(ledger: Ledger) -> list[tuple[str, int]]:
 
 
 def _enough_left(trial: Trial, gang: Gang, within: Mask) -> bool:
-    """Whether beside what was put there is the gang's own reserve, and what others are owed on the nodes it touches."""
-    if not gang.reserve and not gang.leave:
+    """Whether the rest of the gang's minResources is left, and what others are owed on the nodes that it touches."""
+    if not gang.min_resources and not gang.leave:
         return True
-    own = (
-        trial.ledger.standing(gang.members[0].shape) if gang.reserve else np.zeros(len(trial.ledger.names), dtype=bool)
-    )
-    if not _free(trial, gang.reserve, within & own):
+    own = np.zeros(len(trial.ledger.names), dtype=bool)
+    if gang.min_resources:
+        own = trial.ledger.standing(gang.members[0].shape)
+    if not _free(trial, gang.min_resources, within & own):
         return False
     for mask, owed in _debts(trial.ledger, gang.leave):
         shared = bool((mask & own).any())
         if not shared and not any(mask[rows].any() for _, rows in trial.put):
             continue
-        both = {r: a + gang.reserve.get(r, 0) for r, a in owed.items()}
+        both = {r: a + gang.min_resources.get(r, 0) for r, a in owed.items()}
         if not _free(trial, owed, mask) or (shared and not _free(trial, both, mask | own)):
             return False
     return True
@@ -276,4 +276,4 @@ def place(ledger: Ledger, gang: Gang) -> list[Placed] | None:
 
 def most_that_fit(ledger: Ledger, gang: Gang) -> int:
     """How many members fit at once, in their order: what an explanation says of a gang that does not."""
-    return len(place(ledger, gang._replace(quorum=0, reserve={})) or [])
+    return len(place(ledger, gang._replace(quorum=0, min_resources={})) or [])

@@ -58,10 +58,10 @@ class Gang(NamedTuple):
     """Node labels from the broadest to the narrowest: as few domains as possible."""
     fixed: tuple[str, ...] = ()
     """Nodes of members that are bound already: they fix the required domain."""
-    reserve: Mapping[str, int] = {}
+    min_resources: Mapping[str, int] = {}
     """What must be free beside the members, over all nodes that they may use (minResources)."""
     leave: tuple[Debt, ...] = ()
-    """What must stay free for others (reservations.py)."""
+    """What must stay free for others (queue/min_resources.py)."""
 
     def signature(self, keys: Set[str]) -> tuple[object, ...]:
         """Two gangs with equal signatures fit alike, but for the size of their quorum.
@@ -69,7 +69,7 @@ class Gang(NamedTuple):
         `keys` are the labels at which pods that are there look; nobody looks at a Job's own `controller-uid`.
         """
         shapes = {id(m.shape): m.shape for m in self.members}
-        if len(shapes) > 1 or self.fixed or self.reserve:
+        if len(shapes) > 1 or self.fixed or self.min_resources:
             return (self.members[0].uid,)
         member, left = self.members[0], tuple((id(d.shape), tuple(sorted(d.amounts.items()))) for d in self.leave)
         return id(member.shape), looked_at(member, keys), member.namespace, self.required_topology, left
@@ -93,7 +93,7 @@ def is_simple(gang: Gang) -> bool:
 
     Their members must also be equal in what selectors look at.
     """
-    if not gang.members or gang.quorum < len(gang.members) or gang.fixed or gang.reserve or gang.leave:
+    if not gang.members or gang.quorum < len(gang.members) or gang.fixed or gang.min_resources or gang.leave:
         return False
     shape = gang.members[0].shape
     if shape.unsupported or changes_on_the_way(shape):

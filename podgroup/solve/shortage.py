@@ -55,7 +55,7 @@ def shortage(ledger: Ledger, gang: Gang) -> Shortage:
     blocked = resource
     if not resource and gang.required_topology:
         blocked = f"required topology {gang.required_topology}"
-    elif not resource and gang.reserve:
+    elif not resource and gang.min_resources:
         blocked = f"minResources ({_short_of(ledger, gang)})"
     elif not resource and gang.leave and fit < gang.quorum:
         blocked = "what others are owed of their minResources"
@@ -75,8 +75,8 @@ def _short_of(ledger: Ledger, gang: Gang) -> str:
     """Of which resource it asks for more than is free on the nodes that it may use, in words."""
     mask, found = ledger.standing(gang.members[0].shape), []
     members = asked_by(gang.members[: gang.quorum])
-    asked = {resource: amount + members.get(resource, 0) for resource, amount in gang.reserve.items()}
-    for resource in gang.reserve:
+    asked = {resource: amount + members.get(resource, 0) for resource, amount in gang.min_resources.items()}
+    for resource in gang.min_resources:
         column = ledger.columns.get(resource)
         free = np.maximum(ledger.free[:, column], 0)[mask].sum() if column is not None else 0
         found.append((int(free) / max(asked[resource], 1), resource, int(free)))

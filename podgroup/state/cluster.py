@@ -219,7 +219,7 @@ class Cluster:
             self._hold(self.pods[uid])
 
     def release_hold(self, uid: str) -> None:
-        """Room that was kept for somebody (holds.py) is free."""
+        """Room that was kept for somebody (queue/kept_room.py) is free."""
         self._release(uid)
 
     def pods_of(self, key: str) -> list[Pod]:

@@ -206,12 +206,12 @@ CASES = {
     "a resource that no node has": (ledger(node("a")), gang(pod("p", gpu=1)), None),
     "minResources beyond the members must be free too": (
         ledger(node("a", cpu=4)),
-        gang(pod("p", cpu=1), reserve={"cpu": 3000}),
+        gang(pod("p", cpu=1), min_resources={"cpu": 3000}),
         ["a"],
     ),
     "and if they are not, nobody starts": (
         ledger(node("a", cpu=4)),
-        gang(pod("p", cpu=1), reserve={"cpu": 3001}),
+        gang(pod("p", cpu=1), min_resources={"cpu": 3001}),
         None,
     ),
 }

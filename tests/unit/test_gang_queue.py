@@ -844,13 +844,20 @@ def test_a_group_that_is_submitted_anew_does_not_back_off_for_its_namesake():
     made = Simulated()
     made.cluster.set_node(node("n", 1))
     made.add("g", 1, 1)
-    made.queue.rest("ns/g", 0.0)
+    made.queue.back_off("ns/g", 0.0)
     assert made.queue.cycle(made.cluster, {"ns/g"}, 1.0).starts == []
     made.cluster.remove_pod("g-0")
     made.cluster.groups.pop("ns/g")
     made.queue.cycle(made.cluster, {"ns/g"}, 2.0)
     made.add("g", 1, 1)
     assert len(made.queue.cycle(made.cluster, {"ns/g"}, 3.0).starts) == 1
+
+
+def test_a_plan_whose_end_is_not_written_at_the_first_try_is_backed_off_from_once():
+    made = Simulated()
+    for plan, until in (("p1", 10.0), ("p1", 10.0), ("p2", 20.0), ("p2", 20.0), ("p3", 40.0)):
+        made.queue.back_off("ns/g", 0.0, plan)
+        assert made.queue._backing_off["ns/g"][0] == until
 
 
 def run_of_a_cron_job(made, run, size, *, done, hour=10, name="nightly"):
@@ -1258,11 +1265,11 @@ def test_a_new_leader_goes_on_with_back_offs_and_the_claim_of_the_head():
     old.add("taken-back", 3, 3, cpu=4)
     old.cycle()
     for _ in range(2):
-        old.queue.rest("ns/taken-back", old.now)
+        old.queue.back_off("ns/taken-back", old.now)
     old.now += 6.0
     old.dirty |= {"ns/head", "ns/taken-back"}
     old.cycle()
-    waiting, resting = replace(old.queue.waiting["ns/head"], claimed=1), old.queue._resting
+    waiting, resting = replace(old.queue.waiting["ns/head"], claimed=1), old.queue._backing_off
     old.queue.waiting["ns/head"] = waiting
     assert (waiting.reserved_at, resting) == (old.now, {"ns/taken-back": (old.now + 14.0, 2)})
 
@@ -1277,4 +1284,4 @@ def test_a_new_leader_goes_on_with_back_offs_and_the_claim_of_the_head():
     new.queue.remember(new.cluster, new.now)
     kept = new.queue.waiting["ns/head"]
     assert (kept.since, kept.reserved_at, kept.claimed) == (waiting.since, waiting.reserved_at, waiting.claimed)
-    assert new.queue._resting == resting
+    assert new.queue._backing_off == resting
