@@ -134,8 +134,10 @@ class Binder:
         answer = await self._write("PATCH", path_of(CLAIMS, meta.namespace, meta.name), body, MERGE)
         return msgspec.json.decode(answer, type=Claim)
 
-    async def delete(self, pod: Pod, reason: str, message: str, *, at_once: bool = False) -> None:
+    async def delete(self, pod: Pod, reason: str, message: str, *, at_once: bool = False) -> bool:
         """Ask for the end of a pod that has an owner, marked so that a Job need not count it as a failure (KEP-3329).
+
+        False if it had gone already, or is another one.
 
         `at_once` without the grace period: only where no kubelet is there to end it.
         """
@@ -151,6 +153,8 @@ class Binder:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
+            return False
+        return True
 
     async def tell_pod(self, pod: Pod, reason: str, message: str) -> None:
         """Say on a pod why it is not bound."""

@@ -57,6 +57,8 @@ class StatusWriter:
         self._told: dict[str, tuple[str, str, float]] = {}
         """Gang -> the reason and message that its users were told last, and when."""
         self._told_positions: dict[str, int] = {}
+        self._told_claims: dict[str, float] = {}
+        """Gang -> since when its claim has not grown, as its plan says."""
         self._told_pods: dict[str, tuple[str, str]] = {}
         self._heard: dict[str, str] = {}
         """Gang -> the reason of its last Event."""
@@ -84,7 +86,11 @@ class StatusWriter:
             if plan is not None and memory.reason and may_be_told(plan) and plan.status.reason != memory.reason:
                 self._told.pop(key, None)  # what was told was written over when the gang started
             said = self._told.get(key, ("", "", 0.0))[:2]
-            if said != (memory.reason, memory.message) or self._position_is_stale(key) or _claims_anew(memory, plan):
+            if (
+                said != (memory.reason, memory.message)
+                or self._position_is_stale(key)
+                or self._claims_anew(key, memory)
+            ):
                 self._touched[key] = None
 
     def _position_is_stale(self, key: str) -> bool:
@@ -93,6 +99,10 @@ class StatusWriter:
         if told is None or told == now:
             return False
         return min(told, now) <= NEAR_THE_HEAD or not told / 2 < now < told * 2
+
+    def _claims_anew(self, key: str, memory: Waiting) -> bool:
+        """Whether a head's claim is not the one that was told."""
+        return memory.reserved_at is not None and self._told_claims.get(key) != memory.reserved_at
 
     async def run(self, binder: Binder) -> None:
         """Until cancelled. Raises LeadershipLost."""
@@ -171,13 +181,14 @@ class StatusWriter:
         if memory is None or not memory.reason:
             self._told.pop(key, None)
             self._told_positions.pop(key, None)
+            self._told_claims.pop(key, None)
             self._heard.pop(key, None)
             await self._no_longer_waits(key)
             return
         told_reason, told_message, at = self._told.get(key, ("", "", 0.0))
         now, failure = time.monotonic(), None
         stale = told_message != memory.message or self._position_is_stale(key)  # numbers change all the time
-        stale = stale or _claims_anew(memory, self._cluster.plans.get(key))
+        stale = stale or self._claims_anew(key, memory)
         if told_reason != memory.reason or (stale and now - at >= MESSAGE_SECONDS):
             self._told[key] = (memory.reason, memory.message, now)
             try:
@@ -262,18 +273,13 @@ class StatusWriter:
         )
         await self._save(key, status)
         self._told_positions[key] = status.position
+        if memory.reserved_at is not None:
+            self._told_claims[key] = memory.reserved_at
 
 
 def may_be_told(plan: GangPlan | None) -> bool:
     """Whether a plan is at rest, so that its status may say why the gang waits."""
     return plan is None or plan.status.phase not in CARRIED_ON
-
-
-def _claims_anew(memory: Waiting, plan: GangPlan | None) -> bool:
-    """Whether a head's claim is not the one that its plan tells of."""
-    if plan is None or memory.reserved_at is None or not plan.status.waits:
-        return False
-    return plan.status.reserved_since != time_text(memory.reserved_at)
 
 
 def empty_plan(key: str) -> GangPlan:

@@ -125,9 +125,11 @@ class Feed:
             self._cluster.remove_pod(uid)
         if now is not None and rejected(now) and known is not None and not known.terminal:
             self._refused(now.status.reason)
-        ended = now is not None and now.status.phase == "Failed" and not rejected(now)
-        if holding is not None and (now is None or ended):
-            failed = ended and not pod.deleting  # who is told to go fails on its way out: a kubelet says so
+        ended = now is not None and now.terminal and not rejected(now)
+        failed = ended and pod.status.phase == "Failed" and not pod.deleting
+        if holding is not None and (
+            now is None or failed or (ended and pod.deleting)
+        ):  # told to go, it ends either way
             made_anew = MADE_ANEW_LABEL in pod.metadata.labels
             self._queue.lost(self._cluster, holding, key, now_seconds(), failed or _disrupted(pod), made_anew)
             self.lost_members.add(key)

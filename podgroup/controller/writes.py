@@ -249,8 +249,8 @@ class Hands:
             gone = self.feed.lost_nodes.due(now_seconds(), len(rows))
             at_once = pod.spec.node_name not in rows and pod.spec.node_name in gone
             try:
-                await self.binder.delete(pod, reason, message, at_once=at_once)
-                if reason == PREEMPTED:
+                asked = await self.binder.delete(pod, reason, message, at_once=at_once)
+                if asked and reason == PREEMPTED:
                     self.announcements.add(pod, "Preempted", message)
                 break
             except (ApiError, Unreachable) as error:

@@ -106,12 +106,6 @@ class Holds:
         """Until when places are kept for this gang though none of its members lives; 0 if they are not."""
         return max((h.until for h in self._holds if h.key == key and h.failed), default=0.0)
 
-    def extend(self, key: str, until: float) -> None:
-        """The places of lost members of a gang are kept for as long as this at least."""
-        self._holds = [
-            h._replace(until=max(h.until, until)) if (h.key, h.kind) == (key, SLOT) else h for h in self._holds
-        ]
-
     def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float, priority: int) -> None:
         """The places that a gang has made victims leave are its own."""
         self.drop(cluster, key, NOMINATED)

@@ -18,7 +18,7 @@ import numpy as np
 
 from colocate.objects import Pod
 from colocate.units import seconds_of, time_text
-from podgroup.api import GangPlanStatus
+from podgroup.api import GangPlan, GangPlanStatus
 from podgroup.queue.backfill import Head, claim
 from podgroup.queue.decisions import Decisions, Elastic, Evict, Hopeless, PlaceInTurn, Start, Waiting
 from podgroup.queue.entry import Entry, Order, Settings, elsewhere, entry_of, not_ready, question
@@ -35,7 +35,7 @@ from podgroup.state.allocation import Holding
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import is_group, sort_members
 
-BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 10.0, 300.0
+BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS, DOUBLINGS = 10.0, 300.0, 5
 DELETED_SLOT_SECONDS = 10.0
 """For how long the place of a deleted member is kept: owners that want another one make it at once."""
 NOMINATION_SECONDS = 30.0
@@ -200,15 +200,20 @@ class Queue:
             created = sort_members(pods, self.settings.schedulers).created
             self.waiting[key] = Waiting(since=since, members_at=min(max(made, default=now), now), created=created)
             if plan is not None:
-                self._recall_plan(cluster, key, plan.status, now)
+                self._recall_plan(cluster, key, plan, now)
 
-    def _recall_plan(self, cluster: Cluster, key: str, status: GangPlanStatus, now: float) -> None:
+    def _recall_plan(self, cluster: Cluster, key: str, plan: GangPlan, now: float) -> None:
+        """What a former leader wrote down of this gang, and not of a namesake. A claim that ran out begins anew."""
+        status, group = plan.status, cluster.groups.get(key)
+        if group is not None and plan.spec.pod_group_uid not in ("", group.metadata.uid):
+            return
         self.holds.restore(cluster, key, status.kept_places, now)
         if status.taken_back:
-            self._backing_off[key] = (seconds_of(status.backing_off_until) or now, status.taken_back)
-        if status.waits and status.reserved_since:
-            began = min(seconds_of(status.reserved_since) or now, now)
-            claimed = {"reserved_at": began, "claimed": status.reserved_members}
+            until = min(seconds_of(status.backing_off_until) or now, now + MAX_BACK_OFF_SECONDS)
+            self._backing_off[key] = (until, status.taken_back)
+        began = seconds_of(status.reserved_since)
+        if status.waits and began is not None and now - began < self.settings.reservation_seconds:
+            claimed = {"reserved_at": min(began, now), "claimed": status.reserved_members}
             self.waiting[key] = msgspec.structs.replace(self.waiting[key], **claimed)
 
     def in_plan(self, cluster: Cluster, key: str, status: GangPlanStatus) -> GangPlanStatus:
@@ -270,7 +275,10 @@ class Queue:
             return  # its end was not written down at the first try
         self._taken_back[key] = plan_id
         times = self._backing_off.get(key, (0.0, 0))[1] + 1
-        self._backing_off[key] = (now + min(BACK_OFF_SECONDS * 2 ** (times - 1), MAX_BACK_OFF_SECONDS), times)
+        self._backing_off[key] = (
+            now + min(BACK_OFF_SECONDS * 2 ** min(times - 1, DOUBLINGS), MAX_BACK_OFF_SECONDS),
+            times,
+        )
 
     def forget_back_off(self, key: str) -> None:
         """A gang has started, or is no more: what went wrong before is forgotten."""
@@ -626,19 +634,17 @@ class Queue:
 
         Not if it has made room for another gang, or was taken back with its own. Whoever was deleted without having
         `failed` may be one that its owner wants no more: its place is kept for a short time only, and only while
-        another member lives, unless its owner has them all `made_anew`.
+        another member lives, unless its owner has them all `made_anew` when one is lost that others outlive.
         """
         plan = cluster.plans.get(key)
         taken_back = plan is not None and plan.status.phase == "RollingBack"
         if self.victims.going(holding.uid):
             self.victims.spared(holding.uid)
         elif is_group(key) and not taken_back:
+            failed = failed or (made_anew and _others_stay(cluster, key, holding.uid))
             since = self.holds.whole_until(key)  # its owner may make all of them anew
             seconds = self.settings.slot_seconds if failed else min(self.settings.slot_seconds, DELETED_SLOT_SECONDS)
-            until = max(now + seconds, since)
-            self.holds.keep_slot(cluster, holding, key, until, failed or made_anew or since > 0)
-            if made_anew:
-                self.holds.extend(key, until)
+            self.holds.keep_slot(cluster, holding, key, max(now + seconds, since), failed or made_anew or since > 0)
 
     def _needs_slots(self, cluster: Cluster, key: str) -> bool:
         """Whether a gang is below its quorum and lives, or none of it does and its owner may make it anew."""
@@ -663,3 +669,9 @@ class Queue:
             shadow = starts_at(cluster, head.gang, now)
             self._shadow = (head.key, None if shadow is None else shadow[0])
         return self._shadow[1] is not None and self._end(cluster, placed, now) <= self._shadow[1]
+
+
+def _others_stay(cluster: Cluster, key: str, uid: str) -> bool:
+    """Whether other members are on nodes and nobody has asked for their end."""
+    others = (p for p in cluster.pods_of(key) if p.metadata.uid != uid)
+    return any(p.spec.node_name and not p.terminal and not p.deleting for p in others)

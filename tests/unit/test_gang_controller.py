@@ -61,9 +61,17 @@ class Caught:
         self.feed.on_group(None, PodGroup(metadata=meta, spec=PodGroupSpec(min_member=least)))
 
     def pod(
-        self, name: str, gang: str = "", cpu: int = 4, priority: int = 0, on: str = "", nominated: str = "", **spec: Any
+        self,
+        name: str,
+        gang: str = "",
+        cpu: int = 4,
+        priority: int = 0,
+        on: str = "",
+        nominated: str = "",
+        labels: dict[str, str] | None = None,
+        **spec: Any,
     ) -> None:
-        labels = {POD_GROUP_LABEL: gang} if gang else {}
+        labels = {**({POD_GROUP_LABEL: gang} if gang else {}), **(labels or {})}
         scheduler = "somebody-else" if nominated else "colocate"
         made = pod(
             name,
@@ -97,11 +105,11 @@ class Caught:
         self._answer()
         return [verb for _, verb, _ in self.writes]
 
-    def failed(self, name: str, told_to_go: bool = False) -> None:
+    def failed(self, name: str, told_to_go: bool = False, phase: str = "Failed") -> None:
         before = self.cluster.pods[name]
         asked = "2026-01-01T00:00:00Z" if told_to_go else None
         meta = replace(before.metadata, deletion_timestamp=asked)
-        status = PodStatus(phase="Failed", container_statuses=[ContainerStatus(name="c")])
+        status = PodStatus(phase=phase, container_statuses=[ContainerStatus(name="c")])
         self.feed.on_pod(before, replace(before, status=status, metadata=meta))
 
 
@@ -164,6 +172,24 @@ def test_a_gang_whose_pods_have_all_gone_keeps_its_places_only_if_one_failed(tol
     caught.pod("h-0", "h")
     caught.pod("h-1", "h")
     assert bool(caught.cycle("ns/h")) is starts
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
+def test_a_set_that_makes_its_pods_anew_keeps_their_places_however_they_end(phase: str):
+    """A server may end well on SIGTERM (LeaderWorkerSet's RecreateGroupOnPodRestart)."""
+    caught = Caught()
+    for name in ("a", "b"):
+        caught.node(name)
+    caught.group("g", 2)
+    for name, on in (("g-0", "a"), ("g-1", "b")):
+        caught.pod(name, "g", on=on, labels={"leaderworkerset.sigs.k8s.io/name": "g"})
+    for name in ("g-0", "g-1"):
+        caught.failed(name, told_to_go=True, phase=phase)
+    for name in ("g-0", "g-1"):
+        caught.feed.on_pod(caught.cluster.pods[name], None)
+    caught.group("h", 1)
+    caught.pod("h-0", "h")
+    assert not caught.cycle("ns/h")
 
 
 def test_the_new_place_of_a_moved_member_is_its_own_at_once():

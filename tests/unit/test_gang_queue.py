@@ -630,22 +630,26 @@ def test_scaling_up_takes_no_running_members_of_an_equal_gang():
 
 
 @pytest.mark.parametrize(
-    ("failed", "made_anew", "after", "rival"),
+    ("failed", "made_anew", "together", "after", "rival"),
     [
-        pytest.param(True, False, 0, False, id="a failure, and all are made anew: the place is kept"),
-        pytest.param(True, False, 61, True, id="a failure, and nobody makes them anew: not for ever"),
-        pytest.param(False, False, 0, True, id="suspended, all are deleted: the room is free at once"),
-        pytest.param(False, True, 0, False, id="one was deleted, and its owner deletes the others: the place is kept"),
-        pytest.param(False, True, 14, False, id="a moment more after the last of them has gone"),
-        pytest.param(False, True, 16, True, id="its owner is deleted itself: a short time only"),
-        pytest.param(True, True, 59, False, id="one failed, and its owner deletes the others: as after every failure"),
+        pytest.param(True, False, False, 0, False, id="a failure, and all are made anew: the place is kept"),
+        pytest.param(True, False, False, 61, True, id="a failure, and nobody makes them anew: not for ever"),
+        pytest.param(False, False, False, 0, True, id="suspended, all are deleted: the room is free at once"),
+        pytest.param(False, True, False, 59, False, id="one was deleted, and its owner deletes the others: it is kept"),
+        pytest.param(False, True, False, 61, True, id="and they do not come: not for ever"),
+        pytest.param(False, True, True, 14, False, id="all were deleted at once: for a moment after the last has gone"),
+        pytest.param(False, True, True, 16, True, id="for their owner was deleted itself"),
+        pytest.param(True, True, False, 59, False, id="one failed, and its owner deletes the others: as ever"),
     ],
 )
-def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, made_anew, after, rival):
+def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, made_anew, together, after, rival):
     made = Simulated(slot_seconds=60.0)
     made.cluster.set_node(node("n", 2))
     made.add("g", 2, 2)
     made.cycle()
+    for one in made.cluster.pods_of("ns/g") if together else ():
+        meta = replace(one.metadata, deletion_timestamp=written(0.0))
+        made.cluster.set_pod(replace(one, metadata=meta))
     for i, name in enumerate(("g-0", "g-1")):
         holding = made.cluster.ledger.holdings[name]
         made.cluster.remove_pod(name)
@@ -851,6 +855,42 @@ def test_a_group_that_is_submitted_anew_does_not_back_off_for_its_namesake():
     made.queue.cycle(made.cluster, {"ns/g"}, 2.0)
     made.add("g", 1, 1)
     assert len(made.queue.cycle(made.cluster, {"ns/g"}, 3.0).starts) == 1
+
+
+def test_a_gang_that_is_taken_back_for_ever_backs_off_five_minutes_each_time():
+    """After four days of it a new leader reads how often that was."""
+    made = Simulated()
+    meta, group_uid = ObjectMeta(name="g", namespace="ns", uid="plan"), "ns/g"
+    made.add("g", 1, 1)
+    for taken_back, until in ((5_000, "2100-01-01T00:00:00Z"), (10**12, None)):
+        status = GangPlanStatus(phase="Waiting", taken_back=taken_back, backing_off_until=until)
+        made.cluster.set_plan(group_uid, GangPlan(metadata=meta, status=status))
+        made.queue.remember(made.cluster, 100.0)
+        assert made.queue._backing_off[group_uid][0] <= 400.0, "a clock ahead, or a hand, does not hold it longer"
+        made.queue.back_off(group_uid, 100.0)
+        assert made.queue._backing_off[group_uid] == (400.0, taken_back + 1)
+
+
+def test_a_new_leader_takes_no_namesake_s_memory_for_a_group_s():
+    made = Simulated(reserve_after_seconds=5.0)
+    made.add("g", 1, 1)
+    meta = ObjectMeta(name="g", namespace="ns", uid="plan")
+    status = GangPlanStatus(phase="Waiting", reason="BackingOff", taken_back=3, backing_off_until=written(900.0))
+    spec = GangPlanSpec(pod_group_uid="of another group")
+    made.cluster.set_plan("ns/g", GangPlan(metadata=meta, spec=spec, status=status))
+    made.queue.remember(made.cluster, 100.0)
+    assert made.queue._backing_off == {}
+
+
+def test_a_claim_that_ran_out_while_nobody_led_begins_anew():
+    made = Simulated(reservation_seconds=100.0)
+    made.add("g", 1, 1)
+    meta = ObjectMeta(name="g", namespace="ns", uid="plan")
+    status = GangPlanStatus(phase="Waiting", reason="Unschedulable", reserved_since=written(1000.0), reserved_members=2)
+    made.cluster.set_plan("ns/g", GangPlan(metadata=meta, status=status))
+    for now, claim in ((1090.0, (1000.0, 2)), (1110.0, (None, 0))):
+        made.queue.remember(made.cluster, now)
+        assert (made.queue.waiting["ns/g"].reserved_at, made.queue.waiting["ns/g"].claimed) == claim
 
 
 def test_a_plan_whose_end_is_not_written_at_the_first_try_is_backed_off_from_once():
