@@ -125,18 +125,19 @@ def _summary_of_ours(runs: Runs) -> list[str]:
     if waits:
         name = f"gang, capacity free to last bind of {gang_live.CAPACITY_GANG}: p99 of {len(waits)}"
         lines.append(_line(name, waits[max(ceil(0.99 * len(waits)) - 1, 0)], BARS["capacity_seconds"], "s"))
-    for run in (r for r in runs.runs if r.get("kind") == "queue"):
+    for run in (r for r in runs.runs if r.get("kind") == "queue" and "seconds" in r):
         count = QUEUE_PODS // run["scale"]
         name = f"gang, {count} one-pod workloads at {count / run['seconds']:.0f}/s: share of deciding"
         lines.append(_line(name, run["share"], BARS["queue_share"], ""))
-    for run in (r for r in runs.runs if r.get("kind") == "memory"):
+    for run in (r for r in runs.runs if r.get("kind") == "memory" and "rss_mib" in r):
         name = f"gang, {MANY_NODES // run['scale']} nodes and {MANY_PODS // run['scale']} pods: resident memory"
         lines.append(_line(name, run["rss_mib"], BARS["memory_mib"], "MiB"))
     drains = [r["seconds"] for r in runs.runs if _is(r, kind="drain", by=OURS) and "seconds" in r]
     if drains:
         name = f"gang, {gang_live.DRAINED} gangs of {gang_live.DRAINED_SIZE} that compete: all have run, worst round"
         lines.append(_line(name, max(drains), BARS["drain_seconds"], "s"))
-    return lines
+    failed = [r for r in runs.runs if "failed" in r and r.get("by", OURS) == OURS]
+    return [*lines, *(f"fail      gang, {r['kind']} {r.get('shape', '')}: {r['failed']}" for r in failed)]
 
 
 def _beside_coscheduling(runs: Runs, kind: str, by: str) -> list[str]:
@@ -163,6 +164,7 @@ def _beside_kube(runs: Runs, key: dict[str, Any]) -> list[str]:
     found = {(r["by"], r["round"]): r for r in runs.runs if _is(r, **key) and "failed" not in r}
     pairs = [(r, found[KUBE, round_]) for (by, round_), r in found.items() if by == OURS and (KUBE, round_) in found]
     name, lines = f"gang, {key['kind']} {key['shape']}, 1/{key['scale']}", []
+    lost = sum(_is(r, by=OURS, **key) and "failed" in r for r in runs.runs)
     for kind in (OURS, KUBE):
         mine = [r for (by, _), r in found.items() if by == kind]
         if mine:
@@ -177,7 +179,7 @@ def _beside_kube(runs: Runs, key: dict[str, Any]) -> list[str]:
             good, bad = ratio.low >= bound, ratio.high < bound
             if not least:
                 good, bad = ratio.high <= bound, ratio.low > bound
-            judged = "pass" if good else "fail" if bad else "undecided"
+            judged = "fail" if bad or lost else "pass" if good else "undecided"
             lines.append(bar(f"{name}: {field} to kube-scheduler's", judged, ratio, bound))
     return lines
 

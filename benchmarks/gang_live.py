@@ -1,7 +1,8 @@
 """Gang scheduling on a real etcd and kube-apiserver with KWOK's nodes: one measurement, by one scheduler.
 
 The schedulers get the same pods with the same labels from the same creator, on a control plane of their own that is new
-for each run: ours, kube-scheduler, and scheduler-plugins' coscheduling with its shipped configuration.
+for each run, with the rights of their own manifests: ours, kube-scheduler, and scheduler-plugins' coscheduling with its
+shipped configuration.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
 from colocate.objects import Node, Pod
 from podgroup.api import POD_GROUP_LABEL, POD_GROUPS
-from podgroup.demo.controlplane import ControlPlane, install
-from tools import operators
+from podgroup.demo import controlplane
+from podgroup.demo.controlplane import ControlPlane, free_ports, install
+from tools import operators, rights
 
 HOST = "kubernetes.io/hostname"
 CREATORS = 24
-HTTP_PORT = 20179
+(HTTP_PORT,) = free_ports(1)
+WITH_PARENT = Path(controlplane.__file__).with_name("with_parent.py")
 OURS = "colocate"
-EVENTS = re.compile(r'^apiserver_request_total{[^}]*resource="events"[^}]*verb="POST"[^}]*} (\S+)$', re.MULTILINE)
+WRITES = re.compile(
+    r'^apiserver_request_total{[^}]*resource="(\w+)"[^}]*verb="(?:POST|PUT|PATCH)"[^}]*} (\S+)$', re.MULTILINE
+)
 DECIDE_SUM = "colocate_gang_decide_seconds_sum "
 PLAYED: dict[str, Any] = {"colocate.io/simulated": "true"}
-QUIET_SECONDS = 2.0
+QUIET_SECONDS, QUIET_DEADLINE_SECONDS = 2.0, 300.0
 """Once nothing has been written for so long, a run is over: Events follow the binds."""
-IDLE_SECONDS = 5.0
-"""Before a burst: what is spent without it is not its cost."""
 CAPACITY_GANG, CAPACITY_TIMES = 32, 25
 POOL_NODES, FARM_NODES = 4, 8
 DRAINED, DRAINED_SIZE, DRAINED_SECONDS = 20, 8, 3.0
@@ -135,18 +138,22 @@ class Live:
             await asyncio.sleep(0.05)
         return max(self.bound.values())
 
-    async def events(self) -> int:
-        """How many Events have been created, as the API server counts its requests."""
-        text = (await self.api.request("GET", "/metrics")).decode()
-        return int(sum(float(found) for found in EVENTS.findall(text)))
+    async def writes(self) -> tuple[int, int]:
+        """How often the API server was asked to write something, leases apart, and how many Events were among it."""
+        found = WRITES.findall((await self.api.request("GET", "/metrics")).decode())
+        counts = [(resource, float(count)) for resource, count in found if resource != "leases"]
+        return int(sum(n for _, n in counts)), int(sum(n for resource, n in counts if resource == "events"))
 
     async def until_quiet(self) -> int:
-        """How many Events there are once no more come and every pod that is bound runs: all has been written."""
-        before, now = -1, await self.events()
+        """How many Events there are once nothing more is written and every pod that is bound runs."""
+        until = time.monotonic() + QUIET_DEADLINE_SECONDS
+        before, now = (-1, -1), await self.writes()
         while now != before or len(self.running) < len(self.bound):
+            if time.monotonic() > until:
+                raise HostUnfit(f"something is still written after {QUIET_DEADLINE_SECONDS:g} s")
             await asyncio.sleep(QUIET_SECONDS)
-            before, now = now, await self.events()
-        return now
+            before, now = now, await self.writes()
+        return now[1]
 
     async def cordon(self, cordoned: bool, prefix: str = "") -> None:
         async def patch(name: str) -> None:
@@ -172,13 +179,19 @@ def scheduler_of(kind: str, plane: ControlPlane) -> Iterator[int]:
         config = plane.directory / "coscheduling.yaml"
         config.write_text(yaml.safe_dump(_coscheduling(plane)))
         command = [str(folder / "operator"), f"--config={config}", "--secure-port=0"]
+        command += [f"--{f}-kubeconfig={plane.kubeconfig('scheduler')}" for f in ("authentication", "authorization")]
     else:
-        command = [sys.executable, "-m", "colocate.cli.main", "controller", "--kubeconfig", str(plane.kubeconfig())]
-        command += ["--lease-namespace", "default", "--http", f"127.0.0.1:{HTTP_PORT}"]
-    with (plane.directory / f"{kind}.log").open("wb") as log:
-        running = subprocess.Popen(command, stdout=log, stderr=log)
+        command = [sys.executable, "-m", "colocate.cli.main", "controller"]
+        command += ["--kubeconfig", str(plane.kubeconfig(OURS)), "--http", f"127.0.0.1:{HTTP_PORT}"]
+    log = plane.directory / f"{kind}.log"
+    with log.open("wb") as file:
+        running = subprocess.Popen([sys.executable, "-IS", str(WITH_PARENT), *command], stdout=file, stderr=file)
     try:
         yield running.pid
+    except HostUnfit as error:
+        if running.poll() is not None:  # that is no finding about it
+            raise HostUnfit(f"{kind} ended by itself", log.read_text()[-800:]) from error
+        raise
     finally:
         running.send_signal(signal.SIGTERM)
         running.wait()
@@ -195,7 +208,7 @@ def _coscheduling(plane: ControlPlane) -> dict[str, Any]:
         "apiVersion": "kubescheduler.config.k8s.io/v1",
         "kind": "KubeSchedulerConfiguration",
         "leaderElection": {"leaderElect": False},
-        "clientConnection": {"kubeconfig": str(plane.kubeconfig()), "qps": 5000, "burst": 5000},
+        "clientConnection": {"kubeconfig": str(plane.kubeconfig("scheduler")), "qps": 5000, "burst": 5000},
         "profiles": [{"schedulerName": "default-scheduler", "plugins": plugins, "pluginConfig": [timeout]}],
     }
 
@@ -230,42 +243,34 @@ async def burst(live: Live, plane: ControlPlane, kind: str, jobs: Jobs) -> dict[
     await live.pods(jobs, _name(kind))
     with scheduler_of(kind, plane) as pid:
         await asyncio.sleep(8)
-        pids = (pid, plane.pid("kube-apiserver"))
-        await live.until_quiet()
-        idle = [_cpu(p) for p in pids]
-        await asyncio.sleep(IDLE_SECONDS)
-        idle = [(_cpu(p) - was) / IDLE_SECONDS for p, was in zip(pids, idle, strict=True)]
-        before, spent, started = await live.events(), [_cpu(p) for p in pids], time.monotonic()
+        server = plane.pid("kube-apiserver")
+        before = await live.until_quiet()
+        own, api, started = _cpu(pid), _cpu(server), time.monotonic()
         await live.cordon(False)
         last = await live.until_bound(count)
         events = await live.until_quiet() - before
-        took = time.monotonic() - started
-        own, api = (_cpu(p) - was - rate * took for p, was, rate in zip(pids, spent, idle, strict=True))
         return {
             "binds_per_second": count / (last - started),
-            "cpu_per_pod_ms": own / count * 1e3,
-            "api_cpu_per_pod_ms": api / count * 1e3,
-            "idle_cpu": idle[0],
-            "idle_api_cpu": idle[1],
-            "until_quiet_seconds": took,
+            "cpu_per_pod_ms": (_cpu(pid) - own) / count * 1e3,
+            "api_cpu_per_pod_ms": (_cpu(server) - api) / count * 1e3,
+            "until_quiet_seconds": time.monotonic() - started,
             "events": events,
             "rss_mib": _rss_mib(pid),
         }
 
 
 async def waiting(live: Live, plane: ControlPlane, kind: str, jobs: Jobs) -> dict[str, float]:
-    """All pods are there before the scheduler starts: from the first bind to the last."""
+    """All pods are there before the scheduler starts: from its start to the last bind."""
     count, server = sum(size for _, size in jobs), plane.pid("kube-apiserver")
     await live.pods(jobs, _name(kind))
-    await live.until_quiet()
-    before, api, started = await live.events(), _cpu(server), time.monotonic()
+    before = await live.until_quiet()
+    api, started = _cpu(server), time.monotonic()
     with scheduler_of(kind, plane) as pid:
         last = await live.until_bound(count)
-        first = min(live.bound.values())
         events = await live.until_quiet() - before
         return {
-            "binds_per_second": (count - 1) / (last - first),
-            "from_its_start_seconds": last - started,
+            "binds_per_second": count / (last - started),
+            "to_first_bind_seconds": min(live.bound.values()) - started,
             "cpu_per_pod_ms": _cpu(pid) / count * 1e3,
             "api_cpu_per_pod_ms": (_cpu(server) - api) / count * 1e3,
             "events": events,
@@ -351,6 +356,8 @@ async def fresh() -> AsyncIterator[tuple[Live, ControlPlane]]:
         live = Live()
         async with Api.connect(str(plane.kubeconfig())) as live.api:
             await install(live.api)
+            await rights.grant(live.api)
+            await rights.grant_scheduler(live.api)
             await live.nodes([f"n{i:05}" for i in range(100)], **PLAYED)
             await live.nodes([f"pool{i}" for i in range(POOL_NODES)], pool="small", **PLAYED)
             live.nodes_seen = Reflector(live.api, NODES, Node, lambda _before, _now: None)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,20 @@ def _module(name: str) -> Module:
 
 def lacks(name: str) -> str:
     """What is missing before an operator can be played; empty if nothing is."""
-    return "" if built(name) else f"{name} is not built: make test-operators builds it (Go, some minutes, once)"
+    if built(name) is None:
+        return f"{name} is not built: make test-operators builds it (Go, some minutes, once)"
+    if _module(name).webhooks and not _may_unshare():
+        return f"{name} needs a mount namespace, which this user may not have here: run it as root"
+    return ""
+
+
+@cache
+def _may_unshare() -> bool:
+    command = ["unshare", "--map-root-user", "--mount", "true"]
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
 
 
 def build(name: str) -> Path:

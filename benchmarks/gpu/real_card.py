@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +40,7 @@ SERVICE_KERNELS, SERVICE_RATE = 20, 10.0
 LAUNCHES: dict[str, dict[str, str]] = {
     "plain": {}, "blocking": {"CUDA_LAUNCH_BLOCKING": "1"}, "0.25x": {"CUDA_SCALE_LAUNCH_QUEUES": "0.25x"},
 }  # fmt: skip
+FREEZE_SECONDS = 10.0
 HOLD_OFF = 0.010
 PERIOD = 0.2
 Row = dict[str, Any]
@@ -61,16 +64,14 @@ class Freezer:
 
     def stop(self, _pid: int) -> float:
         """Freeze; the monotonic moment at which the kernel said that all are frozen."""
-        if self.version == 1:
-            self._file.write_text("FROZEN")
-            while self._file.read_text().strip() != "FROZEN":
-                self._file.write_text("FROZEN")
-            return time.perf_counter()
-        self._file.write_text("1")
-        events = self.path / "cgroup.events"
-        while "frozen 1" not in events.read_text():
-            pass
-        return time.perf_counter()
+        until = time.perf_counter() + FREEZE_SECONDS
+        while time.perf_counter() < until:
+            self._file.write_text("1" if self.version == 2 else "FROZEN")
+            if self.version == 2 and "frozen 1" in (self.path / "cgroup.events").read_text():
+                return time.perf_counter()
+            if self.version == 1 and self._file.read_text().strip() == "FROZEN":
+                return time.perf_counter()
+        raise RuntimeError(f"not frozen within {FREEZE_SECONDS:g} s: a process is in the driver")
 
     def go(self, _pid: int) -> None:
         """Thaw."""
@@ -452,18 +453,17 @@ class Bench:
             before = batch[1][Words.BEATS] if batch else 0
             ended = threading.Event()
             reactions: list[float] = []
+            hands = stack.enter_context(ThreadPoolExecutor(1))
             hand = None
             if batch and arm in self.gates:
-                arguments = (self.gates[arm], batch[0], words, ended, reactions)
-                hand = threading.Thread(target=_gated, args=arguments)
-                hand.start()
+                hand = hands.submit(_gated, self.gates[arm], batch[0], words, ended, reactions)
             began = time.perf_counter()
             try:
                 self.finish(words, seconds * 6 + 30)
             finally:
                 ended.set()
-                if hand:
-                    hand.join()
+            if hand:
+                hand.result()  # a gate that failed was none
             took = time.perf_counter() - began
             share = (batch[1][Words.BEATS] - before) * ms / 1e3 / took if batch else 0.0
         found: list[float] = json.loads(out.read_text())
@@ -572,6 +572,7 @@ def main(arguments: list[str]) -> int:
             print(f"{part}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     finally:
         bench.freezer.close()
+        shutil.rmtree(bench.directory, ignore_errors=True)
         if given.out:
             with given.out.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in bench.rows)

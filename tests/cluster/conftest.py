@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import yaml
 
 from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
@@ -22,22 +21,14 @@ from podgroup.controller.loop import Controller
 from podgroup.demo.controlplane import ControlPlane, install
 from podgroup.queue.entry import Settings
 from tests.cluster.proxy import Proxy
+from tools import rights
 
-MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 PATIENCE = 60.0
 HIGH, MID, LOW, LOWEST = "test-high", "test-mid", "test-low", "test-lowest"
 POLITE = "test-polite"
 PRIORITIES = {POLITE: 1000, HIGH: 1000, MID: 500, LOW: 100, LOWEST: 50}
 QUIET = 0.4
 """For so long nothing more may happen, before a test says that something did not."""
-RBAC = {
-    "Namespace": "/api/v1/namespaces",
-    "ServiceAccount": "/api/v1/serviceaccounts",
-    "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
-    "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
-    "Role": "/apis/rbac.authorization.k8s.io/v1/roles",
-    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/rolebindings",
-}
 
 
 @pytest.fixture(scope="package")  # not the session: it would run on beside the suites that follow
@@ -288,13 +279,8 @@ async def leader(
 @pytest.fixture
 async def limited(plane: ControlPlane, api: Api) -> AsyncIterator[Api]:
     """The controller's own service account, with the role that the manifests give it."""
-    for manifest in ("base/namespace.yaml", "rbac/controller.yaml"):
-        for body in yaml.safe_load_all((MANIFESTS / manifest).read_text()):
-            kind, namespace = body["kind"], body["metadata"].get("namespace", "")
-            collection = RBAC[kind]
-            with contextlib.suppress(ApiError):
-                await api.request("POST", path_of(collection, namespace), body)
+    await rights.grant(api)
     async with Api.connect(str(plane.kubeconfig("colocate"))) as connected:
         yield connected
-    await api.request("DELETE", f"{RBAC['ClusterRole']}/colocate-controller")
-    await api.request("DELETE", f"{RBAC['ClusterRoleBinding']}/colocate-controller")
+    await api.request("DELETE", f"{rights.COLLECTIONS['ClusterRole']}/colocate-controller")
+    await api.request("DELETE", f"{rights.COLLECTIONS['ClusterRoleBinding']}/colocate-controller")

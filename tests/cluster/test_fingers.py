@@ -16,7 +16,8 @@ import yaml
 from colocate.kube.client import NAMESPACES, PODS, path_of
 from podgroup.api import POD_GROUPS
 from podgroup.demo.controlplane import ControlPlane
-from tests.cluster.conftest import MANIFESTS, World, leader
+from tests.cluster.conftest import World, leader
+from tools.rights import MANIFESTS
 
 GROUP = """
 apiVersion: scheduling.x-k8s.io/v1alpha1

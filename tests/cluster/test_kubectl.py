@@ -16,7 +16,8 @@ import yaml
 
 from colocate.errors import HostUnfit
 from podgroup.demo.controlplane import ControlPlane, binaries
-from tests.cluster.conftest import MANIFESTS, World, leader
+from tests.cluster.conftest import World, leader
+from tools.rights import MANIFESTS
 
 DOCS = (MANIFESTS.parent / "docs" / "gangs.md").read_text()
 Kubectl = Callable[..., str]

@@ -14,7 +14,8 @@ from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
 from podgroup.api import POD_GROUPS
 from podgroup.controller.loop import Controller
 from podgroup.queue.entry import Settings
-from tests.cluster.conftest import HIGH, LOW, RBAC, World, leader
+from tests.cluster.conftest import HIGH, LOW, World, leader
+from tools.rights import COLLECTIONS
 
 MPI_JOB = {
     "apiVersion": "kubeflow.org/v2beta1",
@@ -489,7 +490,7 @@ async def test_the_role_of_the_manifests_is_enough(world: World, limited: Api) -
 
 async def test_a_verb_that_is_forbidden_is_named(world: World, limited: Api) -> None:
     await world.node("n", cpu=2, memory="1Gi")
-    path = f"{RBAC['ClusterRole']}/colocate-controller"
+    path = f"{COLLECTIONS['ClusterRole']}/colocate-controller"
     role = json.loads(await world.api.request("GET", path))
     role["rules"] = [rule for rule in role["rules"] if rule["resources"] != ["pods/binding"]]
     await world.api.request("PUT", path, role)
