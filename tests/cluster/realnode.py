@@ -47,7 +47,7 @@ for file in {sysctls}; do
   i=$((i + 1)); cat /proc/sys/$file > {home}/sysctl-$i; mount --bind {home}/sysctl-$i /proc/sys/$file
 done
 for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs $folder; done
-containerd --config {home}/containerd.toml > {home}/containerd.log 2>&1 &
+while :; do containerd --config {home}/containerd.toml >> {home}/containerd.log 2>&1; sleep 0.2; done &
 until ctr --address {home}/containerd.sock version > {home}/ctr.log 2>&1; do sleep 0.05; done
 ctr --address {home}/containerd.sock --namespace k8s.io images import {home}/pause.tar >> {home}/ctr.log 2>&1
 exec kubelet --config {home}/kubelet.json --kubeconfig {kubeconfig} --hostname-override {name} \\
@@ -70,7 +70,10 @@ state = "{home}/state"
     bin_dirs = ["{home}/cni"]
     conf_dir = "{home}/cni"
 [plugins."io.containerd.nri.v1.nri"]
-  disable = true
+  disable = false
+  socket_path = "{home}/nri.sock"
+  plugin_path = "{home}/nri"
+  plugin_config_path = "{home}/nri"
 """
 
 
@@ -112,6 +115,25 @@ class RealNode:
                 os.killpg(self._process.pid, signal.SIGKILL)  # the first one of the namespace takes all others with it
             self._process.wait()
         self._cgroup.__exit__()
+
+    @property
+    def nri_socket(self) -> str:
+        """Where containerd waits for plugins."""
+        return str(self._home / "nri.sock")
+
+    @property
+    def cgroup(self) -> str:
+        """What the kubelet takes for its host's root."""
+        return self._cgroup.path
+
+    def end_containerd(self) -> None:
+        """SIGKILL; it is started again at once, and containers run on."""
+        wanted = f"{self._home}/containerd.toml"
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if words[0].endswith("containerd") and wanted in words:
+                    os.kill(int(folder.name), signal.SIGKILL)
 
     def words(self) -> str:
         """The last lines of each log."""

@@ -1,0 +1,128 @@
+"""The runtime's plugin protocol with a real containerd: where the processes of batch pods really are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colocate.cgroup.layout import UNIFIED
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import joined, processes
+from colocate.kube.client import PODS
+from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Update
+from podgroup.demo.controlplane import ControlPlane
+from tests.cluster.conftest import World
+from tests.cluster.realnode import NAME, RealNode, lacks
+from tests.cluster.test_kubelet import on, until_ready
+
+QOS = "colocate.io/qos"
+SHARES = {1: ("cpu", "cpu.shares", "7"), 2: (UNIFIED, "cpu.weight", "1")}
+"""Where 7 shares are found, as runc writes them."""
+
+
+class Tier:
+    """Containers of pods that say so go into a sibling of BestEffort."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, str] = {}
+        """Pod -> its container."""
+        self.found: dict[str, Container] = {}
+        self.times_away = 0
+
+    def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
+        self.found = {c.id: c for c in containers}
+        return []
+
+    def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
+        self.made[pod.name] = container.id
+        if pod.labels.get(QOS) != "batch":
+            return None
+        return Adjustment(container.cgroups_path.replace("/besteffort/", "/batch/"))
+
+    def container_removed(self, pod: Pod, container: Container) -> None:
+        self.made.pop(pod.name, None)
+
+    def pod_removed(self, pod: Pod) -> None:
+        """Nothing is known of it."""
+
+    def away(self) -> None:
+        self.times_away += 1
+
+
+@pytest.fixture
+def real_node(plane: ControlPlane, tmp_path: Path) -> Iterator[RealNode]:
+    missing = lacks()
+    if missing:
+        pytest.skip(f"a real kubelet needs {missing}")
+    home = tmp_path / "n"
+    home.mkdir()
+    with RealNode(plane, home) as node:
+        yield node
+
+
+@pytest.mark.slow
+async def test_batch_pods_go_into_the_tier_and_stay_there(world: World, real_node: RealNode) -> None:
+    await until_ready(world, real_node)
+    port, handler = KernelPort(), Tier()
+    plugin = Plugin("colocate-test", "50", handler, real_node.nri_socket)
+    running = asyncio.create_task(plugin.run())
+
+    def where(uid: str, container: str, of: str) -> list[set[int]]:
+        path = joined(real_node.cgroup, f"kubepods/{of}/pod{uid}/{container}")
+        return [set(processes(port, hierarchy, path)) for hierarchy in port.layout.mounts]
+
+    async def starts(name: str, **labels: str) -> str:
+        spec = {**on(NAME), "nodeName": NAME, "schedulerName": "default-scheduler"}
+        await world.pod(name, spec=spec, labels=labels)
+
+        async def runs() -> Any:
+            real_node.check()
+            pod = (await world.pods())[name]
+            return pod.metadata.uid if pod.status.phase == "Running" else None
+
+        return str(await world.until(runs, f"{name} runs"))
+
+    async def connected() -> bool:
+        return plugin.connected
+
+    try:
+        await world.until(connected, "the plugin is registered")
+        assert plugin.runtime.startswith("containerd")
+        plain, batch = await starts("plain"), await starts("batch", **{QOS: "batch"})
+        there = where(batch, handler.made["batch"], "batch")
+        assert all(there)
+        assert all(where(plain, handler.made["plain"], "besteffort")), "who did not ask is where kubelet put it"
+
+        assert await plugin.update([Update(handler.made["batch"], Limits(cpu_shares=7))]) == []
+        path = joined(real_node.cgroup, f"kubepods/batch/pod{batch}/{handler.made['batch']}")
+        hierarchy, file, shown = SHARES[port.layout.version]
+        assert (port.read(hierarchy, path, file) or "").strip() == shown
+        assert await plugin.update([Update("no-such-container", Limits(cpu_shares=7))]) == ["no-such-container"]
+
+        real_node.end_containerd()
+
+        async def back() -> bool:
+            return handler.times_away == 1 and plugin.connected
+
+        await world.until(back, "containerd is back, and so is the plugin")
+        assert where(batch, handler.made["batch"], "batch") == there, "its processes have not noticed"
+        assert handler.found[handler.made["batch"]].cgroups_path == path
+        assert handler.found[handler.made["batch"]].running
+
+        container = handler.made["batch"]
+        await world.delete(PODS, "batch", 0)
+
+        async def removed() -> bool:
+            return "batch" not in handler.made and not any(where(batch, container, "batch"))
+
+        await world.until(removed, "the pod's container is removed, wherever it was")
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    orphan = await starts("orphan", **{QOS: "batch"})
+    path = joined(real_node.cgroup, f"kubepods/besteffort/pod{orphan}")
+    assert port.children(SHARES[port.layout.version][0], path), "without the plugin a pod starts as plain BestEffort"
