@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 EMBEDDED_LINGER_SECONDS = 3.0
 WATCH_SECONDS = 1.0
+NRI_INDEX = "90"
+"""Late among the runtime's plugins: what others decide of a container's resources is kept."""
 FIXED = (
     ("nodeRoot", "node_root"),
     ("http", "http"),
@@ -67,9 +69,11 @@ class Service:
         shadow: bool = False,
         embedded: bool = False,
         handover: bool = False,
+        nri: str = "",
     ) -> None:
         self._policy, self._policy_path, self._runtime, self._socket_path = policy, policy_path, runtime, socket_path
         self._shadow, self._embedded, self._handover = shadow, embedded, handover
+        self._nri = nri
         self._state = StateDirectory(state_dir)
         self._state_lock = Lock(state_dir, "state")
         try:
@@ -198,6 +202,8 @@ class Service:
                 others = [tasks.create_task(self._reload(agent)), tasks.create_task(self._compile(agent))]
                 if self._embedded:
                     others.append(tasks.create_task(self._linger(server)))
+                if self._nri:
+                    others.append(tasks.create_task(self._place_pods(agent)))
                 await agent.run(self.stop)
                 for task in others:
                     task.cancel()
@@ -211,6 +217,14 @@ class Service:
                 # Only an end that was asked for is a handover; a crash must be undone.
                 report = await agent.close(handover=self._handover and self.stop.is_set())
         return report
+
+    async def _place_pods(self, agent: Agent) -> None:
+        """Be asked by the container runtime where a pod's containers go."""
+        from colocate.agent.placement import Placement
+        from colocate.nri import Plugin
+
+        placement = Placement(agent.port, lambda: agent.observer.tree, shadow=self._shadow)
+        await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
     async def _serve_http(self, agent: Agent) -> web.AppRunner:
         """/metrics, /healthz, /readyz and /debug/plan. Raises BadInput if the port cannot be used."""

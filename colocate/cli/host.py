@@ -119,6 +119,7 @@ def agent(options: argparse.Namespace) -> int:
         shadow=options.shadow,
         embedded=options.embedded,
         handover=options.handover,
+        nri=options.nri,
     )
     report = asyncio.run(service.run())
     for line in report.occupied:

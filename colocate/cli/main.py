@@ -71,6 +71,14 @@ def _add_node(add: Add) -> None:
     agent.add_argument("--config", help="the ColocationPolicy file; read again when it changes")
     agent.add_argument("--shadow", action="store_true", help="compute and record everything, write nothing")
     agent.add_argument("--handover", action="store_true", help="at the end leave the grants to the successor")
+    agent.add_argument(
+        "--nri",
+        nargs="?",
+        default="",
+        const="/var/run/nri/nri.sock",
+        metavar="SOCKET",
+        help="put pods that say that they are batch into the tier, by the container runtime's plugin socket",
+    )
     agent.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     state(agent)
     socket(agent)

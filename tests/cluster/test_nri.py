@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
-from colocate.cgroup.tree import joined, processes
+from colocate.cgroup.tree import joined, processes, processes_below
 from colocate.kube.client import PODS
 from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Update
 from podgroup.demo.controlplane import ControlPlane
@@ -20,6 +24,13 @@ from tests.cluster.realnode import NAME, RealNode, lacks
 from tests.cluster.test_kubelet import on, until_ready
 
 QOS = "colocate.io/qos"
+BATCH = {QOS: "batch"}
+POLICY = """
+apiVersion: colocate.io/v1alpha1
+kind: ColocationPolicy
+metadata: {{name: test}}
+spec: {{nodeRoot: {root}, tick: 250ms, calibrate: false, http: {{enabled: false}}}}
+"""
 SHARES = {1: ("cpu", "cpu.shares", "7"), 2: (UNIFIED, "cpu.weight", "1")}
 """Where 7 shares are found, as runc writes them."""
 
@@ -64,6 +75,19 @@ def real_node(plane: ControlPlane, tmp_path: Path) -> Iterator[RealNode]:
         yield node
 
 
+async def starts(world: World, real_node: RealNode, name: str, **labels: str) -> str:
+    """A pod of the real node, once it runs; its uid."""
+    spec = {**on(NAME), "nodeName": NAME, "schedulerName": "default-scheduler"}
+    await world.pod(name, spec=spec, labels=labels)
+
+    async def runs() -> Any:
+        real_node.check()
+        pod = (await world.pods())[name]
+        return pod.metadata.uid if pod.status.phase == "Running" else None
+
+    return str(await world.until(runs, f"{name} runs"))
+
+
 @pytest.mark.slow
 async def test_batch_pods_go_into_the_tier_and_stay_there(world: World, real_node: RealNode) -> None:
     await until_ready(world, real_node)
@@ -75,24 +99,13 @@ async def test_batch_pods_go_into_the_tier_and_stay_there(world: World, real_nod
         path = joined(real_node.cgroup, f"kubepods/{of}/pod{uid}/{container}")
         return [set(processes(port, hierarchy, path)) for hierarchy in port.layout.mounts]
 
-    async def starts(name: str, **labels: str) -> str:
-        spec = {**on(NAME), "nodeName": NAME, "schedulerName": "default-scheduler"}
-        await world.pod(name, spec=spec, labels=labels)
-
-        async def runs() -> Any:
-            real_node.check()
-            pod = (await world.pods())[name]
-            return pod.metadata.uid if pod.status.phase == "Running" else None
-
-        return str(await world.until(runs, f"{name} runs"))
-
     async def connected() -> bool:
         return plugin.connected
 
     try:
         await world.until(connected, "the plugin is registered")
         assert plugin.runtime.startswith("containerd")
-        plain, batch = await starts("plain"), await starts("batch", **{QOS: "batch"})
+        plain, batch = await starts(world, real_node, "plain"), await starts(world, real_node, "batch", **BATCH)
         there = where(batch, handler.made["batch"], "batch")
         assert all(there)
         assert all(where(plain, handler.made["plain"], "besteffort")), "who did not ask is where kubelet put it"
@@ -123,6 +136,57 @@ async def test_batch_pods_go_into_the_tier_and_stay_there(world: World, real_nod
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-    orphan = await starts("orphan", **{QOS: "batch"})
+    orphan = await starts(world, real_node, "orphan", **BATCH)
     path = joined(real_node.cgroup, f"kubepods/besteffort/pod{orphan}")
     assert port.children(SHARES[port.layout.version][0], path), "without the plugin a pod starts as plain BestEffort"
+
+
+@pytest.mark.slow
+async def test_the_agent_places_batch_pods_governs_them_and_leaves_nothing(
+    world: World, real_node: RealNode, tmp_path: Path
+) -> None:
+    await until_ready(world, real_node)
+    port, tier, log = KernelPort(), joined(real_node.cgroup, "kubepods/batch"), tmp_path / "agent.log"
+    (tmp_path / "policy.yaml").write_text(POLICY.format(root=real_node.cgroup))
+    places = {"COLOCATE_STATE_DIR": str(tmp_path / "state"), "COLOCATE_RUNTIME_DIR": str(tmp_path / "run")}
+    environment = {**os.environ, **places, "COLOCATE_JIT": "off"}
+    colocate = [sys.executable, "-m", "colocate.cli.main"]
+    command = [*colocate, "agent", "--config", str(tmp_path / "policy.yaml"), "--nri", real_node.nri_socket]
+    with log.open("wb") as file:
+        agent = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+    def there(path: str) -> list[str]:
+        return [h for h in port.layout.mounts if port.inode(h, path) is not None]
+
+    async def connected() -> bool:
+        assert agent.poll() is None, log.read_text()
+        return "runtime_connected" in log.read_text()
+
+    try:
+        await world.until(connected, "the runtime asks the agent")
+        plain, batch = await starts(world, real_node, "plain"), await starts(world, real_node, "batch", **BATCH)
+        main = SHARES[port.layout.version][0]
+        assert processes_below(port, main, joined(tier, f"pod{batch}"))
+        assert processes_below(port, main, joined(real_node.cgroup, f"kubepods/besteffort/pod{plain}"))
+
+        async def governed() -> bool:
+            asked = [*colocate, "top", "-o", "json"]
+            told = await asyncio.to_thread(
+                subprocess.run, asked, env=environment, capture_output=True, text=True, check=False
+            )
+            return f"pod:{batch}" in told.stdout
+
+        await world.until(governed, "the agent has seen it in its tier")
+        await world.delete(PODS, "batch", 0)
+
+        async def gone() -> bool:
+            return not there(joined(tier, f"pod{batch}"))
+
+        await world.until(gone, "what the pod left in the tier is removed, in every hierarchy")
+        assert there(tier)
+        agent.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(agent.wait, 30) == 0, log.read_text()
+        assert not there(tier)
+    finally:
+        agent.kill()
+        agent.wait()

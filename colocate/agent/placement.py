@@ -1,0 +1,102 @@
+"""Pods that say that they are batch go into the tier when they start, by the container runtime's plugin protocol.
+
+kubelet has already chosen where a container goes; the runtime asks before it makes it (NRI, CreateContainer). The
+pause container stays where it is, so kubelet finds its own directory; the pod's directory in the tier is nobody's
+business but ours, and goes when the pod goes. What cannot be understood starts as plain BestEffort, and that is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import structlog
+
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import Tree, joined, rmdir_tree
+from colocate.nri import Adjustment, Container, Pod, Update
+from colocate.observe.workloads import pod_uid
+
+BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
+"""How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
+log = structlog.get_logger()
+
+
+def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
+    """Whether a pod says so in one of the known ways."""
+    return any(value in (labels.get(key), annotations.get(key)) for key, value in BATCH_LABELS.items())
+
+
+def in_tier(path: str, uid: str, tree: Tree) -> str | None:
+    """A container's cgroup in the tier, in the form of the runtime's driver, from where kubelet would have it.
+
+    `…/kubepods/besteffort/pod<uid>/<id>`, or with the systemd driver `kubepods-besteffort-pod<uid>.slice:<prefix>:<id>`
+    with underscores in the uid. None for a Guaranteed pod, which may have CPUs of its own, and for what is neither.
+    """
+    if tree.kubepods is None:
+        return None
+    base = re.escape(tree.kubepods.rpartition("/")[2].removesuffix(".slice"))
+    if tree.systemd_driver:
+        told = re.escape(uid.replace("-", "_"))
+        found = re.fullmatch(rf"({base})-(?:besteffort|burstable)(-pod{told}\.slice:.+)", path)
+        return found and f"{found[1]}-batch{found[2]}"
+    found = re.fullmatch(rf"((?:/.*)?/{base})/(?:besteffort|burstable)(/pod{re.escape(uid)}/[^/]+)", path)
+    return found and f"{found[1]}/batch{found[2]}"
+
+
+class Placement:
+    """A handler of the protocol (`colocate.nri.Handler`)."""
+
+    def __init__(self, port: FilePort, tree: Callable[[], Tree], *, shadow: bool) -> None:
+        self._port, self._tree, self._shadow = port, tree, shadow
+        self.placed = 0
+        """Containers that were put into the tier."""
+
+    def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
+        """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
+        log.info("runtime_connected", pods=len(pods), containers=len(containers))
+        known, tier = {pod.uid for pod in pods}, self._tree().tier_path
+        if not self._shadow:
+            left = {c for h in self._port.layout.mounts for c in self._port.children(h, tier)}
+            for child in left:
+                uid = pod_uid(child)
+                if uid is not None and uid not in known:
+                    self._remove(joined(tier, child))
+        return ()
+
+    def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
+        """Into the tier, if its pod is batch and the tier is there."""
+        if self._shadow or not is_batch(pod.labels, pod.annotations):
+            return None
+        tree = self._tree()
+        path = in_tier(container.cgroups_path, pod.uid, tree)
+        if path is None or not self._there(tree.tier_path):
+            why = "there is no tier yet" if path is not None else f"its cgroup is {container.cgroups_path}"
+            log.warning("pod_not_placed", pod=f"{pod.namespace}/{pod.name}", container=container.name, reason=why)
+            return None
+        self.placed += 1
+        return Adjustment(path)
+
+    def _there(self, path: str) -> bool:
+        return any(self._port.inode(hierarchy, path) is not None for hierarchy in self._port.layout.mounts)
+
+    def container_removed(self, pod: Pod, container: Container) -> None:
+        """The runtime removes the container's own directory."""
+
+    def pod_removed(self, pod: Pod) -> None:
+        """Its directory in the tier is empty now; neither kubelet nor the runtime knows of it."""
+        tree = self._tree()
+        name = f"pod{pod.uid}"
+        if tree.systemd_driver:
+            base = tree.tier_path.rpartition("/")[2].removesuffix(".slice")
+            name = f"{base}-pod{pod.uid.replace('-', '_')}.slice"
+        if not self._shadow:
+            self._remove(joined(tree.tier_path, name))
+
+    def _remove(self, path: str) -> None:
+        for hierarchy in self._port.layout.mounts:
+            rmdir_tree(self._port, hierarchy, path)
+
+    def away(self) -> None:
+        """Batch pods start as plain BestEffort until it is back."""
+        log.warning("runtime_gone", effect="batch pods start as plain BestEffort until it is back")

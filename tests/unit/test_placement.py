@@ -1,0 +1,130 @@
+"""Which pods go into the tier, and where that is, with either cgroup driver."""
+
+from __future__ import annotations
+
+import pytest
+
+from colocate.agent.placement import Placement, in_tier, is_batch
+from colocate.cgroup.tree import Tree
+from colocate.kernelmodel import ModelKernel
+from colocate.nri import Adjustment, Container, Limits, Pod
+
+UID = "0a1b-2c3d"
+PLAIN = Tree("/", "/kubepods", systemd_driver=False, tier_path="/kubepods/batch")
+NESTED = Tree("/", "/kind/kubelet/kubepods", systemd_driver=False, tier_path="/kind/kubelet/kubepods/batch")
+SYSTEMD = Tree("/", "/kubepods.slice", systemd_driver=True, tier_path="/kubepods.slice/kubepods-batch.slice")
+NO_TREE = Tree("/", None, systemd_driver=False, tier_path="/colocate-batch")
+PREFIXED = Tree(
+    "/", "/kubelet.slice/kubelet-kubepods.slice", systemd_driver=True,
+    tier_path="/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-batch.slice",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "wanted"),
+    [
+        pytest.param(PLAIN, f"/kubepods/besteffort/pod{UID}/c1", f"/kubepods/batch/pod{UID}/c1", id="BestEffort"),
+        pytest.param(PLAIN, f"/kubepods/burstable/pod{UID}/c1", f"/kubepods/batch/pod{UID}/c1", id="Burstable"),
+        pytest.param(PLAIN, f"/kubepods/pod{UID}/c1", None, id="Guaranteed: it may have CPUs of its own"),
+        pytest.param(PLAIN, f"/kubepods/besteffort/pod{UID}-x/c1", None, id="another pod's"),
+        pytest.param(PLAIN, "/docker/c1", None, id="not kubelet's"),
+        pytest.param(
+            NESTED, f"/kubelet/kubepods/besteffort/pod{UID}/c1", f"/kubelet/kubepods/batch/pod{UID}/c1",
+            id="a node in a container: the runtime sees its own part of the path, and is answered with that",
+        ),
+        pytest.param(
+            SYSTEMD, "kubepods-besteffort-pod0a1b_2c3d.slice:cri-containerd:c1",
+            "kubepods-batch-pod0a1b_2c3d.slice:cri-containerd:c1", id="systemd's driver, containerd",
+        ),
+        pytest.param(
+            SYSTEMD, "kubepods-burstable-pod0a1b_2c3d.slice:crio:c1", "kubepods-batch-pod0a1b_2c3d.slice:crio:c1",
+            id="systemd's driver, CRI-O",
+        ),
+        pytest.param(SYSTEMD, "kubepods-pod0a1b_2c3d.slice:cri-containerd:c1", None, id="systemd's driver, Guaranteed"),
+        pytest.param(SYSTEMD, f"/kubepods/besteffort/pod{UID}/c1", None, id="a runtime with another driver"),
+        pytest.param(
+            PREFIXED, "kubelet-kubepods-besteffort-pod0a1b_2c3d.slice:cri-containerd:c1",
+            "kubelet-kubepods-batch-pod0a1b_2c3d.slice:cri-containerd:c1", id="a tree with a prefix",
+        ),
+        pytest.param(NO_TREE, f"/kubepods/besteffort/pod{UID}/c1", None, id="there is no kubelet's tree"),
+    ],
+)  # fmt: skip
+def test_where_a_container_goes(tree: Tree, path: str, wanted: str | None):
+    assert in_tier(path, UID, tree) == wanted
+
+
+@pytest.mark.parametrize(
+    ("labels", "annotations", "batch"),
+    [
+        pytest.param({"colocate.io/qos": "batch"}, {}, True, id="ours"),
+        pytest.param({"koordinator.sh/qosClass": "BE"}, {}, True, id="Koordinator's"),
+        pytest.param({}, {"volcano.sh/qos-level": "-1"}, True, id="Volcano's, an annotation"),
+        pytest.param({"koordinator.sh/qosClass": "LS"}, {}, False, id="a service of Koordinator's"),
+        pytest.param({"volcano.sh/qos-level": "0"}, {}, False, id="Volcano's middle level"),
+        pytest.param({}, {}, False, id="it says nothing"),
+    ],
+)
+def test_how_a_pod_says_that_it_is_batch(labels: dict[str, str], annotations: dict[str, str], batch: bool):
+    assert is_batch(labels, annotations) is batch
+
+
+def with_cgroup(version: int, path: str) -> ModelKernel:
+    """A kernel with this cgroup in every hierarchy."""
+    kernel = ModelKernel(version=version)
+    for hierarchy in kernel.layout.mounts:
+        for i in range(1, path.count("/") + 1):
+            part = "/".join(path.split("/")[: i + 1])
+            if kernel.inode(hierarchy, part) is None:
+                kernel.mkdir(hierarchy, part)
+    return kernel
+
+
+def pod(uid: str = UID, **labels: str) -> Pod:
+    return Pod("sandbox", "train", uid, "ml", labels, {}, "")
+
+
+def container(path: str) -> Container:
+    return Container("c1", "sandbox", "main", False, {}, {}, path, 0, Limits())
+
+
+BATCH = {"colocate.io/qos": "batch"}
+PATH = f"/kubepods/besteffort/pod{UID}/c1"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_batch_pod_goes_into_a_tier_that_is_there_and_its_directory_goes_with_it(version: int):
+    port = with_cgroup(version, "/kubepods/batch")
+    placement = Placement(port, lambda: PLAIN, shadow=False)
+    assert placement.create_container(pod(), container(PATH)) is None, "it did not say that it is batch"
+    assert placement.create_container(pod(**BATCH), container(PATH)) == Adjustment(f"/kubepods/batch/pod{UID}/c1")
+    for hierarchy in port.layout.mounts:
+        port.mkdir(hierarchy, f"/kubepods/batch/pod{UID}")
+    placement.pod_removed(pod(**BATCH))
+    assert not any(port.children(hierarchy, "/kubepods/batch") for hierarchy in port.layout.mounts)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_pods_left_that_went_while_the_runtime_was_away_goes_when_it_is_back(version: int):
+    port = with_cgroup(version, "/kubepods/batch")
+    for hierarchy in port.layout.mounts:
+        for name in (f"pod{UID}", "podgone", "job-of-ours"):
+            port.mkdir(hierarchy, f"/kubepods/batch/{name}")
+    Placement(port, lambda: PLAIN, shadow=False).synchronize([pod()], [])
+    for hierarchy in port.layout.mounts:
+        assert set(port.children(hierarchy, "/kubepods/batch")) == {f"pod{UID}", "job-of-ours"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_nothing_is_placed_in_shadow_or_before_there_is_a_tier(version: int):
+    assert (
+        Placement(with_cgroup(version, "/kubepods/batch"), lambda: PLAIN, shadow=True).create_container(
+            pod(**BATCH), container(PATH)
+        )
+        is None
+    )
+    assert (
+        Placement(with_cgroup(version, "/kubepods"), lambda: PLAIN, shadow=False).create_container(
+            pod(**BATCH), container(PATH)
+        )
+        is None
+    )
