@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,6 +74,18 @@ def real_node(plane: ControlPlane, tmp_path: Path) -> Iterator[RealNode]:
     home.mkdir()
     with RealNode(plane, home) as node:
         yield node
+
+
+@contextlib.contextmanager
+def ended(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive the test."""
+    with log.open("wb") as file:
+        made = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        yield made
+    finally:
+        made.kill()
+        made.wait()
 
 
 async def starts(world: World, real_node: RealNode, name: str, **labels: str) -> str:
@@ -152,8 +165,6 @@ async def test_the_agent_places_batch_pods_governs_them_and_leaves_nothing(
     environment = {**os.environ, **places, "COLOCATE_JIT": "off"}
     colocate = [sys.executable, "-m", "colocate.cli.main"]
     command = [*colocate, "agent", "--config", str(tmp_path / "policy.yaml"), "--nri", real_node.nri_socket]
-    with log.open("wb") as file:
-        agent = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
     def there(path: str) -> list[str]:
         return [h for h in port.layout.mounts if port.inode(h, path) is not None]
@@ -162,7 +173,7 @@ async def test_the_agent_places_batch_pods_governs_them_and_leaves_nothing(
         assert agent.poll() is None, log.read_text()
         return "runtime_connected" in log.read_text()
 
-    try:
+    with ended(command, environment, log) as agent:
         await world.until(connected, "the runtime asks the agent")
         plain, batch = await starts(world, real_node, "plain"), await starts(world, real_node, "batch", **BATCH)
         main = SHARES[port.layout.version][0]
@@ -187,6 +198,3 @@ async def test_the_agent_places_batch_pods_governs_them_and_leaves_nothing(
         agent.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(agent.wait, 30) == 0, log.read_text()
         assert not there(tier)
-    finally:
-        agent.kill()
-        agent.wait()
