@@ -53,6 +53,9 @@ class TierMaker:
 
     def __init__(self, port: FilePort, journal: Journal, tree: Tree) -> None:
         self._port, self._journal, self.tree = port, journal, tree
+        self.holds_pods = False
+        """A runtime puts containers below the tier, and makes them directories in every hierarchy: so must the tier be
+        there in each, or what the runtime made of it would be nobody's to remove."""
 
     def hierarchies(self) -> list[str]:
         """Those that a directory is made in: all whose controllers we use or read."""
@@ -66,7 +69,7 @@ class TierMaker:
             )
         if self._port.layout.version == 2:
             self._enable_controllers(self.tree.tier_path)
-        placement = self._ensure(self.tree.tier_path)
+        placement = self._ensure(self.tree.tier_path, list(self._port.layout.mounts) if self.holds_pods else None)
         try:
             # An idle group is below every weight, and the kernel refuses it one.
             if read_knob(self._port, placement.path, "cpu.idle", placement.inodes) != "1":
@@ -83,12 +86,13 @@ class TierMaker:
         self.ensure_tier()
         return self._ensure(path)
 
-    def _ensure(self, path: str) -> Placement:
+    def _ensure(self, path: str, hierarchies: list[str] | None = None) -> Placement:
         inodes: dict[str, int] = {}
+        hierarchies = hierarchies or self.hierarchies()
         noted = {(e.hierarchy, e.path, e.inode) for e in self._journal.entries if e.kind == "made"}
-        missing = [h for h in self.hierarchies() if self._port.inode(h, path) is None]
+        missing = [h for h in hierarchies if self._port.inode(h, path) is None]
         self._note_made(path, dict.fromkeys(missing, 0))
-        for hierarchy in self.hierarchies():
+        for hierarchy in hierarchies:
             try:
                 inode = self._port.mkdir(hierarchy, path)
             except FileExistsError:

@@ -93,7 +93,7 @@ class Service:
         recorder = Recorder(state.path / "records", policy.spec.records, "numpy", threaded=True)
         root = policy.spec.node_root
         guardian = None if self._shadow else Guardian(state.path, self._runtime, root)
-        return Agent(
+        agent = Agent(
             port,
             policy,
             kernels.load(jit=False),
@@ -104,6 +104,8 @@ class Service:
             guardian=guardian,
             shadow=self._shadow,
         )
+        agent.tier.holds_pods = bool(self._nri)
+        return agent
 
     def _status(self, agent: Agent) -> Status:
         from colocate.report.metrics import Status

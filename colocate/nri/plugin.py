@@ -73,13 +73,16 @@ class Plugin:
 
     async def run(self) -> None:
         """Until cancelled: connect, serve, and connect again when the runtime has gone or does not speak NRI."""
-        pause = AGAIN_SECONDS
+        pause, said = AGAIN_SECONDS, ""
         while True:
-            served = False
+            served, why = False, "the runtime has hung up"
             try:
                 served = await self._serve()
-            except (OSError, NotNri, asyncio.IncompleteReadError, TimeoutError) as error:
-                log.warning("NRI at %s: %s: %s", self.socket, type(error).__name__, error)
+            except (OSError, NotNri, TimeoutError) as error:
+                why = f"{type(error).__name__}: {error}"
+            if why != said or served:  # not again and again
+                log.warning("NRI at %s: %s", self.socket, why)
+                said = why
             pause = AGAIN_SECONDS if served else min(pause * 2, AGAIN_MOST_SECONDS)
             await asyncio.sleep(pause)
 

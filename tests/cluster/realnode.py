@@ -47,7 +47,7 @@ for file in {sysctls}; do
   i=$((i + 1)); cat /proc/sys/$file > {home}/sysctl-$i; mount --bind {home}/sysctl-$i /proc/sys/$file
 done
 for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs $folder; done
-while :; do containerd --config {home}/containerd.toml >> {home}/containerd.log 2>&1; sleep 0.2; done &
+while :; do containerd --config {home}/containerd.toml >> {home}/containerd.log 2>&1 || sleep 0.2; done &
 until ctr --address {home}/containerd.sock version > {home}/ctr.log 2>&1; do sleep 0.05; done
 ctr --address {home}/containerd.sock --namespace k8s.io images import {home}/pause.tar >> {home}/ctr.log 2>&1
 exec kubelet --config {home}/kubelet.json --kubeconfig {kubeconfig} --hostname-override {name} \\
