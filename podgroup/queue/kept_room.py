@@ -35,6 +35,8 @@ class Hold(NamedTuple):
     """Of the gang: a nomination does not stand against one that is more important."""
     failed: bool = False
     """Of a slot: it, or one before it, began with a failure, or the owner makes all anew when one has gone."""
+    since: float = 0.0
+    """Of a slot: when its member was lost."""
 
 
 class Holds:
@@ -43,9 +45,9 @@ class Holds:
     def __init__(self) -> None:
         self._holds: list[Hold] = []
 
-    def keep_slot(self, cluster: Cluster, lost: Holding, key: str, until: float, failed: bool) -> None:
+    def keep_slot(self, cluster: Cluster, lost: Holding, key: str, now: float, until: float, failed: bool) -> None:
         """The place of a member that was lost is kept for the one that replaces it."""
-        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed=failed), lost)
+        self._keep(cluster, Hold(key, SLOT + lost.uid, until, SLOT, failed=failed, since=now), lost)
 
     def places(self, cluster: Cluster, key: str) -> list[KeptPlace]:
         """The places of lost members of a gang, as its plan says them."""
@@ -68,7 +70,7 @@ class Holds:
                 shape = Shape(requests=tuple(sorted(amounts(place.requests).items())))
                 for j in range(min(place.count, MOST_PLACES)):
                     lost = Holding(f"{key}/{i}/{j}", "", key.partition("/")[0], place.node, shape, {})
-                    self.keep_slot(cluster, lost, key, until, place.failed)
+                    self.keep_slot(cluster, lost, key, now, until, place.failed)
 
     def remembered(self, cluster: Cluster) -> list[KeptRoom]:
         """All that is kept, but for what other schedulers' pods say themselves."""
@@ -105,6 +107,13 @@ class Holds:
     def whole_until(self, key: str) -> float:
         """Until when places are kept for this gang though none of its members lives; 0 if they are not."""
         return max((h.until for h in self._holds if h.key == key and h.failed), default=0.0)
+
+    def extend(self, key: str, until: float, most: float) -> None:
+        """The places of lost members of a gang are kept until then, but none for more than `most` seconds in all."""
+        self._holds = [
+            h._replace(until=max(h.until, min(until, h.since + most))) if (h.key, h.kind) == (key, SLOT) else h
+            for h in self._holds
+        ]
 
     def nominate(self, cluster: Cluster, key: str, placed: list[Placed], until: float, priority: int) -> None:
         """The places that a gang has made victims leave are its own."""

@@ -634,17 +634,18 @@ class Queue:
 
         Not if it has made room for another gang, or was taken back with its own. Whoever was deleted without having
         `failed` may be one that its owner wants no more: its place is kept for a short time only, and only while
-        another member lives, unless its owner has them all `made_anew` when one is lost that others outlive.
+        another member lives; where its owner has all `made_anew` when one is lost, until a moment after the last.
         """
         plan = cluster.plans.get(key)
         taken_back = plan is not None and plan.status.phase == "RollingBack"
         if self.victims.going(holding.uid):
             self.victims.spared(holding.uid)
         elif is_group(key) and not taken_back:
-            failed = failed or (made_anew and _others_stay(cluster, key, holding.uid))
-            since = self.holds.whole_until(key)  # its owner may make all of them anew
-            seconds = self.settings.slot_seconds if failed else min(self.settings.slot_seconds, DELETED_SLOT_SECONDS)
-            self.holds.keep_slot(cluster, holding, key, max(now + seconds, since), failed or made_anew or since > 0)
+            since, most = self.holds.whole_until(key), self.settings.slot_seconds  # its owner may make all anew
+            until = max(now + (most if failed else min(most, DELETED_SLOT_SECONDS)), since)
+            self.holds.keep_slot(cluster, holding, key, now, until, failed or made_anew or since > 0)
+            if made_anew:
+                self.holds.extend(key, until, most)
 
     def _needs_slots(self, cluster: Cluster, key: str) -> bool:
         """Whether a gang is below its quorum and lives, or none of it does and its owner may make it anew."""
@@ -669,9 +670,3 @@ class Queue:
             shadow = starts_at(cluster, head.gang, now)
             self._shadow = (head.key, None if shadow is None else shadow[0])
         return self._shadow[1] is not None and self._end(cluster, placed, now) <= self._shadow[1]
-
-
-def _others_stay(cluster: Cluster, key: str, uid: str) -> bool:
-    """Whether other members are on nodes and nobody has asked for their end."""
-    others = (p for p in cluster.pods_of(key) if p.metadata.uid != uid)
-    return any(p.spec.node_name and not p.terminal and not p.deleting for p in others)

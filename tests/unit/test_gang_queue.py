@@ -630,26 +630,22 @@ def test_scaling_up_takes_no_running_members_of_an_equal_gang():
 
 
 @pytest.mark.parametrize(
-    ("failed", "made_anew", "together", "after", "rival"),
+    ("failed", "made_anew", "after", "rival"),
     [
-        pytest.param(True, False, False, 0, False, id="a failure, and all are made anew: the place is kept"),
-        pytest.param(True, False, False, 61, True, id="a failure, and nobody makes them anew: not for ever"),
-        pytest.param(False, False, False, 0, True, id="suspended, all are deleted: the room is free at once"),
-        pytest.param(False, True, False, 59, False, id="one was deleted, and its owner deletes the others: it is kept"),
-        pytest.param(False, True, False, 61, True, id="and they do not come: not for ever"),
-        pytest.param(False, True, True, 14, False, id="all were deleted at once: for a moment after the last has gone"),
-        pytest.param(False, True, True, 16, True, id="for their owner was deleted itself"),
-        pytest.param(True, True, False, 59, False, id="one failed, and its owner deletes the others: as ever"),
+        pytest.param(True, False, 0, False, id="a failure, and all are made anew: the place is kept"),
+        pytest.param(True, False, 61, True, id="a failure, and nobody makes them anew: not for ever"),
+        pytest.param(False, False, 0, True, id="suspended, all are deleted: the room is free at once"),
+        pytest.param(False, True, 0, False, id="one was deleted, and its owner deletes the others: the place is kept"),
+        pytest.param(False, True, 14, False, id="a moment more after the last of them has gone"),
+        pytest.param(False, True, 16, True, id="its owner is deleted itself: a short time only"),
+        pytest.param(True, True, 59, False, id="one failed, and its owner deletes the others: as after every failure"),
     ],
 )
-def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, made_anew, together, after, rival):
+def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, made_anew, after, rival):
     made = Simulated(slot_seconds=60.0)
     made.cluster.set_node(node("n", 2))
     made.add("g", 2, 2)
     made.cycle()
-    for one in made.cluster.pods_of("ns/g") if together else ():
-        meta = replace(one.metadata, deletion_timestamp=written(0.0))
-        made.cluster.set_pod(replace(one, metadata=meta))
     for i, name in enumerate(("g-0", "g-1")):
         holding = made.cluster.ledger.holdings[name]
         made.cluster.remove_pod(name)
@@ -660,6 +656,23 @@ def test_whether_the_place_of_a_gang_without_pods_is_kept(failed, made_anew, tog
     made.now = float(after) if after else made.now
     made.cycle()
     assert bool(made.bound("rival")) == rival
+
+
+def test_a_set_whose_pods_trickle_away_keeps_no_place_for_more_than_a_minute():
+    made = Simulated(slot_seconds=60.0)
+    made.cluster.set_node(node("n", 9))
+    made.add("g", 9, 9)
+    made.cycle()
+    for i in range(9):
+        holding = made.cluster.ledger.holdings[f"g-{i}"]
+        made.cluster.remove_pod(f"g-{i}")
+        made.queue.lost(made.cluster, holding, "ns/g", made.now, False, made_anew=True)
+        made.now += 9.0
+    made.now -= 9.0
+    made.add("rival", 1, 1)
+    made.dirty.add("ns/g")
+    made.cycle()
+    assert made.bound("rival"), "the first has been gone for 72 s"
 
 
 def test_the_place_of_a_deleted_member_is_kept_for_a_short_time_only():
