@@ -108,6 +108,7 @@ class WithPostgres(Demo):
             "fsync": "off",
             "autovacuum": "off",
             "log_min_messages": "panic",
+            "dynamic_shared_memory_type": "mmap",  # in its own folder: what is killed leaves nothing in /dev/shm
         }
         command = _as_user([str(programs / "postgres"), "-D", str(data)])
         for name, value in options.items():
