@@ -29,14 +29,12 @@ from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
 from colocate.objects import Node, Pod
 from podgroup.api import POD_GROUP_LABEL, POD_GROUPS
-from podgroup.demo import controlplane
-from podgroup.demo.controlplane import ControlPlane, free_ports, install
+from podgroup.demo.controlplane import ControlPlane, free_ports, install, with_parent
 from tools import operators, rights
 
 HOST = "kubernetes.io/hostname"
 CREATORS = 24
 (HTTP_PORT,) = free_ports(1)
-WITH_PARENT = Path(controlplane.__file__).with_name("with_parent.py")
 OURS = "colocate"
 WRITES = re.compile(
     r'^apiserver_request_total{[^}]*resource="(\w+)"[^}]*verb="(?:POST|PUT|PATCH)"[^}]*} (\S+)$', re.MULTILINE
@@ -185,7 +183,7 @@ def scheduler_of(kind: str, plane: ControlPlane) -> Iterator[int]:
         command += ["--kubeconfig", str(plane.kubeconfig(OURS)), "--http", f"127.0.0.1:{HTTP_PORT}"]
     log = plane.directory / f"{kind}.log"
     with log.open("wb") as file:
-        running = subprocess.Popen([sys.executable, "-IS", str(WITH_PARENT), *command], stdout=file, stderr=file)
+        running = subprocess.Popen(with_parent(*command), stdout=file, stderr=file)
     try:
         yield running.pid
     except HostUnfit as error:

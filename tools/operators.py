@@ -94,28 +94,25 @@ BESIDE = {
     "coscheduling": Module("sigs.k8s.io/scheduler-plugins", "v0.33.5", "./cmd/scheduler", ()),
 }
 """What benchmarks run beside our controller; built by name."""
+ALL = {**OPERATORS, **BESIDE}
 
 
 def built(name: str) -> Path | None:
     """The folder with an operator's binary `operator` and its custom resources `crds/`; None if it is not built."""
-    folder, module = _folder(name), _module(name)
+    folder, module = _folder(name), ALL[name]
     wanted = ["operator", *(f"crds/{Path(r).name}" for r in module.resources)]
     return folder if all((folder / file).exists() for file in wanted) else None
 
 
 def _folder(name: str) -> Path:
-    return cache_folder("operators") / f"{name}-{_module(name).version}"
-
-
-def _module(name: str) -> Module:
-    return {**OPERATORS, **BESIDE}[name]
+    return cache_folder("operators") / f"{name}-{ALL[name].version}"
 
 
 def lacks(name: str) -> str:
     """What is missing before an operator can be played; empty if nothing is."""
     if built(name) is None:
         return f"{name} is not built: make test-operators builds it (Go, some minutes, once)"
-    if _module(name).webhooks and not _may_unshare():
+    if ALL[name].webhooks and not _may_unshare():
         return f"{name} needs a mount namespace, which this user may not have here: run it as root"
     return ""
 
@@ -134,7 +131,7 @@ def build(name: str) -> Path:
     there = built(name)
     if there is not None:
         return there
-    module = _module(name)
+    module = ALL[name]
     if shutil.which("go") is None:
         raise HostUnfit("there is no Go here", "install Go (https://go.dev/dl)")
     told = _go("mod", "download", "-json", f"{module.path}@{module.version}", where=Path("/"))
@@ -167,11 +164,11 @@ def _go(*arguments: str, where: Path) -> str:
 def main(names: list[str]) -> int:
     """Build what is missing, of these or of all operators."""
     for name in names or OPERATORS:
-        if name not in {**OPERATORS, **BESIDE}:
-            print(f"operators: {name} is not known; known: {', '.join({**OPERATORS, **BESIDE})}", file=sys.stderr)
+        if name not in ALL:
+            print(f"operators: {name} is not known; known: {', '.join(ALL)}", file=sys.stderr)
             return 2
         if built(name) is None:
-            print(f"operators: building {name} {_module(name).version} ...", flush=True)
+            print(f"operators: building {name} {ALL[name].version} ...", flush=True)
         try:
             build(name)
         except HostUnfit as error:

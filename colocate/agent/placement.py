@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import structlog
 
 from colocate.cgroup.port import FilePort
-from colocate.cgroup.tree import Tree, joined, rmdir_tree
+from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
 from colocate.nri import Adjustment, Container, Pod, Update
 from colocate.observe.workloads import pod_uid
 
@@ -49,19 +49,12 @@ class Placement:
 
     def __init__(self, port: FilePort, tree: Callable[[], Tree], *, shadow: bool) -> None:
         self._port, self._tree, self._shadow = port, tree, shadow
-        self.placed = 0
-        """Containers that were put into the tier."""
 
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
         log.info("runtime_connected", pods=len(pods), containers=len(containers))
-        known, tier = {pod.uid for pod in pods}, self._tree().tier_path
-        if not self._shadow:
-            left = {c for h in self._port.layout.mounts for c in self._port.children(h, tier)}
-            for child in left:
-                uid = pod_uid(child)
-                if uid is not None and uid not in known:
-                    self._remove(joined(tier, child))
+        known = {pod.uid for pod in pods}
+        self._remove(lambda uid: uid not in known)
         return ()
 
     def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
@@ -70,32 +63,27 @@ class Placement:
             return None
         tree = self._tree()
         path = in_tier(container.cgroups_path, pod.uid, tree)
-        if path is None or not self._there(tree.tier_path):
+        if path is None or not inodes_of(self._port, tree.tier_path):
             why = "there is no tier yet" if path is not None else f"its cgroup is {container.cgroups_path}"
             log.warning("pod_not_placed", pod=f"{pod.namespace}/{pod.name}", container=container.name, reason=why)
             return None
-        self.placed += 1
         return Adjustment(path)
-
-    def _there(self, path: str) -> bool:
-        return any(self._port.inode(hierarchy, path) is not None for hierarchy in self._port.layout.mounts)
 
     def container_removed(self, pod: Pod, container: Container) -> None:
         """The runtime removes the container's own directory."""
 
     def pod_removed(self, pod: Pod) -> None:
         """Its directory in the tier is empty now; neither kubelet nor the runtime knows of it."""
-        tree = self._tree()
-        name = f"pod{pod.uid}"
-        if tree.systemd_driver:
-            base = tree.tier_path.rpartition("/")[2].removesuffix(".slice")
-            name = f"{base}-pod{pod.uid.replace('-', '_')}.slice"
-        if not self._shadow:
-            self._remove(joined(tree.tier_path, name))
+        self._remove(lambda uid: uid == pod.uid)
 
-    def _remove(self, path: str) -> None:
-        for hierarchy in self._port.layout.mounts:
-            rmdir_tree(self._port, hierarchy, path)
+    def _remove(self, gone: Callable[[str], bool]) -> None:
+        """What pods that have gone left in the tier; what is occupied stays."""
+        tier = self._tree().tier_path
+        for hierarchy in self._port.layout.mounts if not self._shadow else ():
+            for child in self._port.children(hierarchy, tier):
+                uid = pod_uid(child)
+                if uid is not None and gone(uid):
+                    rmdir_tree(self._port, hierarchy, joined(tier, child))
 
     def away(self) -> None:
         """Batch pods start as plain BestEffort until it is back."""

@@ -79,6 +79,11 @@ def binaries(*names: str) -> Path:
     raise HostUnfit(f"the Kubernetes binaries {', '.join(names)} are not in {where}", mend)
 
 
+def with_parent(*command: str) -> list[str]:
+    """The command as one that is killed when the process that starts it ends (PR_SET_PDEATHSIG)."""
+    return [sys.executable, "-IS", str(HERE.with_name("with_parent.py")), *command]
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of loopback that nobody listens on now."""
     sockets = [socket.socket() for _ in range(count)]
@@ -261,10 +266,9 @@ class ControlPlane:
     def _spawn(self, name: str, *arguments: str) -> None:
         log = (self.directory / f"{name}.log").open("wb")
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(self.directory), "GOGC": "200"}
-        runner = [sys.executable, "-IS", str(HERE.with_name("with_parent.py")), str(self._bin / name), *arguments]
         with log:
             self._processes[name] = subprocess.Popen(
-                runner,
+                with_parent(str(self._bin / name), *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

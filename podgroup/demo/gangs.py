@@ -20,9 +20,8 @@ from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, ApiError, path_of
 from colocate.objects import Pod
 from podgroup.api import PLANS, POD_GROUP_LABEL, POD_GROUPS, GangPlan
-from podgroup.demo.controlplane import ControlPlane, install
+from podgroup.demo.controlplane import ControlPlane, install, with_parent
 
-HERE = Path(__file__).resolve().parent
 NAMESPACE = "demo"
 REPLICA_SETS = "/apis/apps/v1/replicasets"
 GPU = "nvidia.com/gpu"
@@ -81,9 +80,8 @@ class GangDemo:
     def _process(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
         log = (self._directory / f"{module}.log").open("wb")
         with log:
-            runner = HERE / "with_parent.py"
             return subprocess.Popen(
-                [sys.executable, "-I", str(runner), sys.executable, "-P", "-m", module, *arguments],
+                with_parent(sys.executable, "-P", "-m", module, *arguments),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if module.endswith("observer") else log,
                 stderr=log,

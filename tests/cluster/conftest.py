@@ -21,6 +21,7 @@ from podgroup.controller.loop import Controller
 from podgroup.demo.controlplane import ControlPlane, install
 from podgroup.queue.entry import Settings
 from tests.cluster.proxy import Proxy
+from tests.cluster.realnode import RealNode, lacks
 from tools import rights
 
 PATIENCE = 60.0
@@ -41,6 +42,17 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 async def proxy(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Proxy]:
     async with Proxy(plane, tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def real_node(plane: ControlPlane, tmp_path: Path) -> Iterator[RealNode]:
+    missing = lacks()
+    if missing:
+        pytest.skip(f"a real kubelet needs {missing}")
+    home = tmp_path / "node"
+    home.mkdir()
+    with RealNode(plane, home) as node:
+        yield node
 
 
 class _Pods(msgspec.Struct):

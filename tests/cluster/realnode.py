@@ -15,15 +15,13 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroup.port import KernelPort
 from colocate.errors import HostUnfit
-from podgroup.demo import controlplane
-from podgroup.demo.controlplane import ControlPlane, binaries
+from podgroup.demo.controlplane import ControlPlane, binaries, with_parent
 
 BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
 PROGRAMS = ("runc", "unshare", "mount")
@@ -155,7 +153,6 @@ class RealNode:
             home=home, kubeconfig=self._plane.kubeconfig("node"), name=NAME, sysctls=" ".join(SYSCTLS)
         )
         environment = {**os.environ, "PATH": f"{binaries(*BINARIES)}:{os.environ['PATH']}"}
-        parent = Path(controlplane.__file__).with_name("with_parent.py")
         isolated = [
             shutil.which("unshare") or "unshare",
             "--mount",
@@ -169,7 +166,7 @@ class RealNode:
         ]
         with (home / "start.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-IS", str(parent), *isolated],
+                with_parent(*isolated),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,24 +10,12 @@ import pytest
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, path_of
 from colocate.objects import Node
-from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, leader
 from tests.cluster.proxy import Hold, Proxy
-from tests.cluster.realnode import IMAGE, NAME, RealNode, lacks
+from tests.cluster.realnode import IMAGE, NAME, RealNode
 
 MILLI_MOST = 700
 """Of the CPU that is left to its pods, one member asks for this many thousandths, and a thief for as many."""
-
-
-@pytest.fixture
-def real_node(plane: ControlPlane, tmp_path: Path) -> Iterator[RealNode]:
-    missing = lacks()
-    if missing:
-        pytest.skip(f"a real kubelet needs {missing}")
-    home = tmp_path / "node"
-    home.mkdir()
-    with RealNode(plane, home) as node:
-        yield node
 
 
 async def until_ready(world: World, real_node: RealNode) -> Node:

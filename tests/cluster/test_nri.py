@@ -19,9 +19,8 @@ from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, processes, processes_below
 from colocate.kube.client import PODS
 from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Update
-from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World
-from tests.cluster.realnode import NAME, RealNode, lacks
+from tests.cluster.realnode import NAME, RealNode
 from tests.cluster.test_kubelet import on, until_ready
 
 QOS = "colocate.io/qos"
@@ -63,17 +62,6 @@ class Tier:
 
     def away(self) -> None:
         self.times_away += 1
-
-
-@pytest.fixture
-def real_node(plane: ControlPlane, tmp_path: Path) -> Iterator[RealNode]:
-    missing = lacks()
-    if missing:
-        pytest.skip(f"a real kubelet needs {missing}")
-    home = tmp_path / "n"
-    home.mkdir()
-    with RealNode(plane, home) as node:
-        yield node
 
 
 @contextlib.contextmanager

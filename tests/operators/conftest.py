@@ -79,6 +79,11 @@ async def _install(plane: ControlPlane) -> None:
                 await asyncio.sleep(0.1)
 
 
+def first_worker(members: dict[str, Pod]) -> str:
+    """The name of one that has GPUs."""
+    return min(n for n, p in members.items() if GPU in p.spec.containers[0].resources.requests)
+
+
 class Played(World):
     """The cluster as an operator's user has it, in the namespace `default`."""
 
@@ -107,8 +112,7 @@ class Played(World):
 
     async def fail(self, name: str) -> str:
         """A worker of a job ends with an error; its name."""
-        members = await self.members(name)
-        failed = min(n for n, p in members.items() if GPU in p.spec.containers[0].resources.requests)
+        failed = first_worker(await self.members(name))
         await self.set_phase(failed, "Failed")
         return failed
 

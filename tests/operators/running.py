@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from podgroup.demo import controlplane
+from podgroup.demo.controlplane import with_parent
 from tests.operators.jobs import Adapter
 from tools import operators
 
@@ -33,7 +32,6 @@ PLURALS = {
 }
 ALONE = 'exec 9<"$2" && mount --bind "$1/etc" /etc && mount --bind "$1" /tmp && shift 2 && exec /proc/self/fd/9 "$@"'
 """The program is opened before `/tmp` is another one: the cache may be in there."""
-WITH_PARENT = Path(controlplane.__file__).with_name("with_parent.py")
 
 
 class Running:
@@ -63,7 +61,7 @@ class Running:
             command = [*alone, *command]
         environment = {**os.environ, "KUBECONFIG": str(where / "kubeconfig")}
         environment |= dict.fromkeys(("POD_NAMESPACE", "MY_POD_NAMESPACE"), "default")
-        runner = [sys.executable, "-IS", str(WITH_PARENT), shutil.which(command[0]) or command[0], *command[1:]]
+        runner = with_parent(shutil.which(command[0]) or command[0], *command[1:])
         with self._log.open("wb") as log:
             process = subprocess.Popen(runner, stdout=log, stderr=log, env=environment)
         try:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from colocate.kube.client import PODS
-from tests.operators.conftest import GPU, Played
+from tests.operators.conftest import Played, first_worker
 from tests.operators.jobs import ELASTIC, JOBSET, KUEUE, LWS, MPI, SUSPENDABLE, Adapter
 
 
@@ -53,7 +53,7 @@ async def test_4_a_worker_that_is_deleted_comes_back_to_its_place(world: Played)
     await world.start("rival", 1)
     await world.until_waits("rival", 2)
     members = await world.members("a")
-    lost = min(n for n, p in members.items() if GPU in p.spec.containers[0].resources.requests)
+    lost = first_worker(members)
     await world.delete(PODS, lost, 0)
 
     async def replaced() -> bool:
