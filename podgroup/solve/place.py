@@ -16,7 +16,7 @@ import numpy as np
 
 from podgroup.solve.pack import pack
 from podgroup.solve.place_class import most_on_a_node, place_class
-from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of
+from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of, decisions
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.node_budgets import capped
 
@@ -40,23 +40,31 @@ def _orders(classes: list[Class], ledger: Ledger) -> Iterator[Sequence[Class]]:
 def _within(
     ledger: Ledger, classes: list[Class], within: Mask, gang: Gang, reserve_within: Mask
 ) -> list[Placed] | None:
-    for order in _orders(classes, ledger):
-        trial = Trial(ledger, within)
+    for decided in decisions(ledger, classes, within):
+        placed = _in_some_order(Trial(ledger, within, decided), classes, gang, reserve_within)
+        if placed is not None:
+            return placed
+    return None
+
+
+def _in_some_order(trial: Trial, classes: list[Class], gang: Gang, reserve_within: Mask) -> list[Placed] | None:
+    for order in _orders(classes, trial.ledger):
+        tried = trial.anew()
         for group in order:
-            rows = place_class(trial, group)
+            rows = place_class(tried, group)
             if rows is None:
                 break
-            trial.commit(group, rows)
+            tried.commit(group, rows)
         else:
-            if _enough_left(trial, gang, reserve_within):
+            if _enough_left(tried, gang, reserve_within):
                 return [
-                    Placed(member, ledger.names[row])
-                    for group, rows in trial.put
+                    Placed(member, trial.ledger.names[row])
+                    for group, rows in tried.put
                     for member, row in zip(group.members, rows.tolist(), strict=True)
                 ]
-        if len(classes) == 1 or _hopeless(ledger, classes, within):
+        if len(classes) == 1 or _hopeless(trial, classes):
             return None
-    return _searched(Trial(ledger, within), classes, gang, reserve_within)
+    return _searched(trial.anew(), classes, gang, reserve_within)
 
 
 def _searched(trial: Trial, classes: list[Class], gang: Gang, within: Mask) -> list[Placed] | None:
@@ -129,9 +137,9 @@ def _free(trial: Trial, wanted: Mapping[str, int], usable: Mask) -> bool:
     return True
 
 
-def _hopeless(ledger: Ledger, classes: list[Class], within: Mask) -> bool:
+def _hopeless(trial: Trial, classes: list[Class]) -> bool:
     """Whether some class does not even fit alone: no order can help then."""
-    return any(place_class(Trial(ledger, within), group) is None for group in classes if not group.shape.affinity)
+    return any(place_class(trial.anew(), group) is None for group in classes if not group.shape.affinity)
 
 
 def _rooms(ledger: Ledger, classes: list[Class], within: Mask) -> list[Ints] | None:

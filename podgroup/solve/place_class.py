@@ -233,18 +233,8 @@ def place_class(trial: Trial, group: Class) -> Ints | None:
     """The rows of all members of a class; None if not all fit. The trial is not changed."""
     if group.shape.alone and len(group.members) > 1:
         return None
-    mask = trial.mask(group)
-    if not group.shape.unbound:
-        return _place(trial, group, mask, None)
-    for supply in trial.supply(group, mask).alternatives():
-        rows = _place(trial, group, mask, supply)
-        if rows is not None:
-            return rows
-    return None
-
-
-def _place(trial: Trial, group: Class, mask: Mask, supply: Supply | None) -> Ints | None:
-    wanted = len(group.members)
+    mask, wanted = trial.mask(group), len(group.members)
+    supply = trial.supply(group, mask) if group.shape.unbound else None
     changing, mask = _changing(trial, group, mask, supply)
     room = trial.room(group, mask)
     apart = [codes for codes in changing.apart if not _one_node_each(codes)]

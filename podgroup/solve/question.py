@@ -6,7 +6,7 @@ NodeResourcesFit, InterPodAffinity, PodTopologySpread, VolumeBinding, VolumeZone
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -140,14 +140,18 @@ def classes_of(members: Sequence[Member], ledger: Ledger) -> list[Class]:
 class Trial:
     """Placing on a copy: what is used, and what this gang itself has put where."""
 
-    def __init__(self, ledger: Ledger, within: Mask) -> None:
+    def __init__(self, ledger: Ledger, within: Mask, decided: Mapping[str, str] = {}) -> None:
+        """`decided`: which volume claims have that several share, "" for one that is made (`decisions`)."""
         self.ledger, self.within = ledger, within
         self.used = ledger.used.copy()
         self.put: list[tuple[Class, Ints]] = []
-        self._taken: set[str] = set()
+        self._taken = {volume for volume in decided.values() if volume}
         """Volumes that it has given away."""
-        self._decided: dict[str, str] = {}
-        """Claims that several share -> the volume that they have got."""
+        self._decided = decided
+
+    def anew(self) -> Trial:
+        """One on which nothing has been put yet."""
+        return Trial(self.ledger, self.within, self._decided)
 
     def mask(self, group: Class) -> Mask:
         """The nodes that pass every filter that does not change while this class is being placed."""
@@ -244,11 +248,24 @@ class Trial:
             here = np.unique(rows)
             self.used[here, self.ledger.columns[resource]] += self._attached_anew(group, resource)[here]
         if group.shape.unbound:
-            for supply in self.supply(group, self.within).alternatives():
-                if not supply.scarce or all(supply.take(row) for row in rows.tolist()):
-                    self._taken, self._decided = supply.taken, supply.decided
-                    break
+            supply = self.supply(group, self.within)
+            if supply.scarce:
+                for row in rows.tolist():
+                    supply.take(row)
+                self._taken = supply.taken
         self.put.append((group, rows))
+
+
+def decisions(ledger: Ledger, classes: Sequence[Class], within: Mask) -> Iterator[dict[str, str]]:
+    """What the claims that several pods share could have as their volumes, all classes of a gang looked at together.
+
+    Which volume is best for those with the claim says nothing of the other claims of the next class.
+    """
+    shared = {w.shared: w for group in classes for w in group.shape.unbound if w.shared}
+    planned = {key: ledger.storage.decided(key) for key in shared}
+    open_ = [wanted for key, wanted in shared.items() if planned[key] is None]
+    for supply in Supply(ledger, open_, frozenset(), {}, within).alternatives():
+        yield supply.decided
 
 
 def conflict(ours: Sequence[HostPort], theirs: Sequence[HostPort]) -> bool:

@@ -39,10 +39,7 @@ class Supply:
             name = self.decided[wanted.shared]
             return [(name, reach(self._ledger, name))] if name in storage.volumes else []
         found = [(v.metadata.name, reach(self._ledger, v.metadata.name)) for v in storage.available(wanted)]
-        found = [(name, mask) for name, mask in found if name not in self.taken and (mask & within).any()]
-        if wanted.shared:  # all that share it must reach it
-            found.sort(key=lambda one: -int((one[1] & within).sum()))
-        return found
+        return [(name, mask) for name, mask in found if name not in self.taken and (mask & within).any()]
 
     def _counted(self, found: list[tuple[str, Mask]]) -> Ints:
         count = np.zeros(len(self._ledger.names), dtype=np.int64)
@@ -54,7 +51,7 @@ class Supply:
         """For claims that several share and that have no volume yet: this one with each volume they could have.
 
         The one that most nodes reach comes first; to have one made is the last. Of volumes that the same nodes reach
-        the first is enough, and of all combinations so many are tried.
+        the smallest is enough, and of all combinations so many are tried.
         """
         return islice(_alternatives(self), MOST_ALTERNATIVES)
 
@@ -62,7 +59,8 @@ class Supply:
         """The first claim that several share and that has no volume yet, and those that it could have."""
         for wanted, found, made in zip(self.wanted, self._found, self._made, strict=True):
             if wanted.shared and wanted.shared not in self.decided:
-                reached = {(mask & self._within).tobytes(): name for name, mask in reversed(found)}
+                widest = sorted(found, key=lambda one: -int((one[1] & self._within).sum()))
+                reached = {(mask & self._within).tobytes(): name for name, mask in reversed(widest)}
                 return wanted.shared, [*reversed(reached.values()), *([""] if made.any() else [])]
         return None
 

@@ -7,7 +7,7 @@ from itertools import permutations
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from colocate.objects import (
@@ -364,7 +364,16 @@ def test_equal_members_are_placed_whenever_a_search_of_all_finds_volumes(store, 
 claims_of_a_pod = st.lists(st.tuples(sizes, st.sampled_from(["local", "made", "shared"])), max_size=2)
 
 
+def _two_pods_of_a_disk():
+    """The smaller disk is reached by one node, the larger one by both: who comes first must not take the larger."""
+    made = cluster("a", "b")
+    volume(made, "v0", "a", size=1)
+    volume(made, "v1", "ab", size=2)
+    return made, "ab"
+
+
 @given(stores(), st.lists(claims_of_a_pod, min_size=1, max_size=4))
+@example(_two_pods_of_a_disk(), [[(1, "shared")], [(1, "shared"), (2, "local")]])
 @settings(max_examples=300, deadline=None)
 def test_whoever_is_placed_finds_its_volumes_when_it_is_promised_its_place(store, wanted):
     made, _ = store
