@@ -12,16 +12,18 @@ import importlib
 import os
 import signal
 import sys
-from importlib.metadata import entry_points
 
 from colocate import __version__
 from colocate.cli.options import Add, cores, duration, form, positive, size, snapshot, socket, state, table_form
 from colocate.errors import ColocateError
 from colocate.units import parse_duration
 
+OF_JOBS = ("run", "checkpointed")
+"""Started beside services on a busy node, again and again: nothing is imported for them that they do not need."""
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
+
+def build_parser(wanted: str = "") -> argparse.ArgumentParser:
+    """All commands with their options, or only those that come with the wanted one."""
     parser = argparse.ArgumentParser(
         prog="colocate",
         description="Run batch and AI jobs on the nodes of latency-sensitive services, without the services noticing.",
@@ -34,8 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(target=target)
         return command
 
-    _add_demo(add)
+    if wanted in OF_JOBS:
+        _add_jobs(add)
+        return parser
+    from importlib.metadata import entry_points
+
+    _add_demo(add, sorted(entry_points(group="colocate.demo").names))
     _add_node(add)
+    _add_jobs(add)
     _add_reports(add)
     _add_undo(add)
     for more in entry_points(group="colocate.commands"):
@@ -43,14 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_demo(add: Add) -> None:
+def _add_demo(add: Add, others: list[str]) -> None:
     demo = add(
         "demo", "colocate.cli.demo:demo", "Show co-location on this machine's own cgroups, in one to two minutes"
     )
     demo.add_argument(
         "what",
         nargs="?",
-        choices=sorted(entry_points(group="colocate.demo").names),
+        choices=others,
         help="gang: gang scheduling on a real API server instead",
     )
     table_form(demo)
@@ -83,23 +91,6 @@ def _add_node(add: Add) -> None:
     state(agent)
     socket(agent)
 
-    run = add("run", "colocate.cli.run:run", "Run a command as a batch job in the tier")
-    run.add_argument("--name", default="", help="the job's name (default: job-PID)")
-    run.add_argument("--cpus", type=cores, help="the most CPU it may use, e.g. 2 or 500m")
-    run.add_argument("--memory", type=size, help="the most memory it may use, e.g. 2Gi")
-    run.add_argument("--priority", type=int, default=0, help="lower ones are evicted first")
-    run.add_argument("--gang", default="", help="jobs of one gang are evicted together")
-    run.add_argument("--checkpoint-signal", default="", help="sent before an eviction for memory, e.g. SIGUSR1")
-    run.add_argument("--max-runtime", type=duration, help="evicted after this long, e.g. 2h")
-    run.add_argument("--config", help="policy of the agent that is started if none runs")
-    socket(run)
-    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command")
-
-    checkpointed = add(
-        "checkpointed", "colocate.cli.run:checkpointed", "From inside a job: say that its state is saved"
-    )
-    socket(checkpointed)
-
     top = add("top", "colocate.cli.watch:top", "The node live")
     top.add_argument("--once", action="store_true", help="print once and end")
     table_form(top)
@@ -117,6 +108,25 @@ def _add_node(add: Add) -> None:
     status = add("status", "colocate.cli.watch:status", "Whether an agent runs, and how it is")
     table_form(status)
     socket(status)
+
+
+def _add_jobs(add: Add) -> None:
+    run = add("run", "colocate.cli.run:run", "Run a command as a batch job in the tier")
+    run.add_argument("--name", default="", help="the job's name (default: job-PID)")
+    run.add_argument("--cpus", type=cores, help="the most CPU it may use, e.g. 2 or 500m")
+    run.add_argument("--memory", type=size, help="the most memory it may use, e.g. 2Gi")
+    run.add_argument("--priority", type=int, default=0, help="lower ones are evicted first")
+    run.add_argument("--gang", default="", help="jobs of one gang are evicted together")
+    run.add_argument("--checkpoint-signal", default="", help="sent before an eviction for memory, e.g. SIGUSR1")
+    run.add_argument("--max-runtime", type=duration, help="evicted after this long, e.g. 2h")
+    run.add_argument("--config", help="policy of the agent that is started if none runs")
+    socket(run)
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command")
+
+    checkpointed = add(
+        "checkpointed", "colocate.cli.run:checkpointed", "From inside a job: say that its state is saved"
+    )
+    socket(checkpointed)
 
 
 def _add_reports(add: Add) -> None:
@@ -172,7 +182,8 @@ def _add_undo(add: Add) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code. Bad input is 2."""
     sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    options = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = build_parser(given[0] if given else "").parse_args(given)
     module, _, function = options.target.partition(":")
     ended = _end_in_order()
     try:

@@ -25,13 +25,21 @@ class Process:
 
     @classmethod
     async def start(
-        cls, node: ScratchNode, cgroup: str, command: list[str], env: dict[str, str], *, oom_score_adj: int = 0
+        cls,
+        node: ScratchNode,
+        cgroup: str,
+        command: list[str],
+        env: dict[str, str],
+        *,
+        oom_score_adj: int = 0,
+        quiet: bool = False,
     ) -> Process:
         """Start the command in this group (a full path); a higher score is killed first for want of memory."""
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", _WAIT, "sh", *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL if quiet else None,
             env={**os.environ, **ENVIRONMENT, **env},
             limit=1 << 26,
         )  # fmt: skip

@@ -16,7 +16,6 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -41,7 +40,7 @@ from colocate.demo.digest import Digest, compare
 from colocate.demo.inference import METRIC
 from colocate.demo.load import Sample
 from colocate.demo.logs import PERIOD_SECONDS
-from colocate.demo.process import ENVIRONMENT, Kept, Process
+from colocate.demo.process import Kept, Process
 from colocate.demo.progress import Progress
 from colocate.demo.result import ARMS, TITLES, Arm, Result, differs_from_default, summarize
 from colocate.demo.scenario import (
@@ -70,6 +69,11 @@ PEAK_SECONDS = 3.0
 BATCH_ALONE_SECONDS = 4.0
 SERVICE_POD = "/kubepods/burstable/podinference"
 BESTEFFORT_POD = "/kubepods/besteffort/podlogs"
+BATCH_PODS = {"unmanaged": "kubepods/burstable/podbatch", "besteffort": "kubepods/besteffort/podbatch"}
+SESSION = "session"
+"""Where jobs are started from: a part of the node as a user's session is, with a weight of its own."""
+KUBEPODS_WEIGHT = 100
+"""Of each CPU: kubelet gives `kubepods` 1024 shares for each (cm/helpers_linux.go, MilliCPUToShares)."""
 FILES = "colocate-demo-"
 
 Progressed = Callable[[str, float], None]
@@ -141,9 +145,9 @@ class Demo:
         self._cpus = capacity(self._port, node.path).cpus
         for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
             node.make_inner(inner)
-        leaves = ("client", SERVICE_POD, "kubepods/burstable/podbatch", "kubepods/besteffort/podbatch", BESTEFFORT_POD)
-        for leaf in leaves:
+        for leaf in ("client", SESSION, SERVICE_POD, *BATCH_PODS.values(), BESTEFFORT_POD):
             node.make(leaf)
+        self._knob("kubepods", "cpu.weight", str(KUBEPODS_WEIGHT * len(self._cpus)))
         self._knob("kubepods/besteffort", "cpu.weight", "1")
         self._knob("client", "cpu.weight", "10000")
         for i in range(len(self._cpus)):
@@ -280,7 +284,7 @@ class Demo:
         samples = await self._load(None, PEAK_SECONDS)
         self._result.service_peak_per_second = round(sum(s.ok for s in samples) / PEAK_SECONDS, 1)
         self._progress("batch alone", 0.25)
-        async with self._batch_in("kubepods/besteffort/podbatch"):
+        async with self._batch_in(BATCH_PODS["besteffort"]):
             await asyncio.sleep(WARM_SECONDS)
             before, started = self._work(), time.perf_counter()
             await asyncio.sleep(BATCH_ALONE_SECONDS)
@@ -298,8 +302,7 @@ class Demo:
         elif arm == "colocate":
             await self._colocate(calibration)
         else:
-            group = "kubepods/burstable/podbatch" if arm == "unmanaged" else "kubepods/besteffort/podbatch"
-            async with self._batch_in(group) as jobs:
+            async with self._batch_in(BATCH_PODS[arm]) as jobs:
                 await self._measure(arm, jobs)
 
     def _counted(self) -> tuple[int, int, int, int]:
@@ -394,11 +397,7 @@ class Demo:
         async def start(i: int) -> Process:
             command = [sys.executable, "-P", "-m", "colocate.cli.main", "run", "--name", self._trainings[i].path.name]
             command += ["--checkpoint-signal", "SIGUSR1", "--socket", str(server.path), "--", *self._training(i)]
-            return Process(
-                await asyncio.create_subprocess_exec(
-                    *command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}
-                )
-            )
+            return await Process.start(self._node, joined(self._node.path, SESSION), command, {}, quiet=True)
 
         try:
             async with self._jobs(start, signal.SIGTERM) as jobs:
