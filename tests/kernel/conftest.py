@@ -105,6 +105,15 @@ def dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """Whoever watches, and what it starts, stays off CPU 0, where there is another: it is no part of the node."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus - {0} or cpus)
+    yield
+    os.sched_setaffinity(0, cpus)
+
+
 def colocate(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     command = [sys.executable, "-m", "colocate.cli.main", *arguments]

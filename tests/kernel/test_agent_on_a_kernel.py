@@ -343,8 +343,11 @@ def used(node, path) -> float:
     return (found.cpu_usage_us or 0) / 1e6 if found is not None else 0.0
 
 
+HOG_ON_0 = f"import os; os.sched_setaffinity(0, {{0}})\n{HOG}"
+
+
 @pytest.mark.slow
-def test_batch_is_strictly_below_best_effort(node, dirs):
+def test_batch_is_strictly_below_best_effort(node, dirs, elsewhere):
     """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s; what the first questions cost counts."""
     node.knob("/", "cpuset.cpus", "0")
     for path in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
@@ -363,7 +366,7 @@ def test_batch_is_strictly_below_best_effort(node, dirs):
     tier, best_effort = joined(node.path, "kubepods", "batch"), joined(node.path, "kubepods", "besteffort")
     assert inodes_of(node.port, tier), "the tier is BestEffort's sibling"
     job = subprocess.Popen(
-        [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG]
+        [sys.executable, "-m", "colocate.cli.main", "run", "--name", "hog", "--", sys.executable, "-ISc", HOG_ON_0]
     )
     assert wait_for(lambda: running.ask("status")["jobs"] == 1)
     node.start("kubepods/besteffort/podhog", HOG, cpu=0)
