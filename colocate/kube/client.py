@@ -32,7 +32,7 @@ T = TypeVar("T")
 JSON = "application/json"
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
-CONNECTIONS = 300
+CONNECTIONS = 160
 """A few more than the controller has writes under way."""
 TIMEOUT_SECONDS = 30.0
 BUSY_ATTEMPTS = 5

@@ -30,7 +30,7 @@ from podgroup.state.cluster import HOLDING_PHASES, OPEN_PHASES, Cluster
 from podgroup.state.gangs import gang_key, is_group
 from podgroup.state.storage import Todo
 
-WRITES_AT_ONCE = 256
+WRITES_AT_ONCE = 128
 PREEMPTED = "PreemptionByScheduler"
 """Of a pod's DisruptionTarget condition (KEP-3329)."""
 FENCE_ATTEMPTS, REFUSED = 5, (400, 403, 422)
