@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-operators lint format bench bench-full lock system-packages kube-binaries clean
+.PHONY: help demo test test-slow test-operators image lint format bench bench-full lock system-packages kube-binaries clean
 
 help:
 	@echo "make demo             set up, then show co-location on this machine's own cgroups (about two minutes)"
 	@echo "make test             set up, then run the quick tests of every suite whose prerequisites exist"
 	@echo "make test-slow        the slow tests: cgroup v2 in a virtual machine, a controller that dies at every write"
 	@echo "make test-operators   unmodified operators (MPIJob, RayCluster, PyTorchJob, JobSet, LeaderWorkerSet, Kueue) against the controller; builds them once (Go, minutes each)"
+	@echo "make image            the container image, without a registry or a daemon (Debian packages: mmdebstrap)"
 	@echo "make lint             ruff, mypy --strict, import-linter"
 	@echo "make bench            a subset of the benchmarks (at most 40 minutes); bench-full runs all"
 	@echo "make system-packages  the Debian packages of the guest, browser and benchmark suites (root)"
@@ -38,6 +39,9 @@ test-slow: $(STAMP)
 
 test-operators: $(STAMP)
 	@$(BIN)/python -m tools.operators && $(BIN)/python -m pytest -q -ra tests/operators
+
+image: $(STAMP)
+	@$(BIN)/python -m tools.image
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

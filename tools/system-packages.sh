@@ -2,7 +2,7 @@
 # The Debian packages of the guest, browser, cluster and benchmark suites, and the guest's kernel; idempotent. Run as root.
 set -eu
 cd "$(dirname "$0")/.."
-PACKAGES="python3-venv make openssl qemu-system-x86 busybox-static e2fsprogs chromium nginx-light postgresql runc"
+PACKAGES="python3-venv make openssl qemu-system-x86 busybox-static e2fsprogs chromium nginx-light postgresql runc mmdebstrap zstd"
 KERNEL=build/guest/kernel
 
 missing=""

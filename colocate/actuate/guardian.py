@@ -16,8 +16,11 @@ import select
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from colocate.cgroup.layout import HOST_CGROUP
 
 if TYPE_CHECKING:
     from colocate.actuate.restore import Report
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 WORDS = ("done", "handover")
 OCCUPIED = "occupied"
 """The agent has ended in order, but jobs go on in the tier."""
+LAST_WORDS = "guardian.log"
 LOOK_AGAIN_SECONDS = 1.0
 
 
@@ -78,6 +82,8 @@ class Guardian:
 def main(state_dir: str, lock_dir: str, node_root: str) -> int:
     """Wait for the end of the agent; undo if it came without a word."""
     agent = os.getppid()
+    if HOST_CGROUP in os.environ:
+        _leave_the_container()
     if _listen(Path(state_dir)) in WORDS:
         return 0
     while True:
@@ -87,6 +93,18 @@ def main(state_dir: str, lock_dir: str, node_root: str) -> int:
         if not report.occupied:
             return 1 if report.failed else 0
         _wait_until_empty(report.occupied)
+
+
+def _leave_the_container() -> None:
+    """Into the host's root cgroups: what is in the container's own is killed with it, and its files go with it too."""
+    from colocate.actuate import journal, restore, scratch, statedir  # noqa: F401 - while they are there
+    from colocate.cgroup.port import KernelPort
+
+    port = KernelPort()
+    for hierarchy in port.layout.mounts:
+        with contextlib.suppress(OSError):  # where it cannot, it ends with the container: its successor undoes
+            port.write(hierarchy, "/", "cgroup.procs", str(os.getpid()))
+    port.close()
 
 
 def _listen(state_dir: Path) -> str:
@@ -171,4 +189,9 @@ def _wait_until_empty(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:4]))
+    try:
+        sys.exit(main(*sys.argv[1:4]))
+    except Exception:  # nobody reads its stderr any more
+        with contextlib.suppress(OSError):
+            Path(sys.argv[1], LAST_WORDS).write_text(traceback.format_exc())
+        raise

@@ -1,7 +1,8 @@
 """A parent cgroup of our own that stands for a node: for the demo, calibration and tests.
 
-It is named `colocate-<purpose>-<pid>-<start time>`, so that the next run can tell whose owner has gone and sweep it. On
-v1 it is made at each hierarchy's root; on v2 at the root, or for an ordinary user inside its delegated cgroup.
+It is named `colocate-<purpose>-<pid>-<start time>-<pid namespace>`, so that the next run can tell whose owner has gone
+and sweep it; of an owner in another pid namespace nobody can tell. On v1 it is made at each hierarchy's root; on v2 at
+the root, or for an ordinary user inside its delegated cgroup.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes, processes_anywhere, rmdir_tree, start_time
 from colocate.errors import refuse
 
-_NAME = re.compile(r"colocate-(?:demo|calibrate|test|bench)-(\d+)-(\d+)")
+_NAME = re.compile(r"colocate-(?:demo|calibrate|test|bench)-(\d+)-(\d+)-(\d+)")
 _SKIPPED = ("devices", "hugetlb", "net_cls")
 DELEGATE = "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- colocate demo"
 CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")
+
+
+def namespace_of_pids() -> str:
+    """The inode of our pid namespace (namespaces(7)): in another one our pids are somebody else's."""
+    return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+
+
+def owned(port: FilePort, purpose: str, pid: int) -> str:
+    """The name of a scratch node of a process."""
+    return f"colocate-{purpose}-{pid}-{start_time(port, pid)}-{namespace_of_pids()}"
 
 
 def base_path(port: FilePort) -> str:
@@ -59,13 +70,15 @@ def _mkdir(port: FilePort, hierarchy: str, path: str) -> bool:
 
 
 def sweep(port: FilePort) -> list[str]:
-    """Remove scratch nodes whose owner (pid and start time) has gone, with the processes in them; what was removed."""
+    """Remove scratch nodes whose owner has gone, with the processes in them; what was removed."""
     swept = set()
     for hierarchy in port.layout.mounts:
         for base in {"/", base_path(port)}:
             for name in port.children(hierarchy, base):
                 match = _NAME.fullmatch(name)
-                if match is not None and start_time(port, int(match[1])) != int(match[2]):
+                if match is None or match[3] != namespace_of_pids():
+                    continue
+                if start_time(port, int(match[1])) != int(match[2]):
                     with contextlib.suppress(OSError):
                         if remove_tree(port, joined(base, name)):
                             swept.add(joined(base, name))
@@ -95,8 +108,7 @@ class ScratchNode:
 
     def __init__(self, port: FilePort, purpose: str, memory_bytes: int | None = None) -> None:
         self._port = port
-        own = start_time(port, os.getpid())
-        self.path = joined(base_path(port), f"colocate-{purpose}-{os.getpid()}-{own}")
+        self.path = joined(base_path(port), owned(port, purpose, os.getpid()))
         self._memory_bytes = memory_bytes
         self._enabled: dict[str, list[str]] = {}
         """Controllers that we enabled in directories that are not ours."""

@@ -10,7 +10,11 @@ import os
 
 import msgspec
 
+from colocate.errors import BadInput
+
 UNIFIED = "unified"
+HOST_CGROUP = "COLOCATE_HOST_CGROUP"
+"""In a container: the directory at which the host's /sys/fs/cgroup is mounted."""
 STEPPED_ASIDE = "colocate-self"
 """The leaf of an ordinary user's delegated cgroup into which we step aside; what is delegated is its parent."""
 
@@ -22,6 +26,8 @@ class Layout(msgspec.Struct, frozen=True):
     """hierarchy -> mount point"""
     controllers: dict[str, str]
     """controller -> hierarchy; besides kernel controllers `psi`, `freeze` and `kill`"""
+    namespace: str = "/"
+    """Which cgroup of the unified hierarchy is `/` in our /proc/<pid>/cgroup (cgroup_namespaces(7))."""
 
     @property
     def version(self) -> int:
@@ -33,8 +39,8 @@ class Layout(msgspec.Struct, frozen=True):
         return self.controllers.get(controller)
 
 
-def parse_mounts(text: str) -> Layout:
-    """The layout that a /proc/self/mountinfo or /proc/mounts text describes. The first mount of a hierarchy counts."""
+def parse_mounts(text: str, below: str = "") -> Layout:
+    """The layout that a /proc/mounts text describes: of each hierarchy the first mount, at or `below` a directory."""
     mounts: dict[str, str] = {}
     controllers: dict[str, str] = {}
     known = {"cpu", "cpuacct", "cpuset", "memory", "freezer", "blkio", "pids", "devices", "hugetlb", "net_cls"}
@@ -43,6 +49,8 @@ def parse_mounts(text: str) -> Layout:
         if len(fields) < 4 or fields[2] not in ("cgroup", "cgroup2"):
             continue
         where = fields[1].replace("\\040", " ")
+        if below and not f"{where}/".startswith(f"{below.rstrip('/')}/"):
+            continue  # a container's own view of its own cgroups comes first
         if fields[2] == "cgroup2":
             mounts.setdefault(UNIFIED, where)
             continue
@@ -58,18 +66,23 @@ def parse_mounts(text: str) -> Layout:
     return Layout(mounts, controllers)
 
 
-def discover_layout(mounts_text: str, own_path: str = "/") -> Layout:
+def discover_layout(mounts_text: str, own_path: str = "/", below: str = "") -> Layout:
     """The layout of this host, with what the unified hierarchy offers: its controllers, PSI, freeze and kill.
 
-    `own_path` is the caller's own cgroup there for an ordinary user, who has the controllers delegated to it at most.
+    `own_path` is the caller's own cgroup there for an ordinary user, who has the controllers delegated to it at most;
+    `below` is where the host's hierarchies are mounted in a container. Raises BadInput if none is.
     """
-    layout = parse_mounts(mounts_text)
+    layout = parse_mounts(mounts_text, below)
+    if below and not layout.mounts:
+        raise BadInput(f"{HOST_CGROUP}={below}: no cgroup hierarchy is mounted there: mount the host's /sys/fs/cgroup")
     if UNIFIED not in layout.mounts:
+        if below:
+            namespace_root(next(iter(layout.mounts.values())), "/")  # whether we see ourselves there
         return layout
     root = layout.mounts[UNIFIED]
     controllers = dict(layout.controllers)
     try:
-        with open(f"{root}{own_path.rstrip('/')}/cgroup.controllers") as file:
+        with open(f"{root}{'' if below else own_path.rstrip('/')}/cgroup.controllers") as file:
             offered = file.read().split()
     except OSError:
         offered = []
@@ -84,4 +97,24 @@ def discover_layout(mounts_text: str, own_path: str = "/") -> Layout:
         controllers["kill"] = UNIFIED
     if controllers.get("cpu") == UNIFIED:
         controllers.setdefault("cpuacct", UNIFIED)
-    return Layout(layout.mounts, controllers)
+    namespace = namespace_root(root, own_path) if below else "/"
+    return Layout(layout.mounts, controllers, namespace)
+
+
+def namespace_root(root: str, own_path: str) -> str:
+    """Where in the tree mounted at `root` our cgroup namespace begins, whose `own_path` is our cgroup in its words.
+
+    The kernel tells nobody inside; but where our process is listed there we are. Raises BadInput if it is nowhere.
+    """
+    wanted = str(os.getpid())
+    for folder, _, files in os.walk(root):
+        if "cgroup.procs" not in files:
+            continue
+        try:
+            with open(f"{folder}/cgroup.procs") as file:
+                listed = file.read().split()
+        except OSError:  # a threaded one has no processes to tell
+            continue
+        if wanted in listed:
+            return folder.removeprefix(root).removesuffix(own_path.rstrip("/")) or "/"
+    raise BadInput(f"process {wanted} is in no cgroup below {root}: the pod needs hostPID: true")

@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from typing import Protocol
 
-from colocate.cgroup.layout import STEPPED_ASIDE, Layout, discover_layout
+from colocate.cgroup.layout import HOST_CGROUP, STEPPED_ASIDE, Layout, discover_layout
 
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ESTALE)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -75,8 +75,10 @@ class KernelPort:
         if layout is None:
             with open("/proc/self/mounts") as mounts, open("/proc/self/cgroup") as own:
                 path = next((line.strip().split(":", 2)[2] for line in own if line.startswith("0::")), "/")
-                path = path.removesuffix(f"/{STEPPED_ASIDE}") or "/"
-                layout = discover_layout(mounts.read(), "/" if os.geteuid() == 0 else path)
+                below = os.environ.get(HOST_CGROUP, "")
+                if os.geteuid() == 0 and not below:
+                    path = "/"
+                layout = discover_layout(mounts.read(), path.removesuffix(f"/{STEPPED_ASIDE}") or "/", below)
         self.layout = layout
         self._directories: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()
         self._lock = (

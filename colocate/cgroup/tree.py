@@ -66,7 +66,7 @@ def cgroup_of(port: FilePort, pid: int, hierarchy: str) -> str | None:
     for line in (port.proc(f"/proc/{pid}/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if (hierarchy == UNIFIED and not controllers) or (controllers and controllers == hierarchy):
-            return os.path.normpath(path)
+            return os.path.normpath(joined(port.layout.namespace, path) if hierarchy == UNIFIED else path)
     return None
 
 

@@ -39,7 +39,7 @@ USERS = {
     "node": ("system:node:localhost", '"system:nodes"'),
 }
 CONTROLLERS = (
-    "job-controller,replicaset-controller,statefulset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
+    "job-controller,replicaset-controller,statefulset-controller,daemonset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
     "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller,"
     "persistentvolume-binder-controller,persistentvolume-protection-controller,"
     "persistentvolumeclaim-protection-controller,ephemeral-volume-controller"

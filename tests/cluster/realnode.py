@@ -7,11 +7,9 @@ What a kubelet changes on its host it changes in there: the sysctls that it tune
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -22,6 +20,7 @@ from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroup.port import KernelPort
 from colocate.errors import HostUnfit
 from podgroup.demo.controlplane import ControlPlane, binaries, with_parent
+from tools.image import write_archive
 
 BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
 PROGRAMS = ("runc", "unshare", "mount")
@@ -45,6 +44,7 @@ for file in {sysctls}; do
   i=$((i + 1)); cat /proc/sys/$file > {home}/sysctl-$i; mount --bind {home}/sysctl-$i /proc/sys/$file
 done
 for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs $folder; done
+mkdir /run/nri; mount --bind {home}/nri /run/nri
 while :; do containerd --config {home}/containerd.toml >> {home}/containerd.log 2>&1 || sleep 0.2; done &
 until ctr --address {home}/containerd.sock version > {home}/ctr.log 2>&1; do sleep 0.05; done
 ctr --address {home}/containerd.sock --namespace k8s.io images import {home}/pause.tar >> {home}/ctr.log 2>&1
@@ -58,7 +58,7 @@ state = "{home}/state"
 [grpc]
   address = "{home}/containerd.sock"
 [plugins."io.containerd.cri.v1.images"]
-  snapshotter = "native"
+  snapshotter = "overlayfs"
   use_local_image_pull = true
   [plugins."io.containerd.cri.v1.images".pinned_images]
     sandbox = "{image}"
@@ -69,9 +69,9 @@ state = "{home}/state"
     conf_dir = "{home}/cni"
 [plugins."io.containerd.nri.v1.nri"]
   disable = false
-  socket_path = "{home}/nri.sock"
-  plugin_path = "{home}/nri"
-  plugin_config_path = "{home}/nri"
+  socket_path = "{home}/nri/nri.sock"
+  plugin_path = "{home}/nri-plugins"
+  plugin_config_path = "{home}/nri-plugins"
 """
 
 
@@ -117,7 +117,7 @@ class RealNode:
     @property
     def nri_socket(self) -> str:
         """Where containerd waits for plugins."""
-        return str(self._home / "nri.sock")
+        return str(self._home / "nri" / "nri.sock")
 
     @property
     def cgroup(self) -> str:
@@ -133,6 +133,15 @@ class RealNode:
                 if words[0].endswith("containerd") and wanted in words:
                     os.kill(int(folder.name), signal.SIGKILL)
 
+    def bring(self, archive: Path) -> None:
+        """Give the node an image, as an operator without a registry does."""
+        ctr = [str(binaries(*BINARIES) / "ctr"), "--address", str(self._home / "containerd.sock"), "-n", "k8s.io"]
+        subprocess.run([*ctr, "images", "import", str(archive)], check=True, capture_output=True)
+
+    def said_by(self, pod: str) -> str:
+        """What the containers of a pod have written."""
+        return "".join(f.read_text(errors="replace") for f in self._home.glob(f"logs/*_{pod}*/*/*.log"))
+
     def words(self) -> str:
         """The last lines of each log."""
         logs = sorted(self._home.glob("*.log"))
@@ -144,11 +153,12 @@ class RealNode:
             if self._port.inode(hierarchy, self._cgroup.path) is None:
                 self._port.mkdir(hierarchy, self._cgroup.path)
         (home / "cni").mkdir()
+        (home / "nri").mkdir()
         network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
         (home / "cni" / "10-none.conflist").write_text(json.dumps(network))
         (home / "containerd.toml").write_text(CONTAINERD.format(home=home, image=IMAGE))
         (home / "kubelet.json").write_text(json.dumps(self._configuration()))
-        write_image(home / "pause.tar", IMAGE)
+        write_pause(home / "pause.tar")
         script = START.format(
             home=home, kubeconfig=self._plane.kubeconfig("node"), name=NAME, sysctls=" ".join(SYSCTLS)
         )
@@ -202,8 +212,8 @@ class RealNode:
             raise HostUnfit(f"the kubelet ended with code {self._process.returncode}", self.words())
 
 
-def write_image(path: Path, name: str) -> None:
-    """An OCI image archive with a static busybox that sleeps; made without a registry (OCI image-spec, v1)."""
+def write_pause(path: Path) -> None:
+    """An image with a static busybox that sleeps."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
         for folder in ("bin", "dev", "proc", "sys", "etc", "tmp"):
@@ -211,32 +221,4 @@ def write_image(path: Path, name: str) -> None:
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(entry)
         tar.add(BUSYBOX, "bin/sleep")
-    blobs: dict[str, bytes] = {}
-
-    def blob(kind: str, content: bytes) -> dict[str, object]:
-        digest = hashlib.sha256(content).hexdigest()
-        blobs[f"blobs/sha256/{digest}"] = content
-        return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(content)}
-
-    oci = "application/vnd.oci.image"
-    packed = blob(f"{oci}.layer.v1.tar", layer.getvalue())
-    config = {
-        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
-        "os": "linux",
-        "config": {"Cmd": ["/bin/sleep", "1000000"]},
-        "rootfs": {"type": "layers", "diff_ids": [packed["digest"]]},
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": f"{oci}.manifest.v1+json",
-        "config": blob(f"{oci}.config.v1+json", json.dumps(config).encode()),
-        "layers": [packed],
-    }
-    named = blob(f"{oci}.manifest.v1+json", json.dumps(manifest).encode())
-    index = {"schemaVersion": 2, "manifests": [{**named, "annotations": {"io.containerd.image.name": name}}]}
-    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": json.dumps(index).encode(), **blobs}
-    with tarfile.open(path, "w") as tar:
-        for file, content in files.items():
-            entry = tarfile.TarInfo(file)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    write_archive(path, IMAGE, layer.getvalue(), {"Cmd": ["/bin/sleep", "1000000"]})

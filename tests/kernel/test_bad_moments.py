@@ -15,9 +15,10 @@ import time
 
 import pytest
 
+from colocate.actuate.scratch import owned
 from colocate.agent.socket import ARM_LATE_SECONDS
 from colocate.cgroup.port import KernelPort
-from colocate.cgroup.tree import inodes_of, joined, start_time
+from colocate.cgroup.tree import inodes_of, joined
 from colocate.errors import ColocateError, NotAnswering
 from colocate.jobs import client
 from tests.kernel.conftest import HOG, PATIENCE, AgentProcess, colocate, tier_of, wait_for
@@ -305,7 +306,7 @@ def test_a_demo_that_is_ended_leaves_nothing(tmp_path, number, ignored):
     for n, handler in before.items():
         signal.signal(n, handler)
     hierarchy = port.layout.controllers["cpu"]
-    mine = f"colocate-demo-{demo.pid}-{start_time(port, demo.pid)}"
+    mine = owned(port, "demo", demo.pid)
     assert wait_for(lambda: mine in port.children(hierarchy, "/"))
     time.sleep(1)
     demo.send_signal(number)

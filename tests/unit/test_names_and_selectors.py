@@ -1,12 +1,16 @@
 """Names of jobs and pods, kubelet's tree wherever it is nested, and what may be governed in place (case M)."""
 
+import os
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colocate.actuate.scratch import namespace_of_pids, sweep
 from colocate.actuate.tier import check_job_name
-from colocate.cgroup.layout import UNIFIED, parse_mounts
-from colocate.cgroup.tree import find_tree, inodes_of, processes_below
+from colocate.cgroup.layout import UNIFIED, discover_layout, namespace_root, parse_mounts
+from colocate.cgroup.tree import cgroup_of, find_tree, inodes_of, processes_below
 from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
 from colocate.observe.latency import LatencyScraper
@@ -223,6 +227,48 @@ def test_mounts_are_read_with_the_controllers_they_hold():
     assert layout.mounts[UNIFIED] == "/sys/fs/cgroup/unified"
     assert layout.version == 1
     assert parse_mounts("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0").version == 2
+
+
+def test_in_a_container_the_mounts_of_its_host_count():
+    both = MOUNTS_V1 + MOUNTS_V1.replace("/sys/fs/cgroup", "/host/cgroup")
+    assert parse_mounts(both, "/host/cgroup").mounts[UNIFIED] == "/host/cgroup/unified"
+    with pytest.raises(BadInput, match="mount the host's /sys/fs/cgroup"):
+        discover_layout(MOUNTS_V1, below="/host/cg")
+
+
+IN_A_NAMESPACE = {
+    "it begins at our own cgroup": ("/", "/kubepods/podx/c"),
+    "it begins above our own": ("/c", "/kubepods/podx"),
+    "we are in the host's": ("/kubepods/podx/c", "/"),
+}
+
+
+@pytest.mark.parametrize(("own", "begins"), IN_A_NAMESPACE.values(), ids=IN_A_NAMESPACE.keys())
+def test_where_our_cgroup_namespace_begins_is_found_by_our_process(own, begins, tmp_path):
+    for path, pids in {"": "1\n", "kubepods/pody": "77\n", "kubepods/podx/c": f"{os.getpid()}\n"}.items():
+        tmp_path.joinpath(path).mkdir(parents=True, exist_ok=True)
+        tmp_path.joinpath(path, "cgroup.procs").write_text(pids)
+    assert namespace_root(str(tmp_path), own) == begins
+
+
+def test_who_does_not_see_itself_in_its_hosts_cgroups_is_told_what_its_pod_needs(tmp_path):
+    tmp_path.joinpath("cgroup.procs").write_text("0\n")
+    with pytest.raises(BadInput, match="hostPID: true"):
+        namespace_root(str(tmp_path), "/")
+
+
+def test_a_path_of_another_container_is_read_from_our_namespace():
+    kernel = make("/kubepods", "/kubepods/podx", "/kubepods/pody")
+    kernel.layout = msgspec.structs.replace(kernel.layout, namespace="/kubepods/podx")
+    kernel.proc = {"/proc/7/cgroup": "0::/../pody/c\n"}.get
+    assert cgroup_of(kernel, 7, UNIFIED) == "/kubepods/pody/c"
+
+
+def test_what_a_demonstration_left_is_removed_unless_its_owner_may_live_in_another_pid_namespace():
+    left, beside = f"/colocate-demo-99999-1-{namespace_of_pids()}", "/colocate-demo-99999-1-77"
+    kernel = make(left, f"{left}/kubepods", beside, "/colocate-demo-99999-1")
+    assert sweep(kernel) == [left]
+    assert sorted(kernel.children(UNIFIED, "/")) == ["colocate-demo-99999-1", "colocate-demo-99999-1-77"]
 
 
 # -- what nodes really look like ----------------------------------------------------------------------------------

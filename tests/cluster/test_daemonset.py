@@ -1,0 +1,115 @@
+"""The node manager as the manifests install it: its image and DaemonSet on a real kubelet, and gone again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from colocate.cgroup.port import KernelPort
+from colocate.cgroup.tree import inodes_of, joined, processes_below
+from colocate.kube.client import PODS, ApiError, path_of
+from podgroup.demo.controlplane import ControlPlane
+from tests.cluster.conftest import World
+from tests.cluster.realnode import RealNode
+from tests.cluster.test_kubelet import until_ready
+from tests.cluster.test_nri import BATCH, SHARES, starts
+from tools import image
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEM = "colocate-system"
+COLLECTIONS = {
+    "Namespace": "/api/v1/namespaces",
+    "ServiceAccount": "/api/v1/serviceaccounts",
+    "ConfigMap": "/api/v1/configmaps",
+    "DaemonSet": "/apis/apps/v1/daemonsets",
+}
+SYS_RESOURCE = 24
+
+
+@pytest.fixture(scope="session")
+def archive() -> Path:
+    """The image, as `make image` makes it."""
+    if image.lacks():
+        pytest.skip(f"the container image needs {image.lacks()}")
+    image.main([])
+    return image.TARGET
+
+
+@pytest.fixture
+def kube_scheduler(plane: ControlPlane) -> Iterator[None]:
+    plane.start_scheduler()
+    yield
+    plane.end("kube-scheduler")
+
+
+def manifests(real_node: RealNode) -> list[dict[str, Any]]:
+    """manifests/base as it is, but for what this node has not: a network of pods, and some right of root."""
+    files = ("namespace.yaml", "agent.yaml")
+    found = [o for f in files for o in yaml.safe_load_all((ROOT / "manifests" / "base" / f).read_text())]
+    policy = next(o for o in found if o["kind"] == "ConfigMap")
+    spec = yaml.safe_load(policy["data"]["policy.yaml"])
+    spec["spec"] |= {"nodeRoot": real_node.cgroup, "calibrate": False, "http": {"enabled": False}}
+    policy["data"]["policy.yaml"] = yaml.safe_dump(spec)
+    pod = next(o for o in found if o["kind"] == "DaemonSet")["spec"]["template"]["spec"]
+    pod["hostNetwork"] = True
+    container = pod["containers"][0]
+    container = {k: v for k, v in container.items() if k not in ("readinessProbe", "livenessProbe", "ports")}
+    has = int((Path("/proc/self/status").read_text().partition("CapBnd:\t")[2]).split()[0], 16)
+    if not has >> SYS_RESOURCE & 1:
+        container["securityContext"]["capabilities"]["add"].remove("SYS_RESOURCE")
+    pod["containers"] = [container]
+    return found
+
+
+async def applied(world: World, objects: list[dict[str, Any]]) -> None:
+    for one in objects:
+        path = path_of(COLLECTIONS[one["kind"]], one["metadata"].get("namespace", ""))
+        try:
+            await world.api.request("POST", path, one)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+
+
+@pytest.mark.slow
+async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
+    world: World, real_node: RealNode, archive: Path, kube_scheduler: None
+) -> None:
+    assert os.stat(archive).st_size <= 150e6
+    await until_ready(world, real_node)
+    real_node.bring(archive)
+    port, tier = KernelPort(), joined(real_node.cgroup, "kubepods/batch")
+    main = SHARES[port.layout.version][0]
+    await applied(world, manifests(real_node))
+
+    async def asked() -> bool:
+        real_node.check()
+        return "runtime_connected" in real_node.said_by("colocate-agent")
+
+    await world.until(asked, "the runtime asks the agent")
+    batch = await starts(world, real_node, "batch", **BATCH)
+    assert processes_below(port, main, joined(tier, f"pod{batch}"))
+
+    agents = path_of(COLLECTIONS["DaemonSet"], SYSTEM, "colocate-agent")
+    await world.api.request("DELETE", agents, {"propagationPolicy": "Foreground"})
+
+    async def no_agent() -> bool:
+        try:
+            await world.api.request("GET", agents)
+        except ApiError as error:
+            return error.status == 404
+        return False
+
+    await world.until(no_agent, "the DaemonSet and its pod are gone")
+    assert processes_below(port, main, joined(tier, f"pod{batch}")), "whoever runs is not killed"
+    await world.delete(PODS, "batch", 0)
+
+    async def nothing() -> bool:
+        return not inodes_of(port, tier)
+
+    await world.until(nothing, "the tier goes with the last pod in it, though no agent is there any more")

@@ -1,0 +1,201 @@
+"""The container image, made of Debian packages and the locked wheels: no registry, no daemon, not even root.
+
+    python -m tools.image [FILE]        an OCI image archive, for `ctr images import`, `skopeo copy`, `podman load`
+
+mmdebstrap unpacks the packages and pip the wheels of requirements.lock that colocate itself needs, by their hashes;
+times are clamped to the last commit's, so that the same commit and packages give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from colocate import __version__
+from colocate.errors import BadInput, HostUnfit
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = f"docker.io/library/colocate:{__version__}"
+"""What `colocate:VERSION` of the manifests stands for."""
+TARGET = ROOT / "build" / "image" / "colocate.tar"
+PACKAGES = ("python3-minimal", "python3", "libpython3-stdlib", "libstdc++6", "base-files", "netbase", "tzdata")
+SITE, PROGRAM = "/opt/colocate", "/usr/bin/colocate"
+START = "#!/usr/bin/python3 -P\nimport sys\nfrom colocate.cli.main import main\nsys.exit(main())\n"
+LEFT_OUT = (
+    *(f"usr/share/{unread}" for unread in ("doc", "man", "locale", "info", "lintian", "perl5", "bash-completion")),
+    *("usr/lib/*/gconv", "usr/lib/*/perl*", "var/cache", "var/lib/dpkg/info"),
+    *(f"opt/colocate/numpy/_core/{of_compilers}" for of_compilers in ("include", "lib")),
+)
+TYPE = "application/vnd.oci.image"
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+COMPRESSION = ("zstd", "-q", "-12", "-T1")
+"""A fifth less than gzip; containerd, podman and skopeo read it. One worker: the same bytes anywhere."""
+
+
+def main(arguments: list[str]) -> int:
+    """Make it, unless what it is made of has not changed; say where it is and how large."""
+    path = Path(arguments[0]) if arguments else TARGET
+    if os.environ.get("SOURCE_DATE_EPOCH") is None:
+        os.environ["SOURCE_DATE_EPOCH"] = _git("log", "-1", "--format=%ct") or "0"
+    build(path)
+    print(f"{NAME}: {path} ({path.stat().st_size / 1e6:.0f} MB)")
+    return 0
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def lacks() -> str:
+    """What is missing for it here; empty if nothing."""
+    missing = [program for program in ("mmdebstrap", "zstd") if shutil.which(program) is None]
+    return f"{', '.join(missing)} (make system-packages)" if missing else ""
+
+
+def build(path: Path) -> None:
+    """The archive. Raises HostUnfit."""
+    if lacks():
+        raise HostUnfit(f"no image without {lacks()}", "make system-packages")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="colocate-image-") as scratch:
+        root = Path(scratch)
+        layer = root / "layer.tar"
+        compiled = (
+            f'chroot "$1" /usr/bin/python3 -m compileall -q --invalidation-mode unchecked-hash {SITE} /usr/lib/python3'
+        )
+        hooks = [f'{sys.executable} -P -m tools.image --wheels "$1"', compiled]
+        hooks += [f'rm -rf "$1"/{folder}' for folder in LEFT_OUT]
+        command = ["mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(PACKAGES)}"]
+        command += [f"--extract-hook={hook}" for hook in hooks]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, _suite(), str(layer)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise HostUnfit(f"mmdebstrap ended with code {done.returncode}", done.stderr[-2000:])
+        config = {
+            "User": "65534",
+            "Env": [f"PYTHONPATH={SITE}", "PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1", "HOME=/tmp"],
+            "Entrypoint": [PROGRAM],
+            "WorkingDir": "/",
+            "Labels": {
+                "org.opencontainers.image.version": __version__,
+                "org.opencontainers.image.licenses": "Apache-2.0",
+            },
+        }
+        write_archive(path, NAME, layer.read_bytes(), config)
+
+
+def _suite() -> str:
+    """The release that this machine's own package sources offer."""
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    return release.get("VERSION_CODENAME", "stable").strip('"')
+
+
+def wheels(folder: Path) -> None:
+    """colocate and what it needs, as the lock has it, into a root file system; for the Python that is in there."""
+    versions = sorted(folder.glob("usr/lib/python3.*"))
+    if not versions:
+        raise HostUnfit(f"there is no Python in {folder}", f"packages: {', '.join(PACKAGES)}")
+    version, ours = versions[-1].name, f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if version != ours:
+        raise HostUnfit(f"the image has {version}, this is {ours}", f"make clean, then make PYTHON={version} image")
+    site = folder / SITE.lstrip("/")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    into = ["install", "--target", str(site), "--no-deps", "--no-compile"]
+    with tempfile.TemporaryDirectory() as scratch:
+        lock = Path(scratch) / "requirements.txt"
+        lock.write_text(needed((ROOT / "requirements.lock").read_text()))
+        subprocess.run([*pip, *into, "--require-hashes", "-r", str(lock)], check=True)
+        subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", scratch, str(ROOT)], check=True)
+        subprocess.run([*pip, *into, str(next(Path(scratch).glob("colocate-*.whl")))], check=True)
+    program = folder / PROGRAM.lstrip("/")
+    program.write_text(START)
+    program.chmod(0o755)
+    for unused in [*site.rglob("tests"), *site.rglob("__pycache__"), site / "bin"]:
+        shutil.rmtree(unused, ignore_errors=True)
+
+
+def needed(lock: str) -> str:
+    """The entries of a lock that the installed colocate needs at run time, directly or not."""
+    wanted, waiting = set[str](), ["colocate"]
+    while waiting:
+        name = waiting.pop()
+        for requirement in metadata.requires(name) or ():
+            marker = requirement.partition(";")[2]
+            found = re.match(r"[A-Za-z0-9._-]+", requirement)
+            assert found is not None
+            other = re.sub(r"[-_.]+", "-", found[0]).lower()
+            if "extra ==" in marker or other in wanted or not _installed(other):
+                continue
+            wanted.add(other)
+            waiting.append(other)
+    entries = re.split(r"\n(?=\S)", lock)
+    return "\n".join(e for e in entries if re.split(r"==| ", e)[0].lower() in wanted) + "\n"
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:  # for another platform or version of Python
+        return False
+    return True
+
+
+def write_archive(path: Path, name: str, layer: bytes, config: Mapping[str, object]) -> None:
+    """An OCI image archive of one layer (OCI image-spec v1: layout, manifest, config)."""
+    blobs: dict[str, bytes] = {}
+
+    def blob(kind: str, content: bytes) -> dict[str, object]:
+        digest = hashlib.sha256(content).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = content
+        return {"mediaType": f"{TYPE}.{kind}", "digest": f"sha256:{digest}", "size": len(content)}
+
+    compressed = subprocess.run(COMPRESSION, input=layer, stdout=subprocess.PIPE, check=True).stdout
+    packed = blob("layer.v1.tar+zstd", compressed)
+    whole = {
+        "architecture": ARCHITECTURES.get(platform.machine(), platform.machine()),
+        "os": "linux",
+        "config": config,
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": f"{TYPE}.manifest.v1+json",
+        "config": blob("config.v1+json", json.dumps(whole, sort_keys=True).encode()),
+        "layers": [packed],
+    }
+    named = blob("manifest.v1+json", json.dumps(manifest, sort_keys=True).encode())
+    index = {"schemaVersion": 2, "manifests": [{**named, "annotations": {"io.containerd.image.name": name}}]}
+    files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": json.dumps(index).encode(), **blobs}
+    unfinished = path.with_suffix(".new")
+    with tarfile.open(unfinished, "w") as tar:
+        for file, content in files.items():
+            entry = tarfile.TarInfo(file)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    unfinished.rename(path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--wheels"]:  # called by mmdebstrap, in its user namespace
+        wheels(Path(sys.argv[2]))
+        sys.exit(0)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (HostUnfit, BadInput) as error:
+        print(f"image: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
