@@ -110,9 +110,9 @@ def wheels(folder: Path) -> None:
     versions = sorted(folder.glob("usr/lib/python3.*"))
     if not versions:
         raise HostUnfit(f"there is no Python in {folder}", f"packages: {', '.join(PACKAGES)}")
-    version, ours = versions[-1].name, f"python{sys.version_info.major}.{sys.version_info.minor}"
-    if version != ours:
-        raise HostUnfit(f"the image has {version}, this is {ours}", f"make clean, then make PYTHON={version} image")
+    version, here = versions[-1].name, f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if version != here:
+        raise HostUnfit(f"the image has {version}, this is {here}", f"make clean, then make PYTHON={version} image")
     site = folder / SITE.lstrip("/")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     into = ["install", "--target", str(site), "--no-deps", "--no-compile"]
@@ -121,7 +121,8 @@ def wheels(folder: Path) -> None:
         lock.write_text(needed((ROOT / "requirements.lock").read_text()))
         subprocess.run([*pip, *into, "--require-hashes", "-r", str(lock)], check=True)
         subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", scratch, str(ROOT)], check=True)
-        subprocess.run([*pip, *into, str(next(Path(scratch).glob("colocate-*.whl")))], check=True)
+        ours = next(Path(scratch).glob("colocate-*.whl"))
+        shutil.unpack_archive(ours, site, "zip")  # pip would write down where it was
     program = folder / PROGRAM.lstrip("/")
     program.write_text(START)
     program.chmod(0o755)
