@@ -1,4 +1,4 @@
-"""The container image, made of Debian packages and the locked wheels: no registry, no daemon, not even root.
+"""The container image, made of Debian packages and the locked wheels: without a registry or a daemon.
 
     python -m tools.image [FILE]        an OCI image archive, for `ctr images import`, `skopeo copy`, `podman load`
 
@@ -45,10 +45,8 @@ COMPRESSION = ("zstd", "-q", "-12", "-T1")
 
 
 def main(arguments: list[str]) -> int:
-    """Make it, unless what it is made of has not changed; say where it is and how large."""
+    """Make it; say where it is and how large."""
     path = Path(arguments[0]) if arguments else TARGET
-    if os.environ.get("SOURCE_DATE_EPOCH") is None:
-        os.environ["SOURCE_DATE_EPOCH"] = _git("log", "-1", "--format=%ct") or "0"
     build(path)
     print(f"{NAME}: {path} ({path.stat().st_size / 1e6:.0f} MB)")
     return 0
@@ -73,14 +71,14 @@ def build(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="colocate-image-") as scratch:
         root = Path(scratch)
         layer = root / "layer.tar"
-        compiled = (
-            f'chroot "$1" /usr/bin/python3 -m compileall -q --invalidation-mode unchecked-hash {SITE} /usr/lib/python3'
-        )
+        by_hash = "-q --invalidation-mode unchecked-hash"  # times are no part of it
+        compiled = f'{sys.executable} -m compileall {by_hash} -s "$1" "$1"{SITE} "$1"/usr/lib/python3*'
         hooks = [f'{sys.executable} -P -m tools.image --wheels "$1"', compiled]
         hooks += [f'rm -rf "$1"/{folder}' for folder in LEFT_OUT]
         command = ["mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(PACKAGES)}"]
         command += [f"--extract-hook={hook}" for hook in hooks]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        epoch = {"SOURCE_DATE_EPOCH": _git("log", "-1", "--format=%ct") or "0"}
+        environment = {**epoch, **os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, _suite(), str(layer)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
@@ -100,7 +98,7 @@ def build(path: Path) -> None:
 
 
 def _suite() -> str:
-    """The release that this machine's own package sources offer."""
+    """This machine's release: its packages come from the distribution's own mirror."""
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     return release.get("VERSION_CODENAME", "stable").strip('"')
 

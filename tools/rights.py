@@ -22,7 +22,7 @@ COLLECTIONS = {
 
 def documents() -> list[dict[str, Any]]:
     """The manifests' objects, in the order in which they are made."""
-    files = ("base/namespace.yaml", "rbac/controller.yaml")
+    files = ("controller/namespace.yaml", "rbac/controller.yaml")
     return [body for file in files for body in yaml.safe_load_all((MANIFESTS / file).read_text())]
 
 

@@ -102,8 +102,10 @@ def _leave_the_container() -> None:
 
     port = KernelPort()
     for hierarchy in port.layout.mounts:
-        with contextlib.suppress(OSError):  # where it cannot, it ends with the container: its successor undoes
+        try:
             port.write(hierarchy, "/", "cgroup.procs", str(os.getpid()))
+        except OSError as error:  # cgroup v2's nsdelegate; its container's next agent undoes then
+            print(f"colocate: the guardian stays in its container's cgroup ({hierarchy}: {error})", file=sys.stderr)
     port.close()
 
 

@@ -72,8 +72,8 @@ BESTEFFORT_POD = "/kubepods/besteffort/podlogs"
 BATCH_PODS = {"unmanaged": "kubepods/burstable/podbatch", "besteffort": "kubepods/besteffort/podbatch"}
 SESSION = "session"
 """Where jobs are started from: a part of the node as a user's session is, with a weight of its own."""
-KUBEPODS_WEIGHT = 100
-"""Of each CPU: kubelet gives `kubepods` 1024 shares for each (cm/helpers_linux.go, MilliCPUToShares)."""
+KUBEPODS_WEIGHT, CPU_WEIGHT_MOST = 100, 10_000
+"""Of each CPU: kubelet gives `kubepods` 1024 shares for each (cm/helpers_linux.go, MilliCPUToShares); the kernel's most."""
 FILES = "colocate-demo-"
 
 Progressed = Callable[[str, float], None]
@@ -147,7 +147,7 @@ class Demo:
             node.make_inner(inner)
         for leaf in ("client", SESSION, SERVICE_POD, *BATCH_PODS.values(), BESTEFFORT_POD):
             node.make(leaf)
-        self._knob("kubepods", "cpu.weight", str(KUBEPODS_WEIGHT * len(self._cpus)))
+        self._knob("kubepods", "cpu.weight", str(min(KUBEPODS_WEIGHT * len(self._cpus), CPU_WEIGHT_MOST)))
         self._knob("kubepods/besteffort", "cpu.weight", "1")
         self._knob("client", "cpu.weight", "10000")
         for i in range(len(self._cpus)):

@@ -16,7 +16,8 @@ import numpy as np
 
 from podgroup.solve.pack import pack
 from podgroup.solve.place_class import most_on_a_node, place_class
-from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of, decisions
+from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of
+from podgroup.solve.volumes import decisions
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.node_budgets import capped
 

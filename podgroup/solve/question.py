@@ -6,7 +6,7 @@ NodeResourcesFit, InterPodAffinity, PodTopologySpread, VolumeBinding, VolumeZone
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -141,7 +141,7 @@ class Trial:
     """Placing on a copy: what is used, and what this gang itself has put where."""
 
     def __init__(self, ledger: Ledger, within: Mask, decided: Mapping[str, str] = {}) -> None:
-        """`decided`: which volume claims have that several share, "" for one that is made (`decisions`)."""
+        """`decided`: which volume claims have that several share, "" for one that is made (`volumes.decisions`)."""
         self.ledger, self.within = ledger, within
         self.used = ledger.used.copy()
         self.put: list[tuple[Class, Ints]] = []
@@ -254,18 +254,6 @@ class Trial:
                     supply.take(row)
                 self._taken = supply.taken
         self.put.append((group, rows))
-
-
-def decisions(ledger: Ledger, classes: Sequence[Class], within: Mask) -> Iterator[dict[str, str]]:
-    """What the claims that several pods share could have as their volumes, all classes of a gang looked at together.
-
-    Which volume is best for those with the claim says nothing of the other claims of the next class.
-    """
-    shared = {w.shared: w for group in classes for w in group.shape.unbound if w.shared}
-    planned = {key: ledger.storage.decided(key) for key in shared}
-    open_ = [wanted for key, wanted in shared.items() if planned[key] is None]
-    for supply in Supply(ledger, open_, frozenset(), {}, within).alternatives():
-        yield supply.decided
 
 
 def conflict(ours: Sequence[HostPort], theirs: Sequence[HostPort]) -> bool:

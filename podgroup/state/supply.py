@@ -6,8 +6,7 @@ not there must be made. Source: the scheduler's VolumeBinding plugin (findMatchi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from itertools import islice
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.storage import makes, reaches
 from podgroup.state.volumes import Unbound, size_of, topologies_of
 
-MANY, MOST_ALTERNATIVES = np.iinfo(np.int64).max, 16
+MANY = np.iinfo(np.int64).max
 
 
 class Supply:
@@ -47,27 +46,15 @@ class Supply:
             count += mask
         return count
 
-    def alternatives(self) -> Iterator[Supply]:
-        """For claims that several share and that have no volume yet: this one with each volume they could have.
+    def ranked(self) -> list[str]:
+        """The volumes that a single claim could have, "" for one that is made: first those that most nodes reach.
 
-        The one that most nodes reach comes first; to have one made is the last. Of volumes that the same nodes reach
-        the smallest is enough, and of all combinations so many are tried.
+        Of volumes that the same nodes reach the smallest is enough.
         """
-        return islice(_alternatives(self), MOST_ALTERNATIVES)
-
-    def undecided(self) -> tuple[str, list[str]] | None:
-        """The first claim that several share and that has no volume yet, and those that it could have."""
-        for wanted, found, made in zip(self.wanted, self._found, self._made, strict=True):
-            if wanted.shared and wanted.shared not in self.decided:
-                widest = sorted(found, key=lambda one: -int((one[1] & self._within).sum()))
-                reached = {(mask & self._within).tobytes(): name for name, mask in reversed(widest)}
-                return wanted.shared, [*reversed(reached.values()), *([""] if made.any() else [])]
-        return None
-
-    def having(self, claim: str, volume: str) -> Supply:
-        """The same with this volume for a claim that several share."""
-        decided, taken = {**self.decided, claim: volume}, self.taken | ({volume} if volume else set())
-        return Supply(self._ledger, self.wanted, taken, decided, self._within)
+        (found,), (made,) = self._found, self._made
+        widest = sorted(found, key=lambda one: -int((one[1] & self._within).sum()))
+        reached = {(mask & self._within).tobytes(): name for name, mask in reversed(widest)}
+        return [*reversed(reached.values()), *([""] if (made & self._within).any() else [])]
 
     def copy(self) -> Supply:
         """The same, to be taken from by itself."""
@@ -127,16 +114,6 @@ class Supply:
                     self._found[j] = [one for one in found if one[0] != name]
                     self._count[j] = self._count[j] - gone[0]
         return picks is not None
-
-
-def _alternatives(supply: Supply) -> Iterator[Supply]:
-    undecided = supply.undecided()
-    if undecided is None:
-        yield supply
-        return
-    claim, names = undecided
-    for name in names:
-        yield from _alternatives(supply.having(claim, name))
 
 
 def reach(ledger: Ledger, volume: str) -> Mask:

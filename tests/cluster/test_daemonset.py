@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import yaml
 
 from colocate.cgroup.port import KernelPort
-from colocate.cgroup.tree import inodes_of, joined, processes_below
+from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes_below
+from colocate.errors import HostUnfit
 from colocate.kube.client import PODS, ApiError, path_of
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World
@@ -32,12 +34,16 @@ SYS_RESOURCE = 24
 
 
 @pytest.fixture(scope="session")
-def archive() -> Path:
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The image, as `make image` makes it."""
     if image.lacks():
         pytest.skip(f"the container image needs {image.lacks()}")
-    image.main([])
-    return image.TARGET
+    path = tmp_path_factory.mktemp("image") / "colocate.tar"
+    try:
+        image.build(path)
+    except HostUnfit as error:
+        pytest.skip(f"the container image could not be made here (no mirror?): {error}")
+    return path
 
 
 @pytest.fixture
@@ -48,9 +54,9 @@ def kube_scheduler(plane: ControlPlane) -> Iterator[None]:
 
 
 def manifests(real_node: RealNode) -> list[dict[str, Any]]:
-    """manifests/base as it is, but for what this node has not: a network of pods, and some right of root."""
-    files = ("namespace.yaml", "agent.yaml")
-    found = [o for f in files for o in yaml.safe_load_all((ROOT / "manifests" / "base" / f).read_text())]
+    """The manifests, but for what this node has not: a network of pods (and so no probes), and some right of root."""
+    files = ("controller/namespace.yaml", "base/agent.yaml")
+    found = [o for f in files for o in yaml.safe_load_all((ROOT / "manifests" / f).read_text())]
     policy = next(o for o in found if o["kind"] == "ConfigMap")
     spec = yaml.safe_load(policy["data"]["policy.yaml"])
     spec["spec"] |= {"nodeRoot": real_node.cgroup, "calibrate": False, "http": {"enabled": False}}
@@ -66,14 +72,36 @@ def manifests(real_node: RealNode) -> list[dict[str, Any]]:
     return found
 
 
-async def applied(world: World, objects: list[dict[str, Any]]) -> None:
-    for one in objects:
-        path = path_of(COLLECTIONS[one["kind"]], one["metadata"].get("namespace", ""))
-        try:
-            await world.api.request("POST", path, one)
-        except ApiError as error:
-            if error.status != 409:
-                raise
+def guardians() -> list[int]:
+    """Of agents in a container: by the path that Python has there."""
+    wanted, found = b"/usr/bin/python3\0-P\0-m\0colocate.actuate.guardian", []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(wanted):
+                found.append(int(folder.name))
+    return found
+
+
+@contextlib.asynccontextmanager
+async def applied(world: World, objects: list[dict[str, Any]]) -> AsyncIterator[None]:
+    """As long as the block runs; the namespace stays, for an API server needs its time to take one away."""
+
+    def path(one: dict[str, Any]) -> str:
+        return path_of(COLLECTIONS[one["kind"]], one["metadata"].get("namespace", ""))
+
+    made = [one for one in objects if one["kind"] != "Namespace"]
+    try:
+        for one in objects:
+            try:
+                await world.api.request("POST", path(one), one)
+            except ApiError as error:
+                if error.status != 409 or one in made:
+                    raise
+        yield
+    finally:
+        for one in reversed(made):
+            with contextlib.suppress(ApiError):
+                await world.api.request("DELETE", f"{path(one)}/{one['metadata']['name']}", {})
 
 
 @pytest.mark.slow
@@ -84,19 +112,11 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
     await until_ready(world, real_node)
     real_node.bring(archive)
     port, tier = KernelPort(), joined(real_node.cgroup, "kubepods/batch")
-    main = SHARES[port.layout.version][0]
-    await applied(world, manifests(real_node))
+    main, agents = SHARES[port.layout.version][0], path_of(COLLECTIONS["DaemonSet"], SYSTEM, "colocate-agent")
 
     async def asked() -> bool:
         real_node.check()
         return "runtime_connected" in real_node.said_by("colocate-agent")
-
-    await world.until(asked, "the runtime asks the agent")
-    batch = await starts(world, real_node, "batch", **BATCH)
-    assert processes_below(port, main, joined(tier, f"pod{batch}"))
-
-    agents = path_of(COLLECTIONS["DaemonSet"], SYSTEM, "colocate-agent")
-    await world.api.request("DELETE", agents, {"propagationPolicy": "Foreground"})
 
     async def no_agent() -> bool:
         try:
@@ -105,7 +125,13 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
             return error.status == 404
         return False
 
-    await world.until(no_agent, "the DaemonSet and its pod are gone")
+    async with applied(world, manifests(real_node)):
+        await world.until(asked, "the runtime asks the agent")
+        batch = await starts(world, real_node, "batch", **BATCH)
+        assert processes_below(port, main, joined(tier, f"pod{batch}"))
+        assert [cgroup_of(port, pid, main) for pid in guardians()] == ["/"], "out of its container's cgroup"
+        await world.api.request("DELETE", agents, {"propagationPolicy": "Foreground"})
+        await world.until(no_agent, "the DaemonSet and its pod are gone")
     assert processes_below(port, main, joined(tier, f"pod{batch}")), "whoever runs is not killed"
     await world.delete(PODS, "batch", 0)
 
@@ -113,3 +139,8 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
         return not inodes_of(port, tier)
 
     await world.until(nothing, "the tier goes with the last pod in it, though no agent is there any more")
+
+    async def nobody() -> bool:
+        return not guardians()
+
+    await world.until(nobody, "the guardian ends with it")

@@ -43,9 +43,9 @@ def kubectl(plane: ControlPlane, tmp_path: Path) -> Kubectl:
 
 def test_the_base_is_what_an_api_server_takes(kubectl: Kubectl, world: World) -> None:
     """Strictly: an unknown or doubled field is refused."""
-    kubectl("apply", "-f", str(MANIFESTS / "base" / "namespace.yaml"))
+    kubectl("apply", "-f", str(MANIFESTS / "controller" / "namespace.yaml"))
     taken = kubectl("apply", "-k", str(MANIFESTS / "base"), "--dry-run=server", "--validate=strict", "-o", "name")
-    assert "deployment.apps/colocate-controller" in taken.split()
+    assert {"deployment.apps/colocate-controller", "daemonset.apps/colocate-agent"} <= set(taken.split())
     assert "clusterrole.rbac.authorization.k8s.io/colocate-controller" in taken.split()
     assert "customresourcedefinition.apiextensions.k8s.io/gangplans.colocate.io" in taken.split()
 
@@ -56,7 +56,7 @@ cp -r $ACCOUNT /var/run/secrets/kubernetes.io/serviceaccount && mount -o remount
 for made in /tmp /var/tmp /dev/shm; do mount --bind $made $made && mount -o remount,bind,ro $made || exit 9; done
 exec "$@"
 """
-"""A read-only file system with the service account's files: what manifests/base asks for."""
+"""A read-only file system with the service account's files: what manifests/controller asks for."""
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
 
 

@@ -372,6 +372,36 @@ def _two_pods_of_a_disk():
     return made, "ab"
 
 
+def _a_disk_each(count, **labels):
+    made = cluster()
+    for i in range(count):
+        name = f"n{i:02}"
+        made.set_node(node(name, labels={HOST: name, **{k: v for k, v in labels.items() if i >= count - 8}}))
+        volume(made, f"v{i:02}", [name])
+    return made
+
+
+def test_a_shared_volume_is_looked_for_where_its_pods_may_be():
+    """Forty nodes with a disk each, the last eight of them chosen by the pods."""
+    made = _a_disk_each(40, pool="gpu")
+    claim(made, "shared")
+    pods = [member(made, f"p{i}", "shared") for i in range(2)]
+    chosen = [replace(p, spec=replace(p.spec, node_selector={"pool": "gpu"})) for p in pods]
+    for one in chosen:
+        made.set_pod(one)
+    assert nodes_of(ask(made, chosen)) == ["n32", "n32"]
+
+
+def test_two_shared_volumes_do_not_wait_for_each_others_alternatives():
+    """Forty nodes with a disk each, the first one full; two pairs of pods with a claim each pair."""
+    made = _a_disk_each(40)
+    made.set_pod(pod("full", cpu=64, spec={"node_name": "n00"}))
+    for name in ("s", "t"):
+        claim(made, name)
+    pods = [member(made, f"{name}{i}", name) for name in ("s", "t") for i in range(2)]
+    assert nodes_of(ask(made, pods)) == ["n01", "n01", "n02", "n02"]
+
+
 @given(stores(), st.lists(claims_of_a_pod, min_size=1, max_size=4))
 @example(_two_pods_of_a_disk(), [[(1, "shared")], [(1, "shared"), (2, "local")]])
 @settings(max_examples=300, deadline=None)
