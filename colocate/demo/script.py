@@ -73,7 +73,7 @@ BATCH_PODS = {"unmanaged": "kubepods/burstable/podbatch", "besteffort": "kubepod
 SESSION = "session"
 """Where jobs are started from: a part of the node as a user's session is, with a weight of its own."""
 KUBEPODS_WEIGHT, CPU_WEIGHT_MOST = 100, 10_000
-"""Of each CPU: kubelet gives `kubepods` 1024 shares for each (cm/helpers_linux.go, MilliCPUToShares); the kernel's most."""
+"""Of each CPU: kubelet gives `kubepods` 1024 shares for each (cm/helpers_linux.go, MilliCPUToShares); and at most."""
 FILES = "colocate-demo-"
 
 Progressed = Callable[[str, float], None]
