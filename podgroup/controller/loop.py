@@ -461,8 +461,7 @@ class Controller:
         left = [self.cluster.ledger.holdings[uid]._replace(uid=f"left:{uid}", kept=True) for uid in uids]
         for holding in left:  # until a bind that is still on its way can no longer land there
             self.cluster.ledger.hold(holding)
-        for member, node in placed:
-            self.cluster.promise(member.uid, node)
+        self.cluster.promise_all((member.uid, node) for member, node in placed)
         self._hands.spawn(key, self._hands.save_moved(key, after, members, [h.uid for h in left]))
         return True
 

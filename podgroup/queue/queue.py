@@ -452,8 +452,7 @@ class Queue:
             return self._make_room(cluster, entry, gang, now) if reason == "Unschedulable" else None
         self.holds.drop(cluster, entry.key, NOMINATED)
         self.holds.drop_slots(cluster, entry.key, [node for _, node in placed])
-        for member, node in placed:
-            cluster.promise(member.uid, node)
+        cluster.promise_all((member.uid, node) for member, node in placed)
         self._owed_less(cluster, entry.key, now)
         start = Start(entry.key, placed, now - memory.since, note)
         if gang.quorum and len(gang.members) > gang.quorum and not entry.owed:
@@ -500,9 +499,9 @@ class Queue:
         wished = elastic.gang._replace(
             members=tuple(left), quorum=0, min_resources={}, fixed=(*elastic.gang.fixed, *nodes)
         )
-        for one in place(cluster.ledger, wished) or () if left else ():
-            cluster.promise(one.member.uid, one.node)
-            elastic.start.placed.append(one)
+        found = place(cluster.ledger, wished) or [] if left else []
+        cluster.promise_all((one.member.uid, one.node) for one in found)
+        elastic.start.placed.extend(found)
 
     def _tell(self, key: str, reason: str, message: str, capacity: bool) -> None:
         self.waiting[key] = msgspec.structs.replace(

@@ -213,6 +213,14 @@ class Cluster:
             self._plan(uid, node)
             self._hold(pod)
 
+    def promise_all(self, placed: Iterable[tuple[str, str]]) -> None:
+        """(uid, node) of pods that are to be bound together: a volume that some of them share is one that all reach."""
+        there = [(uid, node) for uid, node in placed if uid in self.pods and not self.pods[uid].spec.node_name]
+        for uid, node in there:
+            self._plan(uid, node)
+        for uid, node in there:
+            self.promise(uid, node)
+
     def withdraw(self, uid: str) -> None:
         """The promise is void."""
         if self._unplan(uid) and uid in self.pods:
@@ -349,12 +357,16 @@ class Cluster:
     def _shared_volume(self, key: str, wanted: Unbound, row: int, uid: str) -> str | None:
         """The volume of a claim that others have been planned with: another one, if theirs cannot be reached."""
         theirs = self.storage.decided(key, uid)
-        if not theirs or reach(self.ledger, theirs)[row]:
+        if theirs == "" or (theirs is not None and reach(self.ledger, theirs)[row]):
             return theirs
-        rows = [row, *(self.ledger.rows[n] for n in self.storage.planned_with(key) if n in self.ledger.rows)]
+        nodes = [self.planned[other] for other in self.storage.wanting(key) if other in self.planned]
+        rows = [row, *(self.ledger.rows[n] for n in nodes if n in self.ledger.rows)]
+        if theirs is None and len(set(rows)) == 1:
+            return None
         free = self.storage.available(wanted)
         other = next((v.metadata.name for v in free if reach(self.ledger, v.metadata.name)[rows].all()), theirs)
-        self.storage.decide(key, other)
+        if theirs is not None and other is not None:
+            self.storage.decide(key, other)
         return other
 
     def _hold_again(self, uids: Iterable[str]) -> None:

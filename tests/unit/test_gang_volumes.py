@@ -402,6 +402,25 @@ def test_two_shared_volumes_do_not_wait_for_each_others_alternatives():
     assert nodes_of(ask(made, pods)) == ["n01", "n01", "n02", "n02"]
 
 
+def test_a_shared_volume_is_promised_that_all_of_its_pods_reach():
+    """The first pod reaches the smaller disk too; the other one that shares the claim has no room where that is."""
+    made, _ = _two_pods_of_a_disk()
+    claim(made, "shared")
+    claim(made, "own")
+    pods = [member(made, f"p{i}", c) for i, c in enumerate(("shared", "own", "shared"))]
+    asked = [
+        replace(p, spec=pod("x", cpu=c, spec={"volumes": p.spec.volumes}).spec)
+        for p, c in zip(pods, (40, 20, 10), strict=True)
+    ]
+    for one in asked:
+        made.set_pod(one)
+    placed = ask(made, asked)
+    assert nodes_of(placed) == ["a", "a", "b"]
+    made.promise_all((one.uid, name) for one, name in placed)
+    assert {made.volumes_of(p.metadata.uid).state for p in asked} == {"Open"}
+    assert made.storage.chosen["p0"] == made.storage.chosen["p2"] == {"ns/shared": "v1"}
+
+
 @given(stores(), st.lists(claims_of_a_pod, min_size=1, max_size=4))
 @example(_two_pods_of_a_disk(), [[(1, "shared")], [(1, "shared"), (2, "local")]])
 @settings(max_examples=300, deadline=None)
@@ -417,8 +436,7 @@ def test_whoever_is_placed_finds_its_volumes_when_it_is_promised_its_place(store
         pods.append(member(made, f"p{i}", *dict.fromkeys(shared)))
     placed = ask(made, pods)
     taken = []
-    for one, name in placed or ():
-        made.promise(one.uid, name)
+    made.promise_all((one.uid, name) for one, name in placed or ())
     for one, name in placed or ():
         progress = made.volumes_of(one.uid)
         assert progress.state != "Failed", progress.text
