@@ -8,7 +8,8 @@ are bound, so nothing is promised twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import islice, product
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -36,6 +37,8 @@ HOLDING_PHASES = (*OPEN_PHASES, "RollingBack")
 CARRIED_ON = (*HOLDING_PHASES, "Repairing")
 """Phases of a plan in which the commit protocol has something to do."""
 MAX_GAINS = 4096
+MOST_COMBINATIONS = 256
+"""Of volumes for shared claims, that are looked at when pods are promised their places."""
 
 
 class _Shaped(NamedTuple):
@@ -74,6 +77,8 @@ class Cluster:
         self._priority: dict[str, int] = {}
         self._planned_on: dict[str, set[str]] = {}
         """Node -> uids of the pods that are planned on it."""
+        self._deciding: dict[str, str] = {}
+        """Claims that several share -> the volumes of those that are just being promised their places together."""
         self.namespaces: dict[str, Mapping[str, str]] = {}
         """Name -> labels."""
         self._namespaces_version = 0
@@ -208,18 +213,60 @@ class Cluster:
 
     def promise(self, uid: str, node: str) -> None:
         """A pod that is to be bound to a node holds its room there from now on."""
-        pod = self.pods.get(uid)
-        if pod is not None and not pod.spec.node_name:
-            self._plan(uid, node)
-            self._hold(pod)
+        self.promise_all([(uid, node)])
 
     def promise_all(self, placed: Iterable[tuple[str, str]]) -> None:
         """(uid, node) of pods that are to be bound together: a volume that some of them share is one that all reach."""
         there = [(uid, node) for uid, node in placed if uid in self.pods and not self.pods[uid].spec.node_name]
         for uid, node in there:
             self._plan(uid, node)
-        for uid, node in there:
-            self.promise(uid, node)
+        self._deciding = self._shared_volumes(there)
+        for uid, _ in there:
+            self._hold(self.pods[uid])
+        self._deciding = {}
+
+    def _shared_volumes(self, there: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """For claims that several of these share and that have no volume yet: those with which all find theirs."""
+        with_claims = [(self.pods[uid], node) for uid, node in there if has_claims(self.pods[uid])]
+        asked = [(node, self.storage.open_claims(pod)) for pod, node in with_claims if node in self.ledger.rows]
+        wanting: dict[str, list[int]] = {}
+        for node, claims in asked:
+            for key, wanted in claims:
+                if wanted.shared and self.storage.decided(key) is None:
+                    wanting.setdefault(key, []).append(self.ledger.rows[node])
+        wanted_by = {key: wanted for _, claims in asked for key, wanted in claims if key in wanting}
+        options = [
+            [v for v in (o.metadata.name for o in self.storage.available(wanted_by[key])) if self._reached(v, rows)]
+            + [""]
+            for key, rows in wanting.items()
+        ]
+        for names in islice(product(*options), MOST_COMBINATIONS) if wanting else ():
+            taken = {name for name in names if name}
+            if len(taken) == sum(map(bool, names)) and self._find_theirs(asked, dict(zip(wanting, names, strict=True))):
+                return dict(zip(wanting, names, strict=True))
+        return {}
+
+    def _reached(self, volume: str, rows: list[int]) -> bool:
+        return bool(reach(self.ledger, volume)[rows].all())
+
+    def _find_theirs(self, asked: Sequence[tuple[str, list[tuple[str, Unbound]]]], decided: dict[str, str]) -> bool:
+        """Whether pods with these claims, one after the other, find volumes on their nodes."""
+        taken = set(decided.values())
+        for node, claims in asked:
+            known = {k: d for k, w in claims if w.shared and (d := self.storage.decided(k)) is not None}
+            picks = self._picks(node, claims, {**known, **decided}, taken)
+            if picks is None:
+                return False
+            taken |= {name for name, (_, wanted) in zip(picks, claims, strict=True) if not wanted.shared}
+        return True
+
+    def _picks(
+        self, node: str, claims: list[tuple[str, Unbound]], decided: dict[str, str], taken: Set[str]
+    ) -> list[str] | None:
+        """The volumes of claims on a node, as `Supply.pick` says."""
+        within = np.zeros(len(self.ledger.names), dtype=bool)
+        within[self.ledger.rows[node]] = True
+        return Supply(self.ledger, [w for _, w in claims], taken, decided, within).pick(self.ledger.rows[node])
 
     def withdraw(self, uid: str) -> None:
         """The promise is void."""
@@ -321,10 +368,8 @@ class Cluster:
             return
         row = self.ledger.rows[node]
         shared = {key: self._shared_volume(key, w, row, uid) for key, w in claims if w.shared}
-        decided = {key: name for key, name in shared.items() if name is not None}
-        within = np.zeros(len(self.ledger.names), dtype=bool)
-        within[row] = True
-        picks = Supply(self.ledger, [w for _, w in claims], frozenset(), decided, within).pick(row)
+        decided = self._deciding | {key: name for key, name in shared.items() if name is not None}
+        picks = self._picks(node, claims, decided, set(self._deciding.values()))
         keys = [key for key, _ in claims]
         self.storage.choose(uid, None if picks is None else dict(zip(keys, picks, strict=True)))
 
@@ -357,16 +402,12 @@ class Cluster:
     def _shared_volume(self, key: str, wanted: Unbound, row: int, uid: str) -> str | None:
         """The volume of a claim that others have been planned with: another one, if theirs cannot be reached."""
         theirs = self.storage.decided(key, uid)
-        if theirs == "" or (theirs is not None and reach(self.ledger, theirs)[row]):
+        if not theirs or reach(self.ledger, theirs)[row]:
             return theirs
-        nodes = [self.planned[other] for other in self.storage.wanting(key) if other in self.planned]
-        rows = [row, *(self.ledger.rows[n] for n in nodes if n in self.ledger.rows)]
-        if theirs is None and len(set(rows)) == 1:
-            return None
+        rows = [row, *(self.ledger.rows[n] for n in self.storage.planned_with(key) if n in self.ledger.rows)]
         free = self.storage.available(wanted)
-        other = next((v.metadata.name for v in free if reach(self.ledger, v.metadata.name)[rows].all()), theirs)
-        if theirs is not None and other is not None:
-            self.storage.decide(key, other)
+        other = next((v.metadata.name for v in free if self._reached(v.metadata.name, rows)), theirs)
+        self.storage.decide(key, other)
         return other
 
     def _hold_again(self, uids: Iterable[str]) -> None:
