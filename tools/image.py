@@ -52,9 +52,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def _epoch() -> str:
+    """When the last commit was made, in seconds; 0 outside of a clone."""
+    command = ["git", "log", "-1", "--format=%ct"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "0"
 
 
 def lacks() -> str:
@@ -77,8 +78,7 @@ def build(path: Path) -> None:
         hooks += [f'rm -rf "$1"/{folder}' for folder in LEFT_OUT]
         command = ["mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(PACKAGES)}"]
         command += [f"--extract-hook={hook}" for hook in hooks]
-        epoch = {"SOURCE_DATE_EPOCH": _git("log", "-1", "--format=%ct") or "0"}
-        environment = {**epoch, **os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {"SOURCE_DATE_EPOCH": _epoch(), **os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, _suite(), str(layer)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )

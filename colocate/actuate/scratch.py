@@ -71,12 +71,12 @@ def _mkdir(port: FilePort, hierarchy: str, path: str) -> bool:
 
 def sweep(port: FilePort) -> list[str]:
     """Remove scratch nodes whose owner has gone, with the processes in them; what was removed."""
-    swept = set()
+    swept, ours = set(), namespace_of_pids()
     for hierarchy in port.layout.mounts:
         for base in {"/", base_path(port)}:
             for name in port.children(hierarchy, base):
                 match = _NAME.fullmatch(name)
-                if match is None or match[3] != namespace_of_pids():
+                if match is None or match[3] != ours:
                     continue
                 if start_time(port, int(match[1])) != int(match[2]):
                     with contextlib.suppress(OSError):

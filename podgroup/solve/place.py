@@ -9,7 +9,8 @@ waits, and is tried again with each change of the cluster.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice, permutations
 
 import numpy as np
@@ -42,15 +43,17 @@ def _within(
     ledger: Ledger, classes: list[Class], within: Mask, gang: Gang, reserve_within: Mask
 ) -> list[Placed] | None:
     for decided in decisions(ledger, classes, within):
-        placed = _in_some_order(Trial(ledger, within, decided), classes, gang, reserve_within)
+        placed = _in_some_order(ledger, partial(Trial, ledger, within, decided), classes, gang, reserve_within)
         if placed is not None:
             return placed
     return None
 
 
-def _in_some_order(trial: Trial, classes: list[Class], gang: Gang, reserve_within: Mask) -> list[Placed] | None:
-    for order in _orders(classes, trial.ledger):
-        tried = trial.anew()
+def _in_some_order(
+    ledger: Ledger, fresh: Callable[[], Trial], classes: list[Class], gang: Gang, reserve_within: Mask
+) -> list[Placed] | None:
+    for order in _orders(classes, ledger):
+        tried = fresh()
         for group in order:
             rows = place_class(tried, group)
             if rows is None:
@@ -59,13 +62,13 @@ def _in_some_order(trial: Trial, classes: list[Class], gang: Gang, reserve_withi
         else:
             if _enough_left(tried, gang, reserve_within):
                 return [
-                    Placed(member, trial.ledger.names[row])
+                    Placed(member, tried.ledger.names[row])
                     for group, rows in tried.put
                     for member, row in zip(group.members, rows.tolist(), strict=True)
                 ]
-        if len(classes) == 1 or _hopeless(trial, classes):
+        if len(classes) == 1 or _hopeless(fresh, classes):
             return None
-    return _searched(trial.anew(), classes, gang, reserve_within)
+    return _searched(fresh(), classes, gang, reserve_within)
 
 
 def _searched(trial: Trial, classes: list[Class], gang: Gang, within: Mask) -> list[Placed] | None:
@@ -138,9 +141,9 @@ def _free(trial: Trial, wanted: Mapping[str, int], usable: Mask) -> bool:
     return True
 
 
-def _hopeless(trial: Trial, classes: list[Class]) -> bool:
+def _hopeless(fresh: Callable[[], Trial], classes: list[Class]) -> bool:
     """Whether some class does not even fit alone: no order can help then."""
-    return any(place_class(trial.anew(), group) is None for group in classes if not group.shape.affinity)
+    return any(place_class(fresh(), group) is None for group in classes if not group.shape.affinity)
 
 
 def _rooms(ledger: Ledger, classes: list[Class], within: Mask) -> list[Ints] | None:

@@ -149,10 +149,6 @@ class Trial:
         """Volumes that it has given away."""
         self._decided = decided
 
-    def anew(self) -> Trial:
-        """One on which nothing has been put yet."""
-        return Trial(self.ledger, self.within, self._decided)
-
     def mask(self, group: Class) -> Mask:
         """The nodes that pass every filter that does not change while this class is being placed."""
         ledger, shape = self.ledger, group.shape

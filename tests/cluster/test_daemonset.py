@@ -20,13 +20,10 @@ from tests.cluster.conftest import World
 from tests.cluster.realnode import RealNode
 from tests.cluster.test_kubelet import until_ready
 from tests.cluster.test_nri import BATCH, SHARES, starts
-from tools import image
+from tools import image, rights
 
-ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = "colocate-system"
-COLLECTIONS = {
-    "Namespace": "/api/v1/namespaces",
-    "ServiceAccount": "/api/v1/serviceaccounts",
+COLLECTIONS = rights.COLLECTIONS | {
     "ConfigMap": "/api/v1/configmaps",
     "DaemonSet": "/apis/apps/v1/daemonsets",
 }
@@ -56,7 +53,7 @@ def kube_scheduler(plane: ControlPlane) -> Iterator[None]:
 def manifests(real_node: RealNode) -> list[dict[str, Any]]:
     """The manifests, but for what this node has not: a network of pods (and so no probes), and some right of root."""
     files = ("controller/namespace.yaml", "base/agent.yaml")
-    found = [o for f in files for o in yaml.safe_load_all((ROOT / "manifests" / f).read_text())]
+    found = [o for f in files for o in yaml.safe_load_all((rights.MANIFESTS / f).read_text())]
     policy = next(o for o in found if o["kind"] == "ConfigMap")
     spec = yaml.safe_load(policy["data"]["policy.yaml"])
     spec["spec"] |= {"nodeRoot": real_node.cgroup, "calibrate": False, "http": {"enabled": False}}
