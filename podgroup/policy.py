@@ -7,7 +7,7 @@ its id stands in every snapshot, so that a cycle can be decided again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -65,21 +65,24 @@ class Policy(Protocol):
     def id(self) -> str:
         """Name and version."""
 
-    def order(self, gangs: Gangs) -> Floats:
-        """A number for each gang, shape (gangs,): the smaller goes first; equal ones by age, then by name."""
+    @property
+    def order(self) -> Callable[[Gangs], Floats] | None:
+        """A number for each gang, shape (gangs,): the smaller goes first; equal ones by age, then by name.
+
+        None: age alone decides, and no arrays are made.
+        """
 
     def rows(self, nodes: Nodes) -> Ints:
         """The rows of all nodes in the order in which they are filled, shape (nodes,)."""
 
 
 class AgeAndTightest:
-    """The oldest gang first; nodes that are left with the fewest fragments first."""
+    """The oldest gang first; nodes that are left with the fewest fragments first.
 
-    id = "age-tightest/1"
+    solve/sequence.py has the same order of nodes compiled, and a property holds the two equal.
+    """
 
-    def order(self, gangs: Gangs) -> Floats:
-        """All equal: age decides."""
-        return np.zeros(len(gangs.created))
+    id, order = "age-tightest/1", None
 
     def rows(self, nodes: Nodes) -> Ints:
         """With an extended resource: those that the class fills up with the least left over, and of them the fullest.

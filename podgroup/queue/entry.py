@@ -21,15 +21,15 @@ from podgroup.state.shape import amounts
 REQUIRED_TOPOLOGY = "colocate.io/required-topology"
 PREFERRED_TOPOLOGY = "colocate.io/preferred-topology"
 CREATION_DEPENDENCY = "colocate.io/creation-dependency"
-STAGED_OWNERS = frozenset({"MPIJob"})
+STAGED_OWNERS = frozenset({"MPIJob", "RayCluster"})
 STAGED_LABELS = {
     "jobset.sigs.k8s.io/jobset-name": "",
     "leaderworkerset.sigs.k8s.io/name": "",
     "ray.io/originated-from-crd": "RayJob",
 }
-"""Operators that make some members only after others are ready: by the owner of their pods, or by a label that they put
-on every pod, with its value ("": any). The pods of a JobSet are a Job's, those of a LeaderWorkerSet a
-StatefulSet's."""
+"""Operators that make some members only after others are ready: by a label that they put on every pod, with its value
+("": any), or else by the owner of their pods. The pods of a JobSet are a Job's, those of a LeaderWorkerSet a
+StatefulSet's; a RayCluster may be a RayJob's, and only newer operators say so."""
 MADE_ANEW_LABEL = "leaderworkerset.sigs.k8s.io/name"
 """On the pods of an operator that deletes all members and makes them anew when one has gone; it cannot suspend."""
 
@@ -107,8 +107,8 @@ def entry_of(cluster: Cluster, key: str, settings: Settings) -> Entry | None:
 def _wished_order(cluster: Cluster, members: Members, need: int, created: str) -> float:
     """What the policy says of one gang."""
     policy, ledger = cluster.ledger.policy, cluster.ledger
-    if policy is DEFAULT:
-        return 0.0  # by age alone: no arrays are made for it
+    if policy.order is None:
+        return 0.0
     requests = np.zeros((1, len(ledger.columns)), dtype=np.int64)
     for pod in members.pending:
         for resource, amount in cluster.shape(pod).requests:
@@ -209,10 +209,9 @@ def _waits_for_itself(entry: Entry) -> bool:
 
 
 def _is_staged(pod: Pod) -> bool:
-    if any(owner.kind in STAGED_OWNERS for owner in pod.metadata.owner_references):
-        return True
     labels = pod.metadata.labels
-    return any(key in labels and value in ("", labels[key]) for key, value in STAGED_LABELS.items())
+    said = [value in ("", labels[key]) for key, value in STAGED_LABELS.items() if key in labels]
+    return any(said) if said else any(owner.kind in STAGED_OWNERS for owner in pod.metadata.owner_references)
 
 
 def question(cluster: Cluster, entry: Entry, settings: Settings, owed_to_others: tuple[Debt, ...]) -> tuple[Gang, str]:

@@ -556,6 +556,7 @@ def test_a_worker_that_is_lost_before_the_launcher_exists_is_replaced():
         ),
         pytest.param({"ray.io/originated-from-crd": "RayJob"}, "RayCluster", True, id="a RayJob's is a RayCluster's"),
         pytest.param({"ray.io/originated-from-crd": "RayCluster"}, "RayCluster", False, id="a RayCluster makes all"),
+        pytest.param({}, "RayCluster", True, id="a RayCluster of an operator that does not say: it may be a RayJob's"),
         pytest.param({}, "MPIJob", True, id="an MPIJob's is its own"),
         pytest.param({}, "Job", False, id="a Job makes all"),
     ],
