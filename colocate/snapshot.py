@@ -81,6 +81,9 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     checkpointed_seconds: float | None = None
     checkpointed_cpu_us: int = 0
     """Its CPU time at its last checkpoint."""
+    asked_cores: float | None = None
+    """Of a service's pod: the sum of its requests; None where nobody has said them."""
+    asked_bytes: int | None = None
     requested_cores: float | None = None
     max_runtime_seconds: float | None = None
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from colocate.calibration import Calibration
+from colocate.decide.allocatable import AllocatableState, decide_allocatable
 from colocate.decide.cpu import CpuState, decide_cpu
 from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
@@ -30,6 +31,7 @@ LAWS: tuple[tuple[str, Law], ...] = (
     ("memory", decide_memory),
     ("eviction", decide_eviction),
     ("freeze", decide_freeze),
+    ("allocatable", decide_allocatable),
 )
 """Each with the field of LawState that is its memory, in an order in which requests reach their owner."""
 LAWS_VERSION = 3
@@ -42,6 +44,7 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     memory: MemoryState = MemoryState()
     freeze: FreezeState = FreezeState()
     eviction: EvictionState = EvictionState()
+    allocatable: AllocatableState = AllocatableState()
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0

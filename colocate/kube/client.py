@@ -112,6 +112,11 @@ class Api:
         configuration.client_session_kwargs = {"trust_env": False}  # a proxy of the environment is not for this traffic
         configuration.retries = None
         self._client = ApiClient(configuration)
+        rest, self._by_the_way = self._client.rest_client, dict[str, Any]()
+        if configuration.tls_server_name:
+            self._by_the_way["server_hostname"] = configuration.tls_server_name
+        if rest.proxy:
+            self._by_the_way |= {"proxy": rest.proxy, "proxy_headers": rest.proxy_headers or None}
         self.server: str = configuration.host
         self.namespace = "default"
         """The context's, or the pod's."""
@@ -249,12 +254,20 @@ class Api:
         headers = {"Accept": JSON, "Content-Type": content_type, "User-Agent": "colocate"}
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = self.server + path + (f"?{urlencode(query)}" if query else "")
-        plain = msgspec.to_builtins(body) if body is not None else None
-        answer = await self._client.rest_client.request(  # type: ignore[no-untyped-call]
-            method, url, headers=headers, body=plain, _request_timeout=timeout
+        data = msgspec.json.encode(body) if body is not None else None
+        response: aiohttp.ClientResponse = await self._session.request(
+            method, url, headers=headers, data=data, timeout=timeout, **self._by_the_way
         )
-        response: aiohttp.ClientResponse = answer.response
         return response
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        """The library's; its own `request` would take every body apart and encode it more slowly."""
+        rest = self._client.rest_client
+        if rest.pool_manager is None:
+            rest.pool_manager = rest._create_pool_manager()  # noqa: SLF001 - made at the first request, which is ours
+        session: aiohttp.ClientSession = rest.pool_manager
+        return session
 
 
 def _namespace(kubeconfig: str | None, context: str | None, inside: bool) -> str:

@@ -19,6 +19,7 @@ from colocate.model.histogram import (
     MEMORY_HALF_LIFE_SECONDS,
 )
 from colocate.model.kernels import Kernels
+from colocate.model.needs import Needs, look, slots_of
 from colocate.model.reference import Floats, approach, decay
 from colocate.model.slack import (
     beyond_buckets,
@@ -39,7 +40,7 @@ SEASON_KEPT_A_DAY = 0.7
 RISE_SECONDS, FALL_SECONDS = 1.1, 4.5
 """Time constants of the smoothed use: it rises with the load and falls behind it."""
 SILENT_SECONDS = 5.0
-MODEL_VERSION = 3
+MODEL_VERSION = 4
 BEYOND_BUCKETS_SLACK = -1.0
 """Of a p99 above every bucket: nobody knows how far, so it counts as twice its target."""
 COUNTERS = (
@@ -110,6 +111,12 @@ class Forecast(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     idle_cores: float | None = None
     idle_cpus: tuple[int, ...] = ()
     """CPUs that were idle for more than half of the interval."""
+    needs_cores: float | None = None
+    """What all but batch use now, smoothed over seconds; None where that is not known."""
+    needs_bytes: int | None = None
+    coming_cores: float | None = None
+    """What they stay within while a batch pod runs, at the policy's risk (needs.py); None until that is learnt."""
+    coming_bytes: int | None = None
     stranger: str = ""
     """The cgroup outside of services and batch that uses most CPU, and how much."""
     stranger_cores: float = 0.0
@@ -147,6 +154,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     slot: int = -1
     node: NodeBefore | None = None
     windows: dict[str, tuple[Latency, ...]] = {}
+    needs: Needs = msgspec.field(default_factory=Needs)
     snapshot_seconds: float | None = None
 
 
@@ -343,7 +351,8 @@ def forecast(
             over_requests=total[3],
             **more,
         )
-    before = state.node
+    node = _node(snapshot, state.node, result)
+    needs = _needs(snapshot, node, state.needs, spec)
     state = ModelState(
         ids=ids,
         inodes=inodes,
@@ -357,9 +366,31 @@ def forecast(
         slot=slot,
         node=_node_now(snapshot),
         windows={k: v for k, v in windows.items() if v},
+        needs=needs,
         snapshot_seconds=snapshot.monotonic_seconds,
     )
-    return state, _node(snapshot, before, result)
+    if node.needs_cores is not None and node.needs_bytes is not None:
+        node = msgspec.structs.replace(node, needs_cores=float(needs.now[0, 0]))
+    coming = needs.bound
+    if coming is not None:
+        node = msgspec.structs.replace(node, coming_cores=round(coming[0], 4), coming_bytes=int(coming[1]))
+    return state, node
+
+
+def _needs(snapshot: NodeSnapshot, node: Forecast, before: Needs, spec: PolicySpec) -> Needs:
+    """What all but batch need, remembered; a reading in which something is missing says nothing."""
+    if node.needs_cores is None or node.needs_bytes is None:
+        return before
+    promised = spec.batch_resources
+    return look(
+        before,
+        snapshot.time_seconds,
+        node.interval_seconds,
+        node.needs_cores,
+        float(node.needs_bytes),
+        slots_of(promised.runtime),
+        promised.risk / 100,
+    )
 
 
 def _node_now(snapshot: NodeSnapshot) -> NodeBefore:
@@ -413,6 +444,11 @@ def _node(snapshot: NodeSnapshot, before: NodeBefore | None, workloads: dict[str
         batch = max(used / 1e6 / lasted + in_place, batch) if used >= 0 and lasted > 0 else batch
     services, besteffort = total("service", "usage_cores"), total("besteffort", "usage_cores")
     waiting = [workloads[w.id].cpu_waiting_ratio or 0.0 for w in snapshot.workloads.values() if w.tier == "besteffort"]
+    needs_bytes: int | None = None
+    if snapshot.memory_available_bytes is not None:
+        held = max(total("batch", "working_set_bytes"), float(tier.working_set_bytes or 0) if tier is not None else 0.0)
+        mapped = sum(w.mapped_bytes for w in snapshot.workloads.values() if w.tier == "service")
+        needs_bytes = max(snapshot.memory_bytes - snapshot.memory_available_bytes + mapped - int(held), 0)
     stranger, stranger_cores = _stranger(snapshot, before, seconds)
     return Forecast(
         interval_seconds=round(seconds, 6),
@@ -427,6 +463,8 @@ def _node(snapshot: NodeSnapshot, before: NodeBefore | None, workloads: dict[str
         system_cores=0.0 if busy is None else round(max(busy - services - besteffort - batch, 0.0), 4),
         idle_cores=None if idle is None else round(idle, 4),
         idle_cpus=idle_cpus,
+        needs_cores=None if busy is None else round(max(busy - batch, 0.0), 4),
+        needs_bytes=needs_bytes,
         stranger=stranger,
         stranger_cores=stranger_cores,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from colocate.errors import StateTooNew, StateTooOld
 from colocate.model.forecast import COUNTERS, MODEL_VERSION, SLOTS, TOTALS, ModelState, NodeBefore
 from colocate.model.histogram import CPU_BOUNDS_CORES, MEMORY_BOUNDS_BYTES
+from colocate.model.needs import Needs
 from colocate.model.reference import Floats
 from colocate.snapshot import Latency
 
@@ -46,6 +47,19 @@ def _vector(array: Floats) -> list[float | None]:
     return [None if np.isnan(v) else float(v) for v in array]
 
 
+def _needs_to_builtins(needs: Needs) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, int) else [_vector(row) for row in value]
+        for name, value in msgspec.structs.asdict(needs).items()
+    }
+
+
+def _needs_from_builtins(data: dict[str, Any]) -> Needs:
+    """An older version remembered none."""
+    known: dict[str, Any] = {k: v if isinstance(v, int) else _wide(v, 2, np.nan) for k, v in data.items()}
+    return Needs(**known)
+
+
 def to_builtins(state: ModelState) -> dict[str, Any]:
     """Plain lists and dictionaries for a keyframe or the state file."""
     return {
@@ -62,6 +76,7 @@ def to_builtins(state: ModelState) -> dict[str, Any]:
         "slot": state.slot,
         "node": msgspec.to_builtins(state.node),
         "windows": msgspec.to_builtins(state.windows),
+        "needs": _needs_to_builtins(state.needs),
         "snapshot_seconds": state.snapshot_seconds,
     }
 
@@ -92,6 +107,7 @@ def from_builtins(data: dict[str, Any], source: str) -> ModelState:
         slot=data["slot"],
         node=msgspec.convert(data["node"], NodeBefore | None),
         windows=msgspec.convert(data["windows"], dict[str, tuple[Latency, ...]]),
+        needs=_needs_from_builtins(data.get("needs", {})),
         snapshot_seconds=data["snapshot_seconds"],
     )
 

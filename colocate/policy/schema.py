@@ -132,6 +132,19 @@ class FreezePolicy(Spec, frozen=True):
     """A job frozen longer than this is evicted: a frozen job holds memory and does no work."""
 
 
+class BatchResourcesPolicy(Spec, frozen=True):
+    """What batch pods are promised of a node, as `kubernetes.io/batch-cpu` and `batch-memory` (designs/0007)."""
+
+    law: Literal["calibrated", "koordinator"] = "calibrated"
+    """`calibrated`: by what services will need in `runtime`, at `risk`; `koordinator`: as koord-manager would."""
+    runtime: Duration = 3600.0
+    """How long a batch pod is expected to run."""
+    risk: Percent = 1.0
+    """How often services may need, within that time, some of what was promised to batch when it started."""
+    growth: Percent = 10.0
+    """Of the node, by which what is promised may grow in five minutes; it shrinks at once."""
+
+
 class StalenessPolicy(Spec, frozen=True):
     """What happens when readings are old."""
 
@@ -195,6 +208,8 @@ class PolicySpec(Spec, frozen=True):
     """Of the memory law."""
     freeze: FreezePolicy = FreezePolicy()
     """Of the freeze law."""
+    batch_resources: BatchResourcesPolicy = BatchResourcesPolicy()
+    """Of what batch pods are promised."""
     staleness: StalenessPolicy = StalenessPolicy()
     """When readings are too old."""
     records: RecordPolicy = RecordPolicy()
@@ -245,6 +260,9 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.cpu.reserve", spec.cpu.reserve, 0, 90, "%")
     _check_range("$.spec.memory.reserve", spec.memory.reserve, 0, 90, "%")
     _check_range("$.spec.records.segmentBytes", spec.records.segment_bytes, 1 << 16, spec.records.max_bytes)
+    _check_range("$.spec.batchResources.runtime", spec.batch_resources.runtime, 60, 86400, "s")
+    _check_range("$.spec.batchResources.risk", spec.batch_resources.risk, 0.1, 50, "%")
+    _check_range("$.spec.batchResources.growth", spec.batch_resources.growth, 0.1, 100, "%")
     _check_range("$.spec.tick", spec.tick, 0.05, 60, "s")
     _check_range("$.spec.cpu.question", spec.cpu.question, 0.5, 60, "s")
     _check_range("$.spec.cpu.holdDown", spec.cpu.hold_down, 0.1, 3600, "s")

@@ -160,6 +160,8 @@ def displaced(
     """The members that cannot be bound where the plan has them: another place may do, before anything is taken back."""
     if plan.status.phase not in ("Provisioning", "Binding"):
         return []
+    if not overfull and all(alive_nodes.get(m.node) for m in plan.spec.members):
+        return []
     return [p for m, p in _look(plan, pods).unbound if m.node in overfull or not alive_nodes.get(m.node)]
 
 

@@ -26,11 +26,13 @@ from podgroup.controller.watches import now_seconds
 from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.queue.decisions import Waiting
 from podgroup.queue.queue import Queue
-from podgroup.state.cluster import CARRIED_ON, Cluster
+from podgroup.state.cluster import CARRIED_ON, OPEN_PHASES, Cluster
 from podgroup.state.gangs import is_group, sort_members
 
 ROUND_SECONDS = 0.1
 AGAIN_SECONDS = 1.0
+STARTING_SECONDS = 3.0
+"""A gang that is being bound changes with each of its pods: it is told of once it is, or after so long."""
 GROUPS_A_ROUND = 32
 MESSAGE_SECONDS = 5.0
 """A message that only has other numbers is told again after so long."""
@@ -51,7 +53,8 @@ class StatusWriter:
         self._cluster, self._queue, self._save = cluster, queue, save
         self.conditions = False
         """Whether the installed PodGroup schema has conditions."""
-        self._touched: dict[str, None] = {}
+        self._touched: dict[str, float] = {}
+        """Gang -> since when something about it may have changed."""
         self._positions: dict[str, int] = {}
         self._written: dict[str, float] = {}
         self._told: dict[str, tuple[str, str, float]] = {}
@@ -72,11 +75,11 @@ class StatusWriter:
         self._advice[key] = advice
         if before is None or msgspec.structs.replace(before, given=advice.given) != advice:
             self._told.pop(key, None)
-            self._touched[key] = None
+            self.touch(key)
 
     def touch(self, key: str) -> None:
         """Something about this gang may have changed."""
-        self._touched[key] = None
+        self._touched.setdefault(key, time.monotonic())
 
     def touch_waiting(self) -> None:
         """The queue has decided: whoever has another reason now is told."""
@@ -91,7 +94,7 @@ class StatusWriter:
                 or self._position_is_stale(key)
                 or self._claims_anew(key, memory)
             ):
-                self._touched[key] = None
+                self.touch(key)
 
     def _position_is_stale(self, key: str) -> bool:
         """Near the head every step is told; far from it, where all move with every start, only half the way."""
@@ -113,12 +116,17 @@ class StatusWriter:
             if now >= forget_at:
                 self._forget_gone()
                 forget_at = now + FORGET_SECONDS
-            due = [k for k in self._touched if now - self._written.get(k, -AGAIN_SECONDS) >= AGAIN_SECONDS]
-            due = due[:GROUPS_A_ROUND]
+            due = [k for k, since in self._touched.items() if self._is_due(k, since, now)][:GROUPS_A_ROUND]
             for key in due:
                 del self._touched[key]
                 self._written[key] = now
             await asyncio.gather(*(self._tell(binder, key) for key in due))
+
+    def _is_due(self, key: str, since: float, now: float) -> bool:
+        if now - self._written.get(key, float("-inf")) < AGAIN_SECONDS:
+            return False
+        plan = self._cluster.plans.get(key)
+        return plan is None or plan.status.phase not in OPEN_PHASES or now - since >= STARTING_SECONDS
 
     async def _tell(self, binder: Binder, key: str) -> None:
         try:
@@ -132,7 +140,7 @@ class StatusWriter:
 
     def _failed(self, key: str, error: ColocateError) -> None:
         log.warning("status_not_written", gang=key, error=str(error))
-        self._touched[key] = None
+        self.touch(key)
 
     async def _tell_group(self, binder: Binder, key: str) -> None:
         group = self._cluster.groups.get(key)
@@ -203,7 +211,7 @@ class StatusWriter:
     async def _tell_pods(self, binder: Binder, key: str, memory: Waiting) -> None:
         """An Event, and on the pods why they wait: the reason to those that have not heard it, later the numbers."""
         if is_group(key) and now_seconds() - memory.members_at < SETTLED_SECONDS:
-            self._touched[key] = None
+            self.touch(key)
             return
         if self._heard.get(key) != memory.reason:
             self._heard[key] = memory.reason
@@ -218,13 +226,13 @@ class StatusWriter:
         if not due:
             due = [p for p in waiting if self._told_pods[p.metadata.uid][1] != memory.message]
             if due and now - self._retold.get(key, 0.0) < MESSAGE_SECONDS:
-                self._touched[key] = None
+                self.touch(key)
                 return
         for pod in due[:PODS_AT_ONCE]:
             await binder.tell_pod(pod, reason, memory.message)
             self._told_pods[pod.metadata.uid] = (reason, memory.message)
         if len(due) > PODS_AT_ONCE:
-            self._touched[key] = None
+            self.touch(key)
         elif due:
             self._retold[key] = now
 

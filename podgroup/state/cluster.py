@@ -341,6 +341,9 @@ class Cluster:
     def overfull(self, members: Mapping[str, str]) -> set[str]:
         """Of the nodes of these planned members (uid -> node), those with too little of what they ask for."""
         found: set[str] = set()
+        rows = [row for node in set(members.values()) if (row := self.ledger.rows.get(node)) is not None]
+        if not (self.ledger.used[rows] > self.ledger.allocatable[rows]).any():
+            return found  # nearly always
         for uid, node in members.items():
             row, pod = self.ledger.rows.get(node), self.pods.get(uid)
             if row is None or pod is None or node in found:

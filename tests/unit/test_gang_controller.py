@@ -87,7 +87,7 @@ class Caught:
         """Decide and begin: gang -> member -> node."""
         decided = self.queue.cycle(self.cluster, set(keys), now_seconds())
         for start in decided.starts:
-            self.it._begin(start)
+            self.it._plans.begin(start)
         self._answer()
         return {s.key: {m.name: where for m, where in s.placed} for s in decided.starts}
 
@@ -101,7 +101,7 @@ class Caught:
     def round(self, key: str) -> list[str]:
         """One look at an open plan: what is written for it."""
         self.writes.clear()
-        self.it._carry_on(key)
+        self.it._plans.carry_on([key])
         self._answer()
         return [verb for _, verb, _ in self.writes]
 
@@ -203,7 +203,7 @@ def test_the_new_place_of_a_moved_member_is_its_own_at_once():
     caught.group("h", 1)
     caught.pod("h-0", "h")
     caught.writes.clear()
-    caught.it._carry_on("ns/g")
+    caught.it._plans.carry_on(["ns/g"])
     assert [verb for _, verb, _ in caught.writes] == ["save_moved"]
     assert caught.queue.cycle(caught.cluster, {"ns/h"}, now_seconds()).starts == []
     caught._answer()
@@ -225,7 +225,7 @@ def test_a_move_that_comes_to_nothing_leaves_promises_as_the_plan_has_them():
     for name in ("a", "b"):
         caught.node(name, ready=False)
     caught.writes.clear()
-    caught.it._carry_on("ns/g")
+    caught.it._plans.carry_on(["ns/g"])
     ((_, verb, arguments),) = caught.writes
     assert verb == "save_moved"
 
@@ -280,7 +280,7 @@ def test_a_pod_alone_whose_volume_never_comes_gives_its_room_up_in_a_silent_clus
     asked = caught.cluster.storage.claims["ns/c-solo"]
     annotated = replace(asked.metadata, annotations={SELECTED_NODE: "a"})
     caught.cluster.storage.set_claim("ns/c-solo", replace(asked, metadata=annotated))
-    caught.it._alone.since["solo"] = now_seconds() - 700
+    caught.it._plans._alone.since["solo"] = now_seconds() - 700
 
     async def silence() -> None:
         until = time.monotonic() + 5
@@ -312,7 +312,7 @@ def test_of_a_member_that_is_dropped_only_its_own_claims_are_asked_for_no_more()
         caught.cluster.storage.set_claim(f"ns/{name}", replace(asked, metadata=annotated))
         for uid in ("g-0", "g-1"):
             caught.cluster.storage.asked(uid, f"ns/{name}")
-    caught.it._began[caught.cluster.plans["ns/g"].spec.plan_id] = now_seconds() - 700
+    caught.it._plans._began[caught.cluster.plans["ns/g"].spec.plan_id] = now_seconds() - 700
     gone = caught.cluster.storage.claims["ns/shared"]
     bound_now = replace(gone.metadata, annotations={**gone.metadata.annotations, BOUND: "yes"})
     volume(caught.cluster, "made-for-it", "a")

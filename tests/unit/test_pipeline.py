@@ -40,7 +40,7 @@ def allowance_of():
 
 def test_every_law_says_something_every_tick():
     _, plan = decide(make.snapshot(), make.forecast(), SPEC, Calibration(), LawState())
-    assert {v.law for v in plan.verdicts} == {"cpu", "memory", "eviction", "freeze"}
+    assert {v.law for v in plan.verdicts} == {"cpu", "memory", "eviction", "freeze", "allocatable"}
     assert all(v.reason and v.message for v in plan.verdicts)
 
 

@@ -1,13 +1,15 @@
-"""koordlet's CPU suppress: BestEffort gets what is left below a fixed share of the node.
+"""Koordinator's laws: what BestEffort may use now (koordlet's CPU suppress), and what nodes promise to batch and mid.
 
-Source: koordinator pkg/koordlet/qosmanager/plugins/cpusuppress/cpu_suppress.go at a7a1b76 (2026-07-24). Amounts are
-milli-CPUs, as there; quotas are microseconds in a period of 100 ms.
+Sources: koordinator pkg/koordlet/qosmanager/plugins/cpusuppress/cpu_suppress.go and pkg/slo-controller/noderesource/
+plugins/{util,batchresource,midresource} at a7a1b76 (2026-07-24). Amounts are milli-CPUs or bytes, as there; quotas are
+microseconds in a period of 100 ms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Literal, NamedTuple
 
 MIN_QUOTA_US = 2000
 MIN_CPUS = 2
@@ -85,3 +87,60 @@ def choose_cpus(wanted: int, topology: Sequence[tuple[int, int, int]]) -> list[i
                 progress = True
     singles = [cpu for numa in sorted(pairs) for core in pairs[numa] for cpu in core]
     return chosen + singles[: wanted - len(chosen)]
+
+
+class Demand(NamedTuple):
+    """One pod that is neither batch nor free; `used` is None where nobody has measured it yet."""
+
+    request: int
+    used: int | None
+
+
+CPU_RECLAIM_PERCENT, MEMORY_RECLAIM_PERCENT = 60, 65
+
+
+def batch_allocatable(
+    *,
+    capacity: int,
+    reclaim_percent: int,
+    system_used: int,
+    pods: Sequence[Demand],
+    policy: Literal["usage", "request", "maxUsageRequest"] = "usage",
+    reserved: int = 0,
+    threshold_percent: int | None = None,
+) -> int:
+    """What batch pods may ask for: capacity - margin - system - the others' use, request, or the larger of the two.
+
+    A pod that nobody has measured counts with its request, also under `maxUsageRequest`, where Koordinator forgets it.
+    A reclaim percentage above 100 promises more than there is, as there.
+    """
+    margin = capacity * (100 - reclaim_percent) // 100
+    if policy == "request":
+        found = capacity - margin - reserved - sum(p.request for p in pods)
+    elif policy == "usage":
+        used = sum(p.request if p.used is None else p.used for p in pods)
+        found = capacity - margin - max(system_used, reserved) - used
+    else:
+        most = sum(max(p.request, p.used or 0) for p in pods)
+        found = capacity - margin - max(system_used, reserved) - most
+    found = max(found, 0)
+    return found if threshold_percent is None else min(found, capacity * threshold_percent // 100)
+
+
+def mid_allocatable(
+    *,
+    capacity: int,
+    reclaimable: int,
+    used: int,
+    requested: int,
+    reserved: int = 0,
+    unallocated_percent: int = 0,
+    threshold_percent: float = 100,
+    static_percent: float | None = None,
+) -> int:
+    """What mid pods may ask for: what production reclaims of what is unused, and part of what nobody has asked for."""
+    most = int(capacity * threshold_percent / 100)
+    if static_percent is not None:
+        return min(int(capacity * static_percent / 100), most)
+    unallocated = max(capacity - reserved - requested, 0)
+    return min(min(reclaimable, max(capacity - used, 0)) + unallocated * unallocated_percent // 100, most)
