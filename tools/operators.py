@@ -30,6 +30,10 @@ class Module(NamedTuple):
     """Files of CustomResourceDefinitions within the module."""
     webhooks: str = ""
     """The file of its webhook configurations."""
+    python: str = ""
+    """What of PyPI it starts, pinned: it is put beside it."""
+    apart: bool = True
+    """Whether its webhooks need a `/tmp` of their own."""
 
 
 OPERATORS = {
@@ -66,6 +70,18 @@ OPERATORS = {
         ("config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml",),
         "config/webhook/manifests.yaml",
     ),
+    "spark-operator": Module(
+        "github.com/kubeflow/spark-operator/v2",
+        "v2.3.0",
+        "./cmd/operator",
+        tuple(
+            f"config/crd/bases/sparkoperator.k8s.io_{plural}.yaml"
+            for plural in ("sparkapplications", "scheduledsparkapplications", "sparkconnects")
+        ),
+        "config/webhook/manifests.yaml",
+        python="pyspark==3.5.5",
+        apart=False,
+    ),
     "kueue": Module(
         "sigs.k8s.io/kueue",
         "v0.17.0",
@@ -100,7 +116,7 @@ ALL = {**OPERATORS, **BESIDE}
 def built(name: str) -> Path | None:
     """The folder with an operator's binary `operator` and its custom resources `crds/`; None if it is not built."""
     folder, module = _folder(name), ALL[name]
-    wanted = ["operator", *(f"crds/{Path(r).name}" for r in module.resources)]
+    wanted = ["operator", *(f"crds/{Path(r).name}" for r in module.resources), *(["python"] if module.python else [])]
     return folder if all((folder / file).exists() for file in wanted) else None
 
 
@@ -112,7 +128,9 @@ def lacks(name: str) -> str:
     """What is missing before an operator can be played; empty if nothing is."""
     if built(name) is None:
         return f"{name} is not built: make test-operators builds it (Go, some minutes, once)"
-    if ALL[name].webhooks and not _may_unshare():
+    if ALL[name].python and shutil.which("java") is None:
+        return f"{name} submits with Java, which is not here"
+    if ALL[name].webhooks and ALL[name].apart and not _may_unshare():
         return f"{name} needs a mount namespace, which this user may not have here: run it as root"
     return ""
 
@@ -150,6 +168,22 @@ def build(name: str) -> Path:
                 path.chmod(0o755 if path.is_dir() else 0o644)  # the module cache is read-only
             _go("build", "-trimpath", "-ldflags", "-s -w", "-o", str(made), module.package, where=copy)
             made.rename(folder / "operator")  # whole or not at all
+    if module.python and not (folder / "python").exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            into = Path(temporary) / "python"
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--no-compile",
+                "--target",
+                str(into),
+            ]
+            subprocess.run([*command, module.python], check=True)
+            into.rename(folder / "python")
     return folder
 
 

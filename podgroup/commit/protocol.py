@@ -139,7 +139,7 @@ def advance(
     if len(seen.accepted) >= least and (late or not (seen.bound or seen.unbound)):
         slow = f"; {len(seen.bound)} more are slow" if seen.bound else ""
         run = len(seen.accepted) + beside
-        text = f"{run} member{'s run' if run != 1 else ' runs'}{slow}"
+        text = f"{run} member{'s have' if run != 1 else ' has'} started{slow}"
         return Next(_in(plan, "Running", "Started", text), [])
     if late:
         text = f"{len(seen.accepted)} of {plan.spec.min_member} members were taken by their kubelets in time"

@@ -188,7 +188,7 @@ class OpenPlans:
         plan = self._cluster.plans.get(key)
         if plan is None or key in self._feed.busy:
             return
-        gone = key not in self._cluster.groups and not self._cluster.members.get(key)
+        gone = key not in self._cluster.groups and all(p.terminal for p in self._cluster.pods_of(key))
         if plan.status.phase not in CARRIED_ON or (gone and plan.status.phase == "Repairing"):
             if gone:
                 self._hands.spawn(key, self._hands.forget(key, plan))

@@ -237,12 +237,15 @@ class StatusWriter:
             self._retold[key] = now
 
     async def _no_longer_waits(self, key: str) -> None:
-        """A plan that still says that its gang waits, though it waits for nothing any more."""
+        """A plan that still says that its gang waits, or has started, though that is so no longer."""
         plan, group = self._cluster.plans.get(key), self._cluster.groups.get(key)
-        if plan is None or group is None or not plan.status.waits:
+        if plan is None or group is None or not may_be_told(plan):
             return
-        if not self._cluster.members.get(key):  # it has no pods any more: nobody waits for anything
-            await self._save(key, GangPlanStatus(phase="Waiting"))
+        if not self._cluster.members.get(key):  # it has no pods any more: nobody waits, and nobody runs
+            if plan.status.reason:
+                await self._save(key, GangPlanStatus(phase="Waiting"))
+            return
+        if not plan.status.waits:
             return
         members = sort_members(self._cluster.pods_of(key), self._queue.settings.schedulers)
         if key not in self._queue.waiting and members.satisfied >= group.spec.min_member:

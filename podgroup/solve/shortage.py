@@ -55,10 +55,12 @@ def shortage(ledger: Ledger, gang: Gang) -> Shortage:
     blocked = resource
     if not resource and gang.required_topology:
         blocked = f"required topology {gang.required_topology}"
-    elif not resource and gang.min_resources:
-        blocked = f"minResources ({_short_of(ledger, gang)})"
-    elif not resource and gang.leave and fit < gang.quorum:
+    elif not resource and gang.min_resources and (short := _short_of(ledger, gang)):
+        blocked = f"minResources ({short})"
+    elif not resource and gang.leave and (gang.min_resources or fit < gang.quorum):
         blocked = "what others are owed of their minResources"
+    elif not resource and gang.min_resources:
+        blocked = "minResources (enough is free, but not where its members fit)"
     elif not resource and fit < gang.quorum:
         blocked = _over_budget(trial, group, mask)
     block = _largest_block(ledger, mask, resource) if resource in ledger.columns else (0, 0)
@@ -72,7 +74,7 @@ def most_lacking(ledger: Ledger, gang: Gang) -> list[Class]:
 
 
 def _short_of(ledger: Ledger, gang: Gang) -> str:
-    """Of which resource it asks for more than is free on the nodes that it may use, in words."""
+    """Of which resource it asks for more than is free on the nodes that it may use, in words; empty if of none."""
     mask, found = ledger.standing(gang.members[0].shape), []
     members = asked_by(gang.members[: gang.quorum])
     asked = {resource: amount + members.get(resource, 0) for resource, amount in gang.min_resources.items()}
@@ -80,7 +82,9 @@ def _short_of(ledger: Ledger, gang: Gang) -> str:
         column = ledger.columns.get(resource)
         free = np.maximum(ledger.free[:, column], 0)[mask].sum() if column is not None else 0
         found.append((int(free) / max(asked[resource], 1), resource, int(free)))
-    _, resource, free = min(found)
+    share, resource, free = min(found)
+    if share >= 1:
+        return ""
     return f"{amount_text(resource, asked[resource])} of {resource}, {amount_text(resource, free)} free"
 
 

@@ -438,6 +438,45 @@ async def test_a_group_that_is_deleted_while_it_waits(world: World) -> None:
         await world.until_bound("p0", "p1")
 
 
+async def in_phase(world: World, group: str, phase: str) -> None:
+    """Its plan comes to say so."""
+
+    async def said() -> bool:
+        with contextlib.suppress(ApiError):
+            return (await world.plan(group)).status.phase == phase
+        return phase == ""
+
+    await world.until(said, f"the plan of {group} is {phase or 'gone'}")
+
+
+async def test_a_gang_whose_pods_are_all_gone_runs_no_longer(world: World) -> None:
+    """A sibling of F12 (an operator's users saw it): its group is still there, and no pod is."""
+    await world.node("n0", cpu=4, memory="4Gi")
+    async with leader(world):
+        await world.group("pg", 2)
+        for name in ("a", "b"):
+            await world.pod(name, "pg", cpu=1)
+        await world.until_bound("a", "b")
+        await in_phase(world, "pg", "Running")
+        for name in ("a", "b"):
+            await world.delete(PODS, name, 0)
+        await in_phase(world, "pg", "Waiting")
+        assert (await world.plan("pg")).status.message == ""
+
+
+async def test_a_plan_ends_with_its_group_though_what_has_completed_stays(world: World) -> None:
+    """As Spark's operator leaves it: the group goes, the driver's pod stays to be read."""
+    await world.node("n0", cpu=4, memory="4Gi")
+    async with leader(world):
+        await world.group("pg", 1)
+        await world.pod("driver", "pg", cpu=1)
+        await world.until_bound("driver")
+        await in_phase(world, "pg", "Running")
+        await world.set_phase("driver", "Succeeded")
+        await world.delete(POD_GROUPS, "pg")
+        await in_phase(world, "pg", "")
+
+
 async def test_a_label_that_is_added_after_binding_counts_from_then_on(world: World) -> None:
     await world.node("n", cpu=4, memory="1Gi")
     async with leader(world):

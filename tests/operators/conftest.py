@@ -153,6 +153,7 @@ class Played(World):
 
     async def until_waits(self, name: str, count: int) -> None:
         """Its pods are there, none is on a node, and its users are told why."""
+        count = self.adapter.ahead or count
 
         async def told() -> bool:
             pods = await self.members(name)
@@ -180,6 +181,23 @@ class Played(World):
         await self.clear()
 
 
+@contextlib.asynccontextmanager
+async def _playing(world: Played) -> AsyncIterator[None]:
+    async def play() -> None:
+        while True:
+            with contextlib.suppress(ApiError):  # what it acts for may just have gone
+                await world.adapter.plays(world)
+                return
+
+    task = asyncio.ensure_future(play())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 @pytest.fixture(params=ADAPTERS, ids=[adapter.name for adapter in ADAPTERS])
 async def world(plane: ControlPlane, played: None, request: pytest.FixtureRequest) -> AsyncIterator[Played]:
     """A cluster with one operator's jobs, watched by somebody who knows nothing of the controller."""
@@ -189,7 +207,7 @@ async def world(plane: ControlPlane, played: None, request: pytest.FixtureReques
         world = Played(api, request.param)
         settings = Settings(schedulers=("colocate", UPSTREAM), creation_grace_seconds=10.0)
         try:
-            async with watching(api, world.seen), leader(world, settings):
+            async with watching(api, world.seen), leader(world, settings), _playing(world):
                 yield world
             found = world.seen.result()
             assert (found["partial_gangs"], found["overcommitted_nodes"]) == (0, 0), found

@@ -38,6 +38,9 @@ class Cluster(Protocol):
     async def items(self, collection: str) -> list[dict[str, Any]]:
         """Of the namespace."""
 
+    async def create(self, collection: str, body: dict[str, Any]) -> None:
+        """In the namespace."""
+
 
 class Adapter:
     """An operator, its jobs, and what its users do to them."""
@@ -46,12 +49,25 @@ class Adapter:
     collection: str
     label: str
     """Of its pods: the job that they are of."""
+    ahead: int | None = None
+    """How many of its pods are there before it starts; all of them where it says nothing."""
     hooked: tuple[str, ...] = ()
     """API groups whose webhooks are asked."""
 
     def options(self, where: Path, port: int) -> list[str]:
         """Of its command line; `where` holds `kubeconfig` and `config.yaml`, `port` is for its webhooks."""
         return [f"--config={where / 'config.yaml'}"]
+
+    def processes(self, where: Path, port: int) -> list[list[str]]:
+        """The command lines of its processes; the first serves the webhooks."""
+        return [self.options(where, port)]
+
+    def environment(self, folder: Path, host: str, port: int) -> dict[str, str]:
+        """Of its processes besides; the folder that it was built in, and where the API server is."""
+        return {}
+
+    async def plays(self, cluster: Cluster) -> None:
+        """What its jobs do themselves once they run."""
 
     def config(self, port: int) -> dict[str, Any]:
         """Its file of settings."""
@@ -294,8 +310,103 @@ class Queued(JobSet):
         raise AssertionError(f"Kueue made no workload of {name}")
 
 
-ADAPTERS: tuple[Adapter, ...] = (MpiJob(), RayCluster(), PyTorchJob(), JobSet(), LeaderWorkerSet(), Queued())
-MPI, RAY, PYTORCH, JOBSET, LWS, KUEUE = ((a,) for a in ADAPTERS)
+class Spark(Adapter):
+    """sparkoperator.k8s.io/v1beta2: the driver is a gang of one that is owed its executors' cores, and makes them."""
+
+    name, collection = "spark-operator", "/apis/sparkoperator.k8s.io/v1beta2/sparkapplications"
+    label, hooked, ahead = "sparkoperator.k8s.io/app-name", ("sparkoperator.k8s.io", ""), 1
+
+    def processes(self, where: Path, port: int) -> list[list[str]]:
+        both = ["--namespaces=default", "--health-probe-bind-address=0"]
+        webhook = ["webhook", "start", *both, f"--webhook-port={port}", f"--webhook-cert-dir={where / 'served'}"]
+        webhook += [f"--{kind}-webhook-name={self.name}" for kind in ("mutating", "validating")]
+        webhook += [f"--webhook-svc-name={self.name}", "--webhook-svc-namespace=default"]
+        controller = ["controller", "start", *both, "--enable-batch-scheduler", "--kube-scheduler-names=colocate"]
+        return [[*webhook, "--webhook-secret-namespace=default"], [*controller, "--enable-ui-service=false"]]
+
+    def environment(self, folder: Path, host: str, port: int) -> dict[str, str]:
+        home = str(folder / "python" / "pyspark")
+        return {"SPARK_HOME": home, "KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": str(port)}
+
+    def before(self) -> Objects:
+        service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": self.name}}
+        spec = {"type": "ExternalName", "externalName": "localhost"}
+        return [("/api/v1/namespaces/default/services", {**service, "spec": spec})]
+
+    def job(self, name: str, workers: int) -> dict[str, Any]:
+        gpu = {"name": "nvidia.com/gpu", "quantity": GPUS}
+        executor = {"instances": workers, "cores": 12, "memory": "1g", "gpu": gpu}  # more than half a node's
+        spec = {
+            "type": "Scala",
+            "mode": "cluster",
+            "sparkVersion": "3.5.5",
+            "image": "example.com/spark:3.5.5",
+            "mainClass": "org.example.Work",
+            "mainApplicationFile": "local:///work.jar",
+            "batchScheduler": "colocate",
+            "driver": {"cores": 1, "memory": "1g", "serviceAccount": "default"},
+            "executor": executor,
+        }
+        return {
+            "apiVersion": "sparkoperator.k8s.io/v1beta2",
+            "kind": "SparkApplication",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+
+    async def plays(self, cluster: Cluster) -> None:
+        """Each driver that runs makes the executors that it lacks, from what spark-submit told it."""
+        while True:
+            pods, told = await cluster.items("/api/v1/pods"), await cluster.items("/api/v1/configmaps")
+            for driver in pods:
+                about, running = driver["metadata"], driver["status"].get("phase") == "Running"
+                if about["labels"].get("spark-role") != "driver" or not running or "deletionTimestamp" in about:
+                    continue
+                mine = [m for m in told if _owns(about, m)]  # it comes a moment after the pod
+                if not mine:
+                    continue
+                properties = _properties(mine[0]["data"]["spark.properties"])
+                own = [p for p in pods if _owns(about, p)]
+                alive = sum(p["status"].get("phase") in ("Pending", "Running") for p in own)
+                last = max((int(p["metadata"]["labels"]["spark-exec-id"]) for p in own), default=0)
+                for number in range(last + 1, last + 1 + int(properties["spark.executor.instances"]) - alive):
+                    await cluster.create("/api/v1/pods", _executor(driver, properties, number))
+            await asyncio.sleep(0.1)
+
+
+def _owns(owner: dict[str, Any], it: dict[str, Any]) -> bool:
+    return any(o["uid"] == owner["uid"] for o in it["metadata"].get("ownerReferences", []))
+
+
+def _properties(text: str) -> dict[str, str]:
+    lines = (line.replace("\\", "").partition("=") for line in text.splitlines() if not line.startswith("#"))
+    return {key: value for key, _, value in lines}
+
+
+def _executor(driver: dict[str, Any], properties: dict[str, str], number: int) -> dict[str, Any]:
+    """As Spark's BasicExecutorFeatureStep makes it; scheduler and GPUs are the webhook's to add."""
+    about, prefix = driver["metadata"], "spark.kubernetes.executor.label."
+    labels = {k.removeprefix(prefix): v for k, v in properties.items() if k.startswith(prefix)}
+    labels |= {k: about["labels"][k] for k in ("spark-app-selector", "spark-app-name", "spark-version")}
+    labels |= {"spark-role": "executor", "spark-exec-id": str(number), "spark-exec-resourceprofile-id": "0"}
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": about["name"], "uid": about["uid"], "controller": True}
+    asked = {"cpu": properties["spark.executor.cores"], "memory": "1408Mi"}
+    container: dict[str, Any] = {
+        "name": "spark-kubernetes-executor",
+        "image": properties["spark.kubernetes.container.image"],
+    }
+    container |= {"args": ["executor"], "resources": {"requests": asked, "limits": {"memory": asked["memory"]}}}
+    meta = {
+        "name": f"{about['name'].removesuffix('-driver')}-exec-{number}",
+        "labels": labels,
+        "ownerReferences": [owner],
+    }
+    spec = {"restartPolicy": "Never", "containers": [container]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
+
+
+ADAPTERS: tuple[Adapter, ...] = (MpiJob(), RayCluster(), PyTorchJob(), JobSet(), LeaderWorkerSet(), Queued(), Spark())
+MPI, RAY, PYTORCH, JOBSET, LWS, KUEUE, SPARK = ((a,) for a in ADAPTERS)
 ELASTIC = tuple(a for a in ADAPTERS if isinstance(a, MpiJob | RayCluster | PyTorchJob))
 """The others cannot change how many members a gang has."""
-SUSPENDABLE = tuple(a for a in ADAPTERS if not isinstance(a, LeaderWorkerSet))
+SUSPENDABLE = tuple(a for a in ADAPTERS if not isinstance(a, LeaderWorkerSet | Spark))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -52,29 +53,36 @@ class Running:
         config = self.adapter.config(self.port)
         (self._directory / "config.yaml").write_text(json.dumps(config))
         hooked = (folder / "webhooks.yaml").exists()
-        where = Path("/tmp") if hooked else self._directory  # as the process sees it
-        command = [str(folder / "operator"), *self.adapter.options(where, self.port)]
-        if hooked:
+        apart = hooked and operators.OPERATORS[self.adapter.name].apart
+        where = Path("/tmp") if apart else self._directory  # as the process sees it
+        commands = [[str(folder / "operator"), *options] for options in self.adapter.processes(where, self.port)]
+        if apart:
             for certificate in ("k8s-webhook-server/serving-certs", "etc/kueue/metrics/certs"):
                 self._certify(self._directory / certificate)
             alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", ALONE, "sh", str(self._directory)]
-            command = [*alone, *command]
+            commands = [[*alone, *command] for command in commands]
         environment = {**os.environ, "KUBECONFIG": str(where / "kubeconfig")}
         environment |= dict.fromkeys(("POD_NAMESPACE", "MY_POD_NAMESPACE"), "default")
-        runner = with_parent(shutil.which(command[0]) or command[0], *command[1:])
+        server = urlsplit(json.loads(self._kubeconfig.read_text())["clusters"][0]["cluster"]["server"])
+        environment |= self.adapter.environment(folder, server.hostname or "", server.port or 0)
+        processes = []
         with self._log.open("wb") as log:
-            process = subprocess.Popen(runner, stdout=log, stderr=log, env=environment)
+            for command in commands:
+                runner = with_parent(shutil.which(command[0]) or command[0], *command[1:])
+                processes.append(subprocess.Popen(runner, stdout=log, stderr=log, env=environment))
         try:
             if hooked:
-                self._wait(process)
+                self._wait(processes[0])
             yield
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
     def _certify(self, folder: Path) -> None:
         """One self-signed certificate for 127.0.0.1, the same in every folder."""
@@ -105,7 +113,8 @@ class Running:
         file = folder / "webhooks.yaml"
         if not file.exists():
             return []
-        authority = base64.b64encode((self._directory / "tls" / "tls.crt").read_bytes()).decode()
+        tls = self._directory / "tls" / "tls.crt"
+        authority = base64.b64encode(tls.read_bytes()).decode() if tls.exists() else ""
         found = []
         for body in yaml.safe_load_all(file.read_text()):
             hooks = [h for h in body["webhooks"] if self._wanted(h)]
@@ -114,10 +123,15 @@ class Running:
             body["metadata"]["name"] = self.adapter.name
             for hook in hooks:
                 path = hook["clientConfig"]["service"]["path"]
-                hook["clientConfig"] = {"url": f"https://127.0.0.1:{self.port}{path}", "caBundle": authority}
+                if authority:
+                    hook["clientConfig"] = {"url": f"https://127.0.0.1:{self.port}{path}", "caBundle": authority}
+                else:  # it has a certificate of its own, for a Service, and writes its authority in here
+                    service = {"name": self.adapter.name, "namespace": "default", "port": self.port, "path": path}
+                    hook["clientConfig"] = {"service": service}
                 if hook["rules"][0]["resources"] == ["pods"]:  # as its own overlay does it
                     exists = {"key": self.adapter.label, "operator": "Exists"}
                     hook["objectSelector"] = {"matchExpressions": [exists]}
+                    hook["rules"][0]["operations"] = ["CREATE"]
             found.append((f"{HOOKS}/{PLURALS[body['kind']]}", {**body, "webhooks": hooks}))
         return found
 

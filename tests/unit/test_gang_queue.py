@@ -1186,6 +1186,16 @@ def test_two_drivers_that_are_owed_more_than_is_left_do_not_wait_for_each_other(
     assert made.queue.waiting["ns/b"].reason == "SurplusWaits"
 
 
+def test_a_driver_that_would_take_what_another_is_owed_is_not_told_that_too_little_is_free():
+    """Of six CPUs a is owed four of which it has one: five are free, and two are for b, which asks for three."""
+    made = drivers("a")
+    spark(made, "b", wanted={"cpu": "3"})
+    made.cycle()
+    assert made.running() == ["a"]
+    text = made.queue.waiting["ns/b"].message
+    assert text.endswith("blocked by what others are owed of their minResources")
+
+
 def test_what_is_owed_counts_also_where_only_later_members_take_it():
     """Drivers ask for CPUs, their executors for memory: two drivers that both started would wait for ever."""
     made = Simulated(reserve_after_seconds=1e9)
