@@ -8,13 +8,14 @@ import sys
 
 import msgspec
 
-from benchmarks import agent, gang, isolation, reaction, speed, worlds
+from benchmarks import agent, gang, isolation, publication, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
 
 SUITES = {
     "worlds": worlds.run,
+    "publication": publication.run,
     "speed": speed.run,
     "agent": agent.run,
     "reaction": reaction.run,

@@ -1,11 +1,14 @@
 """What batch pods are promised of a node: never more than is left, at a risk that is kept, shrinking at once."""
 
+import os
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import publication
 from colocate.decide.allocatable import AllocatableState, decide_allocatable, promise
 from colocate.decide.reference.koordlet import Demand, batch_allocatable, mid_allocatable
 from colocate.model.forecast import ModelState, WorkloadForecast
@@ -111,6 +114,16 @@ def test_it_is_remembered_over_a_restart():
     again = from_builtins(msgspec.json.decode(msgspec.json.encode(to_builtins(state))), "model.json").needs
     for field in Needs.__struct_fields__:
         np.testing.assert_array_equal(getattr(again, field), getattr(needs, field), err_msg=field)
+
+
+@pytest.mark.skipif(
+    "COLOCATE_TRACES" not in os.environ, reason="COLOCATE_TRACES, the folder of recorded loads, is unset"
+)
+def test_the_risk_is_kept_on_machines_of_a_real_cluster():
+    """alibaba-v2018-usage, four of its machines; `benchmarks publication` replays all loads."""
+    found = [publication.replay(load, 0.05, PolicySpec())["cpu"] for load in publication.alibaba()[:4]]
+    assert sum(one.bound_exceeded for one in found) / 4 <= 0.05
+    assert sum(one.in_the_way for one in found) <= sum(one.others_in_the_way for one in found)
 
 
 # the law
