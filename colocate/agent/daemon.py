@@ -30,6 +30,7 @@ from colocate.report.record import Recorder
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from colocate.agent.publisher import Publisher
     from colocate.report.metrics import Status
 
 log = structlog.get_logger()
@@ -70,10 +71,11 @@ class Service:
         embedded: bool = False,
         handover: bool = False,
         nri: str = "",
+        node: str = "",
     ) -> None:
         self._policy, self._policy_path, self._runtime, self._socket_path = policy, policy_path, runtime, socket_path
         self._shadow, self._embedded, self._handover = shadow, embedded, handover
-        self._nri = nri
+        self._nri, self._node = nri, node
         self._state = StateDirectory(state_dir)
         self._state_lock = Lock(state_dir, "state")
         try:
@@ -193,6 +195,7 @@ class Service:
         agent.on_tick.append(self._count)
         server = JobServer(agent, self._socket_path)
         runner: web.AppRunner | None = None
+        publisher = self._publisher(agent)
         report = Report()
         try:
             await server.start()
@@ -204,6 +207,8 @@ class Service:
                 others = [tasks.create_task(self._reload(agent)), tasks.create_task(self._compile(agent))]
                 if self._embedded:
                     others.append(tasks.create_task(self._linger(server)))
+                if publisher is not None:
+                    others.append(tasks.create_task(publisher.run()))
                 if self._nri:
                     others.append(tasks.create_task(self._place_pods(agent)))
                 await agent.run(self.stop)
@@ -215,17 +220,27 @@ class Service:
                 await server.close()
                 if runner is not None:
                     await runner.cleanup()
+                if publisher is not None:
+                    await publisher.stopped()
             finally:
                 # Only an end that was asked for is a handover; a crash must be undone.
                 report = await agent.close(handover=self._handover and self.stop.is_set())
         return report
+
+    def _publisher(self, agent: Agent) -> Publisher | None:
+        if not self._node:
+            return None
+        from colocate.agent.publisher import Publisher
+
+        return Publisher(agent, self._node, shadow=self._shadow)
 
     async def _place_pods(self, agent: Agent) -> None:
         """Be asked by the container runtime where a pod's containers go."""
         from colocate.agent.placement import Placement
         from colocate.nri import Plugin
 
-        placement = Placement(agent.port, lambda: agent.observer.tree, shadow=self._shadow)
+        observer = agent.observer
+        placement = Placement(agent.port, lambda: observer.tree, lambda: observer.lister.pods, shadow=self._shadow)
         await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
     async def _serve_http(self, agent: Agent) -> web.AppRunner:

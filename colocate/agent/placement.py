@@ -15,6 +15,7 @@ import structlog
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
 from colocate.nri import Adjustment, Container, Pod, Update
+from colocate.observe.pods import Pod as KnownPod
 from colocate.observe.workloads import pod_uid
 
 BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
@@ -47,8 +48,16 @@ def in_tier(path: str, uid: str, tree: Tree) -> str | None:
 class Placement:
     """A handler of the protocol (`colocate.nri.Handler`)."""
 
-    def __init__(self, port: FilePort, tree: Callable[[], Tree], *, shadow: bool) -> None:
-        self._port, self._tree, self._shadow = port, tree, shadow
+    def __init__(
+        self,
+        port: FilePort,
+        tree: Callable[[], Tree],
+        known: Callable[[], Mapping[str, KnownPod]] = dict,
+        *,
+        shadow: bool,
+    ) -> None:
+        """`known` tells what the API server has said of this node's pods, by uid."""
+        self._port, self._tree, self._known, self._shadow = port, tree, known, shadow
 
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
@@ -58,8 +67,10 @@ class Placement:
         return ()
 
     def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
-        """Into the tier, if its pod is batch and the tier is there."""
-        if self._shadow or not is_batch(pod.labels, pod.annotations):
+        """Into the tier, if its pod says that it is batch, or asks for batch resources, and the tier is there."""
+        known = self._known().get(pod.uid)
+        asks = known is not None and known.asks_batch
+        if self._shadow or not (asks or is_batch(pod.labels, pod.annotations)):
             return None
         tree = self._tree()
         path = in_tier(container.cgroups_path, pod.uid, tree)

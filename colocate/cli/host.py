@@ -120,6 +120,7 @@ def agent(options: argparse.Namespace) -> int:
         embedded=options.embedded,
         handover=options.handover,
         nri=options.nri,
+        node=options.node,
     )
     report = asyncio.run(service.run())
     for line in report.occupied:

@@ -14,7 +14,19 @@ import signal
 import sys
 
 from colocate import __version__
-from colocate.cli.options import Add, cores, duration, form, positive, size, snapshot, socket, state, table_form
+from colocate.cli.options import (
+    Add,
+    cluster,
+    cores,
+    duration,
+    form,
+    positive,
+    size,
+    snapshot,
+    socket,
+    state,
+    table_form,
+)
 from colocate.errors import ColocateError
 from colocate.units import parse_duration
 
@@ -46,6 +58,7 @@ def build_parser(wanted: str = "") -> argparse.ArgumentParser:
     _add_jobs(add)
     _add_reports(add)
     _add_undo(add)
+    _add_cluster(add)
     for more in entry_points(group="colocate.commands"):
         more.load()(add)
     return parser
@@ -86,6 +99,9 @@ def _add_node(add: Add) -> None:
         const="/var/run/nri/nri.sock",
         metavar="SOCKET",
         help="put pods that say that they are batch into the tier, by the container runtime's plugin socket",
+    )
+    agent.add_argument(
+        "--node", default="", help="this node's name in its cluster: watch its pods, publish what batch may have of it"
     )
     agent.add_argument("--embedded", action="store_true", help=argparse.SUPPRESS)
     state(agent)
@@ -177,6 +193,18 @@ def _add_undo(add: Add) -> None:
     )
     table_form(calibrate)
     state(calibrate)
+
+
+def _add_cluster(add: Add) -> None:
+    publish = add(
+        "publish",
+        "colocate.cli.cluster:publish",
+        "Carry what batch may have of each node over into the nodes' status",
+    )
+    cluster(publish)
+    publish.add_argument("--lease-namespace", default="colocate-system", help="where the lease is")
+    publish.add_argument("--lease-name", default="colocate-publication", help="of the lease")
+    publish.add_argument("--lease-duration", type=duration, default=15.0, help="how long a dead leader is waited for")
 
 
 def main(arguments: list[str] | None = None) -> int:

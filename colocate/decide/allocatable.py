@@ -23,6 +23,8 @@ GRAIN_RATIO = 0.01
 """Of the node: what is promised is a multiple of it."""
 GROW_AGAIN_SECONDS = 60.0
 LEARNING_MARGIN = 1.1
+SETTLE_SECONDS = 10.0
+"""A node that nothing has been learnt of is looked at for so long before anything is promised."""
 
 
 class AllocatableState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -31,8 +33,10 @@ class AllocatableState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=
     cores: float = 0.0
     size: float = 0.0
     """Bytes."""
+    seen_seconds: float | None = None
+    """Since when the need is known, monotonic."""
     grown_seconds: float | None = None
-    """When it grew last, monotonic."""
+    """When it grew last, monotonic; None before the first time, when it may grow at once."""
 
 
 def promise(left: float, promised: float, grain: float, step: float, may_grow: bool) -> float:
@@ -52,7 +56,7 @@ def decide_allocatable(view: View, state: AllocatableState) -> Decision:
     if stale >= spec.staleness.open_after or forecast.needs_cores is None or forecast.needs_bytes is None:
         if stale < spec.staleness.open_after:
             return Decision(state, [], _verdict(state, "Unknown", "what the node's services use is not known yet"))
-        nothing = AllocatableState()
+        nothing = AllocatableState(seen_seconds=view.now, grown_seconds=view.now)
         text = f"readings are {stale:.0f} s old: nothing is promised"
         return Decision(nothing, [], _verdict(nothing, "StaleReadings", text))
     cores, size, text = _demand(view)
@@ -62,12 +66,17 @@ def decide_allocatable(view: View, state: AllocatableState) -> Decision:
         margins = 100.0 - CPU_RECLAIM_PERCENT, 100.0 - MEMORY_RECLAIM_PERCENT
     reserve, reserve_bytes = node * margins[0] / 100, memory * margins[1] / 100
     shared = node - len(snapshot.reserved_cpus)
-    due = state.grown_seconds is None or view.now - state.grown_seconds >= GROW_AGAIN_SECONDS
-    share = promised.growth / 100 * (GROW_AGAIN_SECONDS / SLOT_SECONDS)
+    seen = view.now if state.seen_seconds is None else state.seen_seconds
+    if state.grown_seconds is None:
+        due, share = forecast.coming_cores is not None or view.now - seen >= SETTLE_SECONDS, 1.0
+    else:
+        due = view.now - state.grown_seconds >= GROW_AGAIN_SECONDS
+        share = promised.growth / 100 * (GROW_AGAIN_SECONDS / SLOT_SECONDS)
     left, left_bytes = min(node - reserve - cores, shared), memory - reserve_bytes - size
     following = AllocatableState(
         cores=round(promise(left, state.cores, GRAIN_RATIO * node, share * node, due), 6),
         size=promise(left_bytes, state.size, GRAIN_RATIO * memory, share * memory, due),
+        seen_seconds=seen,
         grown_seconds=state.grown_seconds,
     )
     if following.cores > state.cores or following.size > state.size:

@@ -241,6 +241,8 @@ class Observer:
         """Ask the kubelet for its pods, in the background, if a selector needs them."""
         spec = self.policy.spec
         entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
+        if self.lister.watched:
+            return
         if any(e.selector.pod_selector is not None for e in entries):
             self.lister.refresh(spec.kubelet)
         else:

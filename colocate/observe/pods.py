@@ -1,4 +1,4 @@
-"""Which pods run on this node, with their labels: asked of the kubelet, for `podSelector` and for readable names.
+"""Which pods run on this node: told by the API server (agent/publisher.py), else asked of the kubelet for their labels.
 
 GET /pods of the kubelet itself (port 10250, authorised by `nodes/proxy` or, fine-grained, `nodes/pods`)
 answers a PodList from the kubelet's memory, so it costs the API server nothing and works while that one is away.
@@ -42,6 +42,21 @@ class Pod(msgspec.Struct, frozen=True):
     name: str
     namespace: str
     labels: dict[str, str]
+    asked_cores: float | None = None
+    """What its containers request; None where that was not asked for."""
+    asked_bytes: int | None = None
+    started_seconds: float = 0.0
+    """Monotonic time at which it was made."""
+    asks_batch: bool = False
+    """Whether it requests batch resources."""
+
+    @property
+    def asks(self) -> dict[str, float | int | None]:
+        """What a snapshot says of it as a service."""
+        if self.asked_cores is None:
+            return {}
+        asked = {"asked_cores": self.asked_cores, "asked_bytes": self.asked_bytes}
+        return {**asked, "started_seconds": round(self.started_seconds, 3)}
 
     def matches(self, labels: dict[str, str], namespace: str | None) -> bool:
         """Whether it has all of these labels, in this namespace (None: in any)."""
@@ -61,8 +76,14 @@ class PodLister:
     def __init__(self) -> None:
         self.pods: dict[str, Pod] = {}
         self.problem = ""
+        self.watched = False
+        """Whether the API server tells of them, so that nobody need be asked."""
         self._task: asyncio.Task[None] | None = None
         self._asked = float("-inf")
+
+    def told(self, pods: dict[str, Pod]) -> None:
+        """The API server has told of these, all of this node's, by uid; it will tell of changes."""
+        self.pods, self.watched, self.problem = pods, True, ""
 
     def refresh(self, kubelet: KubeletPolicy) -> None:
         """Ask anew, in the background, if the last answer is old."""

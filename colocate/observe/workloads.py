@@ -301,8 +301,15 @@ def _pods(port: FilePort, tree: Tree, pods: Mapping[str, Pod], inodes: Inodes) -
             if uid is not None:
                 pod = pods.get(uid)
                 name = f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
-                targets.append(Target(f"pod:{uid}", name, "service", path, inodes(path, inode)))
+                asks = pod.asks if pod is not None else {}
+                targets.append(Target(f"pod:{uid}", name, "service", path, inodes(path, inode), asks))
     return targets
+
+
+def _with_requests(target: Target, pods: Mapping[str, Pod]) -> Target:
+    """A service of the policy that is a whole pod, with what that asks for."""
+    pod = pods.get(pod_uid(target.path.rpartition("/")[2]) or "") if target.tier == "service" else None
+    return target if pod is None else msgspec.structs.replace(target, known={**pod.asks, **target.known})
 
 
 def _is_or_serves_in(target: Target, pod: str) -> bool:
@@ -361,6 +368,7 @@ def discover(
         targets.extend(
             _configured(port, entry, claimed, problems, inodes, own, on_node, governed, chosen_by, bool(tree.kubepods))
         )
+    targets = [_with_requests(t, pods) for t in targets]
     if tree.kubepods is not None:
         # A pod that is in the policy, or whose service is, counts by that: never twice.
         chosen = [t for t in targets if t.tier == "service" or t.in_place]

@@ -12,13 +12,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
-from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
+from colocate.cluster.api import NODE_COLOCATIONS
+from colocate.kube.client import DEFINITIONS, MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
 from colocate.objects import Pod
 from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
 from podgroup.controller.loop import Controller
-from podgroup.demo.controlplane import ControlPlane, install
+from podgroup.demo.controlplane import MANIFESTS, ControlPlane, install
 from podgroup.queue.entry import Settings
 from tests.cluster.proxy import Proxy
 from tests.cluster.realnode import RealNode, lacks
@@ -296,3 +298,28 @@ async def limited(plane: ControlPlane, api: Api) -> AsyncIterator[Api]:
         yield connected
     await api.request("DELETE", f"{rights.COLLECTIONS['ClusterRole']}/colocate-controller")
     await api.request("DELETE", f"{rights.COLLECTIONS['ClusterRoleBinding']}/colocate-controller")
+
+
+async def ignoring_conflict(api: Api, path: str, body: dict[str, Any]) -> None:
+    """Make an object, unless it is there."""
+    try:
+        await api.request("POST", path, body)
+    except ApiError as error:
+        if error.status != 409:
+            raise
+
+
+@pytest.fixture
+async def kinds(world: World) -> AsyncIterator[None]:
+    """The kind is installed, and what a test has said is gone after it."""
+    await ignoring_conflict(world.api, DEFINITIONS, yaml.safe_load((MANIFESTS / "nodecolocations.yaml").read_text()))
+
+    async def served() -> bool:
+        with contextlib.suppress(ApiError):
+            await world.api.request("GET", NODE_COLOCATIONS)
+            return True
+        return False
+
+    await world.until(served, "the kind is served")
+    yield
+    await world.api.request("DELETE", NODE_COLOCATIONS, {})

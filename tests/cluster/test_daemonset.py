@@ -13,20 +13,27 @@ import yaml
 
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes_below
+from colocate.cluster.api import BATCH_CPU
 from colocate.errors import HostUnfit
 from colocate.kube.client import PODS, ApiError, path_of
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World
-from tests.cluster.realnode import RealNode
-from tests.cluster.test_kubelet import until_ready
-from tests.cluster.test_nri import BATCH, SHARES, starts
+from tests.cluster.realnode import NAME, RealNode
+from tests.cluster.test_kubelet import on, until_ready
+from tests.cluster.test_nri import BATCH, SHARES, starts, until_runs
+from tests.cluster.test_publication import POLICIES, offered, publishing
 from tools import image, rights
 
 SYSTEM = "colocate-system"
-COLLECTIONS = rights.COLLECTIONS | {
-    "ConfigMap": "/api/v1/configmaps",
-    "DaemonSet": "/apis/apps/v1/daemonsets",
-}
+COLLECTIONS = (
+    rights.COLLECTIONS
+    | POLICIES
+    | {
+        "ConfigMap": "/api/v1/configmaps",
+        "DaemonSet": "/apis/apps/v1/daemonsets",
+    }
+)
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 SYS_RESOURCE = 24
 
 
@@ -50,8 +57,10 @@ def kube_scheduler(plane: ControlPlane) -> Iterator[None]:
     plane.end("kube-scheduler")
 
 
-def manifests(real_node: RealNode) -> list[dict[str, Any]]:
-    """The manifests, but for what this node has not: a network of pods (and so no probes), and some right of root."""
+def manifests(real_node: RealNode, plane: ControlPlane) -> list[dict[str, Any]]:
+    """The manifests, but for what this cluster has not: a network of pods (and so no probes), kube-proxy, tokens that
+    admission mounts, and some right of root.
+    """
     files = ("controller/namespace.yaml", "base/agent.yaml")
     found = [o for f in files for o in yaml.safe_load_all((rights.MANIFESTS / f).read_text())]
     policy = next(o for o in found if o["kind"] == "ConfigMap")
@@ -66,6 +75,16 @@ def manifests(real_node: RealNode) -> list[dict[str, Any]]:
     if not has >> SYS_RESOURCE & 1:
         container["securityContext"]["capabilities"]["add"].remove("SYS_RESOURCE")
     pod["containers"] = [container]
+    container["env"] += [
+        {"name": "KUBERNETES_SERVICE_HOST", "value": "127.0.0.1"},
+        {"name": "KUBERNETES_SERVICE_PORT", "value": str(plane.port)},
+    ]
+    container["volumeMounts"].append({"name": "account", "mountPath": ACCOUNT, "readOnly": True})
+    sources = [{"serviceAccountToken": {"path": "token"}}, {"configMap": {"name": "authority"}}]
+    pod["volumes"].append({"name": "account", "projected": {"sources": sources}})
+    authority = (plane.directory / "certs" / "apiserver.crt").read_text()
+    meta = {"name": "authority", "namespace": SYSTEM}
+    found.insert(1, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"ca.crt": authority}})
     return found
 
 
@@ -101,9 +120,17 @@ async def applied(world: World, objects: list[dict[str, Any]]) -> AsyncIterator[
                 await world.api.request("DELETE", f"{path(one)}/{one['metadata']['name']}", {})
 
 
+async def asks_for_batch(world: World) -> None:
+    """A pod that kube-scheduler places by what the node promises to batch."""
+    asked = {"requests": {BATCH_CPU: "100"}, "limits": {BATCH_CPU: "100"}}
+    spec = on(NAME)
+    spec["containers"][0]["resources"] = asked
+    await world.pod("asks", spec={**spec, "schedulerName": "default-scheduler"})
+
+
 @pytest.mark.slow
 async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
-    world: World, real_node: RealNode, archive: Path, kube_scheduler: None
+    world: World, real_node: RealNode, plane: ControlPlane, archive: Path, kinds: None, kube_scheduler: None
 ) -> None:
     assert os.stat(archive).st_size <= 150e6
     await until_ready(world, real_node)
@@ -122,15 +149,29 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
             return error.status == 404
         return False
 
-    async with applied(world, manifests(real_node)):
+    async def promises() -> Any:
+        cpu, memory = await offered(world.api, NAME)
+        return cpu not in (None, "0") and memory not in (None, "0") and cpu
+
+    async with applied(world, manifests(real_node, plane)), publishing(world.api):
         await world.until(asked, "the runtime asks the agent")
+        await world.until(promises, "what batch may have is in the node's status")
         batch = await starts(world, real_node, "batch", **BATCH)
         assert processes_below(port, main, joined(tier, f"pod{batch}"))
+        await asks_for_batch(world)
+        asking = await until_runs(world, real_node, "asks")
+        assert processes_below(port, main, joined(tier, f"pod{asking}")), "no label: what it asks for says so"
         assert [cgroup_of(port, pid, main) for pid in guardians()] == ["/"], "out of its container's cgroup"
         await world.api.request("DELETE", agents, {"propagationPolicy": "Foreground"})
         await world.until(no_agent, "the DaemonSet and its pod are gone")
+
+        async def no_promise() -> bool:
+            return (await offered(world.api, NAME))[0] == "0"
+
+        await world.until(no_promise, "an agent that ends takes its promise back")
     assert processes_below(port, main, joined(tier, f"pod{batch}")), "whoever runs is not killed"
-    await world.delete(PODS, "batch", 0)
+    for name in ("batch", "asks"):
+        await world.delete(PODS, name, 0)
 
     async def nothing() -> bool:
         return not inodes_of(port, tier)

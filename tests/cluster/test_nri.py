@@ -80,6 +80,11 @@ async def starts(world: World, real_node: RealNode, name: str, **labels: str) ->
     """A pod of the real node, once it runs; its uid."""
     spec = {**on(NAME), "nodeName": NAME, "schedulerName": "default-scheduler"}
     await world.pod(name, spec=spec, labels=labels)
+    return await until_runs(world, real_node, name)
+
+
+async def until_runs(world: World, real_node: RealNode, name: str) -> str:
+    """Its uid, once it runs."""
 
     async def runs() -> Any:
         real_node.check()

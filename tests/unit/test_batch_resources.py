@@ -201,6 +201,20 @@ def test_while_it_is_learnt_requests_count():
     assert verdict.numbers["batch_cpu_milli"] <= (64 - 3.2 - 20) * 1000
 
 
+def test_the_first_promise_is_made_at_once_where_the_node_is_known_and_soon_where_it_is_not():
+    known = seen(10.0, 40.0, coming=(24.0, 64.0))
+    assert known.verdict.numbers["batch_cpu_milli"] > 36_000
+    new = seen(10.0, 40.0, at=1000.0)
+    assert new.verdict.numbers["batch_cpu_milli"] == 0
+    assert seen(10.0, 40.0, at=1005.0, state=new.state).verdict.numbers["batch_cpu_milli"] == 0
+    assert seen(10.0, 40.0, at=1011.0, state=new.state).verdict.numbers["batch_cpu_milli"] > 40_000
+
+
+def test_after_old_readings_it_grows_slowly_again():
+    stale = seen(10.0, 40.0, stale=60.0, state=AllocatableState(cores=20.0, size=10 * GIB, grown_seconds=1.0))
+    assert seen(10.0, 40.0, at=1020.0, coming=(24.0, 64.0), state=stale.state).state.cores == 0.0
+
+
 def test_old_readings_hold_it_and_then_take_it_back():
     state = AllocatableState(cores=20.0, size=10 * GIB)
     assert seen(None, None, state=state).state == state

@@ -1,0 +1,200 @@
+"""The node's side of the API server: which pods run here, and what batch may have of this node.
+
+Pods are watched by the name of their node; while the API server is away, what was known last and the cgroups themselves
+go on being the truth. What the allocatable law says is written into this node's own NodeColocation at once when it
+changes, and once a minute when it does not; a cluster-wide controller carries it over into the node's status
+(cluster/publication.py), so this program needs no right on nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterable, Mapping
+
+import structlog
+
+from colocate.agent.loop import Agent, Tick
+from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, HEARTBEAT_SECONDS, NODE_API, NODE_COLOCATIONS, SHADOW
+from colocate.decide.allocatable import LAW
+from colocate.errors import BadInput, ColocateError
+from colocate.kube.client import MERGE, PODS, Api, ApiError, Unreachable, age_of, path_of, pause
+from colocate.kube.reflector import Reflector
+from colocate.objects import Container, Quantities
+from colocate.objects import Pod as PodObject
+from colocate.observe.pods import Pod
+from colocate.plan import Verdict
+from colocate.units import parse_bytes, parse_cores, time_text
+
+MOST_ATTEMPTS = 6
+log = structlog.get_logger()
+
+
+def asked(pod: PodObject) -> tuple[float, int]:
+    """Cores and bytes that a pod requests: its containers together, or what it says for itself (KEP-2837)."""
+    sidecars = [c for c in pod.spec.init_containers if c.restart_policy == "Always"]
+    containers: Iterable[Container] = (*pod.spec.containers, *sidecars)
+    cores, size = 0.0, 0
+    for requests in (c.resources.requests for c in containers):
+        cores += _cores(requests)
+        size += _bytes(requests)
+    whole = pod.spec.resources.requests
+    return _cores(whole) if "cpu" in whole else cores, _bytes(whole) if "memory" in whole else size
+
+
+def _cores(requests: Quantities) -> float:
+    return parse_cores(requests.get("cpu", 0))
+
+
+def _bytes(requests: Quantities) -> int:
+    return parse_bytes(requests.get("memory", 0))
+
+
+def asks_batch(pod: PodObject) -> bool:
+    """Whether one of its containers asks for batch resources, which only batch pods may."""
+    every = (*pod.spec.containers, *pod.spec.init_containers)
+    return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY))
+
+
+def pod_of(found: PodObject, monotonic: float) -> Pod | None:
+    """What the observer needs of a pod; None of one that is not understood, or has ended."""
+    if found.terminal:
+        return None
+    try:
+        cores, size = asked(found)
+    except ValueError as error:
+        log.warning("pod_not_understood", pod=f"{found.metadata.namespace}/{found.metadata.name}", error=str(error))
+        return None
+    meta = found.metadata
+    return Pod(
+        uid=meta.annotations.get("kubernetes.io/config.hash", meta.uid),  # a static pod's cgroup is named by its hash
+        name=meta.name,
+        namespace=meta.namespace,
+        labels=meta.labels,
+        asked_cores=cores,
+        asked_bytes=size,
+        started_seconds=monotonic - max(age_of(meta.creation_timestamp), 0.0),
+        asks_batch=asks_batch(found),
+    )
+
+
+class Publisher:
+    """Of one agent, from its start to its end."""
+
+    def __init__(self, agent: Agent, node: str, *, shadow: bool) -> None:
+        self._agent, self._node, self._shadow = agent, node, shadow
+        self._verdict: Verdict | None = None
+        self._changed = asyncio.Event()
+        self._pods: dict[str, Pod] = {}
+        agent.on_tick.append(self._on_tick)
+
+    async def run(self) -> None:
+        """Until cancelled; without a service account it says so, and the node is governed all the same."""
+        try:
+            async with Api.connect() as api:
+                path, query = PODS, {"fieldSelector": f"spec.nodeName={self._node}"}
+                pods: Reflector[PodObject] = Reflector(api, path, PodObject, self._on_pod, query)
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(pods.run())
+                    tasks.create_task(self._tell_observer(pods))
+                    await self._publish(api)
+        except BadInput as error:
+            self._agent.observer.extra_problems["api"] = f"nothing is published: {error}"
+            log.error("not_published", error=str(error))
+
+    def _on_pod(self, before: PodObject | None, now: PodObject | None) -> None:
+        for gone in (before,) if now is None and before is not None else ():
+            known = pod_of(gone, time.monotonic())
+            self._pods.pop(known.uid if known is not None else gone.metadata.uid, None)
+        if now is not None:
+            pod = pod_of(now, time.monotonic())
+            if pod is not None:
+                self._pods[pod.uid] = pod
+            else:
+                self._pods.pop(now.metadata.uid, None)
+        if self._agent.observer.lister.watched:
+            self._agent.observer.lister.told(self._pods)
+
+    async def _tell_observer(self, pods: Reflector[PodObject]) -> None:
+        await pods.synced.wait()
+        self._agent.observer.lister.told(self._pods)
+
+    def _on_tick(self, tick: Tick) -> None:
+        verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)
+        if verdict is None:
+            return
+        if self._verdict is None or promised_by(verdict) != promised_by(self._verdict):
+            self._changed.set()
+        self._verdict = verdict
+
+    async def _publish(self, api: Api) -> None:
+        """Write what has changed at once, and the rest once a minute."""
+        attempt = 0
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            if self._verdict is None:
+                continue
+            try:
+                await self._write(api, self._verdict)
+                self._agent.observer.extra_problems.pop("api", None)
+                attempt = 0
+            except (ApiError, Unreachable) as error:
+                self._failed(error)
+                self._changed.set()
+                await pause(error, min(attempt, MOST_ATTEMPTS), random.random())
+                attempt += 1
+
+    def _failed(self, error: ColocateError) -> None:
+        self._agent.observer.extra_problems["api"] = f"what batch may have is not published: {error}"
+        log.warning("not_published", error=str(error))
+
+    async def _write(self, api: Api, verdict: Verdict) -> None:
+        path = path_of(NODE_COLOCATIONS, name=self._node, subresource="status")
+        body = {"status": self._status(verdict)}
+        try:
+            await api.request("PATCH", path, body, content_type=MERGE)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            kind = {"apiVersion": NODE_API, "kind": "NodeColocation", "metadata": {"name": self._node}}
+            await api.request("POST", NODE_COLOCATIONS, kind)
+            await api.request("PATCH", path, body, content_type=MERGE)
+
+    def _status(self, verdict: Verdict) -> Mapping[str, object]:
+        last, notes = self._agent.last, self._agent.lately.notes
+        cpu = next((v for v in last.plan.verdicts if v.law == "cpu"), None) if last is not None else None
+        action = f"{notes[-1].workload}: {notes[-1].what}" if notes else ""
+        return {
+            "promised": promised_by(verdict)[1],
+            "reason": SHADOW if self._shadow else verdict.reason,
+            "message": verdict.message,
+            "pressure": cpu.reason if cpu is not None else "",
+            "lastAction": action,
+            "observed": time_text(time.time()),
+        }
+
+    async def stopped(self) -> None:
+        """Nothing is promised any more: the agent ends in order."""
+        try:
+            async with Api.connect() as api, asyncio.timeout(2.0):
+                nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}
+                status = {"promised": nothing, "reason": "Stopped", "message": "the agent of this node was stopped"}
+                path = path_of(NODE_COLOCATIONS, name=self._node, subresource="status")
+                await api.request("PATCH", path, {"status": status}, content_type=MERGE)
+        except (ColocateError, TimeoutError) as error:
+            log.warning("end_not_published", error=str(error))
+
+
+def promised_by(verdict: Verdict) -> tuple[str, Mapping[str, str]]:
+    """The reason, and the node's batch resources, in thousandths of a CPU and in bytes."""
+    numbers = verdict.numbers
+    return verdict.reason, {
+        BATCH_CPU: str(int(numbers["batch_cpu_milli"])),
+        BATCH_MEMORY: str(int(numbers["batch_memory_bytes"])),
+    }

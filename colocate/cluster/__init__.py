@@ -1,0 +1,1 @@
+"""Controllers above nodes."""

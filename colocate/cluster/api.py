@@ -1,0 +1,47 @@
+"""The node manager's own kinds on the API server. NodeColocation: what batch may have of one node, and why."""
+
+from __future__ import annotations
+
+from colocate.objects import Lean, ObjectMeta, Quantities
+
+NODE_API = "colocate.io/v1alpha1"
+NODE_COLOCATIONS = f"/apis/{NODE_API}/nodecolocations"
+BATCH_CPU, BATCH_MEMORY = "kubernetes.io/batch-cpu", "kubernetes.io/batch-memory"
+"""Extended resources of nodes, in thousandths of a CPU and in bytes, as Koordinator's."""
+HEARTBEAT_SECONDS = 60.0
+"""What does not change is said again so often."""
+SILENT_SECONDS = 150.0
+"""An agent that has said nothing for so long promises nothing."""
+
+
+SHADOW = "Shadow"
+"""The reason of an agent that only computes: what it would promise is promised to nobody."""
+
+
+class NodeColocationSpec(Lean, frozen=True):
+    """Nothing is asked of a node here: that is the policy's."""
+
+
+class NodeColocationStatus(Lean, frozen=True):
+    """What the agent of the node says."""
+
+    promised: Quantities = {}
+    """What batch pods may ask for: `kubernetes.io/batch-cpu` and `kubernetes.io/batch-memory`."""
+    reason: str = ""
+    """`Promised`, `Learning`, `StaleReadings`, `Unknown`, `Stopped` or `Shadow`."""
+    message: str = ""
+    """The arithmetic, with the numbers of that moment."""
+    pressure: str = ""
+    """What the CPU law found then: its reason."""
+    last_action: str = ""
+    """The last change that was made on the node, and why."""
+    observed: str = ""
+    """When it was said, by the node's clock."""
+
+
+class NodeColocation(Lean, frozen=True):
+    """colocate.io/v1alpha1 NodeColocation, of the same name as its node."""
+
+    metadata: ObjectMeta
+    spec: NodeColocationSpec = NodeColocationSpec()
+    status: NodeColocationStatus = NodeColocationStatus()

@@ -1,0 +1,166 @@
+"""`colocate publish`: carries what the agents promise over into the nodes' status, where schedulers read it.
+
+One replica leads. A node's `kubernetes.io/batch-cpu` and `batch-memory` are what its NodeColocation says; 0 once its
+agent has been silent for 150 s, by this program's own clock since the last change that it saw; and gone with the
+object, which goes with its node. Nothing is written that is so already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+
+import structlog
+
+from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, SHADOW, SILENT_SECONDS, NodeColocation
+from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, path_of, pause
+from colocate.kube.lease import Election, LeadershipLost
+from colocate.kube.reflector import Reflector
+from colocate.objects import Node
+from colocate.units import parse_quantity
+
+RESOURCES = (BATCH_CPU, BATCH_MEMORY)
+LOOK_SECONDS = 10.0
+"""How often silence is looked for."""
+ORPHANED_SECONDS = 60.0
+"""An object whose node has been gone for so long goes too."""
+WRITES_AT_ONCE = 16
+log = structlog.get_logger()
+
+
+def wanted(promised: Mapping[str, object], reason: str, silent_seconds: float) -> dict[str, str]:
+    """What a node's status is to say, by what its agent said so long ago; what cannot be read is nothing."""
+    if silent_seconds >= SILENT_SECONDS or reason == SHADOW:
+        return dict.fromkeys(RESOURCES, "0")
+    found = {}
+    for name in RESOURCES:
+        try:
+            amount = max(int(parse_quantity(str(promised.get(name, "0")))), 0)
+        except ValueError:
+            amount = 0
+        found[name] = str(amount)
+    return found
+
+
+def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> bool:
+    """Whether a node's allocatable says something else; absent is only what should be."""
+    for name, value in should.items():
+        now = status.get(name)
+        if (now is None) != (value is None):
+            return True
+        if now is not None and value is not None and parse_quantity(str(now)) != parse_quantity(value):
+            return True
+    return False
+
+
+class Publication:
+    """One leader's time in office."""
+
+    def __init__(self, api: Api, election: Election) -> None:
+        self._api, self._election = api, election
+        self._nodes: dict[str, Node] = {}
+        self._said: dict[str, NodeColocation] = {}
+        self._heard: dict[str, float] = {}
+        """Node -> when its agent was heard last, monotonic."""
+        self._orphaned: dict[str, float] = {}
+        self._due: dict[str, None] = {}
+        self._wake = asyncio.Event()
+        self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
+        self.writes = 0
+
+    async def run(self, _epoch: int) -> None:
+        """Lead until cancelled. Raises LeadershipLost."""
+        self._election.settled = True  # a former leader's late write is seen in the watch, and written over
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                nodes: Reflector[Node] = Reflector(self._api, NODES, Node, self._on_node)
+                said: Reflector[NodeColocation] = Reflector(self._api, NODE_COLOCATIONS, NodeColocation, self._on_said)
+                for reflector in (nodes, said):
+                    tasks.create_task(reflector.run())
+                for reflector in (nodes, said):
+                    await reflector.synced.wait()
+                tasks.create_task(self._look_for_silence())
+                while True:
+                    await self._wake.wait()
+                    self._wake.clear()
+                    due, self._due = self._due, {}
+                    await asyncio.gather(*(self._settle(name) for name in due))
+        except* LeadershipLost as lost:
+            raise lost.exceptions[0] from None
+
+    def _look_at(self, name: str) -> None:
+        self._due[name] = None
+        self._wake.set()
+
+    def _on_node(self, before: Node | None, now: Node | None) -> None:
+        node = now or before
+        assert node is not None
+        name = node.metadata.name
+        if now is None:
+            self._nodes.pop(name, None)
+            return
+        self._nodes[name] = now
+        if name in self._said or any(r in now.status.allocatable for r in RESOURCES):
+            self._look_at(name)
+
+    def _on_said(self, before: NodeColocation | None, now: NodeColocation | None) -> None:
+        said = now or before
+        assert said is not None
+        name = said.metadata.name
+        if now is None:
+            self._said.pop(name, None)
+            self._heard.pop(name, None)
+        else:
+            self._said[name] = now
+            if before is None or before.status.observed != now.status.observed:
+                self._heard[name] = time.monotonic()
+        self._look_at(name)
+
+    async def _look_for_silence(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = time.monotonic()
+            for name, at in self._heard.items():
+                if now - at >= SILENT_SECONDS:
+                    self._look_at(name)
+            gone = self._said.keys() - self._nodes.keys()
+            self._orphaned = {name: self._orphaned.get(name, now) for name in gone}
+            for name, since in self._orphaned.items():
+                if now - since >= ORPHANED_SECONDS:
+                    await self._remove(name)
+
+    async def _settle(self, name: str) -> None:
+        """Make a node's status say what it should; what fails is tried again."""
+        async with self._slots:
+            for attempt in range(6):
+                node, said = self._nodes.get(name), self._said.get(name)
+                if node is None:
+                    return
+                should: dict[str, str | None] = dict.fromkeys(RESOURCES)
+                if said is not None:
+                    silent = time.monotonic() - self._heard.get(name, time.monotonic())
+                    should |= wanted(said.status.promised, said.status.reason, silent)
+                if not differs(node.status.allocatable, should):
+                    return
+                if not self._election.holds():
+                    raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+                try:
+                    body = {"status": {"capacity": should, "allocatable": should}}
+                    path = path_of(NODES, name=name, subresource="status")
+                    await self._api.request("PATCH", path, body, content_type=MERGE)
+                    self.writes += 1
+                    return
+                except (ApiError, Unreachable) as error:
+                    if isinstance(error, ApiError) and error.status == 404:
+                        return
+                    log.warning("node_not_written", node=name, error=str(error))
+                    await pause(error, attempt, random.random())
+
+    async def _remove(self, name: str) -> None:
+        """The object of a node that is gone for good."""
+        try:
+            await self._api.request("DELETE", path_of(NODE_COLOCATIONS, name=name), {})
+        except (ApiError, Unreachable) as error:
+            log.warning("object_not_removed", node=name, error=str(error))

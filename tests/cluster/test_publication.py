@@ -1,0 +1,193 @@
+"""What batch may have of a node, from its agent's object to where schedulers read it, on a real API server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from colocate.cluster import publication
+from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS
+from colocate.cluster.publication import Publication, differs, wanted
+from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
+from colocate.kube.lease import Election
+from podgroup.demo.controlplane import ControlPlane
+from tests.cluster.conftest import World, ignoring_conflict, leader
+from tools.rights import COLLECTIONS, MANIFESTS
+
+ADMISSION = "/apis/admissionregistration.k8s.io/v1"
+POLICIES = {
+    "ValidatingAdmissionPolicy": f"{ADMISSION}/validatingadmissionpolicies",
+    "ValidatingAdmissionPolicyBinding": f"{ADMISSION}/validatingadmissionpolicybindings",
+}
+
+
+@contextlib.asynccontextmanager
+async def publishing(api: Api) -> AsyncIterator[Publication]:
+    election = Election(api, "default", "publication", "test")
+    found = Publication(api, election)
+    task = asyncio.ensure_future(election.lead(found.run))
+    try:
+        yield found
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def say(api: Api, node: str, cpu: int, memory: int, reason: str = "Promised", at: int = 0) -> None:
+    """As an agent does."""
+    body = {"apiVersion": "colocate.io/v1alpha1", "kind": "NodeColocation", "metadata": {"name": node}}
+    await ignoring_conflict(api, NODE_COLOCATIONS, body)
+    status = {"promised": {BATCH_CPU: str(cpu), BATCH_MEMORY: str(memory)}, "reason": reason}
+    status |= {"observed": f"2026-01-01T00:00:{at:02}Z"}
+    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
+    await api.request("PATCH", path, {"status": status}, content_type=MERGE)
+
+
+async def offered(api: Api, node: str) -> tuple[str | None, str | None]:
+    found = msgspec.json.decode(await api.request("GET", path_of(NODES, name=node)))["status"]["allocatable"]
+    return found.get(BATCH_CPU), found.get(BATCH_MEMORY)
+
+
+async def until_offered(world: World, node: str, cpu: str | None) -> None:
+    async def said() -> bool:
+        return (await offered(world.api, node))[0] == cpu
+
+    await world.until(said, f"{node} offers {cpu}")
+
+
+async def test_what_an_agent_promises_is_in_its_node_s_status_and_goes_with_its_word(world: World, kinds: None) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    async with publishing(world.api) as publisher:
+        await say(world.api, "n0", 4000, 2 << 30)
+        await until_offered(world, "n0", "4k")
+        assert (await offered(world.api, "n0"))[1] in ("2Gi", str(2 << 30))
+        await say(world.api, "n0", 1500, 1 << 30)
+        await until_offered(world, "n0", "1500")
+        wrote = publisher.writes
+        await say(world.api, "n0", 1500, 1 << 30, at=30)  # a heartbeat changes nothing
+        await say(world.api, "n0", 9000, 9 << 30, "Shadow")
+        await until_offered(world, "n0", "0")
+        assert publisher.writes == wrote + 1
+        await world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {})
+        await until_offered(world, "n0", None)
+
+
+async def test_an_agent_that_is_silent_promises_nothing(
+    world: World, kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publication, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(publication, "LOOK_SECONDS", 0.2)
+    await world.node("n0", cpu=8, memory="8Gi")
+    async with publishing(world.api):
+        await say(world.api, "n0", 4000, 2 << 30)
+        await until_offered(world, "n0", "4k")
+        await until_offered(world, "n0", "0")
+        await say(world.api, "n0", 4000, 2 << 30, at=30)
+        await until_offered(world, "n0", "4k")
+
+
+async def test_a_node_that_is_gone_takes_its_object_with_it(
+    world: World, kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publication, "ORPHANED_SECONDS", 0.5)
+    monkeypatch.setattr(publication, "LOOK_SECONDS", 0.2)
+    async with publishing(world.api):
+        await say(world.api, "never", 4000, 2 << 30)
+
+        async def gone() -> bool:
+            found = msgspec.json.decode(await world.api.request("GET", NODE_COLOCATIONS))["items"]
+            return not found
+
+        await world.until(gone, "nobody speaks for a node that is not there")
+
+
+async def test_a_gang_of_batch_pods_is_placed_on_what_is_promised(world: World, kinds: None) -> None:
+    """Both halves: the gang waits until its node promises enough, and starts whole."""
+    await world.node("n0", cpu=8, memory="8Gi")
+    async with publishing(world.api), leader(world):
+        await say(world.api, "n0", 1000, 1 << 30)
+        await world.group("pg", 2)
+        asked = {"requests": {BATCH_CPU: "800"}, "limits": {BATCH_CPU: "800"}}
+        for name in ("a", "b"):
+            await world.pod(name, "pg", spec={"containers": [{"name": "c", "image": "i", "resources": asked}]})
+        await world.told("pg", "Unschedulable")
+        await say(world.api, "n0", 2000, 1 << 30)
+        await world.until_bound("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("promised", "reason", "silent", "cpu"),
+    [
+        pytest.param({BATCH_CPU: "4000"}, "Promised", 10.0, "4000", id="what is said"),
+        pytest.param({BATCH_CPU: "4k"}, "Promised", 10.0, "4000", id="as the API server writes it"),
+        pytest.param({BATCH_CPU: "4000"}, "Promised", 151.0, "0", id="said too long ago"),
+        pytest.param({BATCH_CPU: "4000"}, "Shadow", 1.0, "0", id="said by one that only computes"),
+        pytest.param({BATCH_CPU: "-5"}, "Promised", 1.0, "0", id="less than nothing"),
+        pytest.param({BATCH_CPU: "lots"}, "Promised", 1.0, "0", id="no quantity"),
+        pytest.param({}, "", 0.0, "0", id="nothing said yet"),
+    ],
+)
+def test_what_a_node_s_status_is_to_say(promised: dict[str, object], reason: str, silent: float, cpu: str) -> None:
+    assert wanted(promised, reason, silent)[BATCH_CPU] == cpu
+
+
+def test_nothing_is_written_that_is_so_already() -> None:
+    assert not differs({BATCH_CPU: "4k"}, {BATCH_CPU: "4000"})
+    assert not differs({}, {BATCH_CPU: None})
+    assert differs({BATCH_CPU: "4k"}, {BATCH_CPU: None})
+    assert differs({}, {BATCH_CPU: "0"})
+
+
+async def test_an_agent_may_write_of_its_own_node_only(
+    world: World, kinds: None, plane: ControlPlane, tmp_path: Path
+) -> None:
+    """By the manifests' role and admission policy, with a token as its pod gets one."""
+    for body in yaml.safe_load_all((MANIFESTS / "controller/namespace.yaml").read_text()):
+        await ignoring_conflict(world.api, COLLECTIONS["Namespace"], body)
+    made = []
+    for body in yaml.safe_load_all((MANIFESTS / "base/agent.yaml").read_text()):
+        collection = (COLLECTIONS | POLICIES).get(body["kind"])
+        if collection is not None:
+            path = path_of(collection, body["metadata"].get("namespace", ""))
+            await ignoring_conflict(world.api, path, body)
+            made.append(f"{path}/{body['metadata']['name']}")
+    await world.node("n0", cpu=8, memory="8Gi")
+    container = {"name": "agent", "image": "colocate"}
+    spec = {"serviceAccountName": "colocate-agent", "nodeName": "n0", "containers": [container]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "agent-0"}, "spec": spec}
+    answer = await world.api.request("POST", path_of(PODS, "colocate-system"), pod)
+    uid = msgspec.json.decode(answer)["metadata"]["uid"]
+    bound = {"apiVersion": "v1", "kind": "Pod", "name": "agent-0", "uid": uid}
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"boundObjectRef": bound}}
+    account = path_of("/api/v1/serviceaccounts", "colocate-system", "colocate-agent", "token")
+    token = msgspec.json.decode(await world.api.request("POST", account, request))["status"]["token"]
+    config = json.loads(plane.kubeconfig().read_text())
+    config["users"][0]["user"] = {"token": token}
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    try:
+        async with Api.connect(str(tmp_path / "kubeconfig")) as agent:
+
+            async def refused() -> bool:
+                try:
+                    await say(agent, "n1", 4000, 1 << 30)
+                except ApiError as error:
+                    return error.status == 422 and "its own node only" in error.message
+                return False
+
+            await world.until(refused, "the policy is in force")
+            await say(agent, "n0", 4000, 1 << 30)
+            with pytest.raises(ApiError, match="forbidden"):
+                await agent.request("PATCH", path_of(NODES, name="n0"), {"metadata": {}}, content_type=MERGE)
+            with pytest.raises(ApiError, match="forbidden"):
+                await agent.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {})
+    finally:
+        await world.api.request("DELETE", path_of(PODS, "colocate-system", "agent-0"), {"gracePeriodSeconds": 0})
+        for path in reversed(made):
+            await world.api.request("DELETE", path, {})
