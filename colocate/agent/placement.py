@@ -14,12 +14,15 @@ import structlog
 
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
-from colocate.nri import Adjustment, Container, Pod, Update
+from colocate.nri import Adjustment, Container, Limits, Pod, Update
+from colocate.observe.pods import BatchRequest
 from colocate.observe.pods import Pod as KnownPod
 from colocate.observe.workloads import pod_uid
 
 BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
 """How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
+LEAST_SHARES, LEAST_QUOTA_US = 2, 1000
+"""The kernel refuses less."""
 log = structlog.get_logger()
 
 
@@ -43,6 +46,16 @@ def in_tier(path: str, uid: str, tree: Tree) -> str | None:
         return found and f"{found[1]}-batch{found[2]}"
     found = re.fullmatch(rf"((?:/.*)?/{base})/(?:besteffort|burstable)(/pod{re.escape(uid)}/[^/]+)", path)
     return found and f"{found[1]}/batch{found[2]}"
+
+
+def limits_of(asked: BatchRequest) -> Limits:
+    """What a container gets that asks for batch resources: kubelet knows nothing of them, and would give it none."""
+    return Limits(
+        cpu_shares=None if asked.cpu_milli is None else max(asked.cpu_milli * 1024 // 1000, LEAST_SHARES),
+        cpu_quota_us=None if asked.cpu_limit_milli is None else max(asked.cpu_limit_milli * 100, LEAST_QUOTA_US),
+        cpu_period_us=None if asked.cpu_limit_milli is None else 100_000,
+        memory_bytes=asked.memory_limit_bytes,
+    )
 
 
 class Placement:
@@ -69,8 +82,8 @@ class Placement:
     def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
         """Into the tier, if its pod says that it is batch, or asks for batch resources, and the tier is there."""
         known = self._known().get(pod.uid)
-        asks = known is not None and known.asks_batch
-        if self._shadow or not (asks or is_batch(pod.labels, pod.annotations)):
+        requests = known.batch if known is not None else {}
+        if self._shadow or not (requests or is_batch(pod.labels, pod.annotations)):
             return None
         tree = self._tree()
         path = in_tier(container.cgroups_path, pod.uid, tree)
@@ -78,7 +91,8 @@ class Placement:
             why = "there is no tier yet" if path is not None else f"its cgroup is {container.cgroups_path}"
             log.warning("pod_not_placed", pod=f"{pod.namespace}/{pod.name}", container=container.name, reason=why)
             return None
-        return Adjustment(path)
+        asked = requests.get(container.name)
+        return Adjustment(path, limits_of(asked) if asked is not None else Limits())
 
     def container_removed(self, pod: Pod, container: Container) -> None:
         """The runtime removes the container's own directory."""

@@ -23,9 +23,9 @@ from colocate.kube.client import MERGE, PODS, Api, ApiError, Unreachable, age_of
 from colocate.kube.reflector import Reflector
 from colocate.objects import Container, Quantities
 from colocate.objects import Pod as PodObject
-from colocate.observe.pods import Pod
+from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import Verdict
-from colocate.units import parse_bytes, parse_cores, time_text
+from colocate.units import parse_bytes, parse_cores, parse_quantity, time_text
 
 MOST_ATTEMPTS = 6
 log = structlog.get_logger()
@@ -51,10 +51,22 @@ def _bytes(requests: Quantities) -> int:
     return parse_bytes(requests.get("memory", 0))
 
 
-def asks_batch(pod: PodObject) -> bool:
-    """Whether one of its containers asks for batch resources, which only batch pods may."""
-    every = (*pod.spec.containers, *pod.spec.init_containers)
-    return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY))
+def batch_requests(pod: PodObject) -> dict[str, BatchRequest]:
+    """What its containers ask for of batch resources, by name; only batch pods may."""
+    found = {}
+    for container in (*pod.spec.containers, *pod.spec.init_containers):
+        requests, limits = container.resources.requests, container.resources.limits
+        if BATCH_CPU in requests or BATCH_MEMORY in requests:
+            found[container.name] = BatchRequest(
+                cpu_milli=_whole(requests.get(BATCH_CPU)),
+                cpu_limit_milli=_whole(limits.get(BATCH_CPU)),
+                memory_limit_bytes=_whole(limits.get(BATCH_MEMORY)),
+            )
+    return found
+
+
+def _whole(quantity: str | float | None) -> int | None:
+    return None if quantity is None else int(parse_quantity(quantity))
 
 
 def pod_of(found: PodObject, monotonic: float) -> Pod | None:
@@ -63,6 +75,7 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         return None
     try:
         cores, size = asked(found)
+        batch = batch_requests(found)
     except ValueError as error:
         log.warning("pod_not_understood", pod=f"{found.metadata.namespace}/{found.metadata.name}", error=str(error))
         return None
@@ -75,7 +88,7 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         asked_cores=cores,
         asked_bytes=size,
         started_seconds=monotonic - max(age_of(meta.creation_timestamp), 0.0),
-        asks_batch=asks_batch(found),
+        batch=batch,
     )
 
 

@@ -35,6 +35,14 @@ class _PodList(msgspec.Struct):
     items: list[_Pod] | None = None
 
 
+class BatchRequest(msgspec.Struct, frozen=True):
+    """What one container asks for of `kubernetes.io/batch-cpu` (thousandths of a CPU) and `batch-memory` (bytes)."""
+
+    cpu_milli: int | None = None
+    cpu_limit_milli: int | None = None
+    memory_limit_bytes: int | None = None
+
+
 class Pod(msgspec.Struct, frozen=True):
     """A pod of this node."""
 
@@ -47,8 +55,8 @@ class Pod(msgspec.Struct, frozen=True):
     asked_bytes: int | None = None
     started_seconds: float = 0.0
     """Monotonic time at which it was made."""
-    asks_batch: bool = False
-    """Whether it requests batch resources."""
+    batch: dict[str, BatchRequest] = {}
+    """Its containers that request batch resources, by name."""
 
     @property
     def asks(self) -> dict[str, float | int | None]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from colocate.agent.placement import Placement, in_tier, is_batch
+from colocate.agent.placement import Placement, in_tier, is_batch, limits_of
+from colocate.agent.publisher import pod_of
 from colocate.cgroup.tree import Tree
 from colocate.kernelmodel import ModelKernel
 from colocate.nri import Adjustment, Container, Limits, Pod
+from colocate.objects import Container as ContainerObject
+from colocate.objects import ObjectMeta, PodSpec, PodStatus, Quantities, Resources
+from colocate.objects import Pod as PodObject
+from colocate.observe.pods import BatchRequest
 
 UID = "0a1b-2c3d"
 PLAIN = Tree("/", "/kubepods", systemd_driver=False, tier_path="/kubepods/batch")
@@ -128,3 +135,76 @@ def test_nothing_is_placed_in_shadow_or_before_there_is_a_tier(version: int):
         )
         is None
     )
+
+
+# what a pod asks for, as the API server tells it
+
+
+def told(*containers: ContainerObject, phase: str = "Running", **meta: Any) -> PodObject:
+    about: dict[str, Any] = {
+        "name": "p",
+        "namespace": "ns",
+        "uid": UID,
+        "creation_timestamp": "2026-01-01T00:00:00Z",
+        **meta,
+    }
+    return PodObject(
+        metadata=ObjectMeta(**about), spec=PodSpec(containers=list(containers)), status=PodStatus(phase=phase)
+    )
+
+
+def asking(name: str = "c", limits: Quantities | None = None, **requests: str) -> ContainerObject:
+    asked: Quantities = {k.replace("batch_", "kubernetes.io/batch-"): v for k, v in requests.items()}
+    return ContainerObject(name=name, resources=Resources(requests=asked, limits=limits or {}))
+
+
+def test_requests_of_all_containers_count():
+    found: Any = pod_of(told(asking("a", cpu="500m", memory="1Gi"), asking("b", cpu="1")), 1000.0)
+    assert (found.asked_cores, found.asked_bytes, found.batch) == (1.5, 1 << 30, {})
+
+
+def test_a_static_pod_is_known_by_its_hash():
+    found: Any = pod_of(told(asking(), annotations={"kubernetes.io/config.hash": "abc"}), 1000.0)
+    assert found.uid == "abc"
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        pytest.param(told(asking(), phase="Succeeded"), id="it has ended"),
+        pytest.param(told(asking(cpu="much")), id="it asks for no quantity"),
+        pytest.param(told(asking(batch_cpu="much")), id="it asks for no batch quantity"),
+    ],
+)
+def test_who_is_left_out(pod: PodObject):
+    assert pod_of(pod, 1000.0) is None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_who_asks_for_batch_resources_is_batch_and_gets_them(version: int):
+    asked = asking(
+        "main",
+        {"kubernetes.io/batch-cpu": "2k", "kubernetes.io/batch-memory": "1Gi"},
+        batch_cpu="500",
+        batch_memory="1Gi",
+    )
+    known = pod_of(told(asked), 1000.0)
+    assert known is not None
+    assert known.batch == {"main": BatchRequest(500, 2000, 1 << 30)}
+    port = with_cgroup(version, "/kubepods/batch")
+    placement = Placement(port, lambda: PLAIN, lambda: {UID: known}, shadow=False)
+    found: Any = placement.create_container(pod(), container(PATH))
+    assert found == Adjustment(f"/kubepods/batch/pod{UID}/c1", limits_of(known.batch["main"]))
+    assert found.limits == Limits(512, 200_000, 100_000, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limits"),
+    [
+        pytest.param(BatchRequest(), Limits(), id="nothing said"),
+        pytest.param(BatchRequest(0, 0, None), Limits(2, 1000, 100_000), id="never less than the kernel takes"),
+        pytest.param(BatchRequest(None, None, 5 << 20), Limits(memory_bytes=5 << 20), id="memory alone"),
+    ],
+)
+def test_what_a_container_gets(asked: BatchRequest, limits: Limits):
+    assert limits_of(asked) == limits
