@@ -36,8 +36,12 @@ Measure = Callable[[gang_live.Live, ControlPlane], Awaitable[dict[str, Any]]]
 
 
 def _plan(full: bool) -> Iterator[tuple[dict[str, Any], Measure]]:
-    """Every run on an API server: what it is called, and what is done; the order of the two alternates."""
-    scale, rounds = (1, ROUNDS) if full else (10, 2)
+    """Every run on an API server: what it is called, and what is done; the order of the two alternates.
+
+    In full two or three hours; else a fifth of the pods, and no runs from a scheduler's start, half an hour.
+    """
+    scale, rounds, kinds = (1, ROUNDS, ("waiting", "burst")) if full else (5, 3, ("burst",))
+    measures = {"waiting": gang_live.waiting, "burst": gang_live.burst}
     one = {"round": 0, "scale": scale}
     yield {"kind": "queue", **one}, partial(gang_live.long_queue, count=QUEUE_PODS // scale)
     yield {"kind": "memory", **one}, partial(gang_live.memory, nodes=MANY_NODES // scale, pods=MANY_PODS // scale)
@@ -48,7 +52,7 @@ def _plan(full: bool) -> Iterator[tuple[dict[str, Any], Measure]]:
             yield {"kind": "drain", "by": by, "round": round_}, partial(gang_live.drain, kind=by)
         for shape, (many, size) in SHAPES.items():
             jobs = [(f"j{i}", size if many >= scale else size // scale) for i in range(max(many // scale, 1))]
-            for kind, measure in (("waiting", gang_live.waiting), ("burst", gang_live.burst)):
+            for kind, measure in ((kind, measures[kind]) for kind in kinds):
                 for by in (OURS, KUBE)[::turn]:
                     key = {"kind": kind, "shape": shape, "by": by, "round": round_, "scale": scale}
                     yield key, partial(measure, kind=by, jobs=jobs)

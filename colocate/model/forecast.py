@@ -370,7 +370,7 @@ def forecast(
         snapshot_seconds=snapshot.monotonic_seconds,
     )
     if node.needs_cores is not None and node.needs_bytes is not None:
-        node = msgspec.structs.replace(node, needs_cores=float(needs.now[0, 0]))
+        node = msgspec.structs.replace(node, needs_cores=needs.now[0])
     coming = needs.bound
     if coming is not None:
         node = msgspec.structs.replace(node, coming_cores=round(coming[0], 4), coming_bytes=int(coming[1]))

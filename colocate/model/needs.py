@@ -10,13 +10,13 @@ that share tends to what is aimed at whatever the load does. `benchmarks publica
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, exp, nan
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from colocate.model.reference import Floats, approach
+from colocate.model.reference import Floats
 
 SLOT_SECONDS, DAY_SLOTS = 300.0, 288
 MOST_SLOTS = DAY_SLOTS
@@ -25,6 +25,7 @@ KEPT_RESIDUALS, LEAST_RESIDUALS = 1152, 48
 RISE_SECONDS, FALL_SECONDS = 3.0, 30.0
 """Time constants of the CPU need: a stall of a second is no need, a rise is seen within seconds."""
 DIGITS = 4
+UNKNOWN = (nan, nan)
 PEAK_WEIGHT, DAY_WEIGHT = 0.5, 0.4
 """Of the last slots' peak beside the need now, and of yesterday's peak beside both."""
 STEP = 0.2
@@ -44,10 +45,10 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """Index of the slot that is under way: seconds since the epoch / 300."""
     runtime_slots: int = 0
     """For how many slots the bounds are meant."""
-    now: Floats = _rows(count=1)
-    """The need now, shape (1, 2)."""
-    largest: Floats = _rows(count=1)
-    """Its largest value in the slot that is under way, shape (1, 2)."""
+    now: tuple[float, ...] = ()
+    """The need now: cores and bytes; empty before the first reading."""
+    largest: tuple[float, ...] = ()
+    """Its largest values in the slot that is under way."""
     ended: Floats = _rows()
     """Of the slots that have ended, at most two days, shape (slots, 2); NaN where nobody looked."""
     bases: Floats = _rows()
@@ -63,8 +64,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
         """Cores and bytes that the need stays within for the runtime, at the risk; None while that is being learnt."""
         if not len(self.bounds) or np.isnan(self.bounds[-1]).any():
             return None
-        cores, size = np.fmax(self.bounds[-1], self.largest[0])
-        return float(cores), float(size)
+        cores, size = self.bounds[-1].tolist()
+        return max(cores, self.largest[0]), max(size, self.largest[1])
 
 
 def slots_of(runtime_seconds: float) -> int:
@@ -81,24 +82,25 @@ def look(
     """
     if needs.runtime_slots != runtime_slots:  # what was learnt is of another question
         needs = Needs(slot=needs.slot, runtime_slots=runtime_slots, largest=needs.largest, ended=needs.ended)
-    reading = np.array([[cores, size]], dtype=np.float64)
-    if not np.isnan(needs.now).any():
-        constant = RISE_SECONDS if cores > needs.now[0, 0] else FALL_SECONDS
-        reading[0, 0] = needs.now[0, 0] + (cores - needs.now[0, 0]) * approach(np.array(seconds), constant)
-    reading = np.round(reading, DIGITS)
+    if needs.now:
+        before = needs.now[0]
+        constant = RISE_SECONDS if cores > before else FALL_SECONDS
+        cores = before + (cores - before) * (1.0 - exp(-max(seconds, 0.0) / constant))
+    reading = round(cores, DIGITS), round(size, DIGITS)
     slot, largest = int(time_seconds // SLOT_SECONDS), needs.largest
     if needs.slot >= 0:
         for i in range(min(max(slot - needs.slot, 0), 2 * DAY_SLOTS)):
-            needs = _ended(needs, largest if i == 0 else np.full((1, 2), np.nan), risk)
-    if slot > needs.slot:
+            needs = _ended(needs, largest if i == 0 else UNKNOWN, risk)
+    if slot > needs.slot or not largest:
         largest = reading
-    return msgspec.structs.replace(needs, slot=max(slot, needs.slot), now=reading, largest=np.fmax(largest, reading))
+    largest = max(largest[0], reading[0]), max(largest[1], reading[1])
+    return msgspec.structs.replace(needs, slot=max(slot, needs.slot), now=reading, largest=largest)
 
 
-def _ended(needs: Needs, largest: Floats, risk: float) -> Needs:
+def _ended(needs: Needs, largest: tuple[float, ...], risk: float) -> Needs:
     """A slot has ended: the bound of a runtime ago is judged, and the next one made."""
     many, aim = needs.runtime_slots, AIM * risk
-    ended = np.concatenate([needs.ended, largest])[-2 * DAY_SLOTS :]
+    ended = np.concatenate([needs.ended, [largest or UNKNOWN]])[-2 * DAY_SLOTS :]
     residuals, offset = needs.residuals, needs.offset
     if len(needs.bases) >= many and len(ended) >= many and not np.isnan(ended[-many:]).any():
         peak, base, bound = ended[-many:].max(axis=0), needs.bases[-many], needs.bounds[-many]

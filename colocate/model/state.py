@@ -49,14 +49,19 @@ def _vector(array: Floats) -> list[float | None]:
 
 def _needs_to_builtins(needs: Needs) -> dict[str, Any]:
     return {
-        name: value if isinstance(value, int) else [_vector(row) for row in value]
+        name: [_vector(row) for row in value] if isinstance(value, np.ndarray) else value
         for name, value in msgspec.structs.asdict(needs).items()
     }
 
 
 def _needs_from_builtins(data: dict[str, Any]) -> Needs:
     """An older version remembered none."""
-    known: dict[str, Any] = {k: v if isinstance(v, int) else _wide(v, 2, np.nan) for k, v in data.items()}
+    known: dict[str, Any] = dict(data)
+    for name in ("now", "largest"):
+        known[name] = tuple(data.get(name, ()))
+    for name in ("ended", "bases", "bounds", "residuals", "offset"):
+        if name in data:
+            known[name] = _wide(data[name], 2, np.nan)
     return Needs(**known)
 
 

@@ -163,7 +163,7 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
         assert processes_below(port, main, joined(tier, f"pod{asking}")), "no label: what it asks for says so"
         if port.layout.version == 1:
             (made,) = port.children(main, joined(tier, f"pod{asking}"))
-            assert port.read(main, joined(tier, f"pod{asking}/{made}"), "cpu.shares") == "102"
+            assert port.read(main, joined(tier, f"pod{asking}/{made}"), "cpu.shares") == "102\n"
         assert [cgroup_of(port, pid, main) for pid in guardians()] == ["/"], "out of its container's cgroup"
         await world.api.request("DELETE", agents, {"propagationPolicy": "Foreground"})
         await world.until(no_agent, "the DaemonSet and its pod are gone")

@@ -73,7 +73,7 @@ def test_status_top_explain_and_metrics_answer(node, agent):
     time.sleep(1)
     assert running.ask("status")["pid"] == running.process.pid
     verdicts = running.ask("top")["plan"]["verdicts"]
-    assert {v["law"] for v in verdicts} == {"cpu", "memory", "eviction", "freeze"}
+    assert {v["law"] for v in verdicts} == {"cpu", "memory", "eviction", "freeze", "allocatable"}
     shown = colocate("explain", "web").stdout
     assert shown.startswith("web is a service at "), "sentences first"
     assert "guard_rail_cores" not in shown
