@@ -81,6 +81,10 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     checkpointed_seconds: float | None = None
     checkpointed_cpu_us: int = 0
     """Its CPU time at its last checkpoint."""
+    pod: str = ""
+    """Of a batch pod that the API server can be asked to evict: `namespace/name`."""
+    leaving: bool = False
+    """Whether the end of that pod has begun."""
     asked_cores: float | None = None
     """Of a service's pod: the sum of its requests; None where nobody has said them."""
     asked_bytes: int | None = None

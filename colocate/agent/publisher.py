@@ -12,11 +12,21 @@ import asyncio
 import random
 import time
 from collections.abc import Iterable, Mapping
+from math import ceil
 
+import msgspec
 import structlog
 
 from colocate.agent.loop import Agent, Tick
-from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, HEARTBEAT_SECONDS, NODE_API, NODE_COLOCATIONS, SHADOW
+from colocate.cluster.api import (
+    BATCH_CPU,
+    BATCH_MEMORY,
+    HEARTBEAT_SECONDS,
+    NODE_API,
+    NODE_COLOCATIONS,
+    SHADOW,
+    PodToEvict,
+)
 from colocate.decide.allocatable import LAW
 from colocate.errors import BadInput, ColocateError
 from colocate.kube.client import MERGE, PODS, Api, ApiError, Unreachable, age_of, path_of, pause
@@ -88,6 +98,7 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         asked_cores=cores,
         asked_bytes=size,
         started_seconds=monotonic - max(age_of(meta.creation_timestamp), 0.0),
+        leaving=found.deleting,
         batch=batch,
     )
 
@@ -100,6 +111,7 @@ class Publisher:
         self._verdict: Verdict | None = None
         self._changed = asyncio.Event()
         self._pods: dict[str, Pod] = {}
+        self._told_to_go: list[PodToEvict] = []
         agent.on_tick.append(self._on_tick)
 
     async def run(self) -> None:
@@ -137,9 +149,28 @@ class Publisher:
         verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)
         if verdict is None:
             return
-        if self._verdict is None or promised_by(verdict) != promised_by(self._verdict):
+        leaving = self._leaving()
+        if self._verdict is None or promised_by(verdict) != promised_by(self._verdict) or leaving != self._told_to_go:
             self._changed.set()
-        self._verdict = verdict
+        self._verdict, self._told_to_go = verdict, leaving
+
+    def _leaving(self) -> list[PodToEvict]:
+        """The batch pods that the eviction law has told to go; by their cgroups, and so by uids of this node's pods."""
+        found, grace = [], ceil(self._agent.policy.spec.memory.termination_grace)
+        for id_, eviction in sorted(self._agent.laws.eviction.under_way.items()) if not self._shadow else ():
+            pod = self._pods.get(id_.removeprefix("pod:")) if id_.startswith("pod:") else None
+            if pod is not None and eviction.asked:
+                found.append(
+                    PodToEvict(
+                        namespace=pod.namespace,
+                        name=pod.name,
+                        uid=pod.uid,
+                        reason=eviction.reason,
+                        message=eviction.message,
+                        grace_seconds=grace,
+                    )
+                )
+        return found
 
     async def _publish(self, api: Api) -> None:
         """Write what has changed at once, and the rest once a minute."""
@@ -189,6 +220,7 @@ class Publisher:
             "message": verdict.message,
             "pressure": cpu.reason if cpu is not None else "",
             "lastAction": action,
+            "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
             "observed": time_text(time.time()),
         }
 

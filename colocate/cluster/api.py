@@ -22,6 +22,18 @@ class NodeColocationSpec(Lean, frozen=True):
     """Nothing is asked of a node here: that is the policy's."""
 
 
+class PodToEvict(Lean, frozen=True):
+    """A batch pod of this node that has to go."""
+
+    namespace: str
+    name: str
+    uid: str
+    reason: str = ""
+    message: str = ""
+    grace_seconds: int = 0
+    """Between SIGTERM and its kill."""
+
+
 class NodeColocationStatus(Lean, frozen=True):
     """What the agent of the node says."""
 
@@ -35,6 +47,8 @@ class NodeColocationStatus(Lean, frozen=True):
     """What the CPU law found then: its reason."""
     last_action: str = ""
     """The last change that was made on the node, and why."""
+    evict: list[PodToEvict] = []
+    """Batch pods of this node that have to go."""
     observed: str = ""
     """When it was said, by the node's clock."""
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import structlog
 
 from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, SHADOW, SILENT_SECONDS, NodeColocation
+from colocate.cluster.evictions import Evictions
 from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, path_of, pause
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
@@ -66,6 +67,7 @@ class Publication:
         """Node -> when its agent was heard last, monotonic."""
         self._orphaned: dict[str, float] = {}
         self._due: dict[str, None] = {}
+        self._evictions = Evictions(api, election)
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self.writes = 0
@@ -82,6 +84,7 @@ class Publication:
                 for reflector in (nodes, said):
                     await reflector.synced.wait()
                 tasks.create_task(self._look_for_silence())
+                tasks.create_task(self._evictions.run(self._said))
                 while True:
                     await self._wake.wait()
                     self._wake.clear()
@@ -117,6 +120,7 @@ class Publication:
             if before is None or before.status.observed != now.status.observed:
                 self._heard[name] = time.monotonic()
         self._look_at(name)
+        self._evictions.wake.set()
 
     async def _look_for_silence(self) -> None:
         while True:

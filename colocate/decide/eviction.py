@@ -1,5 +1,8 @@
 """The eviction law: owner of SIGTERM and kill. Thaw, SIGTERM, the grace period, then every process of the cgroup.
 
+A pod that the API server knows is evicted there, which honours its budget and has it made anew elsewhere; its kubelet
+would start it again on the spot. Only for want of memory one that is still here after `API_SECONDS` is signalled, as
+kubelet does it then; until its end has begun nothing is thawed for it.
 A frozen task runs no handler and v1's freezer holds back even SIGKILL, so the order is signal first, thaw before it.
 Jobs past their declared maximum runtime are evicted by the same steps. designs/0003-freeze.md.
 """
@@ -14,19 +17,30 @@ from colocate.snapshot import NodeSnapshot
 
 LAW = "eviction"
 KILLING_SECONDS = 5.0
+API_SECONDS = 15.0
+URGENT = frozenset({"MemoryPressure", "OverAllowance"})
+"""Who goes for these reasons goes whatever a budget says."""
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     """One job on its way out."""
 
-    deadline: float
-    """Monotonic seconds; then it is killed."""
+    deadline: float = 0.0
+    """Monotonic seconds; then it is killed. 0: it has not been signalled."""
+    asked: float = 0.0
+    """Of a pod: until when the API server's eviction is waited for."""
     reason: str
     message: str
     killed: float = 0.0
     """When it was first killed."""
     inodes: dict[str, int] = {}
     """Of the cgroup that was told: one that its owner has made anew since is another."""
+
+    def wish(self, id_: str) -> Request | None:
+        """What asked for it, of a pod whose eviction is waited for: whoever asked once need not go on asking."""
+        if not self.asked or self.deadline:
+            return None
+        return Request(verb="evict", workload=id_, law=LAW, reason=self.reason, message=self.message)
 
 
 class EvictionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -73,9 +87,22 @@ def decide_eviction(view: View, state: EvictionState) -> Decision:
             known = None  # what its owner has made anew is another
         deadline, killed = (known.deadline, known.killed) if known is not None else (0.0, 0.0)
         grace = view.spec.memory.termination_grace
+        wish = wish or (known.wish(id_) if known is not None else None)
+        if job.pod and wish is not None and deadline <= 0.0 and _alive(snapshot, id_):
+            if known is None:
+                asked = now + API_SECONDS
+                known = Eviction(asked=asked, reason=wish.reason, message=wish.message, inodes=job.inodes)
+            if now < known.asked or known.reason not in URGENT:
+                under_way[id_] = known
+                if job.leaving:
+                    thaws.append(Request(verb="thaw", workload=id_, law=LAW, reason="Evicting", message=known.message))
+                continue
         done, deadline, killed = proceed(_alive(snapshot, id_), wish is not None, deadline, killed, now, grace)
         if done == TOLD and wish is not None:
-            known = Eviction(deadline=deadline, reason=wish.reason, message=wish.message, inodes=job.inodes)
+            asked = known.asked if known is not None else 0.0
+            known = Eviction(
+                deadline=deadline, asked=asked, reason=wish.reason, message=wish.message, inodes=job.inodes
+            )
             actions.append(act(LAW, job, "signal", "SIGTERM", wish.reason, wish.message))
         if done == STAYS or known is None:
             continue

@@ -55,8 +55,17 @@ class Pod(msgspec.Struct, frozen=True):
     asked_bytes: int | None = None
     started_seconds: float = 0.0
     """Monotonic time at which it was made."""
+    leaving: bool = False
+    """Whether its end has begun."""
     batch: dict[str, BatchRequest] = {}
     """Its containers that request batch resources, by name."""
+
+    @property
+    def evictable(self) -> dict[str, str | bool]:
+        """What a snapshot says of it as batch, where the API server tells of it."""
+        if self.asked_cores is None:
+            return {}
+        return {"pod": f"{self.namespace}/{self.name}", "leaving": self.leaving}
 
     @property
     def asks(self) -> dict[str, float | int | None]:

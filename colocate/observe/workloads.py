@@ -331,11 +331,12 @@ def _in_tier(
     targets = []
     for child, inode in port.children(main_hierarchy(port), tree.tier_path).items():
         path, uid = joined(tree.tier_path, child), pod_uid(child)
-        id_, name = f"job:{child}", child
+        id_, name, known = f"job:{child}", child, jobs.get(child, {})
         if uid is not None:
             pod = pods.get(uid)
             id_, name = f"pod:{uid}", f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
-        targets.append(Target(id_, name, "batch", path, inodes(path, inode), jobs.get(child, {})))
+            known = dict(pod.evictable) if pod is not None else {}
+        targets.append(Target(id_, name, "batch", path, inodes(path, inode), known))
     return targets
 
 

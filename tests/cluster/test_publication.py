@@ -7,16 +7,25 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import yaml
 
+from colocate.actuate.journal import Journal
+from colocate.agent.loop import Agent
+from colocate.agent.publisher import Publisher
+from colocate.cgroup.layout import UNIFIED
 from colocate.cluster import publication
 from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS
 from colocate.cluster.publication import Publication, differs, wanted
+from colocate.kernelmodel import ModelKernel
 from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
+from colocate.model import kernels
+from colocate.plan import Request
+from colocate.policy.schema import ColocationPolicy
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, ignoring_conflict, leader
 from tools.rights import COLLECTIONS, MANIFESTS
@@ -120,6 +129,128 @@ async def test_a_gang_of_batch_pods_is_placed_on_what_is_promised(world: World, 
         await world.told("pg", "Unschedulable")
         await say(world.api, "n0", 2000, 1 << 30)
         await world.until_bound("a", "b")
+
+
+async def wants_gone(world: World, node: str, name: str, **other: Any) -> None:
+    """As the agent of a node does."""
+    pod = (await world.pods())[name]
+    wanted = {"namespace": world.namespace, "name": name, "uid": pod.metadata.uid, "reason": "MemoryPressure"}
+    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
+    body = {"status": {"evict": [{**wanted, "graceSeconds": 0, **other}]}}
+    await world.api.request("PATCH", path, body, content_type=MERGE)
+
+
+async def gone(world: World, *names: str) -> None:
+    async def none_of_them() -> bool:
+        return not (await world.pods()).keys() & set(names)
+
+    await world.until(none_of_them, f"{', '.join(names)} are gone")
+
+
+async def on_node(world: World, name: str, node: str, **labels: str) -> None:
+    await world.pod(name, labels=labels, spec={"nodeName": node})
+
+
+async def test_a_pod_that_has_to_go_is_evicted_and_told_why(world: World, kinds: None) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0")
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await wants_gone(world, "n0", "p")
+        await gone(world, "p")
+
+        async def said() -> bool:
+            return ("p", "EvictedForServices") in await world.events_of_pods()
+
+        await world.until(said, "an Event says so")
+
+
+async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server(
+    world: World, kinds: None, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An agent on the kernel model, everything above it real."""
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig()))
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0")
+    await on_node(world, "svc", "n0")
+    uid = (await world.pods())["p"].metadata.uid
+    kernel = ModelKernel(version=2)
+    for path in (
+        "/kubepods",
+        "/kubepods/burstable",
+        "/kubepods/besteffort",
+        "/kubepods/batch",
+        f"/kubepods/batch/pod{uid}",
+    ):
+        kernel.mkdir(UNIFIED, path)
+    kernel.spawn("hog", f"/kubepods/batch/pod{uid}")
+    agent = Agent(kernel, ColocationPolicy(), kernels.load(jit=False), Journal(tmp_path, "boot"), clock=kernel)
+    publisher = Publisher(agent, "n0", shadow=False)
+    agent.open()
+
+    async def tick() -> None:
+        await agent.tick()
+        await agent.writer.settle()
+        kernel.advance(1.0)
+
+    async def knows_its_pods() -> bool:
+        await tick()
+        return agent.observer.lister.watched and uid in agent.observer.lister.pods
+
+    async def says_so() -> bool:
+        await tick()
+        return (await offered(world.api, "n0"))[0] not in (None, "0")
+
+    task = asyncio.ensure_future(publisher.run())
+    try:
+        async with publishing(world.api):
+            await world.until(knows_its_pods, "the agent knows the pods of its node")
+            await world.until(says_so, "what batch may have is published")
+            wish = Request(
+                verb="evict", workload=f"pod:{uid}", law="memory", reason="MemoryPressure", message="svc stalls"
+            )
+            agent.laws = msgspec.structs.replace(agent.laws, pending=(wish,))
+            await tick()
+            await gone(world, "p")
+            assert "svc" in await world.pods()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await agent.close()
+
+
+async def test_a_disruption_budget_holds_until_it_allows_it(world: World, kinds: None) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    budgets = path_of("/apis/policy/v1/poddisruptionbudgets", world.namespace)
+    budget = {"minAvailable": 1, "selector": {"matchLabels": {"app": "train"}}}
+    meta = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "train"}}
+    await world.api.request("POST", budgets, {**meta, "spec": budget})
+    await on_node(world, "p", "n0", app="train")
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await wants_gone(world, "n0", "p")
+        await asyncio.sleep(3.0)
+        assert "p" in await world.pods()
+        await world.api.request("DELETE", f"{budgets}/train", {})
+        await gone(world, "p")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({}, id="a pod of another node"),
+        pytest.param({"uid": "another"}, id="a namesake of one that is gone"),
+    ],
+)
+async def test_an_agent_ends_no_pod_that_is_not_its_node_s(world: World, kinds: None, other: dict[str, str]) -> None:
+    for node in ("n0", "n1"):
+        await world.node(node, cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0" if other else "n1")
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await wants_gone(world, "n0", "p", **other)
+        await asyncio.sleep(2.0)
+        assert "p" in await world.pods()
 
 
 @pytest.mark.parametrize(

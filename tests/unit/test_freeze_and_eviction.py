@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from colocate.decide.eviction import EvictionState, decide_eviction
+from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import FreezeState, decide_freeze
 from colocate.plan import Request
 from tests import make
@@ -122,3 +122,54 @@ def test_a_job_that_cannot_be_frozen_is_not_evicted_as_frozen_too_long():
         state = found.state
         follow += found.requests
     assert follow == []
+
+
+# a pod that the API server knows
+
+
+def pod(**changes):
+    return make.job("podabc", pod="ns/train", **changes)
+
+
+def asked(reason="MemoryPressure"):
+    return Request(verb="evict", workload="job:podabc", law="memory", reason=reason, message="because")
+
+
+def test_a_pod_is_asked_for_before_it_is_signalled():
+    first = evict(make.snapshot(pod(), at=100), [asked()], EvictionState())
+    assert first.actions == []
+    assert first.state.under_way["job:podabc"].asked == 115.0
+    waiting = evict(make.snapshot(pod(), at=114), [], first.state)
+    assert waiting.actions == []
+    told = evict(make.snapshot(pod(), at=116), [], waiting.state)
+    assert [(a.knob, a.value) for a in told.actions] == [("signal", "SIGTERM")]
+    killed = evict(make.snapshot(pod(), at=122), [], told.state)
+    assert [a.knob for a in killed.actions] == ["cgroup.kill"]
+
+
+def test_a_pod_that_goes_by_itself_is_not_signalled():
+    first = evict(make.snapshot(pod(), at=100), [asked()], EvictionState())
+    gone = evict(make.snapshot(pod(processes=0), at=103), [], first.state)
+    assert gone.state.under_way == {}
+    assert gone.actions == []
+
+
+def test_a_pod_is_not_killed_against_its_budget_because_it_was_frozen():
+    """Its kubelet would start it again on the spot."""
+    state = evict(make.snapshot(pod(frozen=True), at=100), [asked("FrozenTooLong")], EvictionState()).state
+    found = evict(make.snapshot(pod(frozen=True), at=1000), [], state)
+    assert found.actions == []
+    assert found.requests == []
+    assert "job:podabc" in found.state.under_way
+
+
+def test_a_pod_whose_end_has_begun_is_thawed():
+    state = evict(make.snapshot(pod(frozen=True), at=100), [asked()], EvictionState()).state
+    found = evict(make.snapshot(pod(frozen=True, leaving=True), at=101), [], state)
+    assert [r.verb for r in found.requests] == ["thaw"]
+
+
+def test_while_a_pod_is_asked_for_no_other_one_has_to_go():
+    snapshot = make.snapshot(pod(), at=100)
+    state = evict(snapshot, [asked()], EvictionState()).state
+    assert still_leaving(snapshot, "job:podabc", state.under_way["job:podabc"], 110.0)
