@@ -28,7 +28,7 @@ from colocate.cluster.api import (
     PodToEvict,
 )
 from colocate.decide.allocatable import LAW
-from colocate.errors import BadInput, ColocateError
+from colocate.errors import ColocateError
 from colocate.kube.client import MERGE, PODS, Api, ApiError, Unreachable, age_of, path_of, pause
 from colocate.kube.reflector import Reflector
 from colocate.objects import Container, Quantities
@@ -37,7 +37,9 @@ from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import Verdict
 from colocate.units import parse_bytes, parse_cores, parse_quantity, time_text
 
-MOST_ATTEMPTS = 6
+MOST_ATTEMPTS, AGAIN_SECONDS = 6, 30.0
+CONFIG_HASH = "kubernetes.io/config.hash"
+"""On the mirror of a static pod: what kubelet calls the pod by, and its cgroup."""
 log = structlog.get_logger()
 
 
@@ -85,19 +87,19 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         return None
     try:
         cores, size = asked(found)
-        batch = batch_requests(found)
+        batch = {} if CONFIG_HASH in found.metadata.annotations else batch_requests(found)  # kubelet alone makes those
     except ValueError as error:
         log.warning("pod_not_understood", pod=f"{found.metadata.namespace}/{found.metadata.name}", error=str(error))
         return None
     meta = found.metadata
     return Pod(
-        uid=meta.annotations.get("kubernetes.io/config.hash", meta.uid),  # a static pod's cgroup is named by its hash
+        uid=meta.annotations.get(CONFIG_HASH, meta.uid),
         name=meta.name,
         namespace=meta.namespace,
         labels=meta.labels,
         asked_cores=cores,
         asked_bytes=size,
-        started_seconds=monotonic - max(age_of(meta.creation_timestamp), 0.0),
+        started_seconds=monotonic - min(max(age_of(meta.creation_timestamp), 0.0), 1e9),
         leaving=found.deleting,
         batch=batch,
     )
@@ -115,35 +117,45 @@ class Publisher:
         agent.on_tick.append(self._on_tick)
 
     async def run(self) -> None:
-        """Until cancelled; without a service account it says so, and the node is governed all the same."""
-        try:
-            async with Api.connect() as api:
-                path, query = PODS, {"fieldSelector": f"spec.nodeName={self._node}"}
-                pods: Reflector[PodObject] = Reflector(api, path, PodObject, self._on_pod, query)
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(pods.run())
-                    tasks.create_task(self._tell_observer(pods))
-                    await self._publish(api)
-        except BadInput as error:
-            self._agent.observer.extra_problems["api"] = f"nothing is published: {error}"
-            log.error("not_published", error=str(error))
+        """Until cancelled. Whatever goes wrong here is said and begun anew: services are protected all the same."""
+        while True:
+            try:
+                await self._run()
+            except Exception as error:
+                why = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+                self._agent.observer.extra_problems["api"] = f"nothing is published: {why}"
+                log.exception("not_published", error=str(why))
+                await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _run(self) -> None:
+        async with Api.connect() as api:
+            path, query = PODS, {"fieldSelector": f"spec.nodeName={self._node}"}
+            pods: Reflector[PodObject] = Reflector(api, path, PodObject, self._on_pod, query)
+            self._pods.clear()  # what has gone meanwhile nobody tells of
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(pods.run())
+                tasks.create_task(self._tell_observer(pods))
+                await self._publish(api)
 
     def _on_pod(self, before: PodObject | None, now: PodObject | None) -> None:
-        for gone in (before,) if now is None and before is not None else ():
-            known = pod_of(gone, time.monotonic())
-            self._pods.pop(known.uid if known is not None else gone.metadata.uid, None)
-        if now is not None:
-            pod = pod_of(now, time.monotonic())
-            if pod is not None:
-                self._pods[pod.uid] = pod
-            else:
-                self._pods.pop(now.metadata.uid, None)
+        about = now or before
+        assert about is not None
+        pod = pod_of(now, time.monotonic()) if now is not None else None
+        if pod is not None:
+            self._pods[about.metadata.uid] = pod
+        else:
+            self._pods.pop(about.metadata.uid, None)
         if self._agent.observer.lister.watched:
-            self._agent.observer.lister.told(self._pods)
+            self._agent.observer.lister.told(self._by_cgroup())
+
+    def _by_cgroup(self) -> dict[str, Pod]:
+        """By the uid that kubelet calls their cgroups by; who only says that his is another's does not become that."""
+        static = {pod.uid: pod for uid, pod in self._pods.items() if pod.uid != uid}
+        return static | {uid: pod for uid, pod in self._pods.items() if pod.uid == uid}
 
     async def _tell_observer(self, pods: Reflector[PodObject]) -> None:
         await pods.synced.wait()
-        self._agent.observer.lister.told(self._pods)
+        self._agent.observer.lister.told(self._by_cgroup())
 
     def _on_tick(self, tick: Tick) -> None:
         verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)

@@ -164,8 +164,9 @@ def test_requests_of_all_containers_count():
 
 
 def test_a_static_pod_is_known_by_its_hash():
-    found: Any = pod_of(told(asking(), annotations={"kubernetes.io/config.hash": "abc"}), 1000.0)
+    found: Any = pod_of(told(asking(batch_cpu="1"), annotations={"kubernetes.io/config.hash": "abc"}), 1000.0)
     assert found.uid == "abc"
+    assert found.batch == {}, "and is no batch pod, whoever calls itself static"
 
 
 @pytest.mark.parametrize(
