@@ -193,9 +193,9 @@ class Service:
         if not self._embedded and not self._shadow:
             agent.calibration = await ensure_calibration(self._state, agent.port, self._policy)
         agent.on_tick.append(self._count)
+        publisher = self._publisher(agent)
         server = JobServer(agent, self._socket_path)
         runner: web.AppRunner | None = None
-        publisher = self._publisher(agent)
         report = Report()
         try:
             await server.start()
@@ -232,6 +232,7 @@ class Service:
             return None
         from colocate.agent.publisher import Publisher
 
+        agent.observer.lister.expected = True
         return Publisher(agent, self._node, shadow=self._shadow)
 
     async def _place_pods(self, agent: Agent) -> None:
@@ -240,7 +241,13 @@ class Service:
         from colocate.nri import Plugin
 
         observer = agent.observer
-        placement = Placement(agent.port, lambda: observer.tree, lambda: observer.lister.pods, shadow=self._shadow)
+        placement = Placement(
+            agent.port,
+            lambda: observer.tree,
+            lambda: observer.lister.pods,
+            lambda: bool(self._node),
+            shadow=self._shadow,
+        )
         await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
     async def _serve_http(self, agent: Agent) -> web.AppRunner:

@@ -14,21 +14,15 @@ import structlog
 
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
+from colocate.cluster.api import is_batch
 from colocate.nri import Adjustment, Container, Limits, Pod, Update
 from colocate.observe.pods import BatchRequest
 from colocate.observe.pods import Pod as KnownPod
 from colocate.observe.workloads import pod_uid
 
-BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
-"""How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
-LEAST_SHARES, LEAST_QUOTA_US = 2, 1000
-"""The kernel refuses less."""
+LEAST_SHARES, MOST_SHARES, LEAST_QUOTA_US = 2, 262_144, 1000
+"""The kernel refuses less, and more."""
 log = structlog.get_logger()
-
-
-def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
-    """Whether a pod says so in one of the known ways."""
-    return any(value in (labels.get(key), annotations.get(key)) for key, value in BATCH_LABELS.items())
 
 
 def in_tier(path: str, uid: str, tree: Tree) -> str | None:
@@ -50,8 +44,11 @@ def in_tier(path: str, uid: str, tree: Tree) -> str | None:
 
 def limits_of(asked: BatchRequest) -> Limits:
     """What a container gets that asks for batch resources: kubelet knows nothing of them, and would give it none."""
+    shares = None
+    if asked.cpu_milli is not None:
+        shares = min(max(asked.cpu_milli * 1024 // 1000, LEAST_SHARES), MOST_SHARES)
     return Limits(
-        cpu_shares=None if asked.cpu_milli is None else max(asked.cpu_milli * 1024 // 1000, LEAST_SHARES),
+        cpu_shares=shares,
         cpu_quota_us=None if asked.cpu_limit_milli is None else max(asked.cpu_limit_milli * 100, LEAST_QUOTA_US),
         cpu_period_us=None if asked.cpu_limit_milli is None else 100_000,
         memory_bytes=asked.memory_limit_bytes,
@@ -66,11 +63,12 @@ class Placement:
         port: FilePort,
         tree: Callable[[], Tree],
         known: Callable[[], Mapping[str, KnownPod]] = dict,
+        told: Callable[[], bool] = lambda: False,
         *,
         shadow: bool,
     ) -> None:
-        """`known` tells what the API server has said of this node's pods, by uid."""
-        self._port, self._tree, self._known, self._shadow = port, tree, known, shadow
+        """`known` is what the API server has said of this node's pods, by uid; `told`: whether it is to say any."""
+        self._port, self._tree, self._known, self._told, self._shadow = port, tree, known, told, shadow
 
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
@@ -83,6 +81,8 @@ class Placement:
         """Into the tier, if its pod says that it is batch, or asks for batch resources, and the tier is there."""
         known = self._known().get(pod.uid)
         requests = known.batch if known is not None else {}
+        if known is None and self._told() and not is_batch(pod.labels, pod.annotations):
+            log.warning("pod_not_known", pod=f"{pod.namespace}/{pod.name}", effect="its batch requests are not known")
         if self._shadow or not (requests or is_batch(pod.labels, pod.annotations)):
             return None
         tree = self._tree()

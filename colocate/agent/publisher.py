@@ -25,6 +25,7 @@ from colocate.cluster.api import (
     NODE_API,
     NODE_COLOCATIONS,
     SHADOW,
+    STOPPED,
     PodToEvict,
 )
 from colocate.decide.allocatable import LAW
@@ -35,10 +36,13 @@ from colocate.objects import Container, Quantities
 from colocate.objects import Pod as PodObject
 from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import Verdict
-from colocate.units import parse_bytes, parse_cores, parse_quantity, time_text
+from colocate.units import parse_quantity, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS = 6, 30.0
-CONFIG_HASH = "kubernetes.io/config.hash"
+MOST_CORES, MOST_BYTES = 1e6, 1 << 60
+"""More is no quantity of a node's."""
+MESSAGE_CHARACTERS = 1024
+CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
 """On the mirror of a static pod: what kubelet calls the pod by, and its cgroup."""
 log = structlog.get_logger()
 
@@ -56,11 +60,11 @@ def asked(pod: PodObject) -> tuple[float, int]:
 
 
 def _cores(requests: Quantities) -> float:
-    return parse_cores(requests.get("cpu", 0))
+    return min(float(parse_quantity(requests.get("cpu", 0))), MOST_CORES)
 
 
 def _bytes(requests: Quantities) -> int:
-    return parse_bytes(requests.get("memory", 0))
+    return min(int(parse_quantity(requests.get("memory", 0))), MOST_BYTES)
 
 
 def batch_requests(pod: PodObject) -> dict[str, BatchRequest]:
@@ -78,22 +82,23 @@ def batch_requests(pod: PodObject) -> dict[str, BatchRequest]:
 
 
 def _whole(quantity: str | float | None) -> int | None:
-    return None if quantity is None else int(parse_quantity(quantity))
+    return None if quantity is None else min(int(parse_quantity(quantity)), MOST_BYTES)
 
 
 def pod_of(found: PodObject, monotonic: float) -> Pod | None:
     """What the observer needs of a pod; None of one that is not understood, or has ended."""
     if found.terminal:
         return None
+    meta = found.metadata
+    static = MIRROR in meta.annotations and any(o.kind == "Node" for o in meta.owner_references)
     try:
         cores, size = asked(found)
-        batch = {} if CONFIG_HASH in found.metadata.annotations else batch_requests(found)  # kubelet alone makes those
+        batch = {} if static else batch_requests(found)  # kubelet alone makes static ones
     except ValueError as error:
-        log.warning("pod_not_understood", pod=f"{found.metadata.namespace}/{found.metadata.name}", error=str(error))
+        log.warning("pod_not_understood", pod=f"{meta.namespace}/{meta.name}", error=str(error))
         return None
-    meta = found.metadata
     return Pod(
-        uid=meta.annotations.get(CONFIG_HASH, meta.uid),
+        uid=meta.annotations.get(CONFIG_HASH, meta.uid) if static else meta.uid,
         name=meta.name,
         namespace=meta.namespace,
         labels=meta.labels,
@@ -178,7 +183,7 @@ class Publisher:
                         name=pod.name,
                         uid=pod.uid,
                         reason=eviction.reason,
-                        message=eviction.message,
+                        message=eviction.message[:MESSAGE_CHARACTERS],
                         grace_seconds=grace,
                     )
                 )
@@ -229,7 +234,7 @@ class Publisher:
         return {
             "promised": promised_by(verdict)[1],
             "reason": SHADOW if self._shadow else verdict.reason,
-            "message": verdict.message,
+            "message": verdict.message[:MESSAGE_CHARACTERS],
             "pressure": cpu.reason if cpu is not None else "",
             "lastAction": action,
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
@@ -241,7 +246,12 @@ class Publisher:
         try:
             async with Api.connect() as api, asyncio.timeout(2.0):
                 nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}
-                status = {"promised": nothing, "reason": "Stopped", "message": "the agent of this node was stopped"}
+                status: dict[str, object] = {
+                    "promised": nothing,
+                    "reason": STOPPED,
+                    "message": "the agent of this node was stopped",
+                }
+                status |= {"evict": []}
                 path = path_of(NODE_COLOCATIONS, name=self._node, subresource="status")
                 await api.request("PATCH", path, {"status": status}, content_type=MERGE)
         except (ColocateError, TimeoutError) as error:

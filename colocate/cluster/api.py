@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from colocate.objects import Lean, ObjectMeta, Quantities
+from collections.abc import Mapping
+
+from colocate.objects import Lean, ObjectMeta, Pod, Quantities
 
 NODE_API = "colocate.io/v1alpha1"
 NODE_COLOCATIONS = f"/apis/{NODE_API}/nodecolocations"
 BATCH_CPU, BATCH_MEMORY = "kubernetes.io/batch-cpu", "kubernetes.io/batch-memory"
 """Extended resources of nodes, in thousandths of a CPU and in bytes, as Koordinator's."""
+BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
+"""How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
 HEARTBEAT_SECONDS = 60.0
 """What does not change is said again so often."""
 SILENT_SECONDS = 150.0
 """An agent that has said nothing for so long promises nothing."""
 
 
-SHADOW = "Shadow"
-"""The reason of an agent that only computes: what it would promise is promised to nobody."""
+SHADOW, STOPPED = "Shadow", "Stopped"
+"""The reasons of an agent that only computes, whose promises are nobody's, and of one that has ended."""
+
+
+def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
+    """Whether a pod says so in one of the known ways."""
+    return any(value in (labels.get(key), annotations.get(key)) for key, value in BATCH_LABELS.items())
+
+
+def asks_batch(pod: Pod) -> bool:
+    """Whether one of its containers asks for batch resources, which only batch pods may."""
+    every = (*pod.spec.containers, *pod.spec.init_containers)
+    return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY))
 
 
 class NodeColocationSpec(Lean, frozen=True):

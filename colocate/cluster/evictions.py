@@ -1,18 +1,20 @@
 """Batch pods that have to go from their nodes, evicted through the API server: their disruption budgets hold.
 
-An agent names pods of its own node only: whether they are there is looked at before anything is asked. What a budget
+An agent may name batch pods of its own node only: what it names is looked at before anything is asked. What a budget
 refuses (429) is asked again as long as the agent goes on asking; after 15 s that signals the pod's processes itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import msgspec
 import structlog
 
-from colocate.cluster.api import NodeColocation, PodToEvict
+from colocate.cluster.api import NodeColocation, PodToEvict, asks_batch, is_batch
 from colocate.kube.client import EVENTS, PODS, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Pod
@@ -21,6 +23,10 @@ from colocate.units import time_text
 AGAIN_SECONDS = 2.0
 """Between two attempts at what a budget refuses."""
 FORGET_SECONDS = 600.0
+AT_ONCE, MOST_OF_A_NODE = 16, 32
+ASK_SECONDS, LEAST_GRACE_SECONDS = 10.0, 1
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+"""A DNS subdomain (RFC 1123): nothing else is put into a path."""
 log = structlog.get_logger()
 
 
@@ -30,45 +36,62 @@ class Evictions:
     def __init__(self, api: Api, election: Election) -> None:
         self._api, self._election = api, election
         self.wake = asyncio.Event()
-        self._done: dict[str, float] = {}
-        """uid -> when its end was accepted, or it was found to be nobody's business."""
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._busy: set[tuple[str, str]] = set()
+        self._done: dict[tuple[str, str], float] = {}
+        """Node and uid -> when the pod's end was accepted, or it was found to be none of that node's business."""
 
-    async def run(self, said: Mapping[str, NodeColocation]) -> None:
-        """Until cancelled. Raises LeadershipLost."""
-        while True:
-            await self.wake.wait()
-            self.wake.clear()
-            now = time.monotonic()
-            self._done = {uid: at for uid, at in self._done.items() if now - at < FORGET_SECONDS}
-            wanted = [
-                (node, pod) for node, one in said.items() for pod in one.status.evict if pod.uid not in self._done
-            ]
-            ended = await asyncio.gather(*(self._evict(node, pod) for node, pod in wanted))
-            if not all(ended):
+    async def run(self, asking: Callable[[], Mapping[str, NodeColocation]]) -> None:
+        """Until cancelled; `asking` are the objects of agents that speak now. Raises LeadershipLost."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                await self.wake.wait()
+                self.wake.clear()
+                now = time.monotonic()
+                self._done = {key: at for key, at in self._done.items() if now - at < FORGET_SECONDS}
+                for node, one in asking().items():
+                    for pod in one.status.evict[:MOST_OF_A_NODE]:
+                        key = node, pod.uid
+                        if key not in self._done and key not in self._busy:
+                            self._busy.add(key)
+                            tasks.create_task(self._evict(node, pod))
+
+    async def _evict(self, node: str, wanted: PodToEvict) -> None:
+        """Ask for one pod; what is refused for now is asked again soon, if it still is to go then."""
+        key, name = (node, wanted.uid), f"{wanted.namespace}/{wanted.name}"
+        try:
+            async with self._slots:
+                await self._ask(node, wanted)
+            self._done[key] = time.monotonic()
+        except (ApiError, Unreachable, msgspec.DecodeError) as error:
+            if not (isinstance(error, ApiError) and error.status in (400, 403, 404, 422)):
+                log.info("not_evicted", pod=name, error=str(error))
                 asyncio.get_running_loop().call_later(AGAIN_SECONDS, self.wake.set)
+                return
+            log.warning("not_evictable", pod=name, error=str(error))
+            self._done[key] = time.monotonic()
+        finally:
+            self._busy.discard(key)
 
-    async def _evict(self, node: str, wanted: PodToEvict) -> bool:
-        """Whether nothing is left to be asked for."""
+    async def _ask(self, node: str, wanted: PodToEvict) -> None:
         if not self._election.holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        if not (NAME.fullmatch(wanted.namespace) and NAME.fullmatch(wanted.name)):
+            raise ApiError(400, "BadRequest", f"{wanted.namespace}/{wanted.name} is no pod's name")
         path = path_of(PODS, wanted.namespace, wanted.name)
-        try:
-            pod = await self._api.get(Pod, path)
-            if pod.metadata.uid == wanted.uid and pod.spec.node_name != node:
-                log.warning("pod_of_another_node", node=node, pod=f"{wanted.namespace}/{wanted.name}")
-            if pod.metadata.uid == wanted.uid and pod.spec.node_name == node and not pod.deleting:
-                options = {"preconditions": {"uid": wanted.uid}, "gracePeriodSeconds": wanted.grace_seconds}
-                kind = {"apiVersion": "policy/v1", "kind": "Eviction"}
-                meta = {"name": wanted.name, "namespace": wanted.namespace}
-                body = {**kind, "metadata": meta, "deleteOptions": options}
-                await self._api.request("POST", f"{path}/eviction", body, patient=False)
-                await self._say(pod, wanted)
-        except (ApiError, Unreachable) as error:
-            if not (isinstance(error, ApiError) and error.status == 404):
-                log.warning("not_evicted", pod=f"{wanted.namespace}/{wanted.name}", error=str(error))
-                return False
-        self._done[wanted.uid] = time.monotonic()
-        return True
+        answer = await self._api.request("GET", path, timeout_seconds=ASK_SECONDS, patient=False)
+        pod = msgspec.json.decode(answer, type=Pod)
+        if pod.metadata.uid != wanted.uid or pod.deleting:
+            return
+        batch = is_batch(pod.metadata.labels, pod.metadata.annotations) or asks_batch(pod)
+        if pod.spec.node_name != node or not batch:
+            raise ApiError(403, "Forbidden", f"{node}'s agent may not end it: it is no batch pod of that node")
+        grace = max(wanted.grace_seconds, LEAST_GRACE_SECONDS)
+        options = {"preconditions": {"uid": wanted.uid}, "gracePeriodSeconds": grace}
+        meta = {"name": wanted.name, "namespace": wanted.namespace}
+        body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta, "deleteOptions": options}
+        await self._api.request("POST", f"{path}/eviction", body, timeout_seconds=ASK_SECONDS, patient=False)
+        await self._say(pod, wanted)
 
     async def _say(self, pod: Pod, wanted: PodToEvict) -> None:
         """An Event on the pod: who took its place, and why."""

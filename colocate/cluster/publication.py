@@ -8,15 +8,23 @@ object, which goes with its node. Nothing is written that is so already.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Mapping
 
 import structlog
 
-from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, SHADOW, SILENT_SECONDS, NodeColocation
+from colocate.cluster.api import (
+    BATCH_CPU,
+    BATCH_MEMORY,
+    NODE_COLOCATIONS,
+    SHADOW,
+    SILENT_SECONDS,
+    STOPPED,
+    NodeColocation,
+    NodeColocationStatus,
+)
 from colocate.cluster.evictions import Evictions
-from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, path_of, pause
+from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, age_of, path_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import Node
@@ -25,24 +33,33 @@ from colocate.units import parse_quantity
 RESOURCES = (BATCH_CPU, BATCH_MEMORY)
 LOOK_SECONDS = 10.0
 """How often silence is looked for."""
+OLD_SECONDS = 900.0
+"""What was said so long ago, by the wall clock, is no word at all: clocks are not so far apart."""
+AGAIN_SECONDS, WRITE_SECONDS = 2.0, 10.0
 ORPHANED_SECONDS = 60.0
 """An object whose node has been gone for so long goes too."""
 WRITES_AT_ONCE = 16
 log = structlog.get_logger()
 
 
-def wanted(promised: Mapping[str, object], reason: str, silent_seconds: float) -> dict[str, str]:
-    """What a node's status is to say, by what its agent said so long ago; what cannot be read is nothing."""
-    if silent_seconds >= SILENT_SECONDS or reason == SHADOW:
+def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seconds: float) -> dict[str, str]:
+    """What a node's status is to say, by what its agent said so long ago: never more than the `node` can allot.
+
+    What cannot be read is nothing.
+    """
+    if silent_seconds >= SILENT_SECONDS or status.reason == SHADOW:
         return dict.fromkeys(RESOURCES, "0")
-    found = {}
-    for name in RESOURCES:
-        try:
-            amount = max(int(parse_quantity(str(promised.get(name, "0")))), 0)
-        except ValueError:
-            amount = 0
-        found[name] = str(amount)
-    return found
+    most = {BATCH_CPU: _amount(node.get("cpu"), 1000), BATCH_MEMORY: _amount(node.get("memory"))}
+    promised = {name: min(_amount(status.promised.get(name)), most[name]) for name in RESOURCES}
+    return {name: str(max(int(amount), 0)) for name, amount in promised.items()}
+
+
+def _amount(quantity: object, times: int = 1) -> int:
+    """So many times a quantity, in whole units; 0 of what cannot be read."""
+    try:
+        return int(parse_quantity(str(quantity)) * times) if quantity is not None else 0
+    except ValueError:
+        return 0
 
 
 def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> bool:
@@ -51,7 +68,7 @@ def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> b
         now = status.get(name)
         if (now is None) != (value is None):
             return True
-        if now is not None and value is not None and parse_quantity(str(now)) != parse_quantity(value):
+        if _amount(now) != _amount(value):
             return True
     return False
 
@@ -67,6 +84,7 @@ class Publication:
         """Node -> when its agent was heard last, monotonic."""
         self._orphaned: dict[str, float] = {}
         self._due: dict[str, None] = {}
+        self._busy: set[str] = set()
         self._evictions = Evictions(api, election)
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
@@ -84,12 +102,14 @@ class Publication:
                 for reflector in (nodes, said):
                     await reflector.synced.wait()
                 tasks.create_task(self._look_for_silence())
-                tasks.create_task(self._evictions.run(self._said))
+                tasks.create_task(self._evictions.run(self._asking))
                 while True:
                     await self._wake.wait()
                     self._wake.clear()
-                    due, self._due = self._due, {}
-                    await asyncio.gather(*(self._settle(name) for name in due))
+                    for name in self._due.keys() - self._busy:
+                        del self._due[name]
+                        self._busy.add(name)
+                        tasks.create_task(self._settle(name))
         except* LeadershipLost as lost:
             raise lost.exceptions[0] from None
 
@@ -117,7 +137,8 @@ class Publication:
             self._heard.pop(name, None)
         else:
             self._said[name] = now
-            if before is None or before.status.observed != now.status.observed:
+            old = before is None and age_of(now.status.observed) > OLD_SECONDS  # a new leader need not wait to know
+            if not old and (before is None or before.status.observed != now.status.observed):
                 self._heard[name] = time.monotonic()
         self._look_at(name)
         self._evictions.wake.set()
@@ -126,8 +147,8 @@ class Publication:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
-            for name, at in self._heard.items():
-                if now - at >= SILENT_SECONDS:
+            for name in self._said:
+                if self._silent_seconds(name) >= SILENT_SECONDS:
                     self._look_at(name)
             gone = self._said.keys() - self._nodes.keys()
             self._orphaned = {name: self._orphaned.get(name, now) for name in gone}
@@ -136,31 +157,47 @@ class Publication:
                     await self._remove(name)
 
     async def _settle(self, name: str) -> None:
-        """Make a node's status say what it should; what fails is tried again."""
-        async with self._slots:
-            for attempt in range(6):
-                node, said = self._nodes.get(name), self._said.get(name)
-                if node is None:
-                    return
-                should: dict[str, str | None] = dict.fromkeys(RESOURCES)
-                if said is not None:
-                    silent = time.monotonic() - self._heard.get(name, time.monotonic())
-                    should |= wanted(said.status.promised, said.status.reason, silent)
-                if not differs(node.status.allocatable, should):
-                    return
-                if not self._election.holds():
-                    raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
-                try:
-                    body = {"status": {"capacity": should, "allocatable": should}}
-                    path = path_of(NODES, name=name, subresource="status")
-                    await self._api.request("PATCH", path, body, content_type=MERGE)
-                    self.writes += 1
-                    return
-                except (ApiError, Unreachable) as error:
-                    if isinstance(error, ApiError) and error.status == 404:
-                        return
-                    log.warning("node_not_written", node=name, error=str(error))
-                    await pause(error, attempt, random.random())
+        """Make a node's status say what it should; what fails is tried again, and holds up nobody else's."""
+        try:
+            async with self._slots:
+                await self._write(name)
+        except (ApiError, Unreachable) as error:
+            if not (isinstance(error, ApiError) and error.status == 404):
+                log.warning("node_not_written", node=name, error=str(error))
+                asyncio.get_running_loop().call_later(AGAIN_SECONDS, self._look_at, name)
+        finally:
+            self._busy.discard(name)
+            if name in self._due:
+                self._wake.set()
+
+    async def _write(self, name: str) -> None:
+        node, said = self._nodes.get(name), self._said.get(name)
+        if node is None:
+            return
+        should: dict[str, str | None] = dict.fromkeys(RESOURCES)
+        if said is not None:
+            should |= wanted(said.status, node.status.allocatable, self._silent_seconds(name))
+        if not differs(node.status.allocatable, should):
+            return
+        if not self._election.holds():
+            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        body = {"status": {"capacity": should, "allocatable": should}}
+        path = path_of(NODES, name=name, subresource="status")
+        await self._api.request("PATCH", path, body, content_type=MERGE, timeout_seconds=WRITE_SECONDS, patient=False)
+        self.writes += 1
+
+    def _silent_seconds(self, name: str) -> float:
+        return time.monotonic() - self._heard.get(name, float("-inf"))
+
+    def _asking(self) -> dict[str, NodeColocation]:
+        """The objects of agents that speak, and do more than compute."""
+        return {
+            name: said
+            for name, said in self._said.items()
+            if said.status.evict
+            and said.status.reason not in (SHADOW, STOPPED)
+            and self._silent_seconds(name) < SILENT_SECONDS
+        }
 
     async def _remove(self, name: str) -> None:
         """The object of a node that is gone for good."""

@@ -13,7 +13,7 @@ import msgspec
 
 from colocate.decide.law import Decision, View, act
 from colocate.plan import Request, Verdict
-from colocate.snapshot import NodeSnapshot
+from colocate.snapshot import NodeSnapshot, Workload
 
 LAW = "eviction"
 KILLING_SECONDS = 5.0
@@ -36,11 +36,10 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     inodes: dict[str, int] = {}
     """Of the cgroup that was told: one that its owner has made anew since is another."""
 
-    def wish(self, id_: str) -> Request | None:
-        """What asked for it, of a pod whose eviction is waited for: whoever asked once need not go on asking."""
-        if not self.asked or self.deadline:
-            return None
-        return Request(verb="evict", workload=id_, law=LAW, reason=self.reason, message=self.message)
+    @property
+    def presses(self) -> bool:
+        """Whether it frees something soon: an API that may refuse for ever is nothing to count on."""
+        return bool(self.deadline) or self.reason in URGENT
 
 
 class EvictionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -87,9 +86,9 @@ def decide_eviction(view: View, state: EvictionState) -> Decision:
             known = None  # what its owner has made anew is another
         deadline, killed = (known.deadline, known.killed) if known is not None else (0.0, 0.0)
         grace = view.spec.memory.termination_grace
-        wish = wish or (known.wish(id_) if known is not None else None)
+        wish = _wish_for_pod(wish, known, job) if job.pod else wish
         if job.pod and wish is not None and deadline <= 0.0 and _alive(snapshot, id_):
-            if known is None:
+            if known is None or (wish.reason in URGENT and known.reason not in URGENT):
                 asked = now + API_SECONDS
                 known = Eviction(asked=asked, reason=wish.reason, message=wish.message, inodes=job.inodes)
             if now < known.asked or known.reason not in URGENT:
@@ -119,10 +118,21 @@ def decide_eviction(view: View, state: EvictionState) -> Decision:
     return Decision(EvictionState(under_way=under_way), actions, verdict, [], thaws)
 
 
+def _wish_for_pod(wish: Request | None, known: Eviction | None, pod: Workload) -> Request | None:
+    """What wants a pod to go: who needs its memory asks once, the others as long as they want it."""
+    if known is None or known.deadline or (wish is not None and wish.reason in URGENT):
+        return wish
+    if known.reason in URGENT or pod.leaving:
+        return Request(verb="evict", workload=pod.id, law=LAW, reason=known.reason, message=known.message)
+    return wish
+
+
 def still_leaving(snapshot: NodeSnapshot, id_: str, eviction: Eviction, now: float) -> bool:
     """Whether a job that was told to go is still on its way; what its owner has made anew is another."""
     job = snapshot.workloads.get(id_)
     if job is None or not _alive(snapshot, id_) or eviction.inodes != job.inodes:
+        return False
+    if not eviction.presses and not job.leaving:
         return False
     return not (eviction.killed and now >= eviction.killed + KILLING_SECONDS)  # whatever runs then was started since
 

@@ -34,7 +34,7 @@ LAWS: tuple[tuple[str, Law], ...] = (
     ("allocatable", decide_allocatable),
 )
 """Each with the field of LawState that is its memory, in an order in which requests reach their owner."""
-LAWS_VERSION = 3
+LAWS_VERSION = 4
 
 
 class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

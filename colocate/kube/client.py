@@ -65,6 +65,10 @@ class Unreachable(ColocateError):  # noqa: N818
     """No answer: what was asked for may have been done or not."""
 
 
+class TooLong(Unreachable):
+    """A line of a watch is longer than anybody reads: the objects are to be had by pages."""
+
+
 class _Status(Lean, frozen=True):
     metadata: ObjectMeta = ObjectMeta()
     reason: str = ""
@@ -80,8 +84,8 @@ def age_of(text: str | None) -> float:
 def path_of(collection: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
     """The path of an object, or of a namespace's collection: `/api/v1/namespaces/NS/pods/NAME/binding`."""
     head, _, plural = collection.rpartition("/")
-    parts = [head, *(["namespaces", quote(namespace)] if namespace else []), plural]
-    return "/".join([*parts, *(quote(p, safe="/") for p in (name, subresource) if p)])
+    parts = [head, *(["namespaces", quote(namespace, safe="")] if namespace else []), plural]
+    return "/".join([*parts, *(quote(p, safe="") for p in (name, subresource) if p)])
 
 
 class Page(Lean, frozen=True):
@@ -239,6 +243,8 @@ class Api:
                     raise _error(response, await response.read())
                 async for line in response.content:
                     yield line
+        except aiohttp.http_exceptions.HttpProcessingError as error:
+            raise TooLong(f"the watch of {path} has a line that is too long") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unreachable(f"the watch of {path} broke: {error or type(error).__name__}") from error
 

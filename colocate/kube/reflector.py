@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from colocate.errors import ColocateError
-from colocate.kube.client import Api, ApiError, Page, Unreachable, page_query, pause
+from colocate.kube.client import Api, ApiError, Page, TooLong, Unreachable, page_query, pause
 from colocate.objects import Lean, ObjectMeta
 
 IDLE_SECONDS = 150.0
@@ -91,6 +91,8 @@ class Reflector(Generic[O]):
                 await pause(error, attempt, random.random())
 
     def _failed(self, error: ColocateError, attempt: int) -> int:
+        if isinstance(error, TooLong):
+            self._streams, self._version = False, ""
         if isinstance(error, ApiError) and error.status == 410:
             self._version = ""
             return 0

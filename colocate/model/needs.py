@@ -78,7 +78,8 @@ def look(
 ) -> Needs:
     """What is remembered after a reading of the need, `seconds` after the one before.
 
-    A clock that goes back stays in its slot; slots in which nobody looked are unknown, and say nothing of the bounds.
+    A clock that goes back a little stays in its slot; slots in which nobody looked are unknown, and say nothing of the
+    bounds.
     """
     if needs.runtime_slots != runtime_slots:  # what was learnt is of another question
         needs = Needs(slot=needs.slot, runtime_slots=runtime_slots, largest=needs.largest, ended=needs.ended)
@@ -88,6 +89,8 @@ def look(
         cores = before + (cores - before) * (1.0 - exp(-max(seconds, 0.0) / constant))
     reading = round(cores, DIGITS), round(size, DIGITS)
     slot, largest = int(time_seconds // SLOT_SECONDS), needs.largest
+    if slot < needs.slot - 1:  # the clock was ahead, or is behind: what it says now counts
+        needs, largest = msgspec.structs.replace(needs, slot=slot), ()
     if needs.slot >= 0:
         for i in range(min(max(slot - needs.slot, 0), 2 * DAY_SLOTS)):
             needs = _ended(needs, largest if i == 0 else UNKNOWN, risk)

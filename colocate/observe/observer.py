@@ -172,6 +172,7 @@ class Observer:
             self._governed,
             self._units,
             self._at,
+            evictable=self.lister.expected,
         )
         self._governed = {t.path for t in targets if t.in_place}
         self._inodes = {t.path: t.inodes for t in targets}
@@ -241,7 +242,7 @@ class Observer:
         """Ask the kubelet for its pods, in the background, if a selector needs them."""
         spec = self.policy.spec
         entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
-        if self.lister.watched:
+        if self.lister.expected:
             return
         if any(e.selector.pod_selector is not None for e in entries):
             self.lister.refresh(spec.kubelet)

@@ -93,6 +93,8 @@ class PodLister:
     def __init__(self) -> None:
         self.pods: dict[str, Pod] = {}
         self.problem = ""
+        self.expected = False
+        """Whether the API server is to tell of them: pods that it has not told of yet are its all the same."""
         self.watched = False
         """Whether the API server tells of them, so that nobody need be asked."""
         self._task: asyncio.Task[None] | None = None

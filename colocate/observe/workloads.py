@@ -325,7 +325,12 @@ def _besteffort(port: FilePort, tree: Tree, claimed: dict[str, str], inodes: Ino
 
 
 def _in_tier(
-    port: FilePort, tree: Tree, jobs: dict[str, dict[str, Any]], pods: Mapping[str, Pod], inodes: Inodes
+    port: FilePort,
+    tree: Tree,
+    jobs: dict[str, dict[str, Any]],
+    pods: Mapping[str, Pod],
+    inodes: Inodes,
+    evictable: bool,
 ) -> list[Target]:
     """Jobs, and pods whose containers are below them: what a law writes it writes into the pod's own directory."""
     targets = []
@@ -335,7 +340,8 @@ def _in_tier(
         if uid is not None:
             pod = pods.get(uid)
             id_, name = f"pod:{uid}", f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
-            known = dict(pod.evictable) if pod is not None else {}
+            known = {"pod": f"?/{uid}"} if evictable else {}
+            known = dict(pod.evictable) if pod is not None else known
         targets.append(Target(id_, name, "batch", path, inodes(path, inode), known))
     return targets
 
@@ -350,11 +356,14 @@ def discover(
     governed: Set[str] = frozenset(),
     units: Units | None = None,
     now: float = 0.0,
+    *,
+    evictable: bool = False,
 ) -> tuple[list[Target], dict[str, str]]:
     """All workloads of the node, and the problems met, by the name of the policy entry.
 
     `jobs` has what is known of a job by the name of its directory in the tier, `pods` of a pod by its uid. Batch in the
-    cgroups that are `governed` already stays so though a stranger looks in (`docker exec`).
+    cgroups that are `governed` already stays so though a stranger looks in (`docker exec`). Pods are `evictable` by the
+    API server where one is to tell of them.
     """
     units = units if units is not None else Units()
     problems: dict[str, str] = {}
@@ -375,5 +384,5 @@ def discover(
         chosen = [t for t in targets if t.tier == "service" or t.in_place]
         targets.extend(p for p in found if not any(_is_or_serves_in(t, p.path) for t in chosen))
         targets.extend(_besteffort(port, tree, claimed, inodes))
-    targets.extend(_in_tier(port, tree, jobs, pods, inodes))
+    targets.extend(_in_tier(port, tree, jobs, pods, inodes, evictable))
     return targets, problems

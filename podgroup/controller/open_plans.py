@@ -255,8 +255,9 @@ class OpenPlans:
         self._release_of_dropped(plan, now, volumes)
         if (plan.status.phase, now.status.phase) == ("Binding", "Confirming"):
             self._unwritten[key] = now_seconds() + CONFIRM_SECONDS
+            self._hands.metrics.moved(key, now, now_seconds(), self._hands.woken)
             self._cluster.set_plan(key, now)
-            self._feed.dirty.add(key)
+            self._feed.look_again(key)
             return
         self._unwritten.pop(key, None)
         self._hands.spawn(key, self._hands.save(key, self._timed(plan, now)))

@@ -452,12 +452,15 @@ async def in_phase(world: World, group: str, phase: str) -> None:
 async def test_a_gang_whose_pods_are_all_gone_runs_no_longer(world: World) -> None:
     """A sibling of F12 (an operator's users saw it): its group is still there, and no pod is."""
     await world.node("n0", cpu=4, memory="4Gi")
-    async with leader(world):
+    async with leader(world) as it:
         await world.group("pg", 2)
         for name in ("a", "b"):
             await world.pod(name, "pg", cpu=1)
         await world.until_bound("a", "b")
         await in_phase(world, "pg", "Running")
+        told = it.metrics.text(it.queue)
+        assert b"colocate_gang_bind_spread_seconds_count 1.0" in told
+        assert b"colocate_gang_capacity_to_start_seconds_count 1.0" in told
         for name in ("a", "b"):
             await world.delete(PODS, name, 0)
         await in_phase(world, "pg", "Waiting")

@@ -18,18 +18,20 @@ from colocate.agent.loop import Agent
 from colocate.agent.publisher import Publisher
 from colocate.cgroup.layout import UNIFIED
 from colocate.cluster import publication
-from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS
+from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, NodeColocationStatus
 from colocate.cluster.publication import Publication, differs, wanted
 from colocate.kernelmodel import ModelKernel
 from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
 from colocate.model import kernels
+from colocate.objects import Quantities
 from colocate.plan import Request
 from colocate.policy.schema import ColocationPolicy
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, ignoring_conflict, leader
 from tools.rights import COLLECTIONS, MANIFESTS
 
+BATCH = {"colocate.io/qos": "batch"}
 ADMISSION = "/apis/admissionregistration.k8s.io/v1"
 POLICIES = {
     "ValidatingAdmissionPolicy": f"{ADMISSION}/validatingadmissionpolicies",
@@ -153,7 +155,7 @@ async def on_node(world: World, name: str, node: str, **labels: str) -> None:
 
 async def test_a_pod_that_has_to_go_is_evicted_and_told_why(world: World, kinds: None) -> None:
     await world.node("n0", cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0")
+    await on_node(world, "p", "n0", **BATCH)
     async with publishing(world.api):
         await say(world.api, "n0", 0, 0)
         await wants_gone(world, "n0", "p")
@@ -171,7 +173,7 @@ async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server
     """An agent on the kernel model, everything above it real."""
     monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig()))
     await world.node("n0", cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0")
+    await on_node(world, "p", "n0", **BATCH)
     await on_node(world, "svc", "n0")
     uid = (await world.pods())["p"].metadata.uid
     kernel = ModelKernel(version=2)
@@ -225,7 +227,7 @@ async def test_a_disruption_budget_holds_until_it_allows_it(world: World, kinds:
     budget = {"minAvailable": 1, "selector": {"matchLabels": {"app": "train"}}}
     meta = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "train"}}
     await world.api.request("POST", budgets, {**meta, "spec": budget})
-    await on_node(world, "p", "n0", app="train")
+    await on_node(world, "p", "n0", app="train", **BATCH)
     async with publishing(world.api):
         await say(world.api, "n0", 0, 0)
         await wants_gone(world, "n0", "p")
@@ -236,20 +238,30 @@ async def test_a_disruption_budget_holds_until_it_allows_it(world: World, kinds:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("node", "labels", "other", "reason"),
     [
-        pytest.param({}, id="a pod of another node"),
-        pytest.param({"uid": "another"}, id="a namesake of one that is gone"),
+        pytest.param("n1", BATCH, {}, "Promised", id="a pod of another node"),
+        pytest.param("n0", {}, {}, "Promised", id="a service"),
+        pytest.param("n0", BATCH, {"uid": "another"}, "Promised", id="a namesake of one that is gone"),
+        pytest.param("n0", BATCH, {"name": "../../../../version"}, "Promised", id="what is no pod's name"),
+        pytest.param("n0", BATCH, {}, "Stopped", id="an agent that has ended"),
+        pytest.param("n0", BATCH, {}, "Shadow", id="an agent that only computes"),
     ],
 )
-async def test_an_agent_ends_no_pod_that_is_not_its_node_s(world: World, kinds: None, other: dict[str, str]) -> None:
-    for node in ("n0", "n1"):
-        await world.node(node, cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0" if other else "n1")
+async def test_whom_an_agent_does_not_end(
+    world: World, kinds: None, node: str, labels: dict[str, str], other: dict[str, str], reason: str
+) -> None:
+    for name in ("n0", "n1"):
+        await world.node(name, cpu=8, memory="8Gi")
+    await on_node(world, "p", node, **labels)
+    await on_node(world, "q", "n1", **BATCH)
     async with publishing(world.api):
-        await say(world.api, "n0", 0, 0)
+        await say(world.api, "n0", 0, 0, reason)
         await wants_gone(world, "n0", "p", **other)
-        await asyncio.sleep(2.0)
+        await say(world.api, "n1", 0, 0)
+        await wants_gone(world, "n1", "q")
+        await gone(world, "q")
+        await asyncio.sleep(0.5)
         assert "p" in await world.pods()
 
 
@@ -258,6 +270,10 @@ async def test_an_agent_ends_no_pod_that_is_not_its_node_s(world: World, kinds: 
     [
         pytest.param({BATCH_CPU: "4000"}, "Promised", 10.0, "4000", id="what is said"),
         pytest.param({BATCH_CPU: "4k"}, "Promised", 10.0, "4000", id="as the API server writes it"),
+        pytest.param({BATCH_CPU: "9k"}, "Promised", 10.0, "8000", id="more than the node has"),
+        pytest.param({BATCH_CPU: "9e60"}, "Promised", 10.0, "8000", id="more than there is anywhere"),
+        pytest.param({BATCH_CPU: "1e999999999"}, "Promised", 10.0, "0", id="what would take for ever to read"),
+        pytest.param({BATCH_CPU: "9" * 5000}, "Promised", 10.0, "0", id="what is too long to read"),
         pytest.param({BATCH_CPU: "4000"}, "Promised", 151.0, "0", id="said too long ago"),
         pytest.param({BATCH_CPU: "4000"}, "Shadow", 1.0, "0", id="said by one that only computes"),
         pytest.param({BATCH_CPU: "-5"}, "Promised", 1.0, "0", id="less than nothing"),
@@ -265,8 +281,9 @@ async def test_an_agent_ends_no_pod_that_is_not_its_node_s(world: World, kinds: 
         pytest.param({}, "", 0.0, "0", id="nothing said yet"),
     ],
 )
-def test_what_a_node_s_status_is_to_say(promised: dict[str, object], reason: str, silent: float, cpu: str) -> None:
-    assert wanted(promised, reason, silent)[BATCH_CPU] == cpu
+def test_what_a_node_s_status_is_to_say(promised: Quantities, reason: str, silent: float, cpu: str) -> None:
+    status = NodeColocationStatus(promised=promised, reason=reason)
+    assert wanted(status, {"cpu": "8", "memory": "8Gi"}, silent)[BATCH_CPU] == cpu
 
 
 def test_nothing_is_written_that_is_so_already() -> None:

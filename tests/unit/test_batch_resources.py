@@ -86,11 +86,20 @@ def test_slots_in_which_nobody_looked_say_nothing():
     assert np.isnan(resumed.ended[-2]).all()
 
 
-def test_a_clock_that_goes_back_stays_in_its_slot():
+def test_a_clock_that_goes_back_a_little_stays_in_its_slot():
     needs, _ = lived([6.0] * 100)
-    back = look(needs, 50 * SLOT_SECONDS, 1.0, 7.0, 6.0 * GIB, 12, 0.01)
+    back = look(needs, 98.5 * SLOT_SECONDS, 1.0, 7.0, 6.0 * GIB, 12, 0.01)
     assert back.slot == needs.slot
     assert len(back.ended) == len(needs.ended)
+
+
+def test_a_clock_that_was_ahead_stops_no_learning():
+    needs, _ = lived([6.0] * 100)
+    ahead = look(needs, 3 * 365 * 86400.0, 1.0, 40.0, 6.0 * GIB, 12, 0.01)
+    for i in range(100, 170):
+        ahead = look(ahead, i * SLOT_SECONDS + 1.0, SLOT_SECONDS, 6.0, 6.0 * GIB, 12, 0.01)
+    assert ahead.slot == 169
+    assert ahead.bound == pytest.approx((6.0, 6.0 * GIB), rel=1e-3)
 
 
 def test_another_runtime_is_another_question():

@@ -156,11 +156,29 @@ def test_a_pod_that_goes_by_itself_is_not_signalled():
 
 def test_a_pod_is_not_killed_against_its_budget_because_it_was_frozen():
     """Its kubelet would start it again on the spot."""
-    state = evict(make.snapshot(pod(frozen=True), at=100), [asked("FrozenTooLong")], EvictionState()).state
-    found = evict(make.snapshot(pod(frozen=True), at=1000), [], state)
+    wish = [asked("FrozenTooLong")]
+    state = evict(make.snapshot(pod(frozen=True), at=100), wish, EvictionState()).state
+    found = evict(make.snapshot(pod(frozen=True), at=1000), wish, state)
     assert found.actions == []
     assert found.requests == []
     assert "job:podabc" in found.state.under_way
+
+
+def test_a_pod_that_nobody_wants_gone_any_more_stays():
+    state = evict(make.snapshot(pod(frozen=True), at=100), [asked("FrozenTooLong")], EvictionState()).state
+    assert evict(make.snapshot(pod(), at=101), [], state).state.under_way == {}
+
+
+def test_what_a_budget_may_refuse_for_ever_is_nothing_to_count_on():
+    """Memory that services need later is not waited for from a pod that was asked for because it was frozen."""
+    wish = [asked("FrozenTooLong")]
+    snapshot = make.snapshot(pod(frozen=True), at=100)
+    state = evict(snapshot, wish, EvictionState()).state
+    assert not still_leaving(snapshot, "job:podabc", state.under_way["job:podabc"], 110.0)
+    urgent = evict(make.snapshot(pod(frozen=True), at=200), [asked()], state)
+    assert urgent.state.under_way["job:podabc"].reason == "MemoryPressure"
+    told = evict(make.snapshot(pod(frozen=True), at=216), [], urgent.state)
+    assert [(a.knob, a.value) for a in told.actions] == [("signal", "SIGTERM")]
 
 
 def test_a_pod_whose_end_has_begun_is_thawed():

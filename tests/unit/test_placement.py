@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from colocate.agent.placement import Placement, in_tier, is_batch, limits_of
+from colocate.agent.placement import Placement, in_tier, limits_of
 from colocate.agent.publisher import pod_of
 from colocate.cgroup.tree import Tree
+from colocate.cluster.api import is_batch
 from colocate.kernelmodel import ModelKernel
 from colocate.nri import Adjustment, Container, Limits, Pod
 from colocate.objects import Container as ContainerObject
-from colocate.objects import ObjectMeta, PodSpec, PodStatus, Quantities, Resources
+from colocate.objects import ObjectMeta, OwnerReference, PodSpec, PodStatus, Quantities, Resources
 from colocate.objects import Pod as PodObject
 from colocate.observe.pods import BatchRequest
 
@@ -164,9 +165,26 @@ def test_requests_of_all_containers_count():
 
 
 def test_a_static_pod_is_known_by_its_hash():
-    found: Any = pod_of(told(asking(batch_cpu="1"), annotations={"kubernetes.io/config.hash": "abc"}), 1000.0)
-    assert found.uid == "abc"
-    assert found.batch == {}, "and is no batch pod, whoever calls itself static"
+    mirror = {"kubernetes.io/config.hash": "abc", "kubernetes.io/config.mirror": "abc"}
+    node = [OwnerReference(kind="Node", name="n0")]
+    found: Any = pod_of(told(asking(batch_cpu="1"), annotations=mirror, owner_references=node), 1000.0)
+    assert (found.uid, found.batch) == ("abc", {})
+    found = pod_of(told(asking(batch_cpu="1"), annotations={"kubernetes.io/config.hash": "abc"}), 1000.0)
+    assert found.uid == UID, "who only says so is himself"
+    assert found.batch
+
+
+@pytest.mark.parametrize(
+    ("requests", "cores", "size"),
+    [
+        pytest.param({"cpu": "2k", "memory": "1e9"}, 2000.0, 10**9, id="exponents and thousands"),
+        pytest.param({"cpu": "1e-3", "memory": "1500m"}, 0.001, 1, id="thousandths, also of a byte"),
+        pytest.param({"cpu": "1e18", "memory": "1e30"}, 1e6, 1 << 60, id="more than there is anywhere"),
+    ],
+)
+def test_every_quantity_that_the_api_server_takes_is_understood(requests: dict[str, str], cores: float, size: int):
+    found: Any = pod_of(told(asking(**requests)), 1000.0)  # type: ignore[arg-type]
+    assert (found.asked_cores, found.asked_bytes) == (cores, size)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ def test_cores_are_read_as_kubernetes_writes_them(text, value):
     assert units.parse_cores(text) == value
 
 
+@pytest.mark.parametrize("text", ["1e65", "1e-65", "1e999999999"])
+def test_an_exponent_that_would_take_for_ever_is_refused(text):
+    with pytest.raises(ValueError, match="beyond all amounts"):
+        units.parse_quantity(text)
+
+
 @pytest.mark.parametrize(
     ("parse", "text"),
     [(units.parse_bytes, "12Q"), (units.parse_cores, "-1"), (units.parse_percent, "101"), (units.parse_percent, "x")],
