@@ -36,11 +36,9 @@ from colocate.objects import Container, Quantities
 from colocate.objects import Pod as PodObject
 from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import Verdict
-from colocate.units import parse_quantity, time_text
+from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS = 6, 30.0
-MOST_CORES, MOST_BYTES = 1e6, 1 << 60
-"""More is no quantity of a node's."""
 MESSAGE_CHARACTERS = 1024
 CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
 """On the mirror of a static pod: what kubelet calls the pod by, and its cgroup."""

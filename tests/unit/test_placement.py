@@ -179,7 +179,7 @@ def test_a_static_pod_is_known_by_its_hash():
     [
         pytest.param({"cpu": "2k", "memory": "1e9"}, 2000.0, 10**9, id="exponents and thousands"),
         pytest.param({"cpu": "1e-3", "memory": "1500m"}, 0.001, 1, id="thousandths, also of a byte"),
-        pytest.param({"cpu": "1e18", "memory": "1e30"}, 1e6, 1 << 60, id="more than there is anywhere"),
+        pytest.param({"cpu": "1e18", "memory": "1e30"}, 65536.0, 1 << 60, id="more than there is anywhere"),
     ],
 )
 def test_every_quantity_that_the_api_server_takes_is_understood(requests: dict[str, str], cores: float, size: int):

