@@ -232,7 +232,6 @@ class Service:
             return None
         from colocate.agent.publisher import Publisher
 
-        agent.observer.lister.expected = True
         return Publisher(agent, self._node, shadow=self._shadow)
 
     async def _place_pods(self, agent: Agent) -> None:

@@ -118,6 +118,7 @@ class Publisher:
         self._pods: dict[str, Pod] = {}
         self._told_to_go: list[PodToEvict] = []
         agent.on_tick.append(self._on_tick)
+        agent.observer.lister.expected = True
 
     async def run(self) -> None:
         """Until cancelled. Whatever goes wrong here is said and begun anew: services are protected all the same."""

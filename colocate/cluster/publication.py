@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 
+import msgspec
 import structlog
 
 from colocate.cluster.api import (
@@ -183,8 +184,12 @@ class Publication:
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
         body = {"status": {"capacity": should, "allocatable": should}}
         path = path_of(NODES, name=name, subresource="status")
-        await self._api.request("PATCH", path, body, content_type=MERGE, timeout_seconds=WRITE_SECONDS, patient=False)
+        answer = await self._api.request(
+            "PATCH", path, body, content_type=MERGE, timeout_seconds=WRITE_SECONDS, patient=False
+        )
         self.writes += 1
+        if name in self._nodes:  # the watch may tell later what is known by now
+            self._nodes[name] = msgspec.json.decode(answer, type=Node)
 
     def _silent_seconds(self, name: str) -> float:
         return time.monotonic() - self._heard.get(name, float("-inf"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from colocate.model import kernels
 from colocate.objects import Quantities
 from colocate.plan import Request
 from colocate.policy.schema import ColocationPolicy
+from colocate.units import time_text
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, ignoring_conflict, leader
 from tools.rights import COLLECTIONS, MANIFESTS
@@ -56,7 +58,7 @@ async def say(api: Api, node: str, cpu: int, memory: int, reason: str = "Promise
     body = {"apiVersion": "colocate.io/v1alpha1", "kind": "NodeColocation", "metadata": {"name": node}}
     await ignoring_conflict(api, NODE_COLOCATIONS, body)
     status = {"promised": {BATCH_CPU: str(cpu), BATCH_MEMORY: str(memory)}, "reason": reason}
-    status |= {"observed": f"2026-01-01T00:00:{at:02}Z"}
+    status |= {"observed": time_text(time.time() + at)}
     path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
     await api.request("PATCH", path, {"status": status}, content_type=MERGE)
 
@@ -133,7 +135,7 @@ async def test_a_gang_of_batch_pods_is_placed_on_what_is_promised(world: World, 
         await world.until_bound("a", "b")
 
 
-async def wants_gone(world: World, node: str, name: str, **other: Any) -> None:
+async def wants_gone(world: World, node: str, name: str, /, **other: Any) -> None:
     """As the agent of a node does."""
     pod = (await world.pods())[name]
     wanted = {"namespace": world.namespace, "name": name, "uid": pod.metadata.uid, "reason": "MemoryPressure"}

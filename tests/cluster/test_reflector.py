@@ -125,13 +125,18 @@ async def test_a_silent_stream_is_torn_down(world: World, proxy: Proxy, monkeypa
         assert reflector.relists == 1, "nothing was lost, so nothing is listed again"
 
 
-async def test_an_object_that_no_line_holds_is_listed_by_pages(world: World, proxy: Proxy) -> None:
+async def test_an_object_that_no_line_holds_is_listed_by_pages(world: World) -> None:
     """The API server writes `<` with six bytes: a pod below its limit is a line of a watch that is above ours."""
     env = [{"name": "LARGE", "value": "<" * 800_000}]
     seen = Seen()
-    async with reflecting(proxy, world, seen) as reflector:
+    reflector = Reflector(world.api, path_of(PODS, world.namespace), Pod, seen.change)
+    task = asyncio.create_task(reflector.run())
+    try:
         await reflector.synced.wait()
         await world.pod("large", spec={"containers": [{"name": "c", "image": "i", "env": env}]})
         await world.pod("small", cpu=1)
         await until_told(world, seen, lambda told: {"+large", "+small"} <= set(told))
-    assert reflector.relists > 1
+        assert reflector.relists > 1
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
