@@ -111,8 +111,8 @@ class Publication:
                         del self._due[name]
                         self._busy.add(name)
                         tasks.create_task(self._settle(name))
-        except* LeadershipLost as lost:
-            raise lost.exceptions[0] from None
+        except* LeadershipLost:  # however deep in it
+            raise LeadershipLost("the lease was not renewed in time: nothing is written any more") from None
 
     def _look_at(self, name: str) -> None:
         self._due[name] = None
