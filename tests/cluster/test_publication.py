@@ -42,8 +42,8 @@ POLICIES = {
 
 
 @contextlib.asynccontextmanager
-async def publishing(api: Api) -> AsyncIterator[Publication]:
-    election = Election(api, "default", "publication", "test")
+async def publishing(api: Api, lease_namespace: str = "default") -> AsyncIterator[Publication]:
+    election = Election(api, lease_namespace, "publication", "test")
     found = Publication(api, election)
     task = asyncio.ensure_future(election.lead(found.run))
     try:
@@ -297,49 +297,86 @@ def test_nothing_is_written_that_is_so_already() -> None:
     assert differs({}, {BATCH_CPU: "0"})
 
 
+@contextlib.asynccontextmanager
+async def installed(api: Api, file: str) -> AsyncIterator[None]:
+    """What a manifest says of rights, as long as the block runs."""
+    for body in yaml.safe_load_all((MANIFESTS / "controller/namespace.yaml").read_text()):
+        await ignoring_conflict(api, COLLECTIONS["Namespace"], body)
+    made = []
+    try:
+        for body in yaml.safe_load_all((MANIFESTS / file).read_text()):
+            collection = (COLLECTIONS | POLICIES).get(body["kind"])
+            if collection is not None:
+                path = path_of(collection, body["metadata"].get("namespace", ""))
+                await ignoring_conflict(api, path, body)
+                made.append(f"{path}/{body['metadata']['name']}")
+        yield
+    finally:
+        for path in reversed(made):
+            await api.request("DELETE", path, {})
+
+
+async def token_of(api: Api, account: str, spec: dict[str, Any]) -> str:
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+    path = path_of("/api/v1/serviceaccounts", "colocate-system", account, "token")
+    token: str = msgspec.json.decode(await api.request("POST", path, request))["status"]["token"]
+    return token
+
+
+@contextlib.asynccontextmanager
+async def with_token(plane: ControlPlane, folder: Path, token: str) -> AsyncIterator[Api]:
+    config = json.loads(plane.kubeconfig().read_text())
+    config["users"][0]["user"] = {"token": token}
+    (folder / "kubeconfig").write_text(json.dumps(config))
+    async with Api.connect(str(folder / "kubeconfig")) as api:
+        yield api
+
+
+async def test_the_role_of_the_manifests_is_enough_to_publish(
+    world: World, kinds: None, plane: ControlPlane, tmp_path: Path
+) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
+    async with installed(world.api, "base/publication.yaml"):
+        token = await token_of(world.api, "colocate-publication", {})
+        async with with_token(plane, tmp_path, token) as api, publishing(api, "colocate-system"):
+            await say(world.api, "n0", 4000, 2 << 30)
+            await until_offered(world, "n0", "4k")
+            await wants_gone(world, "n0", "p")
+            await gone(world, "p")
+
+
 async def test_an_agent_may_write_of_its_own_node_only(
     world: World, kinds: None, plane: ControlPlane, tmp_path: Path
 ) -> None:
     """By the manifests' role and admission policy, with a token as its pod gets one."""
-    for body in yaml.safe_load_all((MANIFESTS / "controller/namespace.yaml").read_text()):
-        await ignoring_conflict(world.api, COLLECTIONS["Namespace"], body)
-    made = []
-    for body in yaml.safe_load_all((MANIFESTS / "base/agent.yaml").read_text()):
-        collection = (COLLECTIONS | POLICIES).get(body["kind"])
-        if collection is not None:
-            path = path_of(collection, body["metadata"].get("namespace", ""))
-            await ignoring_conflict(world.api, path, body)
-            made.append(f"{path}/{body['metadata']['name']}")
     await world.node("n0", cpu=8, memory="8Gi")
-    container = {"name": "agent", "image": "colocate"}
-    spec = {"serviceAccountName": "colocate-agent", "nodeName": "n0", "containers": [container]}
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "agent-0"}, "spec": spec}
-    answer = await world.api.request("POST", path_of(PODS, "colocate-system"), pod)
-    uid = msgspec.json.decode(answer)["metadata"]["uid"]
-    bound = {"apiVersion": "v1", "kind": "Pod", "name": "agent-0", "uid": uid}
-    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"boundObjectRef": bound}}
-    account = path_of("/api/v1/serviceaccounts", "colocate-system", "colocate-agent", "token")
-    token = msgspec.json.decode(await world.api.request("POST", account, request))["status"]["token"]
-    config = json.loads(plane.kubeconfig().read_text())
-    config["users"][0]["user"] = {"token": token}
-    (tmp_path / "kubeconfig").write_text(json.dumps(config))
-    try:
-        async with Api.connect(str(tmp_path / "kubeconfig")) as agent:
+    async with installed(world.api, "base/agent.yaml"):
+        container = {"name": "agent", "image": "colocate"}
+        spec = {"serviceAccountName": "colocate-agent", "nodeName": "n0", "containers": [container]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "agent-0"}, "spec": spec}
+        answer = await world.api.request("POST", path_of(PODS, "colocate-system"), pod)
+        uid = msgspec.json.decode(answer)["metadata"]["uid"]
+        bound = {"apiVersion": "v1", "kind": "Pod", "name": "agent-0", "uid": uid}
+        token = await token_of(world.api, "colocate-agent", {"boundObjectRef": bound})
+        try:
+            async with with_token(plane, tmp_path, token) as agent:
+                await _refused_elsewhere(world, agent)
+                await say(agent, "n0", 4000, 1 << 30)
+                with pytest.raises(ApiError, match="forbidden"):
+                    await agent.request("PATCH", path_of(NODES, name="n0"), {"metadata": {}}, content_type=MERGE)
+                with pytest.raises(ApiError, match="forbidden"):
+                    await agent.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {})
+        finally:
+            await world.api.request("DELETE", path_of(PODS, "colocate-system", "agent-0"), {"gracePeriodSeconds": 0})
 
-            async def refused() -> bool:
-                try:
-                    await say(agent, "n1", 4000, 1 << 30)
-                except ApiError as error:
-                    return error.status == 422 and "its own node only" in error.message
-                return False
 
-            await world.until(refused, "the policy is in force")
-            await say(agent, "n0", 4000, 1 << 30)
-            with pytest.raises(ApiError, match="forbidden"):
-                await agent.request("PATCH", path_of(NODES, name="n0"), {"metadata": {}}, content_type=MERGE)
-            with pytest.raises(ApiError, match="forbidden"):
-                await agent.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {})
-    finally:
-        await world.api.request("DELETE", path_of(PODS, "colocate-system", "agent-0"), {"gracePeriodSeconds": 0})
-        for path in reversed(made):
-            await world.api.request("DELETE", path, {})
+async def _refused_elsewhere(world: World, agent: Api) -> None:
+    async def refused() -> bool:
+        try:
+            await say(agent, "n1", 4000, 1 << 30)
+        except ApiError as error:
+            return error.status == 422 and "its own node only" in error.message
+        return False
+
+    await world.until(refused, "the policy is in force")
