@@ -133,15 +133,15 @@ def replay(load: Load, risk: float, spec: PolicySpec) -> dict[str, Judged]:
     reserve = np.array([spec.cpu.reserve, spec.memory.reserve]) / 100 * size
     now = [0.0, 0.0]
     for i, (cpu, held) in enumerate(zip(load.cpu, memory, strict=True)):
-        for step in range(2):  # when a slot begins the one before is over
-            at = i * SLOT_SECONDS + 1.0 + step * (SLOT_SECONDS - 2.0)
+        for begins in (True, False):  # when a slot begins the one before is over
+            at = i * SLOT_SECONDS + (1.0 if begins else SLOT_SECONDS - 1.0)
             needs = look(needs, at, SLOT_SECONDS, cpu * CORES, held * SIZE, slots, risk)
             bound = needs.bound
-            for _ in range(STEPS * step + (1 - step)):
+            for _ in range(1 if begins else STEPS):
                 for j in range(2) if bound is not None else ():
                     left = size[j] - reserve[j] - (bound or (0.0, 0.0))[j]
                     grown = growth / STEPS * size[j]
-                    now[j] = promise(left, now[j], GRAIN_RATIO * size[j], grown, may_grow=bool(step))
+                    now[j] = promise(left, now[j], GRAIN_RATIO * size[j], grown, may_grow=not begins)
         promised[i], bounds[i] = now, bound if bound is not None else (np.nan, np.nan)
     found = {}
     margins = (100 - CPU_RECLAIM_PERCENT) / 100, (100 - MEMORY_RECLAIM_PERCENT) / 100

@@ -240,13 +240,7 @@ class Service:
         from colocate.nri import Plugin
 
         observer = agent.observer
-        placement = Placement(
-            agent.port,
-            lambda: observer.tree,
-            lambda: observer.lister.pods,
-            lambda: bool(self._node),
-            shadow=self._shadow,
-        )
+        placement = Placement(agent.port, lambda: observer.tree, observer.lister, shadow=self._shadow)
         await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
     async def _serve_http(self, agent: Agent) -> web.AppRunner:

@@ -8,7 +8,7 @@ business but ours, and goes when the pod goes. What cannot be understood starts 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -16,8 +16,7 @@ from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
 from colocate.cluster.api import is_batch
 from colocate.nri import Adjustment, Container, Limits, Pod, Update
-from colocate.observe.pods import BatchRequest
-from colocate.observe.pods import Pod as KnownPod
+from colocate.observe.pods import BatchRequest, PodLister
 from colocate.observe.workloads import pod_uid
 
 LEAST_SHARES, MOST_SHARES, LEAST_QUOTA_US = 2, 262_144, 1000
@@ -62,13 +61,12 @@ class Placement:
         self,
         port: FilePort,
         tree: Callable[[], Tree],
-        known: Callable[[], Mapping[str, KnownPod]] = dict,
-        told: Callable[[], bool] = lambda: False,
+        lister: PodLister,
         *,
         shadow: bool,
     ) -> None:
-        """`known` is what the API server has said of this node's pods, by uid; `told`: whether it is to say any."""
-        self._port, self._tree, self._known, self._told, self._shadow = port, tree, known, told, shadow
+        """The `lister` has what the API server says of this node's pods."""
+        self._port, self._tree, self._lister, self._shadow = port, tree, lister, shadow
 
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
@@ -79,9 +77,9 @@ class Placement:
 
     def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
         """Into the tier, if its pod says that it is batch, or asks for batch resources, and the tier is there."""
-        known = self._known().get(pod.uid)
+        known = self._lister.pods.get(pod.uid)
         requests = known.batch if known is not None else {}
-        if known is None and self._told() and not is_batch(pod.labels, pod.annotations):
+        if known is None and self._lister.expected and not is_batch(pod.labels, pod.annotations):
             log.warning("pod_not_known", pod=f"{pod.namespace}/{pod.name}", effect="its batch requests are not known")
         if self._shadow or not (requests or is_batch(pod.labels, pod.annotations)):
             return None

@@ -31,7 +31,8 @@ from colocate.cluster.api import (
 from colocate.decide.allocatable import LAW
 from colocate.errors import ColocateError
 from colocate.kube.client import MERGE, PODS, Api, ApiError, Unreachable, age_of, path_of, pause
-from colocate.kube.reflector import Reflector
+from colocate.kube.events import MESSAGE_CHARACTERS
+from colocate.kube.reflector import Reflector, either
 from colocate.objects import Container, Quantities
 from colocate.objects import Pod as PodObject
 from colocate.observe.pods import BatchRequest, Pod
@@ -39,7 +40,6 @@ from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS = 6, 30.0
-MESSAGE_CHARACTERS = 1024
 CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
 """On the mirror of a static pod: what kubelet calls the pod by, and its cgroup."""
 log = structlog.get_logger()
@@ -113,6 +113,7 @@ class Publisher:
 
     def __init__(self, agent: Agent, node: str, *, shadow: bool) -> None:
         self._agent, self._node, self._shadow = agent, node, shadow
+        self._path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
         self._verdict: Verdict | None = None
         self._changed = asyncio.Event()
         self._pods: dict[str, Pod] = {}
@@ -142,8 +143,7 @@ class Publisher:
                 await self._publish(api)
 
     def _on_pod(self, before: PodObject | None, now: PodObject | None) -> None:
-        about = now or before
-        assert about is not None
+        about = either(before, now)
         pod = pod_of(now, time.monotonic()) if now is not None else None
         if pod is not None:
             self._pods[about.metadata.uid] = pod
@@ -205,18 +205,14 @@ class Publisher:
                 self._agent.observer.extra_problems.pop("api", None)
                 attempt = 0
             except (ApiError, Unreachable) as error:
-                self._failed(error)
+                self._agent.observer.extra_problems["api"] = f"what batch may have is not published: {error}"
+                log.warning("not_published", error=str(error))
                 self._changed.set()
                 await pause(error, min(attempt, MOST_ATTEMPTS), random.random())
                 attempt += 1
 
-    def _failed(self, error: ColocateError) -> None:
-        self._agent.observer.extra_problems["api"] = f"what batch may have is not published: {error}"
-        log.warning("not_published", error=str(error))
-
     async def _write(self, api: Api, verdict: Verdict) -> None:
-        path = path_of(NODE_COLOCATIONS, name=self._node, subresource="status")
-        body = {"status": self._status(verdict)}
+        path, body = self._path, {"status": self._status(verdict)}
         try:
             await api.request("PATCH", path, body, content_type=MERGE)
         except ApiError as error:
@@ -245,14 +241,9 @@ class Publisher:
         try:
             async with Api.connect() as api, asyncio.timeout(2.0):
                 nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}
-                status: dict[str, object] = {
-                    "promised": nothing,
-                    "reason": STOPPED,
-                    "message": "the agent of this node was stopped",
-                }
-                status |= {"evict": []}
-                path = path_of(NODE_COLOCATIONS, name=self._node, subresource="status")
-                await api.request("PATCH", path, {"status": status}, content_type=MERGE)
+                why = {"reason": STOPPED, "message": "the agent of this node was stopped"}
+                status = {"promised": nothing, "evict": [], **why}
+                await api.request("PATCH", self._path, {"status": status}, content_type=MERGE)
         except (ColocateError, TimeoutError) as error:
             log.warning("end_not_published", error=str(error))
 

@@ -7,7 +7,6 @@ refuses (429) is asked again as long as the agent goes on asking; after 15 s tha
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -15,18 +14,17 @@ import msgspec
 import structlog
 
 from colocate.cluster.api import NodeColocation, PodToEvict, asks_batch, is_batch
-from colocate.kube.client import EVENTS, PODS, Api, ApiError, Unreachable, path_of
+from colocate.kube.client import EVENTS, PODS, SUBDOMAIN, Api, ApiError, Unreachable, path_of
+from colocate.kube.events import event_about
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Pod
-from colocate.units import time_text
 
 AGAIN_SECONDS = 2.0
 """Between two attempts at what a budget refuses."""
 FORGET_SECONDS = 600.0
 AT_ONCE, MOST_OF_A_NODE = 16, 32
 ASK_SECONDS, LEAST_GRACE_SECONDS = 10.0, 1
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-"""A DNS subdomain (RFC 1123): nothing else is put into a path."""
+COMPONENT = "colocate-publication"
 log = structlog.get_logger()
 
 
@@ -76,7 +74,7 @@ class Evictions:
     async def _ask(self, node: str, wanted: PodToEvict) -> None:
         if not self._election.holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
-        if not (NAME.fullmatch(wanted.namespace) and NAME.fullmatch(wanted.name)):
+        if not (SUBDOMAIN.fullmatch(wanted.namespace) and SUBDOMAIN.fullmatch(wanted.name)):
             raise ApiError(400, "BadRequest", f"{wanted.namespace}/{wanted.name} is no pod's name")
         path = path_of(PODS, wanted.namespace, wanted.name)
         answer = await self._api.request("GET", path, timeout_seconds=ASK_SECONDS, patient=False)
@@ -95,21 +93,8 @@ class Evictions:
 
     async def _say(self, pod: Pod, wanted: PodToEvict) -> None:
         """An Event on the pod: who took its place, and why."""
-        meta, now = pod.metadata, time_text(time.time())
-        about = {"apiVersion": "v1", "kind": "Pod", "name": meta.name, "namespace": meta.namespace, "uid": meta.uid}
-        body = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"generateName": f"{meta.name[:200]}.", "namespace": meta.namespace},
-            "involvedObject": about,
-            "reason": "EvictedForServices",
-            "message": f"{wanted.reason}: {wanted.message}"[:1024],
-            "type": "Warning",
-            "source": {"component": "colocate-publication"},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
+        meta, text = pod.metadata, f"{wanted.reason}: {wanted.message}"
+        body = event_about("v1", "Pod", meta, "EvictedForServices", text, COMPONENT, warning=True)
         try:
             await self._api.request("POST", path_of(EVENTS, meta.namespace), body)
         except (ApiError, Unreachable) as error:

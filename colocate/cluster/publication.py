@@ -27,7 +27,7 @@ from colocate.cluster.api import (
 from colocate.cluster.evictions import Evictions
 from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, age_of, path_of
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.kube.reflector import Reflector
+from colocate.kube.reflector import Reflector, either
 from colocate.objects import Node
 from colocate.units import parse_quantity
 
@@ -52,7 +52,7 @@ def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seco
         return dict.fromkeys(RESOURCES, "0")
     most = {BATCH_CPU: _amount(node.get("cpu"), 1000), BATCH_MEMORY: _amount(node.get("memory"))}
     promised = {name: min(_amount(status.promised.get(name)), most[name]) for name in RESOURCES}
-    return {name: str(max(int(amount), 0)) for name, amount in promised.items()}
+    return {name: str(max(amount, 0)) for name, amount in promised.items()}
 
 
 def _amount(quantity: object, times: int = 1) -> int:
@@ -119,8 +119,7 @@ class Publication:
         self._wake.set()
 
     def _on_node(self, before: Node | None, now: Node | None) -> None:
-        node = now or before
-        assert node is not None
+        node = either(before, now)
         name = node.metadata.name
         if now is None:
             self._nodes.pop(name, None)
@@ -130,8 +129,7 @@ class Publication:
             self._look_at(name)
 
     def _on_said(self, before: NodeColocation | None, now: NodeColocation | None) -> None:
-        said = now or before
-        assert said is not None
+        said = either(before, now)
         name = said.metadata.name
         if now is None:
             self._said.pop(name, None)

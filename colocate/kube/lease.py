@@ -8,8 +8,12 @@ before every write: no write after the deadline by which the lease had to be ren
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import socket
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -192,3 +196,38 @@ class Election:
 
     def _path(self, name: str = "") -> str:
         return path_of(LEASES, self._namespace, name)
+
+
+def identity_of() -> str:
+    """What a replica calls itself in a lease: its pod, else its host, and this start of it."""
+    return f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Set once SIGTERM or SIGINT has come."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+Candidate = tuple[Election, Callable[[int], Awaitable[None]]]
+"""An election, and what is led once it is won."""
+
+
+async def lead_until(stop: asyncio.Event, candidate: Callable[[], Candidate]) -> None:
+    """Lead, or wait to, until told to stop; there is another `candidate` for each time."""
+    while not stop.is_set():
+        election, led = candidate()
+        leading = asyncio.ensure_future(election.lead(led))
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([leading, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        leading.cancel()
+        try:
+            await leading
+        except asyncio.CancelledError:
+            continue
+        except (LeadershipLost, ApiError, Unreachable) as lost:
+            log.warning("leadership_lost", error=str(lost))
+            await asyncio.sleep(1.0)

@@ -55,6 +55,13 @@ class _Metadata(Lean, frozen=True):
     message: str = ""
 
 
+def either(before: O | None, now: O | None) -> O:
+    """What a change is about: the object as it is, or as it was before it went."""
+    found = now or before
+    assert found is not None
+    return found
+
+
 class Reflector(Generic[O]):
     """All objects of one kind."""
 

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from colocate.kube.client import CLAIMS, EVENTS, MERGE, PODS, STRATEGIC, VOLUMES, Api, ApiError, Unreachable, path_of
+from colocate.kube.events import event_about
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Claim, Condition, PersistentVolume, Pod
 from colocate.units import time_text
@@ -215,27 +216,9 @@ class Binder:
 
     async def event(self, about: Pod | PodGroup, reason: str, message: str, warning: bool) -> None:
         """One Event; losing it is no failure."""
-        meta, now = about.metadata, now_text()
-        kind, version = ("Pod", "v1") if isinstance(about, Pod) else (DIALECT.kind, DIALECT.api)
-        body = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"generateName": f"{meta.name[:200]}.", "namespace": meta.namespace},
-            "involvedObject": {
-                "apiVersion": version,
-                "kind": kind,
-                "name": meta.name,
-                "namespace": meta.namespace,
-                "uid": meta.uid,
-            },
-            "reason": reason,
-            "message": message[:1024],
-            "type": "Warning" if warning else "Normal",
-            "source": {"component": COMPONENT},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
+        meta = about.metadata
+        api, kind = ("v1", "Pod") if isinstance(about, Pod) else (DIALECT.api, DIALECT.kind)
+        body = event_about(api, kind, meta, reason, message, COMPONENT, warning=warning)
         try:
             await self._write("POST", path_of(EVENTS, meta.namespace), body)
         except (ApiError, Unreachable) as error:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
-import socket
-import uuid
 from functools import partial
 
 import msgspec
@@ -17,8 +14,8 @@ from aiohttp import web
 
 from colocate.cli.logs import configure_logs
 from colocate.errors import BadInput
-from colocate.kube.client import LEASES, Api, ApiError, Unreachable, age_of
-from colocate.kube.lease import Election, LeadershipLost
+from colocate.kube.client import LEASES, Api, age_of
+from colocate.kube.lease import Candidate, Election, identity_of, lead_until, stop_on_signals
 from colocate.objects import Lease
 from podgroup.api import SCHEDULERS
 from podgroup.controller.loop import Controller
@@ -48,34 +45,24 @@ async def _controller(options: argparse.Namespace) -> int:
         timeout_seconds=options.timeout,
         node_loss_grace_seconds=options.node_loss_grace,
     )
-    identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop, identity = stop_on_signals(), identity_of()
     compiling = asyncio.ensure_future(asyncio.to_thread(_compiled))  # it leads meanwhile, and decides one by one
     async with Api.connect(options.kubeconfig, options.context) as api:
         if UPSTREAM in names:
             await _refuse_beside_upstream(api)
         health = Health()
         runner = await health.serve(options.http)
-        while not stop.is_set():
+
+        def candidate() -> Candidate:
             says = {SCHEDULERS: ",".join(settings.schedulers)}
             where = (options.lease_namespace, options.lease_name)
             election = Election(api, *where, identity, options.lease_duration, says)
-            health.controller = Controller(api, settings, election, compiling.result() if compiling.done() else None)
-            compiling.add_done_callback(partial(_use, health.controller.queue))
-            leading = asyncio.ensure_future(election.lead(health.controller.run))
-            stopped = asyncio.ensure_future(stop.wait())
-            await asyncio.wait([leading, stopped], return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
-            leading.cancel()
-            try:
-                await leading
-            except asyncio.CancelledError:
-                continue
-            except (LeadershipLost, ApiError, Unreachable) as lost:
-                log.warning("leadership_lost", error=str(lost))
-                await asyncio.sleep(1.0)
+            led = Controller(api, settings, election, compiling.result() if compiling.done() else None)
+            compiling.add_done_callback(partial(_use, led.queue))
+            health.controller = led
+            return election, led.run
+
+        await lead_until(stop, candidate)
         if runner is not None:
             await runner.cleanup()
     return 0

@@ -20,7 +20,7 @@ from colocate.kube.client import (
     STORAGE_CLASSES,
     VOLUMES,
 )
-from colocate.kube.reflector import Object
+from colocate.kube.reflector import Object, either
 from colocate.objects import (
     Claim,
     CsiDriver,
@@ -92,8 +92,7 @@ class Feed:
 
     def on_node(self, before: Node | None, now: Node | None) -> None:
         """A node has come, changed or gone."""
-        node = now or before
-        assert node is not None
+        node = either(before, now)
         if now is not None:
             if not self._cluster.set_node(now):
                 return
@@ -107,8 +106,7 @@ class Feed:
 
     def on_pod(self, before: Pod | None, now: Pod | None) -> None:
         """A pod has come, changed or gone; also from an answer that was faster than the watch."""
-        pod = now or before
-        assert pod is not None
+        pod = either(before, now)
         uid, key = pod.metadata.uid, gang_key(pod)
         known = self._cluster.pods.get(uid)
         if now is not None and known is not None and older(now.metadata, known.metadata):
@@ -146,8 +144,7 @@ class Feed:
 
     def on_group(self, before: PodGroup | None, now: PodGroup | None) -> None:
         """A group has come, changed or gone; a change of its status is our own doing."""
-        group = now or before
-        assert group is not None
+        group = either(before, now)
         key = f"{group.metadata.namespace}/{group.metadata.name}"
         if now is not None:
             self._cluster.groups[key] = now
@@ -164,8 +161,7 @@ class Feed:
 
     def on_plan(self, before: GangPlan | None, now: GangPlan | None) -> None:
         """A plan has been written, by us or by a former leader."""
-        plan = now or before
-        assert plan is not None
+        plan = either(before, now)
         key = f"{plan.metadata.namespace}/{plan.metadata.name}"
         known = self._cluster.plans.get(key)
         if now is None:
@@ -177,8 +173,7 @@ class Feed:
 
     def on_claim(self, before: Claim | None, now: Claim | None) -> None:
         """A claim has been bound, or has gone."""
-        claim = now or before
-        assert claim is not None
+        claim = either(before, now)
         key, storage = f"{claim.metadata.namespace}/{claim.metadata.name}", self._cluster.storage
         known = storage.claims.get(key)
         if now is not None and known is not None and older(now.metadata, known.metadata):
@@ -188,15 +183,13 @@ class Feed:
 
     def on_namespace(self, before: Namespace | None, now: Namespace | None) -> None:
         """A namespace has come, has other labels, or has gone."""
-        namespace = now or before
-        assert namespace is not None
+        namespace = either(before, now)
         if self._cluster.set_namespace(namespace.metadata.name, now.metadata.labels if now is not None else None):
             self.look_again(*self._cluster.looking_at_namespaces())
 
     def on_volume(self, before: PersistentVolume | None, now: PersistentVolume | None) -> None:
         """A volume has come, or has gone."""
-        volume = now or before
-        assert volume is not None
+        volume = either(before, now)
         name, storage = volume.metadata.name, self._cluster.storage
         known = storage.volumes.get(name)
         if now is not None and known is not None and older(now.metadata, known.metadata):
@@ -217,7 +210,7 @@ class Feed:
 
     def on_capacity(self, before: CsiStorageCapacity | None, now: CsiStorageCapacity | None) -> None:
         """How much can be stored somewhere has changed."""
-        meta = (now or before).metadata  # type: ignore[union-attr]
+        meta = either(before, now).metadata
         self._cluster.storage.set_capacity(f"{meta.namespace}/{meta.name}", now)
         self.look_again(*self._cluster.waiting_for_volumes())
 
@@ -234,8 +227,7 @@ class Feed:
 
     def on_budget(self, before: DisruptionBudget | None, now: DisruptionBudget | None) -> None:
         """A PodDisruptionBudget has changed."""
-        budget = now or before
-        assert budget is not None
+        budget = either(before, now)
         key = f"{budget.metadata.namespace}/{budget.metadata.name}"
         if now is not None:
             self._cluster.budgets[key] = now
@@ -244,9 +236,7 @@ class Feed:
 
 
 def _name(before: Object | None, now: Object | None) -> str:
-    found = now or before
-    assert found is not None
-    return found.metadata.name
+    return either(before, now).metadata.name
 
 
 def older(one: ObjectMeta, other: ObjectMeta) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import Callable, Coroutine
 from itertools import count, takewhile
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from colocate.kube.client import TIMEOUT_SECONDS, ApiError, Unreachable, pause
+from colocate.kube.client import SUBDOMAIN, TIMEOUT_SECONDS, ApiError, Unreachable, pause
 from colocate.kube.lease import LeadershipLost
 from colocate.objects import Claim, Condition, PersistentVolume, Pod
 from podgroup.api import GangPlan, GangPlanSpec, GangPlanStatus
@@ -38,8 +37,6 @@ FENCE_SECONDS = 2 * TIMEOUT_SECONDS
 BACKLOG = 512
 """Writes that wait or are under way."""
 BIND_ATTEMPTS = DELETE_ATTEMPTS = RELEASE_ATTEMPTS = 8
-OBJECT_NAME = re.compile(r"[^/]+/[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-"""`namespace/name`, the name a DNS subdomain (RFC 1123)."""
 log = structlog.get_logger()
 
 
@@ -310,7 +307,11 @@ class Hands:
             still = (key in self.queue.waiting) == status.waits
             if key in self._busy or not still or not may_be_told(plan):
                 return
-            if plan is None and group is None and not (self.cluster.members.get(key) and OBJECT_NAME.fullmatch(key)):
+            if (
+                plan is None
+                and group is None
+                and not (self.cluster.members.get(key) and SUBDOMAIN.fullmatch(key.partition("/")[2]))
+            ):
                 return  # a label may be what no object can be called
             plan = plan if plan is not None else empty_plan(key)
             uid = group.metadata.uid if group is not None else plan.spec.pod_group_uid

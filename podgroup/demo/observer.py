@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from colocate.kube.client import NODES, PODS, Api
-from colocate.kube.reflector import Reflector
+from colocate.kube.reflector import Reflector, either
 from colocate.objects import Node, Pod
 from podgroup.api import POD_GROUP_LABEL, POD_GROUPS, PodGroup
 from podgroup.state.shape import amounts, requests_of
@@ -63,16 +63,14 @@ class Observer:
 
     def on_group(self, before: PodGroup | None, now: PodGroup | None) -> None:
         """A group has come or gone."""
-        group = now or before
-        assert group is not None
+        group = either(before, now)
         if now is not None:
             self.groups[group.metadata.name] = now
         self.look(group.metadata.name)
 
     def on_pod(self, before: Pod | None, now: Pod | None) -> None:
         """A pod has come, changed or gone."""
-        pod = now or before
-        assert pod is not None
+        pod = either(before, now)
         if now is not None:
             self.pods[pod.metadata.uid] = now
         else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,6 +34,7 @@ from colocate.policy.schema import ColocationPolicy
 from colocate.units import time_text
 from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, ignoring_conflict, leader
+from tests.cluster.test_nri import ended
 from tools.rights import COLLECTIONS, MANIFESTS
 
 BATCH = {"colocate.io/qos": "batch"}
@@ -92,6 +96,18 @@ async def test_what_an_agent_promises_is_in_its_node_s_status_and_goes_with_its_
         await until_offered(world, "n0", "0")
         await world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {})
         await until_offered(world, "n0", None)
+
+
+async def test_the_command_publishes_and_ends_in_order(
+    world: World, kinds: None, plane: ControlPlane, tmp_path: Path
+) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    await say(world.api, "n0", 4000, 2 << 30)
+    command = [sys.executable, "-m", "colocate.cli.main", "publish", "--kubeconfig", str(plane.kubeconfig())]
+    with ended([*command, "--lease-namespace", "default"], dict(os.environ), tmp_path / "publish.log") as running:
+        await until_offered(world, "n0", "4k")
+        running.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(running.wait, 10) == 0
 
 
 async def test_an_agent_that_is_silent_promises_nothing(

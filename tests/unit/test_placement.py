@@ -15,7 +15,7 @@ from colocate.nri import Adjustment, Container, Limits, Pod
 from colocate.objects import Container as ContainerObject
 from colocate.objects import ObjectMeta, OwnerReference, PodSpec, PodStatus, Quantities, Resources
 from colocate.objects import Pod as PodObject
-from colocate.observe.pods import BatchRequest
+from colocate.observe.pods import BatchRequest, PodLister
 
 UID = "0a1b-2c3d"
 PLAIN = Tree("/", "/kubepods", systemd_driver=False, tier_path="/kubepods/batch")
@@ -102,7 +102,7 @@ PATH = f"/kubepods/besteffort/pod{UID}/c1"
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_batch_pod_goes_into_a_tier_that_is_there_and_its_directory_goes_with_it(version: int):
     port = with_cgroup(version, "/kubepods/batch")
-    placement = Placement(port, lambda: PLAIN, shadow=False)
+    placement = Placement(port, lambda: PLAIN, PodLister(), shadow=False)
     assert placement.create_container(pod(), container(PATH)) is None, "it did not say that it is batch"
     assert placement.create_container(pod(**BATCH), container(PATH)) == Adjustment(f"/kubepods/batch/pod{UID}/c1")
     for hierarchy in port.layout.mounts:
@@ -117,7 +117,7 @@ def test_what_pods_left_that_went_while_the_runtime_was_away_goes_when_it_is_bac
     for hierarchy in port.layout.mounts:
         for name in (f"pod{UID}", "podgone", "job-of-ours"):
             port.mkdir(hierarchy, f"/kubepods/batch/{name}")
-    Placement(port, lambda: PLAIN, shadow=False).synchronize([pod()], [])
+    Placement(port, lambda: PLAIN, PodLister(), shadow=False).synchronize([pod()], [])
     for hierarchy in port.layout.mounts:
         assert set(port.children(hierarchy, "/kubepods/batch")) == {f"pod{UID}", "job-of-ours"}
 
@@ -125,13 +125,13 @@ def test_what_pods_left_that_went_while_the_runtime_was_away_goes_when_it_is_bac
 @pytest.mark.parametrize("version", [1, 2])
 def test_nothing_is_placed_in_shadow_or_before_there_is_a_tier(version: int):
     assert (
-        Placement(with_cgroup(version, "/kubepods/batch"), lambda: PLAIN, shadow=True).create_container(
+        Placement(with_cgroup(version, "/kubepods/batch"), lambda: PLAIN, PodLister(), shadow=True).create_container(
             pod(**BATCH), container(PATH)
         )
         is None
     )
     assert (
-        Placement(with_cgroup(version, "/kubepods"), lambda: PLAIN, shadow=False).create_container(
+        Placement(with_cgroup(version, "/kubepods"), lambda: PLAIN, PodLister(), shadow=False).create_container(
             pod(**BATCH), container(PATH)
         )
         is None
@@ -210,8 +210,9 @@ def test_who_asks_for_batch_resources_is_batch_and_gets_them(version: int):
     known = pod_of(told(asked), 1000.0)
     assert known is not None
     assert known.batch == {"main": BatchRequest(500, 2000, 1 << 30)}
-    port = with_cgroup(version, "/kubepods/batch")
-    placement = Placement(port, lambda: PLAIN, lambda: {UID: known}, shadow=False)
+    port, lister = with_cgroup(version, "/kubepods/batch"), PodLister()
+    lister.told({UID: known})
+    placement = Placement(port, lambda: PLAIN, lister, shadow=False)
     found: Any = placement.create_container(pod(), container(PATH))
     assert found == Adjustment(f"/kubepods/batch/pod{UID}/c1", limits_of(known.batch["main"]))
     assert found.limits == Limits(512, 200_000, 100_000, 1 << 30)
