@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     if not slow:
         print("what is slow (cgroup v2 in a virtual machine, a death at every write): make test-slow")
     if not os.environ.get("COLOCATE_TRACES"):
-        print("COLOCATE_TRACES is not set: no test needs it yet")
+        print("COLOCATE_TRACES (a folder of recorded loads) is not set: one unit test was skipped")
     return max(codes)
 
 
