@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks import gang_decide, gang_live
 from benchmarks.common import Runs, bar, reference_loop
 from colocate.errors import HostUnfit
+from colocate.localcluster.controlplane import ControlPlane
 from colocate.model.statistics import ratio_interval
-from podgroup.demo.controlplane import ControlPlane
 
 ROUNDS = 4
 OURS, KUBE, COSCHEDULING = gang_live.OURS, "kube-scheduler", "coscheduling"

@@ -27,9 +27,9 @@ import yaml
 from colocate.errors import HostUnfit
 from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
+from colocate.localcluster.controlplane import ControlPlane, free_ports, install, with_parent
 from colocate.objects import Node, Pod
 from podgroup.api import POD_GROUP_LABEL, POD_GROUPS
-from podgroup.demo.controlplane import ControlPlane, free_ports, install, with_parent
 from tools import operators, rights
 
 HOST = "kubernetes.io/hostname"

@@ -32,7 +32,7 @@ from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
 from colocate.cli.logs import configure_logs
 from colocate.decide.reference.koordlet import next_quota_us, suppress_milli
-from colocate.demo.process import Kept, Process
+from colocate.demo.process import Process
 from colocate.demo.script import SERVICE_POD, Demo, Served
 from colocate.model.statistics import Interval, mean_interval, ratio_interval
 from colocate.observe.cgroup import oom_kills, read_workload
@@ -196,22 +196,22 @@ class Cell(Demo):
             }
         )
 
-    async def _measure(self, arm: str, jobs: list[Kept]) -> None:
+    async def _measure(self, arm: str) -> None:
         """Also the work of the BestEffort group beside, while batch runs."""
 
         def work() -> int:
             return sum(c.done for c in self._others)
 
         before, started = work(), time.perf_counter()
-        await super()._measure(arm, jobs)
+        await super()._measure(arm)
         self._others_per_second = (work() - before) / (time.perf_counter() - started)
 
     async def _koordlet(self) -> None:
         group = joined(self._node.path, "kubepods/besteffort")
         law = asyncio.create_task(self._suppress(group))
         try:
-            async with self._batch_in("kubepods/besteffort/podbatch") as jobs:
-                await self._measure("koordlet", jobs)
+            async with self._batch_in("besteffort"):
+                await self._measure("koordlet")
             if law.done():
                 law.result()  # without it the arm would be plain BestEffort
         finally:

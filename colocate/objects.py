@@ -227,6 +227,7 @@ class ContainerStatus(Lean, frozen=True):
     """That there is one at all says that the kubelet has accepted the pod."""
 
     name: str = ""
+    restart_count: int = 0
     started: bool | None = None
     allocated_resources: Quantities = {}
     """What the kubelet has set aside for it: while a resize to less is under way, more than it asks for (KEP-1287)."""

@@ -12,7 +12,7 @@ from typing import IO
 
 from colocate.cgroup.port import KernelPort
 from colocate.errors import HostUnfit
-from podgroup.demo.controlplane import binaries
+from colocate.localcluster.controlplane import binaries
 from tools.guest import lacks as guest_lacks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colocate.errors import HostUnfit
-from podgroup.demo.controlplane import cache_folder
+from colocate.localcluster.controlplane import cache_folder
 
 
 class Module(NamedTuple):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from colocate.kube.client import Api, ApiError, path_of
+from colocate.localcluster.controlplane import MANIFESTS
 
-MANIFESTS = Path(__file__).resolve().parents[1] / "manifests"
 COLLECTIONS = {
     "Namespace": "/api/v1/namespaces",
     "ServiceAccount": "/api/v1/serviceaccounts",

@@ -17,7 +17,7 @@ from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.logs import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.demo.result import ARMS, SHORT_TITLES, Arm, Result, format_rate
-from colocate.errors import BadInput, PermissionMissing
+from colocate.errors import BadInput, HostUnfit, PermissionMissing
 
 MOST_SECONDS = 3600
 LEAST_SERVICE_SECONDS = 1e-4
@@ -57,9 +57,9 @@ def _rows(result: Result, wide: bool) -> list[tuple[str, ...]]:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Print the table, write the report; exit 1 if the host was not left as it was found."""
+    """Print the table, write the report; exit 1 if the host (or the node) was not left as it was found."""
     configure_logs(logging.ERROR)
-    for other in entry_points(group="colocate.demo", name=options.what) if options.what else ():
+    for other in entry_points(group="colocate.demo", name=options.what or "-"):
         return int(other.load()(options))
     if options.seconds < 3:
         raise BadInput("--seconds: a phase needs at least 3s to say anything")
@@ -68,7 +68,9 @@ def demo(options: argparse.Namespace) -> int:
     if not LEAST_SERVICE_SECONDS <= options.service_time <= 1:
         raise BadInput("--service-time: write a duration between 0.1ms and 1s")
     report = check_file("--report", options.report)
-    if options.simulate:
+    if options.what == "kubernetes":
+        result = _kubernetes(options)
+    elif options.simulate:
         result = _simulated(options, "--simulate was given")
     else:
         enter_delegated_scope()
@@ -88,18 +90,52 @@ def demo(options: argparse.Namespace) -> int:
             "lever": result.lever,
             "changes": result.changes,
             "arms": msgspec.to_builtins(result.arms),
+            **(msgspec.to_builtins(result.in_cluster) if result.in_cluster is not None else {}),
         }
         print_data(data, options.output)
     else:
         mark = "SIMULATED: " if result.simulated else ""
-        title = f"{mark}a service, a BestEffort pod and training jobs on a small node, four ways"
+        title = f"{mark}{result.title}, four ways"
         print_table(("", *(SHORT_TITLES[a] for a in ARMS)), _rows(result, options.output == "wide"), title)
         print(f"{mark}{sentence(result)}")
+        for line in _of_cluster(result):
+            print(line)
         for change in result.changes:
             print(f"{mark}changed on the host: {change}")
         print(f"{mark}host's cgroups as before: {'yes' if result.host_unchanged else 'NO'}")
         print(f"{mark}report: {report.resolve()}")
-    return 0 if result.host_unchanged else 1
+    kept = result.in_cluster is None or result.in_cluster.node_unchanged
+    return 0 if result.host_unchanged and kept else 1
+
+
+def _of_cluster(result: Result) -> list[str]:
+    found = result.in_cluster
+    if found is None:
+        return []
+    return [
+        f"batch pods in the tier: {found.batch_pods_in_tier}, placed by NRI: {'yes' if found.placed_by_nri else 'NO'}",
+        f"published for batch when it was placed: {found.published_batch_cpu_milli} thousandths of a CPU",
+        *(f"changed on the node: {change}" for change in found.node_changes),
+        f"node's cgroups as before the installation: {'yes' if found.node_unchanged else 'NO'}",
+    ]
+
+
+def _kubernetes(options: argparse.Namespace) -> Result:
+    from colocate.agent.numba_cache import load_kernels
+    from colocate.cgroup.port import KernelPort
+    from colocate.demo.kubernetes import KubernetesDemo
+    from colocate.localcluster.image import fresh_image
+    from colocate.localcluster.realnode import lacks
+
+    if missing := lacks():
+        raise HostUnfit(f"a real kubelet needs {missing}", "make system-packages kube-binaries, and be root")
+    with _Progress() as progress:
+        progress.show("making the image", 0.0)
+        image = fresh_image(options.image)
+        demonstration = KubernetesDemo(
+            KernelPort(), image, options.seconds, options.seed, options.service_time, progress.show
+        )
+        return asyncio.run(demonstration.run(None, load_kernels(default_state_dir())))
 
 
 def _real(options: argparse.Namespace) -> Result:

@@ -71,9 +71,11 @@ def _add_demo(add: Add, others: list[str]) -> None:
     demo.add_argument(
         "what",
         nargs="?",
-        choices=others,
-        help="gang: gang scheduling on a real API server instead",
+        choices=[*others, "kubernetes"],
+        help="gang: gang scheduling on a real API server instead; kubernetes: the same on a real kubelet, from the"
+        " manifests",
     )
+    demo.add_argument("--image", help="kubernetes: an archive that `make image` made (default: made when needed)")
     table_form(demo)
     demo.add_argument("--report", default="colocate-demo-report.html", help="where the HTML report goes")
     demo.add_argument("--seconds", type=duration, default=parse_duration("16s"), help="length of a phase")

@@ -13,12 +13,14 @@ class Progress:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.done, self.saved = WorkCounter(path), WorkCounter(f"{path}.saved")
-        self.lost = 0
+        self.lost = WorkCounter(f"{path}.lost")
         """By all who died so far."""
+        self.starts = WorkCounter(f"{path}.starts")
+        """How often it began, as the job itself counts."""
 
     def reset(self) -> None:
         """A job that starts from nothing."""
-        self.done.done = self.saved.done = self.lost = 0
+        self.done.done = self.saved.done = self.lost.done = self.starts.done = 0
         self.checkpoint.unlink(missing_ok=True)
 
     @property
@@ -27,8 +29,8 @@ class Progress:
         return Path(f"{self.path}.npz")
 
     def died(self) -> int:
-        """Account for a death; the work lost by it."""
+        """Account for a death, whoever notices it first, its successor or its keeper; the work lost by it."""
         lost = max(self.done.done - self.saved.done, 0)
-        self.lost += lost
+        self.lost.done += lost
         self.done.done = self.saved.done
         return lost

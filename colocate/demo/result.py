@@ -65,6 +65,20 @@ class Detail(msgspec.Struct, kw_only=True):
     events: list[Event] = []
 
 
+class InCluster(msgspec.Struct, kw_only=True):
+    """What only a demonstration on a Kubernetes node finds."""
+
+    batch_pods_in_tier: int = 0
+    """How many batch pods have their processes there."""
+    placed_by_nri: bool = False
+    """Whether that is all of them: there is no other way in for a pod."""
+    published_batch_cpu_milli: int = 0
+    """In the node's status, for schedulers, when batch was placed."""
+    node_unchanged: bool = False
+    """Whether the node's cgroups were as before the installation once all was deleted."""
+    node_changes: list[str] = []
+
+
 class Result(msgspec.Struct, kw_only=True):
     """The whole demonstration."""
 
@@ -80,8 +94,15 @@ class Result(msgspec.Struct, kw_only=True):
     decisions: list[str] = []
     lever: str = ""
     node_mib: float = 0.0
+    in_cluster: InCluster | None = None
     policy: str = ""
     """What of the policy is not its default."""
+
+    @property
+    def title(self) -> str:
+        """What was run."""
+        node = "small node" if self.in_cluster is None else "small Kubernetes node"
+        return f"a service, a BestEffort pod and training jobs on a {node}"
 
 
 def format_rate(per_second: float) -> str:

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -77,7 +78,24 @@ KUBEPODS_WEIGHT, CPU_WEIGHT_MOST = 100, 10_000
 FILES = "colocate-demo-"
 
 Progressed = Callable[[str, float], None]
-Served = Process | Kept | InferenceService
+
+
+class Served(Protocol):
+    """What runs beside batch until it is ended."""
+
+    async def end(self) -> None:
+        """End it."""
+
+
+class Service(Served, Protocol):
+    """What batch must not hurt."""
+
+    @property
+    def restarts(self) -> int:
+        """How often something of it was started again."""
+
+    async def warm(self) -> None:
+        """Have in memory what it needs."""
 
 
 def _sweep_files(disk: Path) -> None:
@@ -103,7 +121,7 @@ class Demo:
         self._directory: Path
         self._cpus: tuple[int, ...] = ()
         self._urls: list[str] = []
-        self._service: InferenceService | None = None
+        self._service: Service | None = None
         self._trainings: list[Progress] = []
         self._result = Result(
             simulated=False, host_unchanged=False, node_mib=NODE_BYTES / (1 << 20), policy=differs_from_default(SPEC)
@@ -111,7 +129,9 @@ class Demo:
         self._seen: list[str] = []
         self._target_seconds = 0.02
         self._window: Watch | None = None
-        self._batch_group = ""
+        self._batch_groups: list[str] = []
+        """Where batch is in this arm."""
+        self._kept: list[Kept] = []
 
     async def run(self, calibration: Calibration | None, kernels: Kernels) -> Result:
         """All phases. Raises PermissionMissing, HostUnfit."""
@@ -125,12 +145,23 @@ class Demo:
         _sweep_files(disk)
         with tempfile.TemporaryDirectory(prefix=f"{FILES}{os.getpid()}-", dir=disk) as directory:
             self._directory = Path(directory)
-            with ScratchNode(self._port, "demo", NODE_BYTES) as self._node:
+            async with self._scratch():
                 await self._phases(calibration)
         changes = compare(before, await self._digest())
         self._result.changes, self._result.host_unchanged = changes, not changes
         self._result.machine = machine_facts(self._port)
         return self._result
+
+    @contextlib.asynccontextmanager
+    async def _scratch(self) -> AsyncIterator[None]:
+        """The node, for as long as the block runs."""
+        with ScratchNode(self._port, "demo", NODE_BYTES) as self._node:
+            yield
+
+    @property
+    def _work_folder(self) -> Path:
+        """Where training jobs count what they do."""
+        return self._directory
 
     async def _digest(self) -> Digest:
         mounts = msgspec.json.encode(self._port.layout.mounts).decode()
@@ -141,17 +172,10 @@ class Demo:
         return msgspec.json.decode(out, type=Digest)
 
     async def _phases(self, calibration: Calibration | None) -> None:
-        node = self._node
-        self._cpus = capacity(self._port, node.path).cpus
-        for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
-            node.make_inner(inner)
-        for leaf in ("client", SESSION, SERVICE_POD, *BATCH_PODS.values(), BESTEFFORT_POD):
-            node.make(leaf)
-        self._knob("kubepods", "cpu.weight", str(min(KUBEPODS_WEIGHT * len(self._cpus), CPU_WEIGHT_MOST)))
-        self._knob("kubepods/besteffort", "cpu.weight", "1")
-        self._knob("client", "cpu.weight", "10000")
+        self._cpus = capacity(self._port, self._node.path).cpus
+        self._make_groups()
         for i in range(len(self._cpus)):
-            self._trainings.append(Progress(self._directory / f"training-{i}"))
+            self._trainings.append(Progress(self._work_folder / f"training-{i}"))
         if calibration is None:
             calibration = await self._calibrate()
         self._result.lever = calibration.lever
@@ -165,6 +189,17 @@ class Demo:
         finally:
             for process in serving:
                 await process.end()
+
+    def _make_groups(self) -> None:
+        """kubelet's tree, and a pod in it for each part."""
+        node = self._node
+        for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
+            node.make_inner(inner)
+        for leaf in ("client", SESSION, SERVICE_POD, *BATCH_PODS.values(), BESTEFFORT_POD):
+            node.make(leaf)
+        self._knob("kubepods", "cpu.weight", str(min(KUBEPODS_WEIGHT * len(self._cpus), CPU_WEIGHT_MOST)))
+        self._knob("kubepods/besteffort", "cpu.weight", "1")
+        self._knob("client", "cpu.weight", "10000")
 
     async def _calibrate(self) -> Calibration:
         stop = threading.Event()
@@ -194,12 +229,13 @@ class Demo:
     async def _serve(self, serving: list[Served]) -> None:
         """Start the service; what has to be ended later is appended."""
         group = joined(self._node.path, SERVICE_POD)
-        self._service = InferenceService(self._node, group, self._service_seconds, self._directory, self._happened)
-        serving.append(self._service)
-        await self._service.start(self._cpus)
-        self._urls = self._service.urls
+        service = InferenceService(self._node, group, self._service_seconds, self._directory, self._happened)
+        self._service = service
+        serving.append(service)
+        await service.start(self._cpus)
+        self._urls = service.urls
 
-    async def _ship_logs(self) -> Kept:
+    async def _ship_logs(self) -> Served:
         path = self._directory / "logs"
         self._logs = WorkCounter(path)
         command = [sys.executable, "-P", "-m", "colocate.demo.logs", str(path)]
@@ -262,21 +298,26 @@ class Demo:
         try:
             for job in jobs:
                 await job.start()
+            self._kept = jobs
             yield jobs
         finally:
+            self._kept, self._batch_groups = [], []
             for job in jobs:
                 await job.end(end_by)
 
     @contextlib.asynccontextmanager
-    async def _batch_in(self, group: str) -> AsyncIterator[list[Kept]]:
-        path = self._batch_group = joined(self._node.path, group)
+    async def _batch_in(self, arm: str) -> AsyncIterator[None]:
+        """Training jobs where they are in this arm."""
+        group = BATCH_PODS[arm]
+        path = joined(self._node.path, group)
+        self._batch_groups = [path]
         score = BESTEFFORT_SCORE if "besteffort" in group else BURSTABLE_SCORE
 
         async def start(i: int) -> Process:
             return await Process.start(self._node, path, self._training(i), {}, oom_score_adj=score)
 
-        async with self._jobs(start) as jobs:
-            yield jobs
+        async with self._jobs(start):
+            yield
 
     async def _references(self) -> None:
         """The service's peak and the batch work of an otherwise empty node."""
@@ -284,7 +325,7 @@ class Demo:
         samples = await self._load(None, PEAK_SECONDS)
         self._result.service_peak_per_second = round(sum(s.ok for s in samples) / PEAK_SECONDS, 1)
         self._progress("batch alone", 0.25)
-        async with self._batch_in(BATCH_PODS["besteffort"]):
+        async with self._batch_in("besteffort"):
             await asyncio.sleep(WARM_SECONDS)
             before, started = self._work(), time.perf_counter()
             await asyncio.sleep(BATCH_ALONE_SECONDS)
@@ -295,39 +336,47 @@ class Demo:
         if self._service is not None:
             await self._service.warm()  # an arm inherits nothing
         if arm == "alone":
-            await self._measure(arm, [])
+            await self._measure(arm)
             alone = self._result.arms["alone"].p99_ms / 1e3
             self._target_seconds = max(2 * alone, alone + 0.004)
             self._result.target_p99_ms = round(self._target_seconds * 1e3, 2)
         elif arm == "colocate":
             await self._colocate(calibration)
         else:
-            async with self._batch_in(BATCH_PODS[arm]) as jobs:
-                await self._measure(arm, jobs)
+            async with self._batch_in(arm):
+                await self._measure(arm)
 
-    def _counted(self) -> tuple[int, int, int, int]:
-        """Batch work done and lost, restarts of the service, turns of the BestEffort pod."""
+    def _counted(self) -> tuple[int, int, int, int, int]:
+        """Batch work done and lost, restarts of the service, turns of the BestEffort pod, deaths of batch."""
         restarts = self._service.restarts if self._service is not None else 0
         turns = self._logs.done if self.logs_beside else 0
-        return self._work(), sum(p.lost for p in self._trainings), restarts, turns
+        lost = sum(p.lost.done for p in self._trainings)
+        return self._work(), lost, restarts, turns, self._deaths_of_batch()
 
-    async def _measure(self, arm: str, jobs: list[Kept]) -> None:
+    def _deaths_of_batch(self) -> int:
+        return sum(job.deaths for job in self._kept)
+
+    def _groups(self) -> dict[str, Sequence[str]]:
+        """Whom to watch, and where they are."""
+        groups = {"service": [SERVICE_POD], "BestEffort pod": [BESTEFFORT_POD]}
+        return {name: [joined(self._node.path, path) for path in paths] for name, paths in groups.items()}
+
+    async def _measure(self, arm: str) -> None:
         await asyncio.sleep(WARM_SECONDS)
         have = capacity(self._port, self._node.path)
         load = asyncio.create_task(self._load(LOAD_RATIO * self._result.service_peak_per_second, self._seconds))
         await asyncio.sleep(0.8)
-        groups = {"service": SERVICE_POD, "BestEffort pod": BESTEFFORT_POD}
-        paths = {name: joined(self._node.path, path) for name, path in groups.items()}
-        if jobs:
-            paths["batch"] = self._batch_group
-        before, counted, died = figures(self._port, "/", have.cpus, 0), self._counted(), sum(j.deaths for j in jobs)
+        paths = self._groups()
+        if self._batch_groups:
+            paths["batch"] = self._batch_groups
+        before, counted = figures(self._port, "/", have.cpus, 0), self._counted()
         async with Watch(self._port, paths, WATCH_SECONDS) as self._window:
             started = time.perf_counter()
             samples = await load
             elapsed = time.perf_counter() - started
         watched, self._window = self._window, None
         after = figures(self._port, "/", have.cpus, 0)
-        work, lost, restarts, turns = (b - a for a, b in zip(counted, self._counted(), strict=True))
+        work, lost, restarts, turns, deaths = (b - a for a, b in zip(counted, self._counted(), strict=True))
         done = max(work, 0) / elapsed
         busy = (after.cpu_busy_us or 0) - (before.cpu_busy_us or 0)
         idle = (after.cpu_idle_us or 0) - (before.cpu_idle_us or 0)
@@ -348,7 +397,7 @@ class Demo:
                 "stalled_seconds": watched.stalled_seconds,
                 "besteffort_work_ratio": kept_up,
                 "batch_lost_per_second": round(lost / elapsed, 1),
-                "batch_processes_lost": sum(j.deaths for j in jobs) - died,
+                "batch_processes_lost": deaths,
             },
             Arm,
         )
@@ -386,7 +435,7 @@ class Demo:
             calibration=calibration,
         )
         agent.open()
-        self._batch_group = agent.observer.tree.tier_path
+        self._batch_groups = [agent.observer.tree.tier_path]
         self._last_said: dict[str, tuple[str, str]] = {}
         agent.on_tick.append(self._decided)
         server = JobServer(agent, self._directory / "agent.sock")
@@ -403,7 +452,7 @@ class Demo:
             async with self._jobs(start, signal.SIGTERM) as jobs:
                 while len(agent.registry.jobs) < len(jobs) and all(j.alive for j in jobs):
                     await asyncio.sleep(0.02)  # starting them is not what is measured
-                await self._measure("colocate", jobs)
+                await self._measure("colocate")
         finally:
             while server.busy and not running.done():
                 await asyncio.sleep(0.05)

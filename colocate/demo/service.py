@@ -18,6 +18,18 @@ from colocate.errors import HostUnfit
 WARM_ATTEMPTS = 40
 
 
+async def warm(url: str) -> None:
+    """Have the table of the service in memory. Raises HostUnfit."""
+    for _ in range(WARM_ATTEMPTS):  # a worker may just be started again
+        try:
+            async with aiohttp.ClientSession() as session, session.post(f"{url}/warm") as response:
+                response.raise_for_status()
+                return
+        except aiohttp.ClientError:
+            await asyncio.sleep(0.5)
+    raise HostUnfit("the demonstration service does not answer any more")
+
+
 class InferenceService:
     """Its workers share one table of embeddings, mapped from a file, and one histogram."""
 
@@ -65,14 +77,7 @@ class InferenceService:
 
     async def warm(self) -> None:
         """Have the table in memory again, whatever went before. Raises HostUnfit."""
-        for _ in range(WARM_ATTEMPTS):  # a worker may just be started again
-            try:
-                async with aiohttp.ClientSession() as session, session.post(f"{self.urls[0]}/warm") as response:
-                    response.raise_for_status()
-                    return
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.5)
-        raise HostUnfit("the demonstration service does not answer any more")
+        await warm(self.urls[0])
 
     async def end(self) -> None:
         """End all workers."""

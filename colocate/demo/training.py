@@ -1,7 +1,8 @@
 """A real training job: a network learns a function by gradient descent, hungry for CPU and for memory.
 
 It counts the samples it has learned from into a memory-mapped file, and keeps them in a replay memory. Every
-`--checkpoint-every` seconds, and when it is asked by SIGUSR1, it writes a checkpoint, from which its successor goes on.
+`--checkpoint-every` seconds, when it is asked by SIGUSR1, and before it ends by SIGTERM it writes a checkpoint, from
+which its successor goes on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -23,6 +25,7 @@ BATCH = 256
 WIDTH = 64
 INPUTS = 32
 BLOCK_BYTES = 1 << 20
+ASKED = {signal.SIGUSR1, signal.SIGTERM}
 
 
 def main() -> None:
@@ -34,6 +37,8 @@ def main() -> None:
     parser.add_argument("--most-bytes", type=int, default=128 << 20)
     options = parser.parse_args()
     progress = Progress(options.progress)
+    progress.died()  # what its predecessor had not saved is lost
+    progress.starts.done += 1
     generator = np.random.Generator(np.random.PCG64(os.getpid()))
     truth = np.random.Generator(np.random.PCG64(1)).standard_normal((INPUTS, 1)).astype(np.float32)
     first = generator.standard_normal((INPUTS, WIDTH)).astype(np.float32) / 8
@@ -54,7 +59,12 @@ def main() -> None:
         with contextlib.suppress(ColocateError):  # an agent that knows no such job is none of training's business
             tell_checkpointed()
 
+    def end(*_: object) -> None:
+        checkpoint()
+        sys.exit(0)
+
     signal.signal(signal.SIGUSR1, checkpoint)
+    signal.signal(signal.SIGTERM, end)
     due = time.monotonic() + options.checkpoint_every
     while True:
         x = generator.standard_normal((BATCH, INPUTS), dtype=np.float32)
@@ -72,9 +82,9 @@ def main() -> None:
             replay.append(block)
         progress.done.done = done
         if time.monotonic() >= due:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one at a time
+            signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # one at a time
             checkpoint()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
             due = time.monotonic() + options.checkpoint_every
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from colocate.cgroup.port import FilePort
@@ -16,12 +17,12 @@ MIB = 1 << 20
 
 
 class Watch:
-    """Reads the groups `paths` (name -> full path) every `every` seconds while it is open."""
+    """Reads groups of cgroups (name -> their full paths) every `every` seconds while it is open."""
 
-    def __init__(self, port: FilePort, paths: dict[str, str], every: float) -> None:
+    def __init__(self, port: FilePort, paths: dict[str, Sequence[str]], every: float) -> None:
         self._port, self._paths, self._every = port, paths, every
         self._started = 0.0
-        self._seen: list[tuple[float, dict[str, Workload | None]]] = []
+        self._seen: list[tuple[float, dict[str, list[Workload]]]] = []
         self._events: list[Event] = []
 
     async def __aenter__(self) -> Watch:
@@ -45,11 +46,14 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic() - self._started
-        found = {}
-        for name, path in self._paths.items():
-            inodes = inodes_of(self._port, path)
+        found: dict[str, list[Workload]] = {}
+        for name, paths in self._paths.items():
             tier: Tier = "service" if name == "service" else "batch"
-            found[name] = read_workload(self._port, id_=name, name=name, tier=tier, path=path, inodes=inodes)
+            read = (
+                read_workload(self._port, id_=name, name=name, tier=tier, path=p, inodes=inodes_of(self._port, p))
+                for p in paths
+            )
+            found[name] = [w for w in read if w is not None]
         self._seen.append((round(now, 2), found))
 
     def note(self, text: str, why: str = "") -> None:
@@ -57,9 +61,10 @@ class Watch:
         self._events.append(Event(round(time.monotonic() - self._started, 2), text, why))
 
     def _totals(self, name: str, field: str) -> list[tuple[float, int]]:
-        return [
-            (at, v) for at, f in self._seen if (w := f.get(name)) is not None and (v := getattr(w, field)) is not None
-        ]
+        """When, and the sum over the groups; what none of them tells is left out."""
+        read = ((at, [getattr(w, field) for w in found.get(name, ())]) for at, found in self._seen)
+        known = ((at, [v for v in values if v is not None]) for at, values in read)
+        return [(at, sum(values)) for at, values in known if values]
 
     @property
     def stalled_seconds(self) -> float | None:
@@ -84,8 +89,8 @@ class Watch:
         """What the charts need."""
         detail.watched_seconds = [at for at, _ in self._seen]
         for name in self._paths:
-            seen = [f.get(name) for _, f in self._seen]
-            detail.memory_mib[name] = [round(((w.working_set_bytes if w else 0) or 0) / MIB, 1) for w in seen]
+            used = ((w.working_set_bytes or 0 for w in found.get(name, ())) for _, found in self._seen)
+            detail.memory_mib[name] = [round(sum(of_each) / MIB, 1) for of_each in used]
         detail.batch_cores = self._rates("batch", "cpu_usage_us")
         detail.stalled_ratio = self._rates("service", "memory_pressure_us")
         detail.events = self._events

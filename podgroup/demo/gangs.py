@@ -18,9 +18,9 @@ import msgspec
 
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, ApiError, path_of
+from colocate.localcluster.controlplane import ControlPlane, install, with_parent
 from colocate.objects import Pod
 from podgroup.api import PLANS, POD_GROUP_LABEL, POD_GROUPS, GangPlan
-from podgroup.demo.controlplane import ControlPlane, install, with_parent
 
 NAMESPACE = "demo"
 REPLICA_SETS = "/apis/apps/v1/replicasets"

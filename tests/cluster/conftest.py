@@ -17,13 +17,13 @@ import yaml
 from colocate.cluster.api import NODE_COLOCATIONS
 from colocate.kube.client import DEFINITIONS, MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
+from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, install
+from colocate.localcluster.realnode import RealNode, lacks
 from colocate.objects import Pod
 from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
 from podgroup.controller.loop import Controller
-from podgroup.demo.controlplane import MANIFESTS, ControlPlane, install
 from podgroup.queue.entry import Settings
 from tests.cluster.proxy import Proxy
-from tests.cluster.realnode import RealNode, lacks
 from tools import rights
 
 PATIENCE = 60.0
@@ -312,7 +312,8 @@ async def ignoring_conflict(api: Api, path: str, body: dict[str, Any]) -> None:
 @pytest.fixture
 async def kinds(world: World) -> AsyncIterator[None]:
     """The kind is installed, and what a test has said is gone after it."""
-    await ignoring_conflict(world.api, DEFINITIONS, yaml.safe_load((MANIFESTS / "nodecolocations.yaml").read_text()))
+    kind = yaml.safe_load((MANIFESTS / "crd" / "nodecolocations.yaml").read_text())
+    await ignoring_conflict(world.api, DEFINITIONS, kind)
 
     async def served() -> bool:
         with contextlib.suppress(ApiError):

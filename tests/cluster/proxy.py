@@ -12,7 +12,7 @@ from typing import NamedTuple
 import aiohttp
 from aiohttp import web
 
-from podgroup.demo.controlplane import ControlPlane
+from colocate.localcluster.controlplane import ControlPlane
 
 BEHIND_SECONDS = 1.5
 WRITES = ("POST", "PUT", "PATCH", "DELETE")

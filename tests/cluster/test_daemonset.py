@@ -16,9 +16,9 @@ from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes_below
 from colocate.cluster.api import BATCH_MEMORY
 from colocate.errors import HostUnfit
 from colocate.kube.client import PODS, ApiError, path_of
-from podgroup.demo.controlplane import ControlPlane
+from colocate.localcluster.controlplane import MANIFESTS, ControlPlane
+from colocate.localcluster.realnode import NAME, RealNode
 from tests.cluster.conftest import World
-from tests.cluster.realnode import NAME, RealNode
 from tests.cluster.test_kubelet import on, until_ready
 from tests.cluster.test_nri import BATCH, SHARES, starts, until_runs
 from tests.cluster.test_publication import POLICIES, offered, publishing
@@ -62,7 +62,7 @@ def manifests(real_node: RealNode, plane: ControlPlane) -> list[dict[str, Any]]:
     admission mounts, and some right of root.
     """
     files = ("controller/namespace.yaml", "base/agent.yaml")
-    found = [o for f in files for o in yaml.safe_load_all((rights.MANIFESTS / f).read_text())]
+    found = [o for f in files for o in yaml.safe_load_all((MANIFESTS / f).read_text())]
     policy = next(o for o in found if o["kind"] == "ConfigMap")
     spec = yaml.safe_load(policy["data"]["policy.yaml"])
     spec["spec"] |= {"nodeRoot": real_node.cgroup, "calibrate": False, "http": {"enabled": False}}

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from colocate.kube.client import LEASES, NODES, Api, path_of
+from colocate.localcluster.controlplane import ControlPlane
 from podgroup.api import PLAN_API, PLANS, POD_GROUPS
-from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import HIGH, LOW, World, leader
 from tests.cluster.proxy import BEHIND_SECONDS, Fault, Hold, Proxy, Request, healthy
 

@@ -14,10 +14,9 @@ import pytest
 import yaml
 
 from colocate.kube.client import NAMESPACES, PODS, path_of
+from colocate.localcluster.controlplane import MANIFESTS, ControlPlane
 from podgroup.api import POD_GROUPS
-from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, leader
-from tools.rights import MANIFESTS
 
 GROUP = """
 apiVersion: scheduling.x-k8s.io/v1alpha1

@@ -15,9 +15,8 @@ import pytest
 import yaml
 
 from colocate.errors import HostUnfit
-from podgroup.demo.controlplane import ControlPlane, binaries
+from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, binaries
 from tests.cluster.conftest import World, leader
-from tools.rights import MANIFESTS
 
 DOCS = (MANIFESTS.parent / "docs" / "gangs.md").read_text()
 Kubectl = Callable[..., str]

@@ -9,10 +9,10 @@ import pytest
 
 from colocate.errors import HostUnfit
 from colocate.kube.client import NODES, PODS, Api, path_of
+from colocate.localcluster.realnode import IMAGE, NAME, RealNode
 from colocate.objects import Node
 from tests.cluster.conftest import World, leader
 from tests.cluster.proxy import Hold, Proxy
-from tests.cluster.realnode import IMAGE, NAME, RealNode
 
 MILLI_MOST = 700
 """Of the CPU that is left to its pods, one member asks for this many thousandths, and a thief for as many."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from colocate.kube.client import DEFINITIONS, LEASES, MERGE, PODS, Api, path_of
-from podgroup.demo.controlplane import ControlPlane
+from colocate.localcluster.controlplane import ControlPlane
 from podgroup.queue.entry import Settings
 from tests.cluster.conftest import HIGH, World, leader
 from tests.cluster.proxy import Proxy, Request

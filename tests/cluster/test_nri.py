@@ -18,9 +18,9 @@ from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, processes, processes_below
 from colocate.kube.client import PODS
+from colocate.localcluster.realnode import NAME, RealNode
 from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Update
 from tests.cluster.conftest import World
-from tests.cluster.realnode import NAME, RealNode
 from tests.cluster.test_kubelet import on, until_ready
 
 QOS = "colocate.io/qos"

@@ -38,6 +38,7 @@ from colocate.kube.client import (
     Api,
     path_of,
 )
+from colocate.localcluster.controlplane import ControlPlane
 from colocate.objects import (
     Claim,
     CsiDriver,
@@ -50,7 +51,6 @@ from colocate.objects import (
     StorageClass,
     VolumeAttachment,
 )
-from podgroup.demo.controlplane import ControlPlane
 from podgroup.queue.entry import member_of
 from podgroup.solve.place_class import feasible
 from podgroup.solve.question import Trial, classes_of

@@ -27,15 +27,15 @@ from colocate.cluster.publication import Publication, differs, wanted
 from colocate.kernelmodel import ModelKernel
 from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
+from colocate.localcluster.controlplane import MANIFESTS, ControlPlane
 from colocate.model import kernels
 from colocate.objects import Quantities
 from colocate.plan import Request
 from colocate.policy.schema import ColocationPolicy
 from colocate.units import time_text
-from podgroup.demo.controlplane import ControlPlane
 from tests.cluster.conftest import World, ignoring_conflict, leader
 from tests.cluster.test_nri import ended
-from tools.rights import COLLECTIONS, MANIFESTS
+from tools.rights import COLLECTIONS
 
 BATCH = {"colocate.io/qos": "batch"}
 ADMISSION = "/apis/admissionregistration.k8s.io/v1"

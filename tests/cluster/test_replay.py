@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from podgroup.demo.controlplane import ControlPlane
+from colocate.localcluster.controlplane import ControlPlane
 from tests.cluster.conftest import LOW, World
 from tests.cluster.test_faults import process
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from colocate.kube.client import DEFINITIONS, MERGE, Api, ApiError, path_of
+from colocate.localcluster.controlplane import ControlPlane, free_ports, install
 from colocate.objects import Pod
 from podgroup.api import PLANS, POD_GROUPS
-from podgroup.demo.controlplane import ControlPlane, free_ports, install
 from podgroup.demo.observer import Observer, watching
 from podgroup.queue.entry import Settings
 from tests.cluster.conftest import World, leader

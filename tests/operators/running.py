@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from podgroup.demo.controlplane import with_parent
+from colocate.localcluster.controlplane import with_parent
 from tests.operators.jobs import Adapter
 from tools import operators
 

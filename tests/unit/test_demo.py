@@ -14,18 +14,18 @@ def test_what_a_job_did_since_its_last_checkpoint_is_lost_with_it(tmp_path):
     progress = Progress(tmp_path / "job")
     progress.done.done, progress.saved.done = 100, 60
     assert progress.died() == 40
-    assert (progress.done.done, progress.lost) == (60, 40)
+    assert (progress.done.done, progress.lost.done) == (60, 40)
     progress.done.done = 90  # its successor went on from there
     assert progress.died() == 30
-    assert progress.lost == 70
+    assert progress.lost.done == 70
 
 
 def test_a_job_that_starts_from_nothing_finds_nothing_of_an_earlier_one(tmp_path):
     progress = Progress(tmp_path / "job")
-    progress.done.done = progress.saved.done = progress.lost = 5
+    progress.done.done = progress.saved.done = progress.lost.done = 5
     progress.checkpoint.write_bytes(b"of before")
     progress.reset()
-    assert (progress.done.done, progress.saved.done, progress.lost) == (0, 0, 0)
+    assert (progress.done.done, progress.saved.done, progress.lost.done) == (0, 0, 0)
     assert not progress.checkpoint.exists()
 
 

@@ -39,13 +39,14 @@ USERS = {
     "node": ("system:node:localhost", '"system:nodes"'),
 }
 CONTROLLERS = (
-    "job-controller,replicaset-controller,statefulset-controller,daemonset-controller,garbage-collector-controller,namespace-controller,serviceaccount-controller,"
+    "job-controller,replicaset-controller,deployment-controller,statefulset-controller,daemonset-controller,"
+    "garbage-collector-controller,namespace-controller,serviceaccount-controller,"
     "node-lifecycle-controller,taint-eviction-controller,pod-garbage-collector-controller,disruption-controller,"
     "persistentvolume-binder-controller,persistentvolume-protection-controller,"
     "persistentvolumeclaim-protection-controller,ephemeral-volume-controller"
 )
 HERE = Path(__file__).resolve()
-MANIFESTS = next(p for p in (HERE.with_name("crd"), HERE.parents[2] / "manifests" / "crd") if p.is_dir())
+MANIFESTS = next(p for p in (HERE.with_name("manifests"), HERE.parents[2] / "manifests") if p.is_dir())
 """Beside this file in an installed wheel, in `manifests/` in a checkout."""
 
 
@@ -53,7 +54,7 @@ async def install(api: Api) -> None:
     """Create our custom resources where they are not yet. Raises ApiError."""
     for name in ("podgroups.yaml", "gangplans.yaml"):
         try:
-            await api.request("POST", DEFINITIONS, yaml.safe_load((MANIFESTS / name).read_text()))
+            await api.request("POST", DEFINITIONS, yaml.safe_load((MANIFESTS / "crd" / name).read_text()))
         except ApiError as error:
             if error.status != 409:
                 raise

@@ -1,7 +1,7 @@
-"""A real kubelet with containerd and runc, in mount and process namespaces of its own: nothing of it outlives the test.
+"""A real kubelet with containerd and runc, in mount and process namespaces of its own: nothing of it outlives us.
 
 What a kubelet changes on its host it changes in there: the sysctls that it tunes are files bound over /proc/sys, /run,
-/var/lib and /var/log are empty, and its cgroups are below a scratch node, which is swept should the test be killed.
+/var/lib and /var/log are empty, and its cgroups are below a scratch node, which is swept should its owner be killed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroup.port import KernelPort
 from colocate.errors import HostUnfit
-from podgroup.demo.controlplane import ControlPlane, binaries, with_parent
-from tools.image import write_archive
+from colocate.localcluster.archive import write_archive
+from colocate.localcluster.controlplane import ControlPlane, binaries, with_parent
 
 BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
 PROGRAMS = ("runc", "unshare", "mount")
@@ -91,15 +91,17 @@ def lacks() -> str:
 class RealNode:
     """A node of the control plane's cluster while it is entered; its name is `NAME`."""
 
-    def __init__(self, plane: ControlPlane, directory: Path) -> None:
+    def __init__(
+        self, plane: ControlPlane, directory: Path, purpose: str = "test", memory_bytes: int | None = None
+    ) -> None:
         self._plane, self._home = plane, directory
         self._port = KernelPort()
-        self._cgroup = ScratchNode(self._port, "test")
+        self.scratch = ScratchNode(self._port, purpose, memory_bytes)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RealNode:
         sweep(self._port)
-        self._cgroup.__enter__()
+        self.scratch.__enter__()
         try:
             self._start()
         except BaseException:
@@ -112,7 +114,7 @@ class RealNode:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # the first one of the namespace takes all others with it
             self._process.wait()
-        self._cgroup.__exit__()
+        self.scratch.__exit__()
 
     @property
     def nri_socket(self) -> str:
@@ -122,7 +124,7 @@ class RealNode:
     @property
     def cgroup(self) -> str:
         """What the kubelet takes for its host's root."""
-        return self._cgroup.path
+        return self.scratch.path
 
     def end_containerd(self) -> None:
         """SIGKILL; it is started again at once, and containers run on."""
@@ -150,8 +152,8 @@ class RealNode:
     def _start(self) -> None:
         home = self._home
         for hierarchy in self._port.layout.mounts:  # a kubelet wants its root in every one
-            if self._port.inode(hierarchy, self._cgroup.path) is None:
-                self._port.mkdir(hierarchy, self._cgroup.path)
+            if self._port.inode(hierarchy, self.scratch.path) is None:
+                self._port.mkdir(hierarchy, self.scratch.path)
         (home / "cni").mkdir()
         (home / "nri").mkdir()
         network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
@@ -191,7 +193,7 @@ class RealNode:
             "kind": "KubeletConfiguration",
             "failCgroupV1": False,
             "cgroupDriver": "cgroupfs",
-            "cgroupRoot": self._cgroup.path,
+            "cgroupRoot": self.scratch.path,
             "containerRuntimeEndpoint": f"unix://{home}/containerd.sock",
             "enableServer": False,
             "healthzPort": 0,
@@ -199,6 +201,7 @@ class RealNode:
             "authorization": {"mode": "AlwaysAllow"},
             "resolvConf": "",
             "failSwapOn": False,
+            "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},  # nobody wants to wait for minutes
             "makeIPTablesUtilChains": False,
             "nodeStatusUpdateFrequency": "2s",
             "evictionHard": {"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%"},

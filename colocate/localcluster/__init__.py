@@ -1,0 +1,1 @@
+"""A real, small Kubernetes cluster on this machine: for demonstrations, tests and benchmarks."""
