@@ -53,9 +53,11 @@ POLICY = {
     "memory": {"crawl": "1s", "calm": "3s", "checkpointDeadline": "3s", "terminationGrace": "2s"},
 }
 """`scenario.SPEC` as an operator writes it."""
+REQUESTED = {"cpu": "250m"}
+"""By each container of the service, and by each unmanaged batch pod: what a worker uses on average."""
 BATCH = {"colocate.io/qos": "batch"}
 _ARMS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
-    "unmanaged": ({}, {"cpu": "500m"}, "kubepods/burstable"),
+    "unmanaged": ({}, REQUESTED, "kubepods/burstable"),
     "besteffort": ({}, {}, "kubepods/besteffort"),
     "colocate": (BATCH, {}, "kubepods/batch"),
 }
@@ -187,7 +189,7 @@ class KubernetesDemo(Demo):
         for cpu, port in zip(self._cpus, ports, strict=True):
             arguments = ["--cpu", str(cpu), "--port", str(port), "--table", f"{WORK}/table"]
             arguments += ["--service-seconds", str(self._service_seconds)]
-            containers.append(self._container(f"worker-{cpu}", "inference", arguments, {"cpu": "500m"}))
+            containers.append(self._container(f"worker-{cpu}", "inference", arguments, REQUESTED))
         self._urls = [f"http://127.0.0.1:{port}" for port in ports]
         await self._create(PODS, "Pod", "inference", {"app": "inference"}, self._pod(*containers))
         self._service = self._in_pod = PodService(self._urls)
