@@ -50,11 +50,12 @@ def _cgroup(port: KernelPort) -> list[Check]:
     layout = port.layout
     main = layout.mounts.get(main_hierarchy(port), "") if layout.mounts else ""
     mounted = bool(layout.mounts)
-    driver = "none"
+    driver, parent = "none", main
     if mounted:
         kubepods = find_kubepods(port, "/")
+        parent = f"{main}{kubepods or ''}"  # the root itself is writable for capabilities only, which we do without
         driver = "systemd" if (kubepods or "").endswith(".slice") else "cgroupfs" if kubepods else "plain host"
-    writable = bool(main) and os.access(main, os.W_OK)
+    writable = bool(main) and os.access(parent, os.W_OK)
     kinds = sorted(layout.controllers)
     return [
         Check(
@@ -68,7 +69,7 @@ def _cgroup(port: KernelPort) -> list[Check]:
         Check(
             "cgroups writable",
             writable,
-            main or "-",
+            parent or "-",
             "no tier is possible for this user",
             "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- ...",
             required=True,

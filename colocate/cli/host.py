@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -34,29 +35,22 @@ def socket_path(options: argparse.Namespace, *, own: bool = False) -> Path:
 
 def doctor(options: argparse.Namespace) -> int:
     """Exit 0 when a tier is possible, 1 when not."""
-    from colocate.calibrate.measure import load_calibration
-    from colocate.cgroup.port import KernelPort
-    from colocate.doctor import checks
+    if options.node:
+        from colocate.cli.remote import answer_of
 
-    port = KernelPort()
-    found = checks(port)
-    possible = all(c.ok for c in found if c.required)
-    state = default_state_dir()
-    known = os.access(state, os.R_OK | os.X_OK)
-    calibration = load_calibration(StateDirectory(state), port) if known else Calibration()
+        data = answer_of(options, "doctor")
+    else:
+        data = _examined()
+    possible = bool(data["tier_possible"])
     if options.output in DATA_FORMS:
-        data = {
-            "tier_possible": possible,
-            "checks": [c._asdict() for c in found],
-            "calibration": msgspec.to_builtins(calibration),
-        }
         print_data(data, options.output)
         return 0 if possible else 1
     rows = []
-    for check in found:
-        lost = "" if check.ok else check.cost + (f"; mend: {check.mend}" if check.mend else "")
-        rows.append(("✓" if check.ok else "✗", check.name, check.found, lost))
+    for check in data["checks"]:
+        lost = "" if check["ok"] else check["cost"] + (f"; mend: {check['mend']}" if check["mend"] else "")
+        rows.append(("✓" if check["ok"] else "✗", check["name"], check["found"], lost))
     print_table(("", "what", "found", "without it"), rows)
+    calibration = msgspec.convert(data["calibration"], Calibration)
     if calibration.measured_seconds:
         print(f"calibrated: lever {calibration.lever}, rungs {' > '.join(calibration.rungs)}")
         if options.output == "wide":
@@ -65,6 +59,23 @@ def doctor(options: argparse.Namespace) -> int:
         print("not calibrated on this kernel: weight 1 is used (measure with: colocate calibrate)")
     print("a batch tier is possible" if possible else "no batch tier is possible: mend the first lines above")
     return 0 if possible else 1
+
+
+def _examined() -> dict[str, Any]:
+    from colocate.calibrate.measure import load_calibration
+    from colocate.cgroup.port import KernelPort
+    from colocate.doctor import checks
+
+    port = KernelPort()
+    found = checks(port)
+    state = default_state_dir()
+    known = os.access(state, os.R_OK | os.X_OK)
+    calibration = load_calibration(StateDirectory(state), port) if known else Calibration()
+    return {
+        "tier_possible": all(c.ok for c in found if c.required),
+        "checks": [c._asdict() for c in found],
+        "calibration": msgspec.to_builtins(calibration),
+    }
 
 
 def print_calibration(calibration: Calibration) -> None:

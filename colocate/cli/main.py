@@ -20,6 +20,7 @@ from colocate.cli.options import (
     cores,
     duration,
     form,
+    node,
     positive,
     size,
     snapshot,
@@ -89,6 +90,7 @@ def _add_node(add: Add) -> None:
         "doctor", "colocate.cli.host:doctor", "What this host offers, what each missing thing costs, and the mend"
     )
     table_form(doctor)
+    node(doctor)
 
     agent = add("agent", "colocate.cli.host:agent", "The node manager")
     agent.add_argument("--config", help="the ColocationPolicy file; read again when it changes")
@@ -112,19 +114,24 @@ def _add_node(add: Add) -> None:
     top = add("top", "colocate.cli.watch:top", "The node live")
     top.add_argument("--once", action="store_true", help="print once and end")
     table_form(top)
+    node(top)
     socket(top)
 
-    explain = add("explain", "colocate.cli.watch:explain", "Why the node is as it is, or why a PodGroup waits")
-    explain.add_argument("workload", nargs="*", help="only this service or job; or: podgroup NAME")
+    explain = add("explain", "colocate.cli.watch:explain", "Why a node or pod is as it is, or why a PodGroup waits")
+    explain.add_argument(
+        "workload", nargs="*", help="only this service or job; or of a cluster: node NAME, pod NAME, podgroup NAME"
+    )
     explain.add_argument(
         "--anew", action="store_true", help="of a PodGroup: decide it anew from the whole cluster, which you may list"
     )
     snapshot(explain)
+    node(explain, whose_cluster=False)
     table_form(explain)
     socket(explain)
 
     status = add("status", "colocate.cli.watch:status", "Whether an agent runs, and how it is")
     table_form(status)
+    node(status)
     socket(status)
 
 
@@ -154,7 +161,9 @@ def _add_reports(add: Add) -> None:
     report.add_argument("--machines", type=positive, default=1, help="nodes like this one, for machines saved")
     report.add_argument("--file", help="where -o html goes (default: colocate-report.html)")
     form(report, "html", "json", "csv")
+    node(report)
     state(report)
+    socket(report)
 
     evaluate = add(
         "evaluate", "colocate.cli.reports:evaluate", "Measure co-location on this node by on/off windows (switchback)"

@@ -64,6 +64,13 @@ def cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", help="of the kubeconfig")
 
 
+def node(parser: argparse.ArgumentParser, *, whose_cluster: bool = True) -> None:
+    """--node, and which API server."""
+    parser.add_argument("--node", default="", help="ask the agent of this node of the cluster, by the API server")
+    if whose_cluster:
+        cluster(parser)
+
+
 def snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
     """A snapshot file or the live cluster, and whose pods."""
     cluster(parser)

@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from colocate.cli.host import socket_path, state_dir
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
@@ -44,6 +46,13 @@ def _file(options: argparse.Namespace) -> Path:
 
 def report(options: argparse.Namespace) -> int:
     """Exit 0 also if the data do not support a verdict: the report says so."""
+    if options.node:
+        from colocate.cli.remote import answer_of
+
+        since = ["--since", f"{options.since:g}s"] if options.since is not None else []
+        told = answer_of(options, "report", "--machines", str(options.machines), *since)
+        _show(msgspec.convert(told, Report), options)
+        return 0
     if options.records:
         _show(evaluate_records(Path(options.records), since_seconds=options.since, machines=options.machines), options)
         return 0
@@ -55,6 +64,8 @@ def report(options: argparse.Namespace) -> int:
 
 def _kept_in_memory(options: argparse.Namespace, stack: contextlib.ExitStack) -> Path | None:
     """What an agent keeps in memory because its disk refuses records, as a file; None if it does not."""
+    if options.state_dir:  # of another agent, or of none
+        return None
     try:
         connection = Connection(socket_path(options))
     except NotAnswering:

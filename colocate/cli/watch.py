@@ -18,6 +18,10 @@ from colocate.units import format_bytes, format_duration
 
 
 def _ask(options: argparse.Namespace, op: str) -> dict[str, Any]:
+    if options.node:
+        from colocate.cli.remote import answer_of
+
+        return dict(answer_of(options, op))
     connection = Connection(socket_path(options))
     try:
         return connection.ask(op=op)
@@ -162,8 +166,24 @@ def explain(options: argparse.Namespace) -> int:
     for kind in entry_points(group="colocate.explain", name=named[0]) if named else ():
         options.workload = [*named, *options.workload[1:]]
         return int(kind.load()(options))
+    if len(asked := [*named, *options.workload[1:]]) == 2 and asked[0] in ("node", "pod"):
+        return _explain_elsewhere(options, *asked)
     if len(options.workload) > 1:
-        raise BadInput(f"explain takes one service or job, or podgroup NAME, not {' '.join(options.workload)!r}")
+        raise BadInput(
+            f"explain takes one service or job, or podgroup, node or pod NAME, not {' '.join(options.workload)!r}"
+        )
+    return _explain_node(options)
+
+
+def _explain_elsewhere(options: argparse.Namespace, kind: str, name: str) -> int:
+    """A node of the cluster, or a pod wherever it is."""
+    if kind == "node":
+        options.node, options.workload = name, []
+    else:
+        from colocate.cli.remote import placed
+
+        options.node, uid = placed(options, name)
+        options.workload = [f"pod:{uid}"]
     return _explain_node(options)
 
 

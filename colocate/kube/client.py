@@ -11,10 +11,10 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -78,6 +78,36 @@ class _Status(Lean, frozen=True):
     metadata: ObjectMeta = ObjectMeta()
     reason: str = ""
     message: str = ""
+
+
+class Executed(NamedTuple):
+    """What a command in a container did."""
+
+    code: int
+    out: bytes
+    err: str
+
+
+_STDOUT, _STDERR, _OUTCOME = 1, 2, 3
+"""Streams of remote commands."""
+
+
+class _Cause(Lean, frozen=True):
+    reason: str = ""
+    message: str = ""
+
+
+class _Details(Lean, frozen=True):
+    causes: tuple[_Cause, ...] = ()
+
+
+class _Outcome(Lean, frozen=True):
+    """How a remote command ended (metav1.Status)."""
+
+    status: str = ""
+    reason: str = ""
+    message: str = ""
+    details: _Details = _Details()
 
 
 def age_of(text: str | None) -> float:
@@ -235,6 +265,43 @@ class Api:
     async def get(self, kind: type[T], path: str) -> T:
         """One object."""
         return msgspec.json.decode(await self.request("GET", path), type=kind)
+
+    async def execute(self, path: str, command: Sequence[str], timeout_seconds: float = TIMEOUT_SECONDS) -> Executed:
+        """Run a command in a container; `path` is its pod's. Raises ApiError, Unreachable.
+
+        By a WebSocket whose messages begin with the number of a stream (v4.channel.k8s.io, pkg/kubelet/remotecommand).
+        """
+        query = [("stdout", "true"), ("stderr", "true"), *(("command", word) for word in command)]
+        headers = {"User-Agent": "colocate"}
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, "GET", None)
+        streams: dict[int, bytearray] = {_STDOUT: bytearray(), _STDERR: bytearray(), _OUTCOME: bytearray()}
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                connection = self._session.ws_connect(
+                    f"{self.server}{path}/exec?{urlencode(query)}",
+                    protocols=("v4.channel.k8s.io",),
+                    headers=headers,
+                    max_msg_size=0,
+                    **self._by_the_way,
+                )
+                async with connection as socket:
+                    async for message in socket:
+                        if message.type is aiohttp.WSMsgType.BINARY and message.data:
+                            streams.setdefault(message.data[0], bytearray()).extend(message.data[1:])
+        except aiohttp.WSServerHandshakeError as error:
+            reason = "Forbidden" if error.status == 403 else ""
+            raise ApiError(error.status, reason, f"no command may be run by {path}/exec (pods/exec)") from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(f"{self.server} does not answer: {error or type(error).__name__}") from error
+        outcome = msgspec.json.decode(streams[_OUTCOME] or b"{}", type=_Outcome)
+        if outcome.status == "Success":
+            code = 0
+        else:
+            codes = [c.message for c in outcome.details.causes if c.reason == "ExitCode"]
+            if not codes or not codes[0].isdigit():
+                raise ApiError(500, outcome.reason, outcome.message or f"{path}/exec ended without a word")
+            code = int(codes[0])
+        return Executed(code, bytes(streams[_STDOUT]), streams[_STDERR].decode(errors="replace"))
 
     async def lines(self, path: str, query: Mapping[str, str], idle_seconds: float) -> AsyncIterator[bytes]:
         """The lines of a watch until the server ends it. Raises ApiError, and Unreachable when nothing comes."""

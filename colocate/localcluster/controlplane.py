@@ -148,6 +148,11 @@ class ControlPlane:
         path.chmod(0o600)
         return path
 
+    @property
+    def kubelet_client(self) -> Path:
+        """The certificate by which kubelets know the API server; it is signed by itself."""
+        return self.directory / "kubelet-client.crt"
+
     def pid(self, name: str) -> int:
         """Of one of its processes, by the name of its binary."""
         return self._processes[name].pid
@@ -174,6 +179,11 @@ class ControlPlane:
         path.write_text(tokens)
         key = self.directory / "service-account.key"
         self._openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(key))
+        self._openssl(
+            *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-days", "30"),
+            *("-keyout", str(self.kubelet_client.with_suffix(".key")), "-out", str(self.kubelet_client)),
+            *("-subj", "/O=system:masters/CN=kube-apiserver-kubelet-client"),
+        )
         self._run_etcd(client, peer)
         self._run_api(client, key)
         if "kube-scheduler" in self._names:
@@ -227,6 +237,8 @@ class ControlPlane:
                 f"--cert-dir={self.directory / 'certs'}",
             ),
             *(f"--token-auth-file={self.directory / 'tokens.csv'}", "--authorization-mode=Node,RBAC"),
+            f"--kubelet-client-certificate={self.kubelet_client}",
+            f"--kubelet-client-key={self.kubelet_client.with_suffix('.key')}",
             *(f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}"),
             *("--service-account-issuer=https://kubernetes.default.svc", "--service-cluster-ip-range=10.96.0.0/16"),
             *(

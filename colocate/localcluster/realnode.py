@@ -20,7 +20,7 @@ from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroup.port import KernelPort
 from colocate.errors import HostUnfit
 from colocate.localcluster.archive import write_archive
-from colocate.localcluster.controlplane import ControlPlane, binaries, with_parent
+from colocate.localcluster.controlplane import ControlPlane, binaries, free_ports, with_parent
 
 BINARIES = ("kubelet", "containerd", "containerd-shim-runc-v2", "ctr")
 PROGRAMS = ("runc", "unshare", "mount")
@@ -195,9 +195,14 @@ class RealNode:
             "cgroupDriver": "cgroupfs",
             "cgroupRoot": self.scratch.path,
             "containerRuntimeEndpoint": f"unix://{home}/containerd.sock",
-            "enableServer": False,
+            "address": "127.0.0.1",
+            "port": free_ports(1)[0],
             "healthzPort": 0,
-            "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": False}},
+            "authentication": {
+                "anonymous": {"enabled": False},
+                "webhook": {"enabled": False},
+                "x509": {"clientCAFile": str(self._plane.kubelet_client)},
+            },
             "authorization": {"mode": "AlwaysAllow"},
             "resolvConf": "",
             "failSwapOn": False,

@@ -59,6 +59,39 @@ def guardians() -> list[int]:
     return found
 
 
+def asked_from_afar(plane: ControlPlane, namespace: str, uid: str, directory: Path) -> None:
+    """The commands about a node, of any node of the cluster."""
+
+    def colocate(*arguments: str, code: int = 0) -> str:
+        command = [str(Path(sys.executable).with_name("kubectl-colocate")), *arguments]
+        ran = subprocess.run(
+            [*command, "--kubeconfig", str(plane.kubeconfig())],
+            cwd=directory,
+            env={**os.environ, "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ran.returncode == code, ran.stdout + ran.stderr
+        return ran.stdout if code == 0 else ran.stderr
+
+    assert json.loads(colocate("status", "--node", NAME, "-o", "json"))["ticks"] > 0
+    assert uid in colocate("top", "--node", NAME, "--once", "-o", "wide")
+    assert "allocatable: " in colocate("explain", "node", NAME)
+    for words in (("pod", "asks", "-n", namespace), ("pod", f"{namespace}/asks"), (f"pod/{namespace}/asks",)):
+        told = colocate("explain", *words)
+        assert "is batch work at " in told
+        assert uid in told
+    assert "a batch tier is possible" in colocate("doctor", "--node", NAME)
+    assert "verdict" in json.loads(colocate("report", "--node", NAME, "-o", "json"))
+    colocate("report", "--node", NAME, "--file", "far.html")
+    assert "colocate" in (directory / "far.html").read_text()
+    assert "there is no node 'nowhere'" in colocate("top", "--node", "nowhere", code=2)
+    assert "there is no pod 'nobody'" in colocate("explain", "pod", "nobody", code=2)
+    assert "no name of an object" in colocate("top", "--node", "../pods", code=2)
+    assert "known: " in colocate("explain", "stranger", "--node", NAME, code=2)
+
+
 async def asks_for_batch(world: World) -> None:
     """A pod that kube-scheduler places by what the node promises to batch."""
     asked = {"requests": {BATCH_MEMORY: "64Mi"}, "limits": {BATCH_MEMORY: "64Mi"}}
@@ -100,6 +133,7 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
             limit = port.read("memory", joined(tier, f"pod{asking}/{made}"), "memory.limit_in_bytes")
             assert limit == f"{64 << 20}\n"
         assert [cgroup_of(port, pid, main) for pid in guardians()] == ["/"], "out of its container's cgroup"
+        await asyncio.to_thread(asked_from_afar, plane, world.namespace, asking, tmp_path)
         await asyncio.to_thread(installed.remove_agents)
 
         async def nothing_offered() -> bool:

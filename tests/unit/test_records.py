@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from colocate.actuate.journal import Journal
 from colocate.agent.loop import Agent
+from colocate.cli.main import main
 from colocate.errors import BadInput, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.model import kernels
@@ -272,3 +273,12 @@ def test_the_report_goes_out_as_page_json_and_csv(tmp_path):
     assert msgspec.json.decode(msgspec.json.encode(report))["ticks"] == 120
     columns, rows = to_rows(report)
     assert all(len(row) == len(columns) for row in rows)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by --state-dir", "the agent's own"])
+def test_the_command_reports_of_an_agent_s_records(named, tmp_path, monkeypatch, capsys):
+    live(tmp_path, ticks=10)
+    monkeypatch.setenv("COLOCATE_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("COLOCATE_STATE_DIR", str(tmp_path / "nowhere" if named else tmp_path))
+    assert main(["report", "-o", "json", *(["--state-dir", str(tmp_path)] if named else [])]) == 0
+    assert msgspec.json.decode(capsys.readouterr().out)["ticks"] == 10
