@@ -43,12 +43,14 @@ WRITES_AT_ONCE = 16
 log = structlog.get_logger()
 
 
-def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seconds: float) -> dict[str, str]:
+def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seconds: float) -> dict[str, str | None]:
     """What a node's status is to say, by what its agent said so long ago: never more than the `node` can allot.
 
-    What cannot be read is nothing.
+    What cannot be read is nothing. None is not to be there: an agent that only looks leaves its node as it is.
     """
-    if silent_seconds >= SILENT_SECONDS or status.reason == SHADOW:
+    if status.reason == SHADOW:
+        return dict.fromkeys(RESOURCES)
+    if silent_seconds >= SILENT_SECONDS:
         return dict.fromkeys(RESOURCES, "0")
     most = {BATCH_CPU: _amount(node.get("cpu"), 1000), BATCH_MEMORY: _amount(node.get("memory"))}
     promised = {name: min(_amount(status.promised.get(name)), most[name]) for name in RESOURCES}

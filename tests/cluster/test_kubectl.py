@@ -40,10 +40,11 @@ def kubectl(plane: ControlPlane, tmp_path: Path) -> Kubectl:
     return run
 
 
-def test_the_base_is_what_an_api_server_takes(kubectl: Kubectl, world: World) -> None:
+@pytest.mark.parametrize("which", ["base", "overlays/shadow"])
+def test_the_manifests_are_what_an_api_server_takes(kubectl: Kubectl, world: World, which: str) -> None:
     """Strictly: an unknown or doubled field is refused."""
     kubectl("apply", "-f", str(MANIFESTS / "controller" / "namespace.yaml"))
-    taken = kubectl("apply", "-k", str(MANIFESTS / "base"), "--dry-run=server", "--validate=strict", "-o", "name")
+    taken = kubectl("apply", "-k", str(MANIFESTS / which), "--dry-run=server", "--validate=strict", "-o", "name")
     assert {"deployment.apps/colocate-controller", "daemonset.apps/colocate-agent"} <= set(taken.split())
     assert "clusterrole.rbac.authorization.k8s.io/colocate-controller" in taken.split()
     assert "customresourcedefinition.apiextensions.k8s.io/gangplans.colocate.io" in taken.split()

@@ -93,7 +93,9 @@ async def test_what_an_agent_promises_is_in_its_node_s_status_and_goes_with_its_
         await asyncio.sleep(0.5)
         assert publisher.writes == wrote, "a heartbeat changes nothing"
         await say(world.api, "n0", 9000, 9 << 30, "Shadow")
-        await until_offered(world, "n0", "0")
+        await until_offered(world, "n0", None)
+        await say(world.api, "n0", 1500, 1 << 30)
+        await until_offered(world, "n0", "1500")
         await world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {})
         await until_offered(world, "n0", None)
 
@@ -295,13 +297,13 @@ async def test_whom_an_agent_does_not_end(
         pytest.param({BATCH_CPU: "1e999999999"}, "Promised", 10.0, "0", id="what would take for ever to read"),
         pytest.param({BATCH_CPU: "9" * 5000}, "Promised", 10.0, "0", id="what is too long to read"),
         pytest.param({BATCH_CPU: "4000"}, "Promised", 151.0, "0", id="said too long ago"),
-        pytest.param({BATCH_CPU: "4000"}, "Shadow", 1.0, "0", id="said by one that only computes"),
+        pytest.param({BATCH_CPU: "4000"}, "Shadow", 1.0, None, id="said by one that only computes"),
         pytest.param({BATCH_CPU: "-5"}, "Promised", 1.0, "0", id="less than nothing"),
         pytest.param({BATCH_CPU: "lots"}, "Promised", 1.0, "0", id="no quantity"),
         pytest.param({}, "", 0.0, "0", id="nothing said yet"),
     ],
 )
-def test_what_a_node_s_status_is_to_say(promised: Quantities, reason: str, silent: float, cpu: str) -> None:
+def test_what_a_node_s_status_is_to_say(promised: Quantities, reason: str, silent: float, cpu: str | None) -> None:
     status = NodeColocationStatus(promised=promised, reason=reason)
     assert wanted(status, {"cpu": "8", "memory": "8Gi"}, silent)[BATCH_CPU] == cpu
 
