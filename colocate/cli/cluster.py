@@ -1,11 +1,15 @@
-"""publish: the command above nodes."""
+"""publish, profile: the commands above nodes."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 
+import yaml
+
 from colocate.cli.logs import configure_logs
+from colocate.cli.output import print_data
+from colocate.cluster import profiles
 from colocate.cluster.publication import Publication
 from colocate.kube.client import Api
 from colocate.kube.lease import Candidate, Election, identity_of, lead_until, stop_on_signals
@@ -27,4 +31,14 @@ async def _publish(options: argparse.Namespace) -> int:
             return election, Publication(api, election).run
 
         await lead_until(stop, candidate)
+    return 0
+
+
+def profile(options: argparse.Namespace) -> int:
+    """Print the objects; applying them is kubectl's."""
+    made = profiles.profile(options.name, options.pods, options.namespaces, options.percent)
+    if options.output == "json":
+        print_data({"apiVersion": "v1", "kind": "List", "items": made}, "json")
+    else:
+        print(yaml.safe_dump_all(made, sort_keys=False), end="")
     return 0

@@ -217,6 +217,17 @@ def _add_cluster(add: Add) -> None:
     publish.add_argument("--lease-name", default="colocate-publication", help="of the lease")
     publish.add_argument("--lease-duration", type=duration, default=15.0, help="how long a dead leader is waited for")
 
+    profile = add(
+        "profile",
+        "colocate.cli.cluster:profile",
+        "Print the admission policy that makes chosen pods batch as they are created, for kubectl apply -f -",
+    )
+    profile.add_argument("name", metavar="NAME", help="of the profile")
+    profile.add_argument("--pods", default="", metavar="SELECTOR", help="by their labels, e.g. team=ml,tier!=web")
+    profile.add_argument("--namespaces", default="", metavar="SELECTOR", help="by the labels of their namespaces")
+    profile.add_argument("--percent", type=positive, default=100, help="of so many of a hundred jobs, by lot")
+    form(profile, "yaml", "json")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code. Bad input is 2."""

@@ -13,10 +13,9 @@ from colocate.agent.loop import Agent
 from colocate.kernelmodel import ModelKernel
 from colocate.localcluster.controlplane import MANIFESTS
 from colocate.model import kernels
-from colocate.observe.latency import Latency
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.report.metrics import NodeCollector, Status
-from colocate.snapshot import Objective
+from colocate.snapshot import Latency, Objective
 from podgroup.controller.metrics import Metrics
 from podgroup.queue.decisions import Waiting
 from podgroup.queue.entry import Settings
@@ -53,6 +52,7 @@ def of_an_agent(directory):
             await agent.writer.settle()
             kernel.advance(0.5)
         found = agent.last
+        assert found is not None
         status = Status(
             found.snapshot, found.forecast, found.plan, found.seconds, 0.0, 0.5, agent.counts, 0, 0, False, 0, dict
         )
@@ -75,7 +75,7 @@ def of_a_controller():
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory):
     """Sample -> its labels."""
-    found = {}
+    found: dict[str, set[str]] = {}
     for text in (of_an_agent(tmp_path_factory.mktemp("agent")), of_a_controller()):
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
