@@ -16,7 +16,7 @@ help:
 	@echo "make lint             ruff, mypy --strict, import-linter"
 	@echo "make bench            a subset of the benchmarks (at most 40 minutes); bench-full runs all"
 	@echo "make system-packages  the Debian packages of the guest, browser and benchmark suites (root)"
-	@echo "make kube-binaries    etcd, Kubernetes and containerd for the cluster suite and demo gang (Go >= 1.26; ten minutes, once)"
+	@echo "make kube-binaries    etcd, Kubernetes and containerd for the cluster suite, demo gang and demo kubernetes (Go >= 1.26; ten minutes, once)"
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
