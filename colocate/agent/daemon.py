@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,12 @@ from colocate.actuate.restore import Report
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.numba_cache import load_compiled, prepare
+from colocate.agent.policies import Policies
 from colocate.agent.socket import JobServer
 from colocate.calibrate.measure import ensure_calibration, load_calibration
 from colocate.cgroup.port import KernelPort
 from colocate.errors import BadInput, ColocateError
 from colocate.model import kernels
-from colocate.policy.file import load_policy
 from colocate.policy.schema import ColocationPolicy
 from colocate.report.record import Recorder
 
@@ -35,17 +34,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 EMBEDDED_LINGER_SECONDS = 3.0
-WATCH_SECONDS = 1.0
 NRI_INDEX = "90"
 """Late among the runtime's plugins: what others decide of a container's resources is kept."""
-FIXED = (
-    ("nodeRoot", "node_root"),
-    ("http", "http"),
-    ("records", "records"),
-    ("memory.poll", "memory.poll"),
-    ("memory.pressure", "memory.pressure"),
-)
-"""What is read once: as the policy calls it, and the attribute."""
 
 
 def notify_systemd(message: str) -> None:
@@ -128,33 +118,6 @@ class Service:
             explanation=agent.explain,
         )
 
-    async def _reload(self, agent: Agent) -> None:
-        """Put a changed policy file in force; an invalid one leaves the old one in force and says why."""
-        path = self._policy_path
-        if path is None:
-            return
-        seen = (0, 0, 0)  # the file may have changed between its loading and now
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            stamp = _stamp(path)
-            if stamp == seen:
-                continue
-            seen = stamp
-            try:
-                policy = load_policy(path)
-                for field, attribute in FIXED:
-                    value = attrgetter(attribute)
-                    if value(policy.spec) != value(agent.policy.spec):
-                        raise BadInput(f"$.spec.{field} cannot change while the agent runs: restart it")
-            except ColocateError as error:
-                agent.observer.extra_problems["policy"] = f"{path}: {error}; the old policy stays in force"
-                log.error("policy_invalid", path=str(path), error=str(error))
-                continue
-            agent.observer.extra_problems.pop("policy", None)
-            if policy != agent.policy:
-                agent.set_policy(policy)
-                log.info("policy_loaded", path=str(path), name=policy.metadata.name)
-
     async def _compile(self, agent: Agent) -> None:
         """Let the compiled kernels take over from their numpy twins: protection does not wait for them."""
         if not self._compiles:
@@ -193,7 +156,8 @@ class Service:
         if not self._embedded and not self._shadow:
             agent.calibration = await ensure_calibration(self._state, agent.port, self._policy)
         agent.on_tick.append(self._count)
-        publisher = self._publisher(agent)
+        policies = Policies(agent, self._policy_path)
+        publisher = self._publisher(agent, policies)
         server = JobServer(agent, self._socket_path)
         runner: web.AppRunner | None = None
         report = Report()
@@ -204,7 +168,7 @@ class Service:
                 runner = await self._serve_http(agent)
             notify_systemd("READY=1")
             async with asyncio.TaskGroup() as tasks:
-                others = [tasks.create_task(self._reload(agent)), tasks.create_task(self._compile(agent))]
+                others = [tasks.create_task(policies.watch_file()), tasks.create_task(self._compile(agent))]
                 if self._embedded:
                     others.append(tasks.create_task(self._linger(server)))
                 if publisher is not None:
@@ -227,12 +191,12 @@ class Service:
                 report = await agent.close(handover=self._handover and self.stop.is_set())
         return report
 
-    def _publisher(self, agent: Agent) -> Publisher | None:
+    def _publisher(self, agent: Agent, policies: Policies) -> Publisher | None:
         if not self._node:
             return None
         from colocate.agent.publisher import Publisher
 
-        return Publisher(agent, self._node, shadow=self._shadow)
+        return Publisher(agent, policies, self._node, shadow=self._shadow)
 
     async def _place_pods(self, agent: Agent) -> None:
         """Be asked by the container runtime where a pod's containers go."""
@@ -263,11 +227,3 @@ class Service:
         self._drifts += len(tick.drifts)
         if "WATCHDOG_USEC" in os.environ:
             notify_systemd("WATCHDOG=1")
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        info = path.stat()  # follows links: Kubernetes swaps the one that a mounted ConfigMap is behind
-    except OSError:
-        return (0, 0, 0)
-    return (info.st_ino, info.st_mtime_ns, info.st_size)

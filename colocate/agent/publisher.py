@@ -18,15 +18,19 @@ import msgspec
 import structlog
 
 from colocate.agent.loop import Agent, Tick
+from colocate.agent.policies import Policies
 from colocate.cluster.api import (
     BATCH_CPU,
     BATCH_MEMORY,
     HEARTBEAT_SECONDS,
     NODE_API,
     NODE_COLOCATIONS,
+    POLICIES,
     SHADOW,
     STOPPED,
+    ColocationPolicyObject,
     PodToEvict,
+    whole,
 )
 from colocate.decide.allocatable import LAW
 from colocate.errors import ColocateError
@@ -111,8 +115,8 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
 class Publisher:
     """Of one agent, from its start to its end."""
 
-    def __init__(self, agent: Agent, node: str, *, shadow: bool) -> None:
-        self._agent, self._node, self._shadow = agent, node, shadow
+    def __init__(self, agent: Agent, policies: Policies, node: str, *, shadow: bool) -> None:
+        self._agent, self._policies, self._node, self._shadow = agent, policies, node, shadow
         self._path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
         self._verdict: Verdict | None = None
         self._changed = asyncio.Event()
@@ -136,9 +140,15 @@ class Publisher:
         async with Api.connect() as api:
             path, query = PODS, {"fieldSelector": f"spec.nodeName={self._node}"}
             pods: Reflector[PodObject] = Reflector(api, path, PodObject, self._on_pod, query)
+            query = {"fieldSelector": f"metadata.name={self._policies.name}"}
+            policies: Reflector[ColocationPolicyObject] = Reflector(
+                api, POLICIES, ColocationPolicyObject, lambda _, now: self._policies.told(now), query
+            )
             self._pods.clear()  # what has gone meanwhile nobody tells of
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(pods.run())
+                tasks.create_task(policies.run())
+                tasks.create_task(self._tell_of_policy())
                 tasks.create_task(self._tell_observer(pods))
                 await self._publish(api)
 
@@ -160,6 +170,12 @@ class Publisher:
     async def _tell_observer(self, pods: Reflector[PodObject]) -> None:
         await pods.synced.wait()
         self._agent.observer.lister.told(self._by_cgroup())
+
+    async def _tell_of_policy(self) -> None:
+        while True:
+            await self._policies.changed.wait()
+            self._policies.changed.clear()
+            self._changed.set()
 
     def _on_tick(self, tick: Tick) -> None:
         verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)
@@ -232,6 +248,7 @@ class Publisher:
             "message": verdict.message[:MESSAGE_CHARACTERS],
             "pressure": cpu.reason if cpu is not None else "",
             "lastAction": action,
+            "policy": whole(self._policies.in_force),
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
             "observed": time_text(time.time()),
         }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from colocate.objects import Lean, ObjectMeta, Pod, Quantities
 
 NODE_API = "colocate.io/v1alpha1"
 NODE_COLOCATIONS = f"/apis/{NODE_API}/nodecolocations"
+POLICIES = f"/apis/{NODE_API}/colocationpolicies"
 BATCH_CPU, BATCH_MEMORY = "kubernetes.io/batch-cpu", "kubernetes.io/batch-memory"
 """Extended resources of nodes, in thousandths of a CPU and in bytes, as Koordinator's."""
 BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
@@ -33,6 +35,12 @@ def asks_batch(pod: Pod) -> bool:
     return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY))
 
 
+def whole(flat: Lean) -> dict[str, object]:
+    """Every field of a flat struct, the empty ones too: a merge patch leaves alone what it does not name."""
+    names = zip(flat.__struct_encode_fields__, flat.__struct_fields__, strict=True)
+    return {encoded: getattr(flat, name) for encoded, name in names}
+
+
 class NodeColocationSpec(Lean, frozen=True):
     """Nothing is asked of a node here: that is the policy's."""
 
@@ -49,6 +57,16 @@ class PodToEvict(Lean, frozen=True):
     """Between SIGTERM and its kill."""
 
 
+class PolicyInForce(Lean, frozen=True):
+    """The policy by which a node is governed."""
+
+    name: str = ""
+    generation: int = 0
+    """Of the ColocationPolicy of that name; 0 where the agent goes by its file alone."""
+    problem: str = ""
+    """Why a later one is not in force."""
+
+
 class NodeColocationStatus(Lean, frozen=True):
     """What the agent of the node says."""
 
@@ -62,6 +80,7 @@ class NodeColocationStatus(Lean, frozen=True):
     """What the CPU law found then: its reason."""
     last_action: str = ""
     """The last change that was made on the node, and why."""
+    policy: PolicyInForce = PolicyInForce()
     evict: list[PodToEvict] = []
     """Batch pods of this node that have to go."""
     observed: str = ""
@@ -74,3 +93,29 @@ class NodeColocation(Lean, frozen=True):
     metadata: ObjectMeta
     spec: NodeColocationSpec = NodeColocationSpec()
     status: NodeColocationStatus = NodeColocationStatus()
+
+
+class ColocationPolicyStatus(Lean, frozen=True):
+    """What came of a policy on the nodes."""
+
+    observed_generation: int = 0
+    nodes: int = 0
+    """Whose agents go by the policy of this name and are not silent."""
+    ready: str = ""
+    """How many of them have this generation in force, of how many."""
+    batch_cores: str = ""
+    """What batch pods may ask for on all of them."""
+    pressure: str = ""
+    """What the CPU law says on most of them, of those where it says anything but that nothing suffers."""
+    last_action: str = ""
+    """A node and the last change that was made there: of those who spoke last."""
+    problem: str = ""
+    """A node that refuses this generation, and why."""
+
+
+class ColocationPolicyObject(Lean, frozen=True):
+    """colocate.io/v1alpha1 ColocationPolicy on the API server: how agents govern whose policy has this name."""
+
+    metadata: ObjectMeta
+    spec: dict[str, Any] = {}
+    status: ColocationPolicyStatus = ColocationPolicyStatus()

@@ -18,13 +18,16 @@ from colocate.cluster.api import (
     BATCH_CPU,
     BATCH_MEMORY,
     NODE_COLOCATIONS,
+    POLICIES,
     SHADOW,
     SILENT_SECONDS,
     STOPPED,
+    ColocationPolicyObject,
     NodeColocation,
     NodeColocationStatus,
 )
 from colocate.cluster.evictions import Evictions
+from colocate.cluster.policy_status import PolicyStatuses
 from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, age_of, path_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector, either
@@ -89,6 +92,7 @@ class Publication:
         self._due: dict[str, None] = {}
         self._busy: set[str] = set()
         self._evictions = Evictions(api, election)
+        self._statuses = PolicyStatuses(api, election, self._spoken)
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self.writes = 0
@@ -100,12 +104,16 @@ class Publication:
             async with asyncio.TaskGroup() as tasks:
                 nodes: Reflector[Node] = Reflector(self._api, NODES, Node, self._on_node)
                 said: Reflector[NodeColocation] = Reflector(self._api, NODE_COLOCATIONS, NodeColocation, self._on_said)
-                for reflector in (nodes, said):
-                    tasks.create_task(reflector.run())
+                policies: Reflector[ColocationPolicyObject] = Reflector(
+                    self._api, POLICIES, ColocationPolicyObject, self._statuses.told
+                )
+                for task in (nodes.run(), said.run(), policies.run()):
+                    tasks.create_task(task)
                 for reflector in (nodes, said):
                     await reflector.synced.wait()
                 tasks.create_task(self._look_for_silence())
                 tasks.create_task(self._evictions.run(self._asking))
+                tasks.create_task(self._statuses.run())
                 while True:
                     await self._wake.wait()
                     self._wake.clear()
@@ -193,6 +201,9 @@ class Publication:
 
     def _silent_seconds(self, name: str) -> float:
         return time.monotonic() - self._heard.get(name, float("-inf"))
+
+    def _spoken(self) -> list[NodeColocation]:
+        return [said for name, said in self._said.items() if self._silent_seconds(name) < SILENT_SECONDS]
 
     def _asking(self) -> dict[str, NodeColocation]:
         """The objects of agents that speak, and do more than compute."""

@@ -260,7 +260,7 @@ class KubernetesDemo(Demo):
         labels, requests, group = _ARMS[arm]
         labels = {**labels, "app": "training"}
         container = self._container("training", "training", ["--progress", f"{WORK}/$(POD_NAME)"], requests)
-        container["command"] += self._growing(JOB_GROWTH_BYTES, JOB_MOST_BYTES)
+        container["command"] += self._growing(JOB_GROWTH_BYTES, JOB_MOST_BYTES + INSTALLED_BYTES // 2)
         spec = {
             "replicas": len(self._trainings),
             "serviceName": "training",

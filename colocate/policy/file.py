@@ -82,6 +82,18 @@ class _Loader(yaml.SafeLoader):
 
 def parse_policy(text: str, source: str) -> ColocationPolicy:
     """The policy in a YAML text. Raises ConfigError, and BadInput if it is no YAML."""
+    return policy_of(_mapping(text, source))
+
+
+def policy_of(data: dict[str, Any]) -> ColocationPolicy:
+    """The policy in a mapping, whose quantities are as an operator writes them. Raises ConfigError."""
+    try:
+        return check(msgspec.convert(_quantities(data, _SCHEMA, "$"), ColocationPolicy))
+    except msgspec.ValidationError as error:
+        raise _explain(error) from error
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, _Loader)
     except NOT_YAML as error:
@@ -91,19 +103,21 @@ def parse_policy(text: str, source: str) -> ColocationPolicy:
         data = {}
     if not isinstance(data, dict):
         raise BadInput(f"{source} must be a mapping with apiVersion, kind and spec, not a {type(data).__name__}")
-    try:
-        return check(msgspec.convert(_quantities(data, _SCHEMA, "$"), ColocationPolicy))
-    except msgspec.ValidationError as error:
-        raise _explain(error) from error
+    return data
 
 
-def load_policy(path: Path) -> ColocationPolicy:
-    """The policy in a file. Raises BadInput, ConfigError."""
+def read_policy(path: Path) -> dict[str, Any]:
+    """What a policy file says, not checked yet. Raises BadInput."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"the policy {path} cannot be read: {error}") from error
-    return parse_policy(text, str(path))
+    return _mapping(text, str(path))
+
+
+def load_policy(path: Path) -> ColocationPolicy:
+    """The policy in a file. Raises BadInput, ConfigError."""
+    return policy_of(read_policy(path))
 
 
 def policy_of_builtins(data: Any) -> ColocationPolicy:

@@ -32,7 +32,7 @@ class Selector(Spec, frozen=True):
     command: str | None = None
     """A process whose command line contains this text; its cgroup is meant."""
     pod_selector: dict[str, str] | None = None
-    """Labels of pods, all of which must match (asks the kubelet, see `spec.kubelet`)."""
+    """Labels of pods, all of which must match. The kubelet (`spec.kubelet`) tells them where no API server does."""
     namespace: str | None = None
     """Only with podSelector: pods of this namespace alone."""
 

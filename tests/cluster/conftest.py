@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import yaml
 
-from colocate.cluster.api import NODE_COLOCATIONS
+from colocate.cluster.api import NODE_COLOCATIONS, POLICIES
 from colocate.kube.client import DEFINITIONS, MERGE, NODES, PODS, Api, ApiError, path_of
 from colocate.kube.lease import Election
 from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, install
@@ -322,17 +322,18 @@ async def ignoring_conflict(api: Api, path: str, body: dict[str, Any]) -> None:
 
 @pytest.fixture
 async def kinds(world: World) -> AsyncIterator[None]:
-    """The kind is installed, and what a test has said is gone after it."""
-    kind = yaml.safe_load((MANIFESTS / "crd" / "nodecolocations.yaml").read_text())
-    await ignoring_conflict(world.api, DEFINITIONS, kind)
+    """The node manager's kinds are installed, and what a test has said is gone after it."""
+    for name in ("nodecolocations", "colocationpolicies"):
+        kind = yaml.safe_load((MANIFESTS / "crd" / f"{name}.yaml").read_text())
+        await ignoring_conflict(world.api, DEFINITIONS, kind)
 
     async def served() -> bool:
         with contextlib.suppress(ApiError):
-            await world.api.request("GET", NODE_COLOCATIONS)
-            return True
+            return bool([await world.api.request("GET", path) for path in (NODE_COLOCATIONS, POLICIES)])
         return False
 
     await world.until(served, "the kind is served")
     yield
-    with not_there():
-        await world.api.request("DELETE", NODE_COLOCATIONS, {})
+    for path in (NODE_COLOCATIONS, POLICIES):
+        with not_there():
+            await world.api.request("DELETE", path, {})

@@ -19,6 +19,7 @@ import yaml
 
 from colocate.actuate.journal import Journal
 from colocate.agent.loop import Agent
+from colocate.agent.policies import Policies
 from colocate.agent.publisher import Publisher
 from colocate.cgroup.layout import UNIFIED
 from colocate.cluster import publication
@@ -209,7 +210,7 @@ async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server
         kernel.mkdir(UNIFIED, path)
     kernel.spawn("hog", f"/kubepods/batch/pod{uid}")
     agent = Agent(kernel, ColocationPolicy(), kernels.load(jit=False), Journal(tmp_path, "boot"), clock=kernel)
-    publisher = Publisher(agent, "n0", shadow=False)
+    publisher = Publisher(agent, Policies(agent, None), "n0", shadow=False)
     agent.open()
 
     async def tick() -> None:
