@@ -47,6 +47,8 @@ NAMESPACES = "/api/v1/namespaces"
 PATIENCE_SECONDS = 120.0
 KUBELET_SECONDS = 75.0
 """Kubelet writes the knobs of its groups anew once a minute (cm/qos_container_manager_linux.go)."""
+NODE_WEIGHT = 1000
+"""Of the node beside the control plane, which on a cluster is on other machines."""
 POLICY = {
     "tick": "500ms",
     "cpu": {"holdDown": "2s"},
@@ -132,6 +134,7 @@ class KubernetesDemo(Demo):
         await asyncio.to_thread(self._kubelet.bring, self._image)
         self._node.make("client")
         self._knob("client", "cpu.weight", "10000")
+        self._knob("/", "cpu.weight", str(NODE_WEIGHT))
         await super()._phases(calibration or Calibration())
 
     def _make_groups(self) -> None:

@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 
 from colocate.actuate.scratch import ScratchNode, sweep
+from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.errors import HostUnfit
 from colocate.localcluster.archive import write_archive
@@ -38,6 +39,7 @@ SYSCTLS = (
 )
 START = """
 set -eu
+echo 0 > {system}/cgroup.procs
 mount --make-rprivate /
 i=0
 for file in {sysctls}; do
@@ -162,7 +164,11 @@ class RealNode:
         (home / "kubelet.json").write_text(json.dumps(self._configuration()))
         write_pause(home / "pause.tar")
         script = START.format(
-            home=home, kubeconfig=self._plane.kubeconfig("node"), name=NAME, sysctls=" ".join(SYSCTLS)
+            system=self._system(),
+            home=home,
+            kubeconfig=self._plane.kubeconfig("node"),
+            name=NAME,
+            sysctls=" ".join(SYSCTLS),
         )
         environment = {**os.environ, "PATH": f"{binaries(*BINARIES)}:{os.environ['PATH']}"}
         isolated = [
@@ -185,6 +191,14 @@ class RealNode:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def _system(self) -> str:
+        """The node's `system.slice`: kubelet and runtime share CPUs with pods as a group, as on a machine of its own.
+
+        Where that can be had, in the hierarchy of the CPU alone: the node's memory is its pods'.
+        """
+        path, hierarchy = self.scratch.make("system"), self._port.layout.hierarchy("cpu") or UNIFIED
+        return self._port.layout.mounts[hierarchy] + path
 
     def _configuration(self) -> dict[str, object]:
         home = self._home
