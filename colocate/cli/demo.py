@@ -67,6 +67,10 @@ def demo(options: argparse.Namespace) -> int:
         raise BadInput(f"--seconds: at most {MOST_SECONDS} s")
     if not LEAST_SERVICE_SECONDS <= options.service_time <= 1:
         raise BadInput("--service-time: write a duration between 0.1ms and 1s")
+    if options.what == "kubernetes" and options.simulate:
+        raise BadInput("--simulate: there is no model of a cluster; leave out `kubernetes`, or --simulate")
+    if options.image and options.what != "kubernetes":
+        raise BadInput("--image: only `demo kubernetes` runs an image")
     report = check_file("--report", options.report)
     if options.what == "kubernetes":
         result = _kubernetes(options)

@@ -16,6 +16,8 @@ from colocate.errors import BadInput, NotAnswering
 from colocate.jobs.client import Connection
 from colocate.units import format_bytes, format_duration
 
+FROM_AFAR_SECONDS = 5.0
+
 
 def _ask(options: argparse.Namespace, op: str) -> dict[str, Any]:
     if options.node:
@@ -132,7 +134,7 @@ def top(options: argparse.Namespace) -> int:
 
     with contextlib.suppress(KeyboardInterrupt), Live(draw(data), auto_refresh=False, screen=False) as live:
         while True:
-            time.sleep(1)
+            time.sleep(FROM_AFAR_SECONDS if options.node else 1)  # it is work on a node that has services
             try:
                 live.update(draw(_ask(options, "explain")), refresh=True)
             except NotAnswering:

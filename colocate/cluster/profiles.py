@@ -10,11 +10,10 @@ from typing import Any
 
 from colocate.errors import BadInput
 from colocate.kube.client import SUBDOMAIN
+from colocate.policy.schema import CLUSTER_NAMESPACES
 
 VERSION = "admissionregistration.k8s.io/v1"
 QOS, BATCH, PROFILE = "colocate.io/qos", "batch", "colocate.io/profile"
-SPARED = ("kube-system", "kube-node-lease", "kube-public", "colocate-system")
-"""Namespaces of what runs the cluster: never batch, whatever a profile selects."""
 SAID = (QOS, "koordinator.sh/qosClass", "volcano.sh/qos-level")
 """A pod that says itself what it is keeps its word."""
 DIGITS = 4
@@ -65,7 +64,7 @@ def profile(name: str, pods: str, namespaces: str, percent: int) -> list[dict[st
     }
     constraints |= {"objectSelector": selector_of(pods, "--pods")} if pods else {}
     constraints |= {"namespaceSelector": selector_of(namespaces, "--namespaces")} if namespaces else {}
-    spared = ", ".join(f'"{namespace}"' for namespace in SPARED)
+    spared = ", ".join(f'"{namespace}"' for namespace in CLUSTER_NAMESPACES)
     said = ", ".join(f'"{key}"' for key in SAID)
     conditions = [
         {"name": "not-of-the-cluster", "expression": f"!(request.namespace in [{spared}])"},

@@ -311,20 +311,18 @@ class KubernetesDemo(Demo):
         policy["services"] = [{"name": "inference", "selector": selector, "slo": {**slo, "window": "3s"}}]
         installed = Installation(self._plane, self._directory / "overlay", policy)
         await asyncio.to_thread(installed.apply)
-        try:
-            await self._until(self._promised, "what batch may have is in the node's status")
-            self._found.published_batch_cpu_milli = await self._offered(BATCH_CPU) or 0
+        await self._until(self._promised, "what batch may have is in the node's status")
+        self._found.published_batch_cpu_milli = await self._offered(BATCH_CPU) or 0
+        self._result.decisions += await self._said()
+        self._progress(TITLES["colocate"], 0.85)
+        async with self._batch_in("colocate"):
+            await self._look_where_batch_is()
+            await self._measure("colocate")
             self._result.decisions += await self._said()
-            self._progress(TITLES["colocate"], 0.85)
-            async with self._batch_in("colocate"):
-                await self._look_where_batch_is()
-                await self._measure("colocate")
-                self._result.decisions += await self._said()
-        finally:
-            self._progress("kubectl delete -k manifests/base", 0.95)
-            await asyncio.to_thread(installed.remove_agents)
-            await self._until(self._not_offered, "batch resources are out of the node's status")
-            await asyncio.to_thread(installed.remove)
+        self._progress("kubectl delete -k manifests/base", 0.95)
+        await asyncio.to_thread(installed.remove_agents)
+        await self._until(self._not_offered, "batch resources are out of the node's status")
+        await asyncio.to_thread(installed.remove)
         self._found.node_changes = await self._changed_since(before)
         self._found.node_unchanged = not self._found.node_changes
 

@@ -20,7 +20,7 @@ import msgspec
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, cgroup_of, joined, main_hierarchy, processes_below
 from colocate.observe.pods import Pod
-from colocate.policy.schema import BatchPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.policy.schema import CLUSTER_NAMESPACES, BatchPolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Objective
 
 SEARCH_AGAIN_SECONDS = 5.0
@@ -371,10 +371,12 @@ def discover(
     targets: list[Target] = []
     own = {p for h in port.layout.mounts if (p := cgroup_of(port, os.getpid(), h))} - {"/"} if spec.batch else set()
     entries: list[ServicePolicy | BatchPolicy] = [*spec.services, *spec.batch]
+    chooseable = {uid: pod for uid, pod in pods.items() if pod.namespace not in CLUSTER_NAMESPACES}
     found = _pods(port, tree, pods, inodes) if tree.kubepods is not None else []
     on_node = {pod.path: f"the pod {pod.name}" for pod in found}
     for entry in entries:
-        chosen_by = select(port, tree, entry.selector, pods, units, now)
+        among = chooseable if isinstance(entry, BatchPolicy) else pods
+        chosen_by = select(port, tree, entry.selector, among, units, now)
         targets.extend(
             _configured(port, entry, claimed, problems, inodes, own, on_node, governed, chosen_by, bool(tree.kubepods))
         )

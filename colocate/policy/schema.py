@@ -70,6 +70,10 @@ class ServicePolicy(Spec, frozen=True):
     """Without one it is judged by how long it waits for a CPU."""
 
 
+CLUSTER_NAMESPACES = ("kube-system", "kube-node-lease", "kube-public", "colocate-system")
+"""Of what runs the cluster: no selector makes batch of it."""
+
+
 class BatchPolicy(Spec, frozen=True):
     """Batch work that is already running somewhere: governed in place, never moved."""
 
@@ -293,6 +297,9 @@ def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str,
     if not entry.name or not entry.name.isprintable():
         raise ConfigError(f"{path}.name", f"{entry.name!r} is no name", "write a short printable text")
     names[entry.name] = path
+    if isinstance(entry, BatchPolicy) and entry.selector.namespace in CLUSTER_NAMESPACES:
+        namespace = entry.selector.namespace
+        raise ConfigError(f"{path}.selector.namespace", f"{namespace} runs the cluster", "choose another namespace")
     how = ("systemd_unit", "cgroup", "command", "pod_selector")
     chosen = [f for f in how if getattr(entry.selector, f) is not None]
     if len(chosen) != 1:

@@ -140,6 +140,12 @@ def test_a_policy_survives_a_record():
             "histogram",
             id="no metric",
         ),
+        pytest.param(
+            "spec: {batch: [{name: a, selector: {podSelector: {k8s-app: kube-proxy}, namespace: kube-system}}]}",
+            "$.spec.batch[0].selector.namespace",
+            "another namespace",
+            id="batch of what runs the cluster",
+        ),
         pytest.param("spec: {kubelet: {url: here}}", "$.spec.kubelet.url", "https://", id="a kubelet without a scheme"),
     ],
 )

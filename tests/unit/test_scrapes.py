@@ -16,7 +16,14 @@ from colocate.observe.cgroup import FilePages
 from colocate.observe.latency import MAX_WANTED_BYTES, LatencyScraper
 from colocate.observe.pods import Pod, PodLister, parse_pods
 from colocate.observe.workloads import discover
-from colocate.policy.schema import KubeletPolicy, PolicySpec, Selector, ServiceLevelObjective, ServicePolicy
+from colocate.policy.schema import (
+    BatchPolicy,
+    KubeletPolicy,
+    PolicySpec,
+    Selector,
+    ServiceLevelObjective,
+    ServicePolicy,
+)
 
 HISTOGRAM = """# TYPE lat histogram
 lat_bucket{code="200",le="0.01"} 90
@@ -200,6 +207,20 @@ def test_a_pod_selector_means_the_cgroups_of_matching_pods(labels, namespace, fo
     assert [t.path for t in targets if t.name.startswith("web")] == found
     assert ("web" in problems) == (not found)
     assert "shop/bare" in [t.name for t in targets]
+
+
+def test_what_runs_the_cluster_is_never_chosen_as_batch():
+    kernel = ModelKernel(version=2)
+    for path in ("", "/burstable", "/besteffort", "/burstable/podaaa-1", "/besteffort/podbbb-2"):
+        kernel.mkdir(UNIFIED, f"/kubepods{path}")
+    pods = parse_pods(POD_LIST.replace(b'"namespace":"shop"', b'"namespace":"kube-system"'))
+    spec = PolicySpec(batch=(BatchPolicy(name="low", selector=Selector(pod_selector={"app": "web"})),))
+    targets, _ = discover(
+        kernel, find_tree(kernel, "/"), spec, {}, lambda path, _inode=None: inodes_of(kernel, path), pods
+    )
+    tiers = {t.path: t.tier for t in targets}
+    assert tiers["/kubepods/besteffort/podbbb-2"] == "batch"
+    assert tiers["/kubepods/burstable/podaaa-1"] == "service"
 
 
 def test_pods_without_labels_match_no_selector():
