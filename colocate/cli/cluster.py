@@ -36,7 +36,9 @@ async def _publish(options: argparse.Namespace) -> int:
 
 def profile(options: argparse.Namespace) -> int:
     """Print the objects; applying them is kubectl's."""
-    made = profiles.profile(options.name, options.pods, options.namespaces, options.percent)
+    made = profiles.profile(
+        options.name, options.pods, options.namespaces, options.percent, fail_closed=options.fail_closed
+    )
     if options.output == "json":
         print_data({"apiVersion": "v1", "kind": "List", "items": made}, "json")
     else:

@@ -226,6 +226,11 @@ def _add_cluster(add: Add) -> None:
     profile.add_argument("--pods", default="", metavar="SELECTOR", help="by their labels, e.g. team=ml,tier!=web")
     profile.add_argument("--namespaces", default="", metavar="SELECTOR", help="by the labels of their namespaces")
     profile.add_argument("--percent", type=positive, default=100, help="of so many of a hundred jobs, by lot")
+    profile.add_argument(
+        "--fail-closed",
+        action="store_true",
+        help="while the agent is away their containers wait, where the runtime's NRI validator is on",
+    )
     form(profile, "yaml", "json")
 
 

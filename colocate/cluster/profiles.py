@@ -5,6 +5,7 @@ MutatingAdmissionPolicy (KEP-3962) is generally available from Kubernetes 1.36.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -13,6 +14,8 @@ from colocate.kube.client import SUBDOMAIN
 from colocate.policy.schema import CLUSTER_NAMESPACES
 
 VERSION = "admissionregistration.k8s.io/v1"
+PLUGIN = "required-plugins.noderesource.dev/pod"
+"""By this annotation the runtime refuses a container while a plugin is away (NRI's default validator)."""
 QOS, BATCH, PROFILE = "colocate.io/qos", "batch", "colocate.io/profile"
 SAID = (QOS, "koordinator.sh/qosClass", "volcano.sh/qos-level")
 """A pod that says itself what it is keeps its word."""
@@ -48,9 +51,10 @@ def selector_of(text: str, option: str) -> dict[str, Any]:
     return {"matchExpressions": expressions}
 
 
-def profile(name: str, pods: str, namespaces: str, percent: int) -> list[dict[str, Any]]:
+def profile(name: str, pods: str, namespaces: str, percent: int, *, fail_closed: bool = False) -> list[dict[str, Any]]:
     """The policy and its binding by which the selected pods become batch. Raises BadInput.
 
+    `fail_closed`: their containers wait for the agent rather than start as plain BestEffort while it is away.
     Below 100 `percent` it is those of so many of the jobs, and no pod that nobody controls.
     """
     if not SUBDOMAIN.fullmatch(name):
@@ -84,9 +88,9 @@ def profile(name: str, pods: str, namespaces: str, percent: int) -> list[dict[st
         lot = f'owner.uid.size() == 36 && owner.uid.substring({36 - DIGITS}, 36).lowerAscii() < "{below}"'
         chosen = f"object.metadata.ownerReferences.exists(owner, has(owner.controller) && owner.controller && {lot})"
         conditions.append({"name": "chosen", "expression": f"has(object.metadata.ownerReferences) && {chosen}"})
-    change = (
-        f'Object{{metadata: Object.metadata{{labels: {{"{QOS}": "{BATCH}"}}, annotations: {{"{PROFILE}": "{name}"}}}}}}'
-    )
+    labels = {QOS: BATCH}
+    annotations = {PROFILE: name, **({PLUGIN: '["colocate"]'} if fail_closed else {})}
+    change = f"Object{{metadata: Object.metadata{{labels: {_cel(labels)}, annotations: {_cel(annotations)}}}}}"
     full = f"colocate-profile-{name}"
     policy = {
         "apiVersion": VERSION,
@@ -107,3 +111,8 @@ def profile(name: str, pods: str, namespaces: str, percent: int) -> list[dict[st
         "spec": {"policyName": full},
     }
     return [policy, binding]
+
+
+def _cel(mapping: dict[str, str]) -> str:
+    """A map literal of CEL, whose strings may be written as JSON writes them."""
+    return json.dumps(mapping)

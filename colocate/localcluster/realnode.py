@@ -74,6 +74,8 @@ state = "{home}/state"
   socket_path = "{home}/nri/nri.sock"
   plugin_path = "{home}/nri-plugins"
   plugin_config_path = "{home}/nri-plugins"
+  [plugins."io.containerd.nri.v1.nri".default_validator]
+    enable = true
 """
 
 

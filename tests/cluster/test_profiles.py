@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 
 from colocate.cluster.profiles import PROFILE, QOS, profile, selector_of
 from colocate.errors import BadInput
-from colocate.kube.client import Api, ApiError
+from colocate.kube.client import EVENTS, Api, ApiError, path_of
+from colocate.localcluster.realnode import NAME, RealNode
+from colocate.nri import Plugin
 from tests.cluster.conftest import World
+from tests.cluster.test_kubelet import on, until_ready
+from tests.cluster.test_nri import Tier, until_runs
 
 COLLECTIONS = {
     kind: f"/apis/admissionregistration.k8s.io/v1/{kind.lower().removesuffix('y')}{'ies' if kind[-1] == 'y' else 's'}"
@@ -21,8 +26,10 @@ COLLECTIONS = {
 
 
 @contextlib.asynccontextmanager
-async def applied(api: Api, name: str, pods: str, namespaces: str, percent: int = 100) -> AsyncIterator[None]:
-    made = profile(name, pods, namespaces, percent)
+async def applied(
+    api: Api, name: str, pods: str, namespaces: str, percent: int = 100, *, fail_closed: bool = False
+) -> AsyncIterator[None]:
+    made = profile(name, pods, namespaces, percent, fail_closed=fail_closed)
     for body in made:
         await api.request("POST", COLLECTIONS[body["kind"]], body)
     try:
@@ -86,6 +93,30 @@ async def test_a_share_of_the_jobs_whose_pods_are_all_alike(world: World) -> Non
             batch = owner["uid"][-4:] < "8000"
             assert {QOS in found[f"job-{i}-{member}"].metadata.labels for member in ("a", "b")} == {batch}
         assert QOS not in found["nobody-s"].metadata.labels
+
+
+@pytest.mark.slow
+async def test_a_container_waits_for_the_agent_where_that_is_asked_for(world: World, real_node: RealNode) -> None:
+    await until_ready(world, real_node)
+    labels, where = {"team": "ml"}, f"kubernetes.io/metadata.name={world.namespace}"
+    spec = {**on(NAME), "nodeName": NAME, "schedulerName": "default-scheduler"}
+
+    async def refused() -> bool:
+        events = await world.api.request("GET", path_of(EVENTS, world.namespace))
+        said = [event["message"] for event in msgspec.json.decode(events)["items"]]
+        return any("required plugin" in text and "colocate" in text for text in said)
+
+    async with applied(world.api, "ml", "team=ml", where, fail_closed=True):
+        await until_in_force(world, labels)
+        await world.pod("waits", labels=labels, spec=spec)
+        await world.until(refused, "the runtime refuses it while there is no agent")
+        plugin = Plugin("colocate", "50", Tier(), real_node.nri_socket)
+        running = asyncio.create_task(plugin.run())
+        try:
+            await until_runs(world, real_node, "waits")
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.mark.parametrize(
