@@ -59,7 +59,7 @@ def _rows(result: Result, wide: bool) -> list[tuple[str, ...]]:
 def demo(options: argparse.Namespace) -> int:
     """Print the table, write the report; exit 1 if the host (or the node) was not left as it was found."""
     configure_logs(logging.ERROR)
-    for other in entry_points(group="colocate.demo", name=options.what or "-"):
+    for other in entry_points(group="colocate.demo", name=options.what) if options.what else ():
         return int(other.load()(options))
     if options.seconds < 3:
         raise BadInput("--seconds: a phase needs at least 3s to say anything")
@@ -125,11 +125,11 @@ def _of_cluster(result: Result) -> list[str]:
 
 
 def _kubernetes(options: argparse.Namespace) -> Result:
-    from colocate.agent.numba_cache import load_kernels
     from colocate.cgroup.port import KernelPort
     from colocate.demo.kubernetes import KubernetesDemo
     from colocate.localcluster.image import fresh_image
     from colocate.localcluster.realnode import lacks
+    from colocate.model import kernels
 
     if missing := lacks():
         raise HostUnfit(f"a real kubelet needs {missing}", "make system-packages kube-binaries, and be root")
@@ -139,7 +139,7 @@ def _kubernetes(options: argparse.Namespace) -> Result:
         demonstration = KubernetesDemo(
             KernelPort(), image, options.seconds, options.seed, options.service_time, progress.show
         )
-        return asyncio.run(demonstration.run(None, load_kernels(default_state_dir())))
+        return asyncio.run(demonstration.run(None, kernels.load(jit=False)))  # its agent has its own, in its pod
 
 
 def _real(options: argparse.Namespace) -> Result:

@@ -8,17 +8,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from colocate.cluster.api import SYSTEM
 from colocate.errors import BadInput, NotAnswering
 from colocate.kube.client import NODES, PODS, SUBDOMAIN, Api, ApiError, Executed, path_of
 from colocate.objects import Pod
 
-SYSTEM = "colocate-system"
 AGENTS = "app.kubernetes.io/name=colocate-agent"
 PROGRAM = "colocate"
-
-
-class _Pods(msgspec.Struct):
-    items: list[Pod]
 
 
 class Placed(NamedTuple):
@@ -49,7 +45,7 @@ async def _run(options: argparse.Namespace, command: list[str]) -> Executed:
     _check_name("--node", options.node)
     async with Api.connect(options.kubeconfig, options.context) as api:
         query = {"labelSelector": AGENTS, "fieldSelector": f"spec.nodeName={options.node}"}
-        found = msgspec.json.decode(await api.request("GET", path_of(PODS, SYSTEM), query=query), type=_Pods).items
+        found = await api.all(Pod, path_of(PODS, SYSTEM), query)
         running = [pod for pod in found if pod.status.phase == "Running" and not pod.deleting]
         if not running:
             raise await _why_none(api, options.node, found)

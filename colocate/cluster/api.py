@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from colocate.objects import Lean, ObjectMeta, Pod, Quantities
+from colocate.units import parse_quantity
 
 NODE_API = "colocate.io/v1alpha1"
 NODE_COLOCATIONS = f"/apis/{NODE_API}/nodecolocations"
 POLICIES = f"/apis/{NODE_API}/colocationpolicies"
 BATCH_CPU, BATCH_MEMORY = "kubernetes.io/batch-cpu", "kubernetes.io/batch-memory"
 """Extended resources of nodes, in thousandths of a CPU and in bytes, as Koordinator's."""
-BATCH_LABELS = {"colocate.io/qos": "batch", "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
+QOS, BATCH = "colocate.io/qos", "batch"
+BATCH_LABELS = {QOS: BATCH, "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
 """How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
+SYSTEM = "colocate-system"
+"""The namespace of what the manifests install."""
 HEARTBEAT_SECONDS = 60.0
 """What does not change is said again so often."""
 SILENT_SECONDS = 150.0
@@ -33,6 +37,14 @@ def asks_batch(pod: Pod) -> bool:
     """Whether one of its containers asks for batch resources, which only batch pods may."""
     every = (*pod.spec.containers, *pod.spec.init_containers)
     return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY))
+
+
+def amount(quantity: object, times: int = 1) -> int:
+    """So many times a quantity, in whole units; 0 of what cannot be read."""
+    try:
+        return int(parse_quantity(str(quantity)) * times) if quantity is not None else 0
+    except ValueError:
+        return 0
 
 
 def whole(flat: Lean) -> dict[str, object]:

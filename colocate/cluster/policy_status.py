@@ -17,11 +17,12 @@ from colocate.cluster.api import (
     ColocationPolicyObject,
     ColocationPolicyStatus,
     NodeColocation,
+    amount,
     whole,
 )
 from colocate.kube.client import MERGE, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.units import parse_quantity
+from colocate.kube.reflector import either
 
 EVERY_SECONDS = 5.0
 """A status is written so often at most: it changes with every node's."""
@@ -47,18 +48,11 @@ def status_of(policy: ColocationPolicyObject, spoken: Iterable[NodeColocation]) 
         observed_generation=generation,
         nodes=len(going_by),
         ready=f"{len(there)}/{len(going_by)}",
-        batch_cores=f"{sum(_milli(s) for s in going_by) / 1000:.2f}",
+        batch_cores=f"{sum(max(amount(s.status.promised.get(BATCH_CPU)), 0) for s in going_by) / 1000:.2f}",
         pressure=pressure,
         last_action=f"{acted.metadata.name}: {acted.status.last_action}" if acted is not None else "",
         problem=problem[:PROBLEM_CHARACTERS],
     )
-
-
-def _milli(said: NodeColocation) -> float:
-    try:
-        return max(float(parse_quantity(str(said.status.promised.get(BATCH_CPU, 0)))), 0.0)
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 class PolicyStatuses:
@@ -73,8 +67,8 @@ class PolicyStatuses:
         """The watch has told of one."""
         if now is not None:
             self._policies[now.metadata.name] = now
-        elif before is not None:
-            self._policies.pop(before.metadata.name, None)
+        else:
+            self._policies.pop(either(before, now).metadata.name, None)
 
     async def run(self) -> None:
         """Until cancelled. Raises LeadershipLost."""

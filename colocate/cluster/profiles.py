@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from colocate.cluster.api import BATCH, BATCH_LABELS, QOS
 from colocate.errors import BadInput
 from colocate.kube.client import SUBDOMAIN
 from colocate.policy.schema import CLUSTER_NAMESPACES
@@ -16,9 +18,7 @@ from colocate.policy.schema import CLUSTER_NAMESPACES
 VERSION = "admissionregistration.k8s.io/v1"
 PLUGIN = "required-plugins.noderesource.dev/pod"
 """By this annotation the runtime refuses a container while a plugin is away (NRI's default validator)."""
-QOS, BATCH, PROFILE = "colocate.io/qos", "batch", "colocate.io/profile"
-SAID = (QOS, "koordinator.sh/qosClass", "volcano.sh/qos-level")
-"""A pod that says itself what it is keeps its word."""
+PROFILE = "colocate.io/profile"
 DIGITS = 4
 """The last hexadecimal ones of the UID of a pod's controller, which is random, decide whether the pod is chosen: the
 pods of one job are alike, as those of a gang must be. Nothing of a pod itself is random when it is admitted.
@@ -68,13 +68,12 @@ def profile(name: str, pods: str, namespaces: str, percent: int, *, fail_closed:
     }
     constraints |= {"objectSelector": selector_of(pods, "--pods")} if pods else {}
     constraints |= {"namespaceSelector": selector_of(namespaces, "--namespaces")} if namespaces else {}
-    spared = ", ".join(f'"{namespace}"' for namespace in CLUSTER_NAMESPACES)
-    said = ", ".join(f'"{key}"' for key in SAID)
     conditions = [
-        {"name": "not-of-the-cluster", "expression": f"!(request.namespace in [{spared}])"},
+        {"name": "not-of-the-cluster", "expression": f"!(request.namespace in {_cel(CLUSTER_NAMESPACES)})"},
         {
             "name": "says-nothing-itself",
-            "expression": f"[{said}].all(key, !(has(object.metadata.labels) && key in object.metadata.labels)"
+            "expression": f"{_cel([*BATCH_LABELS])}.all(key, "
+            "!(has(object.metadata.labels) && key in object.metadata.labels)"
             " && !(has(object.metadata.annotations) && key in object.metadata.annotations))",
         },
         {
@@ -113,6 +112,6 @@ def profile(name: str, pods: str, namespaces: str, percent: int, *, fail_closed:
     return [policy, binding]
 
 
-def _cel(mapping: dict[str, str]) -> str:
-    """A map literal of CEL, whose strings may be written as JSON writes them."""
-    return json.dumps(mapping)
+def _cel(value: Mapping[str, str] | Sequence[str]) -> str:
+    """A literal of CEL, which may be written as JSON writes it."""
+    return json.dumps(value)

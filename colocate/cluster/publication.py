@@ -25,6 +25,7 @@ from colocate.cluster.api import (
     ColocationPolicyObject,
     NodeColocation,
     NodeColocationStatus,
+    amount,
 )
 from colocate.cluster.evictions import Evictions
 from colocate.cluster.policy_status import PolicyStatuses
@@ -32,7 +33,6 @@ from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, age_o
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector, either
 from colocate.objects import Node
-from colocate.units import parse_quantity
 
 RESOURCES = (BATCH_CPU, BATCH_MEMORY)
 LOOK_SECONDS = 10.0
@@ -55,17 +55,9 @@ def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seco
         return dict.fromkeys(RESOURCES)
     if silent_seconds >= SILENT_SECONDS:
         return dict.fromkeys(RESOURCES, "0")
-    most = {BATCH_CPU: _amount(node.get("cpu"), 1000), BATCH_MEMORY: _amount(node.get("memory"))}
-    promised = {name: min(_amount(status.promised.get(name)), most[name]) for name in RESOURCES}
-    return {name: str(max(amount, 0)) for name, amount in promised.items()}
-
-
-def _amount(quantity: object, times: int = 1) -> int:
-    """So many times a quantity, in whole units; 0 of what cannot be read."""
-    try:
-        return int(parse_quantity(str(quantity)) * times) if quantity is not None else 0
-    except ValueError:
-        return 0
+    most = {BATCH_CPU: amount(node.get("cpu"), 1000), BATCH_MEMORY: amount(node.get("memory"))}
+    promised = {name: min(amount(status.promised.get(name)), most[name]) for name in RESOURCES}
+    return {name: str(max(most_there, 0)) for name, most_there in promised.items()}
 
 
 def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> bool:
@@ -74,7 +66,7 @@ def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> b
         now = status.get(name)
         if (now is None) != (value is None):
             return True
-        if _amount(now) != _amount(value):
+        if amount(now) != amount(value):
             return True
     return False
 
@@ -208,11 +200,9 @@ class Publication:
     def _asking(self) -> dict[str, NodeColocation]:
         """The objects of agents that speak, and do more than compute."""
         return {
-            name: said
-            for name, said in self._said.items()
-            if said.status.evict
-            and said.status.reason not in (SHADOW, STOPPED)
-            and self._silent_seconds(name) < SILENT_SECONDS
+            said.metadata.name: said
+            for said in self._spoken()
+            if said.status.evict and said.status.reason not in (SHADOW, STOPPED)
         }
 
     async def _remove(self, name: str) -> None:

@@ -21,7 +21,7 @@ from colocate.calibrate.probe import WorkCounter
 from colocate.calibration import Calibration
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, main_hierarchy, processes_below
-from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, NodeColocation
+from colocate.cluster.api import BATCH, BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, QOS, NodeColocation
 from colocate.demo.digest import Digest, compare
 from colocate.demo.inference import METRIC
 from colocate.demo.process import ENVIRONMENT
@@ -57,17 +57,12 @@ POLICY = {
 """`scenario.SPEC` as an operator writes it."""
 REQUESTED = {"cpu": "250m"}
 """By each container of the service, and by each unmanaged batch pod: what a worker uses on average."""
-BATCH = {"colocate.io/qos": "batch"}
 _ARMS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "unmanaged": ({}, REQUESTED, "kubepods/burstable"),
     "besteffort": ({}, {}, "kubepods/besteffort"),
-    "colocate": (BATCH, {}, "kubepods/batch"),
+    "colocate": ({QOS: BATCH}, {}, "kubepods/batch"),
 }
 """What batch pods say of themselves and request in an arm, and where they are to be."""
-
-
-class _Pods(msgspec.Struct):
-    items: list[Pod]
 
 
 class PodService:
@@ -215,8 +210,7 @@ class KubernetesDemo(Demo):
         }
 
     async def _pods(self) -> list[Pod]:
-        answer = await self._api.request("GET", path_of(PODS, NAMESPACE))
-        return msgspec.json.decode(answer, type=_Pods).items
+        return await self._api.all(Pod, path_of(PODS, NAMESPACE))
 
     def _runs(self, name: str) -> Callable[[], Awaitable[str]]:
         """Its uid, once all its containers run."""

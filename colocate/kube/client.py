@@ -251,12 +251,13 @@ class Api:
                     log.warning("token_not_renewed", error=" ".join(str(error).split()))
             return self._has_token
 
-    async def all(self, kind: type[T], path: str) -> list[T]:
+    async def all(self, kind: type[T], path: str, query: Mapping[str, str] | None = None) -> list[T]:
         """All objects of a collection, as they were at one time; page by page."""
         found: list[T] = []
         more = ""
         while True:
-            page = msgspec.json.decode(await self.request("GET", path, query=page_query(more)), type=Page)
+            answer = await self.request("GET", path, query={**(query or {}), **page_query(more)})
+            page = msgspec.json.decode(answer, type=Page)
             found += [msgspec.json.decode(raw, type=kind) for raw in page.items or []]
             more = page.metadata.continue_
             if not more:

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from colocate.cluster.api import SYSTEM
 from colocate.errors import HostUnfit
 from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, binaries
 
-SYSTEM = "colocate-system"
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 SYS_RESOURCE = 24
 """The number of CAP_SYS_RESOURCE (capability.h)."""

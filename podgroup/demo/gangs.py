@@ -31,14 +31,6 @@ Progress = Callable[[str, list[tuple[str, str, str]]], None]
 """(what is happening, (gang, where its members are, why it waits))."""
 
 
-class _Pods(msgspec.Struct):
-    items: list[Pod]
-
-
-class _Plans(msgspec.Struct):
-    items: list[GangPlan]
-
-
 class GangDemo:
     """One run."""
 
@@ -161,7 +153,7 @@ class GangDemo:
         await self._api.request("POST", collection if cluster else path_of(collection, NAMESPACE), body)
 
     async def _members(self, name: str) -> list[Pod]:
-        pods = msgspec.json.decode(await self._api.request("GET", path_of(PODS, NAMESPACE)), type=_Pods).items
+        pods = await self._api.all(Pod, path_of(PODS, NAMESPACE))
         return [p for p in pods if p.metadata.labels.get(POD_GROUP_LABEL) == name and not p.terminal]
 
     async def _one_runs(self) -> str:
@@ -204,8 +196,8 @@ class GangDemo:
 
     async def _show(self) -> None:
         try:
-            pods = msgspec.json.decode(await self._api.request("GET", path_of(PODS, NAMESPACE)), type=_Pods).items
-            plans = msgspec.json.decode(await self._api.request("GET", path_of(PLANS, NAMESPACE)), type=_Plans).items
+            pods = await self._api.all(Pod, path_of(PODS, NAMESPACE))
+            plans = await self._api.all(GangPlan, path_of(PLANS, NAMESPACE))
         except ApiError:
             return
         rows = []

@@ -122,7 +122,8 @@ async def test_a_field_that_there_is_not_is_refused_when_it_is_applied(
     file.write_text(FILE.replace("holdDown", "holdUp"))
     await asyncio.to_thread(kubectl, "create", "-f", str(file), "--dry-run=server", code=1)
     file.write_text(FILE)
-    await asyncio.to_thread(kubectl, "create", "-f", str(file), "--dry-run=server")
+    taken = await asyncio.to_thread(kubectl, "create", "-f", str(file), "--dry-run=server")
+    assert "colocationpolicy.colocate.io/default created" in taken
 
 
 def said(node: str, *, pressure: str = "NothingSuffers", reason: str = "Promised", **policy: Any) -> NodeColocation:

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from colocate.cluster.profiles import PROFILE, QOS, profile, selector_of
+from colocate.cluster.api import QOS
+from colocate.cluster.profiles import PROFILE, profile, selector_of
 from colocate.errors import BadInput
 from colocate.kube.client import EVENTS, Api, ApiError, path_of
 from colocate.localcluster.realnode import NAME, RealNode

@@ -10,16 +10,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from colocate.actuate.journal import Journal
 from colocate.agent.loop import Agent
-from colocate.kernelmodel import ModelKernel
 from colocate.localcluster.controlplane import MANIFESTS
 from colocate.model import kernels
-from colocate.policy.schema import BatchPolicy, ColocationPolicy, PolicySpec, Selector, ServicePolicy
+from colocate.policy.schema import ColocationPolicy, RecordPolicy
 from colocate.report.metrics import NodeCollector, Status
 from colocate.snapshot import Latency, Objective
 from podgroup.controller.metrics import Metrics
 from podgroup.queue.decisions import Waiting
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
+from tests.unit.test_records import a_service_and_a_hog
 
 BOARD = msgspec.json.decode((MANIFESTS / "grafana" / "dashboard.json").read_bytes())
 QUERIES = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
@@ -31,15 +31,7 @@ GROUPED = re.compile(r"\bby \(([^)]*)\)")
 
 
 def of_an_agent(directory):
-    kernel = ModelKernel(version=2)
-    for path in ("/web", "/nightly"):
-        kernel.mkdir("unified", path)
-    kernel.write("unified", "/", "cgroup.subtree_control", "+cpu +cpuset +memory")
-    kernel.spawn("hog", "/nightly", command="nightly")
-    spec = PolicySpec(
-        services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
-        batch=(BatchPolicy(name="nightly", selector=Selector(cgroup="/nightly")),),
-    )
+    kernel, spec = a_service_and_a_hog(RecordPolicy())
     journal = Journal(directory, "boot")
     agent = Agent(kernel, ColocationPolicy(spec=spec), kernels.load(jit=False), journal, clock=kernel)
     agent.observer.objectives["web"] = Objective(0.02, 10, 3.0)

@@ -47,8 +47,8 @@ def test_nothing_changed_is_an_empty_patch(value):
     assert merge_patch(value, value) == {}
 
 
-def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0, late=30):
-    """An agent's life on the kernel model, recorded."""
+def a_service_and_a_hog(records):
+    """A machine, and the policy by which they are governed."""
     kernel = ModelKernel(version=2)
     for path in ("/web", "/nightly"):
         kernel.mkdir("unified", path)
@@ -57,8 +57,14 @@ def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=Non
     spec = PolicySpec(
         services=(ServicePolicy(name="web", selector=Selector(cgroup="/web")),),
         batch=(BatchPolicy(name="nightly", selector=Selector(cgroup="/nightly")),),
-        records=policy or RecordPolicy(keyframe_every=7),
+        records=records,
     )
+    return kernel, spec
+
+
+def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0, late=30):
+    """An agent's life on the kernel model, recorded."""
+    kernel, spec = a_service_and_a_hog(policy or RecordPolicy(keyframe_every=7))
     (directory / "journal").mkdir(parents=True, exist_ok=True)
     recorder = Recorder(directory / "records", spec.records, backend)
     agent = Agent(
