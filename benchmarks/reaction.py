@@ -126,7 +126,8 @@ async def _violation(port: KernelPort, node: ScratchNode, directory: Path, phase
 
 def _reader(node: ScratchNode, service: str, directory: Path) -> subprocess.Popen[bytes]:
     thrash = [sys.executable, "-IS", str(PROBE), "thrash", str(directory / "file")]
-    reader = subprocess.Popen(["/bin/sh", "-c", 'read _; exec "$@"', "sh", *thrash], stdin=subprocess.PIPE)
+    command = ["/bin/sh", "-c", 'read _; exec "$@"', "sh", *thrash]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     node.enter(reader.pid, service)
     assert reader.stdin is not None
     reader.stdin.write(b"\n")

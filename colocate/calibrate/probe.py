@@ -114,7 +114,7 @@ def count(path: str, work: Callable[[], None]) -> None:
 
 
 def thrash(path: str, size: int = 96 << 20) -> None:
-    """Make the file if it is not there, and read it at random for ever."""
+    """Make the file if it is not there, read it through, say `ready`, and read it at random for ever."""
     if not os.path.exists(path):
         block = mmap.mmap(-1, 1 << 20)  # aligned, as O_DIRECT wants it: none of the file may be cached beforehand
         out = os.open(f"{path}.part", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
@@ -124,8 +124,11 @@ def thrash(path: str, size: int = 96 << 20) -> None:
         os.close(out)
         os.rename(f"{path}.part", path)  # who sees it finds it whole
     with open(path, "rb") as file:
+        while file.read(1 << 20):  # memory is full soon, also on a slow disk, where single pages would take a minute
+            pass
         pages = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     pages.madvise(mmap.MADV_RANDOM)
+    print("ready", flush=True)
     while True:
         pages[random.randrange(size)]
 

@@ -161,20 +161,29 @@ def test_what_a_service_maps_belongs_to_its_working_set(node, on_disk, what, cac
     assert counted / (1 << 20) == pytest.approx(cached, abs=16)
 
 
+def start_stalling(node, path: str, file: Path) -> None:
+    """Returns once memory is full, however slow the disk is: from here on the kernel counts stalls.
+
+    v2 throttles growth above the high mark, a stall by itself; v1 stalls when evicted pages are wanted again.
+    """
+    v2 = node.port.layout.version == 2
+    node.knob(path, "memory.high" if v2 else "memory.max", str((16 if v2 else 48) << 20))
+    process = node.start(path, *([GROW] if v2 else [THRASH, str(file)]))
+    if not v2:
+        assert process.stdout.readline() == "ready\n"
+
+
 def test_a_stalling_service_wakes_the_loop(node, on_disk):
     if "psi" not in node.port.layout.controllers:
         pytest.skip("needs PSI in the unified hierarchy")
     path = node.make("web")
-    v2 = node.port.layout.version == 2
-    # v2 throttles growth above the high mark, a stall by itself; v1 stalls when evicted pages are wanted again.
-    node.knob("web", "memory.high" if v2 else "memory.max", str((16 if v2 else 48) << 20))
     woken: list[float] = []
 
     async def watch():
         watcher = PressureWatch(node.port.layout, lambda _: woken.append(time.monotonic()), 0.02, 0.075)
         inode = node.port.inode(UNIFIED, path)
         watcher.watch({"service:web": (path, inode)})
-        node.start("web", *([GROW] if v2 else [THRASH, str(on_disk / "file")]))
+        await asyncio.to_thread(start_stalling, node, "web", on_disk / "file")
         end = time.monotonic() + 15 * PATIENCE
         while not woken and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -193,9 +202,7 @@ def test_a_pods_stall_shows_in_its_group(node, on_disk):
     for path in ("kubepods", "kubepods/burstable"):
         node.make(path, inner=True)
     pods = [node.make(f"kubepods/burstable/pod{name}") for name in "ab"]
-    v2, group = node.port.layout.version == 2, f"{node.path}/kubepods/burstable"
-    limit = str((16 if v2 else 48) << 20)
-    node.knob("kubepods/burstable/podb", "memory.high" if v2 else "memory.max", limit)
+    group = f"{node.path}/kubepods/burstable"
     pages, inodes = FilePages(), [node.port.inode(UNIFIED, pod) for pod in pods]
 
     def totals(read) -> list[list[int]]:
@@ -216,5 +223,5 @@ def test_a_pods_stall_shows_in_its_group(node, on_disk):
 
     assert agree() == agree(), "nothing runs, nothing stalls"
     still = agree()
-    node.start("kubepods/burstable/podb", *([GROW] if v2 else [THRASH, str(on_disk / "file")]))
+    start_stalling(node, "kubepods/burstable/podb", on_disk / "file")
     assert wait_for(lambda: agree() > still + 20_000, 15), "podb did not stall"
