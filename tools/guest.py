@@ -27,6 +27,7 @@ KERNEL = BUILD / "kernel"
 MODULES = (
     "drivers/virtio/virtio_ring", "drivers/virtio/virtio", "drivers/virtio/virtio_pci_legacy_dev",
     "drivers/virtio/virtio_pci_modern_dev", "drivers/virtio/virtio_pci", "drivers/block/virtio_blk",
+    "net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net", "fs/overlayfs/overlay",
 )  # fmt: skip
 LEFT_OUT = (
     "mypy",
@@ -41,6 +42,8 @@ LEFT_OUT = (
     "_duckdb",
 )
 MEMORY_MIB = 2048
+NETWORK, HOST, ADDRESS = "10.96.0.0/24", "10.96.0.1", "10.96.0.15"
+"""With a network, the guest finds the host's loopback where a cluster's nodes find the `kubernetes` service."""
 IMAGE_MIB = 1500
 END = "__END__"
 
@@ -273,6 +276,7 @@ def build() -> Path:
         sys.version.encode(),
         str(vmlinuz).encode(),
         systemd_lacks().encode(),
+        str(which("runc")).encode(),
     ):
         key.update(part)
     image = BUILD / key.hexdigest()[:16]
@@ -294,6 +298,8 @@ def build() -> Path:
         (ram / "init").chmod(0o755)
         root = making / "root"
         _root(root)
+        if runc := which("runc"):
+            _copy_file(Path(runc), root)
         if not systemd_lacks():
             _systemd(root)
         _python(root)
@@ -301,12 +307,17 @@ def build() -> Path:
         result.mkdir()
         (result / "initrd").write_bytes(_cpio(ram))
         shutil.copy2(vmlinuz, result / "vmlinuz")
-        mke2fs = which("mke2fs")
-        assert mke2fs
-        command = [mke2fs, "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(root)]
-        subprocess.run([*command, str(result / "root.img"), f"{IMAGE_MIB}M"], check=True, capture_output=True)
+        disk(result / "root.img", root, IMAGE_MIB)
         result.rename(image)
     return image
+
+
+def disk(path: Path, directory: Path, mib: int) -> None:
+    """An ext4 image of a directory, sparse."""
+    mke2fs = which("mke2fs")
+    assert mke2fs
+    command = [mke2fs, "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(directory)]
+    subprocess.run([*command, str(path), f"{mib}M"], check=True, capture_output=True)
 
 
 def _made(directory: Path) -> Path:
@@ -317,8 +328,18 @@ def _made(directory: Path) -> Path:
 class Guest:
     """A running guest; use as a context manager."""
 
-    def __init__(self, *, cpus: int = 2, systemd: bool = False) -> None:
-        self._cpus, self._systemd = cpus, systemd
+    def __init__(
+        self,
+        *,
+        cpus: int = 2,
+        memory_mib: int = MEMORY_MIB,
+        systemd: bool = False,
+        network: bool = False,
+        disk: Path | None = None,
+    ) -> None:
+        """`disk` is an ext4 image, in the guest on /disk; what is written to it is thrown away."""
+        self._cpus, self._memory_mib, self._systemd = cpus, memory_mib, systemd
+        self._network, self._disk = network, disk
         self._directory: Path
         self._number = 0
         self._qemu: subprocess.Popen[bytes] | None = None
@@ -350,12 +371,12 @@ class Guest:
         self._qemu = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL",  # nobody ends it if we are killed
              "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max",
-             "-smp", str(self._cpus), "-m", str(MEMORY_MIB), "-nographic", "-nodefaults", "-no-reboot",
+             "-smp", str(self._cpus), "-m", str(self._memory_mib), "-nographic", "-nodefaults", "-no-reboot",
              "-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initrd"), "-append", line,
              "-drive", f"file={image / 'root.img'},if=virtio,format=raw,snapshot=on,cache=unsafe",
              "-drive", f"file={project},if=virtio,format=raw,readonly=on",
              "-serial", f"file:{self._directory / 'console'}",
-             "-serial", f"unix:{self._directory / 'channel'},server=on,wait=on", "-monitor", "none"],
+             "-serial", f"unix:{self._directory / 'channel'},server=on,wait=on", "-monitor", "none", *self._devices()],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
@@ -366,12 +387,32 @@ class Guest:
             except OSError:
                 time.sleep(0.1)
             else:
+                self._prepare()
                 return self
         said = (
             (self._directory / "console").read_text(errors="replace") if (self._directory / "console").exists() else ""
         )
         self.__exit__()
         raise RuntimeError(f"the guest did not start: {said[-4000:]}")
+
+    def _devices(self) -> list[str]:
+        found = []
+        if self._disk is not None:
+            found += ["-drive", f"file={self._disk},if=virtio,format=raw,snapshot=on,cache=unsafe"]
+        if self._network:
+            found += ["-netdev", f"user,id=net,net={NETWORK},host={HOST}", "-device", "virtio-net-pci,netdev=net"]
+        return found
+
+    def _prepare(self) -> None:
+        commands = []
+        if self._disk is not None:
+            commands += ["mkdir /disk", "mount -t ext4 -o noatime /dev/vdc /disk"]
+        if self._network:
+            commands += [f"ip addr add {ADDRESS}/24 dev eth0", "ip link set eth0 up"]
+        if commands:
+            code, said = self.run(" && ".join(commands))
+            if code:
+                raise RuntimeError(f"the guest has no disk or network: {said}")
 
     def __exit__(self, *_: object) -> None:
         """End the guest and remove what it used."""

@@ -31,8 +31,20 @@ class Installation:
     has not is not asked for; one publisher is enough, and gangs are not shown.
     """
 
-    def __init__(self, plane: ControlPlane, directory: Path, policy: dict[str, Any]) -> None:
-        """`policy` is the `spec` of the agents' policy."""
+    def __init__(
+        self,
+        plane: ControlPlane,
+        directory: Path,
+        policy: dict[str, Any],
+        *,
+        host: str = "127.0.0.1",
+        sys_resource: bool | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`policy` is the `spec` of the agents' policy; `host` is where nodes find the API server.
+
+        `sys_resource`: whether their root has that right (default: as this machine's); `environment` is the agents'.
+        """
         self._plane, self._overlay = plane, directory
         self._overlay.mkdir(parents=True)
         policy = {**policy, "http": {"enabled": False}}
@@ -43,16 +55,18 @@ class Installation:
             "spec": policy,
         }
         api = [
-            {"name": "KUBERNETES_SERVICE_HOST", "value": "127.0.0.1"},
+            {"name": "KUBERNETES_SERVICE_HOST", "value": host},
             {"name": "KUBERNETES_SERVICE_PORT", "value": str(plane.port)},
         ]
         sources = [{"serviceAccountToken": {"path": "token"}}, {"configMap": {"name": "authority"}}]
         account = {"name": "account", "projected": {"sources": sources}}
         reaches = {"env": api, "volumeMounts": [{"name": "account", "mountPath": ACCOUNT, "readOnly": True}]}
-        rights = ["KILL", "SYS_RESOURCE"] if _may_have_sys_resource() else ["KILL"]
+        sys_resource = _may_have_sys_resource() if sys_resource is None else sys_resource
+        rights = ["KILL", "SYS_RESOURCE"] if sys_resource else ["KILL"]
         agent = {
             **reaches,
             "name": "agent",
+            "env": [*api, *({"name": n, "value": v} for n, v in (environment or {}).items())],
             "readinessProbe": None,
             "livenessProbe": None,
             "securityContext": {"capabilities": {"add": rights}},

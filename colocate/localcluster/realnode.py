@@ -76,6 +76,10 @@ state = "{home}/state"
   plugin_config_path = "{home}/nri-plugins"
   [plugins."io.containerd.nri.v1.nri".default_validator]
     enable = true
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+    SystemdCgroup = {systemd}
 """
 
 
@@ -162,8 +166,9 @@ class RealNode:
         (home / "nri").mkdir()
         network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
         (home / "cni" / "10-none.conflist").write_text(json.dumps(network))
-        (home / "containerd.toml").write_text(CONTAINERD.format(home=home, image=IMAGE))
-        (home / "kubelet.json").write_text(json.dumps(self._configuration()))
+        (home / "containerd.toml").write_text(containerd_configuration(str(home)))
+        kubelet = kubelet_configuration(str(home), self.scratch.path, free_ports(1)[0], self._plane.kubelet_client)
+        (home / "kubelet.json").write_text(json.dumps(kubelet))
         write_pause(home / "pause.tar")
         script = START.format(
             system=self._system(),
@@ -202,38 +207,46 @@ class RealNode:
         path, hierarchy = self.scratch.make("system"), self._port.layout.hierarchy("cpu") or UNIFIED
         return self._port.layout.mounts[hierarchy] + path
 
-    def _configuration(self) -> dict[str, object]:
-        home = self._home
-        return {
-            "apiVersion": "kubelet.config.k8s.io/v1beta1",
-            "kind": "KubeletConfiguration",
-            "failCgroupV1": False,
-            "cgroupDriver": "cgroupfs",
-            "cgroupRoot": self.scratch.path,
-            "containerRuntimeEndpoint": f"unix://{home}/containerd.sock",
-            "address": "127.0.0.1",
-            "port": free_ports(1)[0],
-            "healthzPort": 0,
-            "authentication": {
-                "anonymous": {"enabled": False},
-                "webhook": {"enabled": False},
-                "x509": {"clientCAFile": str(self._plane.kubelet_client)},
-            },
-            "authorization": {"mode": "AlwaysAllow"},
-            "resolvConf": "",
-            "failSwapOn": False,
-            "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},  # nobody wants to wait for minutes
-            "makeIPTablesUtilChains": False,
-            "nodeStatusUpdateFrequency": "2s",
-            "evictionHard": {"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
-            "podLogsDir": f"{home}/logs",
-            "volumePluginDir": f"{home}/plugins",
-        }
-
     def check(self) -> None:
         """Raises HostUnfit with its last words if it has ended."""
         if self._process is not None and self._process.poll() is not None:
             raise HostUnfit(f"the kubelet ended with code {self._process.returncode}", self.words())
+
+
+def containerd_configuration(home: str, *, systemd: bool = False) -> str:
+    """Of a containerd that has everything in this folder; `systemd` chooses the driver that makes cgroups."""
+    return CONTAINERD.format(home=home, image=IMAGE, systemd=str(systemd).lower())
+
+
+def kubelet_configuration(
+    home: str, cgroup_root: str, port: int, client: Path | str, *, systemd: bool = False
+) -> dict[str, object]:
+    """A KubeletConfiguration; `client` is the certificate by which it knows the API server."""
+    return {
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "failCgroupV1": False,
+        "cgroupDriver": "systemd" if systemd else "cgroupfs",
+        "cgroupRoot": cgroup_root,
+        "containerRuntimeEndpoint": f"unix://{home}/containerd.sock",
+        "address": "127.0.0.1",
+        "port": port,
+        "healthzPort": 0,
+        "authentication": {
+            "anonymous": {"enabled": False},
+            "webhook": {"enabled": False},
+            "x509": {"clientCAFile": str(client)},
+        },
+        "authorization": {"mode": "AlwaysAllow"},
+        "resolvConf": "",
+        "failSwapOn": False,
+        "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},  # nobody wants to wait for minutes
+        "makeIPTablesUtilChains": False,
+        "nodeStatusUpdateFrequency": "2s",
+        "evictionHard": {"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
+        "podLogsDir": f"{home}/logs",
+        "volumePluginDir": f"{home}/plugins",
+    }
 
 
 def write_pause(path: Path) -> None:

@@ -17,29 +17,15 @@ from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes_below
 from colocate.cluster.api import BATCH_MEMORY
 from colocate.demo.result import ARMS
-from colocate.errors import HostUnfit
 from colocate.kube.client import PODS
 from colocate.localcluster import realnode
 from colocate.localcluster.controlplane import ControlPlane
-from colocate.localcluster.image import fresh_image
 from colocate.localcluster.installation import Installation
 from colocate.localcluster.realnode import NAME, RealNode
 from tests.cluster.conftest import World
 from tests.cluster.test_kubelet import on, until_ready
 from tests.cluster.test_nri import BATCH, SHARES, starts, until_runs
 from tests.cluster.test_publication import offered
-from tools import image
-
-
-@pytest.fixture(scope="session")
-def archive() -> Path:
-    """The image, as `make image` makes it."""
-    if image.lacks():
-        pytest.skip(f"the container image needs {image.lacks()}")
-    try:
-        return fresh_image()
-    except HostUnfit as error:
-        pytest.skip(f"the container image could not be made here (no mirror?): {error}")
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""What several suites need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from colocate.errors import HostUnfit
+from colocate.localcluster.image import fresh_image
+from tools import image
+
+
+@pytest.fixture(scope="session")
+def archive() -> Path:
+    """The image, as `make image` makes it."""
+    if image.lacks():
+        pytest.skip(f"the container image needs {image.lacks()}")
+    try:
+        return fresh_image()
+    except HostUnfit as error:
+        pytest.skip(f"the container image could not be made here (no mirror?): {error}")
