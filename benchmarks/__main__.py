@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 
-from benchmarks import agent, gang, isolation, publication, reaction, speed, worlds
+from benchmarks import agent, cluster, gang, isolation, publication, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
@@ -21,7 +21,10 @@ SUITES = {
     "reaction": reaction.run,
     "isolation": isolation.run,
     "gang": gang.run,
+    "cluster": cluster.run,
 }
+BY_NAME = ("gang", "cluster")
+"""These, or `--full`: `make bench` has 40 minutes."""
 
 
 def _end(*_: object) -> None:
@@ -45,9 +48,7 @@ def main(arguments: list[str]) -> int:
             print(*gang.summary_decided(), sep="\n")
         return 0
     named = [a for a in arguments if not a.startswith("-")]
-    names = named or [
-        name for name in SUITES if full or name != "gang"
-    ]  # gang: by name, for `make bench` has 40 minutes
+    names = named or [name for name in SUITES if full or name not in BY_NAME]
     unknown = [n for n in names if n not in SUITES] + [a for a in arguments if a.startswith("-") and a != "--full"]
     if unknown:
         print(f"unknown benchmark {unknown[0]!r}; known: {', '.join(SUITES)}", file=sys.stderr)

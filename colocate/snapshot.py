@@ -120,6 +120,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     tier: Workload | None = None
     stale_seconds: dict[str, float] = {}
     """Sections whose collector failed, with the age of what is shown in its place."""
+    warming: bool = False
+    """The agent compiles its model just now: what the node uses meanwhile is not what it will need."""
     capabilities: tuple[str, ...] = ()
     """Of `psi freeze kill memory.high memory.reclaim memory.max cpuset`: what this kernel offers."""
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the real Kubernetes binaries (and containerd) of the cluster suite and of `colocate demo gang` from the tool modules in tools/go,
+# Builds the real Kubernetes binaries (containerd, Helm) of the cluster suite and of `colocate demo gang` from the tool modules in tools/go,
 # into a cache named after their go.sum; prints nothing when all are there. About 11 minutes on 2 cores, once.
 # `--path` only prints the folder.
 set -eu
@@ -11,7 +11,7 @@ bin="$cache/$(cat ./*/go.mod ./*/go.sum ../kube-binaries.sh | sha256sum | cut -c
 
 needed=$(sed -n 's/^go //p' kubernetes/go.mod)
 missing=""
-for name in etcd kube-apiserver kube-scheduler kube-controller-manager kubectl kwok kubelet containerd containerd-shim-runc-v2 ctr; do
+for name in etcd kube-apiserver kube-scheduler kube-controller-manager kubectl kwok kubelet containerd containerd-shim-runc-v2 ctr helm; do
   [ -x "$bin/$name" ] || missing="$missing $name"
 done
 [ -n "$missing" ] || exit 0
@@ -29,6 +29,7 @@ version="-X k8s.io/component-base/version.gitVersion=$KUBERNETES -X k8s.io/compo
 version="$version -X k8s.io/component-base/version.gitMinor=$(echo $KUBERNETES | cut -d. -f2)"
 for name in $missing; do
   case $name in
+    helm) module=helm; package=helm.sh/helm/v4/cmd/helm ;;
     etcd) module=etcd; package=go.etcd.io/etcd/server/v3 ;;
     containerd | containerd-shim-runc-v2 | ctr) module=containerd; package=github.com/containerd/containerd/v2/cmd/$name ;;
     kwok) module=kubernetes; package=sigs.k8s.io/kwok/cmd/kwok ;;

@@ -19,7 +19,7 @@ from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import cgroup_of, inodes_of, joined, processes, processes_anywhere, rmdir_tree, start_time
 from colocate.errors import refuse
 
-_NAME = re.compile(r"colocate-(?:demo|calibrate|test|bench)-(\d+)-(\d+)-(\d+)")
+_NAME = re.compile(r"colocate-(?:demo|plane|calibrate|test|bench)-(\d+)-(\d+)-(\d+)")
 _SKIPPED = ("devices", "hugetlb", "net_cls")
 DELEGATE = "run as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes -- colocate demo"
 CONTROLLERS = ("cpu", "cpuset", "memory", "io", "pids")

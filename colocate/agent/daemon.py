@@ -122,10 +122,13 @@ class Service:
         """Let the compiled kernels take over from their numpy twins: protection does not wait for them."""
         if not self._compiles:
             return
+        agent.warming = True
         try:
             agent.set_kernels(await asyncio.to_thread(load_compiled), "numba")
         except Exception:
             log.exception("kernels_not_compiled", effect="the numpy twins stay")
+        finally:
+            agent.warming = False
 
     async def _linger(self, server: JobServer) -> None:
         """An embedded agent ends when nobody has needed it for a while."""

@@ -113,6 +113,8 @@ class Agent:
         self.on_tick: list[Callable[[Tick], None]] = []
         self.lately = Lately()
         self.on_evicted: list[Callable[[Job], None]] = []
+        self.warming = False
+        """Whether the compiled kernels are still being made: that costs CPU which the node will not need again."""
         self._next_kernels: tuple[Kernels, str] | None = None
         self._next_policy: ColocationPolicy | None = None
         self._wake = asyncio.Event()
@@ -189,6 +191,8 @@ class Agent:
         """The snapshot with what owners had given, and who else writes our knobs."""
         snapshot = self.observer.snapshot(self.clock.time(), self.clock.monotonic())
         kubernetes = self.observer.tree.kubepods is not None
+        if self.warming:
+            snapshot = msgspec.structs.replace(snapshot, warming=True)
         in_place = {i: w for i, w in snapshot.workloads.items() if w.in_place}
         if in_place:  # before drifts are looked at, which forgets what we wrote
             replace = msgspec.structs.replace

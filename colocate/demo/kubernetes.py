@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from colocate import __version__
+from colocate.actuate.scratch import ScratchNode
 from colocate.calibrate.probe import WorkCounter
 from colocate.calibration import Calibration
 from colocate.cgroup.port import KernelPort
@@ -48,7 +49,7 @@ PATIENCE_SECONDS = 120.0
 KUBELET_SECONDS = 75.0
 """Kubelet writes the knobs of its groups anew once a minute (cm/qos_container_manager_linux.go)."""
 NODE_WEIGHT = 1000
-"""Of the node beside the control plane, which on a cluster is on other machines."""
+"""Of the node, beside a control plane that has 100 as a whole: on a cluster it is on other machines."""
 POLICY = {
     "tick": "500ms",
     "cpu": {"holdDown": "2s"},
@@ -105,10 +106,13 @@ class KubernetesDemo(Demo):
     async def _scratch(self) -> AsyncIterator[None]:
         self._progress("starting etcd, kube-apiserver, kube-scheduler, kubelet and containerd", 0.0)
         with (
+            ScratchNode(self._port, "plane") as elsewhere,
             ControlPlane(self._directory / "plane", scheduler=True, controllers=True, kwok=False) as self._plane,
             self._real_node() as self._kubelet,
         ):
             self._node = self._kubelet.scratch
+            for pid in self._plane.pids:
+                elsewhere.enter(pid, elsewhere.make("processes"))
             async with Api.connect(str(self._plane.kubeconfig())) as self._api:
                 looking = asyncio.create_task(self._look_at_pods())
                 try:

@@ -157,6 +157,11 @@ class ControlPlane:
         """Of one of its processes, by the name of its binary."""
         return self._processes[name].pid
 
+    @property
+    def pids(self) -> list[int]:
+        """Of all its processes."""
+        return [process.pid for process in self._processes.values()]
+
     def stop(self) -> None:
         """End what was started, in reverse; nothing is left."""
         for process in reversed(self._processes.values()):

@@ -463,7 +463,7 @@ def _node(snapshot: NodeSnapshot, before: NodeBefore | None, workloads: dict[str
         system_cores=0.0 if busy is None else round(max(busy - services - besteffort - batch, 0.0), 4),
         idle_cores=None if idle is None else round(idle, 4),
         idle_cpus=idle_cpus,
-        needs_cores=None if busy is None else round(max(busy - batch, 0.0), 4),
+        needs_cores=None if busy is None or snapshot.warming else round(max(busy - batch, 0.0), 4),
         needs_bytes=needs_bytes,
         stranger=stranger,
         stranger_cores=stranger_cores,

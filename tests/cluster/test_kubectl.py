@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ import yaml
 from colocate.errors import HostUnfit
 from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, binaries
 from tests.cluster.conftest import World, leader
+from tools import chart
 
 DOCS = (MANIFESTS.parent / "docs" / "gangs.md").read_text()
 Kubectl = Callable[..., str]
@@ -48,6 +50,79 @@ def test_the_manifests_are_what_an_api_server_takes(kubectl: Kubectl, world: Wor
     assert {"deployment.apps/colocate-controller", "daemonset.apps/colocate-agent"} <= set(taken.split())
     assert "clusterrole.rbac.authorization.k8s.io/colocate-controller" in taken.split()
     assert "customresourcedefinition.apiextensions.k8s.io/gangplans.colocate.io" in taken.split()
+
+
+CHART = str(MANIFESTS / "helm" / "colocate")
+
+
+@pytest.fixture
+def helm(tmp_path: Path) -> Callable[..., dict[tuple[str, str], Any]]:
+    """The objects of the chart with these values, by kind and name; with a code, what is said of them instead."""
+    try:
+        program = binaries("helm") / "helm"
+    except HostUnfit as error:
+        pytest.skip(str(error))
+
+    def template(*values: str, code: int = 0) -> Any:
+        command: list[str | Path] = [program, "template", "colocate", CHART, *(word for value in values for word in ("--set", value))]
+        found = subprocess.run(command, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+        assert found.returncode == code, found.stderr
+        return found.stderr if code else objects_of(found.stdout)
+
+    return template
+
+
+def objects_of(text: str) -> dict[tuple[str, str], Any]:
+    found = [document for document in yaml.safe_load_all(text) if document]
+    return {(one["kind"], one["metadata"]["name"]): one for one in found}
+
+
+@pytest.mark.parametrize("name", sorted(chart.TEMPLATES))
+def test_the_chart_is_written_from_the_manifests(name: str) -> None:
+    assert (chart.CHART / "templates" / name).read_text() == chart.template(name), "python -m tools.chart"
+
+
+def test_the_chart_is_what_the_manifests_are(kubectl: Kubectl, helm: Any) -> None:
+    base = objects_of(kubectl("kustomize", str(MANIFESTS / "base")))
+    chosen = helm()
+    policies = [found.pop(("ConfigMap", "colocate-policy"))["data"] for found in (base, chosen)]
+    assert chosen == base
+    assert yaml.safe_load(policies[0]["policy.yaml"]) == yaml.safe_load(policies[1]["policy.yaml"])
+    shadow = objects_of(kubectl("kustomize", str(MANIFESTS / "overlays" / "shadow")))
+    agent = ("DaemonSet", "colocate-agent")
+    assert helm("agent.shadow=true")[agent] == shadow[agent]
+
+
+def test_the_charts_values_are_where_they_belong(helm: Any) -> None:
+    found = helm(
+        *("image=registry.example/colocate:1", "imagePullPolicy=Always", "imagePullSecrets[0].name=key"),
+        *("namespace.create=false", "controller.enabled=false", "publication.replicas=1"),
+        *("policy.cpu.reserve=7%", "agent.nodeSelector.pool=batch", "agent.resources.limits.memory=1Gi"),
+    )
+    assert not [key for key in found if "controller" in key[1] or "gangplans" in key[1] or key[0] == "Namespace"]
+    deployed = found["Deployment", "colocate-publication"]["spec"]
+    pods = [found["DaemonSet", "colocate-agent"]["spec"]["template"]["spec"], deployed["template"]["spec"]]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert (container["image"], container["imagePullPolicy"]) == ("registry.example/colocate:1", "Always")
+        assert pod["imagePullSecrets"] == [{"name": "key"}]
+    assert deployed["replicas"] == 1
+    assert pods[0]["nodeSelector"] == {"kubernetes.io/os": "linux", "pool": "batch"}
+    assert pods[0]["containers"][0]["resources"]["limits"] == {"memory": "1Gi"}
+    policy = yaml.safe_load(found["ConfigMap", "colocate-policy"]["data"]["policy.yaml"])
+    assert policy["spec"] == {"http": {"host": "0.0.0.0"}, "cpu": {"reserve": "7%"}}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        pytest.param("agents.shadow=true", "agents", id="a value that there is not"),
+        pytest.param("agent.shadow=perhaps", "shadow", id="no truth"),
+        pytest.param("publication.replicas=-1", "replicas", id="fewer than none"),
+    ],
+)
+def test_a_wrong_value_of_the_chart_is_named(helm: Any, value: str, says: str) -> None:
+    assert says in helm(value, code=1)
 
 
 AS_ITS_POD = """
