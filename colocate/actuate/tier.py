@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+from pathlib import Path
 
 import msgspec
 import structlog
 
 from colocate.actuate.journal import Entry, Journal
+from colocate.actuate.units import tell_systemd
 from colocate.cgroup.knobfiles import file_writes, read_knob, write_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone, FilePort
@@ -56,6 +58,8 @@ class TierMaker:
         self.holds_pods = False
         """A runtime puts containers below the tier, and makes them directories in every hierarchy: so must the tier be
         there in each, or what the runtime made of it would be nobody's to remove."""
+        self.units: Path | None = None
+        """Where systemd is told of the tier, if it makes the runtime's cgroups."""
 
     def hierarchies(self) -> list[str]:
         """Those that a directory is made in: all whose controllers we use or read."""
@@ -67,6 +71,8 @@ class TierMaker:
             raise HostUnfit(
                 "no CPU controller is offered in any cgroup hierarchy", "mount cgroup v2, or v1's cpu controller"
             )
+        if self.units is not None and self.tree.systemd_driver:
+            tell_systemd(self.units, self.tree.tier_path.rpartition("/")[2])
         if self._port.layout.version == 2:
             self._enable_controllers(self.tree.tier_path)
         placement = self._ensure(self.tree.tier_path, list(self._port.layout.mounts) if self.holds_pods else None)

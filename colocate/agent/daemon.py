@@ -15,6 +15,7 @@ from colocate.actuate.guardian import Guardian
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import Report
 from colocate.actuate.statedir import Lock, StateDirectory
+from colocate.actuate.units import units_folder
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.numba_cache import load_compiled, prepare
 from colocate.agent.policies import Policies
@@ -97,6 +98,7 @@ class Service:
             shadow=self._shadow,
         )
         agent.tier.holds_pods = bool(self._nri)
+        agent.tier.units = units_folder() if self._nri else None
         return agent
 
     def _status(self, agent: Agent) -> Status:
@@ -207,7 +209,8 @@ class Service:
         from colocate.nri import Plugin
 
         observer = agent.observer
-        placement = Placement(agent.port, lambda: observer.tree, observer.lister, shadow=self._shadow)
+        ensure = agent.tier.ensure_tier
+        placement = Placement(agent.port, lambda: observer.tree, observer.lister, ensure, shadow=self._shadow)
         await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
     async def _serve_http(self, agent: Agent) -> web.AppRunner:

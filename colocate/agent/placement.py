@@ -15,6 +15,7 @@ import structlog
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
 from colocate.cluster.api import is_batch
+from colocate.errors import ColocateError
 from colocate.nri import Adjustment, Container, Limits, Pod, Update
 from colocate.observe.pods import BatchRequest, PodLister
 from colocate.observe.workloads import pod_uid
@@ -62,11 +63,13 @@ class Placement:
         port: FilePort,
         tree: Callable[[], Tree],
         lister: PodLister,
+        ensure_tier: Callable[[], object],
         *,
         shadow: bool,
     ) -> None:
         """The `lister` has what the API server says of this node's pods."""
         self._port, self._tree, self._lister, self._shadow = port, tree, lister, shadow
+        self._ensure_tier = ensure_tier
 
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
@@ -85,12 +88,21 @@ class Placement:
             return None
         tree = self._tree()
         path = in_tier(container.cgroups_path, pod.uid, tree)
+        if path is not None and not inodes_of(self._port, tree.tier_path):
+            self._have_tier()
         if path is None or not inodes_of(self._port, tree.tier_path):
             why = "there is no tier yet" if path is not None else f"its cgroup is {container.cgroups_path}"
             log.warning("pod_not_placed", pod=f"{pod.namespace}/{pod.name}", container=container.name, reason=why)
             return None
         asked = requests.get(container.name)
         return Adjustment(path, limits_of(asked) if asked is not None else Limits())
+
+    def _have_tier(self) -> None:
+        """systemd took it away with its last pod, and the next tick, which makes it anew, is yet to come."""
+        try:
+            self._ensure_tier()
+        except (ColocateError, OSError) as error:
+            log.warning("tier_not_made", error=str(error))
 
     def container_removed(self, pod: Pod, container: Container) -> None:
         """The runtime removes the container's own directory."""

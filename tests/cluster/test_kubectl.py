@@ -64,7 +64,13 @@ def helm(tmp_path: Path) -> Callable[..., dict[tuple[str, str], Any]]:
         pytest.skip(str(error))
 
     def template(*values: str, code: int = 0) -> Any:
-        command: list[str | Path] = [program, "template", "colocate", CHART, *(word for value in values for word in ("--set", value))]
+        command: list[str | Path] = [
+            program,
+            "template",
+            "colocate",
+            CHART,
+            *(word for value in values for word in ("--set", value)),
+        ]
         found = subprocess.run(command, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
         assert found.returncode == code, found.stderr
         return found.stderr if code else objects_of(found.stdout)

@@ -151,7 +151,7 @@ def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(cluster: Clust
             assert node.processes(cluster.group(of, plain[name])), f"{name} is where kubelet puts it"
         for name, uid in batch.items():
             assert node.processes(cluster.group("batch", uid)), f"{name} is in the tier"
-        assert node.read(f"{tier}/cpu.weight") == "1\n"
+        assert node.read(f"{tier}/cpu.weight") == "1\n", "also when systemd has just been told of a pod"
         assert node.read(f"{cluster.group('besteffort')}/cpu.weight") == "1\n"
 
     placed()
@@ -172,5 +172,8 @@ def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(cluster: Clust
     assert node.processes(cluster.group("batch", batch["batch"])), "whoever runs is not killed"
     cluster.installed.kubectl("delete", "pod", "batch", "asks", "--force", "--grace-period=0")
     node.until(lambda: node.read(f"{tier}/cgroup.events") == "", "the tier goes with the last pod in it")
+    if cluster.systemd:
+        slices = node.run("systemctl list-units --all --no-legend 'kubepods-batch*'")
+        assert slices.strip() == "", "systemd keeps nothing of batch pods in mind"
     node.until(lambda: not compare(before, cluster.digest()), "every knob is as before", KUBELET_SECONDS)
     assert compare(before, cluster.digest()) == []

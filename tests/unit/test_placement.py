@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from colocate.actuate.units import tell_systemd, units_folder
 from colocate.agent.placement import Placement, in_tier, limits_of
 from colocate.agent.publisher import pod_of
 from colocate.cgroup.tree import Tree
@@ -99,10 +102,21 @@ BATCH = {"colocate.io/qos": "batch"}
 PATH = f"/kubepods/besteffort/pod{UID}/c1"
 
 
+def of(
+    port: ModelKernel,
+    lister: PodLister | None = None,
+    ensure: Callable[[], object] = lambda: None,
+    *,
+    shadow: bool = False,
+) -> Placement:
+    """On a node whose tree is `PLAIN`."""
+    return Placement(port, lambda: PLAIN, lister or PodLister(), ensure, shadow=shadow)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_batch_pod_goes_into_a_tier_that_is_there_and_its_directory_goes_with_it(version: int):
     port = with_cgroup(version, "/kubepods/batch")
-    placement = Placement(port, lambda: PLAIN, PodLister(), shadow=False)
+    placement = of(port)
     assert placement.create_container(pod(), container(PATH)) is None, "it did not say that it is batch"
     assert placement.create_container(pod(**BATCH), container(PATH)) == Adjustment(f"/kubepods/batch/pod{UID}/c1")
     for hierarchy in port.layout.mounts:
@@ -117,25 +131,56 @@ def test_what_pods_left_that_went_while_the_runtime_was_away_goes_when_it_is_bac
     for hierarchy in port.layout.mounts:
         for name in (f"pod{UID}", "podgone", "job-of-ours"):
             port.mkdir(hierarchy, f"/kubepods/batch/{name}")
-    Placement(port, lambda: PLAIN, PodLister(), shadow=False).synchronize([pod()], [])
+    of(port).synchronize([pod()], [])
     for hierarchy in port.layout.mounts:
         assert set(port.children(hierarchy, "/kubepods/batch")) == {f"pod{UID}", "job-of-ours"}
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_nothing_is_placed_in_shadow_or_before_there_is_a_tier(version: int):
-    assert (
-        Placement(with_cgroup(version, "/kubepods/batch"), lambda: PLAIN, PodLister(), shadow=True).create_container(
-            pod(**BATCH), container(PATH)
-        )
-        is None
-    )
-    assert (
-        Placement(with_cgroup(version, "/kubepods"), lambda: PLAIN, PodLister(), shadow=False).create_container(
-            pod(**BATCH), container(PATH)
-        )
-        is None
-    )
+    batch = pod(**BATCH), container(PATH)
+    assert of(with_cgroup(version, "/kubepods/batch"), shadow=True).create_container(*batch) is None
+    assert of(with_cgroup(version, "/kubepods")).create_container(*batch) is None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_tier_that_has_gone_with_its_last_pod_is_made_for_the_next_one(version: int):
+    port = with_cgroup(version, "/kubepods")
+
+    def ensure() -> None:
+        for hierarchy in port.layout.mounts:
+            port.mkdir(hierarchy, "/kubepods/batch")
+
+    found = of(port, ensure=ensure).create_container(pod(**BATCH), container(PATH))
+    assert found == Adjustment(f"/kubepods/batch/pod{UID}/c1")
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [pytest.param(False, id="on the host"), pytest.param(True, id="in a container, into what is mounted")],
+)
+def test_systemd_is_told_of_the_slices(inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [f"{name}.slice.d" for name in ("kubepods-batch", "kubepods-batch-")]
+    if inside:
+        monkeypatch.setenv("COLOCATE_HOST_CGROUP", "/host/cgroup")
+        for name in names:
+            (tmp_path / name).mkdir()
+    assert tell_systemd(tmp_path, "kubepods-batch.slice")
+    assert tell_systemd(tmp_path, "kubepods-batch.slice"), "once more is once"
+    tier, pods = ((tmp_path / name / "50-colocate.conf").read_text() for name in names)
+    assert "StopWhenUnneeded=yes" in tier
+    assert "CPUWeight=1\n" in tier
+    assert pods == "[Unit]\nStopWhenUnneeded=yes\n"
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == ["50-colocate.conf"] * 2
+
+
+def test_systemd_is_not_told_where_it_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLOCATE_HOST_CGROUP", "/host/cgroup")
+    assert units_folder() is None
+    monkeypatch.setenv("COLOCATE_HOST_UNITS", str(tmp_path))
+    assert units_folder() == tmp_path
+    assert not tell_systemd(tmp_path, "kubelet-kubepods-batch.slice"), "nobody would read it"
+    assert list(tmp_path.iterdir()) == []
 
 
 # what a pod asks for, as the API server tells it
@@ -212,7 +257,7 @@ def test_who_asks_for_batch_resources_is_batch_and_gets_them(version: int):
     assert known.batch == {"main": BatchRequest(500, 2000, 1 << 30)}
     port, lister = with_cgroup(version, "/kubepods/batch"), PodLister()
     lister.told({UID: known})
-    placement = Placement(port, lambda: PLAIN, lister, shadow=False)
+    placement = of(port, lister)
     found: Any = placement.create_container(pod(), container(PATH))
     assert found == Adjustment(f"/kubepods/batch/pod{UID}/c1", limits_of(known.batch["main"]))
     assert found.limits == Limits(512, 200_000, 100_000, 1 << 30)
