@@ -1,10 +1,11 @@
 """What systemd is told of the slices that batch pods are put into, where it makes the cgroups of containers.
 
-A container's scope in `kubepods-batch-pod<uid>.slice` makes systemd start that slice, and `kubepods-batch.slice` above
-it, with settings of its own: weight 100, a hundred times BestEffort's. Nor do they end: kubelet stops the slices that it
-made, and systemd keeps a slice that nobody stops, and its cgroup. Drop-ins say both, from where systemd looks when it
-meets a unit: in a directory of the unit's name, or of a prefix of it that ends in a dash (systemd.unit(5)). They need no
-reload, are gone with the next boot, and go on when the agent has ended, so that the last pod takes the tier along.
+A container's scope in `kubepods-batch-pod<uid>.slice` makes systemd start that slice, and `kubepods-batch.slice`
+above it, with settings of its own: weight 100, a hundred times BestEffort's. Nor do they end: kubelet stops the slices
+that it made, and systemd keeps a slice that nobody stops, and its cgroup. Drop-ins say both, from where systemd looks
+when it meets a unit: in a directory of the unit's name, or of a prefix of it that ends in a dash (systemd.unit(5)).
+They need no reload, are gone with the next boot, and go on when the agent has ended, so that the last pod takes the
+tier along.
 """
 
 from __future__ import annotations
