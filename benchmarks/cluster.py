@@ -86,7 +86,7 @@ class Fleet:
             "9.20, 48.0 GiB that all others may need within 1h at a risk of 1 %",
             "pressure": "NothingSuffers",
             "lastAction": "",
-            "policy": {"name": "default", "uid": "", "generation": "0", "problem": ""},
+            "policy": {"name": "default", "uid": "", "generation": 0, "problem": ""},
             "evict": [],
             "observed": time_text(time.time()),
         }
