@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
-from colocate.cgroup.tree import find_kubepods, main_hierarchy
-
-FOREIGN_AGENTS = ("koordlet", "vc-agent", "katalyst-agent", "crane-agent", "rubik", "oomd", "systemd-oomd")
+from colocate.cgroup.tree import find_kubepods, find_tree, joined, main_hierarchy
+from colocate.observe.neighbourhood import reserved_cpus
+from colocate.observe.node import capacity
+from colocate.observe.peers import PEERS, peers
+from colocate.observe.workloads import Target
+from colocate.units import format_cpulist
 
 
 class Check(NamedTuple):
@@ -181,19 +184,47 @@ def _neighbours(port: KernelPort) -> list[Check]:
     kubelet = "kubelet" in names
     runtimes = [n for n in ("containerd", "crio", "dockerd") if n in names]
     nri = any(os.path.exists(p) for p in ("/var/run/nri/nri.sock", "/run/nri/nri.sock"))
-    others = [f"{n} (pid {names[n]})" for n in FOREIGN_AGENTS if n in names]
+    others = peers(port)
     return [
         Check("kubelet", kubelet, f"pid {names['kubelet']}" if kubelet else "-",
               "a plain host: services are chosen by the policy's selectors", ""),
         Check("container runtime", bool(runtimes), ", ".join(runtimes) or "-", "no pods here", ""),
         Check("NRI", nri, "nri.sock" if nri else "-", "pods cannot be placed into the tier at their creation",
               "containerd 2.0 or CRI-O 1.26 with NRI enabled"),
-        Check("no other agents", not others, ", ".join(others) or "none seen",
-              "two writers of one knob: ours notices and yields or re-asserts", "stop the other agent"),
+        *(Check(f"without {name}", False, f"pid {pid}", PEERS[name].does, PEERS[name].mend)
+          for name, pid in others.items()),
+        *([] if others else [Check("no other agents", True, "none seen")]),
+    ]  # fmt: skip
+
+
+def _kubelets(port: KernelPort) -> list[Check]:
+    """What kubelet itself governs where we do too, and how both go together."""
+    kubepods = find_kubepods(port, "/")
+    if kubepods is None:
+        return []
+    tree = find_tree(port, "/")
+    levels = [kubepods, *filter(None, (tree.burstable, tree.besteffort))]
+    pods = [joined(level, name) for level in levels for name in port.children(main_hierarchy(port), level)]
+    pods = [path for path in pods if path not in (*levels, tree.tier_path)]
+    targets = [Target(path, path, "service", path, {}) for path in pods]
+    alone = reserved_cpus(port, tree, capacity(port, "/").cpus, targets)
+    memory = port.layout.hierarchy("memory")
+    high = [
+        path
+        for pod in pods
+        if memory == UNIFIED
+        for path in (joined(pod, child) for child in port.children(UNIFIED, pod))
+        if (port.read(UNIFIED, path, "memory.high") or "max").strip() != "max"
+    ]
+    return [
+        Check("CPUs of the static CPU manager", True,
+              f"{format_cpulist(alone)}: never batch's, nor offered" if alone else "none"),
+        Check("kubelet's MemoryQoS", True,
+              f"memory.high of {len(high)} containers: kubelet's; ours is the tier's" if high else "off, or no limits"),
     ]  # fmt: skip
 
 
 def checks(port: KernelPort) -> list[Check]:
     """All lines of the doctor, in the order of the table."""
-    parts = (_cgroup, _cpu, _pressure, _memory_and_freeze, _devices, _neighbours)
+    parts = (_cgroup, _cpu, _pressure, _memory_and_freeze, _devices, _neighbours, _kubelets)
     return [check for part in parts for check in part(port)]

@@ -20,6 +20,7 @@ import structlog
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.policies import Policies
 from colocate.cluster.api import (
+    ANOTHER,
     BATCH_CPU,
     BATCH_MEMORY,
     HEARTBEAT_SECONDS,
@@ -39,6 +40,7 @@ from colocate.kube.events import MESSAGE_CHARACTERS
 from colocate.kube.reflector import Reflector, either
 from colocate.objects import Container, Quantities
 from colocate.objects import Pod as PodObject
+from colocate.observe.peers import PEERS, publishers
 from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
@@ -122,6 +124,8 @@ class Publisher:
         self._changed = asyncio.Event()
         self._pods: dict[str, Pod] = {}
         self._told_to_go: list[PodToEvict] = []
+        self._others: list[str] = []
+        """Programs that offer batch resources of this node too."""
         agent.on_tick.append(self._on_tick)
         agent.observer.lister.expected = True
 
@@ -216,6 +220,7 @@ class Publisher:
             self._changed.clear()
             if self._verdict is None:
                 continue
+            self._look_for_others()
             try:
                 await self._write(api, self._verdict)
                 self._agent.observer.extra_problems.pop("api", None)
@@ -226,6 +231,18 @@ class Publisher:
                 self._changed.set()
                 await pause(error, min(attempt, MOST_ATTEMPTS), random.random())
                 attempt += 1
+
+    def _look_for_others(self) -> None:
+        """Two that offer the same resources by two laws would write against each other: then it is not ours."""
+        found = publishers(self._agent.port)
+        if found == self._others:
+            return
+        self._others = found
+        problems = self._agent.observer.extra_problems
+        problems.pop("peers", None)
+        for name in found:
+            problems["peers"] = f"nothing is published, for {name} is here: {PEERS[name].does}; {PEERS[name].mend}"
+            log.warning("another_agent", program=name, does=PEERS[name].does, mend=PEERS[name].mend)
 
     async def _write(self, api: Api, verdict: Verdict) -> None:
         path, body = self._path, {"status": self._status(verdict)}
@@ -242,10 +259,13 @@ class Publisher:
         last, notes = self._agent.last, self._agent.lately.notes
         cpu = next((v for v in last.plan.verdicts if v.law == "cpu"), None) if last is not None else None
         action = f"{notes[-1].workload}: {notes[-1].what}" if notes else ""
+        reason, message = verdict.reason, verdict.message
+        if self._others:
+            reason, message = ANOTHER, self._agent.observer.extra_problems["peers"]
         return {
             "promised": promised_by(verdict)[1],
-            "reason": SHADOW if self._shadow else verdict.reason,
-            "message": verdict.message[:MESSAGE_CHARACTERS],
+            "reason": SHADOW if self._shadow else reason,
+            "message": message[:MESSAGE_CHARACTERS],
             "pressure": cpu.reason if cpu is not None else "",
             "lastAction": action,
             "policy": whole(self._policies.in_force),

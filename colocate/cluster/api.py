@@ -24,8 +24,11 @@ SILENT_SECONDS = 150.0
 """An agent that has said nothing for so long promises nothing."""
 
 
-SHADOW, STOPPED = "Shadow", "Stopped"
-"""The reasons of an agent that only computes, whose promises are nobody's, and of one that has ended."""
+SHADOW, STOPPED, ANOTHER = "Shadow", "Stopped", "AnotherAgent"
+"""The reasons of an agent that only computes, whose promises are nobody's, of one that has ended, and of one that has
+found another program on its node that governs batch: two would contradict each other in the node's status."""
+PUBLISHED = "colocate.io/published"
+"""An annotation of nodes: their batch resources are ours. Those of others are left alone."""
 
 
 def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:

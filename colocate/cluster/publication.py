@@ -2,7 +2,7 @@
 
 One replica leads. A node's `kubernetes.io/batch-cpu` and `batch-memory` are what its NodeColocation says; 0 once its
 agent has been silent for 150 s, by this program's own clock since the last change that it saw; and gone with the
-object, which goes with its node. Nothing is written that is so already.
+object, which goes with its node. Nothing is written that is so already, and nothing over what another has published.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import msgspec
 import structlog
 
 from colocate.cluster.api import (
+    ANOTHER,
     BATCH_CPU,
     BATCH_MEMORY,
     NODE_COLOCATIONS,
     POLICIES,
+    PUBLISHED,
     SHADOW,
     SILENT_SECONDS,
     STOPPED,
@@ -51,7 +53,7 @@ def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seco
 
     What cannot be read is nothing. None is not to be there: an agent that only looks leaves its node as it is.
     """
-    if status.reason == SHADOW:
+    if status.reason in (SHADOW, ANOTHER):
         return dict.fromkeys(RESOURCES)
     if silent_seconds >= SILENT_SECONDS:
         return dict.fromkeys(RESOURCES, "0")
@@ -83,6 +85,8 @@ class Publication:
         self._orphaned: dict[str, float] = {}
         self._due: dict[str, None] = {}
         self._busy: set[str] = set()
+        self._anothers: set[str] = set()
+        """Nodes whose batch resources somebody else publishes."""
         self._evictions = Evictions(api, election)
         self._statuses = PolicyStatuses(api, election, self._spoken)
         self._wake = asyncio.Event()
@@ -178,11 +182,13 @@ class Publication:
         should: dict[str, str | None] = dict.fromkeys(RESOURCES)
         if said is not None:
             should |= wanted(said.status, node.status.allocatable, self._silent_seconds(name))
-        if not differs(node.status.allocatable, should):
+        if not differs(node.status.allocatable, should) or self._is_anothers(node):
             return
         if not self._election.holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
-        body = {"status": {"capacity": should, "allocatable": should}}
+        ours = "true" if any(value is not None for value in should.values()) else None
+        meta = {"annotations": {PUBLISHED: ours}}
+        body = {"metadata": meta, "status": {"capacity": should, "allocatable": should}}
         path = path_of(NODES, name=name, subresource="status")
         answer = await self._api.request(
             "PATCH", path, body, content_type=MERGE, timeout_seconds=WRITE_SECONDS, patient=False
@@ -190,6 +196,15 @@ class Publication:
         self.writes += 1
         if name in self._nodes:  # the watch may tell later what is known by now
             self._nodes[name] = msgspec.json.decode(answer, type=Node)
+
+    def _is_anothers(self, node: Node) -> bool:
+        """Whether somebody else offers batch resources there: then they are his to change, and to take away."""
+        name, offered = node.metadata.name, node.status.allocatable
+        found = PUBLISHED not in node.metadata.annotations and any(amount(offered.get(r)) > 0 for r in RESOURCES)
+        if found and name in self._said and name not in self._anothers:
+            log.warning("node_has_another_publisher", node=name, effect="its batch resources are left as they are")
+        (self._anothers.add if found else self._anothers.discard)(name)
+        return found
 
     def _silent_seconds(self, name: str) -> float:
         return time.monotonic() - self._heard.get(name, float("-inf"))
@@ -202,7 +217,7 @@ class Publication:
         return {
             said.metadata.name: said
             for said in self._spoken()
-            if said.status.evict and said.status.reason not in (SHADOW, STOPPED)
+            if said.status.evict and said.status.reason not in (SHADOW, STOPPED, ANOTHER)
         }
 
     async def _remove(self, name: str) -> None:

@@ -101,6 +101,41 @@ async def test_what_an_agent_promises_is_in_its_node_s_status_and_goes_with_its_
         await until_offered(world, "n0", None)
 
 
+OTHERS: dict[str, Any] = {BATCH_CPU: "12k", BATCH_MEMORY: "24Gi"}
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        pytest.param("", id="of a node that colocate does not govern"),
+        pytest.param("Shadow", id="of one where it only looks"),
+        pytest.param("AnotherAgent", id="of one whose agent has seen the other"),
+        pytest.param("Promised", id="of one that nobody knows to be another's"),
+    ],
+)
+async def test_what_somebody_else_publishes_is_left_alone(world: World, kinds: None, reason: str) -> None:
+    """Koordinator and Volcano offer resources of the same names; ours goes there when theirs has gone."""
+    await world.node("theirs", cpu=32, memory="64Gi", **{n.replace("/", "__"): v for n, v in OTHERS.items()})
+    await world.node("ours", cpu=8, memory="8Gi")
+    async with publishing(world.api) as publisher:
+        await say(world.api, "ours", 4000, 2 << 30)
+        if reason:
+            await say(world.api, "theirs", 1000, 1 << 30, reason)
+        await until_offered(world, "ours", "4k")
+        await asyncio.sleep(0.5)
+        assert await offered(world.api, "theirs") == ("12k", "24Gi")
+        if reason:
+            await world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="theirs"), {})
+            await asyncio.sleep(0.5)
+            assert await offered(world.api, "theirs") == ("12k", "24Gi"), "what is not ours is not taken away"
+        assert publisher.writes == 1
+        nothing = dict.fromkeys(OTHERS)
+        free: dict[str, Any] = {"status": {"capacity": nothing, "allocatable": nothing}}
+        await world.api.request("PATCH", path_of(NODES, name="theirs", subresource="status"), free, content_type=MERGE)
+        await say(world.api, "theirs", 1000, 1 << 30)
+        await until_offered(world, "theirs", "1k")
+
+
 async def test_the_command_publishes_and_ends_in_order(
     world: World, kinds: None, plane: ControlPlane, tmp_path: Path
 ) -> None:

@@ -1,15 +1,19 @@
 """Names of jobs and pods, kubelet's tree wherever it is nested, and what may be governed in place (case M)."""
 
 import os
+import shutil
+import subprocess
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colocate import doctor
 from colocate.actuate.scratch import namespace_of_pids, sweep
 from colocate.actuate.tier import check_job_name
 from colocate.cgroup.layout import UNIFIED, discover_layout, namespace_root, parse_mounts
+from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import cgroup_of, find_tree, inodes_of, processes_below
 from colocate.errors import BadInput, HostUnfit
 from colocate.kernelmodel import ModelKernel
@@ -17,6 +21,7 @@ from colocate.observe.latency import LatencyScraper
 from colocate.observe.longwaits import LONG_SECONDS, long_ns
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.observer import Observer
+from colocate.observe.peers import peers, publishers
 from colocate.observe.pods import Pod
 from colocate.observe.schedstat import RunDelays, Schedstat
 from colocate.observe.workloads import discover, pod_uid
@@ -445,3 +450,20 @@ def test_short_waits_never_count_and_those_longer_than_a_look_and_a_half_always_
         assert grown == 0 or longest > min(0.5 * apart, LONG_SECONDS) - 1e-6
         counted, before = counted + grown, now
     assert counted >= sum(int(w * 1e9) for _, w in ends if w > 1.5 * apart + 1e-6)
+
+
+def test_programs_that_govern_batch_too_are_known_by_their_processes(tmp_path):
+    program = tmp_path / "koordlet"
+    shutil.copy2(shutil.which("sleep") or "/bin/sleep", program)
+    process = subprocess.Popen([program, "60"])
+    try:
+        port = KernelPort()
+        assert peers(port)["koordlet"] == process.pid
+        assert "koordlet" in publishers(port)
+        (check,) = [c for c in doctor.checks(port) if c.name == "without koordlet"]
+        assert not check.ok
+        assert "DaemonSet" in check.mend
+    finally:
+        process.kill()
+        process.wait()
+    assert "koordlet" not in peers(port)
