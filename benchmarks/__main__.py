@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 
-from benchmarks import agent, cluster, gang, isolation, publication, reaction, speed, worlds
+from benchmarks import agent, cluster, gang, isolation, life, publication, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
@@ -22,6 +22,7 @@ SUITES = {
     "isolation": isolation.run,
     "gang": gang.run,
     "cluster": cluster.run,
+    "life": life.run,
 }
 BY_NAME = ("gang", "cluster")
 """These, or `--full`: `make bench` has 40 minutes."""

@@ -43,7 +43,7 @@ CREATORS = 16
 RESIDENT_MIB, WRITES_PER_MINUTE, SHRINK_SECONDS = 200.0, 1.0, 5.0
 """The bars: resident memory, writes per node and minute without change, a shrink in the node's status."""
 WRITES = re.compile(
-    r'^apiserver_request_total{[^}]*resource="(\w+)"[^}]*verb="(?:POST|PUT|PATCH)"[^}]*} (\S+)$', re.MULTILINE
+    r'^apiserver_request_total{[^}]*,resource="(\w+)"[^}]*verb="(?:POST|PUT|PATCH)"[^}]*} (\S+)$', re.MULTILINE
 )
 
 

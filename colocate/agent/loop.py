@@ -275,6 +275,7 @@ class Agent:
         self._look_again_seconds = KNOWN_SECONDS if new else None
 
     def _housekeep(self, snapshot: NodeSnapshot) -> None:
+        self.port.tidy()
         if self._watch is not None:
             self._watch.watch(self.observer.watched(snapshot))
         if self.guardian is not None and not self.shadow:

@@ -24,6 +24,7 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENXIO)
 _KEPT_DIRECTORIES = 4096
 _KEPT_FILES = 4096
+_LOOKED_AT_TOGETHER = 64
 _HOT = frozenset({"cpuacct.usage", "cpu.stat", "memory.usage_in_bytes", "memory.current", "memory.stat"})
 _HOT |= {"cpu.pressure", "memory.pressure"}
 _HOT |= {"cpu.weight", "cpu.idle", "cpu.max", "memory.high", "memory.max", "cpuset.cpus", "cgroup.freeze"}
@@ -67,6 +68,9 @@ class FilePort(Protocol):
     def kill(self, pid: int, signal_number: int) -> bool:
         """Send a signal; False if the process is gone."""
 
+    def tidy(self) -> None:
+        """Let go of a part of what is kept of cgroups that are gone. To be called often: it is short."""
+
 
 class KernelPort:
     """The real kernel behind the file port."""
@@ -85,6 +89,8 @@ class KernelPort:
             threading.RLock()
         )  # writes that may block run in threads; a descriptor must not be closed under them
         self._files: OrderedDict[tuple[str, str, str], tuple[int, int]] = OrderedDict()
+        self._to_look_at: list[tuple[str, str]] = []
+        """Of those whose descriptors are kept, who may be gone."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = _KEPT_DIRECTORIES + _KEPT_FILES + 1024
         if soft < wanted:
@@ -100,6 +106,18 @@ class KernelPort:
             kept = self._directories.pop((hierarchy, path), None)
             if kept is not None:
                 os.close(kept[0])
+            for file in _HOT:
+                if (held := self._files.pop((hierarchy, path, file), None)) is not None:
+                    os.close(held[0])
+
+    def tidy(self) -> None:
+        """See FilePort. Whoever comes and goes all day must not leave descriptors, which pin what they are of."""
+        with self._lock:
+            if not self._to_look_at:
+                files = {(hierarchy, path) for hierarchy, path, _ in self._files}
+                self._to_look_at = sorted(files | self._directories.keys())
+            for _ in range(min(_LOOKED_AT_TOGETHER, len(self._to_look_at))):
+                self.inode(*self._to_look_at.pop())
 
     def _directory(self, hierarchy: str, path: str, inode: int | None = None) -> int:
         """A descriptor of the directory, whose inode is the wanted one. Raises CgroupGone."""

@@ -308,6 +308,9 @@ class ModelFiles:
             return f"{int(task.usage_seconds * 1e9)} {int(task.waited_seconds * 1e9)} 1\n"
         return None
 
+    def tidy(self) -> None:
+        """See FilePort: nothing is kept."""
+
     def proc_list(self, path: str) -> list[str]:
         """See FilePort."""
         if path == "/proc":
