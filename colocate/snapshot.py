@@ -85,6 +85,8 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Of a batch pod that the API server can be asked to evict: `namespace/name`."""
     leaving: bool = False
     """Whether the end of that pod has begun."""
+    weight: int | None = None
+    """Of such a pod among all in the tier, by what it requests; None where nobody has said that."""
     asked_cores: float | None = None
     """Of a service's pod: the sum of its requests; None where nobody has said them."""
     asked_bytes: int | None = None

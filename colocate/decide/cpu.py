@@ -432,4 +432,7 @@ def _job_actions(snapshot: NodeSnapshot, cores: float | None, cpus: tuple[int, .
         for knob, value in wanted.items():
             message = "a job has at most what it asked for, within the tier"
             actions.append(act(LAW, job, knob, value, "WithinTier", message))
+        if job.weight is not None:
+            message = "batch pods share what there is by what they request"
+            actions.append(act(LAW, job, "cpu.weight", str(job.weight), "Requested", message))
     return actions

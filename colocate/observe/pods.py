@@ -35,6 +35,10 @@ class _PodList(msgspec.Struct):
     items: list[_Pod] | None = None
 
 
+CPU_WEIGHT, MOST_WEIGHT = 100, 10_000
+"""The weight of a pod that requests one CPU, as of a new cgroup; and the largest that there is (cgroup-v2.rst)."""
+
+
 class BatchRequest(msgspec.Struct, frozen=True):
     """What one container asks for of `kubernetes.io/batch-cpu` (thousandths of a CPU) and `batch-memory` (bytes)."""
 
@@ -61,11 +65,13 @@ class Pod(msgspec.Struct, frozen=True):
     """Its containers that request batch resources, by name."""
 
     @property
-    def evictable(self) -> dict[str, str | bool]:
+    def as_batch(self) -> dict[str, str | bool | int]:
         """What a snapshot says of it as batch, where the API server tells of it."""
         if self.asked_cores is None:
             return {}
-        return {"pod": f"{self.namespace}/{self.name}", "leaving": self.leaving}
+        asked = max(sum(r.cpu_milli or 0 for r in self.batch.values()), round(1000 * self.asked_cores))
+        weight = min(max(round(asked * CPU_WEIGHT / 1000), 1), MOST_WEIGHT)
+        return {"pod": f"{self.namespace}/{self.name}", "leaving": self.leaving, "weight": weight}
 
     @property
     def asks(self) -> dict[str, float | int | None]:

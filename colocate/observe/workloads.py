@@ -341,7 +341,7 @@ def _in_tier(
             pod = pods.get(uid)
             id_, name = f"pod:{uid}", f"{pod.namespace}/{pod.name}" if pod is not None else f"pod-{uid[:13]}"
             known = {"pod": f"?/{uid}"} if evictable else {}
-            known = dict(pod.evictable) if pod is not None else known
+            known = dict(pod.as_batch) if pod is not None else known
         targets.append(Target(id_, name, "batch", path, inodes(path, inode), known))
     return targets
 

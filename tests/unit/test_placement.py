@@ -13,12 +13,16 @@ from colocate.agent.placement import Placement, in_tier, limits_of
 from colocate.agent.publisher import pod_of
 from colocate.cgroup.tree import Tree
 from colocate.cluster.api import is_batch
+from colocate.decide import cpu
 from colocate.kernelmodel import ModelKernel
+from colocate.model.forecast import WorkloadForecast
 from colocate.nri import Adjustment, Container, Limits, Pod
 from colocate.objects import Container as ContainerObject
 from colocate.objects import ObjectMeta, OwnerReference, PodSpec, PodStatus, Quantities, Resources
 from colocate.objects import Pod as PodObject
 from colocate.observe.pods import BatchRequest, PodLister
+from colocate.observe.pods import Pod as NodePod
+from tests import make
 
 UID = "0a1b-2c3d"
 PLAIN = Tree("/", "/kubepods", systemd_driver=False, tier_path="/kubepods/batch")
@@ -273,3 +277,30 @@ def test_who_asks_for_batch_resources_is_batch_and_gets_them(version: int):
 )
 def test_what_a_container_gets(asked: BatchRequest, limits: Limits):
     assert limits_of(asked) == limits
+
+
+@pytest.mark.parametrize(
+    ("cores", "milli", "weight"),
+    [
+        pytest.param(0.0, {}, 1, id="it requests nothing: the least, as kubelet gives BestEffort"),
+        pytest.param(0.0, {"a": 4000}, 400, id="four CPUs of batch"),
+        pytest.param(0.0, {"a": 1500, "b": 500}, 200, id="its containers together"),
+        pytest.param(0.25, {}, 25, id="a quarter of a plain CPU: it says by its label that it is batch"),
+        pytest.param(0.0, {"a": 3}, 1, id="next to nothing"),
+        pytest.param(0.0, {"a": 10**9}, 10_000, id="more than there is"),
+    ],
+)
+def test_a_batch_pod_weighs_what_it_requests(cores: float, milli: dict[str, int], weight: int):
+    batch = {name: BatchRequest(cpu_milli=value) for name, value in milli.items()}
+    found = NodePod("u", "p", "ns", {}, asked_cores=cores, asked_bytes=0, batch=batch)
+    assert found.as_batch["weight"] == weight
+    assert "weight" not in NodePod("u", "p", "ns", {}).as_batch, "nobody has said what it requests"
+
+
+@pytest.mark.parametrize("weight", [pytest.param(400, id="known"), pytest.param(None, id="not known: as it is")])
+def test_the_law_gives_it_that_weight(weight: int | None):
+    pod = make.job("pod", weight=weight)
+    snapshot = make.snapshot(pod)
+    found = cpu.decide_cpu(make.view(snapshot, make.forecast({pod.id: WorkloadForecast()})), cpu.CpuState())
+    weights = [(a.value, a.reason) for a in found.actions if a.workload == pod.id and a.knob == "cpu.weight"]
+    assert weights == ([] if weight is None else [(str(weight), "Requested")])
