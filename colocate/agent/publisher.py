@@ -31,6 +31,7 @@ from colocate.cluster.api import (
     STOPPED,
     ColocationPolicyObject,
     PodToEvict,
+    gang_of,
     whole,
 )
 from colocate.decide.allocatable import LAW
@@ -111,6 +112,7 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         started_seconds=monotonic - min(max(age_of(meta.creation_timestamp), 0.0), 1e9),
         leaving=found.deleting,
         batch=batch,
+        gang=gang_of(meta),
     )
 
 

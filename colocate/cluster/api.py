@@ -16,6 +16,13 @@ BATCH_CPU, BATCH_MEMORY = "kubernetes.io/batch-cpu", "kubernetes.io/batch-memory
 QOS, BATCH = "colocate.io/qos", "batch"
 BATCH_LABELS = {QOS: BATCH, "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
 """How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
+GANGS = (
+    "scheduling.x-k8s.io/pod-group",
+    "pod-group.scheduling.sigs.k8s.io",
+    "scheduling.k8s.io/group-name",
+    "gang.scheduling.koordinator.sh/name",
+)
+"""How a pod names its gang, by label or annotation: coscheduling's, its former one, Volcano's and Koordinator's."""
 SYSTEM = "colocate-system"
 """The namespace of what the manifests install."""
 HEARTBEAT_SECONDS = 60.0
@@ -34,6 +41,13 @@ PUBLISHED = "colocate.io/published"
 def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
     """Whether a pod says so in one of the known ways."""
     return any(value in (labels.get(key), annotations.get(key)) for key, value in BATCH_LABELS.items())
+
+
+def gang_of(meta: ObjectMeta) -> str:
+    """`namespace/name` of the gang that a pod says it is in; empty if it is in none."""
+    named = (known.get(key, "") for key in GANGS for known in (meta.labels, meta.annotations))
+    name = next(filter(None, named), "")
+    return f"{meta.namespace}/{name}" if name else ""
 
 
 def asks_batch(pod: Pod) -> bool:

@@ -2,6 +2,9 @@
 
 An agent may name batch pods of its own node only: what it names is looked at before anything is asked. What a budget
 refuses (429) is asked again as long as the agent goes on asking; after 15 s that signals the pod's processes itself.
+
+A gang that loses a member loses all it did, and gives its places back on every node. So where no service waits for the
+memory, gangs are broken one after the other: what the first gives back may be what the second was to go for.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from collections.abc import Callable, Mapping
 import msgspec
 import structlog
 
-from colocate.cluster.api import NodeColocation, PodToEvict, asks_batch, is_batch
+from colocate.cluster.api import NodeColocation, PodToEvict, asks_batch, gang_of, is_batch
+from colocate.decide.eviction import URGENT
 from colocate.kube.client import EVENTS, PODS, SUBDOMAIN, Api, ApiError, Unreachable, path_of
 from colocate.kube.events import event_about
 from colocate.kube.lease import Election, LeadershipLost
@@ -22,6 +26,8 @@ from colocate.objects import Pod
 AGAIN_SECONDS = 2.0
 """Between two attempts at what a budget refuses."""
 FORGET_SECONDS = 600.0
+GANG_SECONDS = 20.0
+"""For so long after one gang no other is broken, unless for memory."""
 AT_ONCE, MOST_OF_A_NODE = 16, 32
 ASK_SECONDS, LEAST_GRACE_SECONDS = 10.0, 1
 COMPONENT = "colocate-publication"
@@ -38,6 +44,8 @@ class Evictions:
         self._busy: set[tuple[str, str]] = set()
         self._done: dict[tuple[str, str], float] = {}
         """Node and uid -> when the pod's end was accepted, or it was found to be none of that node's business."""
+        self._broken, self._broken_at = "", 0.0
+        """The gang that was broken last, and when."""
 
     async def run(self, asking: Callable[[], Mapping[str, NodeColocation]]) -> None:
         """Until cancelled; `asking` are the objects of agents that speak now. Raises LeadershipLost."""
@@ -84,12 +92,27 @@ class Evictions:
         batch = is_batch(pod.metadata.labels, pod.metadata.annotations) or asks_batch(pod)
         if pod.spec.node_name != node or not batch:
             raise ApiError(403, "Forbidden", f"{node}'s agent may not end it: it is no batch pod of that node")
+        gang = gang_of(pod.metadata)
+        self._wait_for_gang(gang, wanted)
         grace = max(wanted.grace_seconds, LEAST_GRACE_SECONDS)
         options = {"preconditions": {"uid": wanted.uid}, "gracePeriodSeconds": grace}
         meta = {"name": wanted.name, "namespace": wanted.namespace}
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta, "deleteOptions": options}
         await self._api.request("POST", f"{path}/eviction", body, timeout_seconds=ASK_SECONDS, patient=False)
+        if gang:
+            self._broken, self._broken_at = gang, time.monotonic()
         await self._say(pod, wanted)
+
+    def _wait_for_gang(self, gang: str, wanted: PodToEvict) -> None:
+        """Raises ApiError (429) for a member of another gang than the one that was broken a moment ago."""
+        if not gang or gang == self._broken or not self._broken or wanted.reason in URGENT:
+            return
+        left = self._broken_at + GANG_SECONDS - time.monotonic()
+        if left > 0:
+            text = (
+                f"the gang {self._broken} was broken just now, and {gang} may be spared: asked again for {left:.0f} s"
+            )
+            raise ApiError(429, "TooManyRequests", text)
 
     async def _say(self, pod: Pod, wanted: PodToEvict) -> None:
         """An Event on the pod: who took its place, and why."""

@@ -63,6 +63,8 @@ class Pod(msgspec.Struct, frozen=True):
     """Whether its end has begun."""
     batch: dict[str, BatchRequest] = {}
     """Its containers that request batch resources, by name."""
+    gang: str = ""
+    """That it is in: `namespace/name`."""
 
     @property
     def as_batch(self) -> dict[str, str | bool | int]:
@@ -71,7 +73,8 @@ class Pod(msgspec.Struct, frozen=True):
             return {}
         asked = max(sum(r.cpu_milli or 0 for r in self.batch.values()), round(1000 * self.asked_cores))
         weight = min(max(round(asked * CPU_WEIGHT / 1000), 1), MOST_WEIGHT)
-        return {"pod": f"{self.namespace}/{self.name}", "leaving": self.leaving, "weight": weight}
+        known = {"pod": f"{self.namespace}/{self.name}", "leaving": self.leaving, "weight": weight}
+        return known | ({"gang": f"pods/{self.gang}"} if self.gang else {})
 
     @property
     def asks(self) -> dict[str, float | int | None]:

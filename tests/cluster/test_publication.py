@@ -22,8 +22,8 @@ from colocate.agent.loop import Agent
 from colocate.agent.policies import Policies
 from colocate.agent.publisher import Publisher
 from colocate.cgroup.layout import UNIFIED
-from colocate.cluster import publication
-from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, NodeColocationStatus
+from colocate.cluster import evictions, publication
+from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, GANGS, NODE_COLOCATIONS, NodeColocationStatus
 from colocate.cluster.publication import Publication, differs, wanted
 from colocate.kernelmodel import ModelKernel
 from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
@@ -223,6 +223,31 @@ async def test_a_pod_that_has_to_go_is_evicted_and_told_why(world: World, kinds:
             return ("p", "EvictedForServices") in await world.events_of_pods()
 
         await world.until(said, "an Event says so")
+
+
+async def test_gangs_are_broken_one_after_the_other(world: World, kinds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first gives back on every node may be what the second was to go for; memory waits for nobody."""
+    monkeypatch.setattr(evictions, "GANG_SECONDS", 4.0)
+    monkeypatch.setattr(evictions, "AGAIN_SECONDS", 0.2)
+    for node, names in (("n0", ("a-0", "a-1")), ("n1", ("b-0", "c-0"))):
+        await world.node(node, cpu=8, memory="8Gi")
+        for name in names:
+            await on_node(world, name, node, **BATCH, **{GANGS[0]: name[0]})
+    async with publishing(world.api):
+        for node in ("n0", "n1"):
+            await say(world.api, node, 0, 0)
+        await wants_gone(world, "n0", "a-0", reason="FrozenTooLong")
+        await gone(world, "a-0")
+        broken = time.monotonic()
+        await wants_gone(world, "n1", "b-0", reason="FrozenTooLong")
+        await wants_gone(world, "n0", "a-1", reason="FrozenTooLong")
+        await gone(world, "a-1")
+        assert "b-0" in await world.pods(), "another member of the same gang goes at once, another gang is spared"
+        await gone(world, "b-0")
+        assert time.monotonic() - broken > 3.0
+        await wants_gone(world, "n1", "c-0", reason="MemoryPressure")
+        await gone(world, "c-0")
+        assert time.monotonic() - broken < 8.0, "for memory at once"
 
 
 async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server(

@@ -155,9 +155,8 @@ def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(cluster: Clust
         assert node.read(f"{cluster.group('besteffort')}/cpu.weight") == "1\n"
 
     placed()
-    for uid in batch.values():
-        weighs = f"{cluster.group('batch', uid)}/cpu.weight"
-        node.until(lambda weighs=weighs: node.read(weighs) == "1\n", "a pod that requests no CPU weighs least")
+    weigh = [f"{cluster.group('batch', uid)}/cpu.weight" for uid in batch.values()]
+    node.until(lambda: [node.read(file) for file in weigh] == ["1\n"] * 2, "pods that request no CPU weigh least")
     pod = cluster.group("batch", batch["asks"])
     limits = node.run(f"cat /sys/fs/cgroup{pod}/*/memory.max").split()
     assert str(64 << 20) in limits

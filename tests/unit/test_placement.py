@@ -297,6 +297,23 @@ def test_a_batch_pod_weighs_what_it_requests(cores: float, milli: dict[str, int]
     assert "weight" not in NodePod("u", "p", "ns", {}).as_batch, "nobody has said what it requests"
 
 
+@pytest.mark.parametrize(
+    ("labels", "annotations", "gang"),
+    [
+        pytest.param({"scheduling.x-k8s.io/pod-group": "pg"}, {}, "ml/pg", id="coscheduling's"),
+        pytest.param({"pod-group.scheduling.sigs.k8s.io": "pg"}, {}, "ml/pg", id="its former label"),
+        pytest.param({}, {"scheduling.k8s.io/group-name": "pg"}, "ml/pg", id="Volcano's"),
+        pytest.param({"gang.scheduling.koordinator.sh/name": "pg"}, {}, "ml/pg", id="Koordinator's"),
+        pytest.param({"app": "pg"}, {}, "", id="none"),
+    ],
+)
+def test_the_members_of_a_gang_are_one_victim(labels: dict[str, str], annotations: dict[str, str], gang: str):
+    meta = ObjectMeta(name="p", namespace="ml", uid="u", labels=labels, annotations=annotations)
+    found = pod_of(PodObject(metadata=meta), 0.0)
+    assert found is not None
+    assert found.as_batch.get("gang", "") == (f"pods/{gang}" if gang else "")
+
+
 @pytest.mark.parametrize("weight", [pytest.param(400, id="known"), pytest.param(None, id="not known: as it is")])
 def test_the_law_gives_it_that_weight(weight: int | None):
     pod = make.job("pod", weight=weight)
