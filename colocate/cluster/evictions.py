@@ -109,9 +109,7 @@ class Evictions:
             return
         left = self._broken_at + GANG_SECONDS - time.monotonic()
         if left > 0:
-            text = (
-                f"the gang {self._broken} was broken just now, and {gang} may be spared: asked again for {left:.0f} s"
-            )
+            text = f"the gang {self._broken} was broken just now: {gang} may be spared, for {left:.0f} s"
             raise ApiError(429, "TooManyRequests", text)
 
     async def _say(self, pod: Pod, wanted: PodToEvict) -> None:

@@ -73,7 +73,11 @@ class Pod(msgspec.Struct, frozen=True):
             return {}
         asked = max(sum(r.cpu_milli or 0 for r in self.batch.values()), round(1000 * self.asked_cores))
         weight = min(max(round(asked * CPU_WEIGHT / 1000), 1), MOST_WEIGHT)
-        known = {"pod": f"{self.namespace}/{self.name}", "leaving": self.leaving, "weight": weight}
+        known: dict[str, str | bool | int] = {
+            "pod": f"{self.namespace}/{self.name}",
+            "leaving": self.leaving,
+            "weight": weight,
+        }
         return known | ({"gang": f"pods/{self.gang}"} if self.gang else {})
 
     @property
