@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 
-from benchmarks import agent, cluster, gang, isolation, life, publication, reaction, speed, worlds
+from benchmarks import agent, cluster, gang, isolation, life, node, publication, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
@@ -23,8 +23,9 @@ SUITES = {
     "gang": gang.run,
     "cluster": cluster.run,
     "life": life.run,
+    "node": node.run,
 }
-BY_NAME = ("gang", "cluster")
+BY_NAME = ("gang", "cluster", "life", "node")
 """These, or `--full`: `make bench` has 40 minutes."""
 
 

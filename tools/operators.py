@@ -34,6 +34,8 @@ class Module(NamedTuple):
     """What of PyPI it starts, pinned: it is put beside it."""
     apart: bool = True
     """Whether its webhooks need a `/tmp` of their own."""
+    header: str = ""
+    """A C header that its build needs, and the Debian package that has it."""
 
 
 OPERATORS = {
@@ -108,6 +110,16 @@ OPERATORS = {
 
 BESIDE = {
     "coscheduling": Module("sigs.k8s.io/scheduler-plugins", "v0.33.5", "./cmd/scheduler", ()),
+    "koordlet": Module(
+        "github.com/koordinator-sh/koordinator",
+        "v1.7.0",
+        "./cmd/koordlet",
+        tuple(
+            f"config/crd/bases/{name}.yaml"
+            for name in ("slo.koordinator.sh_nodeslos", "slo.koordinator.sh_nodemetrics")
+        ),
+        header="/usr/include/perfmon/pfmlib.h libpfm4-dev",
+    ),
 }
 """What benchmarks run beside our controller; built by name."""
 ALL = {**OPERATORS, **BESIDE}
@@ -152,6 +164,9 @@ def build(name: str) -> Path:
     module = ALL[name]
     if shutil.which("go") is None:
         raise HostUnfit("there is no Go here", "install Go (https://go.dev/dl)")
+    header, _, package = module.header.partition(" ")
+    if header and not Path(header).exists():
+        raise HostUnfit(f"there is no {header} here", f"apt-get install {package}")
     told = _go("mod", "download", "-json", f"{module.path}@{module.version}", where=Path("/"))
     source = Path(json.loads(told)["Dir"])
     folder = _folder(name)
@@ -166,7 +181,8 @@ def build(name: str) -> Path:
             shutil.copytree(source, copy, copy_function=shutil.copyfile)
             for path in (copy, *copy.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)  # the module cache is read-only
-            _go("build", "-trimpath", "-ldflags", "-s -w", "-o", str(made), module.package, where=copy)
+            arguments = ["-trimpath", "-ldflags", "-s -w", "-o", str(made), module.package]
+            _go("build", *arguments, where=copy, c=bool(header))
             made.rename(folder / "operator")  # whole or not at all
     if module.python and not (folder / "python").exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -187,8 +203,8 @@ def build(name: str) -> Path:
     return folder
 
 
-def _go(*arguments: str, where: Path) -> str:
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod"}
+def _go(*arguments: str, where: Path, c: bool = False) -> str:
+    environment = {**os.environ, "CGO_ENABLED": str(int(c)), "GOFLAGS": "-mod=mod"}
     ran = subprocess.run(["go", *arguments], cwd=where, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise HostUnfit(f"go {arguments[0]} failed: {ran.stderr.strip()[-2000:]}", "see the message of Go")

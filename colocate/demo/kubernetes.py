@@ -84,6 +84,8 @@ class PodService:
 class KubernetesDemo(Demo):
     """One run, with this image of colocate."""
 
+    batch_pods = _ARMS
+
     def __init__(
         self,
         port: KernelPort,
@@ -258,7 +260,7 @@ class KubernetesDemo(Demo):
         """A training pod per CPU, of a StatefulSet, whose pods keep their names; all of them begin from nothing."""
         for progress in self._trainings:
             progress.reset()
-        labels, requests, group = _ARMS[arm]
+        labels, requests, group = self.batch_pods[arm]
         labels = {**labels, "app": "training"}
         container = self._container("training", "training", ["--progress", f"{WORK}/$(POD_NAME)"], requests)
         container["command"] += self._growing(JOB_GROWTH_BYTES, JOB_MOST_BYTES + INSTALLED_BYTES // 2)
@@ -335,7 +337,7 @@ class KubernetesDemo(Demo):
         return await self._offered(BATCH_CPU) is None and await self._offered(BATCH_MEMORY) is None
 
     async def _look_where_batch_is(self) -> None:
-        tier = joined(self._node.path, _ARMS["colocate"][2])
+        tier = joined(self._node.path, self.batch_pods["colocate"][2])
         pods = await self._training_pods()
         there = [joined(tier, f"pod{pod.metadata.uid}") for pod in pods]
         main = main_hierarchy(self._port)
