@@ -2,7 +2,8 @@
 
 The demonstration's Kubernetes node, with training jobs that are hungry for CPU alone: koordlet takes its node's memory
 for the machine's, and would not see a small node short of it. koordlet runs as it is shipped (v1.7.0), by a NodeSLO
-with its documented defaults (65 %, CFS quota); its BE pods are kubelet's BestEffort. Arms are interleaved, ABBA.
+with its default of 65 % for all; not by its default of a cpuset, for that has two CPUs at least, which may be all there
+are, but by a CFS quota. Its BE pods are kubelet's BestEffort. Arms are interleaved, ABBA.
 """
 
 from __future__ import annotations
@@ -47,16 +48,15 @@ for hierarchy in /sys/fs/cgroup/*/; do
   if [ -d $hierarchy/{node} ]; then mount --bind $hierarchy/{node} {home}/cgroup/$name; fi
 done
 for folder in /run /etc/runtime; do mkdir -p $folder; mount -t tmpfs tmpfs $folder; done
-mkdir -p /etc/runtime/hookserver.d /run/koordlet
+mkdir -p /etc/runtime/hookserver.d /run/koordlet /run/nri
+mount --bind {nri} /run/nri
 exec {program} --kubeconfig {kubeconfig} --cgroup-root-dir {home}/cgroup/ --kubelet-preferred-address-type Hostname \\
-  --logtostderr=true --addr 127.0.0.1:{port}
+  --runtime-hooks-addr /run/koordlet/koordlet.sock --logtostderr=true --addr 127.0.0.1:{port}
 """
 
 
 class Comparison(KubernetesDemo):
     """One round on a node of its own: each agent twice."""
-
-    logs_beside = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -93,6 +93,7 @@ class Comparison(KubernetesDemo):
             mine = [p.metadata.uid for p in pods if p.metadata.name.startswith("colocate-agent")]
             groups = [joined(self._node.path, f"kubepods/burstable/pod{uid}") for uid in mine]
             pids = [pid for group in groups for pid in processes_below(port, main_hierarchy(port), group)]
+            pids = sorted({*pids, *(child for pid in pids for child in _children(pid))})  # the guardian has left it
         else:
             pids = []
         before, started = _spent(pids), asyncio.get_running_loop().time()
@@ -125,7 +126,8 @@ class Comparison(KubernetesDemo):
         (home / "kubeconfig").write_text(json.dumps(config))
         program, kubeconfig, node = folder / "operator", home / "kubeconfig", self._node.path.strip("/")
         (port,) = free_ports(1)
-        script = START.format(home=home, node=node, program=program, kubeconfig=kubeconfig, port=port)
+        nri = Path(self._kubelet.nri_socket).parent
+        script = START.format(home=home, node=node, program=program, kubeconfig=kubeconfig, port=port, nri=nri)
         isolated = ["/usr/bin/unshare", "--mount", "sh", "-c", script]
         with (home / "log").open("ab") as log:
             process = subprocess.Popen(
@@ -163,6 +165,14 @@ class Comparison(KubernetesDemo):
             return True
 
         await self._until(there, "the NodeSLO is there")
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in file.read_text().split()]
+    return found
 
 
 def _spent(pids: list[int]) -> float:

@@ -6,7 +6,6 @@ KEP-2254 (the linear conversion) and opencontainers/cgroups ConvertCPUSharesToCg
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from fractions import Fraction
@@ -184,19 +183,12 @@ def format_cpulist(cpus: Iterable[int]) -> str:
     return ",".join(parts)
 
 
-def weight_of_shares_linear(shares: int) -> int:
-    """cgroup v2 weight of v1 shares by KEP-2254's line through (2, 1) and (262144, 10000): 1024 gives 39."""
-    return 1 + (min(max(shares, 2), 262144) - 2) * 9999 // 262142
-
-
 def weight_of_shares(shares: int) -> int:
-    """cgroup v2 weight of v1 shares as runc >= 1.3 and crun convert: 1024 gives 100."""
-    if shares <= 2:
-        return 1
-    if shares >= 262144:
-        return 10000
-    exponent = math.log2(shares)
-    return math.ceil(10 ** ((exponent * exponent + 125 * exponent) / 612 - 7 / 34))
+    """cgroup v2 weight that the kernel's scheduler treats like these v1 shares (1024 is 100), the way back.
+
+    runc and kubelet convert by other curves, for other ends.
+    """
+    return min(max(round(shares * 100 / 1024), 1), 10_000)
 
 
 def shares_of_weight(weight: int) -> int:

@@ -42,11 +42,26 @@ def _image(container: str) -> Value:
     return Value(text, template)
 
 
+_POLICY = '(.Values.policy | default (dict "http" (dict "host" "0.0.0.0")))'
+_PROBES = """\
+        readinessProbe: {httpGet: {path: /readyz, port: http}}
+        livenessProbe: {httpGet: {path: /healthz, port: http}, initialDelaySeconds: 30, periodSeconds: 20}
+"""
+_PORTS = "        ports: [{name: http, containerPort: 9464}]\n"
+_PROBED = f"""\
+        {{{{- $http := {_POLICY}.http | default dict }}}}
+        {{{{- if and (ne (toString $http.enabled) "false") (ne (toString $http.host) "127.0.0.1") }}}}
+        ports: [{{name: http, containerPort: {{{{ $http.port | default 9464 }}}}}}]
+{_PROBES}\
+        {{{{- end }}}}
+"""
+"""Kubelet asks where the policy has the agent listen, if it does."""
+
 TEMPLATES: dict[str, tuple[str, str, tuple[Value, ...]]] = {
     "namespace.yaml": ("controller/namespace.yaml", ".Values.namespace.create", ()),
     "colocationpolicies.yaml": ("crd/colocationpolicies.yaml", "", ()),
     "nodecolocations.yaml": ("crd/nodecolocations.yaml", "", ()),
-    "gangplans.yaml": ("crd/gangplans.yaml", ".Values.controller.enabled", ()),
+    "gangplans.yaml": ("crd/gangplans.yaml", "", ()),
     "controller-rights.yaml": ("rbac/controller.yaml", ".Values.controller.enabled", ()),
     "controller.yaml": (
         "controller/controller.yaml",
@@ -70,7 +85,8 @@ TEMPLATES: dict[str, tuple[str, str, tuple[Value, ...]]] = {
         "base/agent.yaml",
         "",
         (
-            Value("      http: {host: 0.0.0.0}\n", "      {{- toYaml .Values.policy | nindent 6 }}\n"),
+            Value("      http: {host: 0.0.0.0}\n", f"      {{{{- toYaml {_POLICY} | nindent 6 }}}}\n"),
+            Value(_PORTS + _PROBES, _PROBED),
             Value("maxUnavailable: 10%", "maxUnavailable: {{ .Values.agent.maxUnavailable }}"),
             Value("nodeSelector: {kubernetes.io/os: linux}", "nodeSelector: {{ toJson .Values.agent.nodeSelector }}"),
             Value("tolerations: [{operator: Exists}]", "tolerations: {{ toJson .Values.agent.tolerations }}"),

@@ -114,9 +114,10 @@ BESIDE = {
         "github.com/koordinator-sh/koordinator",
         "v1.7.0",
         "./cmd/koordlet",
-        tuple(
-            f"config/crd/bases/{name}.yaml"
-            for name in ("slo.koordinator.sh_nodeslos", "slo.koordinator.sh_nodemetrics")
+        (
+            "config/crd/bases/slo.koordinator.sh_nodeslos.yaml",
+            "config/crd/bases/slo.koordinator.sh_nodemetrics.yaml",
+            "config/crd/bases/topology.node.k8s.io_noderesourcetopologies.yaml",
         ),
         header="/usr/include/perfmon/pfmlib.h libpfm4-dev",
     ),

@@ -123,6 +123,8 @@ class Agent:
         self._workers: Workers[bool] = Workers()
         self._model_saved = 0.0
         self._forgotten: set[str] = set()
+        self._tier_inodes: dict[str, int] = {}
+        """Of the tier, as last seen."""
 
     def _take_over(self) -> bool:
         """Whether a predecessor handed its grants over; then its laws' memory is ours."""
@@ -282,8 +284,10 @@ class Agent:
             self.guardian.ensure()
             self.guardian.beat(self._patience)
         if not self.shadow:
-            if snapshot.tier is None:
+            # systemd ends it with its last pod, and makes another with the next one, perhaps within a tick.
+            if snapshot.tier is None or (self._tier_inodes and snapshot.tier.inodes != self._tier_inodes):
                 self.tier.ensure_tier()
+            self._tier_inodes = snapshot.tier.inodes if snapshot.tier is not None else {}
             self._enable_in_place(snapshot)
             self._look_for_strays(snapshot.monotonic_seconds)
             self._rehome()

@@ -82,6 +82,7 @@ def batch_requests(pod: PodObject) -> dict[str, BatchRequest]:
                 cpu_milli=_whole(requests.get(BATCH_CPU)),
                 cpu_limit_milli=_whole(limits.get(BATCH_CPU)),
                 memory_limit_bytes=_whole(limits.get(BATCH_MEMORY)),
+                passing=container in pod.spec.init_containers and container.restart_policy != "Always",
             )
     return found
 
@@ -222,7 +223,7 @@ class Publisher:
             self._changed.clear()
             if self._verdict is None:
                 continue
-            self._look_for_others()
+            await self._look_for_others()
             try:
                 await self._write(api, self._verdict)
                 self._agent.observer.extra_problems.pop("api", None)
@@ -234,16 +235,18 @@ class Publisher:
                 await pause(error, min(attempt, MOST_ATTEMPTS), random.random())
                 attempt += 1
 
-    def _look_for_others(self) -> None:
+    async def _look_for_others(self) -> None:
         """Two that offer the same resources by two laws would write against each other: then it is not ours."""
-        found = publishers(self._agent.port)
+        found = await asyncio.to_thread(publishers, self._agent.port)
         if found == self._others:
             return
         self._others = found
         problems = self._agent.observer.extra_problems
         problems.pop("peers", None)
+        if found:
+            peer = PEERS[found[0]]
+            problems["peers"] = f"nothing is published, for {' and '.join(found)} is here: {peer.does}; {peer.mend}"
         for name in found:
-            problems["peers"] = f"nothing is published, for {name} is here: {PEERS[name].does}; {PEERS[name].mend}"
             log.warning("another_agent", program=name, does=PEERS[name].does, mend=PEERS[name].mend)
 
     async def _write(self, api: Api, verdict: Verdict) -> None:

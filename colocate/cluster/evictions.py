@@ -44,8 +44,8 @@ class Evictions:
         self._busy: set[tuple[str, str]] = set()
         self._done: dict[tuple[str, str], float] = {}
         """Node and uid -> when the pod's end was accepted, or it was found to be none of that node's business."""
-        self._broken, self._broken_at = "", 0.0
-        """The gang that was broken last, and when."""
+        self._broken: dict[str, float] = {}
+        """Gangs that were broken a moment ago, and when."""
 
     async def run(self, asking: Callable[[], Mapping[str, NodeColocation]]) -> None:
         """Until cancelled; `asking` are the objects of agents that speak now. Raises LeadershipLost."""
@@ -93,24 +93,29 @@ class Evictions:
         if pod.spec.node_name != node or not batch:
             raise ApiError(403, "Forbidden", f"{node}'s agent may not end it: it is no batch pod of that node")
         gang = gang_of(pod.metadata)
-        self._wait_for_gang(gang, wanted)
+        self._take_turn(gang, wanted)
         grace = max(wanted.grace_seconds, LEAST_GRACE_SECONDS)
         options = {"preconditions": {"uid": wanted.uid}, "gracePeriodSeconds": grace}
         meta = {"name": wanted.name, "namespace": wanted.namespace}
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta, "deleteOptions": options}
-        await self._api.request("POST", f"{path}/eviction", body, timeout_seconds=ASK_SECONDS, patient=False)
-        if gang:
-            self._broken, self._broken_at = gang, time.monotonic()
+        try:
+            await self._api.request("POST", f"{path}/eviction", body, timeout_seconds=ASK_SECONDS, patient=False)
+        except (ApiError, Unreachable):
+            self._broken.pop(gang, None)  # it was not: the next one may
+            raise
         await self._say(pod, wanted)
 
-    def _wait_for_gang(self, gang: str, wanted: PodToEvict) -> None:
-        """Raises ApiError (429) for a member of another gang than the one that was broken a moment ago."""
-        if not gang or gang == self._broken or not self._broken or wanted.reason in URGENT:
+    def _take_turn(self, gang: str, wanted: PodToEvict) -> None:
+        """Note that a gang is broken. Raises ApiError (429) where another one was, a moment ago."""
+        now = time.monotonic()
+        self._broken = {name: at for name, at in self._broken.items() if now - at < GANG_SECONDS}
+        if not gang or gang in self._broken:
             return
-        left = self._broken_at + GANG_SECONDS - time.monotonic()
-        if left > 0:
-            text = f"the gang {self._broken} was broken just now: {gang} may be spared, for {left:.0f} s"
-            raise ApiError(429, "TooManyRequests", text)
+        if self._broken and wanted.reason not in URGENT:
+            last = max(self._broken, key=lambda name: self._broken[name])
+            left = self._broken[last] + GANG_SECONDS - now
+            raise ApiError(429, "TooManyRequests", f"the gang {last} was broken just now: {gang} waits {left:.0f} s")
+        self._broken[gang] = now
 
     async def _say(self, pod: Pod, wanted: PodToEvict) -> None:
         """An Event on the pod: who took its place, and why."""

@@ -87,6 +87,8 @@ class Publication:
         self._busy: set[str] = set()
         self._anothers: set[str] = set()
         """Nodes whose batch resources somebody else publishes."""
+        self._promised: dict[str, list[list[int]]] = {}
+        """What the agent of a node has promised first and last since we lead."""
         self._evictions = Evictions(api, election)
         self._statuses = PolicyStatuses(api, election, self._spoken)
         self._wake = asyncio.Event()
@@ -129,6 +131,8 @@ class Publication:
         name = node.metadata.name
         if now is None:
             self._nodes.pop(name, None)
+            self._anothers.discard(name)
+            self._promised.pop(name, None)
             return
         self._nodes[name] = now
         if name in self._said or any(r in now.status.allocatable for r in RESOURCES):
@@ -142,6 +146,9 @@ class Publication:
             self._heard.pop(name, None)
         else:
             self._said[name] = now
+            if now.status.reason not in (SHADOW, ANOTHER):
+                promised = [amount(now.status.promised.get(r)) for r in RESOURCES]
+                self._promised[name] = [*self._promised.get(name, [])[:1], promised]
             old = before is None and age_of(now.status.observed) > OLD_SECONDS  # a new leader need not wait to know
             if not old and (before is None or before.status.observed != now.status.observed):
                 self._heard[name] = time.monotonic()
@@ -182,12 +189,12 @@ class Publication:
         should: dict[str, str | None] = dict.fromkeys(RESOURCES)
         if said is not None:
             should |= wanted(said.status, node.status.allocatable, self._silent_seconds(name))
-        if not differs(node.status.allocatable, should) or self._is_anothers(node):
+        promises = any(value is not None for value in should.values())
+        if not differs(node.status.allocatable, should) or self._is_anothers(node, promises):
             return
         if not self._election.holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
-        ours = "true" if any(value is not None for value in should.values()) else None
-        meta = {"annotations": {PUBLISHED: ours}}
+        meta = {"annotations": {PUBLISHED: "true" if promises else None}}
         body = {"metadata": meta, "status": {"capacity": should, "allocatable": should}}
         path = path_of(NODES, name=name, subresource="status")
         answer = await self._api.request(
@@ -197,14 +204,24 @@ class Publication:
         if name in self._nodes:  # the watch may tell later what is known by now
             self._nodes[name] = msgspec.json.decode(answer, type=Node)
 
-    def _is_anothers(self, node: Node) -> bool:
-        """Whether somebody else offers batch resources there: then they are his to change, and to take away."""
+    def _is_anothers(self, node: Node, promises: bool) -> bool:
+        """Whether somebody else offers batch resources there: then they are his to change, and to take away.
+
+        Nothing of them is nobody's, where an agent `promises` something: kubelet leaves zeros when it registers anew.
+        So is what that very agent has promised since we lead: a publisher before us wrote it, and did not say so.
+        """
         name, offered = node.metadata.name, node.status.allocatable
-        found = PUBLISHED not in node.metadata.annotations and any(amount(offered.get(r)) > 0 for r in RESOURCES)
-        if found and name in self._said and name not in self._anothers:
+        if PUBLISHED in node.metadata.annotations or not any(r in offered for r in RESOURCES):
+            self._anothers.discard(name)
+            return False
+        amounts = [amount(offered.get(r)) for r in RESOURCES]
+        if (promises and not any(amounts)) or amounts in self._promised.get(name, ()):
+            self._anothers.discard(name)
+            return False
+        if name in self._said and name not in self._anothers:
             log.warning("node_has_another_publisher", node=name, effect="its batch resources are left as they are")
-        (self._anothers.add if found else self._anothers.discard)(name)
-        return found
+        self._anothers.add(name)
+        return True
 
     def _silent_seconds(self, name: str) -> float:
         return time.monotonic() - self._heard.get(name, float("-inf"))
@@ -217,7 +234,7 @@ class Publication:
         return {
             said.metadata.name: said
             for said in self._spoken()
-            if said.status.evict and said.status.reason not in (SHADOW, STOPPED, ANOTHER)
+            if said.status.evict and said.status.reason not in (SHADOW, STOPPED)
         }
 
     async def _remove(self, name: str) -> None:

@@ -45,6 +45,8 @@ class BatchRequest(msgspec.Struct, frozen=True):
     cpu_milli: int | None = None
     cpu_limit_milli: int | None = None
     memory_limit_bytes: int | None = None
+    passing: bool = False
+    """An init container, which ends before the others begin."""
 
 
 class Pod(msgspec.Struct, frozen=True):
@@ -71,7 +73,8 @@ class Pod(msgspec.Struct, frozen=True):
         """What a snapshot says of it as batch, where the API server tells of it."""
         if self.asked_cores is None:
             return {}
-        asked = max(sum(r.cpu_milli or 0 for r in self.batch.values()), round(1000 * self.asked_cores))
+        stay = sum(r.cpu_milli or 0 for r in self.batch.values() if not r.passing)
+        asked = max(stay, round(1000 * self.asked_cores))
         weight = min(max(round(asked * CPU_WEIGHT / 1000), 1), MOST_WEIGHT)
         known: dict[str, str | bool | int] = {
             "pod": f"{self.namespace}/{self.name}",

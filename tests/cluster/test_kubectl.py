@@ -105,7 +105,8 @@ def test_the_charts_values_are_where_they_belong(helm: Any) -> None:
         *("namespace.create=false", "controller.enabled=false", "publication.replicas=1"),
         *("policy.cpu.reserve=7%", "agent.nodeSelector.pool=batch", "agent.resources.limits.memory=1Gi"),
     )
-    assert not [key for key in found if "controller" in key[1] or "gangplans" in key[1] or key[0] == "Namespace"]
+    assert not [key for key in found if "controller" in key[1] or key[0] == "Namespace"]
+    assert ("CustomResourceDefinition", "gangplans.colocate.io") in found, "plans outlive a change of values"
     deployed = found["Deployment", "colocate-publication"]["spec"]
     pods = [found["DaemonSet", "colocate-agent"]["spec"]["template"]["spec"], deployed["template"]["spec"]]
     for pod in pods:
@@ -117,6 +118,17 @@ def test_the_charts_values_are_where_they_belong(helm: Any) -> None:
     assert pods[0]["containers"][0]["resources"]["limits"] == {"memory": "1Gi"}
     policy = yaml.safe_load(found["ConfigMap", "colocate-policy"]["data"]["policy.yaml"])
     assert policy["spec"] == {"http": {"host": "0.0.0.0"}, "cpu": {"reserve": "7%"}}
+
+
+def test_the_charts_agent_is_probed_where_it_listens(helm: Any) -> None:
+    def agent(*values: str) -> Any:
+        return helm(*values)["DaemonSet", "colocate-agent"]["spec"]["template"]["spec"]["containers"][0]
+
+    for unreachable in ("policy.http.enabled=false", "policy.http.host=127.0.0.1"):
+        assert not {"ports", "readinessProbe", "livenessProbe"} & agent(unreachable).keys()
+    assert agent("policy.http.port=9999")["ports"] == [{"name": "http", "containerPort": 9999}]
+    policy = helm("policy=null")["ConfigMap", "colocate-policy"]["data"]["policy.yaml"]
+    assert yaml.safe_load(policy)["spec"] == {"http": {"host": "0.0.0.0"}}
 
 
 @pytest.mark.parametrize(

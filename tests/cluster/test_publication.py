@@ -101,6 +101,20 @@ async def test_what_an_agent_promises_is_in_its_node_s_status_and_goes_with_its_
         await until_offered(world, "n0", None)
 
 
+async def test_what_a_publisher_before_has_written_is_taken_over(world: World, kinds: None) -> None:
+    """One that did not say yet that it was ours: it is what the agent promises."""
+    for name in ("n0", "n1"):
+        written: dict[str, Any] = {BATCH_CPU.replace("/", "__"): "4k", BATCH_MEMORY.replace("/", "__"): "1Gi"}
+        await world.node(name, cpu=8, memory="8Gi", **written)
+        await say(world.api, name, 4000, 1 << 30)
+    async with publishing(world.api):
+        await asyncio.sleep(0.5)
+        await say(world.api, "n0", 0, 0)
+        await until_offered(world, "n0", "0")
+        await world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="n1"), {})
+        await until_offered(world, "n1", None)
+
+
 OTHERS: dict[str, Any] = {BATCH_CPU: "12k", BATCH_MEMORY: "24Gi"}
 
 
@@ -134,6 +148,19 @@ async def test_what_somebody_else_publishes_is_left_alone(world: World, kinds: N
         await world.api.request("PATCH", path_of(NODES, name="theirs", subresource="status"), free, content_type=MERGE)
         await say(world.api, "theirs", 1000, 1 << 30)
         await until_offered(world, "theirs", "1k")
+
+
+@pytest.mark.parametrize("reason", [pytest.param("", id="not governed"), pytest.param("AnotherAgent", id="seen")])
+async def test_another_s_nothing_is_left_alone_too(world: World, kinds: None, reason: str) -> None:
+    """Koordinator says 0 of a node that is loaded."""
+    nothing: dict[str, Any] = {n.replace("/", "__"): "0" for n in OTHERS}
+    await world.node("theirs", cpu=32, memory="64Gi", **nothing)
+    async with publishing(world.api) as publisher:
+        if reason:
+            await say(world.api, "theirs", 1000, 1 << 30, reason)
+        await asyncio.sleep(0.7)
+        assert await offered(world.api, "theirs") == ("0", "0")
+        assert publisher.writes == 0
 
 
 async def test_the_command_publishes_and_ends_in_order(
@@ -248,6 +275,17 @@ async def test_gangs_are_broken_one_after_the_other(world: World, kinds: None, m
         await wants_gone(world, "n1", "c-0", reason="MemoryPressure")
         await gone(world, "c-0")
         assert time.monotonic() - broken < 8.0, "for memory at once"
+
+
+async def test_of_many_gangs_that_are_named_at_once_one_is_broken(world: World, kinds: None) -> None:
+    for i in range(6):
+        await world.node(f"n{i}", cpu=8, memory="8Gi")
+        await on_node(world, f"p{i}", f"n{i}", **BATCH, **{GANGS[0]: f"g{i}"})
+        await say(world.api, f"n{i}", 0, 0)
+        await wants_gone(world, f"n{i}", f"p{i}", reason="FrozenTooLong")
+    async with publishing(world.api):
+        await asyncio.sleep(2.0)
+        assert len(await world.pods()) == 5
 
 
 async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server(

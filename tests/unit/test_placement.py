@@ -285,13 +285,14 @@ def test_what_a_container_gets(asked: BatchRequest, limits: Limits):
         pytest.param(0.0, {}, 1, id="it requests nothing: the least, as kubelet gives BestEffort"),
         pytest.param(0.0, {"a": 4000}, 400, id="four CPUs of batch"),
         pytest.param(0.0, {"a": 1500, "b": 500}, 200, id="its containers together"),
+        pytest.param(0.0, {"a": 4000, "init": 4000}, 400, id="not one that ends before the others begin"),
         pytest.param(0.25, {}, 25, id="a quarter of a plain CPU: it says by its label that it is batch"),
         pytest.param(0.0, {"a": 3}, 1, id="next to nothing"),
         pytest.param(0.0, {"a": 10**9}, 10_000, id="more than there is"),
     ],
 )
 def test_a_batch_pod_weighs_what_it_requests(cores: float, milli: dict[str, int], weight: int):
-    batch = {name: BatchRequest(cpu_milli=value) for name, value in milli.items()}
+    batch = {name: BatchRequest(cpu_milli=value, passing=name == "init") for name, value in milli.items()}
     found = NodePod("u", "p", "ns", {}, asked_cores=cores, asked_bytes=0, batch=batch)
     assert found.as_batch["weight"] == weight
     assert "weight" not in NodePod("u", "p", "ns", {}).as_batch, "nobody has said what it requests"

@@ -22,6 +22,7 @@ from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
 from colocate.kernelmodel.actors import KubeletActor
 from colocate.model import reference
+from colocate.observe.pods import Pod
 from colocate.plan import Action, CgroupTarget, Outcome, Plan
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, FreezePolicy, PolicySpec, Selector, ServicePolicy
 from colocate.snapshot import Latency, Objective
@@ -685,3 +686,37 @@ def test_what_was_done_of_late_can_be_asked_for_afterwards():
         ("job:a", "SIGTERM, MemoryPressure", why),
         ("tier", "cpu.weight was 100, not 1", "probably by kubelet"),
     ]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_pods_weight_is_written_once_and_reads_back_as_it_was_written(version, tmp_path):
+    """Whoever reads another value than was written would say every tick that somebody else writes it."""
+    kernel = ModelKernel(version=version)
+    for path in ("/kubepods", "/kubepods/besteffort", "/kubepods/burstable"):
+        for hierarchy in kernel.layout.mounts:
+            kernel.mkdir(hierarchy, path)
+    agent = Agent(kernel, ColocationPolicy(), reference, Journal(tmp_path, "boot"), clock=kernel)
+    agent.open()
+    uids = {f"0a1b000{i}-0000-4000-8000-000000000000": cores for i, cores in enumerate((0.0, 0.5, 1.0, 4.0))}
+    for uid in uids:
+        for hierarchy in kernel.layout.mounts:
+            kernel.mkdir(hierarchy, f"{agent.tier.tree.tier_path}/pod{uid}")
+    agent.observer.lister.expected = True
+    agent.observer.lister.told(
+        {uid: Pod(uid, uid[:8], "ml", {}, asked_cores=cores, asked_bytes=0) for uid, cores in uids.items()}
+    )
+
+    async def live():
+        found = []
+        for _ in range(4):
+            tick = await agent.tick()
+            await agent.writer.settle()
+            found.append((tick.drifts, [o for o in tick.outcomes if o.knob == "cpu.weight" and o.status == "applied"]))
+            kernel.advance(1.0)
+        await agent.close()
+        return found
+
+    (drifts, wrote), *later = asyncio.run(live())
+    assert len(wrote) >= len(uids) - 1
+    assert not drifts
+    assert later == [([], [])] * 3
