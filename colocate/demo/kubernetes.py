@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -309,7 +310,8 @@ class KubernetesDemo(Demo):
         slo = {"p99": f"{1e3 * self._target_seconds:g}ms", "url": f"{self._urls[0]}/metrics", "metric": METRIC}
         selector = {"podSelector": {"app": "inference"}, "namespace": NAMESPACE}
         policy["services"] = [{"name": "inference", "selector": selector, "slo": {**slo, "window": "3s"}}]
-        installed = Installation(self._plane, self._directory / "overlay", policy)
+        overlay = Path(tempfile.mkdtemp(prefix="overlay-", dir=self._directory)) / "manifests"
+        installed = Installation(self._plane, overlay, policy)
         await asyncio.to_thread(installed.apply)
         await self._until(self._promised, "what batch may have is in the node's status")
         self._found.published_batch_cpu_milli = await self._offered(BATCH_CPU) or 0
