@@ -50,8 +50,10 @@ mkdir /run/nri; mount --bind {home}/nri /run/nri
 while :; do containerd --config {home}/containerd.toml >> {home}/containerd.log 2>&1 || sleep 0.2; done &
 until ctr --address {home}/containerd.sock version > {home}/ctr.log 2>&1; do sleep 0.05; done
 ctr --address {home}/containerd.sock --namespace k8s.io images import {home}/pause.tar >> {home}/ctr.log 2>&1
-exec kubelet --config {home}/kubelet.json --kubeconfig {kubeconfig} --hostname-override {name} \\
-  --root-dir {home}/kubelet --cert-dir {home}/pki > {home}/kubelet.log 2>&1
+for i in 1 2 3 4 5; do
+  kubelet --config {home}/kubelet.json --kubeconfig {kubeconfig} --hostname-override {name} \\
+    --root-dir {home}/kubelet --cert-dir {home}/pki >> {home}/kubelet.log 2>&1 || sleep 0.2
+done
 """
 CONTAINERD = """
 version = 3
@@ -136,12 +138,24 @@ class RealNode:
 
     def end_containerd(self) -> None:
         """SIGKILL; it is started again at once, and containers run on."""
-        wanted = f"{self._home}/containerd.toml"
+        self._end("containerd", "containerd.toml")
+
+    def end_kubelet(self) -> None:
+        """The same; not more than four times."""
+        self._end("kubelet", "kubelet.json")
+
+    def _end(self, program: str, configuration: str) -> None:
+        wanted = f"{self._home}/{configuration}"
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if words[0].endswith("containerd") and wanted in words:
+                if words[0].endswith(program) and wanted in words:
                     os.kill(int(folder.name), signal.SIGKILL)
+
+    @property
+    def static_pods(self) -> Path:
+        """Where kubelet finds pods that the API server has not been asked for."""
+        return self._home / "static"
 
     def bring(self, archive: Path) -> None:
         """Give the node an image, as an operator without a registry does."""
@@ -164,6 +178,7 @@ class RealNode:
                 self._port.mkdir(hierarchy, self.scratch.path)
         (home / "cni").mkdir()
         (home / "nri").mkdir()
+        self.static_pods.mkdir()
         network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
         (home / "cni" / "10-none.conflist").write_text(json.dumps(network))
         (home / "containerd.toml").write_text(containerd_configuration(str(home)))
@@ -244,6 +259,7 @@ def kubelet_configuration(
         "makeIPTablesUtilChains": False,
         "nodeStatusUpdateFrequency": "2s",
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
+        "staticPodPath": f"{home}/static",
         "podLogsDir": f"{home}/logs",
         "volumePluginDir": f"{home}/plugins",
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, processes, processes_below
-from colocate.kube.client import PODS
-from colocate.localcluster.realnode import NAME, RealNode
+from colocate.kube.client import PODS, STRATEGIC, path_of
+from colocate.localcluster.controlplane import ControlPlane, binaries
+from colocate.localcluster.realnode import IMAGE, NAME, RealNode
 from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Update
 from tests.cluster.conftest import World
 from tests.cluster.test_kubelet import on, until_ready
@@ -191,3 +193,102 @@ async def test_the_agent_places_batch_pods_governs_them_and_leaves_nothing(
         agent.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(agent.wait, 30) == 0, log.read_text()
         assert not there(tier)
+
+
+@pytest.fixture
+async def placing(real_node: RealNode, tmp_path: Path, world: World) -> AsyncIterator[str]:
+    """An agent that places and governs; the tier."""
+    await until_ready(world, real_node)
+    log = tmp_path / "agent.log"
+    (tmp_path / "policy.yaml").write_text(POLICY.format(root=real_node.cgroup))
+    places = {"COLOCATE_STATE_DIR": str(tmp_path / "state"), "COLOCATE_RUNTIME_DIR": str(tmp_path / "run")}
+    command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(tmp_path / "policy.yaml")]
+    with ended(
+        [*command, "--nri", real_node.nri_socket], {**os.environ, **places, "COLOCATE_JIT": "off"}, log
+    ) as agent:
+
+        async def connected() -> bool:
+            assert agent.poll() is None, log.read_text()
+            return "runtime_connected" in log.read_text()
+
+        await world.until(connected, "the runtime asks the agent")
+        yield joined(real_node.cgroup, "kubepods/batch")
+        agent.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(agent.wait, 30) == 0, log.read_text()
+
+
+@pytest.mark.slow
+async def test_whatever_is_done_to_a_batch_pod_is_done_in_the_tier(
+    world: World, real_node: RealNode, plane: ControlPlane, placing: str
+) -> None:
+    """A process that is run in it, a resize, a container that is added or dies, a kubelet that starts anew."""
+    port, main = KernelPort(), SHARES[KernelPort().layout.version][0]
+    spec = {**on(NAME), "nodeName": NAME, "schedulerName": "default-scheduler"}
+    spec["containers"][0]["resources"] = {"requests": {"cpu": "50m", "memory": "16Mi"}}
+    await world.pod("batch", spec=spec, labels=BATCH)
+    uid = await until_runs(world, real_node, "batch")
+    pod, path = joined(placing, f"pod{uid}"), path_of(PODS, world.namespace, "batch")
+
+    def there() -> set[int]:
+        return set(processes_below(port, main, pod))
+
+    async def so_many(count: int) -> bool:
+        return len(there()) == count
+
+    first = there()
+    assert len(first) == 1
+    kubectl = [str(binaries("kubectl") / "kubectl"), "--kubeconfig", str(plane.kubeconfig()), "-n", world.namespace]
+    with ended(
+        [*kubectl, "exec", "batch", "--", "/bin/sleep", "600"],
+        dict(os.environ),
+        real_node.static_pods.parent / "exec.log",
+    ):
+        await world.until(lambda: so_many(2), "what is run in the pod is in the tier")
+        (run,) = there() - first
+    os.kill(run, signal.SIGKILL)
+    await world.until(lambda: so_many(1), "it has ended")
+
+    (container,) = port.children(main, pod)
+    asked = {"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "200m"}}}]}}
+    await world.api.request("PATCH", f"{path}/resize", asked, content_type=STRATEGIC)
+    hierarchy, file, _ = SHARES[port.layout.version]
+
+    async def resized() -> bool:
+        shares = int(port.read(hierarchy, joined(pod, container), file) or 0)
+        return shares == 204 if port.layout.version == 1 else shares > 5
+
+    await world.until(resized, "the container is resized where it is")
+    assert there() == first, "it was not started again"
+
+    added = {"spec": {"ephemeralContainers": [{"name": "e", "image": IMAGE, "imagePullPolicy": "Never"}]}}
+    await world.api.request("PATCH", f"{path}/ephemeralcontainers", added, content_type=STRATEGIC)
+    await world.until(lambda: so_many(2), "a container that is added to it is in the tier")
+
+    (process,) = first
+    os.kill(process, signal.SIGKILL)
+
+    async def again() -> bool:
+        return len(there()) == 2 and process not in there()
+
+    await world.until(again, "a container that is started again is in the tier")
+
+    before = there()
+    real_node.end_kubelet()
+    static = {**on(NAME), "nodeName": NAME}
+    static.pop("nodeSelector")
+    meta = {"name": "static", "namespace": world.namespace, "labels": BATCH}
+    body = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": static}
+    (real_node.static_pods / "static.json").write_text(json.dumps(body))
+
+    async def static_there() -> bool:
+        return len(processes_below(port, main, placing)) == 3
+
+    await world.until(static_there, "kubelet is back, and a static pod in the tier")
+    assert there() == before, "a pod that runs has not noticed"
+    (real_node.static_pods / "static.json").unlink()
+    await world.delete(PODS, "batch", 0)
+
+    async def nothing() -> bool:
+        return not port.children(main, placing)
+
+    await world.until(nothing, "nothing of either is left")

@@ -61,7 +61,7 @@ class GuestNode:
 
     def _make_disk(self, folder: Path) -> Path:
         root = folder / "root"
-        for name in ("bin", "cni", "nri", "nri-plugins", "pki"):
+        for name in ("bin", "cni", "nri", "nri-plugins", "pki", "static"):
             (root / name).mkdir(parents=True)
         for name in BINARIES:
             shutil.copy2(binaries(*BINARIES) / name, root / "bin" / name)
