@@ -189,6 +189,28 @@ def test_a_cgroup_made_anew_under_the_same_name_gives_no_rate():
     assert seen.workloads["service:web"].usage_cores is None
 
 
+def test_what_the_agent_spends_on_its_own_model_is_no_need_of_the_node():
+    """Else a node would promise nothing for minutes because its agent has just started."""
+    state, at = ModelState(), 0.0
+
+    def look(busy, warming):
+        nonlocal state, at
+        at += 1.0
+        now = make.snapshot(at=at, cpu_busy_us=int(busy * 1e6), cpu_idle_us=0, warming=warming,
+                            memory_available_bytes=1 << 30)  # fmt: skip
+        state, seen = forecast(now, state, PolicySpec(), reference)
+        return seen
+
+    busy = 0.0
+    for _ in range(20):
+        busy += 1.9
+        assert look(busy, True).needs_cores is None
+    for _ in range(3):
+        busy += 0.2
+        seen = look(busy, False)
+    assert seen.needs_cores == pytest.approx(0.2)
+
+
 def test_state_goes_through_json_to_the_bit():
     state, _ = run_ticks(ModelState(), 8)
     again = from_builtins(to_builtins(state), "model.json")
