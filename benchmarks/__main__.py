@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 
-from benchmarks import agent, cluster, gang, isolation, life, node, publication, reaction, speed, worlds
+from benchmarks import agent, cluster, gang, isolation, life, node, placement, publication, reaction, speed, worlds
 from benchmarks.common import RESULTS
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
@@ -24,8 +24,9 @@ SUITES = {
     "cluster": cluster.run,
     "life": life.run,
     "node": node.run,
+    "placement": placement.run,
 }
-BY_NAME = ("gang", "cluster", "life", "node")
+BY_NAME = ("gang", "cluster", "life", "node", "placement")
 """These, or `--full`: `make bench` has 40 minutes."""
 
 
