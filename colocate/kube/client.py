@@ -1,7 +1,7 @@
 """Requests to an API server.
 
-Transport and authentication are `kubernetes.aio`'s (kubeconfig, in-cluster tokens, exec plugins, client certificates);
-its models are not used: bodies are lean structs, and an answer is bytes that the caller decodes.
+How the server is reached is another's (access.py, kubeconfig.py); bodies are lean structs, and an answer is bytes that
+the caller decodes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode
 
 import aiohttp
 import msgspec
 import structlog
-from kubernetes.aio.client.api_client import ApiClient
-from kubernetes.aio.client.configuration import Configuration
-from kubernetes.aio.config import list_kube_config_contexts, load_incluster_config, load_kube_config
 
 from colocate.errors import BadInput, ColocateError
+from colocate.kube.access import SERVICE_ACCOUNT, Access, ServiceAccount
 from colocate.objects import Lean, ObjectMeta
 from colocate.units import seconds_of
 
@@ -33,14 +30,11 @@ T = TypeVar("T")
 JSON = "application/json"
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
-CONNECTIONS = 160
-"""A few more than the controller has writes under way."""
 TIMEOUT_SECONDS = 30.0
 BUSY_ATTEMPTS = 5
 PAGE = 500
 RENEW_SECONDS = 10.0
 log = structlog.get_logger()
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 PODS, NODES, EVENTS = "/api/v1/pods", "/api/v1/nodes", "/api/v1/events"
 NAMESPACES = "/api/v1/namespaces"
@@ -144,49 +138,25 @@ def page_query(more: str) -> dict[str, str]:
 class Api:
     """One connection pool to one API server."""
 
-    def __init__(self, configuration: Configuration, renew: Callable[[], Awaitable[None]] | None = None) -> None:
-        self._renew, self._renewed, self._has_token = renew, float("-inf"), False
+    def __init__(self, access: Access) -> None:
+        self._access, self._renewed, self._has_token = access, float("-inf"), False
         self._renewing = asyncio.Lock()
-        configuration.connection_pool_maxsize = CONNECTIONS
-        configuration.client_session_kwargs = {"trust_env": False}  # a proxy of the environment is not for this traffic
-        configuration.retries = None
-        self._client = ApiClient(configuration)
-        rest, self._by_the_way = self._client.rest_client, dict[str, Any]()
-        if configuration.tls_server_name:
-            self._by_the_way["server_hostname"] = configuration.tls_server_name
-        if rest.proxy:
-            self._by_the_way |= {"proxy": rest.proxy, "proxy_headers": rest.proxy_headers or None}
-        self.server: str = configuration.host
-        self.namespace = "default"
+        self.server: str = access.server
+        self.namespace = access.namespace or "default"
         """The context's, or the pod's."""
 
     @classmethod
     @asynccontextmanager
     async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> AsyncIterator[Api]:
         """By the kubeconfig named, `$KUBECONFIG`, the service account of this pod, or `~/.kube/config`."""
-        configuration = Configuration()
-        named = kubeconfig or os.environ.get("KUBECONFIG")
-        inside = not named and os.path.exists(SERVICE_ACCOUNT)
-
-        async def read() -> None:
-            await load_kube_config(named or None, context, configuration, False)  # type: ignore[no-untyped-call]
-
+        named = kubeconfig or os.environ.get("KUBECONFIG") or None
+        access = _of_this_pod() if named is None and (SERVICE_ACCOUNT / "token").exists() else None
+        if access is None:
+            access = await _by_kubeconfig(named, context)
         try:
-            if inside:  # its tokens are read again by the library as they change
-                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-            else:
-                await read()
-            if not configuration.host.startswith(("http://", "https://")):
-                raise ValueError(f"cluster.server is {configuration.host!r}, not a URL")
-            api = cls(configuration, None if inside else read)
-            api.namespace = _namespace(named, context, inside) or api.namespace
-        except Exception as error:
-            said = " ".join(str(error).split())
-            raise BadInput(f"the kubeconfig {named or '~/.kube/config'} cannot be used: {said}") from error
-        try:
-            yield api
+            yield cls(access)
         finally:
-            await api._client.close()  # type: ignore[no-untyped-call]
+            await access.close()
 
     async def request(
         self,
@@ -236,15 +206,13 @@ class Api:
         return content
 
     async def _has_renewed(self) -> bool:
-        """Ask the kubeconfig's plugin for a new token; those that the clouds give live for minutes."""
-        if self._renew is None:
-            return False
+        """Find out anew who we are, at most every few seconds."""
         async with self._renewing:
             now = asyncio.get_running_loop().time()
             if now - self._renewed >= RENEW_SECONDS:  # else somebody has asked while we waited
                 self._renewed = now
                 try:
-                    await self._renew()
+                    await self._access.renew()
                     self._has_token = True
                 except Exception as error:  # noqa: BLE001 - a plugin may fail in any way
                     self._has_token = False
@@ -274,16 +242,16 @@ class Api:
         """
         query = [("stdout", "true"), ("stderr", "true"), *(("command", word) for word in command)]
         headers = {"User-Agent": "colocate"}
-        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, "GET", None)
+        await self._access.authorize(headers)
         streams: dict[int, bytearray] = {_STDOUT: bytearray(), _STDERR: bytearray(), _OUTCOME: bytearray()}
         try:
             async with asyncio.timeout(timeout_seconds):
-                connection = self._session.ws_connect(
+                connection = self._access.session().ws_connect(
                     f"{self.server}{path}/exec?{urlencode(query)}",
                     protocols=("v4.channel.k8s.io",),
                     headers=headers,
                     max_msg_size=0,
-                    **self._by_the_way,
+                    **self._access.options,
                 )
                 async with connection as socket:
                     async for message in socket:
@@ -331,31 +299,31 @@ class Api:
         timeout: aiohttp.ClientTimeout,
     ) -> aiohttp.ClientResponse:
         headers = {"Accept": JSON, "Content-Type": content_type, "User-Agent": "colocate"}
-        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        await self._access.authorize(headers)
         url = self.server + path + (f"?{urlencode(query)}" if query else "")
         data = msgspec.json.encode(body) if body is not None else None
-        response: aiohttp.ClientResponse = await self._session.request(
-            method, url, headers=headers, data=data, timeout=timeout, **self._by_the_way
-        )
-        return response
-
-    @property
-    def _session(self) -> aiohttp.ClientSession:
-        """The library's; its own `request` would take every body apart and encode it more slowly."""
-        rest = self._client.rest_client
-        if rest.pool_manager is None:
-            rest.pool_manager = rest._create_pool_manager()  # noqa: SLF001 - made at the first request, which is ours
-        session: aiohttp.ClientSession = rest.pool_manager
-        return session
+        session = self._access.session()
+        return await session.request(method, url, headers=headers, data=data, timeout=timeout, **self._access.options)
 
 
-def _namespace(kubeconfig: str | None, context: str | None, inside: bool) -> str:
-    if inside:
-        file = Path(SERVICE_ACCOUNT).with_name("namespace")
-        return file.read_text().strip() if file.exists() else ""
-    contexts, active = list_kube_config_contexts(kubeconfig or None)  # type: ignore[no-untyped-call]
-    chosen = next((c for c in contexts if c["name"] == context), active)
-    return str(chosen["context"].get("namespace") or "")
+def _of_this_pod() -> Access:
+    try:
+        return ServiceAccount(SERVICE_ACCOUNT)
+    except (KeyError, OSError) as error:  # ssl.SSLError is an OSError
+        mend = "set KUBERNETES_SERVICE_HOST and _PORT, and mount the account with its ca.crt; or name a kubeconfig"
+        raise BadInput(f"the service account in {SERVICE_ACCOUNT} cannot be used ({error!r}): {mend}") from error
+
+
+async def _by_kubeconfig(named: str | None, context: str | None) -> Access:
+    from colocate.kube.kubeconfig import Kubeconfig  # 20 MiB, which a pod does without
+
+    try:
+        access = Kubeconfig(named, context)
+        await access.open()
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise BadInput(f"the kubeconfig {named or '~/.kube/config'} cannot be used: {said}") from error
+    return access
 
 
 def _error(response: aiohttp.ClientResponse, content: bytes) -> ApiError:
