@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.common import Runs, bar, cpu_seconds, memory_mib, reference_loop
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.actuate.statedir import default_state_dir
@@ -66,18 +66,6 @@ def _agent(node: ScratchNode, jit: str, directory: Path) -> Iterator[tuple[subpr
         process.wait(30)
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _rss_mib(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Rss:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
-
-
 def _pods(node: ScratchNode, pods: int, containers: int) -> None:
     for inner in ("kubepods", "kubepods/burstable", "kubepods/besteffort"):
         node.make_inner(inner)
@@ -95,10 +83,10 @@ def _measure(node: ScratchNode, jit: str, seconds: float) -> dict[str, float]:
             pass  # fills the compiled cache
         with _agent(node, jit, directory) as (process, first_tick):
             time.sleep(3)
-            before, started = _cpu_seconds(process.pid), time.perf_counter()
+            before, started = cpu_seconds(process.pid), time.perf_counter()
             time.sleep(seconds)
-            cpu = (_cpu_seconds(process.pid) - before) / (time.perf_counter() - started)
-            rss = _rss_mib(process.pid)
+            cpu = (cpu_seconds(process.pid) - before) / (time.perf_counter() - started)
+            rss = memory_mib(process.pid)
             records = sum(f.stat().st_size for f in (directory / "state" / "records").iterdir())
             connection = Connection(directory / "run" / "agent.sock")
             tick = connection.ask(op="explain")["tick_seconds"]

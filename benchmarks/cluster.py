@@ -8,7 +8,6 @@ everything back is in the nodes' status, where schedulers read it.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import re
 import statistics
@@ -19,9 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.common import Runs, at_most, cpu_seconds, most_resident_mib, reference_loop
 from colocate.cluster.api import (
     BATCH_CPU,
     BATCH_MEMORY,
@@ -31,9 +28,9 @@ from colocate.cluster.api import (
     amount,
 )
 from colocate.errors import HostUnfit
-from colocate.kube.client import DEFINITIONS, MERGE, NODES, Api, ApiError, path_of
+from colocate.kube.client import MERGE, NODES, Api, ApiError, path_of
 from colocate.kube.reflector import Reflector
-from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, with_parent
+from colocate.localcluster.controlplane import ControlPlane, install, with_parent
 from colocate.objects import Node
 from colocate.units import time_text
 
@@ -123,20 +120,11 @@ class Fleet:
         return found
 
 
-def _spent(pid: int) -> tuple[float, float]:
-    """CPU seconds, and resident MiB at most so far, of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    status = Path(f"/proc/{pid}/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0])
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), peak / 1024
-
-
 async def _measure(directory: Path) -> dict[str, Any]:
     plane = ControlPlane(directory / "plane")
     with plane:
         async with Api.connect(str(plane.kubeconfig())) as api:
-            for kind in ("colocationpolicies", "nodecolocations"):
-                await api.request("POST", DEFINITIONS, yaml.safe_load((MANIFESTS / "crd" / f"{kind}.yaml").read_text()))
+            await install(api, "colocationpolicies", "nodecolocations")
             namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "colocate-system"}}
             await api.request("POST", "/api/v1/namespaces", namespace)
             fleet = Fleet(api)
@@ -155,7 +143,7 @@ async def _measure(directory: Path) -> dict[str, Any]:
                 await asyncio.sleep(SETTLE_SECONDS)
                 quiet = await _quiet(fleet, process.pid)
                 waves = [await _wave(fleet, i) for i in range(WAVES)]
-                _, resident = _spent(process.pid)
+                resident = most_resident_mib(process.pid)
             finally:
                 process.terminate()
                 process.wait()
@@ -177,14 +165,14 @@ async def _kinds_known(api: Api) -> None:
 
 async def _quiet(fleet: Fleet, pid: int) -> dict[str, float]:
     """While nothing changes: writes per node and minute, by agents and by the publisher, and CPU of the publisher."""
-    before, spent, started = await fleet.writes(), _spent(pid)[0], time.perf_counter()
+    before, spent, started = await fleet.writes(), cpu_seconds(pid), time.perf_counter()
     await asyncio.sleep(QUIET_SECONDS)
     after, elapsed = await fleet.writes(), time.perf_counter() - started
     per = {kind: (after[kind] - before.get(kind, 0.0)) * 60 / elapsed / NODE_COUNT for kind in after}
     return {
         "agents_writes": per.get("nodecolocations", 0.0),
         "publisher_writes": per.get("nodes", 0.0),
-        "publisher_cores": (_spent(pid)[0] - spent) / elapsed,
+        "publisher_cores": (cpu_seconds(pid) - spent) / elapsed,
     }
 
 
@@ -217,17 +205,16 @@ def run(full: bool) -> list[str]:
     slowest = max(shrinks)
     writes = middle("agents_writes") + middle("publisher_writes")
 
-    def line(name: str, value: float, bound: float, unit: str) -> str:
-        return bar(name, "PASS" if value <= bound else "FAIL", value, bound, unit)
-
     rest = (
         f"          median of them {statistics.median(shrinks):.2f} s; all {NODE_COUNT} nodes written "
         f"{middle('first_seconds'):.1f} s after the publisher's start; it takes {middle('publisher_cores'):.3f} cores "
         f"while nothing changes ({len(found)} runs)"
     )
     return [
-        line(f"publish at {NODE_COUNT} nodes: resident memory at most", middle("resident_mib"), RESIDENT_MIB, "MiB"),
-        line("writes per node and minute without change, agents and publisher", writes, WRITES_PER_MINUTE + 0.02, ""),
-        line(f"slowest node of {len(shrinks)} in waves of {WAVE_COUNT}", slowest, SHRINK_SECONDS, "s"),
+        at_most(f"publish at {NODE_COUNT} nodes: resident memory at most", middle("resident_mib"), RESIDENT_MIB, "MiB"),
+        at_most(
+            "writes per node and minute without change, agents and publisher", writes, WRITES_PER_MINUTE + 0.02, ""
+        ),
+        at_most(f"slowest node of {len(shrinks)} in waves of {WAVE_COUNT}", slowest, SHRINK_SECONDS, "s"),
         rest,
     ]

@@ -69,6 +69,28 @@ def _memory() -> str:
     return f"{pages / (1 << 30):.0f} GiB"
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far. Raises OSError if it is gone."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(pid: int, what: str = "Rss") -> float:
+    """Resident memory of a process, or its part of what is shared (`Pss`), in MiB. Raises OSError if it is gone."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(text.partition(f"\n{what}:")[2].split()[0]) / 1024
+
+
+def most_resident_mib(pid: int) -> float:
+    """Resident memory of a process at its largest so far, in MiB. Raises OSError if it is gone."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def at_most(name: str, value: float, bound: float, unit: str) -> str:
+    """The line of a figure that is no estimate, and is not to exceed its bar."""
+    return bar(name, "PASS" if value <= bound else "FAIL", value, bound, unit)
+
+
 def bar(name: str, judged: str, found: Interval | float, bound: float, unit: str = "x") -> str:
     """One line of the summary: pass, fail or undecided."""
     if isinstance(found, Interval):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import re
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 import aiohttp
 import yaml
 
+from benchmarks.common import cpu_seconds, most_resident_mib
 from colocate.errors import HostUnfit
 from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.kube.reflector import Reflector
@@ -215,11 +215,6 @@ def _name(kind: str) -> str:
     return OURS if kind == OURS else "default-scheduler"
 
 
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def _asked(path: str) -> str:
     """What our controller answers over HTTP; empty until it listens."""
     try:
@@ -227,11 +222,6 @@ async def _asked(path: str) -> str:
             return await answer.text()
     except aiohttp.ClientError:
         return ""
-
-
-def _rss_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
 async def burst(live: Live, plane: ControlPlane, kind: str, jobs: Jobs) -> dict[str, float]:
@@ -243,17 +233,17 @@ async def burst(live: Live, plane: ControlPlane, kind: str, jobs: Jobs) -> dict[
         await asyncio.sleep(8)
         server = plane.pid("kube-apiserver")
         before = await live.until_quiet()
-        own, api, started = _cpu(pid), _cpu(server), time.monotonic()
+        own, api, started = cpu_seconds(pid), cpu_seconds(server), time.monotonic()
         await live.cordon(False)
         last = await live.until_bound(count)
         events = await live.until_quiet() - before
         return {
             "binds_per_second": count / (last - started),
-            "cpu_per_pod_ms": (_cpu(pid) - own) / count * 1e3,
-            "api_cpu_per_pod_ms": (_cpu(server) - api) / count * 1e3,
+            "cpu_per_pod_ms": (cpu_seconds(pid) - own) / count * 1e3,
+            "api_cpu_per_pod_ms": (cpu_seconds(server) - api) / count * 1e3,
             "until_quiet_seconds": time.monotonic() - started,
             "events": events,
-            "rss_mib": _rss_mib(pid),
+            "rss_mib": most_resident_mib(pid),
         }
 
 
@@ -262,17 +252,17 @@ async def waiting(live: Live, plane: ControlPlane, kind: str, jobs: Jobs) -> dic
     count, server = sum(size for _, size in jobs), plane.pid("kube-apiserver")
     await live.pods(jobs, _name(kind))
     before = await live.until_quiet()
-    api, started = _cpu(server), time.monotonic()
+    api, started = cpu_seconds(server), time.monotonic()
     with scheduler_of(kind, plane) as pid:
         last = await live.until_bound(count)
         events = await live.until_quiet() - before
         return {
             "binds_per_second": count / (last - started),
             "to_first_bind_seconds": min(live.bound.values()) - started,
-            "cpu_per_pod_ms": _cpu(pid) / count * 1e3,
-            "api_cpu_per_pod_ms": (_cpu(server) - api) / count * 1e3,
+            "cpu_per_pod_ms": cpu_seconds(pid) / count * 1e3,
+            "api_cpu_per_pod_ms": (cpu_seconds(server) - api) / count * 1e3,
             "events": events,
-            "rss_mib": _rss_mib(pid),
+            "rss_mib": most_resident_mib(pid),
         }
 
 
@@ -344,7 +334,7 @@ async def memory(live: Live, plane: ControlPlane, nodes: int, pods: int) -> dict
         while await _asked("/readyz") != "leading\n":
             await asyncio.sleep(0.2)
         await asyncio.sleep(5)
-        return {"rss_mib": _rss_mib(pid)}
+        return {"rss_mib": most_resident_mib(pid)}
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.common import Runs, at_most, reference_loop
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, remove_tree, sweep
 from colocate.actuate.statedir import StateDirectory
@@ -101,7 +101,7 @@ def _held(node: str, state: Path) -> dict[str, float]:
     }
 
 
-async def live(hours: int, directory: Path, purpose: str = "bench") -> list[dict[str, float]]:
+async def live(hours: int, directory: Path) -> list[dict[str, float]]:
     """What was held before the agent's start, at the end of each hour, and after its orderly end.
 
     Needs a process of its own.
@@ -109,7 +109,7 @@ async def live(hours: int, directory: Path, purpose: str = "bench") -> list[dict
     port, clock = KernelPort(), Clock()
     hourly: list[dict[str, float]] = []
     sweep(port)
-    with ScratchNode(port, purpose) as node:
+    with ScratchNode(port, "bench") as node:
         for inner in ("kubepods", *(f"kubepods/{of}" for of in PODS if of != "batch")):
             node.make_inner(inner)
         state = StateDirectory(directory)
@@ -174,19 +174,16 @@ def run(_full: bool) -> list[str]:
     hourly = found["hourly"]
     more = growth(hourly)
 
-    def line(name: str, value: float, bound: float, unit: str) -> str:
-        return bar(name, "PASS" if value <= bound else "FAIL", value, bound, unit)
-
     end = hourly[-2]
     rest = (
         f"          at its end {end['rss_mib']:.0f} MiB, journal {end['journal_bytes'] / 1024:.0f} KiB, "
         f"records {end['records_bytes'] / (1 << 20):.0f} MiB; the day took {found['seconds']:.0f} s"
     )
     return [
-        line("a day: resident memory grown since its fourth hour", more["rss_mib"], GROWTH_MIB, "MiB"),
-        line("a day: descriptors more", more["descriptors"], MORE, ""),
-        line("a day: cgroups more", more["cgroups"], MORE, ""),
-        line("a day: cgroups left at its end", hourly[-1]["cgroups"] - hourly[0]["cgroups"], MORE, ""),
+        at_most("a day: resident memory grown since its fourth hour", more["rss_mib"], GROWTH_MIB, "MiB"),
+        at_most("a day: descriptors more", more["descriptors"], MORE, ""),
+        at_most("a day: cgroups more", more["cgroups"], MORE, ""),
+        at_most("a day: cgroups left at its end", hourly[-1]["cgroups"] - hourly[0]["cgroups"], MORE, ""),
         rest,
     ]
 

@@ -14,26 +14,26 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.common import Runs, bar, cpu_seconds, memory_mib, reference_loop
 from colocate.calibration import Calibration
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, main_hierarchy, processes_below
 from colocate.cluster.api import SYSTEM
 from colocate.demo.kubernetes import KubernetesDemo
 from colocate.errors import HostUnfit
-from colocate.kube.client import DEFINITIONS, NODES, PODS, ApiError, path_of
+from colocate.kube.client import DEFINITIONS, PODS, ApiError, path_of
 from colocate.localcluster.controlplane import free_ports, with_parent
 from colocate.localcluster.image import fresh_image
 from colocate.localcluster.realnode import NAME
 from colocate.model import kernels
 from colocate.model.statistics import Interval, ratio_interval
-from colocate.objects import Node, Pod
+from colocate.objects import Pod
 from tools import operators
 
 ORDER = ("koordlet", "colocate", "colocate", "koordlet")
@@ -96,12 +96,12 @@ class Comparison(KubernetesDemo):
             pids = sorted({*pids, *(child for pid in pids for child in _children(pid))})  # the guardian has left it
         else:
             pids = []
-        before, started = _spent(pids), asyncio.get_running_loop().time()
+        before, started = _of_all(pids, cpu_seconds), asyncio.get_running_loop().time()
         await super()._measure(arm)
         elapsed = asyncio.get_running_loop().time() - started
-        cost = {"agent_cores": (_spent(pids) - before) / elapsed, "agent_mib": _resident_mib(pids)} if pids else {}
         if arm in ORDER:
-            self._keep(arm, **cost)
+            cores, mib = _of_all(pids, cpu_seconds) - before, _of_all(pids, lambda pid: memory_mib(pid, "Pss"))
+            self._keep(arm, agent_cores=cores / elapsed, agent_mib=mib)
 
     def _keep(self, arm: str, **more: float) -> None:
         found = self._result.arms[arm]
@@ -116,7 +116,6 @@ class Comparison(KubernetesDemo):
     async def _koordlet(self) -> AsyncIterator[None]:
         folder = operators.built("koordlet")
         assert folder is not None
-        await self._api.get(Node, path_of(NODES, name=NAME))
         await self._kinds(folder)
         home = self._directory / "koordlet"
         home.mkdir(exist_ok=True)
@@ -152,8 +151,8 @@ class Comparison(KubernetesDemo):
             "apiVersion": "slo.koordinator.sh/v1alpha1",
             "kind": "NodeSLO",
             "metadata": {"name": NAME},
+            "spec": {"resourceUsedThresholdWithBE": STRATEGY},
         }
-        slo["spec"] = {"resourceUsedThresholdWithBE": STRATEGY}
 
         async def there() -> bool:
             try:
@@ -175,23 +174,13 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _spent(pids: list[int]) -> float:
-    """CPU seconds of processes."""
+def _of_all(pids: list[int], of: Callable[[int], float]) -> float:
+    """The sum over processes; who has ended counts no more."""
     found = 0.0
     for pid in pids:
         with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            found += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            found += of(pid)
     return found
-
-
-def _resident_mib(pids: list[int]) -> float:
-    found = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                found += int(line.split()[1]) if line.startswith("Pss:") else 0
-    return found / 1024
 
 
 def _round(seed: int) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ The same agent without a node's name is measured beside it, on the same cgroups.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -19,14 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.agent import _cpu_seconds, _rss_mib
-from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.common import Runs, at_most, cpu_seconds, memory_mib, reference_loop
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.cgroup.port import KernelPort
-from colocate.kube.client import DEFINITIONS, NODES, PODS, Api, ApiError, path_of
-from colocate.localcluster.controlplane import MANIFESTS, ControlPlane
+from colocate.kube.client import NODES, PODS, Api, path_of
+from colocate.localcluster.controlplane import ControlPlane, install
 from colocate.nri.framing import FROM_RUNTIME, REQUEST, RESPONSE, TO_RUNTIME, Decoder, Frame, encode
 
 POD_COUNT, ASKED, SECONDS, ROUNDS = 110, 1000, 20.0, 3
@@ -43,12 +39,9 @@ cp -r $ACCOUNT /run/secrets/kubernetes.io/serviceaccount && exec "$@"
 
 
 def _field(number: int, value: str | int | bytes) -> bytes:
-    """A protobuf field of less than 16 kB."""
+    """A protobuf field."""
 
     def varint(n: int) -> bytes:
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7]) if n < 1 << 14 else varint_long(n)
-
-    def varint_long(n: int) -> bytes:
         out = b""
         while n >= 128:
             out, n = out + bytes([n & 127 | 128]), n >> 7
@@ -116,10 +109,7 @@ class Runtime:
 
 async def _make_pods(api: Api) -> list[str]:
     await api.request("POST", NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n0"}})
-    for kind in ("colocationpolicies", "nodecolocations"):
-        text = (MANIFESTS / "crd" / f"{kind}.yaml").read_text()
-        with contextlib.suppress(ApiError):
-            await api.request("POST", DEFINITIONS, yaml.safe_load(text))
+    await install(api, "colocationpolicies", "nodecolocations")
     uids = []
     for i in range(POD_COUNT):
         containers = [{"name": f"c{c}", "image": "i"} for c in range(3)]
@@ -154,14 +144,14 @@ async def _measure(node: ScratchNode, plane: ControlPlane, uids: list[str], told
         try:
             await asyncio.wait_for(runtime.connected.wait(), 60)
             await asyncio.sleep(COMPILE_SECONDS)
-            before, started = _cpu_seconds(process.pid), time.perf_counter()
+            before, started = cpu_seconds(process.pid), time.perf_counter()
             await asyncio.sleep(SECONDS)
-            cpu = (_cpu_seconds(process.pid) - before) / (time.perf_counter() - started)
+            cpu = (cpu_seconds(process.pid) - before) / (time.perf_counter() - started)
             answers = []
             for i in range(ASKED if told else 0):
                 answers.append(await runtime.create(uids[i % len(uids)], i))
                 await asyncio.sleep(PAUSE_SECONDS)
-            rss = _rss_mib(process.pid)
+            rss = memory_mib(process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
@@ -207,11 +197,8 @@ def run(_full: bool) -> list[str]:
     cpu, alone = (statistics.median(r[which]["cpu_ms"] for r in rounds) for which in ("with", "without"))
     middle = statistics.median(r["with"]["answers_ms"][ASKED // 2] for r in rounds)
 
-    def line(name: str, value: float, bound: float, unit: str) -> str:
-        return bar(name, "PASS" if value <= bound else "FAIL", value, bound, unit)
-
     return [
-        line(f"NRI, {POD_COUNT} pods: p99 of {ASKED} answers, worst of {len(rounds)} rounds", p99, ANSWER_MS, "ms"),
-        line(f"agent, {POD_COUNT} pods: resident memory of the API client", more, CLIENT_MIB, "MiB"),
+        at_most(f"NRI, {POD_COUNT} pods: p99 of {ASKED} answers, worst of {len(rounds)} rounds", p99, ANSWER_MS, "ms"),
+        at_most(f"agent, {POD_COUNT} pods: resident memory of the API client", more, CLIENT_MIB, "MiB"),
         f"          median answer {middle:.2f} ms; CPU a second {cpu:.1f} ms with the API server, {alone:.1f} without",
     ]

@@ -199,11 +199,10 @@ def _neighbours(port: KernelPort) -> list[Check]:
 
 def _kubelets(port: KernelPort) -> list[Check]:
     """What kubelet itself governs where we do too, and how both go together."""
-    kubepods = find_kubepods(port, "/")
-    if kubepods is None:
-        return []
     tree = find_tree(port, "/")
-    levels = [kubepods, *filter(None, (tree.burstable, tree.besteffort))]
+    if tree.kubepods is None:
+        return []
+    levels = [tree.kubepods, *filter(None, (tree.burstable, tree.besteffort))]
     pods = [joined(level, name) for level in levels for name in port.children(main_hierarchy(port), level)]
     pods = [path for path in pods if path not in (*levels, tree.tier_path)]
     targets = [Target(path, path, "service", path, {}) for path in pods]

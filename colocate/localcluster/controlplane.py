@@ -50,11 +50,11 @@ MANIFESTS = next(p for p in (HERE.with_name("manifests"), HERE.parents[2] / "man
 """Beside this file in an installed wheel, in `manifests/` in a checkout."""
 
 
-async def install(api: Api) -> None:
-    """Create our custom resources where they are not yet. Raises ApiError."""
-    for name in ("podgroups.yaml", "gangplans.yaml"):
+async def install(api: Api, *kinds: str) -> None:
+    """Create our custom resources where they are not yet; by default those of gang scheduling. Raises ApiError."""
+    for name in kinds or ("podgroups", "gangplans"):
         try:
-            await api.request("POST", DEFINITIONS, yaml.safe_load((MANIFESTS / "crd" / name).read_text()))
+            await api.request("POST", DEFINITIONS, yaml.safe_load((MANIFESTS / "crd" / f"{name}.yaml").read_text()))
         except ApiError as error:
             if error.status != 409:
                 raise

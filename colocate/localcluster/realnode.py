@@ -176,15 +176,7 @@ class RealNode:
         for hierarchy in self._port.layout.mounts:  # a kubelet wants its root in every one
             if self._port.inode(hierarchy, self.scratch.path) is None:
                 self._port.mkdir(hierarchy, self.scratch.path)
-        (home / "cni").mkdir()
-        (home / "nri").mkdir()
-        self.static_pods.mkdir()
-        network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
-        (home / "cni" / "10-none.conflist").write_text(json.dumps(network))
-        (home / "containerd.toml").write_text(containerd_configuration(str(home)))
-        kubelet = kubelet_configuration(str(home), self.scratch.path, free_ports(1)[0], self._plane.kubelet_client)
-        (home / "kubelet.json").write_text(json.dumps(kubelet))
-        write_pause(home / "pause.tar")
+        furnish(home, str(home), self.scratch.path, free_ports(1)[0], self._plane.kubelet_client)
         script = START.format(
             system=self._system(),
             home=home,
@@ -226,6 +218,18 @@ class RealNode:
         """Raises HostUnfit with its last words if it has ended."""
         if self._process is not None and self._process.poll() is not None:
             raise HostUnfit(f"the kubelet ended with code {self._process.returncode}", self.words())
+
+
+def furnish(folder: Path, home: str, cgroup_root: str, port: int, client: Path | str, *, systemd: bool = False) -> None:
+    """Write what containerd and kubelet begin with into a folder, which they will know as `home`."""
+    for name in ("cni", "nri", "static"):
+        (folder / name).mkdir()
+    network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
+    (folder / "cni" / "10-none.conflist").write_text(json.dumps(network))
+    (folder / "containerd.toml").write_text(containerd_configuration(home, systemd=systemd))
+    kubelet = kubelet_configuration(home, cgroup_root, port, client, systemd=systemd)
+    (folder / "kubelet.json").write_text(json.dumps(kubelet))
+    write_pause(folder / "pause.tar")
 
 
 def containerd_configuration(home: str, *, systemd: bool = False) -> str:

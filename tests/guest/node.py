@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colocate.localcluster.controlplane import ControlPlane, binaries
-from colocate.localcluster.realnode import (
-    BINARIES,
-    NAME,
-    containerd_configuration,
-    kubelet_configuration,
-    write_pause,
-)
+from colocate.localcluster.realnode import BINARIES, NAME, furnish
 from tools.guest import HOST, Guest, disk
 
 HOME = "/disk"
@@ -61,22 +55,16 @@ class GuestNode:
 
     def _make_disk(self, folder: Path) -> Path:
         root = folder / "root"
-        for name in ("bin", "cni", "nri", "nri-plugins", "pki", "static"):
+        for name in ("bin", "nri-plugins", "pki"):
             (root / name).mkdir(parents=True)
         for name in BINARIES:
             shutil.copy2(binaries(*BINARIES) / name, root / "bin" / name)
-        network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
-        (root / "cni" / "10-none.conflist").write_text(json.dumps(network))
-        (root / "containerd.toml").write_text(containerd_configuration(HOME, systemd=self._systemd))
-        client = f"{HOME}/kubelet-client.crt"
-        configuration = kubelet_configuration(HOME, "/", 10250, client, systemd=self._systemd)
-        (root / "kubelet.json").write_text(json.dumps(configuration))
+        furnish(root, HOME, "/", 10250, f"{HOME}/kubelet-client.crt", systemd=self._systemd)
         shutil.copy2(self._plane.kubelet_client, root)
         # What it is for is its name, as in the API server's certificate.
         found = json.loads(self._plane.kubeconfig("node").read_text())
         found["clusters"][0]["cluster"]["server"] = f"https://{HOST}:{self._plane.port}"
         (root / "kubeconfig").write_text(json.dumps(found))
-        write_pause(root / "pause.tar")
         shutil.copy2(self._archive, root / "image.tar")
         disk(folder / "disk.img", root, DISK_MIB)
         shutil.rmtree(root)
