@@ -333,24 +333,25 @@ class Storage:
     # what pods need
 
     def needs(self, pod: Pod) -> Needs:
-        """What the claims of a pod ask for."""
+        """What the claims of a pod ask for; what one that is refused has attached counts on the node that it runs on."""
+        refused = ""
         reach: list[NodeSelector] = []
         open_claims: list[Unbound] = []
         attached: dict[str, int] = {}
         shared: list[tuple[str, str]] = []
         alone: list[str] = []
         for key, volume in claims_of(pod):
-            refused = self._refused(pod, key, volume)
-            if refused:
-                name = key.partition("/")[2]
-                return Needs(refused=f"volume claim {name}: {refused}")
-            claim = self.claims[key]
+            claim, why = self.claims.get(key), self._refused(pod, key, volume)
+            if why:
+                refused = refused or f"volume claim {key.partition('/')[2]}: {why}"
+            if claim is None:
+                continue
             together = len(self._wanting.get(key, ())) > 1
-            if is_bound(claim):
+            if not why and is_bound(claim):
                 its = self.volumes[claim.spec.volume_name]
                 reach += [] if reaches(its) is None else [reaches(its)]  # type: ignore[list-item]
                 reach += zones_of(its)
-            else:
+            elif not why:
                 open_claims.append(unbound(claim, self._kept_for(claim), key if together else ""))
             driver, handle = self._attachment(key, claim)
             if driver in self._drivers_limited:
@@ -361,9 +362,8 @@ class Storage:
                     attached[resource] = attached.get(resource, 0) + 1
             if together and "ReadWriteOncePod" in claim.spec.access_modes:
                 alone.append(key)
-        return Needs(
-            tuple(reach), tuple(open_claims), tuple(sorted(attached.items())), tuple(sorted(set(shared))), tuple(alone)
-        )
+        counted = tuple(sorted(attached.items())), tuple(sorted(set(shared)))
+        return Needs(tuple(reach), tuple(open_claims), *counted, tuple(alone), refused)
 
     def _refused(self, pod: Pod, key: str, volume: Volume) -> str:
         claim = self.claims.get(key)

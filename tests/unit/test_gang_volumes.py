@@ -227,6 +227,30 @@ def test_a_disk_that_is_attached_and_that_no_pod_uses_counts_until_one_does():
     assert nodes_of(ask(made, other)) == ["a"]
 
 
+@pytest.mark.parametrize(
+    "of_the_other",
+    [
+        pytest.param(None, id="a claim that is gone"),
+        pytest.param({"volume_name": "gone"}, id="a claim whose volume is gone"),
+        pytest.param({"volume_name": ""}, id="a claim that is not bound"),
+    ],
+)
+def test_what_a_running_pod_has_attached_counts_whatever_became_of_its_other_claims(of_the_other):
+    """Found against kube-scheduler, which counts claim by claim."""
+    made = cluster("a")
+    limit(made, "a", 1)
+    if of_the_other is not None:
+        one = claim(made, "other", by="unknown", annotations={BOUND: "yes"})
+        made.storage.set_claim("ns/other", replace(one, spec=replace(one.spec, **of_the_other)))
+    disk(made, "d", "d", bound_to="data")
+    running = member(made, "running", "other", "data")
+    made.promise(running.metadata.uid, "a")
+    other = own_claims(made, 1, by="made")
+    assert ask(made, other) is None
+    made.withdraw(running.metadata.uid)
+    assert nodes_of(ask(made, other)) == ["a"]
+
+
 def bound(made, name, to):
     one = made.storage.claims[f"ns/{name}"]
     meta = replace(one.metadata, annotations={**one.metadata.annotations, BOUND: "yes"})
