@@ -11,6 +11,9 @@ import msgspec
 
 Quantities = dict[str, str | int | float]
 """Resource name -> quantity, as written."""
+HELD_BACK, EVICTED = "colocate.io/HeldBack", "EvictedForServices"
+"""The condition of a batch pod that has to do with less for the services of its node, and the reason of the Events
+about one that had to go, and about its PodGroup."""
 
 
 class Lean(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True, gc=False):
@@ -246,6 +249,15 @@ class PodStatus(Lean, frozen=True):
     nominated_node_name: str = ""
     container_statuses: list[ContainerStatus] = []
     init_container_statuses: list[ContainerStatus] = []
+
+
+class Event(Lean, frozen=True):
+    """core/v1 Event: what somebody tells of an object."""
+
+    metadata: ObjectMeta
+    reason: str = ""
+    message: str = ""
+    last_timestamp: str | None = None
 
 
 class Pod(Lean, frozen=True):

@@ -22,6 +22,7 @@ from colocate.kube.client import (
     CLASSES,
     CSI_DRIVERS,
     CSI_NODES,
+    EVENTS,
     LEASES,
     NAMESPACES,
     NODES,
@@ -35,11 +36,13 @@ from colocate.kube.client import (
     path_of,
 )
 from colocate.objects import (
+    EVICTED,
     Claim,
     CsiDriver,
     CsiNode,
     CsiStorageCapacity,
     DisruptionBudget,
+    Event,
     Lease,
     Namespace,
     Node,
@@ -53,6 +56,7 @@ from colocate.units import format_duration
 from podgroup.api import LEASE, PLANS, SCHEDULERS, Advice, GangPlan
 from podgroup.controller.binder import now_text
 from podgroup.dialects.scheduling_sigs import DIALECT
+from podgroup.explain.losses import evicted, held_back
 from podgroup.explain.manifests import Manifest, pods_of
 from podgroup.explain.snapshot import (
     KIND,
@@ -73,6 +77,7 @@ ADVICE_ATTEMPTS = 25
 """Of a fifth of a second: who has just begun to wait is advised soon."""
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 """What the parser raises for a text that is none."""
+MOST_EVICTED = 5
 T = TypeVar("T")
 
 
@@ -327,13 +332,43 @@ def explain_group(options: argparse.Namespace) -> int:
     name = options.workload[1]
     said = None if options.snapshot or options.anew else asyncio.run(_said(options, name))
     key, found = said if said is not None else _decided_anew(options, name)
+    if not options.snapshot:
+        found = asyncio.run(_with_losses(options, key, found))
     if options.output in DATA_FORMS:
         print_data(found, options.output)
-    elif found.verdict.outcome == "Rest":
-        print(f"{key} does not wait: {found.verdict.message}")
     else:
-        _print_explanation(found)
+        if found.verdict.outcome == "Rest":
+            print(f"{key} does not wait: {found.verdict.message}")
+        else:
+            _print_explanation(found)
+        _print_losses(found)
     return 0
+
+
+async def _with_losses(options: argparse.Namespace, key: str, found: Explanation) -> Explanation:
+    """What services cost its members, by one's own namespace; who may not see its Events is told that."""
+    namespace, _, name = key.partition("/")
+    about = {"fieldSelector": f"involvedObject.kind=PodGroup,involvedObject.name={name},reason={EVICTED}"}
+    async with Api.connect(options.kubeconfig, options.context) as api:
+        members = held_back(await api.all(Pod, path_of(PODS, namespace)), key)
+        try:
+            gone = evicted(await api.all(Event, path_of(EVENTS, namespace), about))
+        except ApiError as error:
+            if error.status != 403:
+                raise
+            print(f"who had to go is not known: {error}", file=sys.stderr)
+            gone = []
+    return msgspec.structs.replace(found, held_back=members, evicted=gone)
+
+
+def _print_losses(found: Explanation) -> None:
+    for member in found.held_back:
+        since = f" since {member.since}" if member.since else ""
+        print(f"  {member.pod} on {member.node} is held back{since} ({member.reason}): {member.message}")
+    for gone in found.evicted[:MOST_EVICTED]:
+        print(f"  {gone.at or 'some time ago'} evicted: {gone.message}")
+    if len(found.evicted) > MOST_EVICTED:
+        print(f"  and {len(found.evicted) - MOST_EVICTED} evictions before")
 
 
 async def _said(options: argparse.Namespace, name: str) -> tuple[str, Explanation] | None:
@@ -383,7 +418,7 @@ def _decided_anew(options: argparse.Namespace, name: str) -> tuple[str, Explanat
         plan = next((p for p in taken.plans if f"{p.metadata.namespace}/{p.metadata.name}" == key), None)
         text = plan.status.message if plan is not None else groups[key].status.phase
         found = Explanation(verdict=Verdict(gang=key, outcome="Rest", message=text), position=0, advice=None)
-    return key, found
+    return key, msgspec.structs.replace(found, held_back=held_back(taken.pods, key))
 
 
 def _print_explanation(found: Explanation) -> None:

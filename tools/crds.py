@@ -22,7 +22,7 @@ from podgroup.api import GangPlanSpec, GangPlanStatus, PodGroupSpec, PodGroupSta
 from tools.policy_reference import meanings_of
 
 TARGET = Path(__file__).resolve().parent.parent / "manifests" / "crd"
-TIMES = frozenset({"schedule_start_time", "last_transition_time", "created", "waiting_since", "observed"})
+TIMES = frozenset({"schedule_start_time", "last_transition_time", "created", "waiting_since", "observed", "since"})
 
 
 MEANINGS = {**meanings_of(objects), **meanings_of(api), **meanings_of(node_api), **meanings_of(schema)}

@@ -17,6 +17,7 @@ from math import ceil
 import msgspec
 import structlog
 
+from colocate.agent.held_back import HeldBack
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.policies import Policies
 from colocate.cluster.api import (
@@ -30,6 +31,7 @@ from colocate.cluster.api import (
     SHADOW,
     STOPPED,
     ColocationPolicyObject,
+    PodHeldBack,
     PodToEvict,
     gang_of,
     whole,
@@ -47,6 +49,8 @@ from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS = 6, 30.0
+HELD_BACK_SECONDS = 10.0
+"""Who is held back is told at most so often: it changes with the load of the services."""
 CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
 """On the mirror of a static pod: what kubelet calls the pod by, and its cgroup."""
 log = structlog.get_logger()
@@ -127,6 +131,8 @@ class Publisher:
         self._changed = asyncio.Event()
         self._pods: dict[str, Pod] = {}
         self._told_to_go: list[PodToEvict] = []
+        self._held_back, self._told_held_back = HeldBack(), list[PodHeldBack]()
+        self._held_back_at = float("-inf")
         self._others: list[str] = []
         """Programs that offer batch resources of this node too."""
         agent.on_tick.append(self._on_tick)
@@ -192,6 +198,11 @@ class Publisher:
         if self._verdict is None or promised_by(verdict) != promised_by(self._verdict) or leaving != self._told_to_go:
             self._changed.set()
         self._verdict, self._told_to_go = verdict, leaving
+        now = tick.snapshot.monotonic_seconds
+        held_back = self._held_back.look(tick.snapshot, tick.forecast, tick.plan, self._agent.laws)
+        if held_back != self._told_held_back and now - self._held_back_at >= HELD_BACK_SECONDS:
+            self._told_held_back, self._held_back_at = held_back, now
+            self._changed.set()
 
     def _leaving(self) -> list[PodToEvict]:
         """The batch pods that the eviction law has told to go; by their cgroups, and so by uids of this node's pods."""
@@ -275,6 +286,7 @@ class Publisher:
             "lastAction": action,
             "policy": whole(self._policies.in_force),
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
+            "heldBack": [msgspec.to_builtins(pod) for pod in self._told_held_back],
             "observed": time_text(time.time()),
         }
 
@@ -284,7 +296,7 @@ class Publisher:
             async with Api.connect() as api, asyncio.timeout(2.0):
                 nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}
                 why = {"reason": STOPPED, "message": "the agent of this node was stopped"}
-                status = {"promised": nothing, "evict": [], **why}
+                status = {"promised": nothing, "evict": [], "heldBack": [], **why}
                 await api.request("PATCH", self._path, {"status": status}, content_type=MERGE)
         except (ColocateError, TimeoutError) as error:
             log.warning("end_not_published", error=str(error))

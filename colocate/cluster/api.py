@@ -86,6 +86,19 @@ class PodToEvict(Lean, frozen=True):
     """Between SIGTERM and its kill."""
 
 
+class PodHeldBack(Lean, frozen=True):
+    """A batch pod of this node that has to do with less for its services, or has had to of late."""
+
+    namespace: str
+    name: str
+    uid: str
+    reason: str = ""
+    """`Frozen`, `Narrowed` or `Waits`; empty of one that no longer has to."""
+    message: str = ""
+    since: str = ""
+    """Since when that is so, by the node's clock."""
+
+
 class PolicyInForce(Lean, frozen=True):
     """The policy by which a node is governed."""
 
@@ -112,6 +125,8 @@ class NodeColocationStatus(Lean, frozen=True):
     policy: PolicyInForce = PolicyInForce()
     evict: list[PodToEvict] = []
     """Batch pods of this node that have to go."""
+    held_back: list[PodHeldBack] = []
+    """Batch pods of this node that get less than they could use."""
     observed: str = ""
     """When it was said, by the node's clock."""
 

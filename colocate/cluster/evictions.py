@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 import msgspec
 import structlog
 
-from colocate.cluster.api import NodeColocation, PodToEvict, asks_batch, gang_of, is_batch
+from colocate.cluster.api import GANGS, NodeColocation, PodToEvict, gang_of
+from colocate.cluster.batch_pods import ASK_SECONDS, pod_meant
 from colocate.decide.eviction import URGENT
 from colocate.kube.client import EVENTS, PODS, SUBDOMAIN, Api, ApiError, Unreachable, path_of
 from colocate.kube.events import event_about
 from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import Pod
+from colocate.objects import EVICTED, Lean, ObjectMeta, Pod
 
 AGAIN_SECONDS = 2.0
 """Between two attempts at what a budget refuses."""
@@ -29,9 +30,16 @@ FORGET_SECONDS = 600.0
 GANG_SECONDS = 20.0
 """For so long after one gang no other is broken, unless for memory."""
 AT_ONCE, MOST_OF_A_NODE = 16, 32
-ASK_SECONDS, LEAST_GRACE_SECONDS = 10.0, 1
+LEAST_GRACE_SECONDS = 1
 COMPONENT = "colocate-publication"
+POD_GROUP_API = "scheduling.x-k8s.io/v1alpha1"
 log = structlog.get_logger()
+
+
+class _Named(Lean, frozen=True):
+    """Of an object its metadata."""
+
+    metadata: ObjectMeta
 
 
 class Evictions:
@@ -82,24 +90,18 @@ class Evictions:
     async def _ask(self, node: str, wanted: PodToEvict) -> None:
         if not self._election.holds():
             raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
-        if not (SUBDOMAIN.fullmatch(wanted.namespace) and SUBDOMAIN.fullmatch(wanted.name)):
-            raise ApiError(400, "BadRequest", f"{wanted.namespace}/{wanted.name} is no pod's name")
-        path = path_of(PODS, wanted.namespace, wanted.name)
-        answer = await self._api.request("GET", path, timeout_seconds=ASK_SECONDS, patient=False)
-        pod = msgspec.json.decode(answer, type=Pod)
-        if pod.metadata.uid != wanted.uid or pod.deleting:
+        pod = await pod_meant(self._api, node, wanted)
+        if pod is None:
             return
-        batch = is_batch(pod.metadata.labels, pod.metadata.annotations) or asks_batch(pod)
-        if pod.spec.node_name != node or not batch:
-            raise ApiError(403, "Forbidden", f"{node}'s agent may not end it: it is no batch pod of that node")
         gang = gang_of(pod.metadata)
         self._take_turn(gang, wanted)
         grace = max(wanted.grace_seconds, LEAST_GRACE_SECONDS)
         options = {"preconditions": {"uid": wanted.uid}, "gracePeriodSeconds": grace}
         meta = {"name": wanted.name, "namespace": wanted.namespace}
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta, "deleteOptions": options}
+        path = path_of(PODS, wanted.namespace, wanted.name, "eviction")
         try:
-            await self._api.request("POST", f"{path}/eviction", body, timeout_seconds=ASK_SECONDS, patient=False)
+            await self._api.request("POST", path, body, timeout_seconds=ASK_SECONDS, patient=False)
         except (ApiError, Unreachable):
             self._broken.pop(gang, None)  # it was not: the next one may
             raise
@@ -118,10 +120,29 @@ class Evictions:
         self._broken[gang] = now
 
     async def _say(self, pod: Pod, wanted: PodToEvict) -> None:
-        """An Event on the pod: who took its place, and why."""
+        """Events on the pod, and on its PodGroup, which outlives it: who took its place, and why."""
         meta, text = pod.metadata, f"{wanted.reason}: {wanted.message}"
-        body = event_about("v1", "Pod", meta, "EvictedForServices", text, COMPONENT, warning=True)
         try:
-            await self._api.request("POST", path_of(EVENTS, meta.namespace), body)
+            await self._tell("v1", "Pod", meta, text)
+            group = await self._group_of(meta)
+            if group is not None:
+                await self._tell(POD_GROUP_API, "PodGroup", group, f"{meta.name} on {pod.spec.node_name}: {text}")
         except (ApiError, Unreachable) as error:
             log.debug("event_lost", error=str(error))
+
+    async def _tell(self, api: str, kind: str, meta: ObjectMeta, text: str) -> None:
+        body = event_about(api, kind, meta, EVICTED, text, COMPONENT, warning=True)
+        await self._api.request("POST", path_of(EVENTS, meta.namespace), body)
+
+    async def _group_of(self, meta: ObjectMeta) -> ObjectMeta | None:
+        """The PodGroup whose member a pod says it is, if there is one."""
+        name = next(filter(None, map(meta.labels.get, GANGS[:2])), "")
+        if not SUBDOMAIN.fullmatch(name):
+            return None
+        path = path_of(f"/apis/{POD_GROUP_API}/podgroups", meta.namespace, name)
+        try:
+            return (await self._api.get(_Named, path)).metadata
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise

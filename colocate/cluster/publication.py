@@ -30,6 +30,7 @@ from colocate.cluster.api import (
     amount,
 )
 from colocate.cluster.evictions import Evictions
+from colocate.cluster.held_back import HeldBackPods
 from colocate.cluster.policy_status import PolicyStatuses
 from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, age_of, path_of
 from colocate.kube.lease import Election, LeadershipLost
@@ -90,6 +91,7 @@ class Publication:
         self._promised: dict[str, list[list[int]]] = {}
         """What the agent of a node has promised first and last since we lead."""
         self._evictions = Evictions(api, election)
+        self._held_back = HeldBackPods(api, election)
         self._statuses = PolicyStatuses(api, election, self._spoken)
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
@@ -111,6 +113,7 @@ class Publication:
                     await reflector.synced.wait()
                 tasks.create_task(self._look_for_silence())
                 tasks.create_task(self._evictions.run(self._asking))
+                tasks.create_task(self._held_back.run())
                 tasks.create_task(self._statuses.run())
                 while True:
                     await self._wake.wait()
@@ -153,6 +156,7 @@ class Publication:
             if not old and (before is None or before.status.observed != now.status.observed):
                 self._heard[name] = time.monotonic()
         self._look_at(name)
+        self._held_back.told(name, now, silent=self._silent_seconds(name) >= SILENT_SECONDS)
         self._evictions.wake.set()
 
     async def _look_for_silence(self) -> None:
@@ -162,6 +166,7 @@ class Publication:
             for name in self._said:
                 if self._silent_seconds(name) >= SILENT_SECONDS:
                     self._look_at(name)
+                    self._held_back.told(name, None, silent=True)
             gone = self._said.keys() - self._nodes.keys()
             self._orphaned = {name: self._orphaned.get(name, now) for name in gone}
             for name, since in self._orphaned.items():

@@ -68,6 +68,11 @@ class CpuState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
         return MODES[int(self.node[pulse.MODE])] if self.node else MODES[0]
 
     @property
+    def narrows(self) -> bool:
+        """Whether batch is kept to less than it could take: asked at the floor, held, or tried with more."""
+        return self.mode not in (MODES[0], MODES[2])
+
+    @property
     def grant_cores(self) -> float | None:
         """The cores that are granted; None: no quota."""
         return None if not self.node or self.node[pulse.GRANT] == pulse.UNLIMITED else self.node[pulse.GRANT]

@@ -28,6 +28,7 @@ from colocate.objects import (
 from colocate.units import parse_time
 from podgroup.api import Advice, GangPlan, PlannedMember, PodGroup
 from podgroup.explain.advice import advise
+from podgroup.explain.losses import EvictedMember, HeldBackMember
 from podgroup.policy import policy_named
 from podgroup.queue.decisions import Decisions
 from podgroup.queue.entry import Settings
@@ -96,11 +97,15 @@ class ClusterSnapshot(Lean, frozen=True):
 
 
 class Explanation(Lean, frozen=True):
-    """Why a gang waits, and what would change that."""
+    """Why a gang waits, what would change that, and what the services of its nodes cost it."""
 
     verdict: Verdict
     position: int
     advice: Advice | None
+    held_back: list[HeldBackMember] = msgspec.field(default_factory=list)
+    """Members that get less than they could use, for the services of their nodes."""
+    evicted: list[EvictedMember] = msgspec.field(default_factory=list)
+    """Members that had to go for services, as long as the API server keeps its Events; the last one first."""
 
 
 def load(content: bytes) -> ClusterSnapshot:

@@ -333,7 +333,7 @@ class Storage:
     # what pods need
 
     def needs(self, pod: Pod) -> Needs:
-        """What the claims of a pod ask for; what one that is refused has attached counts on the node that it runs on."""
+        """What the claims of a pod ask for; what a refused one has attached counts on the node that it runs on."""
         refused = ""
         reach: list[NodeSelector] = []
         open_claims: list[Unbound] = []

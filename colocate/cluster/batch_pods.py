@@ -1,0 +1,34 @@
+"""What an agent may say of a pod: of batch pods of its own node only, whatever it names is looked at first."""
+
+from __future__ import annotations
+
+import msgspec
+
+from colocate.cluster.api import PodHeldBack, PodToEvict, asks_batch, is_batch
+from colocate.kube.client import PODS, SUBDOMAIN, Api, ApiError, path_of
+from colocate.objects import Pod
+
+ASK_SECONDS = 10.0
+
+
+async def pod_meant(api: Api, node: str, named: PodToEvict | PodHeldBack) -> Pod | None:
+    """The pod that the agent of a node names; None if it has gone, or is going.
+
+    Raises ApiError (400, 403) of one that is none of that agent's business, and what asking raises.
+    """
+    if not (SUBDOMAIN.fullmatch(named.namespace) and SUBDOMAIN.fullmatch(named.name)):
+        raise ApiError(400, "BadRequest", f"{named.namespace}/{named.name} is no pod's name")
+    path = path_of(PODS, named.namespace, named.name)
+    try:
+        answer = await api.request("GET", path, timeout_seconds=ASK_SECONDS, patient=False)
+    except ApiError as error:
+        if error.status == 404:
+            return None
+        raise
+    pod = msgspec.json.decode(answer, type=Pod)
+    if pod.metadata.uid != named.uid or pod.deleting:
+        return None
+    batch = is_batch(pod.metadata.labels, pod.metadata.annotations) or asks_batch(pod)
+    if pod.spec.node_name != node or not batch:
+        raise ApiError(403, "Forbidden", f"{node}'s agent has no say in it: it is no batch pod of that node")
+    return pod

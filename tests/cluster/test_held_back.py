@@ -1,0 +1,161 @@
+"""What the services of its nodes cost a gang, from what agents say to `explain podgroup`, on a real API server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colocate.cluster import publication
+from colocate.cluster.api import NODE_COLOCATIONS
+from colocate.kube.client import MERGE, path_of
+from colocate.localcluster.controlplane import ControlPlane
+from colocate.objects import HELD_BACK
+from tests.cluster.conftest import World, leader
+from tests.cluster.test_publication import (
+    BATCH,
+    gone,
+    installed,
+    on_node,
+    publishing,
+    say,
+    token_of,
+    wants_gone,
+    with_token,
+)
+
+FROZEN = {"reason": "Frozen", "message": "MemoryPressure: api stalls", "since": "2026-01-01T00:00:00Z"}
+
+
+async def holds_back(world: World, node: str, name: str, uid: str = "", /, **why: str) -> None:
+    """As the agent of a node says it."""
+    uid = uid or (await world.pods())[name].metadata.uid
+    one = {"namespace": world.namespace, "name": name, "uid": uid, **why}
+    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
+    await world.api.request("PATCH", path, {"status": {"heldBack": [one]}}, content_type=MERGE)
+
+
+async def condition(world: World, name: str) -> tuple[str, str, str]:
+    conditions = (await world.pods())[name].status.conditions
+    return next(((c.status, c.reason, c.message) for c in conditions if c.type == HELD_BACK), ("", "", ""))
+
+
+async def until_told(world: World, name: str, status: str, reason: str) -> None:
+    async def told() -> bool:
+        return (await condition(world, name))[:2] == (status, reason)
+
+    await world.until(told, f"{name} is told {reason}")
+
+
+async def test_a_pod_is_told_that_it_is_held_back_and_when_it_is_over(world: World, kinds: None) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await holds_back(world, "n0", "p", **FROZEN)
+        await until_told(world, "p", "True", "Frozen")
+        assert (await condition(world, "p"))[2] == "MemoryPressure: api stalls"
+        await holds_back(world, "n0", "p", reason="Narrowed", message="api waits")
+        await until_told(world, "p", "True", "Narrowed")
+        await holds_back(world, "n0", "p", since="2026-01-01T00:01:00Z")
+        await until_told(world, "p", "False", "Released")
+    await holds_back(world, "n0", "p", **FROZEN)
+    async with publishing(world.api):
+        await until_told(world, "p", "True", "Frozen")
+        await say(world.api, "n0", 0, 0, "Stopped")
+        await until_told(world, "p", "False", "Released")
+
+
+async def test_an_agent_that_is_silent_holds_nobody_back(
+    world: World, kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publication, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(publication, "LOOK_SECONDS", 0.2)
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await holds_back(world, "n0", "p", **FROZEN)
+        await until_told(world, "p", "True", "Frozen")
+        await until_told(world, "p", "False", "AgentSilent")
+
+
+@pytest.mark.parametrize(
+    ("node", "labels", "uid"),
+    [
+        pytest.param("n1", BATCH, "", id="a pod of another node"),
+        pytest.param("n0", {}, "", id="a service"),
+        pytest.param("n0", BATCH, "another", id="a namesake of one that is gone"),
+    ],
+)
+async def test_of_whom_an_agent_has_no_say(
+    world: World, kinds: None, node: str, labels: dict[str, str], uid: str
+) -> None:
+    for name in ("n0", "n1"):
+        await world.node(name, cpu=8, memory="8Gi")
+    await on_node(world, "p", node, **labels)
+    await on_node(world, "q", "n1", **BATCH)
+    async with publishing(world.api):
+        for name, pod in (("n0", "p"), ("n1", "q")):
+            await say(world.api, name, 0, 0)
+            await holds_back(world, name, pod, uid if pod == "p" else "", **FROZEN)
+        await until_told(world, "q", "True", "Frozen")
+        await asyncio.sleep(0.5)
+        assert await condition(world, "p") == ("", "", "")
+
+
+@pytest.fixture
+def explained(world: World, plane: ControlPlane) -> Callable[..., str]:
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "colocate.cli.main", "explain", "podgroup", *words]
+        environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig())}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.replace(f"{world.namespace}/", "ml/")
+
+    return run
+
+
+async def test_a_gang_is_told_what_services_cost_it(
+    world: World, kinds: None, plane: ControlPlane, tmp_path: Path, explained: Callable[..., str]
+) -> None:
+    """By the manifests' own rights: one member frozen, one evicted."""
+    inside = ("-n", world.namespace)
+    await world.node("n0", cpu=8, memory="8Gi")
+    async with leader(world):
+        await world.group("train", 2)
+        for i in range(3):
+            await world.pod(f"train-{i}", "train", labels=BATCH, cpu=1)
+        await world.until_bound("train-0", "train-1", "train-2")
+        assert (
+            await asyncio.to_thread(explained, "train", *inside) == "ml/train does not wait: 3 members have started\n"
+        )
+        async with installed(world.api, "base/publication.yaml"):
+            token = await token_of(world.api, "colocate-publication", {})
+            async with with_token(plane, tmp_path, token) as api, publishing(api, "colocate-system"):
+                await say(world.api, "n0", 0, 0)
+                await holds_back(world, "n0", "train-0", **FROZEN)
+                await until_told(world, "train-0", "True", "Frozen")
+                await wants_gone(world, "n0", "train-2", message="api stalls")
+                await gone(world, "train-2")
+
+                async def told() -> list[str]:
+                    lines = (await asyncio.to_thread(explained, "train", *inside)).splitlines()
+                    return lines if any("evicted" in line for line in lines) else []
+
+                lines = await world.until(told, "the gang is told of its loss")
+        assert "  train-0 on n0 is held back since " in lines[1]
+        assert lines[1].endswith(" (Frozen): MemoryPressure: api stalls")
+        assert lines[2].endswith(" evicted: train-2 on n0: MemoryPressure: api stalls")
+        said: dict[str, Any] = json.loads(await asyncio.to_thread(explained, "train", "-o", "json", *inside))
+        assert [(m["pod"], m["node"], m["reason"]) for m in said["heldBack"]] == [("train-0", "n0", "Frozen")]
+        assert [m["message"] for m in said["evicted"]] == ["train-2 on n0: MemoryPressure: api stalls"]
+        anew = await asyncio.to_thread(explained, "train", "--anew", *inside)
+        assert anew.splitlines()[1:] == lines[1:]
