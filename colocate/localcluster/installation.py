@@ -109,9 +109,9 @@ class Installation:
         self.kubectl("delete", "-n", SYSTEM, "daemonset/colocate-agent", "--cascade=foreground")
         self.kubectl("delete", "nodecolocations", "--all")
 
-    def remove(self) -> None:
-        """All the rest."""
-        self.kubectl("delete", "--ignore-not-found", "-k", str(self._overlay))
+    def remove(self, *, wait: bool = True) -> None:
+        """All, or all the rest; without waiting for nodes that do not answer."""
+        self.kubectl("delete", "--ignore-not-found", f"--wait={str(wait).lower()}", "-k", str(self._overlay))
 
     def kubectl(self, *arguments: str) -> str:
         """What it prints. Raises HostUnfit with its words."""

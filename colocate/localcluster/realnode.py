@@ -29,6 +29,8 @@ BUSYBOX = Path("/usr/bin/busybox")
 IMAGE = "localhost/colocate/pause:1"
 NAME = "localhost"
 """A kubelet refuses a loopback address, but not the name."""
+MOST_PODS = 300
+"""Above kubelet's 110: some operators have 250."""
 SYSCTLS = (
     "vm/overcommit_memory",
     "vm/panic_on_oom",
@@ -138,19 +140,27 @@ class RealNode:
 
     def end_containerd(self) -> None:
         """SIGKILL; it is started again at once, and containers run on."""
-        self._end("containerd", "containerd.toml")
+        self._signal("containerd", "containerd.toml")
 
     def end_kubelet(self) -> None:
         """The same; not more than four times."""
-        self._end("kubelet", "kubelet.json")
+        self._signal("kubelet", "kubelet.json")
 
-    def _end(self, program: str, configuration: str) -> None:
+    def silence_kubelet(self) -> None:
+        """SIGSTOP: a node that nobody reaches, whose containers run on."""
+        self._signal("kubelet", "kubelet.json", signal.SIGSTOP)
+
+    def wake_kubelet(self) -> None:
+        """SIGCONT."""
+        self._signal("kubelet", "kubelet.json", signal.SIGCONT)
+
+    def _signal(self, program: str, configuration: str, by: signal.Signals = signal.SIGKILL) -> None:
         wanted = f"{self._home}/{configuration}"
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 if words[0].endswith(program) and wanted in words:
-                    os.kill(int(folder.name), signal.SIGKILL)
+                    os.kill(int(folder.name), by)
 
     @property
     def static_pods(self) -> Path:
@@ -262,6 +272,7 @@ def kubelet_configuration(
         "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},  # nobody wants to wait for minutes
         "makeIPTablesUtilChains": False,
         "nodeStatusUpdateFrequency": "2s",
+        "maxPods": MOST_PODS,
         "evictionHard": {"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
         "staticPodPath": f"{home}/static",
         "podLogsDir": f"{home}/logs",
