@@ -189,6 +189,23 @@ async def test_an_agent_that_is_silent_promises_nothing(
         await until_offered(world, "n0", "4k")
 
 
+@pytest.mark.parametrize("skew", [pytest.param(-86400, id="a day behind"), pytest.param(86400, id="a day ahead")])
+async def test_a_clock_that_is_wrong_changes_nothing(
+    world: World, kinds: None, monkeypatch: pytest.MonkeyPatch, skew: int
+) -> None:
+    """Silence is measured by the publisher's own clock, from one word to the next."""
+    monkeypatch.setattr(publication, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(publication, "LOOK_SECONDS", 0.2)
+    await world.node("n0", cpu=8, memory="8Gi")
+    async with publishing(world.api):
+        for cpu in range(1000, 7000, 1000):
+            await say(world.api, "n0", cpu, 2 << 30, at=skew + cpu // 1000)
+            if cpu > 1000:  # the first word of a node that was there before may be an old one
+                await until_offered(world, "n0", f"{cpu // 1000}k")
+            await asyncio.sleep(0.8)
+        await until_offered(world, "n0", "0")
+
+
 async def test_a_node_that_is_gone_takes_its_object_with_it(
     world: World, kinds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
