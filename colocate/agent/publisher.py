@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping
 from math import ceil
+from typing import Any
 
 import msgspec
 import structlog
@@ -48,7 +49,7 @@ from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
 
-MOST_ATTEMPTS, AGAIN_SECONDS = 6, 30.0
+MOST_ATTEMPTS, AGAIN_SECONDS, LOOK_SECONDS = 6, 30.0, 2.0
 HELD_BACK_SECONDS = 10.0
 """Who is held back is told at most so often: it changes with the load of the services."""
 CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
@@ -163,6 +164,7 @@ class Publisher:
                 tasks.create_task(policies.run())
                 tasks.create_task(self._tell_of_policy())
                 tasks.create_task(self._tell_observer(pods))
+                tasks.create_task(self._tell_of_problems({"pods": pods, "policies": policies}))
                 await self._publish(api)
 
     def _on_pod(self, before: PodObject | None, now: PodObject | None) -> None:
@@ -183,6 +185,15 @@ class Publisher:
     async def _tell_observer(self, pods: Reflector[PodObject]) -> None:
         await pods.synced.wait()
         self._agent.observer.lister.told(self._by_cgroup())
+
+    async def _tell_of_problems(self, watched: Mapping[str, Reflector[Any]]) -> None:
+        while True:
+            for what, reflector in watched.items():
+                if reflector.problem:
+                    self._agent.observer.extra_problems[what] = f"{what} are not watched: {reflector.problem}"
+                else:
+                    self._agent.observer.extra_problems.pop(what, None)
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _tell_of_policy(self) -> None:
         while True:

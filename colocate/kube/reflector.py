@@ -77,6 +77,10 @@ class Reflector(Generic[O]):
         """When the server last said something; the loop's clock."""
         self.relists = 0
         self.undecodable = 0
+        self.problem = ""
+        """Why it is not up to date, while two attempts or more in a row have failed."""
+        self._answered: float | None = None
+        """When the server first said something in this attempt."""
         self._version = ""
         self._streams = True
 
@@ -84,16 +88,16 @@ class Reflector(Generic[O]):
         """Keep the copy up to date until cancelled. A collection that does not exist (404) is empty, and asked for
         again.
         """
-        attempt, began = 0, asyncio.get_running_loop().time()
+        attempt = 0
         while True:
+            self._answered = None
             try:
                 if not self._version:
                     await self._list()
-                began = asyncio.get_running_loop().time()
                 await self._watch({"resourceVersion": self._version})
                 attempt = 0
             except (ApiError, Unreachable) as error:
-                held = asyncio.get_running_loop().time() - began > STEADY_SECONDS
+                held = self._answered is not None and self.last_heard - self._answered > STEADY_SECONDS
                 attempt = self._failed(error, 0 if held else attempt)
                 await pause(error, attempt, random.random())
 
@@ -103,6 +107,7 @@ class Reflector(Generic[O]):
         if isinstance(error, ApiError) and error.status == 410:
             self._version = ""
             return 0
+        self.problem = str(error) if attempt else ""
         if isinstance(error, ApiError) and error.status == 404 and not self.synced.is_set():
             self._replace({}, "")
         level = log.warning if attempt in (3, 10) else log.debug
@@ -190,4 +195,6 @@ class Reflector(Generic[O]):
         self.synced.set()
 
     def _heard(self) -> None:
-        self.last_heard = asyncio.get_running_loop().time()
+        self.last_heard, self.problem = asyncio.get_running_loop().time(), ""
+        if self._answered is None:
+            self._answered = self.last_heard

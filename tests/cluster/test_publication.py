@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from colocate.actuate.journal import Journal
+from colocate.agent import publisher as agent_publisher
 from colocate.agent.loop import Agent
 from colocate.agent.policies import Policies
 from colocate.agent.publisher import Publisher
@@ -305,26 +306,16 @@ async def test_of_many_gangs_that_are_named_at_once_one_is_broken(world: World, 
         assert len(await world.pods()) == 5
 
 
-async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server(
-    world: World, kinds: None, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """An agent on the kernel model, everything above it real."""
-    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig()))
-    await world.node("n0", cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0", **BATCH)
-    await on_node(world, "svc", "n0")
-    uid = (await world.pods())["p"].metadata.uid
+@contextlib.asynccontextmanager
+async def modelled_agent(directory: Path, *pods: str) -> AsyncIterator[tuple[Agent, Callable[[], Awaitable[None]]]]:
+    """An agent of n0 on the kernel model, and its next tick; what it says to the API server is real."""
     kernel = ModelKernel(version=2)
-    for path in (
-        "/kubepods",
-        "/kubepods/burstable",
-        "/kubepods/besteffort",
-        "/kubepods/batch",
-        f"/kubepods/batch/pod{uid}",
-    ):
+    for path in ("/kubepods", "/kubepods/burstable", "/kubepods/besteffort", "/kubepods/batch"):
         kernel.mkdir(UNIFIED, path)
-    kernel.spawn("hog", f"/kubepods/batch/pod{uid}")
-    agent = Agent(kernel, ColocationPolicy(), kernels.load(jit=False), Journal(tmp_path, "boot"), clock=kernel)
+    for uid in pods:
+        kernel.mkdir(UNIFIED, f"/kubepods/batch/pod{uid}")
+        kernel.spawn("hog", f"/kubepods/batch/pod{uid}")
+    agent = Agent(kernel, ColocationPolicy(), kernels.load(jit=False), Journal(directory, "boot"), clock=kernel)
     publisher = Publisher(agent, Policies(agent, None), "n0", shadow=False)
     agent.open()
 
@@ -333,30 +324,99 @@ async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server
         await agent.writer.settle()
         kernel.advance(1.0)
 
-    async def knows_its_pods() -> bool:
-        await tick()
-        return agent.observer.lister.watched and uid in agent.observer.lister.pods
-
-    async def says_so() -> bool:
-        await tick()
-        return (await offered(world.api, "n0"))[0] not in (None, "0")
-
     task = asyncio.ensure_future(publisher.run())
     try:
-        async with publishing(world.api):
-            await world.until(knows_its_pods, "the agent knows the pods of its node")
-            await world.until(says_so, "what batch may have is published")
-            wish = Request(
-                verb="evict", workload=f"pod:{uid}", law="memory", reason="MemoryPressure", message="svc stalls"
-            )
-            agent.laws = msgspec.structs.replace(agent.laws, pending=(wish,))
-            await tick()
-            await gone(world, "p")
-            assert "svc" in await world.pods()
+        yield agent, tick
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await agent.close()
+
+
+async def test_a_pod_that_a_law_evicts_goes_through_its_agent_and_the_api_server(
+    world: World, kinds: None, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig()))
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
+    await on_node(world, "svc", "n0")
+    uid = (await world.pods())["p"].metadata.uid
+    async with modelled_agent(tmp_path, uid) as (agent, tick), publishing(world.api):
+
+        async def knows_its_pods() -> bool:
+            await tick()
+            return agent.observer.lister.watched and uid in agent.observer.lister.pods
+
+        async def says_so() -> bool:
+            await tick()
+            return (await offered(world.api, "n0"))[0] not in (None, "0")
+
+        await world.until(knows_its_pods, "the agent knows the pods of its node")
+        await world.until(says_so, "what batch may have is published")
+        wish = Request(verb="evict", workload=f"pod:{uid}", law="memory", reason="MemoryPressure", message="svc stalls")
+        agent.laws = msgspec.structs.replace(agent.laws, pending=(wish,))
+        await tick()
+        await gone(world, "p")
+        assert "svc" in await world.pods()
+
+
+async def test_a_node_that_is_made_anew_offers_again_what_its_agent_says(
+    world: World, kinds: None, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the same name: soon enough, or when the object of the former one has gone already."""
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig()))
+    monkeypatch.setattr(agent_publisher, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(publication, "ORPHANED_SECONDS", 1.0)
+    monkeypatch.setattr(publication, "LOOK_SECONDS", 0.2)
+    async with modelled_agent(tmp_path) as (_, tick), publishing(world.api):
+
+        async def says_so() -> bool:
+            await tick()
+            return (await offered(world.api, "n0"))[0] not in (None, "0")
+
+        for away in (0.0, 3.0):
+            await world.node("n0", cpu=8, memory="8Gi")
+            await world.until(says_so, "what batch may have is published")
+            await world.delete(NODES, "n0")
+            await asyncio.sleep(away)
+        await world.node("n0", cpu=8, memory="8Gi")
+        await world.until(says_so, "what batch may have is published")
+
+
+@pytest.mark.parametrize(
+    ("resource", "said"),
+    [
+        pytest.param("pods", 'cannot list resource "pods"', id="of the pods"),
+        pytest.param("nodecolocations/status", 'cannot patch resource "nodecolocations/status"', id="of its object"),
+        pytest.param("colocationpolicies", 'cannot list resource "colocationpolicies"', id="of the policies"),
+    ],
+)
+async def test_a_right_that_an_agent_lacks_is_among_its_problems(
+    world: World,
+    kinds: None,
+    plane: ControlPlane,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    resource: str,
+    said: str,
+) -> None:
+    """By name; it governs its node all the same."""
+    await world.node("n0", cpu=8, memory="8Gi")
+    async with installed(world.api, "base/agent.yaml"):
+        path = f"{COLLECTIONS['ClusterRole']}/colocate-agent"
+        role = json.loads(await world.api.request("GET", path))
+        role["rules"] = [rule for rule in role["rules"] if resource not in rule["resources"]]
+        await world.api.request("PUT", path, role)
+        token = await token_of(world.api, "colocate-agent", {})
+        async with with_token(plane, tmp_path, token):
+            monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+            async with modelled_agent(tmp_path) as (agent, tick):
+
+                async def told() -> bool:
+                    await tick()
+                    return any(said in problem for problem in agent.problems().values())
+
+                await world.until(told, "the missing right is named")
 
 
 async def test_a_disruption_budget_holds_until_it_allows_it(world: World, kinds: None) -> None:
