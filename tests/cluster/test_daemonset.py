@@ -23,6 +23,7 @@ from colocate.localcluster.controlplane import ControlPlane
 from colocate.localcluster.installation import Installation
 from colocate.localcluster.realnode import NAME, RealNode
 from tests.cluster.conftest import World
+from tests.cluster.test_held_back import FROZEN, condition, holds_back, until_told
 from tests.cluster.test_kubelet import on, until_ready
 from tests.cluster.test_nri import BATCH, SHARES, starts, until_runs
 from tests.cluster.test_publication import offered
@@ -120,7 +121,12 @@ async def test_the_daemonset_places_pods_and_its_removal_leaves_nothing(
             assert limit == f"{64 << 20}\n"
         assert [cgroup_of(port, pid, main) for pid in guardians()] == ["/"], "out of its container's cgroup"
         await asyncio.to_thread(asked_from_afar, plane, world.namespace, asking, tmp_path)
+        await holds_back(world, NAME, "asks", **FROZEN)
+        await until_told(world, "asks", "True", "Frozen")
+        await until_runs(world, real_node, "asks")
+        assert (await condition(world, "asks"))[0] == "True", "kubelet leaves the condition to us"
         await asyncio.to_thread(installed.remove_agents)
+        await until_told(world, "asks", "False", "Released")
 
         async def nothing_offered() -> bool:
             return await offered(world.api, NAME) == (None, None)
