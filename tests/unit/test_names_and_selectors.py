@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 
 import msgspec
 import pytest
@@ -457,7 +458,9 @@ def test_programs_that_govern_batch_too_are_known_by_their_processes(tmp_path):
     shutil.copy2(shutil.which("sleep") or "/bin/sleep", program)
     process = subprocess.Popen([program, "60"])
     try:
-        port = KernelPort()
+        port, until = KernelPort(), time.monotonic() + 10
+        while "koordlet" not in peers(port) and time.monotonic() < until:
+            time.sleep(0.01)  # the kernel shows a new program's arguments a moment after it has begun
         assert peers(port)["koordlet"] == process.pid
         assert "koordlet" in publishers(port)
         (check,) = [c for c in doctor.checks(port) if c.name == "without koordlet"]
