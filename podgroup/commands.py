@@ -348,15 +348,17 @@ def explain_group(options: argparse.Namespace) -> int:
 async def _with_losses(options: argparse.Namespace, key: str, found: Explanation) -> Explanation:
     """What services cost its members, by one's own namespace; who may not see its Events is told that."""
     namespace, _, name = key.partition("/")
-    about = {"fieldSelector": f"involvedObject.kind=PodGroup,involvedObject.name={name},reason={EVICTED}"}
     async with Api.connect(options.kubeconfig, options.context) as api:
         members = held_back(await api.all(Pod, path_of(PODS, namespace)), key)
         try:
+            group = await api.get(DIALECT.groups.kind, path_of(DIALECT.groups.path, namespace, name))
+            about = {"fieldSelector": f"involvedObject.uid={group.metadata.uid},reason={EVICTED}"}
             gone = evicted(await api.all(Event, path_of(EVENTS, namespace), about))
         except ApiError as error:
-            if error.status != 403:
+            if error.status not in (403, 404):
                 raise
-            print(f"who had to go is not known: {error}", file=sys.stderr)
+            if error.status == 403:
+                print(f"who had to go is not known: {error}", file=sys.stderr)
             gone = []
     return msgspec.structs.replace(found, held_back=members, evicted=gone)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from colocate.cluster.api import PodHeldBack
+from colocate.cluster.api import FROZEN, MOST_HELD_BACK, NARROWED, WAITS, PodHeldBack
 from colocate.decide import freeze
 from colocate.decide.pipeline import LawState
 from colocate.model.forecast import Forecast
@@ -19,9 +19,8 @@ from colocate.plan import Plan
 from colocate.snapshot import NodeSnapshot, Workload
 from colocate.units import time_text
 
-FROZEN, NARROWED, WAITS = "Frozen", "Narrowed", "Waits"
 LASTING_SECONDS = 5.0
-"""What is over sooner is not told."""
+"""What is over sooner is not told, nor what it changes to for less."""
 OVER_SECONDS = 30.0
 """What begins again sooner was not over."""
 KEPT_SECONDS = 300.0
@@ -30,21 +29,26 @@ MEAN_SECONDS = 30.0
 """Of the share of the time that a pod waits for a CPU."""
 WAITS_FROM, WAITS_UNTIL = 0.5, 0.3
 """Of that mean: waiting half of the time is half the speed."""
-MOST = 64
-
-
-class _Held(msgspec.Struct):
-    """One pod. Times are monotonic seconds, but for `since`."""
-
-    pod: PodHeldBack
-    began: float
-    last: float
-    said: bool = False
+MESSAGE_CHARACTERS = 256
 
 
 class _Cause(NamedTuple):
     reason: str
     message: str
+
+
+class _Held(msgspec.Struct):
+    """One pod. Times are monotonic seconds, but for `wall`."""
+
+    cause: str
+    """What holds it back now, told or not yet; ..."""
+    message: str
+    began: float
+    """... since when, ..."""
+    wall: float
+    last: float
+    """... and until when."""
+    told: PodHeldBack | None = None
 
 
 class HeldBack:
@@ -54,10 +58,13 @@ class HeldBack:
         self._held: dict[str, _Held] = {}
         self._waits: dict[str, float] = {}
         self._why_frozen: dict[str, str] = {}
+        self._told: set[str] = set()
         self._at: float | None = None
 
     def look(self, snapshot: NodeSnapshot, forecast: Forecast, plan: Plan, laws: LawState) -> list[PodHeldBack]:
-        """The pods to tell of after a tick, by uid; at most `MOST`, those first that are held back now."""
+        """The pods to tell of after a tick, by uid; where there are too many, those that are held back come first,
+        the frozen ones before all, and who has been told of stays.
+        """
         now = snapshot.monotonic_seconds
         pods = {w.id: w for w in snapshot.of("batch") if w.pod}
         self._average(pods, forecast, now)
@@ -67,22 +74,20 @@ class HeldBack:
         self._why_frozen = {id_: why for id_, why in self._why_frozen.items() if id_ in laws.freeze.since}
         narrowed = next((v for v in plan.verdicts if v.law == "cpu"), None) if laws.cpu.narrows else None
         for id_, workload in pods.items():
-            cause = None
-            waits = self._waits.get(id_)
-            if id_ in laws.freeze.since:
+            cause, waits = None, self._waits.get(id_)
+            if workload.frozen and id_ in laws.freeze.since:
                 cause = _Cause(FROZEN, self._why_frozen.get(id_, freeze.LAW))
             elif narrowed is not None and (waits is None or waits >= WAITS_UNTIL):
                 cause = _Cause(NARROWED, f"{narrowed.reason}: {narrowed.message}")
             elif waits is not None and waits >= (WAITS_UNTIL if self._is(id_, WAITS) else WAITS_FROM):
                 cause = _Cause(WAITS, f"it waited for a CPU {waits:.0%} of the last half minute: services come first")
             self._note(workload, cause, now, snapshot.time_seconds)
-        self._held = {
-            id_: held
-            for id_, held in self._held.items()
-            if id_ in pods and now - held.last < (KEPT_SECONDS if held.said else LASTING_SECONDS)
-        }
-        told = sorted((h for h in self._held.values() if h.said), key=lambda h: (not h.pod.reason, -h.last, h.pod.uid))
-        return sorted((h.pod for h in told[:MOST]), key=lambda pod: pod.uid)
+        self._held = {id_: h for id_, h in self._held.items() if id_ in pods and now - h.last < _kept(h)}
+        pods_told = [h.told for h in self._held.values() if h.told is not None]
+        pods_told.sort(key=lambda p: (not p.reason, p.reason != FROZEN, p.uid not in self._told, p.uid))
+        found = sorted(pods_told[:MOST_HELD_BACK], key=lambda pod: pod.uid)
+        self._told = {pod.uid for pod in found}
+        return found
 
     def _average(self, pods: dict[str, Workload], forecast: Forecast, now: float) -> None:
         """An exponential mean of what each waited; none where the kernel does not tell (cgroup v1)."""
@@ -99,21 +104,34 @@ class HeldBack:
         self._waits = found
 
     def _is(self, id_: str, reason: str) -> bool:
-        return id_ in self._held and self._held[id_].pod.reason == reason
+        return id_ in self._held and self._held[id_].cause == reason
 
     def _note(self, workload: Workload, cause: _Cause | None, now: float, wall: float) -> None:
         held = self._held.get(workload.id)
         if cause is None:
-            if held is not None and held.pod.reason and now - held.last >= OVER_SECONDS:
-                over = msgspec.structs.replace(held.pod, reason="", message="", since=time_text(wall))
-                held.pod, held.last = over, now
+            if held is not None and held.cause and now - held.last >= (OVER_SECONDS if held.told else 0.0):
+                held.cause, held.last = "", now
+                if held.told is not None:
+                    held.told = msgspec.structs.replace(held.told, reason="", message="", since=time_text(wall))
             return
-        if held is None or held.pod.reason != cause.reason:
-            (namespace, _, name), uid = workload.pod.partition("/"), workload.id.removeprefix("pod:")
-            pod = PodHeldBack(namespace=namespace, name=name, uid=uid, reason=cause.reason, message=cause.message)
-            pod = msgspec.structs.replace(pod, since=time_text(wall))
-            if held is None:
-                held = self._held[workload.id] = _Held(pod, began=now, last=now)
-            held.pod = pod
+        if held is None:
+            held = self._held[workload.id] = _Held(cause.reason, cause.message, began=now, wall=wall, last=now)
+        elif held.cause != cause.reason:
+            held.cause, held.message, held.began, held.wall = cause.reason, cause.message, now, wall
         held.last = now
-        held.said = held.said or now - held.began >= LASTING_SECONDS
+        told = held.told.reason if held.told is not None else ""
+        if held.cause != told and now - held.began >= LASTING_SECONDS:
+            (namespace, _, name), uid = workload.pod.partition("/"), workload.id.removeprefix("pod:")
+            held.told = PodHeldBack(
+                namespace=namespace,
+                name=name,
+                uid=uid,
+                reason=held.cause,
+                message=held.message[:MESSAGE_CHARACTERS],
+                since=time_text(held.wall),
+            )
+
+
+def _kept(held: _Held) -> float:
+    """For how long after its last cause a pod is still known."""
+    return KEPT_SECONDS if held.told is not None else LASTING_SECONDS

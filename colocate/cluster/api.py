@@ -34,6 +34,10 @@ SILENT_SECONDS = 150.0
 SHADOW, STOPPED, ANOTHER = "Shadow", "Stopped", "AnotherAgent"
 """The reasons of an agent that only computes, whose promises are nobody's, of one that has ended, and of one that has
 found another program on its node that governs batch: two would contradict each other in the node's status."""
+FROZEN, NARROWED, WAITS = HOLDS = "Frozen", "Narrowed", "Waits"
+"""For what a batch pod gets less than it could use: it is stopped; batch is kept to less CPU; services come first."""
+MOST_HELD_BACK = 256
+"""Pods of a node that are named: more than a kubelet should have."""
 PUBLISHED = "colocate.io/published"
 """An annotation of nodes: their batch resources are ours. Those of others are left alone."""
 

@@ -8,16 +8,20 @@ from colocate.cluster.api import PodHeldBack, PodToEvict, asks_batch, is_batch
 from colocate.kube.client import PODS, SUBDOMAIN, Api, ApiError, path_of
 from colocate.objects import Pod
 
-ASK_SECONDS = 10.0
+ASK_SECONDS = 5.0
 
 
-async def pod_meant(api: Api, node: str, named: PodToEvict | PodHeldBack) -> Pod | None:
+class NotItsBusiness(ApiError):  # noqa: N818
+    """An agent has no say in that pod."""
+
+
+async def pod_meant(api: Api, node: str, named: PodToEvict | PodHeldBack, *, batch_only: bool = True) -> Pod | None:
     """The pod that the agent of a node names; None if it has gone, or is going.
 
-    Raises ApiError (400, 403) of one that is none of that agent's business, and what asking raises.
+    Raises NotItsBusiness, and what asking raises. `batch_only` is for what harms it.
     """
     if not (SUBDOMAIN.fullmatch(named.namespace) and SUBDOMAIN.fullmatch(named.name)):
-        raise ApiError(400, "BadRequest", f"{named.namespace}/{named.name} is no pod's name")
+        raise NotItsBusiness(400, "BadRequest", f"{named.namespace}/{named.name} is no pod's name")
     path = path_of(PODS, named.namespace, named.name)
     try:
         answer = await api.request("GET", path, timeout_seconds=ASK_SECONDS, patient=False)
@@ -28,7 +32,7 @@ async def pod_meant(api: Api, node: str, named: PodToEvict | PodHeldBack) -> Pod
     pod = msgspec.json.decode(answer, type=Pod)
     if pod.metadata.uid != named.uid or pod.deleting:
         return None
-    batch = is_batch(pod.metadata.labels, pod.metadata.annotations) or asks_batch(pod)
+    batch = not batch_only or is_batch(pod.metadata.labels, pod.metadata.annotations) or asks_batch(pod)
     if pod.spec.node_name != node or not batch:
-        raise ApiError(403, "Forbidden", f"{node}'s agent has no say in it: it is no batch pod of that node")
+        raise NotItsBusiness(403, "Forbidden", f"{node}'s agent has no say in it: it is no batch pod of that node")
     return pod

@@ -127,12 +127,13 @@ class Evictions:
             group = await self._group_of(meta)
             if group is not None:
                 await self._tell(POD_GROUP_API, "PodGroup", group, f"{meta.name} on {pod.spec.node_name}: {text}")
-        except (ApiError, Unreachable) as error:
+        except (ApiError, Unreachable, msgspec.DecodeError) as error:
             log.debug("event_lost", error=str(error))
 
     async def _tell(self, api: str, kind: str, meta: ObjectMeta, text: str) -> None:
         body = event_about(api, kind, meta, EVICTED, text, COMPONENT, warning=True)
-        await self._api.request("POST", path_of(EVENTS, meta.namespace), body)
+        path = path_of(EVENTS, meta.namespace)
+        await self._api.request("POST", path, body, timeout_seconds=ASK_SECONDS, patient=False)
 
     async def _group_of(self, meta: ObjectMeta) -> ObjectMeta | None:
         """The PodGroup whose member a pod says it is, if there is one."""
@@ -141,8 +142,9 @@ class Evictions:
             return None
         path = path_of(f"/apis/{POD_GROUP_API}/podgroups", meta.namespace, name)
         try:
-            return (await self._api.get(_Named, path)).metadata
+            answer = await self._api.request("GET", path, timeout_seconds=ASK_SECONDS, patient=False)
         except ApiError as error:
             if error.status == 404:
                 return None
             raise
+        return msgspec.json.decode(answer, type=_Named).metadata

@@ -93,6 +93,8 @@ class Publication:
         self._evictions = Evictions(api, election)
         self._held_back = HeldBackPods(api, election)
         self._statuses = PolicyStatuses(api, election, self._spoken)
+        self.synced = False
+        """Whether it has listed what it watches."""
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self.writes = 0
@@ -107,10 +109,14 @@ class Publication:
                 policies: Reflector[ColocationPolicyObject] = Reflector(
                     self._api, POLICIES, ColocationPolicyObject, self._statuses.told
                 )
+                await self._held_back.inherit()
                 for task in (nodes.run(), said.run(), policies.run()):
                     tasks.create_task(task)
                 for reflector in (nodes, said):
                     await reflector.synced.wait()
+                self.synced = True
+                for name in set(self._held_back.nodes) - self._said.keys():
+                    self._held_back.told(name, None)
                 tasks.create_task(self._look_for_silence())
                 tasks.create_task(self._evictions.run(self._asking))
                 tasks.create_task(self._held_back.run())
@@ -149,14 +155,15 @@ class Publication:
             self._heard.pop(name, None)
         else:
             self._said[name] = now
-            if now.status.reason not in (SHADOW, ANOTHER):
+            if now.status.reason not in ("", SHADOW, ANOTHER):
                 promised = [amount(now.status.promised.get(r)) for r in RESOURCES]
                 self._promised[name] = [*self._promised.get(name, [])[:1], promised]
             old = before is None and age_of(now.status.observed) > OLD_SECONDS  # a new leader need not wait to know
             if not old and (before is None or before.status.observed != now.status.observed):
                 self._heard[name] = time.monotonic()
         self._look_at(name)
-        self._held_back.told(name, now, silent=self._silent_seconds(name) >= SILENT_SECONDS)
+        if self.synced and (now is None or before is None or before.status != now.status):
+            self._held_back.told(name, now)  # not what was said before this program led: it may be old
         self._evictions.wake.set()
 
     async def _look_for_silence(self) -> None:
@@ -191,6 +198,8 @@ class Publication:
         node, said = self._nodes.get(name), self._said.get(name)
         if node is None:
             return
+        if said is not None and not said.status.reason and PUBLISHED not in node.metadata.annotations:
+            return  # an agent has just begun: its first word may be that this node is another's
         should: dict[str, str | None] = dict.fromkeys(RESOURCES)
         if said is not None:
             should |= wanted(said.status, node.status.allocatable, self._silent_seconds(name))

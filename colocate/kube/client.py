@@ -273,7 +273,10 @@ class Api:
         return Executed(code, bytes(streams[_STDOUT]), streams[_STDERR].decode(errors="replace"))
 
     async def lines(self, path: str, query: Mapping[str, str], idle_seconds: float) -> AsyncIterator[bytes]:
-        """The lines of a watch until the server ends it. Raises ApiError, and Unreachable when nothing comes."""
+        """The lines of a watch until the server ends it; an empty one first, once it has begun to answer.
+
+        Raises ApiError, and Unreachable when nothing comes.
+        """
         try:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=idle_seconds)
             response = await self._send("GET", path, None, query, JSON, timeout)
@@ -282,6 +285,7 @@ class Api:
                     await self._has_renewed()  # for the next attempt
                 if response.status >= 400:
                     raise _error(response, await response.read())
+                yield b""
                 async for line in response.content:
                     yield line
         except aiohttp.http_exceptions.HttpProcessingError as error:
@@ -338,4 +342,4 @@ def _error(response: aiohttp.ClientResponse, content: bytes) -> ApiError:
 async def pause(error: ColocateError, attempt: int, jitter: float) -> None:
     """Wait before the next attempt: as the server asks, else 0.1 s doubling to 10 s, times 0.5 + jitter (0 to 1)."""
     asked = error.retry_after if isinstance(error, ApiError) else None
-    await asyncio.sleep(asked if asked is not None else min(0.1 * 2**attempt, 10.0) * (0.5 + jitter))
+    await asyncio.sleep(asked if asked is not None else min(0.1 * 2 ** min(attempt, 7), 10.0) * (0.5 + jitter))

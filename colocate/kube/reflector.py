@@ -80,7 +80,7 @@ class Reflector(Generic[O]):
         self.problem = ""
         """Why it is not up to date, while two attempts or more in a row have failed."""
         self._answered: float | None = None
-        """When the server first said something in this attempt."""
+        """When the server began to answer in this attempt."""
         self._version = ""
         self._streams = True
 
@@ -97,7 +97,8 @@ class Reflector(Generic[O]):
                 await self._watch({"resourceVersion": self._version})
                 attempt = 0
             except (ApiError, Unreachable) as error:
-                held = self._answered is not None and self.last_heard - self._answered > STEADY_SECONDS
+                now = asyncio.get_running_loop().time()
+                held = self._answered is not None and now - self._answered > STEADY_SECONDS
                 attempt = self._failed(error, 0 if held else attempt)
                 await pause(error, attempt, random.random())
 
@@ -143,6 +144,8 @@ class Reflector(Generic[O]):
         query = {**self._query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": seconds, **query}
         async for line in self._api.lines(self._path, query, IDLE_SECONDS):
             self._heard()
+            if not line:
+                continue
             event = msgspec.json.decode(line, type=_Event)
             if event.type == "ERROR":
                 status = msgspec.json.decode(event.object, type=_Metadata)

@@ -7,15 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from colocate.cluster import publication
+from colocate.cluster import held_back, publication
 from colocate.cluster.api import NODE_COLOCATIONS
-from colocate.kube.client import MERGE, path_of
+from colocate.cluster.held_back import HeldBackPods
+from colocate.kube.client import MERGE, PODS, Unreachable, path_of
 from colocate.localcluster.controlplane import ControlPlane
 from colocate.objects import HELD_BACK
 from tests.cluster.conftest import World, leader
@@ -66,11 +67,86 @@ async def test_a_pod_is_told_that_it_is_held_back_and_when_it_is_over(world: Wor
         await until_told(world, "p", "True", "Narrowed")
         await holds_back(world, "n0", "p", since="2026-01-01T00:01:00Z")
         await until_told(world, "p", "False", "Released")
-    await holds_back(world, "n0", "p", **FROZEN)
+        assert (await condition(world, "p"))[2] == "nothing is kept from it any more"
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "reason"),
+    [
+        pytest.param(lambda world: say(world.api, "n0", 0, 0, "Stopped"), "Released", id="its agent stops"),
+        pytest.param(lambda world: names_nobody(world, "n0"), "Released", id="its agent no longer names it"),
+        pytest.param(
+            lambda world: world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {}),
+            "AgentSilent",
+            id="what its agent has said is deleted",
+        ),
+    ],
+)
+@pytest.mark.parametrize("leads", [True, False], ids=["while it is watched", "while nobody leads"])
+async def test_it_is_over_whatever_became_of_who_said_it(
+    world: World, kinds: None, meanwhile: Callable[[World], Awaitable[Any]], reason: str, leads: bool
+) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
     async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await holds_back(world, "n0", "p", **FROZEN)
         await until_told(world, "p", "True", "Frozen")
-        await say(world.api, "n0", 0, 0, "Stopped")
+        if leads:
+            await meanwhile(world)
+            await until_told(world, "p", "False", reason)
+    if not leads:
+        await meanwhile(world)
+        async with publishing(world.api):
+            await asyncio.sleep(0.5)
+            if reason == "Released":  # a new leader believes an agent once it has heard it itself
+                await say(world.api, "n0", 0, 0, "Stopped", at=60)
+            await until_told(world, "p", "False", reason)
+
+
+async def test_an_old_word_is_not_written_over_a_newer_one(
+    world: World, kinds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one fails, and would be tried again later."""
+    monkeypatch.setattr(held_back, "AGAIN_SECONDS", 0.5)
+    tell, failed = HeldBackPods._tell, list[Any]()
+
+    async def fails_once(pods: HeldBackPods, node: str, word: Any) -> None:
+        if not failed:
+            failed.append(word)
+            raise Unreachable("no answer")
+        await tell(pods, node, word)
+
+    monkeypatch.setattr(HeldBackPods, "_tell", fails_once)
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await holds_back(world, "n0", "p", **FROZEN)
+        while not failed:
+            await asyncio.sleep(0.02)
+        await holds_back(world, "n0", "p", reason="Narrowed", message="api waits")
+        await until_told(world, "p", "True", "Narrowed")
+        await asyncio.sleep(1.0)
+        assert (await condition(world, "p"))[:2] == ("True", "Narrowed")
+
+
+async def test_a_pod_that_is_batch_no_longer_is_released(world: World, kinds: None) -> None:
+    await world.node("n0", cpu=8, memory="8Gi")
+    await on_node(world, "p", "n0", **BATCH)
+    async with publishing(world.api):
+        await say(world.api, "n0", 0, 0)
+        await holds_back(world, "n0", "p", **FROZEN)
+        await until_told(world, "p", "True", "Frozen")
+        unlabelled = {"metadata": {"labels": dict.fromkeys(BATCH)}}
+        await world.api.request("PATCH", path_of(PODS, world.namespace, "p"), unlabelled, content_type=MERGE)
+        await names_nobody(world, "n0")
         await until_told(world, "p", "False", "Released")
+
+
+async def names_nobody(world: World, node: str) -> None:
+    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
+    await world.api.request("PATCH", path, {"status": {"heldBack": []}}, content_type=MERGE)
 
 
 async def test_an_agent_that_is_silent_holds_nobody_back(
@@ -93,6 +169,7 @@ async def test_an_agent_that_is_silent_holds_nobody_back(
         pytest.param("n1", BATCH, "", id="a pod of another node"),
         pytest.param("n0", {}, "", id="a service"),
         pytest.param("n0", BATCH, "another", id="a namesake of one that is gone"),
+        pytest.param("n0", BATCH, "unheard-of", id="a reason that there is not"),
     ],
 )
 async def test_of_whom_an_agent_has_no_say(
@@ -105,7 +182,8 @@ async def test_of_whom_an_agent_has_no_say(
     async with publishing(world.api):
         for name, pod in (("n0", "p"), ("n1", "q")):
             await say(world.api, name, 0, 0)
-            await holds_back(world, name, pod, uid if pod == "p" else "", **FROZEN)
+            why = {**FROZEN, "reason": "x" * 9000} if (pod, uid) == ("p", "unheard-of") else FROZEN
+            await holds_back(world, name, pod, uid if (pod, uid) == ("p", "another") else "", **why)
         await until_told(world, "q", "True", "Frozen")
         await asyncio.sleep(0.5)
         assert await condition(world, "p") == ("", "", "")

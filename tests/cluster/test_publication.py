@@ -53,10 +53,13 @@ async def publishing(api: Api, lease_namespace: str = "default") -> AsyncIterato
     found = Publication(api, election)
     task = asyncio.ensure_future(election.lead(found.run))
     try:
+        while not found.synced and not task.done():
+            await asyncio.sleep(0.02)
         yield found
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task  # whatever it has ended by before fails the test
 
 
 async def say(api: Api, node: str, cpu: int, memory: int, reason: str = "Promised", at: int = 0) -> None:

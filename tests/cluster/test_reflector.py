@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from colocate.kube.client import PODS, Api, path_of
+from colocate.kube.client import PODS, Api, Unreachable, path_of, pause
 from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
 from tests.cluster.conftest import World
@@ -140,3 +140,16 @@ async def test_an_object_that_no_line_holds_is_listed_by_pages(world: World) -> 
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_pause_after_failures_grows_to_its_most_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after hours in which everything fails."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("colocate.kube.client.asyncio.sleep", sleep)
+    for attempt in (0, 1, 7, 2000):
+        await pause(Unreachable("no answer"), attempt, 0.5)
+    assert slept == pytest.approx([0.1, 0.2, 10.0, 10.0])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colocate.agent.held_back import KEPT_SECONDS, LASTING_SECONDS, MOST, OVER_SECONDS, HeldBack
-from colocate.cluster.api import PodHeldBack
+from colocate.agent.held_back import KEPT_SECONDS, LASTING_SECONDS, OVER_SECONDS, HeldBack
+from colocate.cluster.api import MOST_HELD_BACK
 from colocate.decide import attribution
 from colocate.decide.cpu import MODES, CpuState
 from colocate.decide.freeze import FreezeState
@@ -30,8 +32,8 @@ FREEZE = Action(
 CPU = Verdict(law="cpu", state="held", reason="CausedByBatch", message="api: p99 9 ms, target 5 ms")
 
 
-def pod(i=0):
-    return msgspec.structs.replace(make.job(f"train-{i}", pod=f"ml/train-{i}"), id=f"pod:u{i}")
+def pod(i=0, **changes):
+    return msgspec.structs.replace(make.job(f"train-{i}", pod=f"ml/train-{i}", **changes), id=f"pod:u{i}")
 
 
 def mode(name):
@@ -41,7 +43,7 @@ def mode(name):
 
 
 def told(held, at, laws, waiting=None, actions=(), pods=1):
-    workloads = [pod(i) for i in range(pods)]
+    workloads = [pod(i, frozen=f"pod:u{i}" in laws.freeze.since) for i in range(pods)]
     seen = make.forecast({w.id: WorkloadForecast(cpu_pressure_ratio=waiting) for w in workloads})
     plan = Plan(sequence=1, actions=tuple(actions), verdicts=(CPU,))
     return held.look(make.snapshot(*workloads, at=at), seen, plan, laws)
@@ -102,16 +104,53 @@ def test_a_pod_that_is_gone_is_not_told_of():
     assert told(held, 111, THAWED, pods=0) == []
 
 
-@given(st.lists(st.tuples(st.sampled_from([THAWED, FROZEN, mode("held")]), st.integers(0, 90)), max_size=40))
-def test_no_more_is_told_than_may_be_and_nothing_changes_back_and_forth(ticks):
-    held, at, changes = HeldBack(), 100.0, 0
-    before: list[PodHeldBack] = []
+def test_what_a_pod_is_held_back_by_changes_only_once_that_lasts():
+    """A law that goes back and forth is not told step by step."""
+    held, found = HeldBack(), []
+    for at in range(100, 220):
+        laws = FROZEN if (at // 4) % 2 else mode("held")
+        found.append([one.reason for one in told(held, at, laws)])
+    assert {tuple(reasons) for reasons in found} <= {(), ("Frozen",), ("Narrowed",)}
+    assert sum(a != b for a, b in pairwise(found)) <= 1
+
+
+def test_what_was_over_is_told_anew_only_once_it_lasts():
+    held = HeldBack()
+    assert reasons(held, 110, FROZEN) == {"Frozen": LASTING_SECONDS}
+    assert set(reasons(held, 150, THAWED, begin=110)) == {"Frozen", ""}
+    assert set(reasons(held, 153, FROZEN, begin=150)) == {""}
+    assert set(reasons(held, 170, THAWED, begin=153)) == {""}
+
+
+def test_a_pod_that_could_not_be_frozen_is_not_told_that_it_is():
+    held = HeldBack()
+    for at in range(100, 120):
+        seen = make.forecast({"pod:u0": WorkloadForecast()})
+        assert held.look(make.snapshot(pod(frozen=False), at=at), seen, Plan(sequence=1), FROZEN) == []
+
+
+def test_of_more_pods_than_may_be_named_the_frozen_ones_are_and_who_is_named_stays():
+    held, many = HeldBack(), MOST_HELD_BACK + 40
+    last = f"pod:u{many - 1}"
+    laws = msgspec.structs.replace(mode("held"), freeze=FreezeState(since={last: 100.0}))
+    found = [{p.uid for p in told(held, at, laws, pods=many)} for at in range(100, 140)]
+    assert len(found[-1]) == MOST_HELD_BACK
+    assert last.removeprefix("pod:") in found[-1]
+    assert found[-1] == found[10]
+
+
+@given(st.lists(st.tuples(st.sampled_from([THAWED, FROZEN, mode("held")]), st.integers(0, 90)), max_size=120))
+def test_nothing_is_told_back_and_forth(ticks):
+    """Of a pod that stays, no two words in less time than a word has to last."""
+    held, at, since = HeldBack(), 100.0, dict[str, tuple[str, float]]()
     for laws, pods in ticks:
         at += 1
         now = told(held, at, laws, pods=pods)
-        assert len(now) <= MOST
         assert [p.uid for p in now] == sorted(p.uid for p in now)
-        released = {p.uid for p in before if p.reason} & {p.uid for p in now if not p.reason}
-        changes += len(released)
-        before = now
-    assert changes <= 90 * (len(ticks) // OVER_SECONDS), "it is over only when it has been for half a minute"
+        assert all(int(p.uid[1:]) < pods for p in now)
+        for one in now:
+            before, when = since.get(one.uid, (one.reason, at - LASTING_SECONDS))
+            assert one.reason == before or at - when >= LASTING_SECONDS
+            if one.reason != before or one.uid not in since:
+                since[one.uid] = one.reason, at
+        since = {uid: word for uid, word in since.items() if uid in {p.uid for p in now}}
