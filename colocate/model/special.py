@@ -1,4 +1,4 @@
-"""Two functions of statistics that the standard library lacks; numba compiles them as they stand.
+"""Functions of statistics that the standard library lacks; numba compiles them as they stand.
 
 Lentz's continued fraction for the regularized incomplete beta function (Numerical Recipes, 6.4), exact to 1e-9.
 """
@@ -49,3 +49,16 @@ def student_quantile(probability: float, freedom: float) -> float:
         else:
             high = middle
     return 0.5 * (low + high)
+
+
+def binomial_bound(trials: int, chance: float, certainty: float) -> int:
+    """The least k for which a binomial variable is at most k with this certainty: more than k is hardly chance."""
+    low, high = 0, trials
+    while low < high:
+        middle = (low + high) // 2
+        at_most = 1.0 - incomplete_beta(middle + 1.0, float(trials - middle), chance)
+        if at_most >= certainty:
+            high = middle
+        else:
+            low = middle + 1
+    return low
