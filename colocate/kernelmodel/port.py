@@ -37,6 +37,11 @@ class ModelKernel(ModelFiles):
                 task.where[hierarchy] = path
         return task
 
+    def charge(self, task: Task, core_seconds: float) -> None:
+        """CPU time of a task whose life is modelled elsewhere."""
+        task.usage_seconds += core_seconds
+        self._charge(self._cpu_path(task), cpu=core_seconds)
+
     def advance(self, seconds: float) -> None:
         """Let the machine run."""
         end = self.machine.now + seconds
