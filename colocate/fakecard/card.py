@@ -30,14 +30,14 @@ _DONE = 1e-6
 
 
 class CardSpec(NamedTuple):
-    """What a card is like. Times in nanoseconds, memory in bytes."""
+    """What a card is like, as an H100 was measured (README.md). Times in nanoseconds, memory in bytes."""
 
-    slice_ns: int = 2 * MILLISECOND
-    """How long a context runs while another one has work. Undocumented; seen in the field between 0.3 and 5 ms."""
-    switch_ns: int = 200 * MICROSECOND
-    cold: float = 0.05
-    """By how much the first slice after a switch is slower: caches are another's."""
-    depth: int = 1024
+    slice_ns: int = 2_090 * MICROSECOND
+    """How long a context runs while another one has work; undocumented."""
+    switch_ns: int = 150 * MICROSECOND
+    cold: float = 0.014
+    """By how much the first slice after a switch is slower, of kernels that need no memory; more where they do."""
+    depth: int = 1022
     """Launches that a stream holds before the next one blocks its process."""
     launch_ns: int = 10 * MICROSECOND
     """CPU time of one launch."""

@@ -204,7 +204,9 @@ def test_what_a_share_costs_is_learnt():
 
 
 def test_closed_forms():
-    assert stretch(SIGMA, 0.5) == pytest.approx(1 / (1 - 0.275))
+    assert SIGMA == 0.56
+    assert stretch(SIGMA, 0.5) == pytest.approx(1 / (1 - 0.28))
+    assert stretch(1.0, 1.0) == float("inf")
     assert queueing(0.15, 1.27) == pytest.approx(0.85 / (1 - 0.1905))
     assert queueing(0.6, 2.0) == float("inf")
 

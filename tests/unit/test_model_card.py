@@ -37,7 +37,7 @@ def test_a_frozen_cgroup_drains_and_goes_on_when_it_is_thawed(node):
     kernel.advance(0.5)
     process = model.process(task.pid)
     assert process.frozen
-    assert process.client.work / MILLISECOND == pytest.approx(1024 - 500, abs=3)
+    assert process.client.work / MILLISECOND == pytest.approx(1022 - 500, abs=3)
     kernel.advance(1.0)
     busy = process.client.busy_ns
     kernel.advance(1.0)
