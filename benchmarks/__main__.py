@@ -10,12 +10,14 @@ import msgspec
 
 from benchmarks import agent, cluster, gang, isolation, life, node, placement, publication, reaction, speed, worlds
 from benchmarks.common import RESULTS
+from benchmarks.gpu import virtual
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
 
 SUITES = {
     "worlds": worlds.run,
     "publication": publication.run,
+    "gpu": virtual.run,
     "speed": speed.run,
     "agent": agent.run,
     "reaction": reaction.run,

@@ -32,7 +32,8 @@ Mode = Literal["open", "gate", "dial", "off"]
 SOFT, HARD = 0.95, 0.9999
 ALLOWED = 0.01
 """The share of requests that may be beyond a p99 target."""
-LEAST_REQUESTS = 100
+LEAST_REQUESTS, OPEN_REQUESTS = 100, 400
+"""Fewer say little; and where all was predicted to have room, so many at least are the measure of a violation."""
 MOST_OF_A_READING, MOST_OF_A_READING_RATIO = 3.0, 0.03
 """Of the requests beyond the target in one reading so many are counted: this, or this share of all; ..."""
 FLAGRANT, FLAGRANT_RATIO = 20.0, 0.5
@@ -150,10 +151,10 @@ class Felt(msgspec.Struct, frozen=True, kw_only=True):
     alone_busy: float = 0.0
     """The share of the time in which it works, alone: requests in a second times their median."""
 
-    @property
-    def hard(self) -> bool:
+    def hard(self, mode: Mode) -> bool:
         """Whether it is violated beyond what chance allows once in ten thousand windows."""
-        return self.over > binomial_bound(max(int(self.requests), LEAST_REQUESTS), ALLOWED, HARD)
+        trials = max(int(self.requests), OPEN_REQUESTS if mode == "open" else LEAST_REQUESTS)
+        return self.over > binomial_bound(trials, ALLOWED, HARD)
 
     @property
     def soft(self) -> bool:
@@ -191,7 +192,7 @@ def decide_card(card: CardSeen, state: CardState) -> CardDecision:
     if stale > HOLD_AFTER_SECONDS:
         return _stale(card, state, drain, stale)
     state = _learn(card, state, felt, drain)
-    hard, soft = [f for f in felt if f.hard], [f for f in felt if f.soft]
+    hard, soft = [f for f in felt if f.hard(state.mode)], [f for f in felt if f.soft]
     if hard:
         return _violated(card, state, hard[0], drain)
     if state.not_ours and not soft and all(f.requests >= LEAST_REQUESTS for f in felt):

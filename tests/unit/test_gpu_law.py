@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu.world import World
 from colocate.decide.gpu import (
     FIRST_HOLD_SECONDS,
     CardSeen,
@@ -21,7 +22,6 @@ from colocate.fakecard.card import MILLISECOND, SECOND
 from colocate.fakecard.workloads import Service, asynchronous, blocking, trainer
 from colocate.model.gpu import SIGMA, Drains, Slowdown, learn, queueing, stretch
 from colocate.model.special import binomial_bound
-from tests.gpu_world import World
 
 VISION_P99 = 0.0523
 """Of the vision service at ten requests a second, alone: see the first test."""

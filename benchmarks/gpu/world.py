@@ -62,12 +62,16 @@ class Job:
 class World:
     """One service with a target, and batch that comes later."""
 
-    def __init__(self, per_second: float, target_seconds: float, *, sensor: str = "gauge", seed: int = 1) -> None:
+    def __init__(
+        self, per_second: float, target_seconds: float, *, sensor: str = "gauge", seed: int = 1, governed: bool = True
+    ) -> None:
+        """`governed`: whether the law has a say; else it is stock time slicing."""
         self.card = Card(CardSpec())
-        self._per_second, self._seed = per_second, seed
+        self._per_second, self._seed, self._governed = per_second, seed, governed
         self.arrivals = Arrivals(self.card, per_second, seed)
         self.histogram = Histogram(target_seconds)
         self.latencies: list[int] = []
+        self.answered_at: list[int] = []
         self.service = Service(self.card, self.arrivals, self._answered)
         self.jobs: list[Job] = []
         self.state = CardState()
@@ -85,6 +89,7 @@ class World:
 
     def _answered(self, nanoseconds: int) -> None:
         self.latencies.append(nanoseconds)
+        self.answered_at.append(self.card.now)
         self.histogram.add(nanoseconds)
 
     def serve(self, program: Callable[[Service], Program]) -> Process:
@@ -105,6 +110,8 @@ class World:
 
     def run(self, seconds: float) -> None:
         end = self.card.now + round(seconds * SECOND)
+        if not self._governed:
+            self.card.run_until(end)
         while self.card.now < end:
             self.card.run_until(self.card.now + LOOK)
             if self.card.now >= self._next_tick:
