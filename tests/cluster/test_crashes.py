@@ -179,7 +179,8 @@ async def test_a_successor_brings_about_the_same_at_every_write(
         await scenario.create(world)
         cut = proxy.fault = Cut(index, when)
         async with Api.connect(str(proxy.kubeconfig())) as through:
-            first = controller(through, world.namespace, f"at-{index}", Election, LEASE_SECONDS)
+            seconds = LEASE_SECONDS if when == "late" else 10.0  # else it is taken over before it has run out
+            first = controller(through, world.namespace, f"at-{index}", Election, seconds)
             async with first as leading:
                 reached = await cut.wait()
                 if when != "late":
