@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.agent.held_back import KEPT_SECONDS, LASTING_SECONDS, OVER_SECONDS, HeldBack
@@ -139,6 +139,7 @@ def test_of_more_pods_than_may_be_named_the_frozen_ones_are_and_who_is_named_sta
     assert found[-1] == found[10]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([THAWED, FROZEN, mode("held")]), st.integers(0, 90)), max_size=120))
 def test_nothing_is_told_back_and_forth(ticks):
     """Of a pod that stays, no two words in less time than a word has to last."""
