@@ -17,6 +17,7 @@ reading only some are counted (declustering, as for extremes: Coles, 2001, 5.3),
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import lt
 from typing import Literal
 
 import msgspec
@@ -213,8 +214,11 @@ def _listen(card: CardSeen, state: CardState) -> tuple[CardState, list[Felt]]:
     for seen in card.services:
         known = state.services.get(seen.id, ServiceState())
         fresh = bool(seen.counts) and seen.read_at > known.read_at
-        if fresh and (len(known.last) != len(seen.counts) or any(map(_less, seen.counts, known.last))):
-            known = ServiceState(last=seen.counts, read_at=seen.read_at, window=((seen.read_at, seen.counts, 0.0),))
+        if fresh and (len(known.last) != len(seen.counts) or any(map(lt, seen.counts, known.last))):
+            first = ServiceState(last=seen.counts, read_at=seen.read_at, window=((seen.read_at, seen.counts, 0.0),))
+            if len(known.alone) == len(seen.counts):  # it has started anew: what it is alone it was before
+                first = msgspec.structs.replace(first, alone=known.alone, alone_seconds=known.alone_seconds)
+            known = first
         elif fresh:
             stopped = state.off_at is not None and known.read_at >= state.off_at + drain
             quiet = not card.jobs or (stopped and not state.violated)
@@ -222,10 +226,6 @@ def _listen(card: CardSeen, state: CardState) -> tuple[CardState, list[Felt]]:
         services[seen.id] = known
         felt.append(_felt(seen, known, state.changed_at))
     return msgspec.structs.replace(state, services=services), felt
-
-
-def _less(a: float, b: float) -> bool:
-    return a < b
 
 
 def _heard(known: ServiceState, seen: ServiceSeen, changed_at: float, *, quiet: bool) -> ServiceState:
@@ -273,7 +273,7 @@ def _felt(seen: ServiceSeen, known: ServiceState, changed_at: float) -> Felt:
 
 
 def _learn(card: CardSeen, state: CardState, felt: list[Felt], drain: float) -> CardState:
-    """sigma, from the service that is asked most, once per change that has been answered long enough."""
+    """sigma, by the service that is asked most, once enough of its requests have come since the last change."""
     most = max(felt, key=lambda f: f.requests)
     if (
         state.mode not in ("open", "dial")

@@ -158,6 +158,18 @@ def test_8_an_exporter_that_is_gone_opens_nothing():
     assert world.state.hold_off == settled
 
 
+def test_a_service_that_starts_anew_is_still_known():
+    """Its counters begin at nothing; how it is alone need not be learnt again with batch off."""
+    world = vision(1.5)
+    world.batch(blocking())
+    world.run(30)
+    world.histogram.each = [0] * len(world.histogram.each)
+    verdicts = dict(world.verdicts)
+    world.run(20)
+    assert world.state.mode == "gate"
+    assert world.verdicts["Learning"] == verdicts["Learning"]
+
+
 def test_8_where_all_was_open_the_gate_closes_by_the_sensor():
     world = vision(4.0)
     world.batch(trainer())
