@@ -56,7 +56,7 @@ from colocate.units import format_duration
 from podgroup.api import LEASE, PLANS, SCHEDULERS, Advice, GangPlan
 from podgroup.controller.binder import now_text
 from podgroup.dialects.scheduling_sigs import DIALECT
-from podgroup.explain.losses import evicted, held_back
+from podgroup.explain.losses import EvictedMember, evicted, held_back
 from podgroup.explain.manifests import Manifest, pods_of
 from podgroup.explain.snapshot import (
     KIND,
@@ -333,7 +333,7 @@ def explain_group(options: argparse.Namespace) -> int:
     said = None if options.snapshot or options.anew else asyncio.run(_said(options, name))
     key, found = said if said is not None else _decided_anew(options, name)
     if not options.snapshot:
-        found = asyncio.run(_with_losses(options, key, found))
+        found = msgspec.structs.replace(found, evicted=asyncio.run(_evicted(options, key)))
     if options.output in DATA_FORMS:
         print_data(found, options.output)
     else:
@@ -345,22 +345,20 @@ def explain_group(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _with_losses(options: argparse.Namespace, key: str, found: Explanation) -> Explanation:
-    """What services cost its members, by one's own namespace; who may not see its Events is told that."""
+async def _evicted(options: argparse.Namespace, key: str) -> list[EvictedMember]:
+    """The members that had to go for services, by one's own namespace; who may not see its Events is told that."""
     namespace, _, name = key.partition("/")
     async with Api.connect(options.kubeconfig, options.context) as api:
-        members = held_back(await api.all(Pod, path_of(PODS, namespace)), key)
         try:
             group = await api.get(DIALECT.groups.kind, path_of(DIALECT.groups.path, namespace, name))
             about = {"fieldSelector": f"involvedObject.uid={group.metadata.uid},reason={EVICTED}"}
-            gone = evicted(await api.all(Event, path_of(EVENTS, namespace), about))
+            return evicted(await api.all(Event, path_of(EVENTS, namespace), about))
         except ApiError as error:
             if error.status not in (403, 404):
                 raise
             if error.status == 403:
                 print(f"who had to go is not known: {error}", file=sys.stderr)
-            gone = []
-    return msgspec.structs.replace(found, held_back=members, evicted=gone)
+            return []
 
 
 def _print_losses(found: Explanation) -> None:
@@ -391,18 +389,20 @@ async def _said(options: argparse.Namespace, name: str) -> tuple[str, Explanatio
                 break
             await asyncio.sleep(0.2)
         key = f"{namespace}/{name}"
+        pods = [p for p in await api.all(Pod, path_of(PODS, namespace)) if gang_key(p) == key]
         if status is None or not status.reason:
-            foreign = await _foreign(api, options, key)
+            foreign = await _foreign(api, options, pods)
             rest = Verdict(gang=key, outcome="Rest", message=foreign)
-            return (key, Explanation(verdict=rest, position=0, advice=None)) if foreign else None
+            found = Explanation(verdict=rest, position=0, advice=None, held_back=held_back(pods, key))
+            return (key, found) if foreign else None
     outcome: Outcome = "Preempt" if status.reason == "WaitingForPreemption" else "Wait" if status.waits else "Rest"
     verdict = Verdict(gang=key, outcome=outcome, reason=status.reason, message=status.message)
-    return key, Explanation(verdict=verdict, position=status.position, advice=status.advice)
+    held = held_back(pods, key)
+    return key, Explanation(verdict=verdict, position=status.position, advice=status.advice, held_back=held)
 
 
-async def _foreign(api: Api, options: argparse.Namespace, key: str) -> str:
+async def _foreign(api: Api, options: argparse.Namespace, pods: list[Pod]) -> str:
     """Whose the pods of a gang are, if they all are another scheduler's."""
-    pods = [p for p in await api.all(Pod, path_of(PODS, key.partition("/")[0])) if gang_key(p) == key]
     names, ours = {p.spec.scheduler_name for p in pods}, await _schedulers(api, options)
     if not names or names & set(ours):
         return ""

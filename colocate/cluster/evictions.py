@@ -21,7 +21,7 @@ from colocate.cluster.batch_pods import ASK_SECONDS, pod_meant
 from colocate.decide.eviction import URGENT
 from colocate.kube.client import EVENTS, PODS, SUBDOMAIN, Api, ApiError, Unreachable, path_of
 from colocate.kube.events import event_about
-from colocate.kube.lease import Election, LeadershipLost
+from colocate.kube.lease import Election
 from colocate.objects import EVICTED, Lean, ObjectMeta, Pod
 
 AGAIN_SECONDS = 2.0
@@ -88,8 +88,7 @@ class Evictions:
             self._busy.discard(key)
 
     async def _ask(self, node: str, wanted: PodToEvict) -> None:
-        if not self._election.holds():
-            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        self._election.check()
         pod = await pod_meant(self._api, node, wanted)
         if pod is None:
             return

@@ -18,8 +18,8 @@ from colocate.cluster.api import HOLDS, MOST_HELD_BACK, SHADOW, STOPPED, NodeCol
 from colocate.cluster.batch_pods import ASK_SECONDS, NotItsBusiness, pod_meant
 from colocate.kube.client import PODS, STRATEGIC, Api, ApiError, Unreachable, path_of
 from colocate.kube.events import MESSAGE_CHARACTERS
-from colocate.kube.lease import Election, LeadershipLost
-from colocate.objects import HELD_BACK, Condition, Lean, ObjectMeta, Pod
+from colocate.kube.lease import Election
+from colocate.objects import HELD_BACK, Condition, Lean, ObjectMeta
 from colocate.units import time_text
 
 AGAIN_SECONDS, REFUSED_AGAIN_SECONDS = 5.0, 60.0
@@ -141,7 +141,8 @@ class HeldBackPods:
             del self._wanted[node, uid]
 
     async def _tell(self, node: str, word: _Word) -> None:
-        pod = await self._found(node, word)
+        self._election.check()
+        pod = await pod_meant(self._api, node, word.pod, batch_only=word.status == "True")
         there = next((c for c in pod.status.conditions if c.type == HELD_BACK), None) if pod is not None else None
         so_already = there is not None and (there.status, there.reason, there.message) == word[1:]
         if pod is None or so_already or (there is None and word.status == "False"):
@@ -154,15 +155,7 @@ class HeldBackPods:
             "message": word.message,
             "lastTransitionTime": time_text(time.time()) if changed else there.last_transition_time,  # type: ignore[union-attr]
         }
-        self._check()
+        self._election.check()
         body = {"metadata": {"uid": word.pod.uid}, "status": {"conditions": [condition]}}
         path = path_of(PODS, word.pod.namespace, word.pod.name, "status")
         await self._api.request("PATCH", path, body, content_type=STRATEGIC, timeout_seconds=ASK_SECONDS, patient=False)
-
-    async def _found(self, node: str, word: _Word) -> Pod | None:
-        self._check()
-        return await pod_meant(self._api, node, word.pod, batch_only=word.status == "True")
-
-    def _check(self) -> None:
-        if not self._election.holds():
-            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")

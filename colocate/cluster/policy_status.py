@@ -21,7 +21,7 @@ from colocate.cluster.api import (
     whole,
 )
 from colocate.kube.client import MERGE, Api, ApiError, Unreachable, path_of
-from colocate.kube.lease import Election, LeadershipLost
+from colocate.kube.lease import Election
 from colocate.kube.reflector import either
 
 EVERY_SECONDS = 5.0
@@ -81,8 +81,7 @@ class PolicyStatuses:
             await asyncio.sleep(max(EVERY_SECONDS - (time.monotonic() - started), 0.0))
 
     async def _write(self, policy: ColocationPolicyObject, status: ColocationPolicyStatus) -> None:
-        if not self._election.holds():
-            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        self._election.check()
         path = path_of(POLICIES, name=policy.metadata.name, subresource="status")
         try:
             await self._api.request(

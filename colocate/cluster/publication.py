@@ -206,8 +206,7 @@ class Publication:
         promises = any(value is not None for value in should.values())
         if not differs(node.status.allocatable, should) or self._is_anothers(node, promises):
             return
-        if not self._election.holds():
-            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        self._election.check()
         meta = {"annotations": {PUBLISHED: "true" if promises else None}}
         body = {"metadata": meta, "status": {"capacity": should, "allocatable": should}}
         path = path_of(NODES, name=name, subresource="status")

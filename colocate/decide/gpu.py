@@ -395,7 +395,7 @@ def _dial(
         share *= 0.8
     elif len(known) == len(slacks) and min(known) > ROOM and state.mode == "dial":
         share += 0.05
-    share = min(share, cap) if not state.not_ours else PROBATION_SHARE
+    share = min(share, cap)
     text = f"batch has {share:.0%} of the card, at most {cap:.0%} by what its share costs"
     return _decision(card, _turn(card, state, "dial", share=share, period=period), "Dial", text, drain)
 
@@ -418,7 +418,7 @@ def _decision(card: CardSeen, state: CardState, reason: str, message: str, drain
     verdict = Verdict(law=LAW, state=state.mode, reason=reason, message=message, numbers=numbers)
     if state.mode != "dial":
         return CardDecision(state=state, verdict=verdict)
-    on = max(state.share * state.period, 0.0)
+    on = state.share * state.period
     return CardDecision(state=state, verdict=verdict, period_seconds=state.period, on_seconds=on)
 
 

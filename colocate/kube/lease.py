@@ -67,6 +67,11 @@ class Election:
         """Whether this candidate may write: it leads, and the deadline to renew has not passed."""
         return time.monotonic() < self._renewed + self.renew_within_seconds
 
+    def check(self) -> None:
+        """Raises LeadershipLost unless it holds: to be asked just before every write."""
+        if not self.holds():
+            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+
     async def lead(self, led: Callable[[int], Awaitable[None]]) -> None:
         """Wait for leadership, then run `led(epoch)`; returns when that returns. Raises LeadershipLost, and what it
         raises.

@@ -47,8 +47,7 @@ class Binder:
         return f"{self.epoch}.{self._token}"
 
     async def _write(self, method: str, path: str, body: Any, content_type: str = "application/json") -> bytes:
-        if not self._election.holds():
-            raise LeadershipLost("the lease was not renewed in time: nothing is written any more")
+        self._election.check()
         return await self._api.request(method, path, body, content_type=content_type, patient=False)
 
     async def bind(self, pod: Pod, node: str, plan_id: str) -> Pod | None:

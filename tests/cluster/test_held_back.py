@@ -38,9 +38,12 @@ FROZEN = {"reason": "Frozen", "message": "MemoryPressure: api stalls", "since": 
 async def holds_back(world: World, node: str, name: str, uid: str = "", /, **why: str) -> None:
     """As the agent of a node says it."""
     uid = uid or (await world.pods())[name].metadata.uid
-    one = {"namespace": world.namespace, "name": name, "uid": uid, **why}
+    await names(world, node, {"namespace": world.namespace, "name": name, "uid": uid, **why})
+
+
+async def names(world: World, node: str, *held_back: dict[str, str]) -> None:
     path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
-    await world.api.request("PATCH", path, {"status": {"heldBack": [one]}}, content_type=MERGE)
+    await world.api.request("PATCH", path, {"status": {"heldBack": list(held_back)}}, content_type=MERGE)
 
 
 async def condition(world: World, name: str) -> tuple[str, str, str]:
@@ -55,13 +58,18 @@ async def until_told(world: World, name: str, status: str, reason: str) -> None:
     await world.until(told, f"{name} is told {reason}")
 
 
-async def test_a_pod_is_told_that_it_is_held_back_and_when_it_is_over(world: World, kinds: None) -> None:
+async def a_frozen_pod(world: World) -> None:
+    """`p` on n0, which knows that it is frozen."""
     await world.node("n0", cpu=8, memory="8Gi")
     await on_node(world, "p", "n0", **BATCH)
+    await say(world.api, "n0", 0, 0)
+    await holds_back(world, "n0", "p", **FROZEN)
+    await until_told(world, "p", "True", "Frozen")
+
+
+async def test_a_pod_is_told_that_it_is_held_back_and_when_it_is_over(world: World, kinds: None) -> None:
     async with publishing(world.api):
-        await say(world.api, "n0", 0, 0)
-        await holds_back(world, "n0", "p", **FROZEN)
-        await until_told(world, "p", "True", "Frozen")
+        await a_frozen_pod(world)
         assert (await condition(world, "p"))[2] == "MemoryPressure: api stalls"
         await holds_back(world, "n0", "p", reason="Narrowed", message="api waits")
         await until_told(world, "p", "True", "Narrowed")
@@ -74,7 +82,7 @@ async def test_a_pod_is_told_that_it_is_held_back_and_when_it_is_over(world: Wor
     ("meanwhile", "reason"),
     [
         pytest.param(lambda world: say(world.api, "n0", 0, 0, "Stopped"), "Released", id="its agent stops"),
-        pytest.param(lambda world: names_nobody(world, "n0"), "Released", id="its agent no longer names it"),
+        pytest.param(lambda world: names(world, "n0"), "Released", id="its agent no longer names it"),
         pytest.param(
             lambda world: world.api.request("DELETE", path_of(NODE_COLOCATIONS, name="n0"), {}),
             "AgentSilent",
@@ -86,12 +94,8 @@ async def test_a_pod_is_told_that_it_is_held_back_and_when_it_is_over(world: Wor
 async def test_it_is_over_whatever_became_of_who_said_it(
     world: World, kinds: None, meanwhile: Callable[[World], Awaitable[Any]], reason: str, leads: bool
 ) -> None:
-    await world.node("n0", cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0", **BATCH)
     async with publishing(world.api):
-        await say(world.api, "n0", 0, 0)
-        await holds_back(world, "n0", "p", **FROZEN)
-        await until_told(world, "p", "True", "Frozen")
+        await a_frozen_pod(world)
         if leads:
             await meanwhile(world)
             await until_told(world, "p", "False", reason)
@@ -132,21 +136,12 @@ async def test_an_old_word_is_not_written_over_a_newer_one(
 
 
 async def test_a_pod_that_is_batch_no_longer_is_released(world: World, kinds: None) -> None:
-    await world.node("n0", cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0", **BATCH)
     async with publishing(world.api):
-        await say(world.api, "n0", 0, 0)
-        await holds_back(world, "n0", "p", **FROZEN)
-        await until_told(world, "p", "True", "Frozen")
+        await a_frozen_pod(world)
         unlabelled = {"metadata": {"labels": dict.fromkeys(BATCH)}}
         await world.api.request("PATCH", path_of(PODS, world.namespace, "p"), unlabelled, content_type=MERGE)
-        await names_nobody(world, "n0")
+        await names(world, "n0")
         await until_told(world, "p", "False", "Released")
-
-
-async def names_nobody(world: World, node: str) -> None:
-    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
-    await world.api.request("PATCH", path, {"status": {"heldBack": []}}, content_type=MERGE)
 
 
 async def test_an_agent_that_is_silent_holds_nobody_back(
@@ -154,12 +149,8 @@ async def test_an_agent_that_is_silent_holds_nobody_back(
 ) -> None:
     monkeypatch.setattr(publication, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(publication, "LOOK_SECONDS", 0.2)
-    await world.node("n0", cpu=8, memory="8Gi")
-    await on_node(world, "p", "n0", **BATCH)
     async with publishing(world.api):
-        await say(world.api, "n0", 0, 0)
-        await holds_back(world, "n0", "p", **FROZEN)
-        await until_told(world, "p", "True", "Frozen")
+        await a_frozen_pod(world)
         await until_told(world, "p", "False", "AgentSilent")
 
 
