@@ -8,9 +8,22 @@ import sys
 
 import msgspec
 
-from benchmarks import agent, cluster, gang, isolation, life, node, placement, publication, reaction, speed, worlds
+from benchmarks import (
+    agent,
+    cluster,
+    gang,
+    isolation,
+    life,
+    node,
+    placement,
+    power,
+    publication,
+    reaction,
+    speed,
+    worlds,
+)
 from benchmarks.common import RESULTS
-from benchmarks.gpu import virtual
+from benchmarks.gpu import hand, virtual
 from colocate.cli.logs import configure_logs
 from colocate.errors import ColocateError
 
@@ -18,6 +31,8 @@ SUITES = {
     "worlds": worlds.run,
     "publication": publication.run,
     "gpu": virtual.run,
+    "hand": hand.run,
+    "power": power.run,
     "speed": speed.run,
     "agent": agent.run,
     "reaction": reaction.run,

@@ -22,7 +22,7 @@ from benchmarks.common import Runs, bar, cpu_seconds, memory_mib, reference_loop
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.scratch import ScratchNode, sweep
 from colocate.actuate.statedir import default_state_dir
-from colocate.actuate.writer import Drift
+from colocate.actuate.writer import NO_CARE, Care, Drift
 from colocate.agent.loop import Agent
 from colocate.agent.numba_cache import load_kernels
 from colocate.cgroup.port import KernelPort
@@ -124,10 +124,10 @@ async def _unchanged_ticks(port: KernelPort, node: ScratchNode, directory: Path,
         spent += time.process_time() - started
         return found
 
-    async def timed_apply(plan: Plan, snapshot: NodeSnapshot) -> list[Outcome]:
+    async def timed_apply(plan: Plan, snapshot: NodeSnapshot, care: Care = NO_CARE) -> list[Outcome]:
         nonlocal spent
         started = time.process_time()
-        outcomes = await apply(plan, snapshot)
+        outcomes = await apply(plan, snapshot, care)
         spent += time.process_time() - started
         return outcomes
 

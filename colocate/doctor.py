@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import find_kubepods, find_tree, joined, main_hierarchy
 from colocate.observe.neighbourhood import reserved_cpus
-from colocate.observe.node import capacity
+from colocate.observe.node import AMD_FILE, DRIVER_FILES, capacity
 from colocate.observe.peers import PEERS, peers
 from colocate.observe.workloads import Target
 from colocate.units import format_cpulist
+
+LEAST_CHECKPOINT_DRIVER = 570
+"""Its checkpoint interface locks processes (CUDA driver API, 6.37)."""
 
 
 class Check(NamedTuple):
@@ -163,7 +166,7 @@ def _devices(port: KernelPort) -> list[Check]:
     io = [f for f in ("io.max", "io.weight", "io.cost.qos", "blkio.throttle.write_bps_device")
           if _has(port, "blkio", f)]  # fmt: skip
     htb = any("sch_htb" in (port.proc(f) or "") for f in ("/proc/modules",)) or os.path.exists("/sys/module/sch_htb")
-    nvml = any(Path(p).exists() for p in ("/dev/nvidiactl", "/proc/driver/nvidia/version"))
+    nvml = any(Path(p).exists() for p in DRIVER_FILES)
     rapl = bool(port.proc_list("/sys/class/powercap"))
     return [
         Check("disk control", bool(io), ", ".join(io) or "-", "disk use of batch is not limited", "the io controller"),
@@ -197,6 +200,71 @@ def _neighbours(port: KernelPort) -> list[Check]:
     ]  # fmt: skip
 
 
+def _cards(_port: KernelPort) -> list[Check]:
+    """Each card that the driver has, and what of it the law can go by; nothing where there is no driver."""
+    if not any(Path(p).exists() for p in DRIVER_FILES):
+        return []
+    from colocate.observe.nvml import NvmlSilent, Worker
+
+    worker = Worker()
+    try:
+        found = worker.ask(ask="read")
+    except NvmlSilent as error:
+        mend = "load the driver, and give the agent its NVML (manifests/overlays/gpu; gpu.nvmlLibrary)"
+        return [Check("GPUs", False, str(error), "batch beside services on cards is not governed", mend)]
+    finally:
+        worker.end()
+    return [line for card in found["cards"] for line in _card(card, found["driver"])]
+
+
+def _not_held(card: dict[str, Any], driver: str) -> str:
+    """Why the driver's checkpoint interface cannot hold processes of a card; empty: it can."""
+    major = driver.partition(".")[0]
+    if not major.isdigit() or int(major) < LEAST_CHECKPOINT_DRIVER:
+        return f"driver {driver}"
+    return "MPS" if card["mps"] else "MIG" if card["mig"] else ""
+
+
+def _card(card: dict[str, Any], driver: str) -> list[Check]:
+    name = f"GPU {card['index']}"
+    held = _not_held(card, driver) if not card["error"] else ""
+    if card["error"]:
+        lost = "batch on it is kept as it was decided last"
+        return [Check(name, False, f"NVML: {card['error']}", lost, "look at it with nvidia-smi; it may need a reset")]
+    whole = not card["mig"] and not card["virtual"]
+    shared = "MIG" if card["mig"] else "a vGPU" if card["virtual"] else "MPS" if card["mps"] else "time slices"
+    return [
+        Check(f"{name} driver", True, f"{card['name']} {card['uuid']}, driver {driver}"),
+        Check(f"{name} sharing", whole and not card["mps"], shared,
+              "who meets whom is not seen: batch is only watched" if not whole else
+              "clients run together, which the law does not model",
+              "whole cards, shared by time slices (the device plugin's timeSlicing)"),
+        Check(f"{name} counters", card["counted"], "GPM" if card["counted"] else "-",
+              "drains are not measured: a second is taken for granted", "a Hopper card or newer"),
+        Check(f"{name} memory limits", card["limits"], "of cgroups" if card["limits"] else "-",
+              "batch is stopped before the reserve, and not refused memory", "a driver from r615 on, and cgroup v2"),
+        Check(f"{name} checkpoints", not held, held or f"if gpu.lockDrivers names {driver}",
+              "batch is held by the freezer alone, so that its CPU side stands still too", "a driver from 570 on"),
+        *([] if card["persistence"] in (None, True) else
+          [Check(f"{name} persistence", False, "off", "the driver forgets its settings with its last client",
+                 "nvidia-smi -pm 1, or nvidia-persistenced")]),
+    ]  # fmt: skip
+
+
+def _amd(port: KernelPort) -> list[Check]:
+    if not Path(AMD_FILE).exists():
+        return []
+    from colocate.observe.kfd import read_cards
+
+    seen = read_cards(port)
+    return [
+        Check("AMD GPUs", bool(seen), ", ".join(c["name"] for c in seen) or "/dev/kfd alone",
+              "batch beside services on them is not seen", "the amdgpu driver's files in /sys/class/kfd"),
+        Check("AMD suspended queues", os.geteuid() == 0, "if gpu.suspendQueues is on",
+              "batch on them is only watched", "be root (CAP_SYS_PTRACE), Linux 6.5 or newer"),
+    ]  # fmt: skip
+
+
 def _kubelets(port: KernelPort) -> list[Check]:
     """What kubelet itself governs where we do too, and how both go together."""
     tree = find_tree(port, "/")
@@ -225,5 +293,5 @@ def _kubelets(port: KernelPort) -> list[Check]:
 
 def checks(port: KernelPort) -> list[Check]:
     """All lines of the doctor, in the order of the table."""
-    parts = (_cgroup, _cpu, _pressure, _memory_and_freeze, _devices, _neighbours, _kubelets)
+    parts = (_cgroup, _cpu, _pressure, _memory_and_freeze, _devices, _cards, _amd, _neighbours, _kubelets)
     return [check for part in parts for check in part(port)]

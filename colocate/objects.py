@@ -11,7 +11,7 @@ import msgspec
 
 Quantities = dict[str, str | int | float]
 """Resource name -> quantity, as written."""
-HELD_BACK, EVICTED = "colocate.io/HeldBack", "EvictedForServices"
+HELD_BACK, GANG_HELD, EVICTED = "colocate.io/HeldBack", "colocate.io/GangHeld", "EvictedForServices"
 """The condition of a batch pod that has to do with less for the services of its node, and the reason of the Events
 about one that had to go, and about its PodGroup."""
 
@@ -492,9 +492,9 @@ class CsiNodeDriver(Lean, frozen=True):
 
 
 class CsiNodeSpec(Lean, frozen=True):
-    """The drivers of a node."""
+    """The drivers of a node; kubelet writes null where there is none."""
 
-    drivers: list[CsiNodeDriver] = []
+    drivers: list[CsiNodeDriver] | None = []
 
 
 class CsiNode(Lean, frozen=True):

@@ -73,6 +73,8 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     latency: Latency | None = None
     priority: int = 0
     gang: str = ""
+    gang_held: str = ""
+    """Which member of it is frozen on another node, and why; empty: none that is known of."""
     in_place: bool = False
     """Governed where it is: the directory was there before us."""
     checkpoint_signal: str = ""
@@ -90,8 +92,86 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     asked_cores: float | None = None
     """Of a service's pod: the sum of its requests; None where nobody has said them."""
     asked_bytes: int | None = None
+    lends_gpu: bool = False
+    """Of a service: batch pods may be given its cards."""
+    gpu_memory_bytes: int | None = None
+    """Of batch: what it says that it will use of a card."""
+    power_watts: float | None = None
+    """What it asks for that its devices draw at most, all together."""
+    power_cards: int = 0
+    """How many GPUs it asks for, where that is known: it may not be on all of them yet."""
+    power_class: str = ""
+    """Of jobs that feel a cap alike: by what curve that is, the policy says."""
     requested_cores: float | None = None
     max_runtime_seconds: float | None = None
+
+
+class CardUser(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One workload's processes on a card."""
+
+    processes: int = 1
+    memory_bytes: int | None = None
+    percent: int | None = None
+    """Share of the last sampling period in which kernels of its ran (NVML's process utilization); None: not told."""
+    drains: tuple[tuple[float, float], ...] = ()
+    """Of batch: (when, for how long its kernels ran on after it was stopped). Monotonic seconds, seconds."""
+    sensor: str = ""
+    """Of a service: by what it is seen within milliseconds whether it is busy; empty: by nothing."""
+    sensor_problem: str = ""
+    """Why not by more."""
+    sensing: bool = False
+    """Whether that is still being found out."""
+    busy_ratio: float | None = None
+    """Of a service: the share of time in which that sensor saw it busy."""
+
+
+class Card(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One GPU and who is on it, by NVML's list of processes and their cgroups."""
+
+    uuid: str
+    index: int = 0
+    name: str = ""
+    at_seconds: float = 0.0
+    """Monotonic time of the reading."""
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    percent: int | None = None
+    mig: bool = False
+    virtual: bool = False
+    """A vGPU's guest sees a part of a card: what others do on it is not known."""
+    mps: bool = False
+    counted: bool = True
+    """Whether it has counters (GPM) by which a drain is seen."""
+    users: dict[str, CardUser] = {}
+    """By the id of the workload."""
+    strangers: int = 0
+    """Processes on it that are no workload's."""
+    reaction_seconds: float | None = None
+    """From a sensor to batch stopped, the 95th percentile as it was measured; None: not yet."""
+    watts: float | None = None
+    """What it draws, and the limit of that which is in force; a neighbour that reaches it costs clock."""
+    limit_watts: float | None = None
+    set_watts: float | None = None
+    """The limit that was set; another one, of the board or its chassis, may be the one in force."""
+    least_watts: float | None = None
+    most_watts: float | None = None
+    """What can be set; None where the driver takes no limit."""
+    allotted: tuple[str, ...] = ()
+    """Ids of the workloads that were given it, whether they are on it yet or not."""
+    pcie_bytes_per_second: tuple[float, float] | None = None
+    """To it and from it, since the reading before; None: not told."""
+    preempts: bool = False
+    """Whether a process's queues can be taken off it in the middle of their kernels (AMD)."""
+    driver: str = ""
+    """Its version, `580.159.04`."""
+    struck: str = ""
+    """Why the driver is not asked to hold processes any more; empty: it may be."""
+    limits: bool = False
+    """Whether the driver limits what a cgroup may have of its memory (r615 and newer)."""
+    suspended: dict[str, str] = {}
+    """Batch that was on it and is taken off it, or on its way: `going`, `suspended`, or why that failed."""
+    problem: str = ""
+    """Why there is no fresh reading."""
 
 
 class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, dict=True):
@@ -120,6 +200,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     """CPU time of cgroups that are neither a service's, BestEffort's, batch's nor above one: who else may disturb."""
     workloads: dict[str, Workload] = {}
     tier: Workload | None = None
+    cards: dict[str, Card] = {}
+    """By UUID; empty on a node without GPUs."""
     stale_seconds: dict[str, float] = {}
     """Sections whose collector failed, with the age of what is shown in its place."""
     warming: bool = False
@@ -130,6 +212,16 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     def of(self, tier: Tier) -> list[Workload]:
         """The workloads of one tier, in the order of their ids."""
         return list(self._by_tier.get(tier, ()))
+
+    @functools.cached_property
+    def beside_batch_on_cards(self) -> frozenset[str]:
+        """Ids of the workloads that share a card with batch: what they feel may be the card's."""
+        found: set[str] = set()
+        for card in self.cards.values():
+            tiers = {i: self.workloads[i].tier for i in card.users if i in self.workloads}
+            if "batch" in tiers.values():
+                found |= {i for i, tier in tiers.items() if tier != "batch"}
+        return frozenset(found)
 
     @functools.cached_property
     def _by_tier(self) -> dict[Tier, list[Workload]]:

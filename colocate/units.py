@@ -22,7 +22,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|µs|ms|s|m|h|d)")
 _SI = {"n": Fraction(1, 10**9), "u": Fraction(1, 10**6), "m": Fraction(1, 1000), "E": Fraction(10**18)}
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?")
 
-MOST_CORES, MOST_BYTES = 65536, 1 << 60
+MOST_CORES, MOST_BYTES, MOST_WATTS = 65536, 1 << 60, 100_000
 """More than any node has; what is beyond is a slip of the pen."""
 
 CPU_PERIOD_US = 100_000
@@ -43,6 +43,14 @@ Cores = Annotated[float, msgspec.Meta(extra={"quantity": "cores"})]
 
 Percent = Annotated[float, msgspec.Meta(extra={"quantity": "percent"})]
 """A percentage of 0 to 100; written `65` or `65%` in a policy."""
+
+
+def parse_watts(text: str) -> int:
+    """Whole watts: `300`, `300W`. Raises ValueError."""
+    number = text.strip().removesuffix("W").rstrip()
+    if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= MOST_WATTS:
+        raise ValueError(f"{text[:40]!r}: write whole watts from 1 to {MOST_WATTS}, e.g. 300")
+    return int(number)
 
 
 def parse_duration(text: str | float) -> float:

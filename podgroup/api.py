@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from colocate.objects import Condition, Lean, ObjectMeta, Quantities
+from colocate.cluster.api import POWER
+from colocate.objects import Condition, LabelSelector, Lean, ObjectMeta, Quantities
 
 POD_GROUP_LABEL = "scheduling.x-k8s.io/pod-group"
 POD_GROUP_API = "scheduling.x-k8s.io/v1alpha1"
@@ -17,6 +18,7 @@ SCHEDULERS = "colocate.io/schedulers"
 LEASE = ("colocate-system", "colocate-controller")
 """Namespace and name of that lease, unless the controller was told otherwise."""
 PLANS = f"/apis/{PLAN_API}/gangplans"
+POWER_BUDGETS = f"/apis/{PLAN_API}/powerbudgets"
 
 
 class PodGroupSpec(Lean, frozen=True):
@@ -150,3 +152,38 @@ class GangPlan(Lean, frozen=True):
     metadata: ObjectMeta
     spec: GangPlanSpec = GangPlanSpec()
     status: GangPlanStatus = GangPlanStatus()
+
+
+class PowerBudgetSpec(Lean, frozen=True):
+    """How many watts the pods on a set of nodes may ask for together: on a rack, a row, or in the whole cluster."""
+
+    watts: int = 0
+    """What these nodes may draw, all together."""
+    node_selector: LabelSelector = LabelSelector()
+    """Of the labels of nodes; an empty one selects all."""
+    idle_watts: int = 0
+    """What each of these nodes draws that no pod asks for; set aside."""
+    resource: str = POWER
+    """What pods ask for their watts by: `colocate.io/power`, or `intel.com/power`."""
+
+
+class PowerBudgetStatus(Lean, frozen=True):
+    """What is asked of it."""
+
+    nodes: int = 0
+    """How many nodes it is of."""
+    requested: int = 0
+    """Watts that pods on these nodes ask for."""
+    left: int = 0
+    """Watts that more pods may ask for; below 0 where more is asked for already than there is."""
+    message: str = ""
+    """What is wrong; empty: nothing."""
+    observed_generation: int = 0
+
+
+class PowerBudget(Lean, frozen=True):
+    """colocate.io/v1alpha1 PowerBudget, of no namespace."""
+
+    metadata: ObjectMeta
+    spec: PowerBudgetSpec = PowerBudgetSpec()
+    status: PowerBudgetStatus = PowerBudgetStatus()

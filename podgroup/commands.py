@@ -53,7 +53,7 @@ from colocate.objects import (
     VolumeAttachment,
 )
 from colocate.units import format_duration
-from podgroup.api import LEASE, PLANS, SCHEDULERS, Advice, GangPlan
+from podgroup.api import LEASE, PLANS, POWER_BUDGETS, SCHEDULERS, Advice, GangPlan, PowerBudget
 from podgroup.controller.binder import now_text
 from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.explain.losses import EvictedMember, evicted, held_back
@@ -72,6 +72,7 @@ from podgroup.explain.snapshot import (
 from podgroup.explain.snapshot import what_if as ask
 from podgroup.queue.entry import Settings
 from podgroup.state.gangs import gang_key
+from podgroup.state.node_budgets import of_power_budget
 
 ADVICE_ATTEMPTS = 25
 """Of a fifth of a second: who has just begun to wait is advised soon."""
@@ -156,7 +157,7 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         try:
             return await api.all(kind, path)
         except ApiError as error:
-            if error.status == 404 and path in (DIALECT.groups.path, PLANS):
+            if error.status == 404 and path in (DIALECT.groups.path, PLANS, POWER_BUDGETS):
                 return []  # the custom resources are not installed
             raise
 
@@ -184,6 +185,7 @@ async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
         attachments=await every(VolumeAttachment, ATTACHMENTS),
         namespaces=await every(Namespace, NAMESPACES),
         budgets=await every(DisruptionBudget, BUDGETS),
+        node_budgets=[of_power_budget(budget) for budget in await every(PowerBudget, POWER_BUDGETS)],
         classes=await every(PriorityClass, CLASSES),
     )
     return msgspec.structs.replace(snapshot, verdicts=decide(snapshot))

@@ -62,6 +62,7 @@ TEMPLATES: dict[str, tuple[str, str, tuple[Value, ...]]] = {
     "colocationpolicies.yaml": ("crd/colocationpolicies.yaml", "", ()),
     "nodecolocations.yaml": ("crd/nodecolocations.yaml", "", ()),
     "gangplans.yaml": ("crd/gangplans.yaml", "", ()),
+    "powerbudgets.yaml": ("crd/powerbudgets.yaml", "", ()),
     "controller-rights.yaml": ("rbac/controller.yaml", ".Values.controller.enabled", ()),
     "controller.yaml": (
         "controller/controller.yaml",

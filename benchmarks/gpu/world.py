@@ -14,6 +14,7 @@ from colocate.model.gpu import Drains
 
 LOOK = 5 * MILLISECOND
 TICK = SECOND
+PROBE = 50 * MILLISECOND
 
 
 def bounds(target_seconds: float) -> tuple[float, ...]:
@@ -46,6 +47,10 @@ class Job:
         if not self.process.frozen:
             self.process.freeze()
             self._stopped_at = self.process.card.now
+
+    @property
+    def draining(self) -> bool:
+        return self._stopped_at is not None
 
     def let_go(self) -> None:
         self.process.thaw()
@@ -84,6 +89,7 @@ class World:
         self.writes = 0
         self._idle_since: int | None = 0
         self._next_tick = TICK
+        self._probed_at = -TICK
         self.decision: CardDecision | None = None
         self.on_tick: Callable[[], None] = lambda: None
 
@@ -136,6 +142,7 @@ class World:
             services=(service,),
             jobs=tuple(JobSeen(id=f"job:{i}", name=f"job {i}", drains=j.drains) for i, j in enumerate(self.jobs)),
             sensor=self.sensor,
+            stopped=all(job.process.frozen for job in self.jobs),
         )
         self.decision = decide_card(seen, self.state)
         self.state = self.decision.state
@@ -164,11 +171,24 @@ class World:
             return True
         if self.state.mode == "off":
             return False
+        idle = self.card.now - self._idle_since if self._idle_since is not None else -1
         if self.state.mode == "gate":
-            idle = self.card.now - self._idle_since if self._idle_since is not None else -1
             return idle >= self.state.hold_off * SECOND
+        if self.state.mode == "probe":
+            return self._probe(idle if self.sensor else SECOND)
         phase = (self.card.now / SECOND) % decision.period_seconds
         return phase < decision.on_seconds
+
+    def _probe(self, idle: int) -> bool:
+        """Moments of fifty milliseconds, two a second at most."""
+        since = self.card.now - self._probed_at
+        if since < PROBE:
+            return idle >= 0
+        draining = any(job.draining for job in self.jobs)
+        if since >= TICK / 2 and not draining and idle >= self.state.hold_off * SECOND:
+            self._probed_at = self.card.now
+            return True
+        return False
 
     def quantile(self, q: float, since: int = 0) -> float:
         """Of the latencies after the first `since`, seconds."""

@@ -30,6 +30,8 @@ OCCUPIED = "occupied"
 """The agent has ended in order, but jobs go on in the tier."""
 LAST_WORDS = "guardian.log"
 LOOK_AGAIN_SECONDS = 1.0
+TRY_AGAIN_SECONDS, MOST_TRIES = 5.0, 60
+"""What could not be undone, a limit of a driver that hung, say, is tried again."""
 
 
 class Guardian:
@@ -86,13 +88,18 @@ def main(state_dir: str, lock_dir: str, node_root: str) -> int:
         _leave_the_container()
     if _listen(Path(state_dir)) in WORDS:
         return 0
+    tries = MOST_TRIES
     while True:
         report = undo(Path(state_dir), Path(lock_dir), node_root, agent)
         if report is None:
             return 0
-        if not report.occupied:
+        if report.failed:
+            tries -= 1
+            with contextlib.suppress(OSError):
+                Path(state_dir, LAST_WORDS).write_text("not undone yet:\n" + "\n".join(report.failed) + "\n")
+        if not report.waits and (not report.failed or not tries):
             return 1 if report.failed else 0
-        _wait_until_empty(report.occupied)
+        _wait_until_empty(report.waits, TRY_AGAIN_SECONDS if report.failed and tries > 0 else None)
 
 
 def _leave_the_container() -> None:
@@ -175,8 +182,9 @@ def undo(state_dir: Path, lock_dir: Path, node_root: str, agent: int) -> Report 
     return report
 
 
-def _wait_until_empty(paths: list[str]) -> None:
-    """Wait until no process is left in these cgroups; whoever reads the dead agent's stderr need not wait with us."""
+def _wait_until_empty(paths: list[str], seconds: float | None) -> None:
+    """Wait until one of these cgroups is empty, or for so long; whoever reads the dead agent's stderr need not wait
+    with us."""
     from colocate.cgroup.port import KernelPort
     from colocate.cgroup.tree import processes_anywhere
 
@@ -184,8 +192,9 @@ def _wait_until_empty(paths: list[str]) -> None:
     os.dup2(null, 2)
     os.close(null)
     port = KernelPort()
+    until = None if seconds is None else time.monotonic() + seconds
     time.sleep(LOOK_AGAIN_SECONDS)
-    while any(processes_anywhere(port, path) for path in paths):
+    while all(processes_anywhere(port, path) for path in paths) and (until is None or time.monotonic() < until):
         time.sleep(LOOK_AGAIN_SECONDS)
     port.close()
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +20,16 @@ import msgspec
 from colocate.errors import JournalBroken, StateTooNew
 from colocate.knob import same
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 3
 PREALLOCATED_BYTES = 1 << 20
 NAME = "journal"
 COMPACT_FROM_ENTRIES = 1000
 KEPT_OF_A_FILE = 4
 
+
+SINCE = {"process": 2, "setting": 2, "cap": 3}
+"""The first version that knows a kind; the others were always there."""
+DRIVER_KINDS = frozenset(SINCE)
 
 Key = tuple[str, str, int, str]
 """A file of one cgroup: hierarchy, path, inode, file name."""
@@ -35,10 +39,11 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One fact to undo.
 
     `value`: a file of a directory that is not ours; `made`: a directory of ours (inode 0: about to be made);
-    `moved`: a process.
+    `moved`: a process; `process`: one that a GPU driver holds; `setting`: of a card (`file` names it) for a cgroup;
+    `cap`: the power limit of a device (`file`), kept for as long as a cgroup is occupied.
     """
 
-    kind: Literal["value", "made", "moved"]
+    kind: Literal["value", "made", "moved", "process", "setting", "cap"]
     boot_id: str
     hierarchy: str
     path: str
@@ -49,8 +54,10 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     reason: str = ""
     pid: int = 0
     start_time: int = 0
+    library: str = ""
+    """Of a GPU driver, where it is not found by itself."""
     version: int = 0
-    """Of the format, in the file; 0 is the one of this program, for a default would not be written."""
+    """Of the format, in the file: the first that knows its kind; 0 here, for a default would not be written."""
 
     @property
     def key(self) -> Key:
@@ -64,7 +71,8 @@ def boot_id() -> str:
 
 
 def _line(entry: Entry) -> bytes:
-    body = msgspec.json.encode(msgspec.structs.replace(entry, version=entry.version or JOURNAL_VERSION))
+    since = SINCE.get(entry.kind, 1)  # what was always there an older program undoes too
+    body = msgspec.json.encode(msgspec.structs.replace(entry, version=entry.version or since))
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
@@ -178,8 +186,13 @@ class Journal:
                 self.replace(compacted(self.entries))
             self._compacted = len(self.entries)
 
+    def keep(self, kept: Callable[[Entry], bool], *more: Entry) -> None:
+        """Only the entries of which that is true now, and these; what others add stays. Raises JournalBroken."""
+        with self._lock:
+            self._replace([*filter(kept, self.entries), *more])
+
     def replace(self, entries: Iterable[Entry]) -> None:
-        """Keep only these entries."""
+        """Only these entries, where nobody else adds any."""
         with self._lock:
             self._replace(list(entries))
 

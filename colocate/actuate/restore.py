@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import msgspec
 import structlog
 
-from colocate.actuate.journal import Entry, Journal, newest_found
+from colocate.actuate.journal import DRIVER_KINDS, Entry, Journal, newest_found
 from colocate.cgroup.knobfiles import read_knob, write_knob
 from colocate.cgroup.port import CgroupGone, FilePort
 from colocate.cgroup.tree import (
@@ -42,13 +42,20 @@ class Report(msgspec.Struct, kw_only=True):
     restored: list[str] = []
     left_to_others: list[str] = []
     occupied: list[str] = []
+    capped: list[str] = []
+    """Cgroups whose devices keep their power limits as long as they are occupied."""
     removed: list[str] = []
     failed: list[str] = []
 
     @property
     def clean(self) -> bool:
         """Nothing of ours is left."""
-        return not (self.occupied or self.failed)
+        return not (self.waits or self.failed)
+
+    @property
+    def waits(self) -> list[str]:
+        """Cgroups whose end is waited for."""
+        return [*self.occupied, *self.capped]
 
 
 def _where(entry: Entry) -> str:
@@ -224,11 +231,14 @@ def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Rep
     """
     report = Report()
     thaw_all(port, journal, report)
+    held = [e for e in journal.entries if e.kind in DRIVER_KINDS and e.kind != "cap"]
+    caps = [e for e in journal.entries if e.kind == "cap"]
     control = [e for e in journal.entries if e.kind == "value" and e.file == "cgroup.subtree_control"]
     values = [e for e in journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"]
     made = [e for e in journal.entries if e.kind == "made"]
     moved = [e for e in journal.entries if e.kind == "moved"]
-    unresolved = _restore_values(port, values, report)
+    unresolved = [*_restore_values(port, values, report), *_release_held(port, held, report)]
+    unresolved += lift_caps(port, caps, report)
     if move_back:
         _move_back(port, moved, made)
     left = _remove_made(port, made, report)
@@ -244,6 +254,33 @@ def restore(port: FilePort, journal: Journal, *, move_back: bool = False) -> Rep
     return report
 
 
+def _release_held(port: FilePort, entries: list[Entry], report: Report) -> list[Entry]:
+    """What GPU drivers hold, after the thaw, for a frozen process cannot be let go; what could not be is returned."""
+    if not entries:
+        return []
+    from colocate.actuate.driver import undo
+
+    failed = undo(port, entries)
+    for entry, why in failed:
+        report.failed.append(f"{entry.path}: {f'process {entry.pid}' if entry.pid else entry.file}: {why}")
+    left = {(e.pid, e.start_time, e.path, e.file) for e, _ in failed}
+    report.restored += [f"{e.path}: {e.file or f'process {e.pid}'}" for e in entries if e.kind == "setting"]
+    return [e for e in entries if (e.pid, e.start_time, e.path, e.file) in left]
+
+
+def lift_caps(port: FilePort, entries: list[Entry], report: Report) -> list[Entry]:
+    """Power limits whose workloads have ended; those of the others stay, and their cgroups are waited for."""
+    if not entries:
+        return []
+    from colocate.actuate.caps import put_back_caps
+
+    left, failed = put_back_caps(port, entries)
+    report.failed += [f"power limit of {uuid}: {why}" for uuid, why in failed.items()]
+    report.restored += [f"power limit of {uuid}" for uuid in sorted({e.file for e in entries} - {e.file for e in left})]
+    report.capped += sorted({e.path for e in left if e.file not in failed})
+    return left
+
+
 def restore_paths(port: FilePort, journal: Journal, paths: set[str]) -> Report:
     """Put back what was found in these cgroups, which are no longer governed, and forget them."""
     report = Report()
@@ -251,7 +288,7 @@ def restore_paths(port: FilePort, journal: Journal, paths: set[str]) -> Report:
     unresolved = {e.key for e in _restore_values(port, mine, report)}
     resolved = {e.key for e in mine} - unresolved
     with contextlib.suppress(JournalBroken):  # filtered where the journal is locked: workers add to it meanwhile
-        journal.replace(e for e in journal.entries if e.kind != "value" or e.key not in resolved)
+        journal.keep(lambda e: e.kind != "value" or e.key not in resolved)
     return report
 
 
@@ -261,6 +298,7 @@ def let_go(port: FilePort, journal: Journal) -> Report:
     thaw_everything(port, journal, report)
     values = [e for e in journal.entries if e.kind == "value" and e.file != "cgroup.subtree_control"]
     _restore_values(port, values, report)
+    _release_held(port, [e for e in journal.entries if e.kind == "process"], report)
     made = sorted({e.path for e in journal.entries if e.kind == "made"})
     for path in made:  # parents first, so that a child's limits may be widened after its parent's
         try:

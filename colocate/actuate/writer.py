@@ -12,7 +12,9 @@ import errno
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable, Mapping, Set
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -32,8 +34,21 @@ from colocate.snapshot import NodeSnapshot, Workload
 log = structlog.get_logger()
 SETTLE_SECONDS = 2.0
 YIELD_SECONDS = 60.0
+ENDS = ("signal", "cgroup.kill")
 OURS_KEPT = 32
 """A knob that reads as none of so many values of ours was written by somebody else."""
+
+
+class Care(NamedTuple):
+    """What a GPU driver asks of whoever writes."""
+
+    not_to_freeze: Set[str] = frozenset()
+    """Workloads with which it does something just now: a frozen one would hang it."""
+    before_end: Mapping[str, Callable[[], object]] = {}
+    """What is done for a workload before its processes are ended, for others' sake; it may take a moment."""
+
+
+NO_CARE = Care()
 
 
 class Drift(msgspec.Struct, frozen=True):
@@ -66,8 +81,11 @@ class Writer:
         self._found: dict[tuple[str, str], tuple[dict[str, int], str]] = {}
         self._ours: dict[tuple[str, str], tuple[dict[str, int], deque[str]]] = {}
         """The values that we wrote into a knob of batch in place of late, or a predecessor did."""
+        self._lent: dict[str, dict[str, int]] = {}
+        """Batch in place whose freezer is in the journal, so that the hand may have it."""
         self._queued: dict[str, list[tuple[Action, Workload]]] = {}
         self._lock = threading.Lock()
+        self._before_end: dict[str, Callable[[], object]] = {}
         self._closed = False
 
     def drifts(self, snapshot: NodeSnapshot, *, yields: bool, kubernetes: bool) -> list[Drift]:
@@ -112,6 +130,45 @@ class Writer:
             values[knob] = kept[1]
         return values
 
+    def lend(self, plan: Plan, snapshot: NodeSnapshot) -> set[str]:
+        """Whose freezer the hand may have: what is found in it is ours then, and no drift.
+
+        One that is not ours is in the journal first, and so is lent a tick later.
+        """
+        lent = set()
+        for id_ in plan.pulses:
+            workload, key = snapshot.workloads.get(id_), (id_, "cgroup.freeze")
+            self._written.pop(key, None)
+            if workload is None:
+                continue
+            if workload.in_place:
+                ours = self._ours.setdefault(key, (workload.inodes, deque(maxlen=OURS_KEPT)))
+                ours[1].extend(v for v in ("0", "1") if v not in ours[1])
+                if self._lent.get(id_) != workload.inodes:
+                    self._workers.submit(f"lend {workload.path}", partial(self._note_lent, workload))
+                    continue
+            lent.add(id_)
+        return lent
+
+    def _note_lent(self, workload: Workload) -> list[Outcome]:
+        writes = file_writes(self._port.layout, "cgroup.freeze", "1", workload.inodes)
+        try:
+            for write in (w for w in writes if w.hierarchy in workload.inodes):
+                inode = workload.inodes[write.hierarchy]
+                found = self._port.read(write.hierarchy, workload.path, write.file, inode)
+                if found is None:
+                    return []
+                known = any(
+                    (e.path, e.file, e.inode) == (workload.path, write.file, inode) for e in self._journal.entries
+                )
+                if not known:
+                    self._journal.add(self._before_value(write, workload.path, inode, found.strip(), "PulseGranted"))
+        except (JournalBroken, OSError) as error:
+            log.warning("not_lent", path=workload.path, error=str(error))
+            return []
+        self._lent[workload.id] = workload.inodes
+        return []
+
     def forget_written(self) -> None:
         """We were away for so long that our guardian has let everything go: what is there now is no drift."""
         self._written.clear()
@@ -131,7 +188,7 @@ class Writer:
         written = [decode_knob(knob, {key[3]: value}) for key, values in wrote.items() for value in values]
         return before, [value for value in written if value is not None]
 
-    async def apply(self, plan: Plan, snapshot: NodeSnapshot) -> list[Outcome]:
+    async def apply(self, plan: Plan, snapshot: NodeSnapshot, care: Care = NO_CARE) -> list[Outcome]:
         """Apply the actions in their order. What a worker does is `started`; what has come back meanwhile is added."""
         known: dict[str, Workload] = dict(snapshot.workloads)
         if snapshot.tier is not None:
@@ -142,10 +199,16 @@ class Writer:
             workload = known.get(action.workload)
             if workload is None:
                 outcomes.append(self._outcome(action, "skipped", error="the workload is gone"))
+            elif action.workload in care.not_to_freeze and (action.knob, action.value) == ("cgroup.freeze", "1"):
+                outcomes.append(self._outcome(action, "skipped", error="the GPU driver is doing something with it"))
             elif self._shadow:
                 outcomes.append(self._outcome(action, "shadow", found=workload.knobs.get(action.knob)))
             elif self._yielded.get((action.workload, action.knob), 0.0) > snapshot.monotonic_seconds:
                 outcomes.append(self._outcome(action, "skipped", error="yielded to another writer"))
+            elif action.knob in ENDS and action.workload in care.before_end:
+                self._before_end[action.workload] = care.before_end[action.workload]
+                later.setdefault(action.path, []).append((action, workload))
+                outcomes.append(self._outcome(action, "started"))
             elif KNOBS[action.knob].blocking or (workload.in_place and not is_act(action.knob)):
                 later.setdefault(action.path, []).append((action, workload))
                 outcomes.append(self._outcome(action, "started"))
@@ -182,6 +245,8 @@ class Writer:
         )
 
     def _write(self, action: Action, workload: Workload) -> Outcome:
+        if action.knob in ENDS and (first := self._before_end.pop(action.workload, None)) is not None:
+            first()
         try:
             if action.knob == "signal":
                 return self._signal(action, workload)
@@ -266,19 +331,22 @@ class Writer:
             raise OSError(errno.EINVAL, f"wrote {write.value}, reads back {after.strip()}")
         return found
 
-    def _before_values(self, write: FileWrite, action: Action, inode: int, found: str) -> list[Entry]:
-        """What a write destroys: the file's own value, and for cpu.idle the weight, which comes back as the default."""
-        entry = Entry(
+    def _before_value(self, write: FileWrite, path: str, inode: int, found: str, reason: str) -> Entry:
+        return Entry(
             kind="value",
             boot_id=self._journal.boot_id,
             hierarchy=write.hierarchy,
-            path=action.path,
+            path=path,
             inode=inode,
             file=write.file,
             found=found,
             wanted=write.value,
-            reason=action.reason,
+            reason=reason,
         )
+
+    def _before_values(self, write: FileWrite, action: Action, inode: int, found: str) -> list[Entry]:
+        """What a write destroys: the file's own value, and for cpu.idle the weight, which comes back as the default."""
+        entry = self._before_value(write, action.path, inode, found, action.reason)
         if write.file != "cpu.idle" or write.value != "1":
             return [entry]
         weight, default, idle = (

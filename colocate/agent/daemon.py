@@ -205,12 +205,25 @@ class Service:
 
     async def _place_pods(self, agent: Agent) -> None:
         """Be asked by the container runtime where a pod's containers go."""
+        from colocate.agent.lending import Lending
         from colocate.agent.placement import Placement
         from colocate.nri import Plugin
 
         observer = agent.observer
         ensure = agent.tier.ensure_tier
-        placement = Placement(agent.port, lambda: observer.tree, observer.lister, ensure, shadow=self._shadow)
+        lending = Lending(
+            lambda: (agent.last.snapshot if agent.last is not None else None, agent.policy.spec),
+            lambda: set(observer.lister.pods),
+        )
+        placement = Placement(
+            agent.port,
+            lambda: observer.tree,
+            observer.lister,
+            ensure,
+            shadow=self._shadow,
+            lend=lending.lend,
+            watts=agent.watts,
+        )
         await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
     async def _serve_http(self, agent: Agent) -> web.AppRunner:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from colocate.cluster.api import FROZEN, MOST_HELD_BACK, NARROWED, WAITS, PodHeldBack
-from colocate.decide import freeze
+from colocate.cluster.api import CARD_SHARED, FROZEN, MOST_HELD_BACK, NARROWED, WAITS, WITH_GANG, PodHeldBack
+from colocate.decide import freeze, gpu
 from colocate.decide.pipeline import LawState
 from colocate.model.forecast import Forecast
 from colocate.plan import Plan
@@ -29,6 +29,9 @@ MEAN_SECONDS = 30.0
 """Of the share of the time that a pod waits for a CPU."""
 WAITS_FROM, WAITS_UNTIL = 0.5, 0.3
 """Of that mean: waiting half of the time is half the speed."""
+GANG_WAITS_SECONDS = 2.0
+"""A member that is frozen for less the others wait for."""
+GANG_HELD = "GangHeld"
 MESSAGE_CHARACTERS = 256
 
 
@@ -76,7 +79,10 @@ class HeldBack:
         for id_, workload in pods.items():
             cause, waits = None, self._waits.get(id_)
             if workload.frozen and id_ in laws.freeze.since:
-                cause = _Cause(FROZEN, self._why_frozen.get(id_, freeze.LAW))
+                why = self._why_frozen.get(id_, freeze.LAW)
+                cause = _Cause(WITH_GANG if why.startswith(GANG_HELD) else FROZEN, why)
+            elif id_ in plan.pulses:
+                cause = _Cause(CARD_SHARED, _of_cards(plan, id_))
             elif narrowed is not None and (waits is None or waits >= WAITS_UNTIL):
                 cause = _Cause(NARROWED, f"{narrowed.reason}: {narrowed.message}")
             elif waits is not None and waits >= (WAITS_UNTIL if self._is(id_, WAITS) else WAITS_FROM):
@@ -87,6 +93,16 @@ class HeldBack:
         pods_told.sort(key=lambda p: (not p.reason, p.reason != FROZEN, p.uid not in self._told, p.uid))
         found = sorted(pods_told[:MOST_HELD_BACK], key=lambda pod: pod.uid)
         self._told = {pod.uid for pod in found}
+        return found
+
+    def frozen_gangs(self, snapshot: NodeSnapshot, laws: LawState) -> dict[str, str]:
+        """Gang -> why a member of it has been frozen for a while, for what happens on this node."""
+        found = {}
+        for job in snapshot.of("batch"):
+            since = laws.freeze.since.get(job.id)
+            lasts = since is not None and snapshot.monotonic_seconds - since >= GANG_WAITS_SECONDS
+            if job.pod and job.gang and job.frozen and lasts and job.id not in laws.gangs.since:
+                found[job.gang.removeprefix("pods/")] = f"{job.name} is frozen: {self._why_frozen.get(job.id, '')}"
         return found
 
     def _average(self, pods: dict[str, Workload], forecast: Forecast, now: float) -> None:
@@ -130,6 +146,12 @@ class HeldBack:
                 message=held.message[:MESSAGE_CHARACTERS],
                 since=time_text(held.wall),
             )
+
+
+def _of_cards(plan: Plan, id_: str) -> str:
+    """What the law says of the cards on which a workload is stopped and let go."""
+    cards = {pulse.card for pulse in plan.pulses[id_]}
+    return "; ".join(f"{v.reason}: {v.message}" for v in plan.verdicts if v.law == gpu.LAW and v.subject in cards)
 
 
 def _kept(held: _Held) -> float:

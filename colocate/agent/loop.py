@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import structlog
 
 from colocate.actuate.guardian import OCCUPIED, Guardian
 from colocate.actuate.journal import Journal
-from colocate.actuate.restore import Report, restore, restore_paths, thaw_everything
+from colocate.actuate.restore import Report, lift_caps, restore, restore_paths, thaw_everything
 from colocate.actuate.statedir import HANDOVER_FILE, MODEL_FILE, StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.workers import Workers
-from colocate.actuate.writer import SETTLE_SECONDS, Drift, Writer
+from colocate.actuate.writer import NO_CARE, SETTLE_SECONDS, Drift, Writer
 from colocate.agent.lately import Lately
 from colocate.agent.registry import Job, Registry
+from colocate.agent.watts import Watts
 from colocate.calibration import Calibration
 from colocate.cgroup.port import FilePort, KernelPort
 from colocate.cgroup.tree import cgroup_of, joined, main_hierarchy, start_time
@@ -35,12 +37,16 @@ from colocate.model.kernels import Kernels
 from colocate.model.state import from_builtins, to_builtins, without_times
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.longwaits import KNOWN_SECONDS, LongWaits
+from colocate.observe.node import AMD_FILE, DRIVER_FILES
 from colocate.observe.observer import Observer
 from colocate.observe.pressure import PressureWatch
 from colocate.plan import Outcome, Plan
-from colocate.policy.schema import ColocationPolicy
+from colocate.policy.schema import ColocationPolicy, PowerPolicy
 from colocate.report.record import Before, Recorder
 from colocate.snapshot import NodeSnapshot
+
+if TYPE_CHECKING:
+    from colocate.agent.cards import NodeCards
 
 log = structlog.get_logger()
 SAVE_MODEL_EVERY_SECONDS = 300.0
@@ -51,6 +57,9 @@ LEAST_BETWEEN_SECONDS = 0.1
 MOST_BUSY_RATIO = 0.25
 """Of one CPU, that being woken may cost."""
 STRAYS_EVERY_SECONDS = 5.0
+LIFT_EVERY_SECONDS = 2.0
+PULSE_SILENCE_SECONDS = 5.0
+"""While batch is stopped and let go within milliseconds, our guardian is told to wait no longer for us than this."""
 
 
 class Clock(Protocol):
@@ -101,11 +110,13 @@ class Agent:
             port, policy, self.registry.known, self.scraper, clock.monotonic if own_clock else None
         )
         self.writer = Writer(port, journal, shadow=shadow)
+        self.watts = Watts(port, lambda: self.observer.tree, self.observer.lister, self._on_cards, self._power)
         self.tier = TierMaker(port, journal, self.observer.tree)
         self.recorder = recorder or Recorder(None, policy.spec.records, "none")
         self._watch: PressureWatch | None = None
         self._long_waits: LongWaits | None = None
         self._look_again_seconds: float | None = None
+        self._cards: NodeCards | None = None
         self.model = ModelState()
         self.laws = LawState()
         self.last: Tick | None = None
@@ -156,16 +167,49 @@ class Agent:
             suspended = msgspec.structs.replace(self.laws.cpu, suspended=True)
             self.laws = msgspec.structs.replace(self.laws, cpu=suspended)
         report = Report() if handover or self.shadow else restore(self.port, self.journal)
+        self._find_cards()
         if not self.shadow:
             self.tier.ensure_tier()
             if self.guardian is not None:
                 self.guardian.ensure()
         return report
 
+    def _find_cards(self) -> None:
+        """Look at cards from now on, if there may be some: nothing of theirs is imported elsewhere."""
+        gpu = self.policy.spec.gpu
+        nvidia = any(map(os.path.exists, (gpu.nvml_library,) if gpu.nvml_library else DRIVER_FILES))
+        amd = os.path.exists(AMD_FILE)
+        if not (gpu.enabled and isinstance(self.port, KernelPort) and (nvidia or amd)):
+            return
+        from colocate.actuate.caps import Caps
+        from colocate.actuate.driver import Driver
+        from colocate.actuate.holds import Holds
+        from colocate.agent.cards import NodeCards
+        from colocate.observe.nvml import Cards
+
+        cards = Cards(self.port, gpu.nvml_library, nvidia=nvidia, amd=amd)
+        holds = Holds(self.port, self.journal, self.state, gpu.nvml_library)
+        caps = Caps(self.port, self.journal, Driver(gpu.nvml_library), gpu.nvml_library, shadow=self.shadow)
+        self._cards = NodeCards(self.port, cards, holds, caps)
+        for job in self.registry.jobs.values():
+            if job.power_watts is not None:
+                self.watts.job_known(job.name, job.visible_gpus)
+        self.observer.cards = self._cards.collect
+
+    def _on_cards(self) -> tuple[NodeCards | None, NodeSnapshot | None]:
+        return self._cards, self.last.snapshot if self.last is not None else None
+
+    def _power(self) -> PowerPolicy:
+        return self.policy.spec.power
+
     def set_policy(self, policy: ColocationPolicy) -> None:
         """Put another policy in force with the next tick."""
         self._next_policy = policy
         self._wake.set()
+
+    def may_be_ended(self, id_: str) -> bool:
+        """Whether nothing has to be done first by which others would come to harm."""
+        return self._cards is None or self._cards.may_be_ended(id_)
 
     def set_kernels(self, kernels: Kernels, backend: str) -> None:
         """Compute with these from the next tick on: one that is under way is recorded as what computed it."""
@@ -187,6 +231,8 @@ class Agent:
     @property
     def _patience(self) -> float:
         """How long we may be silent before our guardian lets everything go, in seconds."""
+        if self.last is not None and self.last.plan.pulses:
+            return max(PULSE_SILENCE_SECONDS, 5 * self.policy.spec.tick)
         return max(self.policy.spec.freeze.max_frozen, 5 * self.policy.spec.tick)
 
     def _observe(self) -> tuple[NodeSnapshot, list[Drift]]:
@@ -228,7 +274,16 @@ class Agent:
             for job in self.registry.note(plan):
                 for told in self.on_evicted:
                     told(job)
-        outcomes = await self.writer.apply(plan, snapshot)
+        if self._cards is not None:
+            lent = self.writer.lend(plan, snapshot) if not self.shadow else set()
+            granted = (
+                msgspec.structs.replace(plan, pulses={}, suspended=(), limits=(), caps=()) if self.shadow else plan
+            )
+            self._cards.act(granted, snapshot, spec, lent)
+        care = NO_CARE
+        if self._cards is not None and not self.shadow:
+            care = self._cards.care(plan, snapshot, self.laws.eviction.under_way)
+        outcomes = await self.writer.apply(plan, snapshot, care)
         self.registry.delivered(outcomes, snapshot)
         self.lately.add(snapshot, plan, outcomes, drifts)
         for outcome in outcomes:
@@ -291,12 +346,25 @@ class Agent:
             self._enable_in_place(snapshot)
             self._look_for_strays(snapshot.monotonic_seconds)
             self._rehome()
+            if self._cards is None and any(e.kind == "cap" for e in self.journal.entries):
+                self._workers.submit("caps", self._lift_caps)  # of an agent before us; GPUs are not looked at now
         if self.state is not None and self.journal.astray():
             self._workers.submit("journal", self._rewrite_journal)
         if self.state is not None and snapshot.monotonic_seconds - self._model_saved > SAVE_MODEL_EVERY_SECONDS:
             self._model_saved = snapshot.monotonic_seconds
             save = partial(self.state.save, MODEL_FILE, to_builtins(self.model))
             self._workers.submit(MODEL_FILE, save)
+
+    def _lift_caps(self) -> bool:
+        time.sleep(LIFT_EVERY_SECONDS)
+        report = Report()
+        entries = [e for e in self.journal.entries if e.kind == "cap"]
+        left = lift_caps(self.port, entries, report)
+        for why in report.failed:
+            log.warning("power_limit_stays", why=why)
+        with contextlib.suppress(JournalBroken):
+            self.journal.keep(lambda e: e.kind != "cap" or e in left)
+        return not report.failed
 
     def _rewrite_journal(self) -> bool:
         try:
@@ -387,6 +455,8 @@ class Agent:
     async def close(self, *, handover: bool = False) -> Report:
         """Stop in order: undo, or leave the grants to a successor."""
         report = Report()
+        if self._cards is not None:
+            self._cards.close()
         word = ""  # without a word the guardian undoes what could not be undone here
         try:
             await self.writer.settle()
@@ -395,7 +465,7 @@ class Agent:
                 thaw_everything(self.port, self.journal, report)  # nobody may be there to thaw it
             elif not self.shadow:
                 report = restore(self.port, self.journal)
-            word = "handover" if handover else OCCUPIED if report.occupied else "done"
+            word = "handover" if handover else OCCUPIED if report.waits else "done"
             if stuck and not handover:
                 word = ""  # what that worker may still do the guardian undoes, once we are gone
         finally:
@@ -425,17 +495,18 @@ class Agent:
             return
         gone, self._forgotten = self._forgotten, set()
         with contextlib.suppress(JournalBroken):
-            self.journal.replace(
-                e
-                for e in self.journal.entries
-                if not (e.kind == "made" and e.path in gone and self.port.inode(e.hierarchy, e.path) is None)
-                and not (e.kind == "moved" and start_time(self.port, e.pid) != e.start_time)
+            self.journal.keep(
+                lambda e: (
+                    not (e.kind == "made" and e.path in gone and self.port.inode(e.hierarchy, e.path) is None)
+                    and not (e.kind == "moved" and start_time(self.port, e.pid) != e.start_time)
+                )
             )
 
     def problems(self) -> dict[str, str]:
         """What an operator should mend, by what it is about."""
         scraped = {f"{name} (latency)": f"{name}: {problem}" for name, problem in self.scraper.problems.items()}
-        return {**self.observer.problems, **self.observer.extra_problems, **scraped}
+        cards = self._cards.problems() if self._cards is not None else {}
+        return {**self.observer.problems, **self.observer.extra_problems, **scraped, **cards}
 
     def explain(self) -> dict[str, Any]:
         """The last tick as plain data, for the socket and /debug/plan."""

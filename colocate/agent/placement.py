@@ -8,20 +8,27 @@ business but ours, and goes when the pod goes. What cannot be understood starts 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import structlog
 
+from colocate.agent.watts import Watts, given
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
-from colocate.cluster.api import is_batch
-from colocate.errors import ColocateError
-from colocate.nri import Adjustment, Container, Limits, Pod, Update
+from colocate.cluster.api import GPU_BORROW, is_batch
+from colocate.errors import BadInput, ColocateError
+from colocate.nri import Adjustment, Container, Limits, Pod, Refused, Update
 from colocate.observe.pods import BatchRequest, PodLister
 from colocate.observe.workloads import pod_uid
 
 LEAST_SHARES, MOST_SHARES, LEAST_QUOTA_US = 2, 262_144, 1000
 """The kernel refuses less, and more."""
+GPU_DRAIN = "colocate.io/gpu-drain"
+SHORTER = {
+    "blocking": {"CUDA_LAUNCH_BLOCKING": "1", "HIP_LAUNCH_BLOCKING": "1"},
+    "short-queue": {"CUDA_SCALE_LAUNCH_QUEUES": "0.25x"},
+}
+"""By the label or annotation of a batch pod: each launch waits for the one before; a quarter of them may queue."""
 log = structlog.get_logger()
 
 
@@ -40,6 +47,18 @@ def in_tier(path: str, uid: str, tree: Tree) -> str | None:
         return found and f"{found[1]}-batch{found[2]}"
     found = re.fullmatch(rf"((?:/.*)?/{base})/(?:besteffort|burstable)(/pod{re.escape(uid)}/[^/]+)", path)
     return found and f"{found[1]}/batch{found[2]}"
+
+
+def shorter_drain(pod: Pod) -> dict[str, str]:
+    """What makes a pod's GPU work stop sooner once it is stopped, if its owner asks for that; it costs it some speed.
+
+    CUDA C++ Programming Guide, environment variables; ROCm's HIP has its own word. What it costs: benchmarks/gpu.
+    """
+    wanted = pod.labels.get(GPU_DRAIN) or pod.annotations.get(GPU_DRAIN)
+    if wanted and wanted not in SHORTER:
+        known = ", ".join(SHORTER)
+        log.warning("gpu_drain_unknown", pod=f"{pod.namespace}/{pod.name}", value=wanted, mend=f"write one of {known}")
+    return dict(SHORTER.get(wanted or "", {}))
 
 
 def limits_of(asked: BatchRequest) -> Limits:
@@ -66,20 +85,54 @@ class Placement:
         ensure_tier: Callable[[], object],
         *,
         shadow: bool,
+        lend: Callable[[str], str] = lambda _uid: "",
+        watts: Watts | None = None,
     ) -> None:
-        """The `lister` has what the API server says of this node's pods."""
+        """The `lister` has what the API server says of this node's pods; `lend` gives a pod the name of a card; `watts`
+        has the power of its cards limited."""
         self._port, self._tree, self._lister, self._shadow = port, tree, lister, shadow
-        self._ensure_tier = ensure_tier
+        self._ensure_tier, self._lend, self._watts = ensure_tier, lend, watts
 
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The runtime is there: what pods that have gone meanwhile left in the tier goes too."""
         log.info("runtime_connected", pods=len(pods), containers=len(containers))
         known = {pod.uid for pod in pods}
         self._remove(lambda uid: uid not in known)
+        if self._watts is not None:
+            by_id = {pod.id: pod for pod in pods}
+            self._watts.known((by_id[c.pod_id], c) for c in containers if c.pod_id in by_id)
         return ()
 
-    def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
-        """Into the tier, if its pod says that it is batch, or asks for batch resources, and the tier is there."""
+    def create_container(self, pod: Pod, container: Container) -> Adjustment | Awaitable[Adjustment | None] | None:
+        """Into the tier, if its pod says that it is batch, or asks for batch resources, and the tier is there; and
+        whatever pod it is of, with the power of its cards limited as it asks.
+
+        Raises Refused of one that borrows a card where none is lent just now, or whose cards cannot be limited: kubelet
+        tries again.
+        """
+        adjustment = self._place(pod, container)
+        borrowed = adjustment.devices if adjustment is not None else ()
+        made = container._replace(devices=(*container.devices, *borrowed))
+        if self._watts is None or self._shadow or not given(made):
+            return adjustment
+        return self._with_watts(self._watts, pod, made, adjustment)
+
+    async def _with_watts(
+        self, watts: Watts, pod: Pod, container: Container, adjustment: Adjustment | None
+    ) -> Adjustment | None:
+        """The same, once its cards' limits are in force: a driver is waited for beside everything else."""
+        try:
+            await watts.before_start(pod, container)
+        except Exception as error:  # whoever asks for watts starts with them, or not at all
+            known = isinstance(error, BadInput)
+            said = str(error) if known else f"{pod.namespace}/{pod.name}: {type(error).__name__}: {error}"
+            if not known:
+                log.exception("pod_refused")
+            log.warning("pod_refused", pod=f"{pod.namespace}/{pod.name}", container=container.name, why=said)
+            raise Refused(said) from error
+        return adjustment
+
+    def _place(self, pod: Pod, container: Container) -> Adjustment | None:
         known = self._lister.pods.get(pod.uid)
         requests = known.batch if known is not None else {}
         if known is None and self._lister.expected and not is_batch(pod.labels, pod.annotations):
@@ -95,7 +148,15 @@ class Placement:
             log.warning("pod_not_placed", pod=f"{pod.namespace}/{pod.name}", container=container.name, reason=why)
             return None
         asked = requests.get(container.name)
-        return Adjustment(path, limits_of(asked) if asked is not None else Limits())
+        limits = limits_of(asked) if asked is not None else Limits()
+        devices = (self._borrowed(pod),) if asked is not None and asked.borrows else ()
+        return Adjustment(path, limits, env=shorter_drain(pod), devices=devices)
+
+    def _borrowed(self, pod: Pod) -> str:
+        card = self._lend(pod.uid)
+        if not card:
+            raise Refused(f"{pod.namespace}/{pod.name} asks for {GPU_BORROW}, and no service lends a card just now")
+        return card
 
     def _have_tier(self) -> None:
         """systemd took it away with its last pod, and the next tick, which makes it anew, is yet to come."""
@@ -110,6 +171,8 @@ class Placement:
     def pod_removed(self, pod: Pod) -> None:
         """Its directory in the tier is empty now; neither kubelet nor the runtime knows of it."""
         self._remove(lambda uid: uid == pod.uid)
+        if self._watts is not None:
+            self._watts.pod_removed(pod.uid)
 
     def _remove(self, gone: Callable[[str], bool]) -> None:
         """What pods that have gone left in the tier; what is occupied stays."""

@@ -26,6 +26,8 @@ FIXED = (
     ("records", "records"),
     ("memory.poll", "memory.poll"),
     ("memory.pressure", "memory.pressure"),
+    ("gpu.enabled", "gpu.enabled"),
+    ("gpu.nvmlLibrary", "gpu.nvml_library"),
 )
 """What is read once: as the policy calls it, and the attribute."""
 log = structlog.get_logger()

@@ -25,24 +25,31 @@ from colocate.cluster.api import (
     ANOTHER,
     BATCH_CPU,
     BATCH_MEMORY,
+    GPU_BORROW,
     HEARTBEAT_SECONDS,
     NODE_API,
     NODE_COLOCATIONS,
     POLICIES,
+    POWER,
+    POWER_CLASS,
+    POWER_RESOURCES,
     SHADOW,
     STOPPED,
     ColocationPolicyObject,
     PodHeldBack,
     PodToEvict,
+    amount,
     gang_of,
     whole,
 )
+from colocate.cluster.card_memory import declared_bytes
 from colocate.decide.allocatable import LAW
+from colocate.decide.lending import lendable
 from colocate.errors import ColocateError
 from colocate.kube.client import MERGE, PODS, Api, ApiError, Unreachable, age_of, path_of, pause
 from colocate.kube.events import MESSAGE_CHARACTERS
 from colocate.kube.reflector import Reflector, either
-from colocate.objects import Container, Quantities
+from colocate.objects import GANG_HELD, Container, Quantities
 from colocate.objects import Pod as PodObject
 from colocate.observe.peers import PEERS, publishers
 from colocate.observe.pods import BatchRequest, Pod
@@ -50,6 +57,8 @@ from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS, LOOK_SECONDS = 6, 30.0, 2.0
+GANGS_SECONDS = 2.0
+"""Between two words of frozen gangs: others stand still by them."""
 HELD_BACK_SECONDS = 10.0
 """Who is held back is told at most so often: it changes with the load of the services."""
 CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
@@ -82,11 +91,13 @@ def batch_requests(pod: PodObject) -> dict[str, BatchRequest]:
     found = {}
     for container in (*pod.spec.containers, *pod.spec.init_containers):
         requests, limits = container.resources.requests, container.resources.limits
-        if BATCH_CPU in requests or BATCH_MEMORY in requests:
+        borrows = bool(_whole(requests.get(GPU_BORROW)))
+        if BATCH_CPU in requests or BATCH_MEMORY in requests or borrows:
             found[container.name] = BatchRequest(
                 cpu_milli=_whole(requests.get(BATCH_CPU)),
                 cpu_limit_milli=_whole(limits.get(BATCH_CPU)),
                 memory_limit_bytes=_whole(limits.get(BATCH_MEMORY)),
+                borrows=borrows,
                 passing=container in pod.spec.init_containers and container.restart_policy != "Always",
             )
     return found
@@ -119,7 +130,35 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         leaving=found.deleting,
         batch=batch,
         gang=gang_of(meta),
+        gang_held=next((c.message for c in found.status.conditions if (c.type, c.status) == (GANG_HELD, "True")), ""),
+        gpu_memory_bytes=_declared(found),
+        power_watts=_together(found, POWER_RESOURCES) or None,
+        power_class=meta.labels.get(POWER_CLASS) or meta.annotations.get(POWER_CLASS, ""),
+        cards=_together(found, GPUS),
     )
+
+
+GPUS = ("nvidia.com/gpu", "amd.com/gpu", GPU_BORROW)
+
+
+def _together(pod: PodObject, names: Iterable[str]) -> int:
+    """What its containers ask for of any of these resources; those that come before the others, one after the other,
+    count where one of them alone asks for more."""
+
+    def of(container: Container) -> int:
+        return sum(amount(container.resources.requests.get(name)) for name in names)
+
+    first = [c for c in pod.spec.init_containers if c.restart_policy != "Always"]
+    stay = [*pod.spec.containers, *(c for c in pod.spec.init_containers if c.restart_policy == "Always")]
+    return max([sum(map(of, stay)), *map(of, first)])
+
+
+def _declared(pod: PodObject) -> int | None:
+    try:
+        return declared_bytes(pod)
+    except ValueError as error:
+        log.warning("gpu_memory_not_understood", pod=f"{pod.metadata.namespace}/{pod.metadata.name}", error=str(error))
+        return None
 
 
 class Publisher:
@@ -134,6 +173,8 @@ class Publisher:
         self._told_to_go: list[PodToEvict] = []
         self._held_back, self._told_held_back = HeldBack(), list[PodHeldBack]()
         self._held_back_at = float("-inf")
+        self._told_lent: int | None = None
+        self._told_gangs, self._gangs_at = dict[str, str](), float("-inf")
         self._others: list[str] = []
         """Programs that offer batch resources of this node too."""
         agent.on_tick.append(self._on_tick)
@@ -205,22 +246,36 @@ class Publisher:
         verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)
         if verdict is None:
             return
-        leaving = self._leaving()
-        if self._verdict is None or promised_by(verdict) != promised_by(self._verdict) or leaving != self._told_to_go:
+        leaving, lent = self._leaving(), self._lent(tick)
+        if (
+            self._verdict is None
+            or promised_by(verdict) != promised_by(self._verdict)
+            or (leaving, lent) != (self._told_to_go, self._told_lent)
+        ):
             self._changed.set()
+        self._told_lent = lent
         self._verdict, self._told_to_go = verdict, leaving
         now = tick.snapshot.monotonic_seconds
+        gangs = self._held_back.frozen_gangs(tick.snapshot, self._agent.laws)
+        if gangs.keys() != self._told_gangs.keys() and now - self._gangs_at >= GANGS_SECONDS:
+            self._told_gangs, self._gangs_at = gangs, now
+            self._changed.set()
         held_back = self._held_back.look(tick.snapshot, tick.forecast, tick.plan, self._agent.laws)
         if held_back != self._told_held_back and now - self._held_back_at >= HELD_BACK_SECONDS:
             self._told_held_back, self._held_back_at = held_back, now
             self._changed.set()
+
+    def _lent(self, tick: Tick) -> int | None:
+        """How many cards services of this node lend; None where that is not offered."""
+        spec = self._agent.policy.spec
+        return len(lendable(tick.snapshot, spec)) if spec.gpu.borrow else None
 
     def _leaving(self) -> list[PodToEvict]:
         """The batch pods that the eviction law has told to go; by their cgroups, and so by uids of this node's pods."""
         found, grace = [], ceil(self._agent.policy.spec.memory.termination_grace)
         for id_, eviction in sorted(self._agent.laws.eviction.under_way.items()) if not self._shadow else ():
             pod = self._pods.get(id_.removeprefix("pod:")) if id_.startswith("pod:") else None
-            if pod is not None and eviction.asked:
+            if pod is not None and eviction.asked and self._agent.may_be_ended(id_):
                 found.append(
                     PodToEvict(
                         namespace=pod.namespace,
@@ -290,7 +345,7 @@ class Publisher:
         if self._others:
             reason, message = ANOTHER, self._agent.observer.extra_problems["peers"]
         return {
-            "promised": promised_by(verdict)[1],
+            "promised": {**promised_by(verdict)[1], **self._offered()},
             "reason": SHADOW if self._shadow else reason,
             "message": message[:MESSAGE_CHARACTERS],
             "pressure": cpu.reason if cpu is not None else "",
@@ -298,7 +353,16 @@ class Publisher:
             "policy": whole(self._policies.in_force),
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
             "heldBack": [msgspec.to_builtins(pod) for pod in self._told_held_back],
+            "frozenGangs": [{"gang": gang, "message": why} for gang, why in sorted(self._told_gangs.items())],
             "observed": time_text(time.time()),
+        }
+
+    def _offered(self) -> dict[str, str | None]:
+        """A merge patch keeps what it does not name."""
+        watts = self._agent.policy.spec.power.offer
+        return {
+            GPU_BORROW: None if self._told_lent is None else str(self._told_lent),
+            POWER: str(watts) if watts else None,
         }
 
     async def stopped(self) -> None:
@@ -306,8 +370,9 @@ class Publisher:
         try:
             async with Api.connect() as api, asyncio.timeout(2.0):
                 nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}
+                nothing |= {name: "0" for name, value in self._offered().items() if value is not None}
                 why = {"reason": STOPPED, "message": "the agent of this node was stopped"}
-                status = {"promised": nothing, "evict": [], "heldBack": [], **why}
+                status = {"promised": nothing, "evict": [], "heldBack": [], "frozenGangs": [], **why}
                 await api.request("PATCH", self._path, {"status": status}, content_type=MERGE)
         except (ColocateError, TimeoutError) as error:
             log.warning("end_not_published", error=str(error))

@@ -11,7 +11,7 @@ import msgspec
 from colocate.actuate.statedir import StateDirectory
 from colocate.plan import Outcome, Plan
 from colocate.snapshot import NodeSnapshot, Workload
-from colocate.units import MOST_BYTES, MOST_CORES
+from colocate.units import MOST_BYTES, MOST_CORES, MOST_WATTS
 
 FILE = "jobs.json"
 
@@ -27,6 +27,11 @@ class Wanted(msgspec.Struct, kw_only=True, omit_defaults=True):
     gang: str = ""
     checkpoint_signal: str = ""
     max_runtime_seconds: float | None = None
+    gpu_memory_bytes: Annotated[int, msgspec.Meta(gt=0, le=MOST_BYTES)] | None = None
+    power_watts: Annotated[float, msgspec.Meta(gt=0, le=MOST_WATTS)] | None = None
+    power_class: str = ""
+    visible_gpus: str = ""
+    """CUDA_VISIBLE_DEVICES of its caller."""
 
 
 class Job(Wanted, kw_only=True, omit_defaults=True):
@@ -92,6 +97,9 @@ class Registry:
                 "checkpointed_cpu_us": job.checkpointed_cpu_us,
                 "requested_cores": job.cores,
                 "max_runtime_seconds": job.max_runtime_seconds,
+                "gpu_memory_bytes": job.gpu_memory_bytes,
+                "power_watts": job.power_watts,
+                "power_class": job.power_class,
             }
             for name, job in self.jobs.items()
         }

@@ -25,7 +25,7 @@ from colocate.actuate.tier import Placement, check_job_name
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.peer import Peer, check_child, identify
 from colocate.agent.registry import Job, Wanted
-from colocate.cgroup.tree import inodes_of, joined, processes_anywhere, start_time
+from colocate.cgroup.tree import has_ended, inodes_of, joined, processes_anywhere, start_time
 from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.observe.cgroup import oom_kills
@@ -35,6 +35,8 @@ from colocate.units import format_bytes
 log = structlog.get_logger()
 GROUP = "colocate"
 CONNECTIONS_A_USER = 512
+CARDS_SECONDS = 5.0
+"""For so long a job that asks for watts waits for an agent that has just begun to know its GPUs."""
 ARM_LATE_SECONDS = 10.0
 """An evaluation whose caller does not say in time how it goes on is ended."""
 
@@ -266,6 +268,8 @@ class JobServer:
         start = check_child(agent.port, peer, request.pid)
         self._taken.add(name)
         try:
+            if request.power_watts is not None:
+                await agent.watts.read(CARDS_SECONDS)
             async with self._placing:
                 placement = await asyncio.to_thread(self._place, name, request, start)
         finally:
@@ -291,8 +295,12 @@ class JobServer:
         try:
             if request.memory_bytes is not None:
                 tier.set_job_knob(placement, "memory.max", str(request.memory_bytes))
+            if request.power_watts is not None:
+                watts = self._agent.watts
+                watts.before_job(name, placement.path, request.power_watts, request.visible_gpus)
             tier.move(request.pid, placement, start)
-        except OSError:
+        except (OSError, BadInput):
+            self._agent.watts.ended(f"job:{name}", placement.path)
             tier.remove_job(placement.path)
             raise
         return placement
@@ -328,7 +336,7 @@ class JobServer:
         def left() -> set[int]:
             return processes_anywhere(port, job.path)
 
-        if start_time(port, job.pid) == job.start_time and not left():
+        if start_time(port, job.pid) == job.start_time and not has_ended(port, job.pid) and not left():
             agent.registry.remove(job.name)
             return
         if left():
@@ -344,5 +352,6 @@ class JobServer:
         while not agent.tier.remove_job(joined(job.path)):
             await asyncio.sleep(0.05)
         agent.registry.remove(job.name)
+        agent.watts.ended(f"job:{job.name}", job.path)
         agent.forget_made(job.path)
         log.info("job_ended", job=job.name)

@@ -50,9 +50,18 @@ def rmdir_tree(port: FilePort, hierarchy: str, path: str) -> bool:
 
 
 def start_time(port: FilePort, pid: int) -> int | None:
-    """A process's start in clock ticks since boot (field 22 of /proc/<pid>/stat): with the pid, its identity."""
+    """A process's start in clock ticks since boot (field 22 of /proc/<pid>/stat): with the pid, its identity.
+
+    Also of one that has ended, as long as nobody has waited for it.
+    """
     stat = port.proc(f"/proc/{pid}/stat")
     return int(stat.rpartition(")")[2].split()[19]) if stat else None
+
+
+def has_ended(port: FilePort, pid: int) -> bool:
+    """Whether a process is no more, also where nobody has waited for it yet (`Z`): it is in no cgroup any more."""
+    fields = (port.proc(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+    return not fields or fields[0] in ("Z", "X")
 
 
 def inodes_of(port: FilePort, path: str) -> dict[str, int]:

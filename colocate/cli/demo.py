@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +20,10 @@ from colocate.cli.logs import configure_logs
 from colocate.cli.output import DATA_FORMS, check_file, print_data, print_table
 from colocate.demo.result import ARMS, SHORT_TITLES, Arm, Result, format_rate
 from colocate.errors import BadInput, HostUnfit, PermissionMissing
+
+if TYPE_CHECKING:
+    from colocate.demo.gpu.result import GpuResult
+    from colocate.demo.power.result import PowerResult
 
 MOST_SECONDS = 3600
 LEAST_SERVICE_SECONDS = 1e-4
@@ -61,16 +67,11 @@ def demo(options: argparse.Namespace) -> int:
     configure_logs(logging.ERROR)
     for other in entry_points(group="colocate.demo", name=options.what) if options.what else ():
         return int(other.load()(options))
-    if options.seconds < 3:
-        raise BadInput("--seconds: a phase needs at least 3s to say anything")
-    if options.seconds > MOST_SECONDS:
-        raise BadInput(f"--seconds: at most {MOST_SECONDS} s")
-    if not LEAST_SERVICE_SECONDS <= options.service_time <= 1:
-        raise BadInput("--service-time: write a duration between 0.1ms and 1s")
-    if options.what == "kubernetes" and options.simulate:
-        raise BadInput("--simulate: there is no model of a cluster; leave out `kubernetes`, or --simulate")
-    if options.image and options.what != "kubernetes":
-        raise BadInput("--image: only `demo kubernetes` runs an image")
+    _check(options)
+    if options.what == "gpu":
+        return _gpu(options)
+    if options.what == "power":
+        return _power(options)
     report = check_file("--report", options.report)
     if options.what == "kubernetes":
         result = _kubernetes(options)
@@ -110,6 +111,99 @@ def demo(options: argparse.Namespace) -> int:
         print(f"{mark}report: {report.resolve()}")
     kept = result.in_cluster is None or result.in_cluster.node_unchanged
     return 0 if result.host_unchanged and kept else 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises BadInput of options that make no sense, alone or together."""
+    if options.seconds < 3:
+        raise BadInput("--seconds: a phase needs at least 3s to say anything")
+    if options.seconds > MOST_SECONDS:
+        raise BadInput(f"--seconds: at most {MOST_SECONDS} s")
+    if not LEAST_SERVICE_SECONDS <= options.service_time <= 1:
+        raise BadInput("--service-time: write a duration between 0.1ms and 1s")
+    if options.what == "kubernetes" and options.simulate:
+        raise BadInput("--simulate: there is no model of a cluster; leave out `kubernetes`, or --simulate")
+    if options.what == "gpu":
+        return
+    if options.card or options.nvml_library:
+        raise BadInput("--card: only `demo gpu` runs on a card")
+    if options.image and options.what != "kubernetes":
+        raise BadInput("--image: only `demo kubernetes` runs an image")
+
+
+def _print_host(result: GpuResult | PowerResult, report: Path) -> None:
+    for change in result.changes:
+        print(f"changed on the host: {change}")
+    print(f"host's cgroups as before: {'yes' if result.host_unchanged else 'NO'}")
+    print(f"report: {report.resolve()}")
+
+
+def _power(options: argparse.Namespace) -> int:
+    """Caps and budgets, on simulated cards. Exit 1 if a promise was not kept."""
+    from colocate.cgroup.port import KernelPort
+    from colocate.demo.power.page import write_page
+    from colocate.demo.power.result import MARK, rows, sentence
+    from colocate.demo.power.script import PowerDemo
+
+    if options.simulate:
+        raise BadInput("--simulate: with `power` the cards are simulated anyway; leave it out")
+    report = check_file("--report", options.report)
+    enter_delegated_scope()
+    print(f"{MARK}: no GPU is used; the agent, the jobs, their deaths and the solver are real", file=sys.stderr)
+    with _Progress() as progress:
+        result = asyncio.run(PowerDemo(KernelPort(), progress.show).run())
+    write_page(result, report)
+    if options.output in DATA_FORMS:
+        print_data({**msgspec.to_builtins(result), "report": str(report.resolve())}, options.output)
+        return 0 if result.kept else 1
+    print_table((MARK, ""), rows(result), "jobs under power caps and budgets")
+    print(f"{MARK}: {sentence(result)}")
+    _print_host(result, report)
+    return 0 if result.kept else 1
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    """Cards that are simulated, or a real one, and everything else real. Exit 1 if the host was not left as found."""
+    from colocate.cgroup.port import KernelPort
+    from colocate.demo.gpu.page import write_page
+    from colocate.demo.gpu.result import legend, refusal, rows, sentence
+    from colocate.demo.gpu.script import GpuDemo
+    from colocate.demo.gpu.where import RealCard
+    from colocate.model import kernels
+
+    if options.simulate:
+        raise BadInput("--simulate: with `gpu` the card is simulated unless --card names one; leave it out")
+    if options.nvml_library and not options.card:
+        raise BadInput("--nvml-library: it is the real card's; name that with --card")
+    real = RealCard(options.card, options.nvml_library) if options.card else None
+    report = check_file("--report", options.report)
+    enter_delegated_scope()
+    what = f"the real card {options.card} is used" if real else "no GPU is used"
+    mark = "REAL CARD" if real else "SIMULATED CARD"
+    print(f"{mark}: {what}; the agent, the processes, the requests and the freezes are real", file=sys.stderr)
+    with _Progress() as progress:
+        demonstration = GpuDemo(KernelPort(), options.seconds, options.seed, progress.show, real)
+        result = asyncio.run(demonstration.run(kernels.load(jit=False)))
+    write_page(result, report)
+    if options.output in DATA_FORMS:
+        data = msgspec.to_builtins(result)
+        del data["details"]
+        print_data({**data, "report": str(report.resolve())}, options.output)
+        return 0 if result.host_unchanged else 1
+    print(f"{mark}: {legend(result)}.")
+    for service in dict.fromkeys(a.service for a in result.arms.values()):
+        columns, lines = rows(result, service)
+        print_table(
+            columns, lines, f"{mark}: the {service} service, target {result.of(service)['alone'].target_ms:g} ms"
+        )
+    print(f"{mark}: {sentence(result)}")
+    if held := refusal(result):
+        print(f"{mark}: {held}")
+    if result.reaction_p95_ms is not None:
+        ms = f"{result.reaction_p95_ms:.1f} ms"
+        print(f"from a request to batch told to stop, p95: {ms} (what they had launched runs on)")
+    _print_host(result, report)
+    return 0 if result.host_unchanged else 1
 
 
 def _of_cluster(result: Result) -> list[str]:

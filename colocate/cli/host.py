@@ -140,6 +140,12 @@ def agent(options: argparse.Namespace) -> int:
             "when its last process ends",
             file=sys.stderr,
         )
+    for line in report.capped:
+        print(
+            f"colocate: the GPUs of {line} keep their power limits until its last process ends; then those that were "
+            "found are put back",
+            file=sys.stderr,
+        )
     return 1 if report.failed else 0
 
 

@@ -15,6 +15,7 @@ def configure_logs(least: int = 20) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(
                 serializer=lambda event, **_: msgspec.json.encode(event, enc_hook=str).decode()
             ),

@@ -17,16 +17,20 @@ from colocate import __version__
 from colocate.cli.options import (
     Add,
     cluster,
+    confidence,
     cores,
     duration,
     form,
+    intensity,
     node,
     positive,
     size,
+    slowdown,
     snapshot,
     socket,
     state,
     table_form,
+    watts,
 )
 from colocate.errors import ColocateError
 from colocate.units import parse_duration
@@ -60,6 +64,7 @@ def build_parser(wanted: str = "") -> argparse.ArgumentParser:
     _add_reports(add)
     _add_undo(add)
     _add_cluster(add)
+    _add_power(add)
     for more in entry_points(group="colocate.commands"):
         more.load()(add)
     return parser
@@ -67,22 +72,83 @@ def build_parser(wanted: str = "") -> argparse.ArgumentParser:
 
 def _add_demo(add: Add, others: list[str]) -> None:
     demo = add(
-        "demo", "colocate.cli.demo:demo", "Show co-location on this machine's own cgroups, in one to two minutes"
+        "demo", "colocate.cli.demo:demo", "Show co-location on this machine's own cgroups, in one to three minutes"
     )
     demo.add_argument(
         "what",
         nargs="?",
-        choices=[*others, "kubernetes"],
-        help="gang: gang scheduling on a real API server instead; kubernetes: the same on a real kubelet, from the"
-        " manifests",
+        choices=[*others, "gpu", "kubernetes", "power"],
+        help="gang: gang scheduling on a real API server instead; gpu: batch beside services on simulated"
+        " GPUs; kubernetes: the same on a real kubelet, from the manifests; power: caps and budgets on simulated GPUs",
     )
     demo.add_argument("--image", help="kubernetes: an archive that `make image` made (default: made when needed)")
+    demo.add_argument("--card", default="", metavar="UUID", help="gpu: on this real one (nvidia-smi -L)")
+    demo.add_argument("--nvml-library", default="", metavar="PATH", help="gpu --card: where NVML is")
     table_form(demo)
     demo.add_argument("--report", default="colocate-demo-report.html", help="where the HTML report goes")
     demo.add_argument("--seconds", type=duration, default=parse_duration("16s"), help="length of a phase")
     demo.add_argument("--simulate", action="store_true", help="use the kernel model even where cgroups are writable")
     demo.add_argument("--seed", type=int, default=1, help="seed of the load (and of the model)")
     demo.add_argument("--service-time", type=duration, default=parse_duration("2ms"), help="CPU time of a request")
+
+
+def _add_power(add: Add) -> None:
+    text = "What a sweep of power caps says of a job, which cap to take, and what this node draws"
+    commands = add("power", "", text).add_subparsers(dest="what", required=True, metavar="WHAT")
+
+    def of(what: str, target: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(what, help=text, description=text)
+        command.set_defaults(target=target)
+        return command
+
+    table = "a CSV with power_limit, time_per_epoch and average_power, a run each line"
+    for what, text in (
+        ("fit", "How much a job slows down under power caps, by a sweep of it"),
+        ("recommend", "The least cap that keeps a slowdown"),
+    ):
+        sweep = of(what, "colocate.cli.power:power", text)
+        sweep.add_argument(
+            "files", nargs="+", help=f"one for each run (geopmsession's CSV, a GEOPM report), or {table}"
+        )
+        required = what == "recommend"
+        sweep.add_argument(
+            "--slowdown", "--power-at-slowdown", type=slowdown, required=required, help="how much longer: 5%% or 0.05"
+        )
+        sweep.add_argument("--confidence", type=confidence, help="how surely (default 0.9)")
+        models = ("auto", "isotonic", "power-law", "quadratic", "seed")
+        sweep.add_argument("--model", default="auto", choices=models, help="seed: that of the talk's script")
+        sweep.add_argument("--where", default="", metavar="COLUMN=VALUE,...", help="which sweep of a table")
+        sweep.add_argument("--report", help="an HTML page with the curves")
+        table_form(sweep)
+    runs = of("sweep", "colocate.cli.sweep:sweep", "Run a command under several caps of its GPUs, and fit the model")
+    runs.add_argument("--caps", required=True, metavar="FROM:TO:STEP", help="in watts, of its GPUs together; or a list")
+    runs.add_argument("--repeats", type=positive, default=2, help="how often each, up and down in turn (default 2)")
+    runs.add_argument("--file", required=True, help="where the runs are written, a CSV that the others read")
+    runs.add_argument("--slowdown", type=slowdown, help="recommend the least cap that keeps this: 5%% or 0.05")
+    runs.add_argument("--report", help="an HTML page with the curves")
+    runs.add_argument("--job", help="instead of a command: a file with the Job of a cluster that is run under each cap")
+    runs.add_argument("-n", "--namespace", default="", help="--job: where it runs")
+    runs.add_argument("--scheduler-name", default="colocate", help="--job: who places its pods, unless it says so")
+    cluster(runs)
+    runs.add_argument("--nvml-library", default="", metavar="PATH", help="where NVML is")
+    runs.add_argument("--config", help="policy of the agent that is started if none runs")
+    socket(runs)
+    table_form(runs)
+    runs.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command")
+    split = of("split", "colocate.cli.power:split", "Watts among jobs, so that the worst slowdown is least")
+    split.add_argument("files", nargs="+", help=f"{table}; each sweep in it is a job")
+    split.add_argument("--budget", type=positive, required=True, metavar="WATTS", help="of all jobs together")
+    split.add_argument("--where", default="", metavar="COLUMN=VALUE,...", help="which sweeps of the tables")
+    table_form(split)
+    budget = of("budget", "colocate.cli.watts:budget", "The power caps and the power budget of this node, and why")
+    node(budget)
+    socket(budget)
+    table_form(budget)
+    status = of("status", "colocate.cli.watts:status", "What this node's CPUs and GPUs draw, and their limits")
+    status.add_argument("--seconds", type=duration, default=parse_duration("1s"), help="over how long (default 1s)")
+    status.add_argument("--nvml-library", default="", metavar="PATH", help="where NVML is")
+    status.add_argument("--sysfs", default="/sys", metavar="FOLDER", help="where the host's /sys is mounted")
+    table_form(status)
 
 
 def _add_node(add: Add) -> None:
@@ -119,7 +185,9 @@ def _add_node(add: Add) -> None:
 
     explain = add("explain", "colocate.cli.watch:explain", "Why a node or pod is as it is, or why a PodGroup waits")
     explain.add_argument(
-        "workload", nargs="*", help="only this service or job; or of a cluster: node NAME, pod NAME, podgroup NAME"
+        "workload",
+        nargs="*",
+        help="only this service or job; gpu [UUID|WORKLOAD]; or of a cluster: node NAME, pod NAME, podgroup NAME",
     )
     explain.add_argument(
         "--anew", action="store_true", help="of a PodGroup: decide it anew from the whole cluster, which you may list"
@@ -144,6 +212,13 @@ def _add_jobs(add: Add) -> None:
     run.add_argument("--gang", default="", help="jobs of one gang are evicted together")
     run.add_argument("--checkpoint-signal", default="", help="sent before an eviction for memory, e.g. SIGUSR1")
     run.add_argument("--max-runtime", type=duration, help="evicted after this long, e.g. 2h")
+    run.add_argument("--gpu-memory", type=size, help="what it will use of a GPU's memory at most, e.g. 12Gi")
+    run.add_argument(
+        "--power-cap",
+        type=watts,
+        help="what its GPUs may draw at most, all together, in watts: those in CUDA_VISIBLE_DEVICES before it starts",
+    )
+    run.add_argument("--power-class", help="of jobs that feel a power cap alike: a name of power.models in the policy")
     run.add_argument("--config", help="policy of the agent that is started if none runs")
     socket(run)
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command")
@@ -159,6 +234,9 @@ def _add_reports(add: Add) -> None:
     report.add_argument("records", nargs="?", help="a state directory or record file (default: the agent's)")
     report.add_argument("--since", type=duration, help="only the last so long, e.g. 24h")
     report.add_argument("--machines", type=positive, default=1, help="nodes like this one, for machines saved")
+    report.add_argument(
+        "--carbon-intensity", type=intensity, metavar="G", help="of the grid, grams of CO2 a kWh: what the energy emits"
+    )
     report.add_argument("--file", help="where -o html goes (default: colocate-report.html)")
     form(report, "html", "json", "csv")
     node(report)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from colocate.units import parse_bytes, parse_cores, parse_duration
+from colocate.units import parse_bytes, parse_cores, parse_duration, parse_watts
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 """(name, module:function, help) -> the command's own parser."""
+
+
+MOST_SLOWDOWN = 10.0
+MOST_INTENSITY = 3000.0
+"""Burning the dirtiest coal in the worst plant is half of this."""
 
 
 def _quantity(parse: Callable[[str], float]) -> Callable[[str], float]:
@@ -29,6 +34,18 @@ def _seconds(text: str) -> float:
 
 
 duration, size, cores = _quantity(_seconds), _quantity(parse_bytes), _quantity(parse_cores)
+watts = _quantity(parse_watts)
+
+
+def intensity(text: str) -> float:
+    """An argparse type: grams of CO2 a kWh."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0.0 <= found <= MOST_INTENSITY:
+        raise argparse.ArgumentTypeError(f"{text!r}: write grams of CO2 a kWh from 0 to {MOST_INTENSITY:g}, e.g. 350")
+    return found
 
 
 def positive(text: str) -> int:
@@ -80,3 +97,25 @@ def snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
         parser.add_argument("--snapshot", help="a file of `colocate snapshot`, in place of the live cluster")
         parser.add_argument("-n", "--namespace", default="", help="default: the context's")
     parser.add_argument("--scheduler-name", help="whose pods are decided (default: what the controller answers to)")
+
+
+def slowdown(text: str) -> float:
+    """`5%` or `0.05`. Raises ArgumentTypeError."""
+    try:
+        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 <= value <= MOST_SLOWDOWN:
+        raise argparse.ArgumentTypeError(f"{text!r} is no slowdown: write 5% or 0.05, at most {MOST_SLOWDOWN:g}")
+    return value
+
+
+def confidence(text: str) -> float:
+    """A probability. Raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0.5 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no confidence: write a number from 0.5, below 1")
+    return value

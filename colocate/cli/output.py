@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,12 @@ def check_file(option: str, given: str) -> Path:
         raise BadInput(f"{option}: the directory {path.parent} does not exist")
     if path.is_dir():
         raise BadInput(f"{option}: {path} is a directory; name a file in it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):  # root may write everywhere, and yet not in /proc
+            allowed = not path.exists() or os.access(path, os.W_OK)
+    except OSError:
+        allowed = False
+    if not allowed:
         raise BadInput(f"{option}: {path} cannot be written")
     return path
 

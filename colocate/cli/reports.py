@@ -50,15 +50,20 @@ def report(options: argparse.Namespace) -> int:
         from colocate.cli.remote import answer_of
 
         since = ["--since", f"{options.since:g}s"] if options.since is not None else []
+        if options.carbon_intensity is not None:
+            since += ["--carbon-intensity", f"{options.carbon_intensity:g}"]
         told = answer_of(options, "report", "--machines", str(options.machines), *since)
         _show(msgspec.convert(told, Report), options)
         return 0
-    if options.records:
-        _show(evaluate_records(Path(options.records), since_seconds=options.since, machines=options.machines), options)
-        return 0
     with contextlib.ExitStack() as stack:
-        records = _kept_in_memory(options, stack) or state_dir(options)
-        _show(evaluate_records(records, since_seconds=options.since, machines=options.machines), options)
+        records = Path(options.records) if options.records else _kept_in_memory(options, stack) or state_dir(options)
+        found = evaluate_records(
+            records,
+            since_seconds=options.since,
+            machines=options.machines,
+            carbon_intensity=options.carbon_intensity,
+        )
+        _show(found, options)
     return 0
 
 

@@ -74,6 +74,10 @@ def _run(options: argparse.Namespace) -> int:
         "gang": options.gang,
         "checkpoint_signal": options.checkpoint_signal,
         "max_runtime_seconds": options.max_runtime,
+        "gpu_memory_bytes": options.gpu_memory,
+        "power_watts": options.power_cap,
+        "power_class": options.power_class,
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES") if options.power_cap is not None else None,
     }
     if not _is_roots(socket_path(options)):
         enter_delegated_scope()

@@ -10,6 +10,7 @@ from datetime import datetime
 from importlib.metadata import entry_points
 from typing import Any
 
+from colocate.cli import cards
 from colocate.cli.host import socket_path
 from colocate.cli.output import DATA_FORMS, print_data, print_table
 from colocate.errors import BadInput, NotAnswering
@@ -19,7 +20,8 @@ from colocate.units import format_bytes, format_duration
 FROM_AFAR_SECONDS = 5.0
 
 
-def _ask(options: argparse.Namespace, op: str) -> dict[str, Any]:
+def ask_agent(options: argparse.Namespace, op: str) -> dict[str, Any]:
+    """The answer of this node's agent, or of another's. Raises NotAnswering, BadInput."""
     if options.node:
         from colocate.cli.remote import answer_of
 
@@ -33,7 +35,7 @@ def _ask(options: argparse.Namespace, op: str) -> dict[str, Any]:
 
 def status(options: argparse.Namespace) -> int:
     """Exit 0 if an agent answers, 1 if not."""
-    data = _ask(options, "status")
+    data = ask_agent(options, "status")
     if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0
@@ -130,13 +132,18 @@ def top(options: argparse.Namespace) -> int:
             laws.add_column(column)
         for row in _laws(now):
             laws.add_row(*row)
-        return Group(head, table, laws, *(f"problem: {p}" for p in now["problems"].values()))
+        shown = [table]
+        if on_cards := cards.rows(now):
+            shown.append(Table(*cards.COLUMNS))
+            for row in on_cards:
+                shown[-1].add_row(*row)
+        return Group(head, *shown, laws, *(f"problem: {p}" for p in now["problems"].values()))
 
     with contextlib.suppress(KeyboardInterrupt), Live(draw(data), auto_refresh=False, screen=False) as live:
         while True:
             time.sleep(FROM_AFAR_SECONDS if options.node else 1)  # it is work on a node that has services
             try:
-                live.update(draw(_ask(options, "explain")), refresh=True)
+                live.update(draw(ask_agent(options, "explain")), refresh=True)
             except NotAnswering:
                 print("the agent has ended")
                 return 0
@@ -146,7 +153,7 @@ def top(options: argparse.Namespace) -> int:
 def _first(options: argparse.Namespace) -> dict[str, Any]:
     """The explanation, waiting a moment for an agent that has just started."""
     for _ in range(50):
-        data = _ask(options, "explain")
+        data = ask_agent(options, "explain")
         if "plan" in data:
             return data
         time.sleep(0.1)
@@ -155,6 +162,8 @@ def _first(options: argparse.Namespace) -> dict[str, Any]:
 
 def _print_top(data: dict[str, Any], wide: bool) -> None:
     print_table(_columns(wide), _rows(data, wide))
+    if on_cards := cards.rows(data):
+        print_table(cards.COLUMNS, on_cards)
     print_table(("law", "state", "reason", "message"), _laws(data))
     for problem in data["problems"].values():
         print(f"problem: {problem}")
@@ -170,9 +179,11 @@ def explain(options: argparse.Namespace) -> int:
         return int(kind.load()(options))
     if len(asked := [*named, *options.workload[1:]]) == 2 and asked[0] in ("node", "pod"):
         return _explain_elsewhere(options, *asked)
+    if named == ["gpu"] and len(asked) < 3:
+        return cards.explain(options, _first(options), "".join(asked[1:]))
     if len(options.workload) > 1:
         raise BadInput(
-            f"explain takes one service or job, or podgroup, node or pod NAME, not {' '.join(options.workload)!r}"
+            f"explain takes one service or job, or podgroup, node, pod or gpu NAME, not {' '.join(options.workload)!r}"
         )
     return _explain_node(options)
 

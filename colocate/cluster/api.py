@@ -13,6 +13,14 @@ NODE_COLOCATIONS = f"/apis/{NODE_API}/nodecolocations"
 POLICIES = f"/apis/{NODE_API}/colocationpolicies"
 BATCH_CPU, BATCH_MEMORY = "kubernetes.io/batch-cpu", "kubernetes.io/batch-memory"
 """Extended resources of nodes, in thousandths of a CPU and in bytes, as Koordinator's."""
+GPU_BORROW = "colocate.io/gpu-borrow"
+"""An extended resource too: cards of services that lend them, a batch job a card."""
+POWER = "colocate.io/power"
+"""An extended resource too: watts that the devices of a pod may draw, all together."""
+POWER_RESOURCES = (POWER, "intel.com/power")
+"""How pods ask for watts: by ours, and by the name of GEOPM's device plugin."""
+POWER_CLASS = "colocate.io/power-class"
+"""Label or annotation: of jobs that feel a power cap alike."""
 QOS, BATCH = "colocate.io/qos", "batch"
 BATCH_LABELS = {QOS: BATCH, "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
 """How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""
@@ -34,12 +42,15 @@ SILENT_SECONDS = 150.0
 SHADOW, STOPPED, ANOTHER = "Shadow", "Stopped", "AnotherAgent"
 """The reasons of an agent that only computes, whose promises are nobody's, of one that has ended, and of one that has
 found another program on its node that governs batch: two would contradict each other in the node's status."""
-FROZEN, NARROWED, WAITS = HOLDS = "Frozen", "Narrowed", "Waits"
-"""For what a batch pod gets less than it could use: it is stopped; batch is kept to less CPU; services come first."""
+FROZEN, WITH_GANG, CARD_SHARED, NARROWED, WAITS = HOLDS = "Frozen", "WithGang", "CardShared", "Narrowed", "Waits"
+"""For what a batch pod gets less than it could use: it is stopped, for itself or with its gang; it is stopped and let
+go beside a card's services; batch is kept to less CPU; services come first."""
 MOST_HELD_BACK = 256
 """Pods of a node that are named: more than a kubelet should have."""
 PUBLISHED = "colocate.io/published"
 """An annotation of nodes: their batch resources are ours. Those of others are left alone."""
+POWER_PUBLISHED = "colocate.io/published-power"
+"""The same of their watts, which an administrator may have set by hand."""
 
 
 def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
@@ -57,7 +68,7 @@ def gang_of(meta: ObjectMeta) -> str:
 def asks_batch(pod: Pod) -> bool:
     """Whether one of its containers asks for batch resources, which only batch pods may."""
     every = (*pod.spec.containers, *pod.spec.init_containers)
-    return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY))
+    return any(name in c.resources.requests for c in every for name in (BATCH_CPU, BATCH_MEMORY, GPU_BORROW))
 
 
 def amount(quantity: object, times: int = 1) -> int:
@@ -97,10 +108,18 @@ class PodHeldBack(Lean, frozen=True):
     name: str
     uid: str
     reason: str = ""
-    """`Frozen`, `Narrowed` or `Waits`; empty of one that no longer has to."""
+    """`Frozen`, `WithGang`, `CardShared`, `Narrowed` or `Waits`; empty of one that no longer has to."""
     message: str = ""
     since: str = ""
     """Since when that is so, by the node's clock."""
+
+
+class FrozenGang(Lean, frozen=True):
+    """A gang of which a member is frozen on this node, for what happens on this node."""
+
+    gang: str
+    """`namespace/name`."""
+    message: str = ""
 
 
 class PolicyInForce(Lean, frozen=True):
@@ -131,6 +150,8 @@ class NodeColocationStatus(Lean, frozen=True):
     """Batch pods of this node that have to go."""
     held_back: list[PodHeldBack] = []
     """Batch pods of this node that get less than they could use."""
+    frozen_gangs: list[FrozenGang] = []
+    """Gangs whose members on other nodes would wait for one on this."""
     observed: str = ""
     """When it was said, by the node's clock."""
 

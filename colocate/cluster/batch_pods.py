@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
-from colocate.cluster.api import PodHeldBack, PodToEvict, asks_batch, is_batch
-from colocate.kube.client import PODS, SUBDOMAIN, Api, ApiError, path_of
+from colocate.cluster.api import SHADOW, STOPPED, NodeColocation, PodHeldBack, PodToEvict, asks_batch, is_batch
+from colocate.kube.client import PODS, STRATEGIC, SUBDOMAIN, Api, ApiError, path_of
 from colocate.objects import Pod
 
 ASK_SECONDS = 5.0
@@ -13,6 +15,18 @@ ASK_SECONDS = 5.0
 
 class NotItsBusiness(ApiError):  # noqa: N818
     """An agent has no say in that pod."""
+
+
+def speaks(now: NodeColocation | None, *, silent: bool) -> bool:
+    """Whether what a node's agent has said last is in force."""
+    return now is not None and not silent and now.status.reason not in (SHADOW, STOPPED)
+
+
+async def write_condition(api: Api, namespace: str, name: str, uid: str, condition: Mapping[str, str | None]) -> None:
+    """Have a condition of a pod, if it still is the one that is meant. Raises ApiError, Unreachable."""
+    body = {"metadata": {"uid": uid}, "status": {"conditions": [condition]}}
+    path = path_of(PODS, namespace, name, "status")
+    await api.request("PATCH", path, body, content_type=STRATEGIC, timeout_seconds=ASK_SECONDS, patient=False)
 
 
 async def pod_meant(api: Api, node: str, named: PodToEvict | PodHeldBack, *, batch_only: bool = True) -> Pod | None:

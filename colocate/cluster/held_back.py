@@ -14,12 +14,12 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from colocate.cluster.api import HOLDS, MOST_HELD_BACK, SHADOW, STOPPED, NodeColocation, PodHeldBack
-from colocate.cluster.batch_pods import ASK_SECONDS, NotItsBusiness, pod_meant
-from colocate.kube.client import PODS, STRATEGIC, Api, ApiError, Unreachable, path_of
+from colocate.cluster.api import HOLDS, MOST_HELD_BACK, NodeColocation, PodHeldBack, gang_of
+from colocate.cluster.batch_pods import NotItsBusiness, pod_meant, speaks, write_condition
+from colocate.kube.client import PODS, Api, ApiError, Unreachable
 from colocate.kube.events import MESSAGE_CHARACTERS
 from colocate.kube.lease import Election
-from colocate.objects import HELD_BACK, Condition, Lean, ObjectMeta
+from colocate.objects import GANG_HELD, HELD_BACK, Condition, Lean, ObjectMeta
 from colocate.units import time_text
 
 AGAIN_SECONDS, REFUSED_AGAIN_SECONDS = 5.0, 60.0
@@ -68,10 +68,13 @@ class HeldBackPods:
         self._due: dict[tuple[str, str], None] = {}
         self._wake = asyncio.Event()
 
-    async def inherit(self) -> None:
-        """Look for the conditions that leaders before have written."""
+    async def inherit(self) -> set[str]:
+        """Look for the conditions that leaders before have written; the gangs that were told to stand still."""
+        gangs = set[str]()
         try:
             for pod in await self._api.all(_PodSeen, PODS):
+                if any(c.type == GANG_HELD and c.status == "True" for c in pod.status.conditions):
+                    gangs.add(gang_of(pod.metadata))
                 its = next((c for c in pod.status.conditions if c.type == HELD_BACK and c.status == "True"), None)
                 if its is not None:
                     meta = pod.metadata
@@ -80,6 +83,7 @@ class HeldBackPods:
                     self._said.setdefault(pod.spec.node_name, {})[meta.uid] = known
         except (ApiError, Unreachable, msgspec.DecodeError) as error:
             log.warning("conditions_unknown", error=str(error))
+        return gangs
 
     @property
     def nodes(self) -> list[str]:
@@ -89,8 +93,7 @@ class HeldBackPods:
     def told(self, node: str, now: NodeColocation | None, *, silent: bool = False) -> None:
         """What the agent of a node says now; it no longer says anything of what it does not name."""
         before = self._said.pop(node, {})
-        speaks = now is not None and not silent and now.status.reason not in (SHADOW, STOPPED)
-        named = now.status.held_back[:MOST_HELD_BACK] if now is not None and speaks else []
+        named = now.status.held_back[:MOST_HELD_BACK] if now is not None and speaks(now, silent=silent) else []
         said = {pod.uid: pod for pod in named if pod.reason in HOLDS}
         if said:
             self._said[node] = said
@@ -156,6 +159,4 @@ class HeldBackPods:
             "lastTransitionTime": time_text(time.time()) if changed else there.last_transition_time,  # type: ignore[union-attr]
         }
         self._election.check()
-        body = {"metadata": {"uid": word.pod.uid}, "status": {"conditions": [condition]}}
-        path = path_of(PODS, word.pod.namespace, word.pod.name, "status")
-        await self._api.request("PATCH", path, body, content_type=STRATEGIC, timeout_seconds=ASK_SECONDS, patient=False)
+        await write_condition(self._api, word.pod.namespace, word.pod.name, word.pod.uid, condition)

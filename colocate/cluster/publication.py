@@ -18,8 +18,11 @@ from colocate.cluster.api import (
     ANOTHER,
     BATCH_CPU,
     BATCH_MEMORY,
+    GPU_BORROW,
     NODE_COLOCATIONS,
     POLICIES,
+    POWER,
+    POWER_PUBLISHED,
     PUBLISHED,
     SHADOW,
     SILENT_SECONDS,
@@ -31,13 +34,17 @@ from colocate.cluster.api import (
 )
 from colocate.cluster.evictions import Evictions
 from colocate.cluster.held_back import HeldBackPods
+from colocate.cluster.held_gangs import HeldGangs
 from colocate.cluster.policy_status import PolicyStatuses
 from colocate.kube.client import MERGE, NODES, Api, ApiError, Unreachable, age_of, path_of
 from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector, either
 from colocate.objects import Node
 
-RESOURCES = (BATCH_CPU, BATCH_MEMORY)
+OPTIONAL = {GPU_BORROW: 64, POWER: 100_000}
+"""What only some nodes offer, and the most that is believed of one: cards, watts."""
+BATCH_RESOURCES = (BATCH_CPU, BATCH_MEMORY, GPU_BORROW)
+RESOURCES = (*BATCH_RESOURCES, POWER)
 LOOK_SECONDS = 10.0
 """How often silence is looked for."""
 OLD_SECONDS = 900.0
@@ -56,11 +63,19 @@ def wanted(status: NodeColocationStatus, node: Mapping[str, object], silent_seco
     """
     if status.reason in (SHADOW, ANOTHER):
         return dict.fromkeys(RESOURCES)
+    most = {BATCH_CPU: amount(node.get("cpu"), 1000), BATCH_MEMORY: amount(node.get("memory")), **OPTIONAL}
     if silent_seconds >= SILENT_SECONDS:
-        return dict.fromkeys(RESOURCES, "0")
-    most = {BATCH_CPU: amount(node.get("cpu"), 1000), BATCH_MEMORY: amount(node.get("memory"))}
-    promised = {name: min(amount(status.promised.get(name)), most[name]) for name in RESOURCES}
-    return {name: str(max(most_there, 0)) for name, most_there in promised.items()}
+        most = dict.fromkeys(RESOURCES, 0)
+    promised = {name: max(min(amount(status.promised.get(name)), most[name]), 0) for name in RESOURCES}
+    offered = {name: name not in OPTIONAL or name in status.promised for name in RESOURCES}
+    return {name: str(promised[name]) if offered[name] else None for name in RESOURCES}
+
+
+def watts_are_ours(node: Node, should: Mapping[str, str | None]) -> bool:
+    """Whether its watts may be written: we did so, or they are offered by its agent and by nobody by hand."""
+    if POWER_PUBLISHED in node.metadata.annotations:
+        return True
+    return should.get(POWER) is not None and not amount(node.status.allocatable.get(POWER))
 
 
 def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> bool:
@@ -92,6 +107,7 @@ class Publication:
         """What the agent of a node has promised first and last since we lead."""
         self._evictions = Evictions(api, election)
         self._held_back = HeldBackPods(api, election)
+        self._held_gangs = HeldGangs(api, election)
         self._statuses = PolicyStatuses(api, election, self._spoken)
         self.synced = False
         """Whether it has listed what it watches."""
@@ -109,7 +125,7 @@ class Publication:
                 policies: Reflector[ColocationPolicyObject] = Reflector(
                     self._api, POLICIES, ColocationPolicyObject, self._statuses.told
                 )
-                await self._held_back.inherit()
+                self._held_gangs.inherit(await self._held_back.inherit())
                 for task in (nodes.run(), said.run(), policies.run()):
                     tasks.create_task(task)
                 for reflector in (nodes, said):
@@ -120,6 +136,7 @@ class Publication:
                 tasks.create_task(self._look_for_silence())
                 tasks.create_task(self._evictions.run(self._asking))
                 tasks.create_task(self._held_back.run())
+                tasks.create_task(self._held_gangs.run())
                 tasks.create_task(self._statuses.run())
                 while True:
                     await self._wake.wait()
@@ -156,13 +173,14 @@ class Publication:
         else:
             self._said[name] = now
             if now.status.reason not in ("", SHADOW, ANOTHER):
-                promised = [amount(now.status.promised.get(r)) for r in RESOURCES]
+                promised = [amount(now.status.promised.get(r)) for r in BATCH_RESOURCES]
                 self._promised[name] = [*self._promised.get(name, [])[:1], promised]
             old = before is None and age_of(now.status.observed) > OLD_SECONDS  # a new leader need not wait to know
             if not old and (before is None or before.status.observed != now.status.observed):
                 self._heard[name] = time.monotonic()
         self._look_at(name)
         if self.synced and (now is None or before is None or before.status != now.status):
+            self._held_gangs.told(name, now)
             self._held_back.told(name, now)  # not what was said before this program led: it may be old
         self._evictions.wake.set()
 
@@ -174,6 +192,7 @@ class Publication:
                 if self._silent_seconds(name) >= SILENT_SECONDS:
                     self._look_at(name)
                     self._held_back.told(name, None, silent=True)
+                    self._held_gangs.told(name, None, silent=True)
             gone = self._said.keys() - self._nodes.keys()
             self._orphaned = {name: self._orphaned.get(name, now) for name in gone}
             for name, since in self._orphaned.items():
@@ -204,10 +223,15 @@ class Publication:
         if said is not None:
             should |= wanted(said.status, node.status.allocatable, self._silent_seconds(name))
         promises = any(value is not None for value in should.values())
+        annotations: dict[str, str | None] = {PUBLISHED: "true" if promises else None}
+        if watts_are_ours(node, should):
+            annotations[POWER_PUBLISHED] = "true" if should[POWER] is not None else None
+        else:
+            del should[POWER]
         if not differs(node.status.allocatable, should) or self._is_anothers(node, promises):
             return
         self._election.check()
-        meta = {"annotations": {PUBLISHED: "true" if promises else None}}
+        meta = {"annotations": annotations}
         body = {"metadata": meta, "status": {"capacity": should, "allocatable": should}}
         path = path_of(NODES, name=name, subresource="status")
         answer = await self._api.request(
@@ -224,10 +248,10 @@ class Publication:
         So is what that very agent has promised since we lead: a publisher before us wrote it, and did not say so.
         """
         name, offered = node.metadata.name, node.status.allocatable
-        if PUBLISHED in node.metadata.annotations or not any(r in offered for r in RESOURCES):
+        if PUBLISHED in node.metadata.annotations or not any(r in offered for r in BATCH_RESOURCES):
             self._anothers.discard(name)
             return False
-        amounts = [amount(offered.get(r)) for r in RESOURCES]
+        amounts = [amount(offered.get(r)) for r in BATCH_RESOURCES]
         if (promises and not any(amounts)) or amounts in self._promised.get(name, ()):
             self._anothers.discard(name)
             return False

@@ -120,11 +120,16 @@ class Subject(NamedTuple):
 
 
 def subjects_of(snapshot: NodeSnapshot, forecast: Forecast) -> list[Subject]:
-    """Everybody whose suffering counts: by latency where a service has it, else (or while it is silent) by waiting."""
+    """Everybody whose suffering counts: by latency where a service has it, else (or while it is silent) by waiting.
+
+    Of one that shares a card with batch, latency is what the law of the card goes by: batch without CPU launches
+    nothing either, so that here it would seem to be the CPU's.
+    """
     found = []
     for workload in snapshot.of("service"):
         now = forecast.workloads[workload.id]
         latency = workload.objective is not None and workload.latency is not None
+        latency = latency and workload.id not in snapshot.beside_batch_on_cards
         if latency:
             found.append(Subject(f"{workload.id}/{LATENCY}", workload, now, LATENCY))
         if not latency or now.silent:

@@ -18,7 +18,7 @@ from colocate.snapshot import NodeSnapshot, Workload
 LAW = "eviction"
 KILLING_SECONDS = 5.0
 API_SECONDS = 15.0
-URGENT = frozenset({"MemoryPressure", "OverAllowance"})
+URGENT = frozenset({"MemoryPressure", "OverAllowance", "CardMemory"})
 """Who goes for these reasons goes whatever a budget says."""
 
 

@@ -3,6 +3,7 @@
     open    batch runs; nothing is written
     gate    batch runs while the services are idle: it is stopped when one begins, and let go `hold_off` after the last
     dial    batch runs for a share of every period, whatever the services do: for services whose requests last longer
+    probe   batch runs for moments in which no service is busy, to see for how long it goes on when it is stopped
     off     batch is stopped
 
 Which one protects is a matter of the drain: what a stopped job has launched runs on. A gate costs a request at most
@@ -16,20 +17,21 @@ reading only some are counted (declustering, as for extremes: Coles, 2001, 5.3),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import lt
 from typing import Literal
 
 import msgspec
 
-from colocate.model.gpu import Drains, Slowdown, learn, queueing, stretch
+from colocate.model.gpu import UNKNOWN_DRAIN_SECONDS, Drains, Slowdown, learn, queueing, stretch
 from colocate.model.slack import beyond_target, quantile_of
 from colocate.model.special import binomial_bound
 from colocate.plan import Verdict
 from colocate.units import format_duration
 
 LAW = "gpu"
-Mode = Literal["open", "gate", "dial", "off"]
+Mode = Literal["open", "gate", "dial", "probe", "off"]
 SOFT, HARD = 0.95, 0.9999
 ALLOWED = 0.01
 """The share of requests that may be beyond a p99 target."""
@@ -51,6 +53,20 @@ HOLD_AFTER_SECONDS, CLOSE_AFTER_SECONDS = 3.0, 10.0
 """Readings older than this: nothing grows; and nothing is open."""
 REQUEST_PERIODS = 5.0
 """A dial is for requests that last at least so many periods: each of them then feels the share, and no more."""
+DOUBTFUL_ROOMS = 4.0
+WORTH = 1.2
+"""By so much more must another mode leave for batch."""
+QUEUES_RATIO = 1.3
+"""Requests of which the slowest take less than so many times the median do not wait for each other: they are worked at
+together."""
+SEES_RATIO = 0.5
+"""A sensor that sees less of the time in which a service works is not believed."""
+LEAST_PROBE_HOLD_OFF_SECONDS, MOST_PROBE_HOLD_OFF_SECONDS = 0.01, 0.1
+DEFAULT_MODES = ("open", "gate", "dial")
+LEAST_DRAINS = 5
+"""So often is a job stopped to see for how long it goes on, before that is taken as known."""
+MOST_LOOKS = 24
+"""So often where most looks would let it run and one in twenty would not: one look may have been mistaken."""
 ROOM = 0.2
 """The share of the target that must be left for more."""
 
@@ -66,6 +82,8 @@ class ServiceSeen(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     counts: tuple[float, ...] = ()
     """Cumulative, the last one is +Inf."""
     read_at: float = 0.0
+    sensor_busy: float | None = None
+    """The share of the time in which the sensor saw it work."""
 
 
 class JobSeen(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -85,15 +103,30 @@ class CardSeen(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     jobs: tuple[JobSeen, ...] = ()
     sensor: str = ""
     """By what the services are seen to be idle within milliseconds; empty: by nothing."""
+    sensor_problem: str = ""
+    """Why by nothing."""
+    sensing: bool = False
+    """Whether that is still being found out."""
+    counted: bool = True
+    """Whether the card has counters by which a drain can be seen."""
+    stopped: bool = True
+    """Whether all jobs are read to be stopped: one that is on its way out runs."""
+    gap: bool = False
+    """Nobody looked for a while, and batch may have run."""
+    modes: tuple[str, ...] = DEFAULT_MODES
+    """Those that the policy allows."""
     reaction_seconds: float = 0.005
     """From the sensor to the stop, its 95th percentile."""
     slice_seconds: float = 0.0022
     """A time slice and a switch."""
 
 
-class ServiceState(msgspec.Struct, frozen=True, omit_defaults=True):
+class ServiceState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What is remembered of a service."""
 
+    bounds: tuple[float, ...] = ()
+    target: float = 0.0
+    """What its counts are of: with others they mean something else."""
     last: tuple[float, ...] = ()
     read_at: float = 0.0
     alone: tuple[float, ...] = ()
@@ -114,12 +147,14 @@ class CardState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     hold_off: float = 0.0
     period: float = MOST_PERIOD_SECONDS
     """Of the dial, seconds."""
-    changed_at: float = float("-inf")
+    changed_at: float = 0.0
     off_at: float | None = None
     """Since when batch has been stopped for good; None while it may run."""
+    ran_at: float | None = None
+    """When batch could run last: what services felt until its drain was over is not theirs alone."""
     hold_seconds: float = FIRST_HOLD_SECONDS
-    held_until: float = float("-inf")
-    not_open_until: float = float("-inf")
+    held_until: float = 0.0
+    not_open_until: float = 0.0
     violated: bool = False
     """Whether a service is, or was when it was last looked at: nothing is learnt of what it is alone."""
     not_ours: bool = False
@@ -137,6 +172,8 @@ class CardDecision(msgspec.Struct, frozen=True, kw_only=True):
     """Of the dial."""
     on_seconds: float = 0.0
     """For how long of it batch is let go; its drain comes to that."""
+    sensed: bool = True
+    """Whether something shows within milliseconds that services are idle."""
 
 
 class Felt(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +188,15 @@ class Felt(msgspec.Struct, frozen=True, kw_only=True):
     alone_p99: float | None = None
     alone_busy: float = 0.0
     """The share of the time in which it works, alone: requests in a second times their median."""
+
+    queues: bool = True
+    """Whether its requests wait for each other, as of one that answers one after the other; one that works at several
+    at once does not make them wait longer by being slower."""
+
+    def longer(self, sigma: float, share: float) -> float:
+        """By how much its requests take longer beside this share of batch."""
+        slower = stretch(sigma, share)
+        return slower * queueing(self.alone_busy, slower) if self.queues else slower
 
     def hard(self, mode: Mode) -> bool:
         """Whether it is violated beyond what chance allows once in ten thousand windows."""
@@ -178,13 +224,20 @@ class Felt(msgspec.Struct, frozen=True, kw_only=True):
 def decide_card(card: CardSeen, state: CardState) -> CardDecision:
     """One tick of one card. Pure."""
     jobs = tuple(job.id for job in card.jobs)
+    replace = msgspec.structs.replace
+    if card.gap:
+        forgotten = {id_: _alone_of(known) for id_, known in state.services.items()}
+        state = replace(state, services=forgotten, changed_at=card.now, ran_at=card.now)
     if jobs != state.jobs:  # what was felt beside others says nothing of these
-        state = msgspec.structs.replace(state, jobs=jobs, changed_at=card.now)
+        state = replace(state, jobs=jobs, changed_at=card.now, not_ours=False, violated=False)
+    if jobs and (state.mode != "off" or not card.stopped):
+        state = replace(state, ran_at=card.now, off_at=card.now if state.mode == "off" else None)
     state, felt = _listen(card, state)
+    card = _believed(card, felt)
     if not card.jobs or not card.services:
         nobody = "no batch job is on this card" if not card.jobs else "no service is on this card"
         return _decision(card, _turn(card, state, "open"), "NothingShared", nobody)
-    drain = max(job.drains.bound(card.now) for job in card.jobs)
+    drain = max(job.drains.bound() for job in card.jobs)
     if any(f.headroom is None for f in felt):
         missing = next(f.seen.name for f in felt if f.headroom is None)
         text = f"{missing} alone is not known yet: batch is off until it has answered {LEAST_REQUESTS} requests"
@@ -198,30 +251,52 @@ def decide_card(card: CardSeen, state: CardState) -> CardDecision:
         return _violated(card, state, hard[0], drain)
     if state.not_ours and not soft and all(f.requests >= LEAST_REQUESTS for f in felt):
         state = msgspec.structs.replace(state, not_ours=False, hold_seconds=FIRST_HOLD_SECONDS)
-    if state.not_ours:
+    if state.not_ours and state.mode in ("gate", "dial"):
         return _decision(card, state, "NotOurs", "a service is past its target whatever batch does: it is on probation")
     if card.now < state.held_until:
         left = format_duration(state.held_until - card.now)
-        return _decision(card, state, "HeldDown", f"batch was stopped for a violation; it is tried again in {left}")
+        said = f"batch was stopped for a violation; it is tried again in {left}"
+        return _decision(card, _turn(card, state, "off"), "HeldDown", said)
     state = msgspec.structs.replace(state, violated=False)
     return _choose(card, state, felt, drain, soft=bool(soft))
 
 
+def _believed(card: CardSeen, felt: list[Felt]) -> CardSeen:
+    """The same, without a sensor that misses much of the time in which a service works: its waits for the card, say."""
+    for f in felt:
+        busy = f.seen.sensor_busy
+        if card.sensor and f.alone_p50 is not None and busy is not None and busy < SEES_RATIO * f.alone_busy:
+            why = (
+                f"{f.seen.name}: its {card.sensor} shows work in {busy:.0%} of the time, its latency {f.alone_busy:.0%}"
+            )
+            why += ": name a gauge of its requests in slo.gauges"
+            return msgspec.structs.replace(card, sensor="", sensor_problem=why)
+    return card
+
+
 def _listen(card: CardSeen, state: CardState) -> tuple[CardState, list[Felt]]:
     """What each service felt: alone, if nothing of ours ran; and since the last change."""
-    drain = max((job.drains.bound(card.now) for job in card.jobs), default=0.0)
+    drain = max((job.drains.bound() for job in card.jobs), default=UNKNOWN_DRAIN_SECONDS)
     services, felt = {}, []
     for seen in card.services:
         known = state.services.get(seen.id, ServiceState())
         fresh = bool(seen.counts) and seen.read_at > known.read_at
+        if known.last and (known.bounds, known.target) != (seen.bounds_seconds, seen.target_seconds):
+            known = _alone_of(known) if known.bounds == seen.bounds_seconds else ServiceState()
         if fresh and (len(known.last) != len(seen.counts) or any(map(lt, seen.counts, known.last))):
-            first = ServiceState(last=seen.counts, read_at=seen.read_at, window=((seen.read_at, seen.counts, 0.0),))
+            first = ServiceState(
+                bounds=seen.bounds_seconds,
+                target=seen.target_seconds,
+                last=seen.counts,
+                read_at=seen.read_at,
+                window=((seen.read_at, seen.counts, 0.0),),
+            )
             if len(known.alone) == len(seen.counts):  # it has started anew: what it is alone it was before
                 first = msgspec.structs.replace(first, alone=known.alone, alone_seconds=known.alone_seconds)
             known = first
         elif fresh:
-            stopped = state.off_at is not None and known.read_at >= state.off_at + drain
-            quiet = not card.jobs or (stopped and not state.violated)
+            since = state.ran_at + drain if state.ran_at is not None else None
+            quiet = (since is None or known.read_at >= since) and not (card.jobs and state.violated)
             known = _heard(known, seen, state.changed_at, quiet=quiet)
         services[seen.id] = known
         felt.append(_felt(seen, known, state.changed_at))
@@ -244,7 +319,20 @@ def _heard(known: ServiceState, seen: ServiceSeen, changed_at: float, *, quiet: 
         if seen.counts[-1] - window[1][1][-1] < LEAST_REQUESTS:
             break  # so few requests say nothing: a longer window does
         del window[0]
-    return ServiceState(seen.counts, seen.read_at, alone, seconds, late, tuple(window))
+    return msgspec.structs.replace(
+        known,
+        last=seen.counts,
+        read_at=seen.read_at,
+        alone=alone,
+        alone_seconds=seconds,
+        late=late,
+        window=tuple(window),
+    )
+
+
+def _alone_of(known: ServiceState) -> ServiceState:
+    """What it is alone; whatever else is known of it counts no more."""
+    return ServiceState(bounds=known.bounds, alone=known.alone, alone_seconds=known.alone_seconds)
 
 
 def _felt(seen: ServiceSeen, known: ServiceState, changed_at: float) -> Felt:
@@ -258,7 +346,7 @@ def _felt(seen: ServiceSeen, known: ServiceState, changed_at: float) -> Felt:
     window = [reading for reading in known.window if reading[0] >= changed_at]
     if len(window) > 1:
         since = tuple(a - b for a, b in zip(window[-1][1], window[0][1], strict=True))
-    alone_p50 = quantile(known.alone, 0.5, LEAST_REQUESTS)
+    alone_p50, alone_p99 = (quantile(known.alone, q, LEAST_REQUESTS) for q in (0.5, 0.99))
     rate = known.alone[-1] / known.alone_seconds if known.alone and known.alone_seconds > 0.0 else 0.0
     return Felt(
         seen=seen,
@@ -267,8 +355,9 @@ def _felt(seen: ServiceSeen, known: ServiceState, changed_at: float) -> Felt:
         p50=quantile(since, 0.5, 1),
         p99=quantile(since, 0.99, LEAST_REQUESTS),
         alone_p50=alone_p50,
-        alone_p99=quantile(known.alone, 0.99, LEAST_REQUESTS),
+        alone_p99=alone_p99,
         alone_busy=min(rate * (alone_p50 or 0.0), 0.95),
+        queues=alone_p50 is None or alone_p99 is None or alone_p99 > QUEUES_RATIO * alone_p50,
     )
 
 
@@ -319,9 +408,12 @@ def _violated(card: CardSeen, state: CardState, felt: Felt, drain: float) -> Car
     if off_for < drain + felt.seen.window_seconds:
         return _decision(card, state, "Violated", text)
     before = max(state.hold_seconds / 2.0, FIRST_HOLD_SECONDS)
-    state = msgspec.structs.replace(state, not_ours=True, hold_seconds=before, held_until=float("-inf"))
-    mode: Mode = "gate" if card.sensor else "dial"
-    state = _turn(card, state, mode, share=PROBATION_SHARE, hold_off=max(felt.alone_p50 or 0.0, 0.01))
+    mode: Mode = "gate" if card.sensor and "gate" in card.modes else "dial"
+    if mode not in card.modes:
+        return _decision(card, state, "Violated", text)
+    state = msgspec.structs.replace(state, not_ours=True, hold_seconds=before, held_until=0.0)
+    hold_off, period = max(felt.alone_p50 or 0.0, 0.01), max(10.0 * (drain + card.reaction_seconds), state.period)
+    state = _turn(card, state, mode, share=PROBATION_SHARE, hold_off=hold_off, period=period)
     why = f"{text}, {format_duration(off_for)} after batch was stopped: batch is let go on probation"
     return _decision(card, state, "NotOurs", why, drain)
 
@@ -329,26 +421,62 @@ def _violated(card: CardSeen, state: CardState, felt: Felt, drain: float) -> Car
 def _choose(card: CardSeen, state: CardState, felt: list[Felt], drain: float, *, soft: bool) -> CardDecision:
     """The most open mode that protects, and how much of it."""
     tight = min(felt, key=lambda f: f.headroom or 0.0)
-    room, cost = tight.headroom or 0.0, card.reaction_seconds + drain + card.slice_seconds
-    if card.now >= state.not_open_until and all(_fits_open(f, state) for f in felt):
+    room = tight.headroom or 0.0
+    allowed = "open" in card.modes and card.now >= state.not_open_until
+    if allowed and all(_fits_open(f, state) for f in felt):
         return _decision(
             card, _turn(card, state, "open"), "Open", f"{tight.seen.name} has room for all that batch does"
         )
-    margin = 1.0 if state.mode == "gate" else MARGIN
-    if card.sensor and room >= margin * cost:
+    seen = min((len(job.drains.samples) for job in card.jobs), default=0)
+    known = max((job.drains.bound() for job in card.jobs if job.drains.samples), default=0.0)
+    mode, cap, period = _mode(card, state, felt, drain if seen else known)  # the best that it can be
+    doubtful = seen == 1 and drain < DOUBTFUL_ROOMS * room  # one look alone may be mistaken
+    looks = LEAST_DRAINS
+    if mode == "off" and seen > 1:  # so may one of few
+        usual = max(job.drains.bound(0.5) for job in card.jobs)
+        doubtful, looks = _mode(card, state, felt, usual)[0] != "off", MOST_LOOKS
+    sees = card.counted and (
+        bool(card.sensor) or mode == "dial"
+    )  # without a sensor moments are chosen blindly, and judged afterwards
+    if (mode != "off" or doubtful) and seen < looks and sees and not card.sensing:
+        job = min(card.jobs, key=lambda j: len(j.drains.samples))
+        text = f"how long {job.name} goes on when it is stopped is being seen: it runs for moments between requests"
+        longest = max(f.alone_p50 or 0.0 for f in felt)
+        hold_off = min(max(LEAST_PROBE_HOLD_OFF_SECONDS, longest / 2.0), MOST_PROBE_HOLD_OFF_SECONDS)
+        return _decision(card, _turn(card, state, "probe", hold_off=hold_off), "Learning", text)
+    if not seen:  # a second is taken for granted
+        mode, cap, period = _mode(card, state, felt, drain)
+    if mode == "gate":
         return _gate(card, state, felt, soft=soft)
-    period = period_of(card, felt, drain)
-    cap = min(_cap(f, state, drain, period) for f in felt) if LEAST_PERIOD_SECONDS <= period >= 4.0 * drain else 0.0
-    if cap > 0.0:
+    if mode == "dial":
         return _dial(card, state, felt, drain, cap, period, soft=soft)
-    unknown = next((job.name for job in card.jobs if not job.drains.samples), "")
-    if unknown:
-        text = f"how long {unknown} goes on when it is stopped is not known yet: it is stopped once"
+    if card.sensing:
+        text = (
+            f"by what services are seen to be idle is being found out ({card.sensor_problem}): batch is off until then"
+        )
         return _decision(card, _turn(card, state, "off"), "Learning", text)
     text = f"drain {_ms(drain)}, headroom {_ms(room)} of {tight.seen.name}"
     if not card.sensor:
-        text += ", and nothing shows within milliseconds that it is idle"
+        text += f", and nothing shows within milliseconds that it is idle ({card.sensor_problem})"
+    if len(card.modes) < len(DEFAULT_MODES):
+        text += f"; the policy allows {', '.join(card.modes) or 'no mode'}"
     return _decision(card, _turn(card, state, "off"), "CannotProtect", text, drain)
+
+
+def _mode(card: CardSeen, state: CardState, felt: list[Felt], drain: float) -> tuple[Mode, float, float]:
+    """What protects with this drain: gate, dial or off; and of the dial the largest share and the period."""
+    room = min(f.headroom or 0.0 for f in felt)
+    margin = 1.0 if state.mode == "gate" else MARGIN
+    gates = room >= margin * (card.reaction_seconds + drain + card.slice_seconds)
+    gates = gates and bool(card.sensor) and "gate" in card.modes
+    period = period_of(card, felt, drain)
+    cap = min(_cap(f, state, drain, period) for f in felt) if LEAST_PERIOD_SECONDS <= period >= 4.0 * drain else 0.0
+    dials = cap > 0.0 and "dial" in card.modes
+    if gates and dials:  # both protect: whichever leaves batch more, and a change must be worth it
+        idle = math.prod(1.0 - (f.seen.sensor_busy if f.seen.sensor_busy is not None else f.alone_busy) for f in felt)
+        gained = cap / max(idle, 1e-9)
+        gates = gained < (WORTH if state.mode == "gate" else 1.0 / WORTH if state.mode == "dial" else 1.0)
+    return ("gate" if gates else "dial" if dials else "off"), cap, period
 
 
 def _fits_open(felt: Felt, state: CardState) -> bool:
@@ -356,8 +484,7 @@ def _fits_open(felt: Felt, state: CardState) -> bool:
     target = felt.seen.target_seconds
     if state.mode == "open" and felt.requests >= LEAST_REQUESTS:
         return True
-    longer = stretch(state.slowdown.sigma, 1.0)
-    predicted = (felt.alone_p99 or target) * longer * queueing(felt.alone_busy, longer)
+    predicted = (felt.alone_p99 or target) * felt.longer(state.slowdown.sigma, 1.0)
     return predicted <= (1.0 - (ROOM / 2.0 if state.mode == "open" else ROOM)) * target
 
 
@@ -379,8 +506,7 @@ def _cap(felt: Felt, state: CardState, drain: float, period: float) -> float:
     low, high = 0.0, 1.0  # the largest share by bisection: what it feels grows with it
     for _ in range(30):
         share = (low + high) / 2.0
-        longer = stretch(state.slowdown.sigma, share)
-        fits = alone * longer * queueing(felt.alone_busy, longer) <= target
+        fits = alone * felt.longer(state.slowdown.sigma, share) <= target
         low, high = (share, high) if fits else (low, share)
     return max(low - drain / period, 0.0)
 
@@ -396,7 +522,7 @@ def _dial(
     elif len(known) == len(slacks) and min(known) > ROOM and state.mode == "dial":
         share += 0.05
     share = min(share, cap)
-    text = f"batch has {share:.0%} of the card, at most {cap:.0%} by what its share costs"
+    text = f"batch runs for {share:.0%} of each period, at most {cap:.0%} by what that costs"
     return _decision(card, _turn(card, state, "dial", share=share, period=period), "Dial", text, drain)
 
 
@@ -416,10 +542,15 @@ def _decision(card: CardSeen, state: CardState, reason: str, message: str, drain
     if drain is not None:
         numbers |= {"drain_seconds": round(drain, 4), "floor_seconds": round(floor, 4)}
     verdict = Verdict(law=LAW, state=state.mode, reason=reason, message=message, numbers=numbers)
+    return as_decision(state, verdict, sensed=bool(card.sensor))
+
+
+def as_decision(state: CardState, verdict: Verdict, *, sensed: bool) -> CardDecision:
+    """What a state means until the next tick."""
     if state.mode != "dial":
-        return CardDecision(state=state, verdict=verdict)
+        return CardDecision(state=state, verdict=verdict, sensed=sensed)
     on = state.share * state.period
-    return CardDecision(state=state, verdict=verdict, period_seconds=state.period, on_seconds=on)
+    return CardDecision(state=state, verdict=verdict, period_seconds=state.period, on_seconds=on, sensed=sensed)
 
 
 def _ms(seconds: float) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from colocate.calibration import Calibration
 from colocate.model.forecast import Forecast
-from colocate.plan import Action, CgroupTarget, Rejected, Request, Verdict
+from colocate.plan import Action, CgroupTarget, MemoryLimit, Pulse, Rejected, Request, Verdict
 from colocate.policy.schema import PolicySpec
 from colocate.snapshot import NodeSnapshot, Workload
 
@@ -44,6 +44,13 @@ class Decision(NamedTuple):
     requests: Sequence[Request] = ()
     look_again_seconds: float | None = None
     """When it wants to look again, if sooner than at the next tick."""
+    also: Sequence[Verdict] = ()
+    """Verdicts of a law that has several subjects."""
+    pulses: Mapping[str, tuple[Pulse, ...]] = {}
+    """Of the freeze law: what it grants."""
+    suspended: Sequence[str] = ()
+    """The same, of batch that is taken off its cards."""
+    limits: Sequence[MemoryLimit] = ()
 
 
 class Law(Protocol):

@@ -13,11 +13,15 @@ import msgspec
 
 from colocate.calibration import Calibration
 from colocate.decide.allocatable import AllocatableState, decide_allocatable
+from colocate.decide.caps import power_caps
+from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.cpu import CpuState, decide_cpu
 from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
+from colocate.decide.gangs import GangsState, decide_gangs
 from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
+from colocate.decide.node_budget import within_budget
 from colocate.errors import StateTooNew, StateTooOld
 from colocate.knob import KNOBS, narrowest, place, same, width
 from colocate.model.forecast import Forecast
@@ -27,14 +31,16 @@ from colocate.snapshot import NodeSnapshot, Workload
 from colocate.units import cpu_max, format_cpulist
 
 LAWS: tuple[tuple[str, Law], ...] = (
+    ("gangs", decide_gangs),
     ("cpu", decide_cpu),
     ("memory", decide_memory),
+    ("gpu", decide_cards),
     ("eviction", decide_eviction),
     ("freeze", decide_freeze),
     ("allocatable", decide_allocatable),
 )
 """Each with the field of LawState that is its memory, in an order in which requests reach their owner."""
-LAWS_VERSION = 4
+LAWS_VERSION = 6
 
 
 class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -42,7 +48,9 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     cpu: CpuState = CpuState()
     memory: MemoryState = MemoryState()
+    gpu: CardsState = CardsState()
     freeze: FreezeState = FreezeState()
+    gangs: GangsState = GangsState()
     eviction: EvictionState = EvictionState()
     allocatable: AllocatableState = AllocatableState()
     pending: tuple[Request, ...] = ()
@@ -154,7 +162,11 @@ def decide(
         state = msgspec.structs.replace(state, cpu=msgspec.structs.replace(state.cpu, suspended=True))
     decisions: dict[str, Decision] = {}
     for name, law in LAWS:
-        if arm == OFF_UNMANAGED and name in ("cpu", "memory"):
+        if arm == OFF_UNMANAGED and name in ("cpu", "memory", "gpu"):
+            continue
+        if name == "gpu" and not snapshot.cards:
+            continue
+        if name == "gangs" and not (state.gangs.since or any(w.gang_held for w in snapshot.workloads.values())):
             continue
         decisions[name] = law(view, getattr(state, name))
         view = view._replace(requests=(*view.requests, *decisions[name].requests))
@@ -165,18 +177,30 @@ def decide(
     if arm == OFF_UNMANAGED:
         wanted += _unmanaged(snapshot, message)
     wanted, rejected = settle([within_found(a, known[a.workload]) for a in wanted])
-    actions = [a for a in wanted if not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))]
+    pulsed = state.freeze.pulsed  # what was read of their freezers is not what they are now
+    actions = [
+        a
+        for a in wanted
+        if (a.knob == "cgroup.freeze" and a.workload in pulsed)
+        or not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))
+    ]
     following = msgspec.structs.replace(
         state,
-        **{name: d.state for name, d in decisions.items() if not (off and name == "cpu")},
+        **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]
+    capped = within_budget(power_caps(snapshot), snapshot, spec.power)
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),
-        verdicts=tuple(d.verdict for d in decisions.values()),
+        verdicts=(*(v for d in decisions.values() for v in (d.verdict, *d.also)), *capped.verdicts),
         rejected=(*rejected, *(r for d in decisions.values() for r in d.rejected)),
         look_again_seconds=min(looks, default=None),
+        pulses=dict(decisions["freeze"].pulses),
+        suspended=tuple(decisions["freeze"].suspended),
+        limits=tuple(limit for d in decisions.values() for limit in d.limits),
+        caps=capped.caps,
+        power_budget=bool(spec.power.budget),
     )
     return following, plan

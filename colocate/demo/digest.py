@@ -6,6 +6,7 @@ while it runs unless they bear our name.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 
@@ -52,6 +53,16 @@ def compare(before: Digest, after: Digest) -> list[str]:
                 changes.append(f"{where}/{knob}: {value!r} -> {now[knob]!r}")
     changes += [f"{where}: left behind" for where in after if where not in before and MARK in where]
     return changes
+
+
+async def taken(mounts: dict[str, str]) -> Digest:
+    """The same, by a process of its own."""
+    said = msgspec.json.encode(mounts).decode()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "colocate.demo.digest", said, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    return msgspec.json.decode(out, type=Digest)
 
 
 if __name__ == "__main__":

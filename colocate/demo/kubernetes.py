@@ -24,7 +24,7 @@ from colocate.calibration import Calibration
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, main_hierarchy, processes_below
 from colocate.cluster.api import BATCH, BATCH_CPU, BATCH_MEMORY, NODE_COLOCATIONS, QOS, NodeColocation
-from colocate.demo.digest import Digest, compare
+from colocate.demo.digest import Digest, compare, taken
 from colocate.demo.inference import METRIC
 from colocate.demo.process import ENVIRONMENT
 from colocate.demo.result import TITLES, InCluster
@@ -357,7 +357,7 @@ class KubernetesDemo(Demo):
 
     async def _of_node(self) -> Digest:
         """Every cgroup of the node."""
-        whole = await self._digest()
+        whole = await taken(self._port.layout.mounts)
         return {where: knobs for where, knobs in whole.items() if self._node.path in where}
 
     async def _changed_since(self, before: Digest) -> list[str]:

@@ -47,8 +47,11 @@ async def _request(
     out.append(Sample(due - start, time.perf_counter() - due, ok))
 
 
-async def open_loop(urls: list[str], rate: float, seconds: float, seed: int) -> list[Sample]:
-    """Send requests at their due times whatever becomes of the earlier ones; all are waited for."""
+async def open_loop(urls: list[str], rate: float, seconds: float, seed: int, *, steady: bool = False) -> list[Sample]:
+    """Send requests at their due times whatever becomes of the earlier ones; all are waited for.
+
+    `steady`: at the mean rate all the time.
+    """
     generator = random.Random(seed)
     samples: list[Sample] = []
     tasks: set[asyncio.Task[None]] = set()
@@ -59,7 +62,7 @@ async def open_loop(urls: list[str], rate: float, seconds: float, seed: int) -> 
         due = start
         number = 0
         while True:
-            due += generator.expovariate(day_rate(rate, (due - start) / seconds))
+            due += generator.expovariate(rate if steady else day_rate(rate, (due - start) / seconds))
             if due - start >= seconds:
                 break
             delay = due - time.perf_counter()
@@ -99,13 +102,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--closed", type=int, default=0)
+    parser.add_argument("--steady", action="store_true")
     parser.add_argument("urls", nargs="+")
     options = parser.parse_args()
     sys.stdin.readline()
     if options.closed:
         samples = asyncio.run(closed_loop(options.urls, options.closed, options.seconds))
     else:
-        samples = asyncio.run(open_loop(options.urls, options.rate, options.seconds, options.seed))
+        load = open_loop(options.urls, options.rate, options.seconds, options.seed, steady=options.steady)
+        samples = asyncio.run(load)
     sys.stdout.buffer.write(msgspec.json.encode(samples))
 
 

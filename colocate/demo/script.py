@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import shutil
 import signal
@@ -37,7 +38,7 @@ from colocate.calibration import Calibration
 from colocate.cgroup.knobfiles import write_knob
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import inodes_of, joined
-from colocate.demo.digest import Digest, compare
+from colocate.demo.digest import compare, taken
 from colocate.demo.inference import METRIC
 from colocate.demo.load import Sample
 from colocate.demo.logs import PERIOD_SECONDS
@@ -98,12 +99,32 @@ class Service(Served, Protocol):
         """Have in memory what it needs."""
 
 
-def _sweep_files(disk: Path) -> None:
-    """Remove what a demonstration left that was killed."""
-    for found in disk.glob(f"{FILES}*-*"):
-        owner = found.name.removeprefix(FILES).partition("-")[0]
+def sweep_files(disk: Path, prefix: str) -> None:
+    """Remove what a demonstration left that was killed: `prefix`, its pid, and anything."""
+    for found in disk.glob(f"{prefix}*-*"):
+        owner = found.name.removeprefix(prefix).partition("-")[0]
         if owner.isdigit() and not os.path.exists(f"/proc/{owner}") and os.access(found, os.W_OK):
             shutil.rmtree(found, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def serving(agent: Agent, socket: Path, patience_seconds: float = math.inf) -> AsyncIterator[JobServer]:
+    """An agent that was opened runs, and takes jobs; it ends once they have, or so long after the block."""
+    server, stop = JobServer(agent, socket), asyncio.Event()
+    await server.start()
+    running = asyncio.create_task(agent.run(stop))
+    try:
+        yield server
+    finally:
+        deadline = time.monotonic() + patience_seconds
+        while server.busy and not running.done() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        stop.set()
+        try:
+            await running
+        finally:
+            await server.close()
+            await agent.close()
 
 
 class Demo:
@@ -137,17 +158,17 @@ class Demo:
         """All phases. Raises PermissionMissing, HostUnfit."""
         self._kernels = kernels
         sweep(self._port)
-        before = await self._digest()
+        before = await taken(self._port.layout.mounts)
         # /tmp may be memory, which nothing can reclaim
         disk = Path(
             "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
         )
-        _sweep_files(disk)
+        sweep_files(disk, FILES)
         with tempfile.TemporaryDirectory(prefix=f"{FILES}{os.getpid()}-", dir=disk) as directory:
             self._directory = Path(directory)
             async with self._scratch():
                 await self._phases(calibration)
-        changes = compare(before, await self._digest())
+        changes = compare(before, await taken(self._port.layout.mounts))
         self._result.changes, self._result.host_unchanged = changes, not changes
         self._result.machine = machine_facts(self._port)
         return self._result
@@ -162,14 +183,6 @@ class Demo:
     def _work_folder(self) -> Path:
         """Where training jobs count what they do."""
         return self._directory
-
-    async def _digest(self) -> Digest:
-        mounts = msgspec.json.encode(self._port.layout.mounts).decode()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "colocate.demo.digest", mounts, stdout=asyncio.subprocess.PIPE
-        )
-        out, _ = await process.communicate()
-        return msgspec.json.decode(out, type=Digest)
 
     async def _phases(self, calibration: Calibration | None) -> None:
         self._cpus = capacity(self._port, self._node.path).cpus
@@ -438,27 +451,13 @@ class Demo:
         self._batch_groups = [agent.observer.tree.tier_path]
         self._last_said: dict[str, tuple[str, str]] = {}
         agent.on_tick.append(self._decided)
-        server = JobServer(agent, self._directory / "agent.sock")
-        stop = asyncio.Event()
-        await server.start()
-        running = asyncio.create_task(agent.run(stop))
 
         async def start(i: int) -> Process:
             command = [sys.executable, "-P", "-m", "colocate.cli.main", "run", "--name", self._trainings[i].path.name]
             command += ["--checkpoint-signal", "SIGUSR1", "--socket", str(server.path), "--", *self._training(i)]
             return await Process.start(self._node, joined(self._node.path, SESSION), command, {}, quiet=True)
 
-        try:
-            async with self._jobs(start, signal.SIGTERM) as jobs:
-                while len(agent.registry.jobs) < len(jobs) and all(j.alive for j in jobs):
-                    await asyncio.sleep(0.02)  # starting them is not what is measured
-                await self._measure("colocate")
-        finally:
-            while server.busy and not running.done():
-                await asyncio.sleep(0.05)
-            stop.set()
-            try:
-                await running
-            finally:
-                await server.close()
-                await agent.close()
+        async with serving(agent, self._directory / "agent.sock") as server, self._jobs(start, signal.SIGTERM) as jobs:
+            while len(agent.registry.jobs) < len(jobs) and all(j.alive for j in jobs):
+                await asyncio.sleep(0.02)  # starting them is not what is measured
+            await self._measure("colocate")

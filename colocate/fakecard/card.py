@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Literal, NamedTuple
 
+from colocate.fakecard.power import CURVES, PowerSpec, draw, slowdown
+
 Sharing = Literal["timeslice", "mps", "mig"]
 State = Literal["running", "locking", "locked", "checkpointing", "checkpointed", "restoring", "failed"]
 Callback = Callable[[], object]
@@ -45,6 +47,7 @@ class CardSpec(NamedTuple):
     checkpoint_bytes_per_second: float = 20e9
     suspend_ns: int = MILLISECOND
     """Within which waves are saved when queues are suspended from outside (AMD's compute wave save and restore)."""
+    power: PowerSpec = PowerSpec()
 
 
 class Run:
@@ -218,13 +221,15 @@ class _Instance:
         return rings
 
     def _rates_of(self, rings: list[Ring], speed: float) -> list[float]:
-        """How fast each runs: as their shares of the SMs allow, and slowed by the kinds that run beside it."""
+        """How fast each runs: as the cap and their shares of the SMs allow, slowed by kinds that run beside it."""
         if len(rings) == 1:
-            return [speed]
+            return [speed * self._card.speed_of(rings[0].client.kind)]
         together = speed * min(1.0, 1.0 / sum(r.share for r in rings))
         kinds, slower = [r.client.kind for r in rings], self._card.interference
         return [
-            together / math.prod(slower.get((kind, k), 1.0) for j, k in enumerate(kinds) if j != i)
+            together
+            * self._card.speed_of(kind)
+            / math.prod(slower.get((kind, k), 1.0) for j, k in enumerate(kinds) if j != i)
             for i, kind in enumerate(kinds)
         ]
 
@@ -232,6 +237,11 @@ class _Instance:
     def busy(self) -> bool:
         """Whether kernels run, as planned last."""
         return bool(self._running)
+
+    @property
+    def share(self) -> float:
+        """Of the SMs that the kernels which run now fill."""
+        return sum(r.share for r in self._running)
 
     def progress(self, nanoseconds: int) -> list[Callback]:
         """Those who run do so for so long; who waited for what they finish."""
@@ -260,6 +270,9 @@ class Card:
         """Group -> bytes that its clients may have together."""
         self.busy_ns = 0.0
         """Time in which kernels of anybody ran."""
+        self.limit_watts = self.spec.power.greatest
+        self.energy_joules = 0.0
+        """Drawn since it was made."""
         self._instances: list[_Instance] = [] if sharing == "mig" else [_Instance(self)]
         self._timers: list[tuple[int, int, Callback]] = []
 
@@ -276,11 +289,12 @@ class Card:
     def run_until(self, end: int) -> None:
         """Let time pass, event by event."""
         while True:
-            upto = min([self._timers[0][0] if self._timers else FOREVER, *(i.plan(self.now) for i in self._instances)])
+            upto = self.next_event
             step = min(upto, end) - self.now
             self.now += step
             due: list[Callback] = []
             self.busy_ns += step * any(i.busy for i in self._instances)
+            self.energy_joules += step / SECOND * self.watts
             for instance in self._instances:
                 due += instance.progress(step)
             while self._timers and self._timers[0][0] <= self.now:
@@ -289,6 +303,34 @@ class Card:
                 callback()
             if upto > end or (upto == end and not due):
                 return
+
+    @property
+    def next_event(self) -> int:
+        """When something happens by itself next; far away if nothing does."""
+        timer = self._timers[0][0] if self._timers else FOREVER
+        return min([timer, *(i.plan(self.now) for i in self._instances)])
+
+    # power
+
+    def limit(self, watts: float) -> bool:
+        """Set its power limit; False of one that its driver does not take."""
+        if not self.spec.power.least <= watts <= self.spec.power.greatest:
+            return False
+        self.limit_watts = watts
+        return True
+
+    def speed_of(self, kind: str) -> float:
+        """Of kernels of a kind of client, 1 without a limit: each has its own curve, or the card's."""
+        if self.limit_watts >= self.spec.power.greatest:
+            return 1.0
+        curve = CURVES.get(kind, self.spec.power.curve)
+        return 1.0 / (1.0 + slowdown(curve, self.limit_watts / self.spec.power.greatest))
+
+    @property
+    def watts(self) -> float:
+        """What it draws now, as planned last."""
+        running = [i.share for i in self._instances if i.busy]
+        return draw(self.spec.power, self.limit_watts, sum(running)) if running else self.spec.power.idle
 
     # clients
 

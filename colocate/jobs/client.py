@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,17 +195,23 @@ def _fork(command: list[str], socket_path: Path) -> tuple[int, int]:
     os._exit(EXIT_REFUSED)
 
 
-def _pass_signals(child: int) -> None:
+@contextlib.contextmanager
+def _passing_signals(child: int) -> Iterator[None]:
+    """What we are told meanwhile the child is told; afterwards all is as it was, for its pid may be another's."""
+
     def forward(number: int, _frame: object) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in _FORWARDED:
-        signal.signal(number, forward)
     # A terminal sends these to the whole foreground group, so the child has had them already.
-    from_terminal = os.isatty(0)
-    for number in _FROM_TERMINAL:
-        signal.signal(number, signal.SIG_IGN if from_terminal else forward)
+    of_a_terminal = signal.SIG_IGN if os.isatty(0) else forward
+    handlers = {**dict.fromkeys(_FORWARDED, forward), **dict.fromkeys(_FROM_TERMINAL, of_a_terminal)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Watch:
@@ -295,12 +302,12 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
         os.close(go)
         os.waitpid(child, 0)
         raise
-    _pass_signals(child)
-    with contextlib.suppress(BrokenPipeError):  # a child that has been killed meanwhile has a status of its own
-        os.write(go, os.fsencode(f"{job}\n"))
-    os.close(go)
     watch = _Watch(child, connection, job)
-    status = watch.wait()
+    with _passing_signals(child):
+        with contextlib.suppress(BrokenPipeError):  # a child that has been killed meanwhile has a status of its own
+            os.write(go, os.fsencode(f"{job}\n"))
+        os.close(go)
+        status = watch.wait()
     _tell_oom(watch.connection)
     if watch.connection is not None:
         watch.connection.close()

@@ -52,7 +52,7 @@ MANIFESTS = next(p for p in (HERE.with_name("manifests"), HERE.parents[2] / "man
 
 async def install(api: Api, *kinds: str) -> None:
     """Create our custom resources where they are not yet; by default those of gang scheduling. Raises ApiError."""
-    for name in kinds or ("podgroups", "gangplans"):
+    for name in kinds or ("podgroups", "gangplans", "powerbudgets"):
         try:
             await api.request("POST", DEFINITIONS, yaml.safe_load((MANIFESTS / "crd" / f"{name}.yaml").read_text()))
         except ApiError as error:

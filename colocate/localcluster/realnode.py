@@ -48,7 +48,7 @@ for file in {sysctls}; do
   i=$((i + 1)); cat /proc/sys/$file > {home}/sysctl-$i; mount --bind {home}/sysctl-$i /proc/sys/$file
 done
 for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs $folder; done
-mkdir /run/nri; mount --bind {home}/nri /run/nri
+for folder in nri cdi; do mkdir /run/$folder; mount --bind {home}/$folder /run/$folder; done
 while :; do containerd --config {home}/containerd.toml >> {home}/containerd.log 2>&1 || sleep 0.2; done &
 until ctr --address {home}/containerd.sock version > {home}/ctr.log 2>&1; do sleep 0.05; done
 ctr --address {home}/containerd.sock --namespace k8s.io images import {home}/pause.tar >> {home}/ctr.log 2>&1
@@ -132,6 +132,11 @@ class RealNode:
     def nri_socket(self) -> str:
         """Where containerd waits for plugins."""
         return str(self._home / "nri" / "nri.sock")
+
+    @property
+    def cdi_folder(self) -> Path:
+        """Where devices of the Container Device Interface are described."""
+        return self._home / "cdi"
 
     @property
     def cgroup(self) -> str:
@@ -232,7 +237,7 @@ class RealNode:
 
 def furnish(folder: Path, home: str, cgroup_root: str, port: int, client: Path | str, *, systemd: bool = False) -> None:
     """Write what containerd and kubelet begin with into a folder, which they will know as `home`."""
-    for name in ("cni", "nri", "static"):
+    for name in ("cni", "nri", "cdi", "static"):
         (folder / name).mkdir()
     network = {"cniVersion": "1.0.0", "name": "none", "plugins": [{"type": "none"}]}
     (folder / "cni" / "10-none.conflist").write_text(json.dumps(network))

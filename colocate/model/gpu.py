@@ -65,11 +65,12 @@ class Drains(msgspec.Struct, frozen=True, omit_defaults=True):
         """One more."""
         return Drains((*self.samples, (at, seconds))[-MOST_DRAINS:])
 
-    def bound(self, now: float, q: float = 0.95) -> float:
+    def bound(self, q: float = 0.95) -> float:
         """The quantile, older ones counting less; a second as long as nothing is known."""
         if not self.samples:
             return UNKNOWN_DRAIN_SECONDS
-        weighed = sorted((d, 0.5 ** ((now - at) / DRAIN_HALF_LIFE_SECONDS)) for at, d in self.samples)
+        newest = max(at for at, _ in self.samples)  # however long ago that was
+        weighed = sorted((d, 0.5 ** ((newest - at) / DRAIN_HALF_LIFE_SECONDS)) for at, d in self.samples)
         total, running = sum(weight for _, weight in weighed), 0.0
         for seconds, weight in weighed:
             running += weight

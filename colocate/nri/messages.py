@@ -67,12 +67,13 @@ SCHEMA = {
     " linux=8:LinuxPodSandbox",
     "LinuxPodSandbox": "cgroup_parent=3:string",
     "Container": "id=1:string pod_sandbox_id=2:string name=3:string state=4:int32 labels=5:*Pair annotations=6:*Pair"
-    " linux=11:LinuxContainer pid=12:uint32",
+    " env=8:*string linux=11:LinuxContainer pid=12:uint32 CDI_devices=20:*CDIDevice",
     "LinuxContainer": "resources=3:LinuxResources cgroups_path=5:string",
     "LinuxResources": "memory=1:LinuxMemory cpu=2:LinuxCPU unified=6:*Pair",
     "LinuxMemory": "limit=1:Integer",
     "LinuxCPU": "shares=1:Integer quota=2:Integer period=3:Integer cpus=6:string",
-    "ContainerAdjustment": "env=4:*Pair linux=6:LinuxContainerAdjustment",
+    "ContainerAdjustment": "env=4:*Pair linux=6:LinuxContainerAdjustment CDI_devices=8:*CDIDevice",
+    "CDIDevice": "name=1:string",
     "LinuxContainerAdjustment": "resources=2:LinuxResources cgroups_path=3:string oom_score_adj=4:Integer",
     "ContainerUpdate": "container_id=1:string linux=2:LinuxContainerUpdate ignore_failure=3:bool",
     "LinuxContainerUpdate": "resources=1:LinuxResources",
@@ -103,12 +104,12 @@ def _classes() -> dict[str, Any]:
 _CLASSES = _classes()
 
 
-def message(name: str, **fields: Any) -> Any:
+def message(name: str, /, **fields: Any) -> Any:
     """A message of the schema."""
     return _CLASSES[name](**fields)
 
 
-def encoded(name: str, **fields: Any) -> bytes:
+def encoded(name: str, /, **fields: Any) -> bytes:
     """A message of the schema as its bytes."""
     return bytes(message(name, **fields).SerializeToString())
 
@@ -159,6 +160,9 @@ class Container(NamedTuple):
     """A path, or `slice:prefix:id` with the systemd driver."""
     pid: int
     limits: Limits
+    env: Mapping[str, str] = {}
+    devices: tuple[str, ...] = ()
+    """What it is given by the Container Device Interface: `nvidia.com/gpu=GPU-…`."""
 
 
 class Adjustment(NamedTuple):
@@ -169,6 +173,8 @@ class Adjustment(NamedTuple):
     limits: Limits = Limits()
     env: Mapping[str, str] = {}
     oom_score_adj: int | None = None
+    devices: tuple[str, ...] = ()
+    """What the runtime adds by the Container Device Interface: `nvidia.com/gpu=GPU-…`."""
 
 
 class Update(NamedTuple):
@@ -197,9 +203,10 @@ def container_of(found: Any) -> Container:
     )
     maps = _pairs(found.labels), _pairs(found.annotations)
     where = found.linux.cgroups_path
-    return Container(
-        found.id, found.pod_sandbox_id, found.name, found.state == RUNNING, *maps, where, found.pid, limits
-    )
+    env = {name: value for name, _, value in (each.partition("=") for each in found.env)}
+    devices = tuple(device.name for device in found.CDI_devices)
+    state = found.state == RUNNING
+    return Container(found.id, found.pod_sandbox_id, found.name, state, *maps, where, found.pid, limits, env, devices)
 
 
 def adjustment(wanted: Adjustment) -> Any:
@@ -210,7 +217,8 @@ def adjustment(wanted: Adjustment) -> Any:
     if wanted.oom_score_adj is not None:
         linux["oom_score_adj"] = message("Integer", value=wanted.oom_score_adj)
     made = message("LinuxContainerAdjustment", **linux)
-    return message("ContainerAdjustment", env=_as_pairs(wanted.env), linux=made)
+    devices = [message("CDIDevice", name=name) for name in wanted.devices]
+    return message("ContainerAdjustment", env=_as_pairs(wanted.env), linux=made, CDI_devices=devices)
 
 
 def updates(wanted: Iterable[Update]) -> list[Any]:

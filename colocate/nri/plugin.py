@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from colocate.nri import messages
@@ -37,8 +37,8 @@ class Handler(Protocol):
     def synchronize(self, pods: list[Pod], containers: list[Container]) -> Iterable[Update]:
         """The plugin has registered: all that is there. What is to be changed of it."""
 
-    def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
-        """A container is about to be made. What is to be changed of it. Raises Refused."""
+    def create_container(self, pod: Pod, container: Container) -> Adjustment | Awaitable[Adjustment | None] | None:
+        """A container is about to be made. What is to be changed of it, now or within two seconds. Raises Refused."""
 
     def container_removed(self, pod: Pod, container: Container) -> None:
         """It is no more."""
@@ -130,7 +130,8 @@ class _Session:
         self._pods: list[Pod] = []
         self._containers: list[Container] = []
         self.synchronized, self.runtime = False, ""
-        self._answers: dict[str, Callable[[bytes], bytes]] = {
+        self._later: set[asyncio.Task[None]] = set()
+        self._answers: dict[str, Callable[[bytes], bytes | Awaitable[bytes]]] = {
             "Configure": self._configure,
             "Synchronize": self._synchronize,
             "CreateContainer": self._create_container,
@@ -183,18 +184,40 @@ class _Session:
         request = messages.parse("Request", frame.payload)
         response = messages.message("Response")
         work = self._answers.get(request.method)
-        try:
+        with self._as_status(response, request.method):
             if work is None:
                 response.status.code, response.status.message = UNIMPLEMENTED, f"{request.method} is not subscribed to"
             else:
-                response.payload = work(request.payload)
+                found = work(request.payload)
+                if not isinstance(found, bytes):
+                    task = asyncio.ensure_future(self._answer_later(frame, request.method, found))
+                    self._later.add(task)
+                    task.add_done_callback(self._later.discard)
+                    return
+                response.payload = found
+        self._respond(frame, response)
+
+    async def _answer_later(self, frame: Frame, method: str, work: Awaitable[bytes]) -> None:
+        """What takes a while holds up nobody else's answer."""
+        response = messages.message("Response")
+        with self._as_status(response, method):
+            response.payload = await work
+        self._respond(frame, response)
+
+    def _respond(self, frame: Frame, response: Any) -> None:
+        self._writer.write(encode(Frame(FROM_RUNTIME, frame.stream, RESPONSE, response.SerializeToString())))
+
+    @contextlib.contextmanager
+    def _as_status(self, response: Any, method: str) -> Iterator[None]:
+        """What goes wrong, as the runtime is told of it."""
+        try:
+            yield
         except Refused as refused:
             response.status.code, response.status.message = UNKNOWN, str(refused)
         except NotNri:
             raise
         except Exception:  # a container must not fail to start because of us
-            log.exception("NRI: %s was answered with nothing to change", request.method)
-        self._writer.write(encode(Frame(FROM_RUNTIME, frame.stream, RESPONSE, response.SerializeToString())))
+            log.exception("NRI: %s was answered with nothing to change", method)
 
     def _configure(self, payload: bytes) -> bytes:
         asked = messages.parse("ConfigureRequest", payload)
@@ -216,12 +239,19 @@ class _Session:
             wanted = messages.updates(self._handler.synchronize(pods, containers))
         return messages.encoded("SynchronizeResponse", update=wanted, more=part.more)
 
-    def _create_container(self, payload: bytes) -> bytes:
+    def _create_container(self, payload: bytes) -> bytes | Awaitable[bytes]:
         event = messages.parse("Event", payload)
         wanted = self._handler.create_container(messages.pod_of(event.pod), messages.container_of(event.container))
-        if wanted is None:
-            return b""
-        return messages.encoded("CreateContainerResponse", adjust=messages.adjustment(wanted))
+
+        def encoded(found: Adjustment | None) -> bytes:
+            if found is None:
+                return b""
+            return messages.encoded("CreateContainerResponse", adjust=messages.adjustment(found))
+
+        async def later(found: Awaitable[Adjustment | None]) -> bytes:
+            return encoded(await found)
+
+        return encoded(wanted) if wanted is None or isinstance(wanted, Adjustment) else later(wanted)
 
     def _remove_container(self, payload: bytes) -> bytes:
         event = messages.parse("Event", payload)

@@ -15,6 +15,9 @@ from colocate.units import parse_cpulist
 
 TICK_US = 10_000
 """/proc/stat counts in USER_HZ, which is 100 on every architecture we run on."""
+AMD_FILE = "/dev/kfd"
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
+"""Of NVIDIA's driver: without them there is no card here."""
 
 
 class Capacity(NamedTuple):

@@ -20,7 +20,7 @@ from colocate.observe.pods import PodLister
 from colocate.observe.schedstat import RunDelays
 from colocate.observe.workloads import Target, Units, discover
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, ServicePolicy
-from colocate.snapshot import NodeSnapshot, Objective, Workload
+from colocate.snapshot import Card, NodeSnapshot, Objective, Workload
 
 log = structlog.get_logger()
 REDISCOVER_TREE_SECONDS = 10.0
@@ -53,6 +53,8 @@ class Observer:
         self.vanished = 0
         self.long_waits: Callable[[str, float], int | None] = lambda _id, _at: None
         """What is known of a service's long waits: its id and the time -> microseconds so far."""
+        self.cards: Callable[[list[Target]], dict[str, Card]] = lambda _targets: {}
+        """Who is on which card; on a node without GPUs there is none, and nothing of theirs is imported."""
         self.looks_for_strangers = False
         """Whether it matters who else uses the CPUs."""
         self._last: dict[str, tuple[float, Any]] = {}
@@ -290,6 +292,7 @@ class Observer:
             strangers_us=self._section("strangers", self._strangers, {})[1],
             workloads=workloads,
             tier=tier,
+            cards=self._section("cards", lambda: self.cards(self._targets), {})[1],
             stale_seconds={name: round(self._at - at, 6) for name, at in ages.items() if name in self._failing},
             capabilities=self._capabilities(),
         )

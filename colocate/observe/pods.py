@@ -40,13 +40,15 @@ CPU_WEIGHT, MOST_WEIGHT = 100, 10_000
 
 
 class BatchRequest(msgspec.Struct, frozen=True):
-    """What one container asks for of `kubernetes.io/batch-cpu` (thousandths of a CPU) and `batch-memory` (bytes)."""
+    """What one container asks for of `kubernetes.io/batch-cpu` (thousandths of a CPU) and `batch-memory` (bytes), and
+    whether it borrows a card."""
 
     cpu_milli: int | None = None
     cpu_limit_milli: int | None = None
     memory_limit_bytes: int | None = None
     passing: bool = False
     """An init container, which ends before the others begin."""
+    borrows: bool = False
 
 
 class Pod(msgspec.Struct, frozen=True):
@@ -67,6 +69,22 @@ class Pod(msgspec.Struct, frozen=True):
     """Its containers that request batch resources, by name."""
     gang: str = ""
     """That it is in: `namespace/name`."""
+    gang_held: str = ""
+    """Which member of it is frozen on another node, and why; empty: none."""
+    gpu_memory_bytes: int | None = None
+    """What it says that it will use of a card."""
+    power_watts: int | None = None
+    """What it asks for that its devices draw at most, all together."""
+    power_class: str = ""
+    """Of jobs that feel a cap alike."""
+    cards: int = 0
+    """How many GPUs it asks for."""
+
+    @property
+    def _watts(self) -> dict[str, str | int]:
+        if not self.power_watts:
+            return {}
+        return {"power_watts": self.power_watts, "power_class": self.power_class, "power_cards": self.cards}
 
     @property
     def as_batch(self) -> dict[str, str | bool | int]:
@@ -81,14 +99,17 @@ class Pod(msgspec.Struct, frozen=True):
             "leaving": self.leaving,
             "weight": weight,
         }
-        return known | ({"gang": f"pods/{self.gang}"} if self.gang else {})
+        known |= {"gpu_memory_bytes": self.gpu_memory_bytes} if self.gpu_memory_bytes is not None else {}
+        known |= self._watts
+        return known | ({"gang": f"pods/{self.gang}", "gang_held": self.gang_held} if self.gang else {})
 
     @property
-    def asks(self) -> dict[str, float | int | None]:
+    def asks(self) -> dict[str, float | int | str | None]:
         """What a snapshot says of it as a service."""
         if self.asked_cores is None:
             return {}
-        asked = {"asked_cores": self.asked_cores, "asked_bytes": self.asked_bytes}
+        asked: dict[str, float | int | str | None] = {"asked_cores": self.asked_cores, "asked_bytes": self.asked_bytes}
+        asked |= self._watts
         return {**asked, "started_seconds": round(self.started_seconds, 3)}
 
     def matches(self, labels: dict[str, str], namespace: str | None) -> bool:

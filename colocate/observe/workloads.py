@@ -264,6 +264,7 @@ def _configured(
             )
             continue
         if isinstance(entry, ServicePolicy):
+            known = {"lends_gpu": True} if entry.lends_gpu else {}
             if entry.slo is not None:
                 known["objective"] = Objective(entry.slo.p99, entry.slo.minimum_samples, entry.slo.window)
         elif why := _not_ours_to_govern(path, {**on_node, **claimed}, own):

@@ -5,6 +5,8 @@ Fields are camelCase on the wire. Quantities are the types of `units`; the defau
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -51,6 +53,9 @@ class ServiceLevelObjective(Spec, frozen=True):
     seconds."""
     labels: dict[str, str] = {}
     """Only series with these labels are added up."""
+    gauges: tuple[str, ...] = ()
+    """Gauges on the same page that are all zero while it has no request, e.g. `vllm:num_requests_running`: batch beside
+    it on a GPU is let go by them."""
     minimum_samples: int = 100
     """A quantile of fewer requests is not believed."""
     window: Duration = 5.0
@@ -68,6 +73,8 @@ class ServicePolicy(Spec, frozen=True):
     """Where it runs; all cgroups that match are this service."""
     slo: ServiceLevelObjective | None = None
     """Without one it is judged by how long it waits for a CPU."""
+    lends_gpu: bool = False
+    """Whether batch pods may be given a card of its, where `gpu.borrow` is on."""
 
 
 CLUSTER_NAMESPACES = ("kube-system", "kube-node-lease", "kube-public", "colocate-system")
@@ -134,6 +141,8 @@ class FreezePolicy(Spec, frozen=True):
 
     max_frozen: Duration = 30.0
     """A job frozen longer than this is evicted: a frozen job holds memory and does no work."""
+    gangs: Literal["together", "alone"] = "together"
+    """Whether a batch pod is frozen while a member of its gang on another node is: it would only wait for it."""
 
 
 class BatchResourcesPolicy(Spec, frozen=True):
@@ -147,6 +156,69 @@ class BatchResourcesPolicy(Spec, frozen=True):
     """How often services may need, within that time, some of what was promised to batch when it started."""
     growth: Percent = 10.0
     """Of the node, by which what is promised may grow in five minutes; it shrinks at once."""
+
+
+class GpuPolicy(Spec, frozen=True):
+    """The law of the cards that batch shares with services (designs/0008-gpu.md)."""
+
+    enabled: bool = True
+    """Whether cards are looked at. Where there is no driver nothing is done either way."""
+    modes: tuple[Literal["open", "gate", "dial"], ...] = ("open", "gate", "dial")
+    """How batch may share a card with services; with none of them it never does."""
+    memory_reserve: Bytes = 1 << 30
+    """Of a card's memory, kept free for its services: batch is stopped before it would touch it."""
+    nvml_library: str = ""
+    """libnvidia-ml.so.1, where the driver's is not found by itself, e.g.
+    `/run/nvidia/driver/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1`."""
+    gangs: Literal["shared", "refused"] = "shared"
+    """Whether members of gangs may be on a card with services; one that is refused is evicted from there."""
+    lock_drivers: tuple[str, ...] = ()
+    """Versions of the GPU driver, e.g. `580.*`, by whose checkpoint interface batch is held, so that its CPU side goes
+    on; empty: by the freezer alone. An opt-in: some versions have faults there."""
+    suspend_queues: bool = False
+    """Whether AMD's queues of batch are taken off a GPU in the middle of their kernels: what a job has launched need
+    not end first. It excludes debuggers of the job; without it AMD's GPUs are only watched."""
+    suspend: bool = False
+    """Whether batch may be taken off a card into the host's memory, before it is evicted for the card's; with one of
+    lockDrivers only."""
+    borrow: bool = False
+    """Whether batch pods may borrow cards of services that lend them (`services[].lendsGpu`): the node offers
+    `colocate.io/gpu-borrow`, and a container that requests it gets such a card from the container runtime."""
+    cdi_kind: str = "nvidia.com/gpu"
+    """Under which kind of the Container Device Interface cards are known to the runtime by their UUID."""
+    starved_after: Duration = 600.0
+    """A job that had less than a hundredth of its card in this long is evicted, to run elsewhere."""
+
+
+class PowerPoint(Spec, frozen=True):
+    """One point of a curve."""
+
+    watts: int
+    """The cap of one GPU."""
+    slowdown: float
+    """By how much longer the same work takes: 0.05 is 5 %."""
+
+
+class PowerModel(Spec, frozen=True):
+    """How much jobs of a class slow down under caps, as `colocate power fit` says."""
+
+    name: str
+    """Of the class: the label or annotation `colocate.io/power-class` of pods, or `colocate run --power-class`."""
+    points: tuple[PowerPoint, ...]
+    """Ascending in watts; between them the straight line counts."""
+
+
+class PowerPolicy(Spec, frozen=True):
+    """Watts that pods and jobs ask for (docs/power.md)."""
+
+    offer: int = 0
+    """Watts that pods may ask for of this node, as `colocate.io/power`; 0: none are offered."""
+    budget: int = 0
+    """Watts that the GPUs of this node may draw together; 0: no budget. Who asked for watts gets less where it needs
+    that."""
+    models: tuple[PowerModel, ...] = ()
+    """Of classes of jobs: who hardly feels a cap gives watts to who does. Of others the time is taken to grow as the
+    cap falls."""
 
 
 class StalenessPolicy(Spec, frozen=True):
@@ -212,6 +284,10 @@ class PolicySpec(Spec, frozen=True):
     """Of the memory law."""
     freeze: FreezePolicy = FreezePolicy()
     """Of the freeze law."""
+    gpu: GpuPolicy = GpuPolicy()
+    """Of the law of the cards."""
+    power: PowerPolicy = PowerPolicy()
+    """Of the watts that are asked for."""
     batch_resources: BatchResourcesPolicy = BatchResourcesPolicy()
     """Of what batch pods are promised."""
     staleness: StalenessPolicy = StalenessPolicy()
@@ -267,6 +343,15 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.batchResources.runtime", spec.batch_resources.runtime, 60, 86400, "s")
     _check_range("$.spec.batchResources.risk", spec.batch_resources.risk, 0.1, 50, "%")
     _check_range("$.spec.batchResources.growth", spec.batch_resources.growth, 0.1, 100, "%")
+    _check_range("$.spec.gpu.starvedAfter", spec.gpu.starved_after, 10, 86400, "s")
+    _check_range("$.spec.power.offer", spec.power.offer, 0, 100_000, " W")
+    _check_range("$.spec.power.budget", spec.power.budget, 0, 100_000, " W")
+    _check_models(spec.power.models)
+    _check_range("$.spec.gpu.memoryReserve", spec.gpu.memory_reserve, 0, 1 << 40)
+    if not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9.-]+", spec.gpu.cdi_kind, re.IGNORECASE):
+        raise ConfigError("$.spec.gpu.cdiKind", f"{spec.gpu.cdi_kind!r} is no kind", "write one, e.g. nvidia.com/gpu")
+    if spec.gpu.nvml_library and not spec.gpu.nvml_library.startswith("/"):
+        raise ConfigError("$.spec.gpu.nvmlLibrary", f"{spec.gpu.nvml_library!r} is no path", "start it with /")
     _check_range("$.spec.tick", spec.tick, 0.05, 60, "s")
     _check_range("$.spec.cpu.question", spec.cpu.question, 0.5, 60, "s")
     _check_range("$.spec.cpu.holdDown", spec.cpu.hold_down, 0.1, 3600, "s")
@@ -289,6 +374,22 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     for path, entry in entries:
         _check_entry(path, entry, names)
     return policy
+
+
+def _check_models(models: tuple[PowerModel, ...]) -> None:
+    for i, model in enumerate(models):
+        path = f"$.spec.power.models[{i}]"
+        if not model.name or model.name in [m.name for m in models[:i]]:
+            raise ConfigError(f"{path}.name", f"{model.name!r} is empty or another's", "give each model its own")
+        if len(model.points) < 2:
+            raise ConfigError(f"{path}.points", "are fewer than two", "write what `colocate power fit` prints")
+        for j, (before, point) in enumerate(pairwise(model.points), start=1):
+            if point.watts <= before.watts or point.slowdown > before.slowdown:
+                where = f"{path}.points[{j}]"
+                raise ConfigError(where, "has less watts, or more slowdown", "sort them: watts rise, slowdowns fall")
+        _check_range(f"{path}.points[0].watts", model.points[0].watts, 1, 100_000, " W")
+        _check_range(f"{path}.points[-1].slowdown", model.points[-1].slowdown, 0.0, 100.0)
+        _check_range(f"{path}.points[0].slowdown", model.points[0].slowdown, 0.0, 100.0)
 
 
 def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str, str]) -> None:

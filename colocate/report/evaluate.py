@@ -7,6 +7,7 @@ by pair of neighbouring windows, the wash-out at the start of each left out; wit
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class Report(msgspec.Struct, kw_only=True):
     utilization: dict[str, float] = {}
     services: dict[str, dict[str, float]] = {}
     jobs: dict[str, dict[str, float]] = {}
+    gpus: dict[str, dict[str, float]] = {}
+    """By UUID: mean shares of its time (`busy`, `services`, `batch`), hours seen, and hours that batch had; where it
+    tells what it draws, also `joules`, which `services_joules`, `batch_joules` and `idle_joules` sum up to."""
+    energy: dict[str, float] = {}
+    """Of all GPUs: kWh, those of batch, and grams of CO2 where the grid's intensity was given."""
     hours: list[dict[str, float]] = []
     costs: dict[str, float] = {}
     reasons: dict[str, int] = {}
@@ -211,9 +217,16 @@ def _service_windows(seen: _Seen) -> dict[str, dict[str, Windows]]:
 
 
 def evaluate(
-    path: Path, *, since_seconds: float | None = None, wash_out: float | None = None, machines: int = 1
+    path: Path,
+    *,
+    since_seconds: float | None = None,
+    wash_out: float | None = None,
+    machines: int = 1,
+    carbon_intensity: float | None = None,
 ) -> Report:
-    """The report of the records; `wash_out` is a quarter of a window, at most 5 s, unless given. Raises BadInput."""
+    """The report of the records; `wash_out` is a quarter of a window, at most 5 s, unless given; `carbon_intensity` in
+    grams of CO2 a kWh. Raises BadInput.
+    """
     connection, flat = _load(path, since_seconds)
     if wash_out is None:
         (length,) = connection.execute(
@@ -243,6 +256,7 @@ def evaluate(
     _describe(connection, flat, seen, report)
     if off:
         _switchback(connection, seen, report, off, wash_out)
+    _of_energy(report, carbon_intensity)
     report.verdict = verdict_of(report)
     return report
 
@@ -330,8 +344,16 @@ def _describe(connection: Any, flat: list[dict[str, Any]], seen: _Seen, report: 
         for name, used in line["series"].get("job", {}).items():
             job = report.jobs.setdefault(name, {"core_seconds": 0.0})
             job["core_seconds"] = round(job["core_seconds"] + used * line["series"]["dt"], 3)
+        for uuid, shares in line["series"].get("gpu", {}).items():
+            card = report.gpus.setdefault(uuid, dict.fromkeys(("busy", "services", "batch", "hours"), 0.0))
+            card["hours"] += line["series"]["dt"] / 3600
+            for kind in ("busy", "services", "batch"):
+                card[kind] += shares.get(kind, 0.0) * line["series"]["dt"] / 3600
+            if "watts" in shares:
+                add_energy(card, shares, line["series"]["dt"])
         for outcome in line.get("outcomes", []):
             report.reasons[outcome["reason"]] = report.reasons.get(outcome["reason"], 0) + 1
+    _of_gpus(report)
 
 
 def _switchback(connection: Any, seen: _Seen, report: Report, off: str, wash_out: float) -> None:
@@ -392,6 +414,40 @@ def verdict_of(report: Report) -> str:
     )
 
 
+def add_energy(card: dict[str, float], shares: Mapping[str, float], seconds: float) -> None:
+    """What a card drew, by whose kernels ran: what is left of the time is nobody's. The parts sum up to the meter's."""
+    joules = shares["watts"] * seconds
+    ran = {kind: max(shares.get(kind, 0.0), 0.0) for kind in ("services", "batch")}
+    whole = max(sum(ran.values()), 1.0)  # samples of several processes may add up to more than all of the time
+    parts = {kind: joules * share / whole for kind, share in ran.items()}
+    parts["idle"] = joules - sum(parts.values())
+    for name, part in (("joules", joules), *((f"{kind}_joules", part) for kind, part in parts.items())):
+        card[name] = card.get(name, 0.0) + part
+
+
+def _of_energy(report: Report, carbon_intensity: float | None) -> None:
+    """kWh of all GPUs, and what they emit at so many grams of CO2 a kWh."""
+    kwh = {
+        name: sum(card.get(key, 0.0) for card in report.gpus.values()) / 3.6e6
+        for name, key in (("gpu_kwh", "joules"), ("batch_kwh", "batch_joules"), ("idle_kwh", "idle_joules"))
+    }
+    if kwh["gpu_kwh"]:
+        report.energy = {name: round(value, 6) for name, value in kwh.items()}
+        if carbon_intensity is not None:
+            report.energy["grams_co2"] = round(kwh["gpu_kwh"] * carbon_intensity, 3)
+            report.energy["batch_grams_co2"] = round(kwh["batch_kwh"] * carbon_intensity, 3)
+
+
+def _of_gpus(report: Report) -> None:
+    """From hours to shares, and what batch had in hours."""
+    for card in report.gpus.values():
+        card["batch_hours"] = round(card["batch"], 4)
+        for kind in ("busy", "services", "batch"):
+            card[kind] = round(card[kind] / card["hours"], 4) if card["hours"] else 0.0
+        card["hours"] = round(card["hours"], 4)
+        card |= {key: round(value, 3) for key, value in card.items() if key.endswith("joules")}
+
+
 def _words(compared: Compared) -> str:
     return f"{compared.name} {compared.change:.2f} x [{compared.low:.2f}, {compared.high:.2f}]"
 
@@ -409,4 +465,11 @@ def to_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     ]
     rows += [[f"utilization {k}", "ratio", text(v), "", "mean", "", "", ""] for k, v in report.utilization.items()]
     rows += [[k.replace("_", " "), "", text(v), "", "sum", "", "", ""] for k, v in report.costs.items()]
+    for uuid, card in report.gpus.items():
+        rows += [[f"{uuid} {k}", "ratio", text(card[k]), "", "mean", "", "", ""] for k in ("busy", "services", "batch")]
+        rows.append([f"{uuid} batch", "hours", text(card["batch_hours"]), "", "sum", "", "", ""])
+        kinds = [kind for kind in ("", "services_", "batch_", "idle_") if f"{kind}joules" in card]
+        rows += [[f"{uuid} {k}energy", "J", text(card[f"{k}joules"]), "", "sum", "", "", ""] for k in kinds]
+    units = {"kwh": "kWh", "co2": "g"}
+    rows += [[k, units[k.rpartition("_")[2]], text(v), "", "sum", "", "", ""] for k, v in report.energy.items()]
     return columns, rows

@@ -108,8 +108,68 @@ class NodeCollector(Collector):
         yield from (jobs, frozen)
         laws = GaugeMetricFamily("colocate_law_state", "1 for the state a law is in", labels=("law", "state", "reason"))
         for verdict in plan.verdicts:
-            laws.add_metric((verdict.law, verdict.state, verdict.reason), 1.0)
+            if not verdict.subject:
+                laws.add_metric((verdict.law, verdict.state, verdict.reason), 1.0)
         yield laws
+        if snapshot.cards:
+            yield from _of_cards(snapshot, plan)
+
+
+def _of_cards(snapshot: NodeSnapshot, plan: Plan) -> Iterator[Metric]:
+    state = GaugeMetricFamily(
+        "colocate_gpu_state", "1 for what the law of a card says", labels=("gpu", "state", "reason")
+    )
+    by_card = {
+        "share": ("colocate_gpu_batch_share_ratio", "Of the card's time that batch may have in the dial"),
+        "drain_seconds": ("colocate_gpu_drain_seconds", "How long batch goes on after it was stopped, p95"),
+        "floor_seconds": ("colocate_gpu_floor_seconds", "What a request that meets batch loses at most"),
+        "prediction_error": ("colocate_gpu_prediction_error_ratio", "How far the model of the slowdown was off"),
+    }
+    families = {key: GaugeMetricFamily(name, text, labels=("gpu",)) for key, (name, text) in by_card.items()}
+    for verdict in plan.verdicts:
+        if verdict.law == "gpu":
+            state.add_metric((verdict.subject, verdict.state, verdict.reason), 1.0)
+            for key, family in families.items():
+                if key in verdict.numbers:
+                    family.add_metric((verdict.subject,), verdict.numbers[key])
+    yield from (state, *families.values())
+    busy = GaugeMetricFamily(
+        "colocate_gpu_busy_ratio", "Share of the last sampling period with kernels", labels=("gpu",)
+    )
+    memory = GaugeMetricFamily("colocate_gpu_memory_bytes", "Of the card, used and total", labels=("gpu", "kind"))
+    reaction = GaugeMetricFamily(
+        "colocate_gpu_reaction_seconds", "From a request to batch stopped, p95", labels=("gpu",)
+    )
+    jobs = GaugeMetricFamily(
+        "colocate_gpu_workload_busy_ratio", "The same, of one workload's kernels", labels=("gpu", "workload", "tier")
+    )
+    for uuid, card in sorted(snapshot.cards.items()):
+        if card.percent is not None:
+            busy.add_metric((uuid,), card.percent / 100)
+        for kind, value in (("used", card.memory_used_bytes), ("total", card.memory_bytes)):
+            if value is not None:
+                memory.add_metric((uuid, kind), float(value))
+        if card.reaction_seconds is not None:
+            reaction.add_metric((uuid,), card.reaction_seconds)
+        for id_, user in sorted(card.users.items()):
+            workload = snapshot.workloads.get(id_)
+            if workload is not None and user.percent is not None:
+                jobs.add_metric((uuid, workload.name, workload.tier), user.percent / 100)
+    yield from (busy, memory, reaction, jobs)
+    yield from _recorded(snapshot)
+
+
+def _recorded(snapshot: NodeSnapshot) -> Iterator[Metric]:
+    """What is told of cards and nothing is decided by."""
+    watts = GaugeMetricFamily("colocate_gpu_power_watts", "What the card draws, and its limit", labels=("gpu", "kind"))
+    pcie = GaugeMetricFamily("colocate_gpu_pcie_bytes_per_second", "To the card and from it", labels=("gpu", "way"))
+    for uuid, card in sorted(snapshot.cards.items()):
+        for kind, value in (("draw", card.watts), ("limit", card.limit_watts)):
+            if value is not None:
+                watts.add_metric((uuid, kind), value)
+        for way, value in zip(("to", "from"), card.pcie_bytes_per_second or (), strict=False):
+            pcie.add_metric((uuid, way), value)
+    yield from (watts, pcie)
 
 
 def make_application(status: Callable[[], Status]) -> web.Application:

@@ -28,7 +28,7 @@ from colocate.model.forecast import Forecast, ModelState
 from colocate.model.state import to_builtins
 from colocate.plan import Outcome, Plan
 from colocate.policy.schema import ColocationPolicy, RecordPolicy
-from colocate.snapshot import NodeSnapshot
+from colocate.snapshot import Card, NodeSnapshot
 
 RECORD_VERSION = 2
 MEMORY_LINES = 600
@@ -70,8 +70,10 @@ def plan_builtins(plan: Plan) -> dict[str, Any]:
     """A plan as a dictionary whose parts are keyed, so that a patch of it is small."""
     data: dict[str, Any] = {
         "sequence": plan.sequence,
-        "verdicts": {v.law: msgspec.to_builtins(v) for v in plan.verdicts},
+        "verdicts": {f"{v.law} {v.subject}" if v.subject else v.law: msgspec.to_builtins(v) for v in plan.verdicts},
     }
+    if plan.pulses:
+        data["pulses"] = msgspec.to_builtins(plan.pulses)
     if plan.actions:
         data["actions"] = msgspec.to_builtins(plan.actions)
     if plan.rejected:
@@ -112,7 +114,23 @@ def series(snapshot: NodeSnapshot, forecast: Forecast) -> dict[str, Any]:
         row["service"] = services
     if jobs:
         row["job"] = jobs
+    if snapshot.cards:
+        row["gpu"] = {uuid: _of_card(snapshot, card) for uuid, card in snapshot.cards.items()}
     return row
+
+
+def _of_card(snapshot: NodeSnapshot, card: Card) -> dict[str, float]:
+    """Shares of the card's time: in which anything ran, kernels of services, and of batch; those that were told. And
+    the watts that it drew."""
+    found = {"busy": card.percent / 100} if card.percent is not None else {}
+    if card.watts is not None and not card.problem:
+        found["watts"] = card.watts
+    for id_, user in card.users.items():
+        workload = snapshot.workloads.get(id_)
+        if workload is not None and user.percent is not None:
+            kind = "batch" if workload.tier == "batch" else "services"
+            found[kind] = round(found.get(kind, 0.0) + user.percent / 100, 4)
+    return found
 
 
 class Before(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,12 +23,14 @@ from colocate.kube.lease import Election, LeadershipLost
 from colocate.kube.reflector import Reflector
 from colocate.objects import Pod
 from colocate.units import time_text
+from podgroup.api import PowerBudget
 from podgroup.controller.advisor import Advisor
 from podgroup.controller.announcements import AT_ONCE
 from podgroup.controller.binder import EPOCH, Binder
 from podgroup.controller.losses import GIVE_UP_AGAIN_SECONDS, Losses
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.open_plans import OpenPlans
+from podgroup.controller.power_budgets import PowerBudgets
 from podgroup.controller.status import StatusWriter
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import PREEMPTED, Hands
@@ -115,6 +118,8 @@ class Controller:
                 self._tasks.create_task(self._status.run(self._hands.binder))
                 for _ in range(AT_ONCE):
                     self._tasks.create_task(self._hands.announcements.run(self._hands.binder))
+                budgets = PowerBudgets(self._api, self._election, self.cluster.ledger, self._power_budgets)
+                self._tasks.create_task(budgets.run())
                 self._tasks.create_task(Advisor(self.cluster, self.queue, self._status.advise).run())
                 while True:
                     await self._decide()
@@ -144,6 +149,9 @@ class Controller:
             if served["name"] == version:
                 return "conditions" in fields and "observedGeneration" in fields
         return False
+
+    def _power_budgets(self) -> Iterable[PowerBudget]:
+        return (o for r in self.reflectors for o in r.objects.values() if isinstance(o, PowerBudget))
 
     def _refused(self, reason: str) -> None:
         self.metrics.rejections.labels(reason).inc()

@@ -35,13 +35,14 @@ from colocate.objects import (
     StorageClass,
     VolumeAttachment,
 )
-from podgroup.api import PLANS, GangPlan, PodGroup
+from podgroup.api import PLANS, POWER_BUDGETS, GangPlan, PodGroup, PowerBudget
 from podgroup.controller.lost_nodes import LostNodes
 from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.queue.entry import MADE_ANEW_LABEL
 from podgroup.queue.queue import Queue
 from podgroup.state.cluster import CARRIED_ON, Cluster
 from podgroup.state.gangs import gang_key, rejected
+from podgroup.state.node_budgets import of_power_budget
 
 _OFFSET = time.time() - time.monotonic()
 
@@ -80,6 +81,7 @@ class Feed:
             (CSI_NODES, CsiNode, self.on_csi_node),
             (ATTACHMENTS, VolumeAttachment, self.on_attachment),
             (BUDGETS, DisruptionBudget, self.on_budget),
+            (POWER_BUDGETS, PowerBudget, self.on_power_budget),
             (*DIALECT.groups, self.on_written_group),
             (PLANS, GangPlan, self.on_plan),
             (PODS, Pod, self.on_pod),
@@ -233,6 +235,14 @@ class Feed:
             self._cluster.budgets[key] = now
         else:
             self._cluster.budgets.pop(key, None)
+
+    def on_power_budget(self, before: PowerBudget | None, now: PowerBudget | None) -> None:
+        """A PowerBudget has come, changed or gone; a change of its status is our own doing."""
+        if now is not None and (before is None or before.spec != now.spec):
+            self._cluster.set_node_budget(of_power_budget(now))
+        elif now is None:
+            self._cluster.remove_node_budget(_name(before, now))
+        self.wake.set()
 
 
 def _name(before: Object | None, now: Object | None) -> str:

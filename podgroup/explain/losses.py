@@ -18,7 +18,7 @@ class HeldBackMember(Lean, frozen=True):
     pod: str
     node: str
     reason: str
-    """`Frozen`, `Narrowed` or `Waits`."""
+    """`Frozen`, `CardShared`, `Narrowed` or `Waits`."""
     message: str = ""
     since: str | None = None
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from colocate.cluster.api import POWER_RESOURCES
 from podgroup.solve.place import most_that_fit
 from podgroup.solve.question import Class, Gang, Trial, asked_by, classes_of
 from podgroup.state.ledger import Ints, Ledger, Mask
@@ -42,6 +43,8 @@ def amount_text(resource: str, amount: int) -> str:
     """An amount of a resource as its users write it."""
     if resource == "cpu":
         return f"{amount / 1000:g}"
+    if resource in POWER_RESOURCES:
+        return f"{amount} W"
     return f"{amount / (1 << 30):.1f}Gi" if resource in ("memory", "ephemeral-storage") else str(amount)
 
 

@@ -522,6 +522,7 @@ class Ledger:
             if budget.resource in resources:
                 nodes, column = self._in_budget(budget), self.columns[budget.resource]
                 spent = int((self.used if used is None else used)[nodes, column].sum())
+                spent += budget.each_node * int(nodes.sum())
                 found.append(Left(name, budget.resource, nodes, amount, amount - spent))
         return found
 

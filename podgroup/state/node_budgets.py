@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colocate.objects import LabelSelector, Lean
+from podgroup.api import PowerBudget
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -23,6 +24,14 @@ class NodeSetBudget(Lean, frozen=True):
     """In the resource's own unit, as a pod writes it."""
     node_selector: LabelSelector = LabelSelector()
     """Of the labels of nodes; an empty one selects all."""
+    each_node: int = 0
+    """So much is set aside for each of these nodes."""
+
+
+def of_power_budget(budget: PowerBudget) -> NodeSetBudget:
+    """What it means for the solver."""
+    spec = budget.spec
+    return NodeSetBudget(budget.metadata.name, spec.resource, spec.watts, spec.node_selector, spec.idle_watts)
 
 
 class Left(NamedTuple):
@@ -33,7 +42,7 @@ class Left(NamedTuple):
     nodes: Mask
     amount: int
     left: int
-    """Below 0 where what runs asks for more than it."""
+    """Of what is not set aside for the nodes; below 0 where what runs asks for more than it."""
 
     def cap(self, each: int) -> Cap:
         """For members of which each asks for so much."""

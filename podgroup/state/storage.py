@@ -188,7 +188,9 @@ class Storage:
             if not self._drivers_limited[driver]:
                 del self._drivers_limited[driver]
         limits = (
-            {d.name: d.allocatable.count for d in node.spec.drivers if d.allocatable.count is not None} if node else {}
+            {d.name: d.allocatable.count for d in node.spec.drivers or () if d.allocatable.count is not None}
+            if node
+            else {}
         )
         if limits:
             self._limits[name] = limits

@@ -20,7 +20,7 @@ from colocate.kube.lease import Election
 from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, install
 from colocate.localcluster.realnode import RealNode, lacks
 from colocate.objects import Pod
-from podgroup.api import PLANS, POD_GROUPS, GangPlan, PodGroup
+from podgroup.api import PLAN_API, PLANS, POD_GROUPS, POWER_BUDGETS, GangPlan, PodGroup, PowerBudget
 from podgroup.controller.loop import Controller
 from podgroup.queue.entry import Settings
 from tests.cluster.proxy import Proxy
@@ -162,8 +162,17 @@ class World:
     async def plan(self, name: str) -> GangPlan:
         return await self.api.get(GangPlan, path_of(PLANS, self.namespace, name))
 
+    async def power_budget(self, name: str, watts: int, **spec: Any) -> None:
+        body = {"apiVersion": PLAN_API, "kind": "PowerBudget", "metadata": {"name": name}}
+        await self.api.request("POST", POWER_BUDGETS, {**body, "spec": {"watts": watts, **spec}})
+
+    async def power_budget_status(self, name: str) -> tuple[int, int, int, str]:
+        """Nodes, watts that are asked for and that are left, message."""
+        status = (await self.api.get(PowerBudget, path_of(POWER_BUDGETS, name=name))).status
+        return status.nodes, status.requested, status.left, status.message
+
     async def delete(self, collection: str, name: str, seconds: int | None = None) -> None:
-        namespace = "" if collection == NODES else self.namespace
+        namespace = "" if collection in (NODES, POWER_BUDGETS) else self.namespace
         body = {
             "kind": "DeleteOptions",
             "apiVersion": "v1",
@@ -187,16 +196,29 @@ class World:
             content_type=MERGE,
         )
 
-    async def until(self, what: Callable[[], Any], why: str) -> Any:
+    async def until(self, what: Callable[[], Any], why: str, patience: float = PATIENCE) -> Any:
         """What `what` returns, once it is true."""
-        end, seen = time.monotonic() + PATIENCE, None
+        end, seen = time.monotonic() + patience, None
         while time.monotonic() < end:
             with contextlib.suppress(ApiError):
                 seen = await what()
                 if seen:
                     return seen
             await asyncio.sleep(0.05)
-        raise AssertionError(f"{why}: not within {PATIENCE:g} s; last seen {seen}; {await self.bound()}")
+        raise AssertionError(f"{why}: not within {patience:g} s; last seen {seen}; {await self.described()}")
+
+    async def described(self) -> str:
+        """How everything of the test is, for whoever asks why it is not otherwise."""
+        said: list[str] = []
+        for path in (NODES, path_of(PODS, self.namespace), path_of(PLANS, self.namespace)):
+            with not_there():  # a test may have removed the kind
+                for item in msgspec.json.decode(await self.api.request("GET", path))["items"]:
+                    spec, status = item.get("spec", {}), item.get("status", {})
+                    ready = {c["type"]: c["status"] for c in status.get("conditions", []) if c["type"] == "Ready"}
+                    seen = [status.get(key) for key in ("phase", "reason", "message")]
+                    where = spec.get("nodeName") or [m.get("node") for m in spec.get("members", [])]
+                    said.append(f"{path.rpartition('/')[2]} {item['metadata']['name']}: {ready} {seen} {where}")
+        return "; ".join(said)
 
     async def told(self, group: str, reason: str) -> str:
         """The message of the plan, once the group waits for this reason."""
@@ -229,6 +251,7 @@ class World:
             path_of(PODS, self.namespace),
             path_of(POD_GROUPS, self.namespace),
             path_of(PLANS, self.namespace),
+            POWER_BUDGETS,
             NODES,
         ):
             with not_there():  # a test may have removed the kind
@@ -260,7 +283,7 @@ async def world(api: Api) -> AsyncIterator[World]:
     made = World(api, namespace)
 
     async def served() -> bool:
-        return bool([await api.request("GET", path) for path in (POD_GROUPS, PLANS)])
+        return bool([await api.request("GET", path) for path in (POD_GROUPS, PLANS, POWER_BUDGETS)])
 
     await made.until(served, "the CRDs are served")
     there = await api.request("GET", "/apis/scheduling.k8s.io/v1/priorityclasses")

@@ -149,7 +149,11 @@ async def test_a_node_of_250_pods_is_governed_as_any_other(
         uids = {n: p.metadata.uid for n, p in (await world.pods()).items()}
         for name, uid in uids.items():
             inside = processes_below(port, main, joined(tier, f"pod{uid}"))
-            assert bool(inside) == name.startswith("batch"), name
+            assert bool(inside) == name.startswith("batch"), (
+                name,
+                processes_below(port, main, joined(real_node.cgroup, f"kubepods/besteffort/pod{uid}")),
+                (await world.pods())[name].status,
+            )
         status = told_by_agent("status")
         await asyncio.sleep(20.0)
         later = told_by_agent("status")
@@ -160,4 +164,4 @@ async def test_a_node_of_250_pods_is_governed_as_any_other(
         async def only_the_tier() -> bool:
             return not any(processes_below(port, main, joined(tier, f"pod{uid}")) for uid in uids.values())
 
-        await world.until(only_the_tier, "batch pods are gone")
+        await world.until(only_the_tier, "batch pods are gone", 300.0)

@@ -18,7 +18,7 @@ from colocate.cluster.api import NODE_COLOCATIONS
 from colocate.cluster.held_back import HeldBackPods
 from colocate.kube.client import MERGE, PODS, Unreachable, path_of
 from colocate.localcluster.controlplane import ControlPlane
-from colocate.objects import HELD_BACK
+from colocate.objects import GANG_HELD, HELD_BACK
 from tests.cluster.conftest import World, leader
 from tests.cluster.test_publication import (
     BATCH,
@@ -228,3 +228,48 @@ async def test_a_gang_is_told_what_services_cost_it(
         assert [m["message"] for m in said["evicted"]] == ["train-2 on n0: MemoryPressure: api stalls"]
         anew = await asyncio.to_thread(explained, "train", "--anew", *inside)
         assert anew.splitlines()[1:] == lines[1:]
+
+
+GANG = {"scheduling.x-k8s.io/pod-group": "train"}
+
+
+async def freezes_gang(world: World, node: str, *gangs: str) -> None:
+    """As the agent of a node says it."""
+    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
+    said = [{"gang": f"{world.namespace}/{gang}", "message": f"a member on {node} is frozen"} for gang in gangs]
+    await world.api.request("PATCH", path, {"status": {"frozenGangs": said}}, content_type=MERGE)
+
+
+async def gang_held(world: World, name: str) -> tuple[str, str]:
+    conditions = (await world.pods())[name].status.conditions
+    return next(((c.status, c.message) for c in conditions if c.type == GANG_HELD), ("", ""))
+
+
+async def until_gang(world: World, **expected: str) -> None:
+    async def so() -> bool:
+        return {name: (await gang_held(world, name))[0] for name in expected} == expected
+
+    await world.until(so, f"{expected}")
+
+
+async def test_28_a_member_frozen_on_one_node_holds_those_on_others(world: World, kinds: None) -> None:
+    for node in ("n0", "n1", "n2"):
+        await world.node(node, cpu=8, memory="8Gi")
+        await say(world.api, node, 0, 0)
+    for i in range(2):
+        await on_node(world, f"w{i}", f"n{i}", **BATCH, **GANG)
+    await on_node(world, "stranger", "n1", **BATCH)
+    async with publishing(world.api):
+        await freezes_gang(world, "n0", "train")
+        await until_gang(world, w0="", w1="True", stranger="")
+        assert (await gang_held(world, "w1"))[1] == "on n0: a member on n0 is frozen"
+        await freezes_gang(world, "n0")
+        await until_gang(world, w0="", w1="False")
+        await freezes_gang(world, "n2", "train")  # no pod of it is there: it has no say in it
+        await asyncio.sleep(0.5)
+        await until_gang(world, w0="", w1="False")
+        await freezes_gang(world, "n0", "train")
+        await until_gang(world, w1="True")
+    await say(world.api, "n0", 0, 0, "Stopped", at=60)
+    async with publishing(world.api):
+        await until_gang(world, w1="False")

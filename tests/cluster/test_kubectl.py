@@ -42,7 +42,7 @@ def kubectl(plane: ControlPlane, tmp_path: Path) -> Kubectl:
     return run
 
 
-@pytest.mark.parametrize("which", ["base", "overlays/shadow"])
+@pytest.mark.parametrize("which", ["base", "overlays/shadow", "overlays/gpu"])
 def test_the_manifests_are_what_an_api_server_takes(kubectl: Kubectl, world: World, which: str) -> None:
     """Strictly: an unknown or doubled field is refused."""
     kubectl("apply", "-f", str(MANIFESTS / "controller" / "namespace.yaml"))

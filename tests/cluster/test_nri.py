@@ -21,7 +21,7 @@ from colocate.cgroup.tree import joined, processes, processes_below
 from colocate.kube.client import PODS, STRATEGIC, path_of
 from colocate.localcluster.controlplane import ControlPlane, binaries
 from colocate.localcluster.realnode import IMAGE, NAME, RealNode
-from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Update
+from colocate.nri import Adjustment, Container, Limits, Plugin, Pod, Refused, Update
 from tests.cluster.conftest import World
 from tests.cluster.test_kubelet import on, until_ready
 
@@ -147,6 +147,47 @@ async def test_batch_pods_go_into_the_tier_and_stay_there(world: World, real_nod
     orphan = await starts(world, real_node, "orphan", **BATCH)
     path = joined(real_node.cgroup, f"kubepods/besteffort/pod{orphan}")
     assert port.children(SHARES[port.layout.version][0], path), "without the plugin a pod starts as plain BestEffort"
+
+
+class Lends(Tier):
+    """Every batch container gets a card, but for the first one."""
+
+    asked = 0
+
+    def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
+        wanted = super().create_container(pod, container)
+        self.asked += wanted is not None
+        if wanted is not None and self.asked == 1:
+            raise Refused("no service lends a card just now")
+        return wanted and wanted._replace(devices=("colocate.test/gpu=GPU-7",))
+
+
+@pytest.mark.slow
+async def test_a_card_is_lent_by_the_runtime_and_who_is_refused_one_is_tried_again(
+    world: World, real_node: RealNode
+) -> None:
+    """The card is a device of the Container Device Interface that sets a variable."""
+    await until_ready(world, real_node)
+    devices = [{"name": "GPU-7", "containerEdits": {"env": ["BORROWED=GPU-7"]}}]
+    card = real_node.cdi_folder / "card.json"
+    card.write_text(json.dumps({"cdiVersion": "0.6.0", "kind": "colocate.test/gpu", "devices": devices}))
+    port, handler = KernelPort(), Lends()
+    plugin = Plugin("colocate-test", "50", handler, real_node.nri_socket)
+    running = asyncio.create_task(plugin.run())
+
+    async def connected() -> bool:
+        return plugin.connected
+
+    try:
+        await world.until(connected, "the plugin is registered")
+        borrower = await starts(world, real_node, "borrower", **BATCH)
+        assert handler.asked > 1, "kubelet tries again who was refused"
+        path = joined(real_node.cgroup, f"kubepods/batch/pod{borrower}/{handler.made['borrower']}")
+        [pid, *_] = processes(port, SHARES[port.layout.version][0], path)
+        assert b"BORROWED=GPU-7" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.mark.slow

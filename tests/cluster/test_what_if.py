@@ -12,6 +12,7 @@ from colocate.kube.client import NODES, PODS
 from colocate.objects import Container, Node, ObjectMeta, Pod, PodSpec, Resources
 from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
 from podgroup.commands import _take
+from podgroup.controller.loop import Controller
 from podgroup.explain.snapshot import what_if
 from podgroup.queue.entry import REQUIRED_TOPOLOGY, Settings
 from tests.cluster.conftest import HIGH, LOW, PRIORITIES, QUIET, World, leader
@@ -64,10 +65,15 @@ async def usable(world: World) -> bool:
     return all(ready) and not any(n.spec.taints for n in nodes)
 
 
-async def create(world: World, gang: Asked) -> None:
+async def create(world: World, gang: Asked, led: Controller) -> None:
     """The pods first: they wait for their group, and all of them are decided about at once."""
     for name in gang.members:
         await world.pod(name, gang.name, cpu=gang.cpu, spec={"priorityClassName": gang.priority})
+
+    async def known() -> bool:
+        return len(led.cluster.members.get(f"{world.namespace}/{gang.name}", ())) == len(gang.members)
+
+    await world.until(known, f"the controller knows the members of {gang.name}")
     await world.group(gang.name, gang.least, annotations=gang.annotations)
 
 
@@ -89,7 +95,7 @@ async def settled(world: World, gangs: list[Asked]) -> None:
     await world.until(at_rest, "all gangs are at rest")
 
 
-async def one_state(world: World, seed: int) -> str:
+async def one_state(world: World, seed: int, led: Controller) -> str:
     """A state, what is said of a gang in it, and what then happens; the outcome."""
     generator, gangs = random.Random(seed), list[Asked]()
     for i in range(generator.randint(2, 4)):
@@ -97,7 +103,7 @@ async def one_state(world: World, seed: int) -> str:
     await world.until(lambda: usable(world), "the nodes are ready and free of taints")
     for i in range(generator.randint(0, 4)):
         gangs.append(drawn(generator, f"g{i}"))
-        await create(world, gangs[-1])
+        await create(world, gangs[-1], led)
         await settled(world, gangs)
     bound = await world.bound()
     if bound and generator.random() < 0.4:  # one is lost: its place is kept for a while
@@ -107,7 +113,7 @@ async def one_state(world: World, seed: int) -> str:
     before = await world.pods()
     snapshot = await _take(world.api, Settings())
     (said,) = what_if(snapshot, new.pods(world), [new.group(world)])
-    await create(world, new)
+    await create(world, new, led)
     what = f"state {seed}: {new}; {gangs}; said {said}"
     if said.outcome == "Wait":
         await world.told("new", said.reason)
@@ -138,8 +144,8 @@ async def test_what_is_said_is_what_happens(world: World, states: int) -> None:
     outcomes: dict[str, int] = {}
     for i in range(states):
         seed = i if states <= 12 else 1000 + i
-        async with leader(world):
-            outcome = await one_state(world, seed)
+        async with leader(world) as led:
+            outcome = await one_state(world, seed, led)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         await world.clear()
     assert {"Start", "Wait"} <= outcomes.keys(), outcomes

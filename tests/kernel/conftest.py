@@ -190,3 +190,36 @@ def agent(node, dirs):
 
 def tier_of(node):
     return joined(node.path, "colocate-batch")
+
+
+@pytest.fixture
+def cards(node, tmp_path):
+    """Starts simulated cards with options of their daemon."""
+    from tests.kernel.fake_cards import FakeCards
+
+    made = []
+
+    def start(*options):
+        made.append(FakeCards(tmp_path / "cards", node, *options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def start_job():
+    """`colocate run` of a program on a simulated card, ended with the test."""
+    from tests.kernel.fake_cards import CLI, CLIENT, end
+
+    started = []
+
+    def start(name, fake, *program):
+        command = [*CLI, "run", "--name", name, "--", *CLIENT, str(fake.folder), *program]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return started[-1]
+
+    yield start
+    for job in started:
+        end(job)

@@ -297,3 +297,47 @@ def test_the_same_seed_is_the_same_life():
         return latencies, [c.busy_ns for c in card.clients.values()]
 
     assert life() == life()
+
+
+@pytest.mark.parametrize(
+    ("kind", "cap", "expected"),
+    [
+        pytest.param("bert", 300, 1.0, id="no cap"),
+        pytest.param("bert", 210, 1.135, id="a point of the sweep"),
+        pytest.param("bert", 195, (1.317 + 1.135) / 2, id="between two"),
+        pytest.param("bert", 100, 2.134, id="below the sweep nothing gets slower any more"),
+        pytest.param("ncf", 150, 1.016, id="a job that hardly feels it"),
+    ],
+)
+def test_work_takes_longer_under_a_cap_as_it_was_measured(kind: str, cap: float, expected: float):
+    card = Card(WARM)
+    Process(card, 1, asynchronous(), kind=kind)
+    assert card.limit(cap)
+    card.run_until(20 * SECOND)
+    assert 20_000 / card.clients[1].ring().finished == pytest.approx(expected, rel=0.001)
+
+
+def test_a_limit_that_its_driver_does_not_take_changes_nothing():
+    card = Card()
+    assert [card.limit(99.9), card.limit(300.1), card.limit_watts] == [False, False, 300.0]
+
+
+@given(
+    caps=st.lists(st.integers(100, 300), min_size=1, max_size=6),
+    programs=st.lists(st.sampled_from(sorted(PROGRAMS)), min_size=0, max_size=3),
+)
+@settings(deadline=None, max_examples=30)
+def test_energy_is_power_over_time_and_between_idle_and_the_cap_or_the_floor(caps: list[int], programs: list[str]):
+    card, drawn = Card(), 0.0
+    for pid, name in enumerate(programs):
+        Process(card, pid, PROGRAMS[name]())
+    for cap in caps:
+        card.limit(cap)
+        before, busy = card.energy_joules, card.busy_ns
+        card.run_until(card.now + SECOND)
+        used, worked = card.energy_joules - before, (card.busy_ns - busy) / SECOND
+        spec = card.spec.power
+        most = min(spec.natural, max(cap, spec.floor))
+        assert used == pytest.approx(spec.idle * (1 - worked) + most * worked, rel=1e-6)
+        drawn += used
+    assert drawn == pytest.approx(card.energy_joules)

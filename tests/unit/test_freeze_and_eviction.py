@@ -45,6 +45,15 @@ def test_a_thaw_beats_a_freeze_and_the_loser_is_recorded():
     assert found.rejected
 
 
+def test_13_a_job_that_is_taken_off_its_card_is_thawed_and_not_frozen():
+    both = [request("freeze"), request("suspend", law="gpu-memory")]
+    frozen = make.snapshot(make.job(frozen=True), at=101)
+    found = freeze(frozen, both, FreezeState(since={"job:train": 100.0}))
+    assert [(a.knob, a.value) for a in found.actions] == [("cgroup.freeze", "0")]
+    assert found.suspended == ("job:train",)
+    assert [r.considered for r in found.rejected] == ["freezing train for memory"]
+
+
 def test_an_eviction_is_thaw_and_sigterm_then_grace_then_kill():
     first = evict(make.snapshot(make.job(frozen=True), at=100), [request("evict")], EvictionState())
     assert [(a.knob, a.value) for a in first.actions] == [("signal", "SIGTERM")]

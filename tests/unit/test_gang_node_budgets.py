@@ -40,8 +40,13 @@ def asking(one: Pod, watts: int) -> Pod:
     return replace(one, spec=replace(one.spec, containers=[replace(container, resources=asked)]))
 
 
-def budget(name: str, amount: int, **labels: str) -> NodeSetBudget:
-    return NodeSetBudget(name=name, resource=WATTS, amount=amount, node_selector=LabelSelector(match_labels=labels))
+IDLE = 7
+
+
+def budget(name: str, amount: int, nodes: int = 0, **labels: str) -> NodeSetBudget:
+    """What is set aside for so many nodes that draw IDLE comes to what there is for pods."""
+    selector, each = LabelSelector(match_labels=labels), IDLE if nodes else 0
+    return NodeSetBudget(name, WATTS, amount + nodes * each, selector, each)
 
 
 def members(count: int, watts: int, **more: Any) -> tuple[Member, ...]:
@@ -59,7 +64,7 @@ class Machines:
             for j, (amount, nodes) in enumerate(racks):
                 for k, watts in enumerate(nodes):
                     self.cluster.set_node(powered(f"n{i}{j}{k}", watts, rack=f"{i}{j}", row=f"{i}"))
-                self.cluster.set_node_budget(budget(f"rack-{i}{j}", amount, rack=f"{i}{j}"))
+                self.cluster.set_node_budget(budget(f"rack-{i}{j}", amount, len(nodes), rack=f"{i}{j}"))
             self.cluster.set_node_budget(budget(f"row-{i}", row_amount, row=f"{i}"))
         self.cluster.set_node_budget(budget("whole", whole))
 

@@ -502,3 +502,14 @@ def test_the_ledger_is_as_before_when_all_have_gone():
         made.remove_pod(one.metadata.uid)
     assert np.array_equal(made.ledger.used[:, : before.shape[1]], before)
     assert made.ledger.used.sum() == 0
+
+
+def test_a_node_without_drivers_is_as_kubelet_writes_it() -> None:
+    """`drivers: null`, where the last one has gone: what it could attach counts no more."""
+    cluster, meta = Cluster(), ObjectMeta(name="n0")
+    driver = CsiNodeDriver(name="d", allocatable=CsiAllocatable(count=3))
+    cluster.set_csi_node("n0", CsiNode(metadata=meta, spec=CsiNodeSpec(drivers=[driver])))
+    assert cluster.storage.limits("n0")
+    written = b'{"metadata": {"name": "n0"}, "spec": {"drivers": null}}'
+    cluster.set_csi_node("n0", msgspec.json.decode(written, type=CsiNode))
+    assert not cluster.storage.limits("n0")

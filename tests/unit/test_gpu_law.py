@@ -135,7 +135,7 @@ def test_7_only_the_first_request_of_a_burst_meets_batch():
     world.run(60)
     world.arrivals.per_second = 0.0
     world.run(20)
-    drain = job.drains.bound(world.card.now / SECOND)
+    drain = job.drains.bound()
     before = len(world.latencies)
     world.arrivals.per_second = 10.0
     world.run(2)
@@ -225,13 +225,13 @@ def test_closed_forms():
 
 def test_a_drain_is_a_second_until_it_is_known_and_old_ones_are_forgotten():
     drains = Drains()
-    assert drains.bound(0.0) == 1.0
+    assert drains.bound() == 1.0
     for i in range(20):
         drains = drains.add(float(i), 0.3)
-    assert drains.bound(20.0) == 0.3
+    assert drains.bound() == 0.3
     for i in range(20):
         drains = drains.add(600.0 + i, 0.01)
-    assert drains.bound(620.0) == 0.01
+    assert drains.bound() == 0.01
 
 
 readings = st.lists(

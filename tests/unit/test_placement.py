@@ -322,3 +322,29 @@ def test_the_law_gives_it_that_weight(weight: int | None):
     found = cpu.decide_cpu(make.view(snapshot, make.forecast({pod.id: WorkloadForecast()})), cpu.CpuState())
     weights = [(a.value, a.reason) for a in found.actions if a.workload == pod.id and a.knob == "cpu.weight"]
     assert weights == ([] if weight is None else [(str(weight), "Requested")])
+
+
+@pytest.mark.parametrize(
+    ("labels", "annotations", "env"),
+    [
+        pytest.param({}, {}, {}, id="nothing is asked for"),
+        pytest.param(
+            {"colocate.io/gpu-drain": "blocking"},
+            {},
+            {"CUDA_LAUNCH_BLOCKING": "1", "HIP_LAUNCH_BLOCKING": "1"},
+            id="each launch waits, by label",
+        ),
+        pytest.param(
+            {}, {"colocate.io/gpu-drain": "short-queue"}, {"CUDA_SCALE_LAUNCH_QUEUES": "0.25x"}, id="by annotation"
+        ),
+        pytest.param(
+            {"colocate.io/gpu-drain": "fast"}, {}, {}, id="another word does nothing, and is named in the log"
+        ),
+    ],
+)
+def test_a_batch_pods_gpu_work_stops_sooner_if_its_owner_asks_for_that(labels, annotations, env):
+    placement = of(with_cgroup(2, "/kubepods/batch"))
+    given = pod(**BATCH)._replace(labels={**BATCH, **labels}, annotations=annotations)
+    found: Any = placement.create_container(given, container(PATH))
+    assert found is not None
+    assert found.env == env

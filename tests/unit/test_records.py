@@ -23,11 +23,11 @@ from colocate.policy.schema import (
     Selector,
     ServicePolicy,
 )
-from colocate.report.evaluate import Compared, Report, evaluate, to_rows, verdict_of
+from colocate.report.evaluate import Compared, Report, add_energy, evaluate, to_rows, verdict_of
 from colocate.report.page import write_report
 from colocate.report.record import Recorder, apply_patch, merge_patch, read_full, read_lines, segments
 from colocate.report.replay import replay
-from colocate.snapshot import Latency, Objective
+from colocate.snapshot import Card, CardUser, Latency, Objective
 
 JSON = st.recursive(
     st.one_of(st.booleans(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=3)),
@@ -62,7 +62,16 @@ def a_service_and_a_hog(records):
     return kernel, spec
 
 
-def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0, late=30):
+def one_card(kernel, targets):
+    """The service has a fifth of it, batch three."""
+    shares = {"service": CardUser(percent=20, sensor="cpu"), "batch": CardUser(percent=60, drains=((1.0, 0.0005),) * 5)}
+    users = {t.id: shares[t.tier] for t in targets if t.tier in shares}
+    return {"GPU-0": Card(uuid="GPU-0", at_seconds=kernel.monotonic(), percent=80, users=users, watts=250.0)}
+
+
+def live(
+    directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=None, later=None, beyond=0, late=30, cards=False
+):
     """An agent's life on the kernel model, recorded."""
     kernel, spec = a_service_and_a_hog(policy or RecordPolicy(keyframe_every=7))
     (directory / "journal").mkdir(parents=True, exist_ok=True)
@@ -76,6 +85,8 @@ def live(directory, ticks=30, backend="numpy", policy=None, arms=(), on_tick=Non
         clock=kernel,
     )
     agent.observer.objectives["web"] = Objective(0.02, 10, 3.0)
+    if cards:
+        agent.observer.cards = lambda targets: one_card(kernel, targets)
     agent.open()
 
     async def run():
@@ -109,6 +120,14 @@ def test_replay_reproduces_the_recorded_plans_byte_for_byte(tmp_path, backend):
     ticks = list(replay(tmp_path / "records"))
     assert len(ticks) == 30
     assert [t.sequence for t in ticks if not t.same] == []
+
+
+def test_30_replay_reproduces_what_was_decided_of_cards(tmp_path):
+    live(tmp_path, ticks=120, cards=True, late=0)
+    ticks = list(replay(tmp_path / "records"))
+    assert [t.sequence for t in ticks if not t.same] == []
+    assert any(t.decided.get("pulses") for t in ticks), "batch was gated"
+    assert {"gpu GPU-0", "cpu", "memory"} <= set(ticks[-1].decided["verdicts"])
 
 
 def test_replay_can_start_at_any_keyframe(tmp_path):
@@ -215,6 +234,44 @@ def test_without_windows_there_is_no_verdict(tmp_path):
     report = evaluate(tmp_path)
     assert not report.supported
     assert "nothing can be said" in report.verdict
+
+
+def test_what_batch_had_of_gpus_is_reported(tmp_path):
+    live(tmp_path, ticks=60, cards=True)
+    report = evaluate(tmp_path)
+    card = report.gpus["GPU-0"]
+    assert {k: card[k] for k in ("busy", "services", "batch")} == {"busy": 0.8, "services": 0.2, "batch": 0.6}
+    assert card["batch_hours"] == pytest.approx(0.6 * card["hours"], rel=0.05)
+    assert ["GPU-0 batch", "ratio", "0.6", "", "mean", "", "", ""] in to_rows(report)[1]
+
+
+def test_the_energy_of_gpus_goes_to_whose_kernels_ran_and_sums_up_to_the_meter(tmp_path):
+    live(tmp_path, ticks=60, cards=True)
+    report = evaluate(tmp_path, carbon_intensity=400.0)
+    card = report.gpus["GPU-0"]
+    assert card["joules"] == pytest.approx(250.0 * card["hours"] * 3600, rel=0.05)
+    parts = [card[f"{kind}_joules"] for kind in ("services", "batch", "idle")]
+    assert parts == pytest.approx([0.2 * card["joules"], 0.6 * card["joules"], 0.2 * card["joules"]], rel=1e-3)
+    assert report.energy["gpu_kwh"] == pytest.approx(card["joules"] / 3.6e6, abs=1e-6)
+    assert report.energy["grams_co2"] == pytest.approx(400 * card["joules"] / 3.6e6, rel=0.01)
+    names = [row[:2] for row in to_rows(report)[1]]
+    assert ["GPU-0 batch_energy", "J"] in names
+    assert ["batch_grams_co2", "g"] in names
+
+
+@given(st.floats(0.0, 2000.0), st.floats(0.0, 3.0), st.floats(0.0, 3.0), st.floats(0.01, 10.0))
+def test_what_a_card_drew_is_given_to_somebody_or_nobody_and_nothing_else(watts, services, batch, seconds):
+    """Samples of several processes may add up to more than the whole time."""
+    card: dict[str, float] = {}
+    add_energy(card, {"watts": watts, "services": services, "batch": batch}, seconds)
+    parts = [card[f"{kind}_joules"] for kind in ("services", "batch", "idle")]
+    assert sum(parts) == pytest.approx(card["joules"], abs=1e-9)
+    assert min(parts) >= -1e-9
+
+
+def test_without_meters_there_is_no_energy(tmp_path):
+    live(tmp_path, ticks=30)
+    assert evaluate(tmp_path, carbon_intensity=400.0).energy == {}
 
 
 def test_a_switchback_compares_windows_with_intervals(tmp_path):

@@ -1,0 +1,167 @@
+"""colocate power status and budget: what this node's CPUs and GPUs draw, what they may draw at most, and for whom."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from colocate.cli.output import DATA_FORMS, print_data, print_table
+from colocate.cli.watch import ask_agent
+from colocate.decide.caps import LAW
+from colocate.decide.node_budget import NODE
+from colocate.errors import BadInput, HostUnfit
+from colocate.observe.node import DRIVER_FILES
+from colocate.observe.powercap import Zone, read_zones, watts
+
+LEAST_SECONDS = 0.05
+"""Counters move every millisecond or so: over less than this a few of their steps would be the answer."""
+
+
+def status(options: argparse.Namespace) -> int:
+    """Exit 1 where nothing here tells of power. Raises BadInput, HostUnfit."""
+    if options.seconds < LEAST_SECONDS:
+        raise BadInput(f"--seconds: at least {LEAST_SECONDS:g}")
+    root = Path(options.sysfs) / "class" / "powercap"
+    before, began = read_zones(root), time.monotonic()
+    driver = bool(options.nvml_library) or any(Path(p).exists() for p in DRIVER_FILES)
+    if not before and not driver:
+        raise HostUnfit(
+            f"neither powercap zones ({root}) nor an NVIDIA driver: nothing here tells of power",
+            "modprobe intel_rapl_msr; in a container mount the host's /sys and name it with --sysfs; "
+            "virtual machines have none",
+        )
+    if before:
+        time.sleep(options.seconds)
+    zones, seconds = read_zones(root), time.monotonic() - began
+    drawn = watts(before, zones, seconds)
+    rows = [_zone(zone, drawn[zone.id]) for zone in zones]
+    gpus = _gpus(options.nvml_library) if driver else []
+    known = [drawn[z.id] for z in zones if z.counts]
+    cpus = sum(w for w in known if w is not None) if known and None not in known else None
+    if options.output in DATA_FORMS:
+        print_data({"zones": rows, "gpus": gpus, "cpu_watts": None if cpus is None else round(cpus, 3)}, options.output)
+        return 0
+    lines = [
+        (
+            ("  " if row["part_of"] else "") + row["name"],
+            row["id"],
+            _text(row["watts"]),
+            _limits(row["limits"]),
+            row["note"],
+        )
+        for row in rows
+    ]
+    lines += [
+        (f"GPU {g['index']} {g['name']}".strip(), g["uuid"], _text(g["watts"]), _text(g["limit_watts"]), g["note"])
+        for g in gpus
+    ]
+    print_table(("device", "id", "draws W", "limit W", ""), lines)
+    if cpus is not None:
+        print(f"packages and their DRAM: {cpus:.1f} W over {seconds:.1f} s")
+    return 0
+
+
+def budget(options: argparse.Namespace) -> int:
+    """What the agent of this node lets its GPUs draw, for whom and why. Raises NotAnswering."""
+    data = ask_agent(options, "explain")
+    about = {v.get("subject", ""): v for v in data["plan"]["verdicts"] if v["law"] == LAW} if data else {}
+    cards = sorted(data["snapshot"].get("cards", {}).values(), key=lambda c: c.get("index", 0)) if data else []
+    names = {i: w["name"] for i, w in data["snapshot"].get("workloads", {}).items()} if data else {}
+    rows = [
+        {
+            "index": card.get("index", 0),
+            "uuid": card["uuid"],
+            "cap_watts": about.get(card["uuid"], {}).get("numbers", {}).get("cap_watts"),
+            "limit_watts": card.get("limit_watts"),
+            "watts": card.get("watts"),
+            "workloads": sorted(names[i] for i in {*card.get("users", {}), *card.get("allotted", ())} if i in names),
+            "why": about.get(card["uuid"], {}).get("message", ""),
+        }
+        for card in cards
+    ]
+    node = about.get(NODE)
+    problems = [why for name, why in data.get("problems", {}).items() if name.startswith("power ")] if data else []
+    if options.output in DATA_FORMS:
+        print_data({"gpus": rows, "node": node, "problems": problems}, options.output)
+        return 0
+    lines = [
+        (
+            f"GPU {row['index']}",
+            *(_text(row[key]) for key in ("cap_watts", "limit_watts", "watts")),
+            ", ".join(row["workloads"]) or "nobody",
+            row["why"],
+        )
+        for row in rows
+    ]
+    print_table(("GPU", "cap W", "limit W", "draws W", "who", "why"), lines)
+    print(f"{node['reason']}: {node['message']}" if node else "the policy has no power.budget")
+    for problem in problems:
+        print(f"problem: {problem}")
+    return 0
+
+
+def _zone(zone: Zone, drawn: float | None) -> dict[str, Any]:
+    limits = [limit._asdict() for limit in zone.limits]
+    return {
+        "id": zone.id,
+        "name": zone.name,
+        "part_of": zone.parent,
+        "watts": None if drawn is None else round(drawn, 3),
+        "enabled": zone.enabled,
+        "limits": limits,
+        "note": _note(zone, drawn),
+    }
+
+
+def _note(zone: Zone, drawn: float | None) -> str:
+    if zone.doubles:
+        return f"the same as {zone.doubles}"
+    said = [zone.problem] if zone.problem else ["its counter was set back"] if drawn is None else []
+    if not zone.limits:
+        said.append("measured only")
+    elif zone.enabled is False:
+        said.append("its limits are off, or locked by the firmware")
+    return "; ".join(said)
+
+
+def _limits(limits: list[dict[str, Any]]) -> str:
+    """Each as WATTS/WINDOW; a limit of 0 is one that nobody has set."""
+    said = []
+    for limit in limits:
+        most = "none" if limit["watts"] == 0 else _text(limit["watts"])
+        said.append(f"{most}/{limit['window_seconds']:.3g}s" if limit["window_seconds"] else most)
+    return ", ".join(said) or "-"
+
+
+def _gpus(library: str) -> list[dict[str, Any]]:
+    """Each card; of a driver that is silent one line that says so."""
+    from colocate.observe.nvml import NvmlSilent, Worker
+
+    worker = Worker(library)
+    try:
+        cards = worker.ask(ask="read")["cards"]
+    except NvmlSilent as error:
+        cards = [{"index": "", "error": str(error)}]
+    finally:
+        worker.end()
+    return [
+        {
+            "index": card["index"],
+            "name": card.get("name", ""),
+            "uuid": card.get("uuid", ""),
+            "watts": _kilo(card.get("power_mw")),
+            "limit_watts": _kilo(card.get("limit_mw")),
+            "note": f"not read: {card['error']}" if card["error"] else "",
+        }
+        for card in cards
+    ]
+
+
+def _kilo(milliwatts: int | None) -> float | None:
+    return None if milliwatts is None else milliwatts / 1000
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -1,0 +1,148 @@
+"""The power budget of a node: by how much caps are lowered so that its GPUs together stay within it.
+
+Only caps of who asked for watts are lowered, and none below what its card can be set to. What other cards may draw
+counts against the budget: one that somebody is on its limit, one that nobody is on what it draws. Of the rest each job
+gets what makes the worst slowdown least (`power.py`), by its class's curve or, of a class that is not known, as if the
+time grew as the cap falls (GEOPM's rule where it has no model). A job's cards have one cap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from colocate.decide.caps import LAW, Capped
+from colocate.decide.power import BudgetTooSmallError, split_budget
+from colocate.plan import GpuTarget, PowerCap, Verdict
+from colocate.policy.schema import PowerModel, PowerPolicy
+from colocate.snapshot import Card, NodeSnapshot
+
+POINTS = 25
+NODE = "node"
+"""What a verdict about all cards together is about."""
+
+
+class _Job(NamedTuple):
+    """Whose cap is the strictest on some cards."""
+
+    workload: str
+    cards: tuple[str, ...]
+    least: float
+    watts: float
+    """Of each card, as asked for."""
+
+
+def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
+    """What the cards that no cap of ours is on may draw."""
+    found = 0.0
+    for uuid, card in cards.items():
+        if uuid in capped:
+            continue
+        used = bool(card.users or card.strangers)
+        known = (card.limit_watts, card.most_watts, card.watts) if used else (card.watts, card.limit_watts)
+        found += next((watts for watts in known if watts is not None), 0.0)
+    return found
+
+
+def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy) -> Capped:
+    """The same caps, lowered as far as the budget needs, and a verdict about that."""
+    if not policy.budget:
+        return capped
+    jobs = _jobs(capped, snapshot)
+    mine = {uuid for job in jobs for uuid in job.cards}
+    others = others_watts(snapshot.cards, mine)
+    asked = sum(len(job.cards) * job.watts for job in jobs)
+    left = policy.budget - others
+    numbers = {"budget_watts": float(policy.budget), "others_watts": round(others, 1), "asked_watts": round(asked, 1)}
+    if asked <= left or not jobs:
+        enough = others <= policy.budget
+        said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {policy.budget} W"
+        reason = "WithinBudget" if enough else "BudgetTooSmall"
+        return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
+    allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
+    total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
+    reason = "Lowered" if total <= left else "BudgetTooSmall"
+    text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {policy.budget} W are left: jobs have {total:g} W"
+    text += f", the worst is about {worst:.0%} slower" if reason == "Lowered" else ", the least that their cards take"
+    verdict = _said("capped", reason, text, {**numbers, "worst_slowdown": round(worst, 4)})
+    by_card = {uuid: allowed[job.workload] for job in jobs for uuid in job.cards}
+    caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
+    verdicts = tuple(_told(v, by_card, policy.budget) for v in capped.verdicts)
+    return Capped(caps, (*verdicts, verdict))
+
+
+def _jobs(capped: Capped, snapshot: NodeSnapshot) -> list[_Job]:
+    strictest: dict[str, PowerCap] = {}
+    for cap in capped.caps:
+        if isinstance(cap.target, GpuTarget) and cap.watts is not None:
+            known = strictest.setdefault(cap.target.uuid, cap)
+            if known.watts is not None and cap.watts < known.watts:
+                strictest[cap.target.uuid] = cap
+    cards: dict[str, list[str]] = {}
+    for uuid, cap in sorted(strictest.items()):
+        cards.setdefault(cap.workload, []).append(uuid)
+    return [
+        _Job(
+            workload,
+            tuple(uuids),
+            max(snapshot.cards[u].least_watts or 0.0 for u in uuids),
+            min(strictest[u].watts or 0.0 for u in uuids),
+        )
+        for workload, uuids in sorted(cards.items())
+    ]
+
+
+def _curves(
+    jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(jobs, POINTS): caps of one card from the least to what is asked for, and by how much longer each job takes."""
+    known = {model.name: model for model in models}
+    steps = np.linspace(0.0, 1.0, POINTS)
+    caps = np.array([job.least + steps * (max(job.watts, job.least) - job.least) for job in jobs])
+    longer = np.zeros_like(caps)
+    for row, job in enumerate(jobs):
+        workload = snapshot.workloads.get(job.workload)
+        model = known.get(workload.power_class) if workload is not None else None
+        times = caps[row, -1] / caps[row]
+        if model is not None:
+            watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
+            times = 1.0 + np.interp(caps[row], watts, slowdowns)
+        longer[row] = times / times[-1] - 1.0
+    return caps, longer
+
+
+def _split(
+    jobs: list[_Job], curves: tuple[NDArray[np.float64], NDArray[np.float64]], left: float
+) -> tuple[dict[str, float], float]:
+    """What each card of a job gets, whole watts, and the worst slowdown."""
+    caps, longer = curves
+    cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)
+    try:
+        found = split_budget(caps * cards[:, None], longer, left)
+    except BudgetTooSmallError:
+        return {job.workload: job.least for job in jobs}, float(longer[:, 0].max())
+    each = found.caps / cards
+    return {job.workload: max(float(int(w)), job.least) for job, w in zip(jobs, each, strict=True)}, found.worst
+
+
+def _lowered(cap: PowerCap, by_card: Mapping[str, float]) -> PowerCap:
+    if cap.watts is None or not isinstance(cap.target, GpuTarget):
+        return cap
+    return msgspec.structs.replace(cap, watts=min(cap.watts, by_card.get(cap.target.uuid, cap.watts)))
+
+
+def _told(verdict: Verdict, by_card: Mapping[str, float], budget: int) -> Verdict:
+    """A card's own verdict, where it has less than is asked for."""
+    watts = by_card.get(verdict.subject)
+    if watts is None or watts >= verdict.numbers.get("cap_watts", 0.0):
+        return verdict
+    message = f"{verdict.message}; the node's budget of {budget} W leaves it {watts:g} W"
+    return msgspec.structs.replace(verdict, reason="Lowered", message=message, numbers={"cap_watts": watts})
+
+
+def _said(state: str, reason: str, message: str, numbers: dict[str, float]) -> Verdict:
+    return Verdict(law=LAW, state=state, reason=reason, message=message, numbers=numbers, subject=NODE)

@@ -1,0 +1,1 @@
+"""The law of the cards, shown on simulated ones."""

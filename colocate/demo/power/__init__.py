@@ -1,0 +1,1 @@
+"""The demonstration of power caps and budgets."""
