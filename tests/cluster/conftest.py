@@ -19,7 +19,7 @@ from colocate.kube.client import DEFINITIONS, MERGE, NODES, PODS, Api, ApiError,
 from colocate.kube.lease import Election
 from colocate.localcluster.controlplane import MANIFESTS, ControlPlane, install
 from colocate.localcluster.realnode import RealNode, lacks
-from colocate.objects import Pod
+from colocate.objects import Node, Pod
 from podgroup.api import PLAN_API, PLANS, POD_GROUPS, POWER_BUDGETS, GangPlan, PodGroup, PowerBudget
 from podgroup.controller.loop import Controller
 from podgroup.queue.entry import Settings
@@ -71,11 +71,17 @@ class _Pods(msgspec.Struct):
     items: list[Pod]
 
 
+def _usable(node: Node) -> bool:
+    ready = any(c.type == "Ready" and c.status == "True" for c in node.status.conditions)
+    return ready and not any(t.key == "node.kubernetes.io/not-ready" for t in node.spec.taints)
+
+
 class World:
     """The cluster as a test uses it: small words for making objects and waiting for what becomes of them."""
 
     def __init__(self, api: Api, namespace: str) -> None:
         self.api, self.namespace, self.owner = api, namespace, ""
+        self._new: set[str] = set()
 
     async def node(
         self, name: str, labels: dict[str, str] | None = None, *, played: bool = True, **offered: str | int
@@ -92,8 +98,22 @@ class World:
             status["conditions"] = [{"type": "Ready", "status": "True"}]
         body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": status}
         await self.api.request("POST", NODES, body)
+        self._new.add(name)
+
+    async def settled(self) -> None:
+        """Wait until the new nodes are ready and without the taint of those that are not: no verdict of a test is
+        about that."""
+
+        async def usable() -> bool:
+            nodes = {n.metadata.name: n for n in await self.api.all(Node, NODES)}
+            self._new = {name for name in self._new if name in nodes and not _usable(nodes[name])}
+            return not self._new
+
+        if self._new:
+            await self.until(usable, "the new nodes are ready")
 
     async def group(self, name: str, least: int, namespace: str = "", **spec: Any) -> None:
+        await self.settled()
         annotations = spec.pop("annotations", {})
         meta = {"name": name, "annotations": annotations}
         body = {"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": meta}
@@ -116,6 +136,7 @@ class World:
         **requests: str | int,
     ) -> None:
         """A pod of ours, with what it asks for."""
+        await self.settled()
         asked = {k.replace("__", "/").replace("_", "."): str(v) for k, v in requests.items()}
         meta: dict[str, Any] = {
             "name": name,

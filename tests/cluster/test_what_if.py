@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from colocate.kube.client import NODES, PODS
-from colocate.objects import Container, Node, ObjectMeta, Pod, PodSpec, Resources
+from colocate.kube.client import PODS
+from colocate.objects import Container, ObjectMeta, Pod, PodSpec, Resources
 from podgroup.api import POD_GROUP_LABEL, PodGroup, PodGroupSpec
 from podgroup.commands import _take
 from podgroup.controller.loop import Controller
@@ -59,12 +59,6 @@ def drawn(generator: random.Random, name: str) -> Asked:
     return Asked(name, size, generator.randint(1, size), generator.randint(1, 3), priority, racked)
 
 
-async def usable(world: World) -> bool:
-    nodes = await world.api.all(Node, NODES)
-    ready = [any(c.type == "Ready" and c.status == "True" for c in n.status.conditions) for n in nodes]
-    return all(ready) and not any(n.spec.taints for n in nodes)
-
-
 async def create(world: World, gang: Asked, led: Controller) -> None:
     """The pods first: they wait for their group, and all of them are decided about at once."""
     for name in gang.members:
@@ -100,7 +94,7 @@ async def one_state(world: World, seed: int, led: Controller) -> str:
     generator, gangs = random.Random(seed), list[Asked]()
     for i in range(generator.randint(2, 4)):
         await world.node(f"s{seed}-n{i}", {RACK: f"s{seed}-r{i % 2}"}, cpu=generator.randint(1, 5), memory="8Gi")
-    await world.until(lambda: usable(world), "the nodes are ready and free of taints")
+    await world.settled()
     for i in range(generator.randint(0, 4)):
         gangs.append(drawn(generator, f"g{i}"))
         await create(world, gangs[-1], led)

@@ -17,7 +17,7 @@ from colocate.actuate.journal import boot_id, read_entries
 from colocate.cgroup.tree import joined, processes_anywhere
 from colocate.jobs.client import EXIT_REFUSED
 from tests.kernel.conftest import PATIENCE, tier_of, wait_for
-from tests.kernel.fake_cards import CLI, CLIENT, POLICY, end
+from tests.kernel.fake_cards import CLI, CLIENT, POLICY, end, line_of
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the fake NVML needs a C compiler (cc)")
 FIRST_READING = """
@@ -57,6 +57,11 @@ def limits(fake, of="power_enforced_mw"):
 
 def on(fake, *program):
     return [*CLIENT, str(fake.folder), *program]
+
+
+def begun(job):
+    """Wait until its program runs. Before that it is in the tier, and would end with the agent that it asked."""
+    assert line_of(job) == "on the card", job.stderr.read()
 
 
 def ready(running, cards=1):
@@ -165,10 +170,8 @@ def test_s2_3_with_a_dead_agent_each_card_comes_back_with_its_own_job(node, agen
     fake = cards("--cards", "2")
     running = agent(more=POLICY.format(fake.library))
     assert ready(running, 2)
-    job("short", fake, 150, *on(fake, "trainer"))
-    job("long", fake, 150, *on(fake, "trainer", "--card", "1"), cards=(1,))
-    for name in ("short", "long"):
-        assert wait_for(lambda name=name: processes_anywhere(node.port, joined(tier_of(node), name)))
+    for card, name in enumerate(("short", "long")):
+        begun(job(name, fake, 150, *on(fake, "trainer", "--card", str(card)), cards=(card,)))
     assert wait_for(lambda: limits(fake) == [150, 150])
     running.stop(signal.SIGKILL)
     for pid in processes_anywhere(node.port, joined(tier_of(node), "short")):
@@ -182,7 +185,7 @@ def test_s2_3_an_agent_that_looks_at_no_gpu_puts_back_what_one_before_it_set(nod
     first = agent(more=POLICY.format(fake.library))
     assert ready(first)
     one = job("train", fake, 150, *on(fake, "trainer"))
-    assert wait_for(lambda: processes_anywhere(node.port, joined(tier_of(node), "train")))
+    begun(one)
     first.stop(signal.SIGKILL)
     first.socket.unlink()
     agent(more="gpu: {enabled: false}")
@@ -196,8 +199,7 @@ def test_s2_3_a_job_on_one_of_its_cards_so_far_keeps_its_share_over_a_restart(no
     fake = cards("--cards", "2")
     first = agent(more=POLICY.format(fake.library))
     assert ready(first, 2)
-    job("train", fake, 300, *on(fake, "trainer"), cards=(0, 1))
-    assert wait_for(lambda: processes_anywhere(node.port, joined(tier_of(node), "train")))
+    begun(job("train", fake, 300, *on(fake, "trainer"), cards=(0, 1)))
     assert limits(fake) == [150, 150]
     first.stop(signal.SIGKILL)
     first.socket.unlink()
@@ -235,8 +237,8 @@ def test_s2_3_it_outlives_its_agent_and_is_put_back_with_the_jobs_end(node, agen
     assert ready(running)
     one = job("train", fake, 180, *on(fake, "trainer"))
     assert wait_for(lambda: limits(fake) == [180])
+    begun(one)
     path = joined(tier_of(node), "train")
-    assert wait_for(lambda: processes_anywhere(node.port, path))
     said = running.stop(how)
     if how == signal.SIGTERM:
         assert "keep their power limits until its last process ends" in said
@@ -254,7 +256,7 @@ def test_s2_3_the_next_agent_goes_on_with_it(node, agent, cards, job):
     assert ready(first)
     one = job("train", fake, 180, *on(fake, "trainer"))
     assert wait_for(lambda: limits(fake) == [180])
-    assert wait_for(lambda: processes_anywhere(node.port, joined(tier_of(node), "train")))
+    begun(one)
     first.stop(signal.SIGKILL)
     first.socket.unlink()  # nobody answers there any more
     second = agent(more=POLICY.format(fake.library))
