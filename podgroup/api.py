@@ -15,6 +15,8 @@ PLAN_API = "colocate.io/v1alpha1"
 POD_GROUPS = f"/apis/{POD_GROUP_API}/podgroups"
 SCHEDULERS = "colocate.io/schedulers"
 """Annotation of the controller's lease: the `schedulerName`s that it answers to."""
+ORDER = "colocate.io/order"
+"""Annotation of that lease too: the policy by which gangs and nodes are ordered."""
 LEASE = ("colocate-system", "colocate-controller")
 """Namespace and name of that lease, unless the controller was told otherwise."""
 PLANS = f"/apis/{PLAN_API}/gangplans"

@@ -29,6 +29,12 @@ def add_commands(add: Add) -> None:
         default=40.0,
         help="for how long a node's object must have been gone before the members on it are given up",
     )
+    controller.add_argument(
+        "--order",
+        default="age-tightest/1",
+        help="by what gangs and nodes are ordered: age-tightest/1, or age-least-watts/1, onto nodes that draw the least"
+        " more for them (docs/power.md)",
+    )
     controller.add_argument("--http", default="", help="HOST:PORT of /metrics, /healthz and /readyz (default: none)")
     controller.add_argument("--lease-namespace", default=LEASE[0], help="where the lease is")
     controller.add_argument("--lease-name", default=LEASE[1], help="of the lease")

@@ -53,7 +53,7 @@ from colocate.objects import (
     VolumeAttachment,
 )
 from colocate.units import format_duration
-from podgroup.api import LEASE, PLANS, POWER_BUDGETS, SCHEDULERS, Advice, GangPlan, PowerBudget
+from podgroup.api import LEASE, ORDER, PLANS, POWER_BUDGETS, SCHEDULERS, Advice, GangPlan, PowerBudget
 from podgroup.controller.binder import now_text
 from podgroup.dialects.scheduling_sigs import DIALECT
 from podgroup.explain.losses import EvictedMember, evicted, held_back
@@ -70,6 +70,7 @@ from podgroup.explain.snapshot import (
     load,
 )
 from podgroup.explain.snapshot import what_if as ask
+from podgroup.policy import POLICIES
 from podgroup.queue.entry import Settings
 from podgroup.state.gangs import gang_key
 from podgroup.state.node_budgets import of_power_budget
@@ -137,16 +138,18 @@ def _row(plan: GangPlan) -> dict[str, Any]:
     }
 
 
-async def _schedulers(api: Api, options: argparse.Namespace) -> tuple[str, ...]:
-    """The names whose pods are decided: what was said, or what the controller's lease says."""
-    if options.scheduler_name:
-        return (options.scheduler_name,)
+async def _settings(api: Api, options: argparse.Namespace) -> Settings:
+    """The names whose pods are decided, and by which policy: what was said, or what the controller's lease says."""
     try:
-        lease = await api.get(Lease, path_of(LEASES, *LEASE))
+        said = (await api.get(Lease, path_of(LEASES, *LEASE))).metadata.annotations
     except ApiError:  # it has none yet, or one may not look
-        return Settings().schedulers
-    said = lease.metadata.annotations.get(SCHEDULERS, "")
-    return tuple(filter(None, said.split(","))) or Settings().schedulers
+        said = {}
+    names = (options.scheduler_name,) if options.scheduler_name else said.get(SCHEDULERS, "").split(",")
+    policy = said.get(ORDER, "")
+    return Settings(
+        schedulers=tuple(filter(None, names)) or Settings().schedulers,
+        policy=policy if policy in POLICIES else Settings().policy,  # of a newer controller: as near as we come
+    )
 
 
 async def _take(api: Api, settings: Settings) -> ClusterSnapshot:
@@ -198,8 +201,7 @@ def _read(options: argparse.Namespace) -> tuple[ClusterSnapshot, str]:
 
     async def live() -> tuple[ClusterSnapshot, str]:
         async with Api.connect(options.kubeconfig, options.context) as api:
-            settings = Settings(schedulers=await _schedulers(api, options))
-            return await _take(api, settings), options.namespace or api.namespace
+            return await _take(api, await _settings(api, options)), options.namespace or api.namespace
 
     return asyncio.run(live())
 
@@ -405,7 +407,7 @@ async def _said(options: argparse.Namespace, name: str) -> tuple[str, Explanatio
 
 async def _foreign(api: Api, options: argparse.Namespace, pods: list[Pod]) -> str:
     """Whose the pods of a gang are, if they all are another scheduler's."""
-    names, ours = {p.spec.scheduler_name for p in pods}, await _schedulers(api, options)
+    names, ours = {p.spec.scheduler_name for p in pods}, (await _settings(api, options)).schedulers
     if not names or names & set(ours):
         return ""
     return f"its pods have schedulerName {', '.join(sorted(names))}; ours: {', '.join(ours)}"

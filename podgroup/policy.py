@@ -47,6 +47,9 @@ class Nodes(NamedTuple):
     """The column of the extended resource of which the class takes the largest share; -1 if it asks for none."""
     extended: Ints
     """The columns of all extended resources."""
+    more_watts: Floats | None
+    """By how much more each member makes its node draw where as many come as can, shape (nodes,); infinite where that
+    is not known. None unless the policy reads it."""
     columns: Mapping[str, int]
 
     @property
@@ -72,6 +75,10 @@ class Policy(Protocol):
         None: age alone decides, and no arrays are made.
         """
 
+    @property
+    def reads_power(self) -> bool:
+        """Whether `rows` goes by watts."""
+
     def rows(self, nodes: Nodes) -> Ints:
         """The rows of all nodes in the order in which they are filled, shape (nodes,)."""
 
@@ -82,7 +89,7 @@ class AgeAndTightest:
     solve/sequence.py has the same order of nodes compiled, and a property holds the two equal.
     """
 
-    id, order = "age-tightest/1", None
+    id, order, reads_power = "age-tightest/1", None, False
 
     def rows(self, nodes: Nodes) -> Ints:
         """With an extended resource: those that the class fills up with the least left over, and of them the fullest.
@@ -96,12 +103,34 @@ class AgeAndTightest:
         return np.lexsort((memory, cpu, nodes.kept_for_others))
 
 
+class AgeAndLeastWatts:
+    """The oldest gang first; of nodes those that draw the least more, by their curves and by how busy they are now.
+
+    Nodes of which nothing is known come last. What would leave fragments of an extended resource still goes before
+    watts: a GPU that nobody can use costs more than any curve saves. Watts that are less than one apart are equal.
+    """
+
+    id, order, reads_power = "age-least-watts/1", None, True
+
+    def rows(self, nodes: Nodes) -> Ints:
+        """Equal ones in the order of `AgeAndTightest`."""
+        tightest = np.empty(len(nodes.free), dtype=np.int64)
+        tightest[DEFAULT.rows(nodes)] = np.arange(len(tightest))
+        watts = np.full(len(tightest), np.inf) if nodes.more_watts is None else np.floor(nodes.more_watts)
+        if nodes.scarce >= 0:
+            left = nodes.free[:, nodes.scarce] - nodes.room * nodes.asks[nodes.scarce]
+            return np.lexsort((tightest, watts, left))
+        return np.lexsort((tightest, watts, nodes.kept_for_others))
+
+
 DEFAULT = AgeAndTightest()
-POLICIES: dict[str, Policy] = {DEFAULT.id: DEFAULT}
+POLICIES: dict[str, Policy] = {each.id: each for each in (DEFAULT, AgeAndLeastWatts())}
 
 
 def policy_named(id_: str) -> Policy:
     """The policy of that id. Raises BadInput."""
     if id_ not in POLICIES:
-        raise BadInput(f"settings.policy: {id_!r} is not known here; known are: {', '.join(sorted(POLICIES))}")
+        raise BadInput(
+            f"settings.policy (--order): {id_!r} is not known here; known are: {', '.join(sorted(POLICIES))}"
+        )
     return POLICIES[id_]

@@ -20,6 +20,7 @@ import structlog
 
 from colocate.agent.held_back import HeldBack
 from colocate.agent.loop import Agent, Tick
+from colocate.agent.node_power import PowerWatch, differs
 from colocate.agent.policies import Policies
 from colocate.cluster.api import (
     ANOTHER,
@@ -175,6 +176,8 @@ class Publisher:
         self._held_back_at = float("-inf")
         self._told_lent: int | None = None
         self._told_gangs, self._gangs_at = dict[str, str](), float("-inf")
+        self._power = PowerWatch(lambda: agent.policy.spec.power, agent.state)
+        self._told_power, self._power_at = self._power.told(), float("-inf")
         self._others: list[str] = []
         """Programs that offer batch resources of this node too."""
         agent.on_tick.append(self._on_tick)
@@ -243,6 +246,7 @@ class Publisher:
             self._changed.set()
 
     def _on_tick(self, tick: Tick) -> None:
+        self._power.look(tick.snapshot)
         verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)
         if verdict is None:
             return
@@ -256,6 +260,9 @@ class Publisher:
         self._told_lent = lent
         self._verdict, self._told_to_go = verdict, leaving
         now = tick.snapshot.monotonic_seconds
+        if differs(self._told_power, self._power.told()) and now - self._power_at >= HEARTBEAT_SECONDS:
+            self._power_at = now
+            self._changed.set()
         gangs = self._held_back.frozen_gangs(tick.snapshot, self._agent.laws)
         if gangs.keys() != self._told_gangs.keys() and now - self._gangs_at >= GANGS_SECONDS:
             self._told_gangs, self._gangs_at = gangs, now
@@ -342,6 +349,7 @@ class Publisher:
         cpu = next((v for v in last.plan.verdicts if v.law == "cpu"), None) if last is not None else None
         action = f"{notes[-1].workload}: {notes[-1].what}" if notes else ""
         reason, message = verdict.reason, verdict.message
+        self._told_power = self._power.told()
         if self._others:
             reason, message = ANOTHER, self._agent.observer.extra_problems["peers"]
         return {
@@ -354,6 +362,7 @@ class Publisher:
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
             "heldBack": [msgspec.to_builtins(pod) for pod in self._told_held_back],
             "frozenGangs": [{"gang": gang, "message": why} for gang, why in sorted(self._told_gangs.items())],
+            "power": msgspec.to_builtins(self._told_power),
             "observed": time_text(time.time()),
         }
 
@@ -367,6 +376,7 @@ class Publisher:
 
     async def stopped(self) -> None:
         """Nothing is promised any more: the agent ends in order."""
+        await self._power.settle()
         try:
             async with Api.connect() as api, asyncio.timeout(2.0):
                 nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}

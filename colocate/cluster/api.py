@@ -51,6 +51,8 @@ PUBLISHED = "colocate.io/published"
 """An annotation of nodes: their batch resources are ours. Those of others are left alone."""
 POWER_PUBLISHED = "colocate.io/published-power"
 """The same of their watts, which an administrator may have set by hand."""
+POWER_CURVE, CPU_UTILIZATION = "colocate.io/power-curve", "colocate.io/cpu-utilization"
+"""Annotations of nodes: what one draws, as `UTILIZATION:WATTS ...` from 0 to 1, and how busy its CPUs are."""
 
 
 def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
@@ -132,6 +134,25 @@ class PolicyInForce(Lean, frozen=True):
     """Why a later one is not in force."""
 
 
+class CurvePoint(Lean, frozen=True):
+    """What a node draws at a utilization of its CPUs."""
+
+    utilization: float = 0.0
+    """0 to 1, of all of them."""
+    watts: float = 0.0
+
+
+class NodePower(Lean, frozen=True):
+    """What work more on a node would draw, for whoever places work."""
+
+    utilization: float = 0.0
+    """Of its CPUs, over the last minute."""
+    curve: list[CurvePoint] = []
+    """Rising in utilization; watts never fall."""
+    measured: bool = False
+    """Whether the node's own meter says so, and not its policy."""
+
+
 class NodeColocationStatus(Lean, frozen=True):
     """What the agent of the node says."""
 
@@ -152,6 +173,8 @@ class NodeColocationStatus(Lean, frozen=True):
     """Batch pods of this node that get less than they could use."""
     frozen_gangs: list[FrozenGang] = []
     """Gangs whose members on other nodes would wait for one on this."""
+    power: NodePower | None = None
+    """None: nothing is known of that."""
     observed: str = ""
     """When it was said, by the node's clock."""
 

@@ -18,10 +18,12 @@ from colocate.cluster.api import (
     ANOTHER,
     BATCH_CPU,
     BATCH_MEMORY,
+    CPU_UTILIZATION,
     GPU_BORROW,
     NODE_COLOCATIONS,
     POLICIES,
     POWER,
+    POWER_CURVE,
     POWER_PUBLISHED,
     PUBLISHED,
     SHADOW,
@@ -76,6 +78,20 @@ def watts_are_ours(node: Node, should: Mapping[str, str | None]) -> bool:
     if POWER_PUBLISHED in node.metadata.annotations:
         return True
     return should.get(POWER) is not None and not amount(node.status.allocatable.get(POWER))
+
+
+def power_annotations(status: NodeColocationStatus | None, silent_seconds: float) -> dict[str, str | None]:
+    """What a node's annotations are to say of its power, by what its agent said; None: not to be there."""
+    power = status.power if status is not None and status.reason not in (SHADOW, STOPPED) else None
+    if power is None or not power.curve or silent_seconds >= SILENT_SECONDS:
+        return {POWER_CURVE: None, CPU_UTILIZATION: None}
+    curve = " ".join(f"{point.utilization:g}:{point.watts:g}" for point in power.curve)
+    return {POWER_CURVE: curve, CPU_UTILIZATION: f"{power.utilization:g}"}
+
+
+def power_differs(node: Node, should: Mapping[str, str | None]) -> bool:
+    """Whether its annotations say something else."""
+    return any(node.metadata.annotations.get(key) != value for key, value in should.items())
 
 
 def differs(status: Mapping[str, object], should: Mapping[str, str | None]) -> bool:
@@ -228,10 +244,13 @@ class Publication:
             annotations[POWER_PUBLISHED] = "true" if should[POWER] is not None else None
         else:
             del should[POWER]
-        if not differs(node.status.allocatable, should) or self._is_anothers(node, promises):
+        power = power_annotations(said.status if said is not None else None, self._silent_seconds(name))
+        told = {**annotations, **power}
+        differ = differs(node.status.allocatable, should) or power_differs(node, power)
+        if not differ or self._is_anothers(node, promises):
             return
         self._election.check()
-        meta = {"annotations": annotations}
+        meta = {"annotations": told}
         body = {"metadata": meta, "status": {"capacity": should, "allocatable": should}}
         path = path_of(NODES, name=name, subresource="status")
         answer = await self._api.request(

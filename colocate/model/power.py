@@ -143,17 +143,18 @@ def sweep_of(samples: Sequence[Sample]) -> Sweep:
     )
 
 
-def falling(values: Floats) -> Floats:
-    """The nearest sequence that never rises (pool adjacent violators)."""
-    blocks: list[list[float]] = []
-    for value in values:
-        blocks.append([float(value), 1.0])
-        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
-            mean, count = blocks.pop()
-            before = blocks[-1]
-            before[0] = (before[0] * before[1] + mean * count) / (before[1] + count)
-            before[1] += count
-    return np.array([mean for mean, count in blocks for _ in range(int(count))])
+def falling(values: Floats, weights: Floats | None = None) -> Floats:
+    """The nearest sequence that never rises (pool adjacent violators), by weights where there are any."""
+    blocks: list[tuple[float, float, int]] = []
+    """Mean, weight, length of each."""
+    for value, weight in zip(values, np.ones_like(values) if weights is None else weights, strict=True):
+        mean, whole, length = float(value), float(weight), 1
+        while blocks and blocks[-1][0] < mean:
+            before, heavy, long = blocks.pop()
+            mean = (before * heavy + mean * whole) / (heavy + whole)
+            whole, length = whole + heavy, length + long
+        blocks.append((mean, whole, length))
+    return np.repeat([mean for mean, _, _ in blocks], [length for _, _, length in blocks])
 
 
 def slopes(x: Floats, y: Floats) -> Floats:

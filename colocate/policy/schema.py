@@ -208,6 +208,15 @@ class PowerModel(Spec, frozen=True):
     """Ascending in watts; between them the straight line counts."""
 
 
+class NodePowerPoint(Spec, frozen=True):
+    """One point of what a node draws."""
+
+    utilization: float
+    """Of its CPUs, 0 to 1."""
+    watts: int
+    """What the whole node draws then."""
+
+
 class PowerPolicy(Spec, frozen=True):
     """Watts that pods and jobs ask for (docs/power.md)."""
 
@@ -219,6 +228,9 @@ class PowerPolicy(Spec, frozen=True):
     models: tuple[PowerModel, ...] = ()
     """Of classes of jobs: who hardly feels a cap gives watts to who does. Of others the time is taken to grow as the
     cap falls."""
+    curve: tuple[NodePowerPoint, ...] = ()
+    """What a node draws by how busy its CPUs are, for gangs that go where that costs the least watts; empty: as the
+    CPUs' own meter (RAPL) says, once that has been learnt."""
 
 
 class StalenessPolicy(Spec, frozen=True):
@@ -347,6 +359,7 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.power.offer", spec.power.offer, 0, 100_000, " W")
     _check_range("$.spec.power.budget", spec.power.budget, 0, 100_000, " W")
     _check_models(spec.power.models)
+    _check_curve(spec.power.curve)
     _check_range("$.spec.gpu.memoryReserve", spec.gpu.memory_reserve, 0, 1 << 40)
     if not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9.-]+", spec.gpu.cdi_kind, re.IGNORECASE):
         raise ConfigError("$.spec.gpu.cdiKind", f"{spec.gpu.cdi_kind!r} is no kind", "write one, e.g. nvidia.com/gpu")
@@ -390,6 +403,18 @@ def _check_models(models: tuple[PowerModel, ...]) -> None:
         _check_range(f"{path}.points[0].watts", model.points[0].watts, 1, 100_000, " W")
         _check_range(f"{path}.points[-1].slowdown", model.points[-1].slowdown, 0.0, 100.0)
         _check_range(f"{path}.points[0].slowdown", model.points[0].slowdown, 0.0, 100.0)
+
+
+def _check_curve(points: tuple[NodePowerPoint, ...]) -> None:
+    path = "$.spec.power.curve"
+    if len(points) == 1:
+        raise ConfigError(path, "has one point", "write two or more, e.g. of an idle and of a busy node")
+    for i, point in enumerate(points):
+        _check_range(f"{path}[{i}].utilization", point.utilization, 0, 1)
+        _check_range(f"{path}[{i}].watts", point.watts, 0, 100_000, " W")
+    for i, (before, point) in enumerate(pairwise(points), start=1):
+        if point.utilization <= before.utilization or point.watts < before.watts:
+            raise ConfigError(f"{path}[{i}]", "has less utilization, or less watts", "sort them: both rise")
 
 
 def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str, str]) -> None:

@@ -17,9 +17,10 @@ from colocate.errors import BadInput
 from colocate.kube.client import LEASES, Api, age_of
 from colocate.kube.lease import Candidate, Election, identity_of, lead_until, stop_on_signals
 from colocate.objects import Lease
-from podgroup.api import SCHEDULERS
+from podgroup.api import ORDER, SCHEDULERS
 from podgroup.controller.loop import Controller
 from podgroup.controller.watches import now_seconds
+from podgroup.policy import policy_named
 from podgroup.queue.decisions import PlaceInTurn
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
@@ -40,8 +41,10 @@ async def _controller(options: argparse.Namespace) -> int:
     if options.lease_duration < 1:
         raise BadInput(f"--lease-duration: {options.lease_duration:g} s is too short: at least 1 s")
     names = {options.scheduler_name, *options.also_answer_to}
+    policy_named(options.order)
     settings = Settings(
         schedulers=tuple(sorted(names)),
+        policy=options.order,
         timeout_seconds=options.timeout,
         node_loss_grace_seconds=options.node_loss_grace,
     )
@@ -54,7 +57,7 @@ async def _controller(options: argparse.Namespace) -> int:
         runner = await health.serve(options.http)
 
         def candidate() -> Candidate:
-            says = {SCHEDULERS: ",".join(settings.schedulers)}
+            says = {SCHEDULERS: ",".join(settings.schedulers), ORDER: settings.policy}
             where = (options.lease_namespace, options.lease_name)
             election = Election(api, *where, identity, options.lease_duration, says)
             led = Controller(api, settings, election, compiling.result() if compiling.done() else None)

@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 
 from colocate.objects import TopologySpreadConstraint
-from podgroup.policy import Nodes
+from podgroup.policy import Floats, Nodes
 from podgroup.solve.question import Class, Trial
 from podgroup.state.ledger import Ints, Ledger, Mask
 from podgroup.state.node_budgets import capped
+from podgroup.state.node_power import watts_more
 from podgroup.state.selectors import selector_keys
 from podgroup.state.shape import Term, all_of
 from podgroup.state.supply import Supply
@@ -57,11 +58,13 @@ def _nodes(trial: Trial, group: Class, room: Ints) -> Nodes:
         scarce=ledger.columns[scarce[0]] if scarce is not None else -1,
         extended=np.array([c for name, c in ledger.columns.items() if is_extended(name)], dtype=np.int64),
         columns=ledger.columns,
+        more_watts=more_watts(ledger, group, room) if ledger.policy.reads_power else None,
     )
 
 
-def spread_out(room: Ints, order: Ints, wanted: int, kept: Mask) -> Ints | None:
-    """The rows of `wanted` members: nodes filled in order, the last part on the tightest node that takes it whole.
+def spread_out(room: Ints, order: Ints, wanted: int, kept: Mask, *, tightest: bool = True) -> Ints | None:
+    """The rows of `wanted` members: nodes filled in order, the last part on the tightest node that takes it whole, or
+    on the first.
 
     None of those `kept` for others, while another one would do.
     """
@@ -74,8 +77,8 @@ def spread_out(room: Ints, order: Ints, wanted: int, kept: Mask) -> Ints | None:
     left = order[last:]
     enough = left[room[left] >= rest]
     enough = enough[~kept[enough]] if not kept[enough].all() else enough
-    tightest = enough[np.argmin(room[enough])]
-    return np.concatenate([np.repeat(order[:last], room[order[:last]]), np.full(rest, tightest)])
+    chosen = enough[np.argmin(room[enough]) if tightest else 0]
+    return np.concatenate([np.repeat(order[:last], room[order[:last]]), np.full(rest, chosen)])
 
 
 class _Changing(NamedTuple):
@@ -221,6 +224,16 @@ def _one_node_each(codes: Ints) -> bool:
     return bool(len(codes) and (codes >= 0).all() and np.bincount(codes).max() == 1)
 
 
+def more_watts(ledger: Ledger, group: Class, room: Ints) -> Floats:
+    """What each member adds to its node's draw where as many of the class come as can, shape (nodes,)."""
+    asked = dict(group.shape.requests)
+    milli = asked.get("cpu", 0) + asked.get("kubernetes.io/batch-cpu", 0)
+    members = np.clip(room, 1, max(len(group.members), 1))
+    cores = np.maximum(ledger.allocatable[:, ledger.columns["cpu"]], 1)
+    found: Floats = watts_more(ledger.nodes(), members * milli / cores) / members
+    return found
+
+
 def most_on_a_node(ledger: Ledger, group: Class) -> int:
     """How many members of a class a node takes at most, whatever its room: one of those that repel each other there."""
     for term in group.shape.anti_affinity:
@@ -246,7 +259,8 @@ def place_class(trial: Trial, group: Class) -> Ints | None:
     nodes = _nodes(trial, group, room)
     order = trial.ledger.policy.rows(nodes)
     if not any(changing._replace(budgets=[])):
-        return spread_out(capped(room, trial.caps(group), order), order, wanted, nodes.kept_for_others)
+        room, by_watts = capped(room, trial.caps(group), order), nodes.more_watts is not None
+        return spread_out(room, order, wanted, nodes.kept_for_others, tightest=not by_watts)
     first = [codes for codes, there in changing.together if not there.any()]
     if not first:
         return _one_by_one(room, order, wanted, changing)

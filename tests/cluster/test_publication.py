@@ -24,7 +24,15 @@ from colocate.agent.policies import Policies
 from colocate.agent.publisher import Publisher
 from colocate.cgroup.layout import UNIFIED
 from colocate.cluster import evictions, publication
-from colocate.cluster.api import BATCH_CPU, BATCH_MEMORY, GANGS, NODE_COLOCATIONS, NodeColocationStatus
+from colocate.cluster.api import (
+    BATCH_CPU,
+    BATCH_MEMORY,
+    CPU_UTILIZATION,
+    GANGS,
+    NODE_COLOCATIONS,
+    POWER_CURVE,
+    NodeColocationStatus,
+)
 from colocate.cluster.publication import Publication, differs, wanted
 from colocate.kernelmodel import ModelKernel
 from colocate.kube.client import MERGE, NODES, PODS, Api, ApiError, path_of
@@ -35,6 +43,8 @@ from colocate.objects import Quantities
 from colocate.plan import Request
 from colocate.policy.schema import ColocationPolicy
 from colocate.units import time_text
+from podgroup.policy import AgeAndLeastWatts
+from podgroup.queue.entry import Settings
 from tests.cluster.conftest import World, ignoring_conflict, leader
 from tests.cluster.test_nri import ended
 from tools.rights import COLLECTIONS
@@ -237,6 +247,38 @@ async def test_a_gang_of_batch_pods_is_placed_on_what_is_promised(world: World, 
         await world.told("pg", "Unschedulable")
         await say(world.api, "n0", 2000, 1 << 30)
         await world.until_bound("a", "b")
+
+
+async def has_power(world: World, name: str, used: str | None) -> None:
+    """Once the annotation says so."""
+
+    async def said() -> bool:
+        node = msgspec.json.decode(await world.api.request("GET", path_of(NODES, name=name)))
+        annotations = node["metadata"].get("annotations", {})
+        return annotations.get(CPU_UTILIZATION) == used and (POWER_CURVE in annotations) == (used is not None)
+
+    await world.until(said, f"{name} says that {used} of its CPUs are busy")
+
+
+async def test_s2_7_a_gang_goes_where_it_draws_the_least_more(world: World, kinds: None) -> None:
+    """Both halves: what agents say of their nodes' power is published, and gangs go by it; unknown nodes are last."""
+    curve = [{"utilization": 0, "watts": 100}, {"utilization": 0.5, "watts": 150}, {"utilization": 1, "watts": 400}]
+    for name in ("busy", "idle", "unknown"):
+        await world.node(name, cpu=8, memory="8Gi")
+        await say(world.api, name, 1000, 1 << 30)
+    async with publishing(world.api), leader(world, Settings(policy=AgeAndLeastWatts.id)):
+        for name, used in (("busy", 0.7), ("idle", 0.2)):
+            path = path_of(NODE_COLOCATIONS, name=name, subresource="status")
+            power = {"utilization": used, "curve": curve, "measured": True}
+            await world.api.request("PATCH", path, {"status": {"power": power}}, content_type=MERGE)
+            await has_power(world, name, str(used))
+        await world.group("pg", 2)
+        for name in ("a", "b"):
+            await world.pod(name, "pg", cpu=2)
+        assert set((await world.until_bound("a", "b")).values()) == {"idle"}
+        path = path_of(NODE_COLOCATIONS, name="idle", subresource="status")
+        await world.api.request("PATCH", path, {"status": {"power": None}}, content_type=MERGE)
+        await has_power(world, "idle", None)
 
 
 async def wants_gone(world: World, node: str, name: str, /, **other: Any) -> None:

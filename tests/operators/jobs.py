@@ -261,7 +261,7 @@ class Queued(JobSet):
     """A JobSet that Kueue admits: by quota first, then by us to nodes."""
 
     name = "kueue"
-    hooked = ("kueue.x-k8s.io", "jobset.x-k8s.io")
+    hooked = ("kueue.x-k8s.io", "jobset.x-k8s.io", "kubeflow.org")
     labels = {"kueue.x-k8s.io/queue-name": "queue"}  # noqa: RUF012
 
     def options(self, where: Path, port: int) -> list[str]:
@@ -278,7 +278,7 @@ class Queued(JobSet):
             "webhook": {"port": port},
             "leaderElection": {"leaderElect": False},
             "internalCertManagement": {"enable": False},
-            "integrations": {"frameworks": ["jobset.x-k8s.io/jobset"]},
+            "integrations": {"frameworks": ["jobset.x-k8s.io/jobset", "kubeflow.org/mpijob"]},
         }
 
     def beside(self) -> Objects:
@@ -286,10 +286,8 @@ class Queued(JobSet):
             body = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": kind, "metadata": {"name": name}, "spec": spec}
             return f"/apis/kueue.x-k8s.io/v1beta2/{within}{plural}", body
 
-        def queue(name: str, gpus: int) -> Objects:
-            quota = [
-                {"name": r, "nominalQuota": q} for r, q in (("cpu", 999), ("memory", "9Ti"), ("nvidia.com/gpu", gpus))
-            ]
+        def queue(name: str, amount: int, of: str = "nvidia.com/gpu") -> Objects:
+            quota = [{"name": r, "nominalQuota": q} for r, q in (("cpu", 999), ("memory", "9Ti"), (of, amount))]
             covered = {"coveredResources": [q["name"] for q in quota], "flavors": [{"name": "any", "resources": quota}]}
             whole = {"namespaceSelector": {}, "resourceGroups": [covered]}
             return [
@@ -297,7 +295,9 @@ class Queued(JobSet):
                 made("LocalQueue", "localqueues", name, {"clusterQueue": name}, "namespaces/default/"),
             ]
 
-        return [made("ResourceFlavor", "resourceflavors", "any", {}), *queue("queue", 999), *queue("small", 2 * GPUS)]
+        gpus, watts = [*queue("queue", 999), *queue("small", 2 * GPUS)], queue("user-queue", 10_000, "intel.com/power")
+        few = queue("few-watts", 1500, "intel.com/power")
+        return [made("ResourceFlavor", "resourceflavors", "any", {}), *gpus, *watts, *few]
 
     async def suspend(self, cluster: Cluster, name: str, yes: bool) -> None:
         """Its administrator takes the admission away."""

@@ -19,7 +19,7 @@ from tests.unit.test_gang_snapshot import NOW, group, node, pod
 class LargestAndEmptiest:
     """The gang that asks for the most CPU first, onto the nodes with the most room."""
 
-    id = "largest-emptiest/test"
+    id, reads_power = "largest-emptiest/test", False
 
     def order(self, gangs: Gangs) -> Floats:
         largest: Floats = -gangs.requests[:, gangs.columns["cpu"]].astype(float)
@@ -90,5 +90,8 @@ def test_a_cycle_under_a_policy_is_decided_again_under_it() -> None:
 
 def test_a_snapshot_under_a_policy_that_is_not_here_is_refused() -> None:
     made = snapshot_of([(1, 0)], [1], "learned/7")
-    with pytest.raises(BadInput, match=r"settings\.policy: 'learned/7' is not known here; known are: age-tightest/1"):
+    known = "age-least-watts/1, age-tightest/1"
+    with pytest.raises(
+        BadInput, match=rf"settings\.policy \(--order\): 'learned/7' is not known here; known are: {known}"
+    ):
         load(msgspec.json.encode(made))

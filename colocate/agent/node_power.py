@@ -1,0 +1,147 @@
+"""What the node draws by how busy its CPUs are, for whoever places work where that costs the least watts.
+
+The CPU packages' own meter (RAPL) is read beside the tick, where there is one; what was learnt outlives a restart. An
+operator's curve counts instead, where the policy has one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+import structlog
+
+from colocate.actuate.statedir import POWER_FILE, StateDirectory
+from colocate.actuate.workers import Workers
+from colocate.cluster.api import CurvePoint, NodePower
+from colocate.model.node_power import GRID, NodeCurve
+from colocate.observe.powercap import Zone, read_zones, watts
+from colocate.policy.schema import PowerPolicy
+from colocate.snapshot import NodeSnapshot
+
+log = structlog.get_logger()
+READ_SECONDS = 5.0
+"""Between two readings of the meter: one reading is of so long."""
+MEAN_SECONDS = 60.0
+"""What is told of utilization is a mean of about so long."""
+STEADY = 0.1
+"""A time in which utilization moved by more is of no one utilization."""
+SAVE_SECONDS = 300.0
+HOT = 0.05
+"""A change of utilization that is worth telling."""
+
+
+class PowerWatch:
+    """One node's, as long as its agent runs."""
+
+    def __init__(
+        self,
+        policy: Callable[[], PowerPolicy],
+        state: StateDirectory | None,
+        read: Callable[[], list[Zone]] = read_zones,
+    ) -> None:
+        self._policy, self._state, self._read = policy, state, read
+        self.curve = NodeCurve()
+        data = state.load(POWER_FILE) if state is not None else None
+        if data is not None:
+            try:
+                self.curve = _curve_of(data)
+            except (msgspec.MsgspecError, ValueError):
+                state.set_aside(POWER_FILE)  # type: ignore[union-attr]
+        self._workers: Workers[None] = Workers()
+        self._before: NodeSnapshot | None = None
+        self._mean: float | None = None
+        self._spread: list[float] = []
+        """Utilizations since the last reading."""
+        self._zones: list[Zone] = []
+        self._read_at = self._saved_at = float("-inf")
+        self._none = False
+        """Whether this kernel has no meter."""
+
+    async def settle(self) -> None:
+        """Wait for the reading that is under way."""
+        await self._workers.settle(READ_SECONDS)
+
+    def look(self, snapshot: NodeSnapshot) -> None:
+        """What the node used since the tick before; its meter is read beside."""
+        self._workers.arrived()
+        before, self._before = self._before, snapshot
+        used = utilization(before, snapshot) if before is not None else None
+        if used is None or before is None:
+            return
+        seconds = snapshot.monotonic_seconds - before.monotonic_seconds
+        self._mean = (
+            used if self._mean is None else self._mean + (used - self._mean) * -math.expm1(-seconds / MEAN_SECONDS)
+        )
+        self._spread.append(used)
+        now = snapshot.monotonic_seconds
+        if self._none or now - self._read_at < READ_SECONDS or self._workers.busy("meter"):
+            return
+        spread, self._spread = self._spread, []
+        passed, self._read_at = now - self._read_at, now
+        self._workers.submit("meter", partial(self._learn, spread, passed, now))
+
+    def _learn(self, spread: list[float], seconds: float, now: float) -> None:
+        """Whatever a meter says, protection goes on."""
+        try:
+            self._read_meter(spread, seconds, now)
+        except Exception as error:
+            self._none = True
+            log.exception("meter_not_read", error=str(error), effect="the node's power curve is not learnt")
+
+    def _read_meter(self, spread: list[float], seconds: float, now: float) -> None:
+        zones, before = self._read(), self._zones
+        self._zones = zones
+        self._none = not any(zone.counts and zone.energy_microjoules is not None for zone in zones)
+        if not before or max(spread) - min(spread) > STEADY:
+            return
+        found = watts(before, zones, seconds)
+        counted = [found[zone.id] for zone in zones if zone.counts]
+        known = [each for each in counted if each is not None]
+        if len(known) == len(counted):
+            self.curve.learn(sum(spread) / len(spread), sum(known))
+        if self._state is not None and now - self._saved_at >= SAVE_SECONDS:
+            self._saved_at = now
+            self._state.save(POWER_FILE, msgspec.to_builtins(self.curve))
+
+    def told(self) -> NodePower | None:
+        """What schedulers may know; None as long as no curve is known."""
+        given = self._policy().curve
+        if self._mean is None:
+            return None
+        used = round(self._mean, 2)
+        if given:
+            points = [CurvePoint(utilization=p.utilization, watts=p.watts) for p in given]
+            return NodePower(utilization=used, curve=points)
+        learnt = self.curve.points()
+        if learnt is None:
+            return None
+        points = [CurvePoint(utilization=i / (GRID - 1), watts=round(float(w))) for i, w in enumerate(learnt)]
+        return NodePower(utilization=used, curve=points, measured=True)
+
+
+def utilization(before: NodeSnapshot, now: NodeSnapshot) -> float | None:
+    """The share of all CPUs' time that was not idle between two snapshots, 0 to 1; None where it is not known."""
+    readings = (before.cpu_busy_us, now.cpu_busy_us, before.cpu_idle_us, now.cpu_idle_us)
+    if None in readings:
+        return None
+    busy_before, busy, idle_before, idle = (float(each or 0) for each in readings)
+    used, unused = busy - busy_before, idle - idle_before
+    return used / (used + unused) if used >= 0 and unused >= 0 and used + unused > 0 else None
+
+
+def differs(before: NodePower | None, now: NodePower | None) -> bool:
+    """Whether a change is worth telling."""
+    if before is None or now is None:
+        return before is not now
+    return before.curve != now.curve or abs(before.utilization - now.utilization) >= HOT
+
+
+def _curve_of(data: dict[str, Any]) -> NodeCurve:
+    curve = msgspec.convert(data, NodeCurve)
+    if {len(curve.weights), len(curve.used), len(curve.watts)} != {GRID}:
+        raise ValueError("another grid")
+    return curve

@@ -1,0 +1,66 @@
+"""By how much more a node would draw for the pods that it gets: its curve at how busy it is, measured, not requested.
+
+Both are annotations that `colocate publish` keeps (or whoever else knows them). What was placed since they were written
+is not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from colocate.cluster.api import CPU_UTILIZATION, POWER_CURVE
+from colocate.objects import Node
+
+Floats = npt.NDArray[np.float64]
+GRID = 41
+_UNKNOWN = (np.nan,) * GRID
+
+
+@lru_cache(maxsize=1 << 15)
+def curve_of(text: str) -> tuple[float, ...]:
+    """`UTILIZATION:WATTS ...` at GRID points from 0 to 1; NaN of what is no curve."""
+    try:
+        points = np.array([[float(number) for number in each.split(":")] for each in text.split()])
+    except ValueError:
+        return _UNKNOWN
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 2 or not np.isfinite(points).all():
+        return _UNKNOWN
+    used, watts = points.T
+    if (np.diff(used) <= 0).any() or (np.diff(watts) < 0).any() or used[0] < 0 or used[-1] > 1:
+        return _UNKNOWN
+    return tuple(np.interp(np.linspace(0.0, 1.0, GRID), used, watts))
+
+
+def utilization_of(text: str) -> float:
+    """0 to 1; NaN of what is none."""
+    try:
+        found = float(text)
+    except ValueError:
+        return float("nan")
+    return found if 0.0 <= found <= 1.0 else float("nan")
+
+
+def watts_more(nodes: Iterable[Node], cores: Floats) -> Floats:
+    """By how much more each would draw if so large a share of its CPUs became busy, shape (nodes,); infinite where that
+    is not known, or more than it has."""
+    known = [
+        (n.metadata.annotations.get(POWER_CURVE, ""), n.metadata.annotations.get(CPU_UTILIZATION, "")) for n in nodes
+    ]
+    curves = np.array([curve_of(curve) for curve, _ in known]).reshape(-1, GRID)
+    used = np.array([utilization_of(text) for _, text in known])
+    found = _at(curves, used + cores) - _at(curves, used)
+    return np.where(np.isnan(found), np.inf, found)
+
+
+def _at(curves: Floats, used: Floats) -> Floats:
+    """Of each row its value there; the last one beyond 1, where CPUs are shared and nothing more is drawn."""
+    place = np.clip(np.where(np.isnan(used), 0.0, used), 0.0, 1.0) * (GRID - 1)
+    low = np.minimum(place.astype(np.int64), GRID - 2)
+    rows = np.arange(len(curves))
+    below, above = curves[rows, low], curves[rows, low + 1]
+    found: Floats = np.where(np.isnan(used), np.nan, below + (above - below) * (place - low))
+    return found
