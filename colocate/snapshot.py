@@ -202,6 +202,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     tier: Workload | None = None
     cards: dict[str, Card] = {}
     """By UUID; empty on a node without GPUs."""
+    power_signal: float | None = None
+    """How dear or how dirty power is, in the unit of the policy's steps; None: not known."""
     stale_seconds: dict[str, float] = {}
     """Sections whose collector failed, with the age of what is shown in its place."""
     warming: bool = False

@@ -41,7 +41,7 @@ from colocate.observe.node import AMD_FILE, DRIVER_FILES
 from colocate.observe.observer import Observer
 from colocate.observe.pressure import PressureWatch
 from colocate.plan import Outcome, Plan
-from colocate.policy.schema import ColocationPolicy, PowerPolicy
+from colocate.policy.schema import ColocationPolicy
 from colocate.report.record import Before, Recorder
 from colocate.snapshot import NodeSnapshot
 
@@ -110,7 +110,8 @@ class Agent:
             port, policy, self.registry.known, self.scraper, clock.monotonic if own_clock else None
         )
         self.writer = Writer(port, journal, shadow=shadow)
-        self.watts = Watts(port, lambda: self.observer.tree, self.observer.lister, self._on_cards, self._power)
+        lister, power = self.observer.lister, lambda: self.policy.spec.power
+        self.watts = Watts(port, lambda: self.observer.tree, lister, self._on_cards, power, self._allowed_watts)
         self.tier = TierMaker(port, journal, self.observer.tree)
         self.recorder = recorder or Recorder(None, policy.spec.records, "none")
         self._watch: PressureWatch | None = None
@@ -199,8 +200,9 @@ class Agent:
     def _on_cards(self) -> tuple[NodeCards | None, NodeSnapshot | None]:
         return self._cards, self.last.snapshot if self.last is not None else None
 
-    def _power(self) -> PowerPolicy:
-        return self.policy.spec.power
+    def _allowed_watts(self) -> float:
+        budget = self.policy.spec.power.budget
+        return self.laws.power.watts if self.laws.power.budget == budget else float(budget)
 
     def set_policy(self, policy: ColocationPolicy) -> None:
         """Put another policy in force with the next tick."""

@@ -67,8 +67,11 @@ class Watts:
         lister: PodLister,
         cards: Callable[[], tuple[NodeCards | None, NodeSnapshot | None]],
         policy: Callable[[], PowerPolicy],
+        allowed: Callable[[], float],
     ) -> None:
         self._port, self._tree, self._lister, self._cards, self._policy = port, tree, lister, cards, policy
+        self._allowed = allowed
+        """What all limits may add up to, in watts; 0: whatever they do."""
         self._starting: dict[str, dict[str, float]] = {}
         """Cgroup -> what its cards are about to be capped at."""
         self._starting_lock = threading.Lock()
@@ -189,7 +192,7 @@ class Watts:
         self, cards: NodeCards, snapshot: NodeSnapshot, path: str, wishes: dict[str, float]
     ) -> Iterator[None]:
         """Raises BadInput where the node's budget has not so much left; who starts at the same time counts too."""
-        budget = self._policy().budget
+        budget = self._allowed()
         with self._starting_lock:
             limits = cards.caps.limits()
             for uuid, watts in (pair for others in self._starting.values() for pair in others.items()):
@@ -197,7 +200,9 @@ class Watts:
             wanted = {**limits, **{u: min(watts, limits.get(u, watts)) for u, watts in wishes.items()}}
             left = budget - others_watts(snapshot.cards, set(wanted)) - sum(wanted.values())
             if budget and left < 0:
-                raise BadInput(f"the power budget of this node is {budget} W, and {-left:g} W of that are not left")
+                raise BadInput(
+                    f"the power budget of this node is {budget:g} W now, and {-left:g} W of that are not left"
+                )
             self._starting[path] = wishes
         try:
             yield

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from colocate.decide.allowance import PowerState
 from colocate.decide.caps import LAW, Capped
 from colocate.decide.power import BudgetTooSmallError, split_budget
 from colocate.plan import GpuTarget, PowerCap, Verdict
@@ -48,30 +49,35 @@ def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
     return found
 
 
-def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy) -> Capped:
-    """The same caps, lowered as far as the budget needs, and a verdict about that."""
+def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, power: PowerState) -> Capped:
+    """The same caps, lowered as far as what they may add up to needs, and a verdict about that."""
     if not policy.budget:
         return capped
     jobs = _jobs(capped, snapshot)
     mine = {uuid for job in jobs for uuid in job.cards}
     others = others_watts(snapshot.cards, mine)
     asked = sum(len(job.cards) * job.watts for job in jobs)
-    left = policy.budget - others
-    numbers = {"budget_watts": float(policy.budget), "others_watts": round(others, 1), "asked_watts": round(asked, 1)}
+    left = power.watts - others
+    numbers = {
+        "budget_watts": float(policy.budget),
+        "allowed_watts": power.watts,
+        "others_watts": round(others, 1),
+        "asked_watts": round(asked, 1),
+    }
     if asked <= left or not jobs:
-        enough = others <= policy.budget
-        said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {policy.budget} W"
+        enough = others <= power.watts
+        said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {_allowed(power)}"
         reason = "WithinBudget" if enough else "BudgetTooSmall"
         return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
     allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
     reason = "Lowered" if total <= left else "BudgetTooSmall"
-    text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {policy.budget} W are left: jobs have {total:g} W"
+    text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {_allowed(power)} are left: jobs have {total:g} W"
     text += f", the worst is about {worst:.0%} slower" if reason == "Lowered" else ", the least that their cards take"
     verdict = _said("capped", reason, text, {**numbers, "worst_slowdown": round(worst, 4)})
     by_card = {uuid: allowed[job.workload] for job in jobs for uuid in job.cards}
     caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
-    verdicts = tuple(_told(v, by_card, policy.budget) for v in capped.verdicts)
+    verdicts = tuple(_told(v, by_card, power) for v in capped.verdicts)
     return Capped(caps, (*verdicts, verdict))
 
 
@@ -135,12 +141,16 @@ def _lowered(cap: PowerCap, by_card: Mapping[str, float]) -> PowerCap:
     return msgspec.structs.replace(cap, watts=min(cap.watts, by_card.get(cap.target.uuid, cap.watts)))
 
 
-def _told(verdict: Verdict, by_card: Mapping[str, float], budget: int) -> Verdict:
+def _allowed(power: PowerState) -> str:
+    return f"{power.watts:g} W" + (f" ({power.why}; the budget is {power.budget} W)" if power.why else "")
+
+
+def _told(verdict: Verdict, by_card: Mapping[str, float], power: PowerState) -> Verdict:
     """A card's own verdict, where it has less than is asked for."""
     watts = by_card.get(verdict.subject)
     if watts is None or watts >= verdict.numbers.get("cap_watts", 0.0):
         return verdict
-    message = f"{verdict.message}; the node's budget of {budget} W leaves it {watts:g} W"
+    message = f"{verdict.message}; the node's budget of {power.watts:g} W leaves it {watts:g} W"
     return msgspec.structs.replace(verdict, reason="Lowered", message=message, numbers={"cap_watts": watts})
 
 

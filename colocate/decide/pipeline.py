@@ -13,6 +13,7 @@ import msgspec
 
 from colocate.calibration import Calibration
 from colocate.decide.allocatable import AllocatableState, decide_allocatable
+from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.cpu import CpuState, decide_cpu
@@ -53,6 +54,7 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     gangs: GangsState = GangsState()
     eviction: EvictionState = EvictionState()
     allocatable: AllocatableState = AllocatableState()
+    power: PowerState = PowerState()
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0
@@ -187,10 +189,11 @@ def decide(
     following = msgspec.structs.replace(
         state,
         **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
+        power=allowance(state.power, snapshot, spec.power),
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]
-    capped = within_budget(power_caps(snapshot), snapshot, spec.power)
+    capped = within_budget(power_caps(snapshot), snapshot, spec.power, following.power)
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),

@@ -18,6 +18,7 @@ from colocate.observe.latency import LatencyScraper
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.pods import PodLister
 from colocate.observe.schedstat import RunDelays
+from colocate.observe.signal import SignalFile
 from colocate.observe.workloads import Target, Units, discover
 from colocate.policy.schema import BatchPolicy, ColocationPolicy, ServicePolicy
 from colocate.snapshot import Card, NodeSnapshot, Objective, Workload
@@ -70,6 +71,7 @@ class Observer:
         self._at = 0.0
         self._inodes: dict[str, dict[str, int]] = {}
         self._pages = FilePages()
+        self._signal = SignalFile()
         self._targets: list[Target] = []
         self._governed: set[str] = set()
         """The cgroups of batch in place, as of the last tick."""
@@ -231,6 +233,11 @@ class Observer:
             self.extra_problems["tree"], tree = str(error), self.tree
         return node_figures.capacity(self._port, root), tree
 
+    def _say_of_signal(self) -> None:
+        self.extra_problems.pop("power signal", None)
+        if self._signal.problem:
+            self.extra_problems["power signal"] = f"{self._signal.problem}: the whole power budget counts"
+
     def _tier(self) -> Workload | None:
         inodes = inodes_of(self._port, self.tree.tier_path)
         if not inodes:
@@ -273,6 +280,8 @@ class Observer:
             _, self._reserved = self._section(
                 "reserved", lambda: reserved_cpus(self._port, self.tree, have.cpus, self._targets), ()
             )
+        signal = self._signal.value(self.policy.spec.power.signal, time_seconds, monotonic_seconds)
+        self._say_of_signal()
         ages = {"node": node_at, "workloads": workloads_at, "tier": tier_at}
         return NodeSnapshot(
             sequence=self._sequence,
@@ -292,6 +301,7 @@ class Observer:
             strangers_us=self._section("strangers", self._strangers, {})[1],
             workloads=workloads,
             tier=tier,
+            power_signal=signal,
             cards=self._section("cards", lambda: self.cards(self._targets), {})[1],
             stale_seconds={name: round(self._at - at, 6) for name, at in ages.items() if name in self._failing},
             capabilities=self._capabilities(),

@@ -208,6 +208,26 @@ class PowerModel(Spec, frozen=True):
     """Ascending in watts; between them the straight line counts."""
 
 
+class SignalStep(Spec, frozen=True):
+    """What may be drawn while a signal is high."""
+
+    above: float
+    """Grams of CO2 a kWh, or a price: in the signal's own unit."""
+    budget: int
+    """Watts in place of `power.budget`."""
+
+
+class SignalPolicy(Spec, frozen=True):
+    """How dear or how dirty power is now, from a file that somebody else keeps."""
+
+    file: str = ""
+    """JSON as Electricity Maps or the Carbon Aware SDK answer, or a number; empty: there is no signal."""
+    steps: tuple[SignalStep, ...] = ()
+    """Ascending in `above`; the last one that is exceeded counts."""
+    max_age: Duration = 7200.0
+    """What was said so long ago counts no more: the whole budget does then."""
+
+
 class NodePowerPoint(Spec, frozen=True):
     """One point of what a node draws."""
 
@@ -225,6 +245,10 @@ class PowerPolicy(Spec, frozen=True):
     budget: int = 0
     """Watts that the GPUs of this node may draw together; 0: no budget. Who asked for watts gets less where it needs
     that."""
+    oversubscribe: Percent = 0.0
+    """By so much more than `budget` the limits of the GPUs may add up to, as long as what they draw leaves room."""
+    signal: SignalPolicy = SignalPolicy()
+    """When the budget is to be less, by carbon intensity or price."""
     models: tuple[PowerModel, ...] = ()
     """Of classes of jobs: who hardly feels a cap gives watts to who does. Of others the time is taken to grow as the
     cap falls."""
@@ -358,6 +382,8 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.gpu.starvedAfter", spec.gpu.starved_after, 10, 86400, "s")
     _check_range("$.spec.power.offer", spec.power.offer, 0, 100_000, " W")
     _check_range("$.spec.power.budget", spec.power.budget, 0, 100_000, " W")
+    _check_range("$.spec.power.oversubscribe", spec.power.oversubscribe, 0, 100, "%")
+    _check_signal(spec.power.signal)
     _check_models(spec.power.models)
     _check_curve(spec.power.curve)
     _check_range("$.spec.gpu.memoryReserve", spec.gpu.memory_reserve, 0, 1 << 40)
@@ -387,6 +413,21 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     for path, entry in entries:
         _check_entry(path, entry, names)
     return policy
+
+
+def _check_signal(signal: SignalPolicy) -> None:
+    path = "$.spec.power.signal"
+    if signal.file and not signal.file.startswith("/"):
+        raise ConfigError(f"{path}.file", f"{signal.file!r} is no path", "start it with /")
+    if bool(signal.file) != bool(signal.steps):
+        raise ConfigError(path, "has a file without steps, or steps without a file", "write both, or neither")
+    _check_range(f"{path}.maxAge", signal.max_age, 60, 30 * 86400, "s")
+    for i, step in enumerate(signal.steps):
+        _check_range(f"{path}.steps[{i}].above", step.above, 0, 100_000)
+        _check_range(f"{path}.steps[{i}].budget", step.budget, 1, 100_000, " W")
+    for i, (before, step) in enumerate(pairwise(signal.steps), start=1):
+        if step.above <= before.above or step.budget > before.budget:
+            raise ConfigError(f"{path}.steps[{i}]", "is not above, or has more watts", "sort them: watts fall")
 
 
 def _check_models(models: tuple[PowerModel, ...]) -> None:

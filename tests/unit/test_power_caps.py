@@ -17,6 +17,7 @@ from colocate.agent.publisher import pod_of
 from colocate.agent.watts import Watts, named
 from colocate.agent.watts import given as given_to
 from colocate.cgroup.tree import Tree, has_ended, start_time
+from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.node_budget import within_budget
 from colocate.errors import BadInput, ConfigError
@@ -132,7 +133,8 @@ def budgeted(snapshot: NodeSnapshot, budget: int, *models: PowerModel, **classes
     replace = msgspec.structs.replace
     named = {i: replace(w, power_class=classes.get(i, "")) for i, w in snapshot.workloads.items()}
     snapshot = replace(snapshot, workloads=named)
-    found = within_budget(power_caps(snapshot), snapshot, PowerPolicy(budget=budget, models=models))
+    policy = PowerPolicy(budget=budget, models=models)
+    found = within_budget(power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy))
     about: Any = next((v for v in found.verdicts if v.subject == "node"), None)
     return strictest_of(found.caps), about
 
@@ -210,7 +212,7 @@ def test_s2_8_the_sum_stays_within_a_budget_and_nobody_gets_more_than_he_asked_f
 def test_s2_8_nothing_starts_that_the_budget_has_not_left() -> None:
     start = Start(200, budget=300)
     start.cards.caps.held["GPU-1"] = 150.0
-    with pytest.raises(Refused, match="the power budget of this node is 300 W, and 50 W of that are not left"):
+    with pytest.raises(Refused, match="the power budget of this node is 300 W now, and 50 W of that are not left"):
         start.make("GPU-0")
     start.cards.caps.held["GPU-1"] = 100.0
     assert start.make("GPU-0") == [("GPU-0", 200.0, POD)]
@@ -343,7 +345,7 @@ class Start:
         held: Any = self.cards if more.pop("driver", True) else None
         offers = more.pop("offers", False)
         power = PowerPolicy(offer=500 if offers else 0, budget=more.pop("budget", 0))
-        watch = Watts(port, lambda: PLAIN, self.lister, lambda: (held, snapshot), lambda: power)
+        watch = Watts(port, lambda: PLAIN, self.lister, lambda: (held, snapshot), lambda: power, lambda: power.budget)
         shadow = more.pop("shadow", False)
         self.placement = Placement(port, lambda: PLAIN, self.lister, lambda: None, shadow=shadow, watts=watch)
         assert not more, more
@@ -505,7 +507,8 @@ def test_a_tree_without_kubelet_has_no_pod_to_cap() -> None:
     start = Start(180)
     tree = Tree("/", None, systemd_driver=False, tier_path="/colocate-batch")
     cards: Any = start.cards
-    watch = Watts(with_cgroup(2, "/"), lambda: tree, start.lister, lambda: (cards, node(card("GPU-0"))), PowerPolicy)
+    known = (cards, node(card("GPU-0")))
+    watch = Watts(with_cgroup(2, "/"), lambda: tree, start.lister, lambda: known, PowerPolicy, lambda: 0)
     placement = Placement(with_cgroup(2, "/"), lambda: tree, start.lister, lambda: None, shadow=False, watts=watch)
     with pytest.raises(Refused, match="its cgroup is not found"):
         start_now(placement, {}, "GPU-0")
