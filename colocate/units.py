@@ -22,7 +22,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|µs|ms|s|m|h|d)")
 _SI = {"n": Fraction(1, 10**9), "u": Fraction(1, 10**6), "m": Fraction(1, 1000), "E": Fraction(10**18)}
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([KMGTPE]i|[numkMGTPE])|[eE]([+-]?\d{1,2}))?")
 
-MOST_CORES, MOST_BYTES, MOST_WATTS = 65536, 1 << 60, 100_000
+MOST_CORES, MOST_BYTES, MOST_WATTS, MOST_SLOWDOWN = 65536, 1 << 60, 100_000, 10.0
 """More than any node has; what is beyond is a slip of the pen."""
 
 CPU_PERIOD_US = 100_000

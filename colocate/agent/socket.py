@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import structlog
@@ -30,7 +30,7 @@ from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.observe.cgroup import oom_kills
 from colocate.policy.schema import SIGNALS
-from colocate.units import format_bytes
+from colocate.units import MOST_SLOWDOWN, format_bytes
 
 log = structlog.get_logger()
 GROUP = "colocate"
@@ -46,6 +46,8 @@ class RunRequest(Wanted, kw_only=True, forbid_unknown_fields=True):
 
     op: str
     pid: int
+    max_slowdown: Annotated[float, msgspec.Meta(ge=0, le=MOST_SLOWDOWN)] | None = None
+    """In place of `power_watts`: what these may cost."""
 
 
 class ArmRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -268,8 +270,12 @@ class JobServer:
         start = check_child(agent.port, peer, request.pid)
         self._taken.add(name)
         try:
-            if request.power_watts is not None:
+            if request.power_watts is not None or request.max_slowdown is not None:
                 await agent.watts.read(CARDS_SECONDS)
+            because = ""
+            if request.max_slowdown is not None:
+                class_, visible = request.power_class, request.visible_gpus
+                request.power_watts, because = agent.watts.of_outcome(request.max_slowdown, class_, visible)
             async with self._placing:
                 placement = await asyncio.to_thread(self._place, name, request, start)
         finally:
@@ -286,7 +292,7 @@ class JobServer:
         )
         agent.wake(f"job {name}")
         log.info("job_started", job=name, uid=peer.uid, pid=request.pid, path=placement.path, by_pidfd=peer.by_pidfd)
-        return {"job": name, "path": placement.path}
+        return {"job": name, "path": placement.path, "capped": because}
 
     def _place(self, name: str, request: RunRequest, start: int) -> Placement:
         """Make the job's directory and move its process there; runs in a thread."""

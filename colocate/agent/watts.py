@@ -20,6 +20,7 @@ from colocate.cgroup.tree import Tree, joined, main_hierarchy
 from colocate.cluster.api import POWER
 from colocate.decide.caps import Share, caps_of, shares_of
 from colocate.decide.node_budget import others_watts
+from colocate.decide.outcome import watts_for
 from colocate.errors import BadInput, JournalBroken
 from colocate.observe.pods import PodLister
 from colocate.observe.workloads import pod_uid
@@ -148,6 +149,22 @@ class Watts:
         if known is None and not watts and self._lister.expected and self._policy().offer:
             raise BadInput(f"{what} is not known yet, and may ask for watts: it is tried again")
         return watts
+
+    def of_outcome(self, slowdown: float, class_: str, visible: str) -> tuple[float, str]:
+        """What the GPUs of a job may draw together where it may be so much slower, and how that was found.
+
+        Raises BadInput.
+        """
+        models, count = {model.name: model for model in self._policy().models}, len(named([visible]))
+        if not count:
+            raise BadInput("--max-slowdown: name its GPUs in CUDA_VISIBLE_DEVICES")
+        if class_ not in models:
+            known = ", ".join(sorted(models)) or "none"
+            raise BadInput(f"--power-class {class_!r}: the policy's power.models have no such class; known: {known}")
+        each = watts_for(models[class_], slowdown)
+        if each is None:
+            raise BadInput(f"--max-slowdown {slowdown:.3g}: the model of {class_} says that no cap keeps it")
+        return float(each * count), f"{class_} at {slowdown:.3g}: {each} W of each GPU"
 
     def before_job(self, name: str, path: str, watts: float, visible: str) -> None:
         """The same for a job, whose caller says which cards it may see. Raises BadInput."""

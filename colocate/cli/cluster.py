@@ -1,18 +1,22 @@
-"""publish, profile: the commands above nodes."""
+"""publish, profile, power outcomes: the commands above nodes."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from pathlib import Path
+from typing import Any
 
 import yaml
 
 from colocate.cli.logs import configure_logs
 from colocate.cli.output import print_data
+from colocate.cluster import outcomes as policies
 from colocate.cluster import profiles
 from colocate.cluster.publication import Publication
 from colocate.kube.client import Api
 from colocate.kube.lease import Candidate, Election, identity_of, lead_until, stop_on_signals
+from colocate.policy.file import load_policy
 
 
 def publish(options: argparse.Namespace) -> int:
@@ -39,7 +43,17 @@ def profile(options: argparse.Namespace) -> int:
     made = profiles.profile(
         options.name, options.pods, options.namespaces, options.percent, fail_closed=options.fail_closed
     )
-    if options.output == "json":
+    return _print_objects(made, options.output)
+
+
+def outcomes(options: argparse.Namespace) -> int:
+    """The same of those that turn slowdowns into watts."""
+    policy = load_policy(Path(options.config))
+    return _print_objects(policies.outcomes(policy.spec.power.models), options.output)
+
+
+def _print_objects(made: list[dict[str, Any]], form: str) -> int:
+    if form == "json":
         print_data({"apiVersion": "v1", "kind": "List", "items": made}, "json")
     else:
         print(yaml.safe_dump_all(made, sort_keys=False), end="")

@@ -144,6 +144,11 @@ def _add_power(add: Add) -> None:
     node(budget)
     socket(budget)
     table_form(budget)
+    asked = of(
+        "outcomes", "colocate.cli.cluster:outcomes", "Print the admission policies that turn slowdowns into watts"
+    )
+    asked.add_argument("--config", required=True, help="the policy with the models of classes, power.models")
+    form(asked, "yaml", "json")
     status = of("status", "colocate.cli.watts:status", "What this node's CPUs and GPUs draw, and their limits")
     status.add_argument("--seconds", type=duration, default=parse_duration("1s"), help="over how long (default 1s)")
     status.add_argument("--nvml-library", default="", metavar="PATH", help="where NVML is")
@@ -213,10 +218,16 @@ def _add_jobs(add: Add) -> None:
     run.add_argument("--checkpoint-signal", default="", help="sent before an eviction for memory, e.g. SIGUSR1")
     run.add_argument("--max-runtime", type=duration, help="evicted after this long, e.g. 2h")
     run.add_argument("--gpu-memory", type=size, help="what it will use of a GPU's memory at most, e.g. 12Gi")
-    run.add_argument(
+    power = run.add_mutually_exclusive_group()
+    power.add_argument(
         "--power-cap",
         type=watts,
         help="what its GPUs may draw at most, all together, in watts: those in CUDA_VISIBLE_DEVICES before it starts",
+    )
+    power.add_argument(
+        "--max-slowdown",
+        type=slowdown,
+        help="in its place, by how much longer it may take: 5%% or 0.05; by the model of its --power-class",
     )
     run.add_argument("--power-class", help="of jobs that feel a power cap alike: a name of power.models in the policy")
     run.add_argument("--config", help="policy of the agent that is started if none runs")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from colocate.units import parse_bytes, parse_cores, parse_duration, parse_watts
+from colocate.units import MOST_SLOWDOWN, parse_bytes, parse_cores, parse_duration, parse_watts
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 """(name, module:function, help) -> the command's own parser."""
 
 
-MOST_SLOWDOWN = 10.0
 MOST_INTENSITY = 3000.0
 """Burning the dirtiest coal in the worst plant is half of this."""
 

@@ -66,6 +66,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     command = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
+    capped = options.power_cap is not None or options.max_slowdown is not None
     request = {
         "name": options.name,
         "cores": options.cpus,
@@ -76,8 +77,9 @@ def _run(options: argparse.Namespace) -> int:
         "max_runtime_seconds": options.max_runtime,
         "gpu_memory_bytes": options.gpu_memory,
         "power_watts": options.power_cap,
+        "max_slowdown": options.max_slowdown,
         "power_class": options.power_class,
-        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES") if options.power_cap is not None else None,
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES") if capped else None,
     }
     if not _is_roots(socket_path(options)):
         enter_delegated_scope()

@@ -21,6 +21,8 @@ POWER_RESOURCES = (POWER, "intel.com/power")
 """How pods ask for watts: by ours, and by the name of GEOPM's device plugin."""
 POWER_CLASS = "colocate.io/power-class"
 """Label or annotation: of jobs that feel a power cap alike."""
+MAX_SLOWDOWN, POWER_BECAUSE = "colocate.io/max-slowdown", "colocate.io/power-because"
+"""Annotations: watts that are asked for by what they may cost, and how that was turned into watts."""
 QOS, BATCH = "colocate.io/qos", "batch"
 BATCH_LABELS = {QOS: BATCH, "koordinator.sh/qosClass": "BE", "volcano.sh/qos-level": "-1"}
 """How a pod says that it is batch, by label or annotation: ours, Koordinator's and Volcano's."""

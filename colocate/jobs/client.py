@@ -297,7 +297,10 @@ def run(command: list[str], connection: Connection, request: dict[str, Any]) -> 
     child, go = _fork(command, connection.path.absolute())
     try:
         # A signal in this moment ends us and so the child, which is still waiting for its go.
-        job = str(connection.ask(op="run", pid=child, command=shown, **request)["job"])
+        answer = connection.ask(op="run", pid=child, command=shown, **request)
+        job = str(answer["job"])
+        if capped := answer.get("capped"):
+            print(f"colocate: {capped}", file=sys.stderr)
     except ColocateError:
         os.close(go)
         os.waitpid(child, 0)
