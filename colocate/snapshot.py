@@ -202,6 +202,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     tier: Workload | None = None
     cards: dict[str, Card] = {}
     """By UUID; empty on a node without GPUs."""
+    power_share: int = 0
+    """Watts that a PowerBudget of several nodes leaves to who asks for watts here; 0: none says anything."""
     power_signal: float | None = None
     """How dear or how dirty power is, in the unit of the policy's steps; None: not known."""
     stale_seconds: dict[str, float] = {}

@@ -167,6 +167,8 @@ class PowerBudgetSpec(Lean, frozen=True):
     """What each of these nodes draws that no pod asks for; set aside."""
     resource: str = POWER
     """What pods ask for their watts by: `colocate.io/power`, or `intel.com/power`."""
+    enforce: bool = False
+    """Where pods ask for more than this, a budget that was cut, the power limits of its nodes are lowered."""
 
 
 class PowerBudgetStatus(Lean, frozen=True):

@@ -18,7 +18,8 @@ import msgspec
 from colocate.errors import AlreadyRunning, BadInput, StateTooNew
 
 STATE_VERSION = 1
-MODEL_FILE, HANDOVER_FILE, POWER_FILE = "model.json", "handover.json", "power.json"
+MODEL_FILE, HANDOVER_FILE = "model.json", "handover.json"
+POWER_FILE, SHARE_FILE = "power.json", "power-share.json"
 GUARDIAN_PATIENCE_SECONDS = 6.0
 
 

@@ -20,7 +20,7 @@ import structlog
 from colocate.actuate.guardian import OCCUPIED, Guardian
 from colocate.actuate.journal import Journal
 from colocate.actuate.restore import Report, lift_caps, restore, restore_paths, thaw_everything
-from colocate.actuate.statedir import HANDOVER_FILE, MODEL_FILE, StateDirectory
+from colocate.actuate.statedir import HANDOVER_FILE, MODEL_FILE, SHARE_FILE, StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.workers import Workers
 from colocate.actuate.writer import NO_CARE, SETTLE_SECONDS, Drift, Writer
@@ -199,6 +199,18 @@ class Agent:
 
     def _on_cards(self) -> tuple[NodeCards | None, NodeSnapshot | None]:
         return self._cards, self.last.snapshot if self.last is not None else None
+
+    def set_power_share(self, watts: int) -> None:
+        """What the cluster leaves of its power budgets to who asks for watts here; 0: all of it. Kept over a restart,
+        for it is to count without the API server too."""
+        self.observer.power_share = watts
+        if self.state is not None:
+            self._workers.submit(SHARE_FILE, partial(self.state.save, SHARE_FILE, {"watts": watts}))
+        self._wake.set()
+
+    def power_in_force(self) -> float:
+        """Watts that the power limits of who asks for watts add up to."""
+        return sum(self._cards.caps.limits().values()) if self._cards is not None else 0.0
 
     def _allowed_watts(self) -> float:
         budget = self.policy.spec.power.budget

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from colocate.actuate.statedir import SHARE_FILE
 from colocate.agent.held_back import HeldBack
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.node_power import PowerWatch, differs
@@ -37,6 +38,7 @@ from colocate.cluster.api import (
     SHADOW,
     STOPPED,
     ColocationPolicyObject,
+    NodeColocation,
     PodHeldBack,
     PodToEvict,
     amount,
@@ -177,7 +179,10 @@ class Publisher:
         self._told_lent: int | None = None
         self._told_gangs, self._gangs_at = dict[str, str](), float("-inf")
         self._power = PowerWatch(lambda: agent.policy.spec.power, agent.state)
-        self._told_power, self._power_at = self._power.told(), float("-inf")
+        self._told_power, self._power_at, self._told_in_force = self._power.told(), float("-inf"), 0
+        kept = agent.state.load(SHARE_FILE) if agent.state is not None else None
+        if kept is not None and isinstance(kept.get("watts"), int):
+            agent.observer.power_share = max(kept["watts"], 0)  # until the API server says otherwise
         self._others: list[str] = []
         """Programs that offer batch resources of this node too."""
         agent.on_tick.append(self._on_tick)
@@ -202,13 +207,16 @@ class Publisher:
             policies: Reflector[ColocationPolicyObject] = Reflector(
                 api, POLICIES, ColocationPolicyObject, lambda _, now: self._policies.told(now), query
             )
+            query = {"fieldSelector": f"metadata.name={self._node}"}
+            mine: Reflector[NodeColocation] = Reflector(api, NODE_COLOCATIONS, NodeColocation, self._on_mine, query)
             self._pods.clear()  # what has gone meanwhile nobody tells of
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(pods.run())
                 tasks.create_task(policies.run())
+                tasks.create_task(mine.run())
                 tasks.create_task(self._tell_of_policy())
                 tasks.create_task(self._tell_observer(pods))
-                tasks.create_task(self._tell_of_problems({"pods": pods, "policies": policies}))
+                tasks.create_task(self._tell_of_problems({"pods": pods, "policies": policies, "NodeColocations": mine}))
                 await self._publish(api)
 
     def _on_pod(self, before: PodObject | None, now: PodObject | None) -> None:
@@ -220,6 +228,11 @@ class Publisher:
             self._pods.pop(about.metadata.uid, None)
         if self._agent.observer.lister.watched:
             self._agent.observer.lister.told(self._by_cgroup())
+
+    def _on_mine(self, _before: NodeColocation | None, now: NodeColocation | None) -> None:
+        """What the cluster leaves to this node; of one that is gone for a moment what was said last counts."""
+        if now is not None and now.spec.power_watts != self._agent.observer.power_share:
+            self._agent.set_power_share(now.spec.power_watts)
 
     def _by_cgroup(self) -> dict[str, Pod]:
         """By the uid that kubelet calls their cgroups by; who only says that his is another's does not become that."""
@@ -260,6 +273,10 @@ class Publisher:
         self._told_lent = lent
         self._verdict, self._told_to_go = verdict, leaving
         now = tick.snapshot.monotonic_seconds
+        in_force = ceil(self._agent.power_in_force())
+        if in_force != self._told_in_force:
+            self._told_in_force = in_force
+            self._changed.set()
         if differs(self._told_power, self._power.told()) and now - self._power_at >= HEARTBEAT_SECONDS:
             self._power_at = now
             self._changed.set()
@@ -362,6 +379,7 @@ class Publisher:
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
             "heldBack": [msgspec.to_builtins(pod) for pod in self._told_held_back],
             "frozenGangs": [{"gang": gang, "message": why} for gang, why in sorted(self._told_gangs.items())],
+            "powerWatts": ceil(self._agent.power_in_force()),
             "power": msgspec.to_builtins(self._told_power),
             "observed": time_text(time.time()),
         }

@@ -90,7 +90,11 @@ def whole(flat: Lean) -> dict[str, object]:
 
 
 class NodeColocationSpec(Lean, frozen=True):
-    """Nothing is asked of a node here: that is the policy's."""
+    """What the cluster asks of a node; all else is the policy's."""
+
+    power_watts: int = 0
+    """What the GPUs of this node may draw for pods that ask for watts, by the PowerBudgets that are enforced; 0: none
+    says anything."""
 
 
 class PodToEvict(Lean, frozen=True):
@@ -175,6 +179,8 @@ class NodeColocationStatus(Lean, frozen=True):
     """Batch pods of this node that get less than they could use."""
     frozen_gangs: list[FrozenGang] = []
     """Gangs whose members on other nodes would wait for one on this."""
+    power_watts: int = 0
+    """What the power limits of pods that ask for watts add up to, as they are in force."""
     power: NodePower | None = None
     """None: nothing is known of that."""
     observed: str = ""

@@ -29,7 +29,7 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
     if not models:
         raise BadInput("spec.power.models is empty: without a model no slowdown can be turned into watts")
     tables = {model.name: _table(model) for model in models}
-    names = ", ".join(sorted(tables))
+    unknown, known = f"{POWER_CLASS}: there is no model of the class ", f"; known: {', '.join(sorted(tables))}"
     asks = f"has(object.metadata.annotations) && {_cel(MAX_SLOWDOWN)} in object.metadata.annotations"
     labelled = f"has(object.metadata.labels) && {_cel(POWER_CLASS)} in object.metadata.labels"
     annotated = f"has(object.metadata.annotations) && {_cel(POWER_CLASS)} in object.metadata.annotations"
@@ -82,7 +82,7 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
         ("variables.readable", f"'{MAX_SLOWDOWN}: ' + variables.text + ' is no slowdown: write 5% or 0.05'"),
         (
             "variables.class in variables.models",
-            f"{_cel(f'{POWER_CLASS}: there is no model of the class ')} + variables.class + {_cel(f'; known: {names}')}",
+            f"{_cel(unknown)} + variables.class + {_cel(known)}",
         ),
         (
             "!variables.readable || !(variables.class in variables.models) || variables.fitting.size() > 0",

@@ -8,6 +8,7 @@ time grew as the cap falls (GEOPM's rule where it has no model). A job's cards h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,33 +52,36 @@ def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
 
 def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, power: PowerState) -> Capped:
     """The same caps, lowered as far as what they may add up to needs, and a verdict about that."""
-    if not policy.budget:
+    share = snapshot.power_share
+    if not policy.budget and not share:
         return capped
     jobs = _jobs(capped, snapshot)
     mine = {uuid for job in jobs for uuid in job.cards}
     others = others_watts(snapshot.cards, mine)
     asked = sum(len(job.cards) * job.watts for job in jobs)
-    left = power.watts - others
-    numbers = {
-        "budget_watts": float(policy.budget),
-        "allowed_watts": power.watts,
+    left = power.watts - others if policy.budget else math.inf
+    of, numbers = _allowed(power), {"budget_watts": float(policy.budget), "allowed_watts": power.watts}
+    if share and share < left:  # of who asks for watts alone: a PowerBudget sets what else a node draws aside
+        left, of = float(share), f"{share} W that a PowerBudget of several nodes leaves to this one"
+        numbers = {"budget_watts": float(share), "allowed_watts": float(share)}
+    numbers |= {
         "others_watts": round(others, 1),
         "asked_watts": round(asked, 1),
     }
     if asked <= left or not jobs:
-        enough = others <= power.watts
-        said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {_allowed(power)}"
+        enough = left >= 0
+        said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {of}"
         reason = "WithinBudget" if enough else "BudgetTooSmall"
         return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
     allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
     reason = "Lowered" if total <= left else "BudgetTooSmall"
-    text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {_allowed(power)} are left: jobs have {total:g} W"
+    text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {of} are left: jobs have {total:g} W"
     text += f", the worst is about {worst:.0%} slower" if reason == "Lowered" else ", the least that their cards take"
     verdict = _said("capped", reason, text, {**numbers, "worst_slowdown": round(worst, 4)})
     by_card = {uuid: allowed[job.workload] for job in jobs for uuid in job.cards}
     caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
-    verdicts = tuple(_told(v, by_card, power) for v in capped.verdicts)
+    verdicts = tuple(_told(v, by_card, of) for v in capped.verdicts)
     return Capped(caps, (*verdicts, verdict))
 
 
@@ -145,12 +149,12 @@ def _allowed(power: PowerState) -> str:
     return f"{power.watts:g} W" + (f" ({power.why}; the budget is {power.budget} W)" if power.why else "")
 
 
-def _told(verdict: Verdict, by_card: Mapping[str, float], power: PowerState) -> Verdict:
+def _told(verdict: Verdict, by_card: Mapping[str, float], of: str) -> Verdict:
     """A card's own verdict, where it has less than is asked for."""
     watts = by_card.get(verdict.subject)
     if watts is None or watts >= verdict.numbers.get("cap_watts", 0.0):
         return verdict
-    message = f"{verdict.message}; the node's budget of {power.watts:g} W leaves it {watts:g} W"
+    message = f"{verdict.message}; the node's budget, {of}, leaves it {watts:g} W"
     return msgspec.structs.replace(verdict, reason="Lowered", message=message, numbers={"cap_watts": watts})
 
 

@@ -204,6 +204,6 @@ def decide(
         suspended=tuple(decisions["freeze"].suspended),
         limits=tuple(limit for d in decisions.values() for limit in d.limits),
         caps=capped.caps,
-        power_budget=bool(spec.power.budget),
+        power_budget=bool(spec.power.budget or snapshot.power_share),
     )
     return following, plan

@@ -56,6 +56,8 @@ class Observer:
         """What is known of a service's long waits: its id and the time -> microseconds so far."""
         self.cards: Callable[[list[Target]], dict[str, Card]] = lambda _targets: {}
         """Who is on which card; on a node without GPUs there is none, and nothing of theirs is imported."""
+        self.power_share = 0
+        """Watts that the cluster leaves to this node; 0: it says nothing."""
         self.looks_for_strangers = False
         """Whether it matters who else uses the CPUs."""
         self._last: dict[str, tuple[float, Any]] = {}
@@ -301,6 +303,7 @@ class Observer:
             strangers_us=self._section("strangers", self._strangers, {})[1],
             workloads=workloads,
             tier=tier,
+            power_share=self.power_share,
             power_signal=signal,
             cards=self._section("cards", lambda: self.cards(self._targets), {})[1],
             stale_seconds={name: round(self._at - at, 6) for name, at in ages.items() if name in self._failing},

@@ -31,6 +31,7 @@ from podgroup.controller.losses import GIVE_UP_AGAIN_SECONDS, Losses
 from podgroup.controller.metrics import Metrics
 from podgroup.controller.open_plans import OpenPlans
 from podgroup.controller.power_budgets import PowerBudgets
+from podgroup.controller.power_shares import PowerShares
 from podgroup.controller.status import StatusWriter
 from podgroup.controller.watches import Feed, now_seconds
 from podgroup.controller.writes import PREEMPTED, Hands
@@ -120,6 +121,8 @@ class Controller:
                     self._tasks.create_task(self._hands.announcements.run(self._hands.binder))
                 budgets = PowerBudgets(self._api, self._election, self.cluster.ledger, self._power_budgets)
                 self._tasks.create_task(budgets.run())
+                shares = PowerShares(self._api, self._election, self.cluster.ledger, self._power_budgets)
+                self._tasks.create_task(shares.run())
                 self._tasks.create_task(Advisor(self.cluster, self.queue, self._status.advise).run())
                 while True:
                     await self._decide()

@@ -32,7 +32,8 @@ def status_of(budget: PowerBudget, ledger: Ledger) -> PowerBudgetStatus | None:
     elif idle > spec.watts:
         message = f"{nodes} nodes draw {idle} W when idle, more than {spec.watts} W: no pod that asks for watts starts"
     elif left.left < 0:
-        message = f"{-left.left} W too much is asked for: nothing is stopped for that, and nothing more starts"
+        effect = "power limits of its nodes are lowered" if spec.enforce else "nothing is stopped"
+        message = f"{-left.left} W too much is asked for: {effect} for that, and nothing more starts"
     return PowerBudgetStatus(
         nodes=nodes,
         requested=requested,

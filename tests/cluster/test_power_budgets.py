@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from colocate.cluster.api import NODE_COLOCATIONS, NodeColocation
 from colocate.kube.client import MERGE, PODS, Api, ApiError, path_of
 from podgroup.api import POWER_BUDGETS
 from podgroup.commands import _take
@@ -167,3 +169,50 @@ async def test_s2_2_the_controllers_own_rights_are_enough(world: World, limited:
     async with leader(World(limited, "colocate-system")):
         await world.until_bound(*await gang(world, "one", 2, 500))
         await says(world, "whole", 2, 1000, 0, "")
+
+
+async def leaves(world: World, expected: dict[str, int]) -> None:
+    """What the NodeColocations say that their nodes may draw."""
+
+    async def so() -> bool:
+        nodes = await world.api.all(NodeColocation, NODE_COLOCATIONS)
+        return {n.metadata.name: n.spec.power_watts for n in nodes} == expected
+
+    await world.until(so, f"nodes are left {expected}")
+
+
+async def enforces(world: World, node: str, watts: int) -> None:
+    """As the agent of a node says of its limits."""
+    path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
+    await world.api.request("PATCH", path, {"status": {"powerWatts": watts}}, content_type=MERGE)
+
+
+async def test_s2_8_a_budget_that_is_cut_lowers_its_nodes_and_raises_none_before_that_is_so(
+    world: World, limited: Api, kinds: None
+) -> None:
+    await racks(world, nodes=1)
+    for node in ("a0", "b0"):
+        kind = {"apiVersion": "colocate.io/v1alpha1", "kind": "NodeColocation", "metadata": {"name": node}}
+        await world.api.request("POST", NODE_COLOCATIONS, kind)
+    await world.power_budget("whole", 2000, enforce=True)
+    async with leader(World(limited, "colocate-system")):
+        await world.until_bound(*await gang(world, "one", 1, 900), *await gang(world, "two", 1, 300))
+        bound = await world.bound()
+        large, small = bound["one-0"], bound["two-0"]
+        assert large != small
+        await enforces(world, large, 900)
+        await enforces(world, small, 300)
+        await leaves(world, {large: 0, small: 0})
+        path = path_of(POWER_BUDGETS, name="whole")
+        await world.api.request("PATCH", path, {"spec": {"watts": 800}}, content_type=MERGE)
+        await leaves(world, {large: 600, small: 200})
+        lowered = "400 W too much is asked for: power limits of its nodes are lowered for that, and nothing more starts"
+        await says(world, "whole", 2, 1200, -400, lowered)
+        await enforces(world, large, 600)
+        await world.api.request("PATCH", path, {"spec": {"watts": 1000}}, content_type=MERGE)
+        await asyncio.sleep(2.0)
+        await leaves(world, {large: 600, small: 200})  # the small one's 300 W may be drawn as yet
+        await enforces(world, small, 200)
+        await leaves(world, {large: 750, small: 250})
+        await world.delete(POWER_BUDGETS, "whole")
+        await leaves(world, {large: 0, small: 0})

@@ -20,10 +20,11 @@ import pytest
 
 from colocate.cluster.api import POWER
 from colocate.fakecard.shared import LIBRARY, attach
-from colocate.kube.client import NODES, PODS, path_of
+from colocate.kube.client import MERGE, NODES, PODS, path_of
 from colocate.localcluster.controlplane import ControlPlane
 from colocate.localcluster.realnode import IMAGE, NAME, RealNode
 from colocate.objects import Node
+from podgroup.api import POWER_BUDGETS
 from tests.cluster.conftest import World, leader
 from tests.cluster.test_kubelet import until_ready
 from tests.cluster.test_nri import ended, until_runs
@@ -179,3 +180,28 @@ async def test_s2_3_a_pod_that_cannot_be_capped_says_why_and_is_tried_again(
     (cards.folder / "faults").write_text("")
     await until_runs(world, real_node, "train")
     assert cards.watts == [150, 300]
+
+
+async def test_s2_8_a_rack_s_budget_that_is_cut_lowers_the_limits_of_who_runs(
+    world: World, real_node: RealNode, agent: Running, cards: FakeCards
+) -> None:
+    await world.power_budget("rack", 500, enforce=True)
+    async with leader(world):
+        await world.group("train", 2)
+        for i, uuid in enumerate(cards.uuids):
+            await pod(world, f"train-{i}", uuid, 200, "train")
+        for i in range(2):
+            await until_runs(world, real_node, f"train-{i}")
+        assert cards.watts == [200, 200]
+        path = path_of(POWER_BUDGETS, name="rack")
+        await world.api.request("PATCH", path, {"spec": {"watts": 300}}, content_type=MERGE)
+        await capped(world, cards, 150, 150)
+        await world.api.request("PATCH", path, {"spec": {"watts": 360}}, content_type=MERGE)
+        await capped(world, cards, 180, 180)
+    agent.process.send_signal(signal.SIGSTOP)  # nobody leads and nobody answers: what was set stays
+    await asyncio.sleep(1.0)
+    assert cards.watts == [180, 180]
+    agent.process.send_signal(signal.SIGCONT)
+    async with leader(world):
+        await world.delete(POWER_BUDGETS, "rack")
+        await capped(world, cards, 200, 200)

@@ -512,3 +512,23 @@ def test_a_tree_without_kubelet_has_no_pod_to_cap() -> None:
     placement = Placement(with_cgroup(2, "/"), lambda: tree, start.lister, lambda: None, shadow=False, watts=watch)
     with pytest.raises(Refused, match="its cgroup is not found"):
         start_now(placement, {}, "GPU-0")
+
+
+@pytest.mark.parametrize(
+    ("share", "budget", "expected", "reason"),
+    [
+        pytest.param(600, 0, {"GPU-0": 300, "GPU-1": 300}, "WithinBudget", id="enough is left to this node"),
+        pytest.param(400, 0, {"GPU-0": 200, "GPU-1": 200}, "Lowered", id="a rack was cut; the node has no budget"),
+        pytest.param(400, 500, {"GPU-0": 200, "GPU-1": 200}, "Lowered", id="a rack was cut below the node's budget"),
+        pytest.param(560, 500, {"GPU-0": 227, "GPU-1": 227}, "Lowered", id="the node's own budget is the stricter"),
+    ],
+)
+def test_s2_8_what_a_budget_of_several_nodes_leaves_to_this_one(
+    share: int, budget: int, expected: dict[str, float], reason: str
+) -> None:
+    """45 W of an idle card count against the node's own budget, and not against what is left to who asks for watts."""
+    idle = card("GPU-2", limit_watts=300.0, watts=45.0)
+    snapshot = msgspec.structs.replace(node(*TWO, idle, j1=300.0, j2=300.0), power_share=share)
+    found, about = budgeted(snapshot, budget)
+    assert {u: w for u, w in found.items() if u != "GPU-2"} == pytest.approx(expected, abs=1.0)
+    assert about.reason == reason

@@ -1,0 +1,143 @@
+"""What each node may draw of a PowerBudget that is enforced, where more is asked for on its nodes than it has.
+
+The leader writes it into the nodes' NodeColocations, and their agents lower caps. Every node keeps the same share of
+what is asked for there. What rises waits until what falls is in force, as the agents say, so that what is in force
+stays within the budget on the way; a node whose agent does not answer counts with what it said last, and one without an
+agent with all that is asked for. What was written counts on a node until it is written anew, whoever leads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from colocate.cluster.api import NODE_COLOCATIONS, NodeColocation
+from colocate.kube.client import MERGE, Api, ApiError, Unreachable, path_of
+from colocate.kube.lease import Election
+from colocate.kube.reflector import Reflector
+from podgroup.api import PowerBudget
+from podgroup.state.ledger import Ledger
+
+EVERY_SECONDS = 0.5
+WRITES_AT_ONCE = 16
+log = structlog.get_logger()
+decode = msgspec.json.Decoder(NodeColocation).decode
+
+
+class Enforced(NamedTuple):
+    """A budget that is enforced, as its nodes are now."""
+
+    watts: int
+    """What is left of it for pods: without what its nodes draw when idle."""
+    asked: dict[str, int]
+    """Node -> watts that its pods ask for, where they do."""
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Node -> what it may have; empty where there is enough for all."""
+        total = sum(self.asked.values())
+        if total <= self.watts:
+            return {}
+        return {node: max(self.watts * asked // total, 1) for node, asked in self.asked.items()}
+
+
+def enforced(budget: PowerBudget, ledger: Ledger) -> Enforced | None:
+    """None of one that is not, or that the ledger does not know yet."""
+    spec = budget.spec
+    left = next((b for b in ledger.left_of([spec.resource]) if b.name == budget.metadata.name), None)
+    if not spec.enforce or left is None:
+        return None
+    used = ledger.used[:, ledger.columns[spec.resource]]
+    asked = {name: int(used[row]) for row, name in enumerate(ledger.names) if left.nodes[row] and used[row] > 0}
+    return Enforced(left.amount - int(left.nodes.sum()) * spec.idle_watts, asked)
+
+
+def wanted(budgets: Iterable[Enforced]) -> dict[str, int]:
+    """Node -> the strictest of its shares."""
+    found: dict[str, int] = {}
+    for budget in budgets:
+        for node, watts in budget.shares.items():
+            found[node] = min(watts, found.get(node, watts))
+    return found
+
+
+def to_write(budgets: list[Enforced], written: Mapping[str, int], in_force: Mapping[str, int]) -> dict[str, int]:
+    """Node -> what is to be written now, 0 for no limit; `written` is what stands there, `in_force` what agents say.
+
+    All that falls at once; what rises only where each budget keeps to its watts whatever is in force until then.
+    """
+    should = wanted(budgets)
+    every = {node: should.get(node, 0) for node in {*should, *(n for n, watts in written.items() if watts)}}
+    changes = {node: watts for node, watts in every.items() if watts != written.get(node, 0)}
+    falls = {n: w for n, w in changes.items() if w and (not written.get(n, 0) or w < written[n])}
+    for budget in budgets:
+        total = 0
+        for node, asked in budget.asked.items():
+            limit = every.get(node, 0) or asked
+            total += max(in_force[node], limit) if node in in_force else asked
+        if total > budget.watts:
+            return falls
+    return changes
+
+
+class PowerShares:
+    """Of one leader; `known` gives the budgets as they were seen last."""
+
+    def __init__(
+        self, api: Api, election: Election, ledger: Ledger, known: Callable[[], Iterable[PowerBudget]]
+    ) -> None:
+        self._api, self._election, self._ledger, self._known = api, election, ledger, known
+        self._nodes: dict[str, NodeColocation] = {}
+        self._written: dict[str, tuple[str, int]] = {}
+        """Node -> the version of its object that a write was answered with, and what it says: the watch tells later."""
+
+    async def run(self) -> None:
+        """Until cancelled. Raises LeadershipLost."""
+        nodes: Reflector[NodeColocation] = Reflector(self._api, NODE_COLOCATIONS, NodeColocation, self._on_node)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(nodes.run())
+            await nodes.synced.wait()
+            while True:
+                await asyncio.sleep(EVERY_SECONDS)
+                budgets = [b for b in (enforced(each, self._ledger) for each in self._known()) if b is not None]
+                if budgets or any(node.spec.power_watts for node in self._nodes.values()):
+                    await self._settle(budgets)
+
+    def _on_node(self, before: NodeColocation | None, now: NodeColocation | None) -> None:
+        if now is not None:
+            self._nodes[now.metadata.name] = now
+        elif before is not None:
+            self._nodes.pop(before.metadata.name, None)
+            self._written.pop(before.metadata.name, None)
+
+    async def _settle(self, budgets: list[Enforced]) -> None:
+        written = {name: self._says(node) for name, node in self._nodes.items()}
+        in_force = {name: node.status.power_watts for name, node in self._nodes.items()}
+        changes = {n: w for n, w in to_write(budgets, written, in_force).items() if n in self._nodes}
+        names = sorted(changes)
+        for first in range(0, len(names), WRITES_AT_ONCE):
+            await asyncio.gather(*(self._write(n, changes[n]) for n in names[first : first + WRITES_AT_ONCE]))
+
+    def _says(self, node: NodeColocation) -> int:
+        version, watts = self._written.get(node.metadata.name, ("", 0))
+        if version and int(node.metadata.resource_version or 0) < int(version or 0):
+            return watts
+        return node.spec.power_watts
+
+    async def _write(self, name: str, watts: int) -> None:
+        self._election.check()
+        body = {"spec": {"powerWatts": watts}}
+        path = path_of(NODE_COLOCATIONS, name=name)
+        try:
+            answer = await self._api.request("PATCH", path, body, content_type=MERGE, timeout_seconds=5, patient=False)
+        except (ApiError, Unreachable) as error:
+            if not (isinstance(error, ApiError) and error.status == 404):
+                log.warning("power_share_not_written", node=name, watts=watts, error=str(error))
+            return
+        log.info("power_share", node=name, watts=watts or None)
+        version = decode(answer).metadata.resource_version
+        self._written[name] = (version if version.isdigit() else "", watts)
