@@ -202,6 +202,8 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     tier: Workload | None = None
     cards: dict[str, Card] = {}
     """By UUID; empty on a node without GPUs."""
+    cpu_watts: float | None = None
+    """What the CPUs draw, packages and their DRAM, since the reading before; None: not read, or not known."""
     power_share: int = 0
     """Watts that a PowerBudget of several nodes leaves to who asks for watts here; 0: none says anything."""
     power_signal: float | None = None

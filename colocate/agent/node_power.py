@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -41,7 +42,7 @@ class PowerWatch:
         self,
         policy: Callable[[], PowerPolicy],
         state: StateDirectory | None,
-        read: Callable[[], list[Zone]] = read_zones,
+        read: Callable[[Path], list[Zone]] = read_zones,
     ) -> None:
         self._policy, self._state, self._read = policy, state, read
         self.curve = NodeCurve()
@@ -93,7 +94,7 @@ class PowerWatch:
             log.exception("meter_not_read", error=str(error), effect="the node's power curve is not learnt")
 
     def _read_meter(self, spread: list[float], seconds: float, now: float) -> None:
-        zones, before = self._read(), self._zones
+        zones, before = self._read(Path(self._policy().powercap)), self._zones
         self._zones = zones
         self._none = not any(zone.counts and zone.energy_microjoules is not None for zone in zones)
         if not before or max(spread) - min(spread) > STEADY:

@@ -371,6 +371,15 @@ class Limits(NamedTuple):
 
 
 def _limits(view: View, state: CpuState) -> tuple[Limits, list[Rejected]]:
+    """The grant, within what the CPUs' power budget leaves to batch."""
+    limits, rejected = _granted(view, state)
+    most = view.batch_ceiling
+    if most is None or most >= min(limits.cores or len(limits.cpus), len(limits.cpus)):
+        return limits, rejected
+    return limits._replace(cores=most), rejected
+
+
+def _granted(view: View, state: CpuState) -> tuple[Limits, list[Rejected]]:
     """The grant as a cpuset where it is whole cores and every target can be confined, else as a quota."""
     snapshot, grant = view.snapshot, state.grant_cores
     everywhere = shared_cpus(snapshot)

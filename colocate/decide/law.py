@@ -23,6 +23,8 @@ class View(NamedTuple):
     """What the laws before it ask for, and what was left over from the tick before."""
     evicting: frozenset[str] = frozenset()
     """Ids of the workloads that have been told to go and have not gone."""
+    batch_ceiling: float | None = None
+    """Cores that batch may use at most, whatever services feel: the CPUs' power budget. None: no such limit."""
 
     @property
     def now(self) -> float:

@@ -17,6 +17,7 @@ from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.cpu import CpuState, decide_cpu
+from colocate.decide.cpu_power import CpuPowerState, ceiling
 from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.gangs import GangsState, decide_gangs
@@ -55,6 +56,7 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     eviction: EvictionState = EvictionState()
     allocatable: AllocatableState = AllocatableState()
     power: PowerState = PowerState()
+    cpu_power: CpuPowerState = CpuPowerState()
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0
@@ -150,7 +152,8 @@ def decide(
     now = snapshot.monotonic_seconds
     under_way = state.eviction.under_way
     evicting = frozenset(id_ for id_, e in under_way.items() if still_leaving(snapshot, id_, e, now))
-    view = View(snapshot, forecast, spec, calibration, state.pending, evicting)
+    cpu_power, about_cpus = ceiling(state.cpu_power, snapshot, forecast.batch_cores, spec.power, spec.cpu.floor)
+    view = View(snapshot, forecast, spec, calibration, state.pending, evicting, cpu_power.cores)
     message = f"`colocate evaluate` is measuring the arm {arm}"
     if arm == OFF_FROZEN:
         frozen = [
@@ -189,6 +192,7 @@ def decide(
     following = msgspec.structs.replace(
         state,
         **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
+        cpu_power=cpu_power,
         power=allowance(state.power, snapshot, spec.power),
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
@@ -197,7 +201,11 @@ def decide(
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),
-        verdicts=(*(v for d in decisions.values() for v in (d.verdict, *d.also)), *capped.verdicts),
+        verdicts=(
+            *(v for d in decisions.values() for v in (d.verdict, *d.also)),
+            *capped.verdicts,
+            *([about_cpus] if about_cpus is not None else []),
+        ),
         rejected=(*rejected, *(r for d in decisions.values() for r in d.rejected)),
         look_again_seconds=min(looks, default=None),
         pulses=dict(decisions["freeze"].pulses),

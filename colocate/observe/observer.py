@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from colocate.observe.cgroup import FilePages, read_workload
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.neighbourhood import reserved_cpus, strangers_us
 from colocate.observe.pods import PodLister
+from colocate.observe.powercap import CpuMeter
 from colocate.observe.schedstat import RunDelays
 from colocate.observe.signal import SignalFile
 from colocate.observe.workloads import Target, Units, discover
@@ -74,6 +76,7 @@ class Observer:
         self._inodes: dict[str, dict[str, int]] = {}
         self._pages = FilePages()
         self._signal = SignalFile()
+        self._meter = CpuMeter()
         self._targets: list[Target] = []
         self._governed: set[str] = set()
         """The cgroups of batch in place, as of the last tick."""
@@ -235,6 +238,18 @@ class Observer:
             self.extra_problems["tree"], tree = str(error), self.tree
         return node_figures.capacity(self._port, root), tree
 
+    def _cpu_watts(self) -> float | None:
+        """Read only where a budget needs it."""
+        power = self.policy.spec.power
+        self.extra_problems.pop("cpu power", None)
+        if not power.cpu_budget:
+            self._meter.forget()
+            return None
+        found = self._meter.watts(Path(power.powercap), self._now())
+        if self._meter.problem:
+            self.extra_problems["cpu power"] = f"power.cpuBudget is not watched: {self._meter.problem}"
+        return found
+
     def _say_of_signal(self) -> None:
         self.extra_problems.pop("power signal", None)
         if self._signal.problem:
@@ -303,6 +318,7 @@ class Observer:
             strangers_us=self._section("strangers", self._strangers, {})[1],
             workloads=workloads,
             tier=tier,
+            cpu_watts=self._cpu_watts(),
             power_share=self.power_share,
             power_signal=signal,
             cards=self._section("cards", lambda: self.cards(self._targets), {})[1],

@@ -127,6 +127,33 @@ def watts(before: Sequence[Zone], now: Sequence[Zone], seconds: float) -> dict[s
     return {zone: None if energy is None else energy / seconds for zone, energy in found.items()}
 
 
+class CpuMeter:
+    """What the packages and their DRAM draw, from one reading to the next."""
+
+    def __init__(self) -> None:
+        self.problem = ""
+        self._zones: list[Zone] = []
+        self._at = 0.0
+
+    def forget(self) -> None:
+        """The next reading is the first."""
+        self._zones, self.problem = [], ""
+
+    def watts(self, root: Path, monotonic_seconds: float) -> float | None:
+        """Since the call before; None at the first, and where `problem` says why."""
+        zones, seconds = read_zones(root), monotonic_seconds - self._at
+        before, self._zones, self._at = self._zones, zones, monotonic_seconds
+        counted = [zone for zone in zones if zone.counts]
+        self.problem = next((f"{zone.id}: {zone.problem}" for zone in counted if zone.problem), "")
+        if not counted:
+            self.problem = f"{root} has no zone of a package (modprobe intel_rapl_msr; virtual machines have none)"
+        if self.problem or not before:
+            return None
+        drawn = watts(before, zones, seconds)
+        known = [each for zone in counted if (each := drawn[zone.id]) is not None]
+        return sum(known) if len(known) == len(counted) else None
+
+
 def _limits(path: Path) -> tuple[Limit, ...]:
     found: list[Limit] = []
     while (name := _text(path / f"constraint_{len(found)}_name")) is not None:

@@ -245,6 +245,10 @@ class PowerPolicy(Spec, frozen=True):
     budget: int = 0
     """Watts that the GPUs of this node may draw together; 0: no budget. Who asked for watts gets less where it needs
     that."""
+    cpu_budget: int = 0
+    """Watts that the CPUs of this node may draw, packages and their DRAM; 0: no budget. Batch alone gives way."""
+    powercap: str = "/sys/class/powercap"
+    """Where the meter of the CPUs (RAPL) is; in a container, where the host's is mounted."""
     oversubscribe: Percent = 0.0
     """By so much more than `budget` the limits of the GPUs may add up to, as long as what they draw leaves room."""
     signal: SignalPolicy = SignalPolicy()
@@ -382,6 +386,9 @@ def check(policy: ColocationPolicy) -> ColocationPolicy:
     _check_range("$.spec.gpu.starvedAfter", spec.gpu.starved_after, 10, 86400, "s")
     _check_range("$.spec.power.offer", spec.power.offer, 0, 100_000, " W")
     _check_range("$.spec.power.budget", spec.power.budget, 0, 100_000, " W")
+    _check_range("$.spec.power.cpuBudget", spec.power.cpu_budget, 0, 100_000, " W")
+    if not spec.power.powercap.startswith("/"):
+        raise ConfigError("$.spec.power.powercap", f"{spec.power.powercap!r} is no path", "start it with /")
     _check_range("$.spec.power.oversubscribe", spec.power.oversubscribe, 0, 100, "%")
     _check_signal(spec.power.signal)
     _check_models(spec.power.models)

@@ -455,7 +455,7 @@ def test_28_a_pair_that_waits_for_each_other_is_stopped_together(node, agent, ca
         jobs.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         paths.append(joined(tier_of(node), f"rank{card}"))
     try:
-        assert pulsing(node, running, paths[0], 60)
+        assert all(pulsing(node, running, path, 60) for path in paths)
         apart = looks = 0
         for _ in range(400):
             time.sleep(0.01)

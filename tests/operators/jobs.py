@@ -199,7 +199,7 @@ class JobSet(Adapter):
 
     name, collection = "jobset", "/apis/jobset.x-k8s.io/v1alpha2/jobsets"
     label = "jobset.sigs.k8s.io/jobset-name"
-    hooked = ("jobset.x-k8s.io", "")
+    hooked: tuple[str, ...] = ("jobset.x-k8s.io", "")
     labels: dict[str, str] = {}  # noqa: RUF012
 
     def options(self, where: Path, port: int) -> list[str]:

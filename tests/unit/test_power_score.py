@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -195,7 +197,7 @@ class Meter:
     def __init__(self) -> None:
         self.joules = 0.0
 
-    def read(self) -> list[Zone]:
+    def read(self, _root: Path) -> list[Zone]:
         energy = int(self.joules * 1e6)
         return [Zone("intel-rapl:0", "package-0", "", None, (), energy, 1 << 40)]
 

@@ -1,0 +1,108 @@
+"""S2.8: the CPUs' power budget on a real kernel: batch is throttled by real bandwidth until a meter says that it fits.
+
+The meter is a folder as the kernel's powercap has it, fed by what the processes really use.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+
+import pytest
+
+from colocate.cgroup.knobfiles import read_knob
+from colocate.cgroup.tree import inodes_of, joined, processes_anywhere
+from tests.kernel.conftest import tier_of, wait_for
+from tests.kernel.fake_cards import CLI, end
+
+IDLE_WATTS, WATTS_PER_CORE = 20.0, 15.0
+SPIN = "while :; do :; done"
+
+
+class Package:
+    """A zone whose energy is that of an idle package and of some processes' CPU time."""
+
+    def __init__(self, root, seconds_used):
+        self.root, self._seconds_used, self._ends = root, seconds_used, threading.Event()
+        self._zone = root / "intel-rapl:0"
+        self._zone.mkdir(parents=True)
+        for name, text in (("name", "package-0"), ("max_energy_range_uj", str(1 << 50)), ("energy_uj", "0")):
+            (self._zone / name).write_text(text)
+        self.joules = 0.0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        began = time.monotonic()
+        while not self._ends.wait(0.02):
+            self.joules = IDLE_WATTS * (time.monotonic() - began) + WATTS_PER_CORE * self._seconds_used()
+            part = self._zone / "part"
+            part.write_text(str(int(self.joules * 1e6)))
+            part.replace(self._zone / "energy_uj")
+
+    def watts(self, seconds):
+        before, began = self.joules, time.monotonic()
+        time.sleep(seconds)
+        return (self.joules - before) / (time.monotonic() - began)
+
+    def close(self):
+        self._ends.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def spinners(node):
+    """CPU seconds of whoever is in the tier, also of those who have ended meanwhile."""
+    known: dict[int, float] = {}
+
+    def used():
+        for pid in processes_anywhere(node.port, tier_of(node)):
+            stat = node.port.proc(f"/proc/{pid}/stat")
+            if stat:
+                fields = stat.rpartition(")")[2].split()
+                known[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return sum(known.values())
+
+    return used
+
+
+def about_cpus(running):
+    return next((v for v in running.ask("explain")["plan"]["verdicts"] if v.get("subject") == "cpus"), {})
+
+
+def test_s2_8_batch_gives_way_until_the_cpus_fit_their_budget_and_services_have_no_limit(
+    node, agent, spinners, tmp_path
+):
+    package = Package(tmp_path / "powercap", spinners)
+    job = None
+    try:
+        budget = 35 if (os.cpu_count() or 1) > 1 else 28
+        running = agent(tick="1s", more=f"power: {{cpuBudget: {budget}, powercap: {package.root}}}")
+        assert wait_for(lambda: "watts" in about_cpus(running).get("numbers", {}))
+        both = f"{SPIN} & {SPIN}"
+        job = subprocess.Popen([*CLI, "run", "--name", "spin", "--", "sh", "-c", f"({both}) & wait"])
+        assert wait_for(lambda: about_cpus(running).get("state") == "capped")
+        tier = tier_of(node)
+        assert wait_for(lambda: (read_knob(node.port, tier, "cpu.max", inodes_of(node.port, tier)) or "max") != "max")
+        time.sleep(3.0)
+        drawn = package.watts(8.0)
+        assert drawn <= 1.05 * budget, f"{drawn:.1f} W"
+        assert drawn >= IDLE_WATTS + 1.0, "batch still runs"
+        web = joined(node.path, "web")
+        assert (read_knob(node.port, web, "cpu.max", inodes_of(node.port, web)) or "max").startswith("max")
+        end(job)
+        for pid in processes_anywhere(node.port, joined(tier, "spin")):
+            node.port.kill(pid, 9)
+        assert wait_for(lambda: about_cpus(running).get("state") == "open", 90), about_cpus(running)
+    finally:
+        if job is not None:
+            end(job)
+        package.close()
+
+
+def test_s2_8_a_meter_that_is_not_there_is_said(node, agent, tmp_path):
+    running = agent(more=f"power: {{cpuBudget: 50, powercap: {tmp_path / 'none'}}}")
+    assert wait_for(lambda: "cpu power" in running.ask("explain")["problems"])
+    assert "has no zone of a package" in running.ask("explain")["problems"]["cpu power"]
