@@ -15,8 +15,9 @@ from itertools import islice, permutations
 
 import numpy as np
 
+from podgroup.policy import Floats
 from podgroup.solve.pack import pack
-from podgroup.solve.place_class import most_on_a_node, place_class
+from podgroup.solve.place_class import more_watts, most_on_a_node, place_class
 from podgroup.solve.question import Class, Debt, Gang, Member, Placed, Trial, changes_on_the_way, classes_of
 from podgroup.solve.volumes import decisions
 from podgroup.state.ledger import Ints, Ledger, Mask
@@ -24,6 +25,8 @@ from podgroup.state.node_budgets import capped
 
 MAX_ORDERS = 24
 MAX_PREFERRED_DOMAINS = 4
+UNKNOWN_WATTS = 1e9
+"""More than any node draws."""
 HOSTNAME = "kubernetes.io/hostname"
 
 
@@ -164,7 +167,8 @@ def _rooms(ledger: Ledger, classes: list[Class], within: Mask) -> list[Ints] | N
 
 
 def _domains(ledger: Ledger, classes: list[Class], rooms: list[Ints], key: str, within: Mask) -> Iterator[Mask]:
-    """The domains of a label with room for each class alone, the tightest first."""
+    """The domains of a label with room for each class alone, the tightest first, or by a policy of watts those that
+    draw the least more."""
     column = ledger.label(key)
     size, here = len(column.code_of), column.codes >= 0
     enough, total = np.ones(size, dtype=bool), np.zeros(size)
@@ -172,9 +176,25 @@ def _domains(ledger: Ledger, classes: list[Class], rooms: list[Ints], key: str, 
         by_domain = np.bincount(column.codes[here], weights=room[here].astype(float), minlength=size)
         enough &= by_domain >= len(group.members)
         total += by_domain
-    for code in np.lexsort((column.ranks, total)):
+    watts = _watts(ledger, classes, rooms, column.codes, size) if ledger.policy.reads_power else np.zeros(size)
+    for code in np.lexsort((column.ranks, total, np.floor(watts))):
         if enough[code]:
             yield within & (column.codes == code)
+
+
+def _watts(ledger: Ledger, classes: list[Class], rooms: list[Ints], codes: Ints, size: int) -> Floats:
+    """What each domain would draw more for the classes, each of them where it draws the least there, shape (size,)."""
+    found = np.zeros(size)
+    for group, room in zip(classes, rooms, strict=True):
+        wanted, watts = len(group.members), np.minimum(more_watts(ledger, group, room), UNKNOWN_WATTS)
+        order = np.lexsort((watts, codes))
+        order = order[(codes[order] >= 0) & (room[order] > 0)]
+        taken, code = np.minimum(room[order], wanted), codes[order]
+        before = np.cumsum(taken) - taken
+        first = np.searchsorted(code, code)  # of its domain, for they are sorted by domain
+        there = np.clip(wanted - (before - before[first]), 0, taken)
+        found += np.bincount(code, weights=there * watts[order], minlength=size)
+    return found
 
 
 def _required(ledger: Ledger, gang: Gang, classes: list[Class]) -> Iterator[Mask]:

@@ -241,14 +241,15 @@ class World:
                     said.append(f"{path.rpartition('/')[2]} {item['metadata']['name']}: {ready} {seen} {where}")
         return "; ".join(said)
 
-    async def told(self, group: str, reason: str) -> str:
-        """The message of the plan, once the group waits for this reason."""
+    async def told(self, group: str, reason: str, says: str = "") -> str:
+        """The message of the plan, once the group waits for this reason and is told this: a first verdict may be of
+        what the watches had told by then."""
 
         async def said() -> Any:
             status = (await self.plan(group)).status
-            return status if status.reason == reason else None
+            return status if status.reason == reason and says in status.message else None
 
-        return str((await self.until(said, f"{group} is told {reason}")).message)
+        return str((await self.until(said, f"{group} is told {reason} {says}")).message)
 
     async def until_bound(self, *names: str) -> dict[str, str]:
         """The bindings, once these pods are bound; nobody else may be, then or a moment later."""

@@ -116,7 +116,7 @@ async def test_t11_a_big_gang_that_fails_does_not_block_a_small_one(world: World
     await world.pod("small", "pg2", cpu=2)
     async with leader(world):
         await world.until_bound("small")
-        assert (await world.told("pg1", "Unschedulable")).startswith("1 of 6 members fit; blocked by cpu")
+        await world.told("pg1", "Unschedulable", "1 of 6 members fit; blocked by cpu")
 
 
 async def one_node(world: World) -> None:

@@ -64,7 +64,7 @@ async def test_a_slot_that_was_stolen_is_refused_by_the_kubelet_and_the_gang_rep
         await world.pod("thief", spec={**spec(), "nodeName": NAME, "schedulerName": "default-scheduler"})
         await world.until(lambda: phase("thief", "Running"), "the thief runs")
         hold.release.set()
-        assert "second did not start: OutOfcpu" in await world.told("pg", "MemberLost")
+        await world.told("pg", "MemberLost", "second did not start: OutOfcpu")
         assert (await world.pods())["second"].status.reason == "OutOfcpu"
         await world.pod("third", "pg", spec=spec())
         await world.delete(PODS, "thief", 1)

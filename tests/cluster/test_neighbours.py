@@ -57,7 +57,7 @@ async def test_a_foreign_schema_without_conditions_gets_what_it_has_room_for(
             return status.phase == "Running" and status.running == 2
 
         await world.until(counted, "phase and counters are upstream's")
-        assert (await world.told("waits", "NotEnoughMembers")).startswith("1 of 3 members exist")
+        await world.told("waits", "NotEnoughMembers", "1 of 3 members exist")
         status = (await world.status("waits")).status
         assert status.conditions == []
         assert status.observed_generation == 0
@@ -119,7 +119,7 @@ async def test_the_room_that_kube_scheduler_has_made_free_for_its_pod_is_left_to
         await world.group("batch", 4)
         for i in range(4):
             await world.pod(f"batch-{i}", "batch", cpu=1)
-        assert (await world.told("batch", "Unschedulable")).startswith("0 of 4 members fit; blocked by cpu")
+        await world.told("batch", "Unschedulable", "0 of 4 members fit; blocked by cpu")
         await world.only_bound()
         await world.pod("urgent", cpu=1, spec={"priorityClassName": HIGH})
         await world.until_bound("urgent")

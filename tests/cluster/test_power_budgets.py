@@ -77,7 +77,7 @@ async def test_s2_2_a_gang_starts_whole_or_not_at_all_on_node_rack_and_cluster(w
     await world.power_budget("whole", 2800)
     async with leader(world):
         large = await gang(world, "large", 4, 800)
-        assert "budget rack-a (1500 W of 1500 W colocate.io/power left)" in await world.told("large", "Unschedulable")
+        await world.told("large", "Unschedulable", "budget rack-a (1500 W of 1500 W colocate.io/power left)")
         assert not await world.only_bound()
         found = explain(await _take(world.api, Settings()), f"{world.namespace}/large")
         assert found is not None
@@ -90,8 +90,7 @@ async def test_s2_2_a_gang_starts_whole_or_not_at_all_on_node_rack_and_cluster(w
         await says(world, "rack-a", 2, 1400, 100, "")
         await says(world, "whole", 4, 2800, 0, "")
         more = await gang(world, "more", 1, 50)
-        told = await world.told("more", "Unschedulable")
-        assert "budget whole (0 W of 2800 W colocate.io/power left)" in told
+        await world.told("more", "Unschedulable", "budget whole (0 W of 2800 W colocate.io/power left)")
         path = path_of(POWER_BUDGETS, name="whole")
         snapshot = await _take(world.api, Settings())
         why = explain(snapshot, f"{world.namespace}/more")
@@ -136,7 +135,7 @@ async def test_s2_1_intels_name_for_watts_counts_where_the_budget_says_so(world:
         members = await gang(world, "one", 2, 500, intels=True)
         await world.until_bound(*members)
         await gang(world, "two", 1, 1, intels=True)
-        assert "budget whole (0 W of 1000 W intel.com/power left)" in await world.told("two", "Unschedulable")
+        await world.told("two", "Unschedulable", "budget whole (0 W of 1000 W intel.com/power left)")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from colocate.cluster.api import POWER
+from colocate.cluster.api import BATCH, POWER, QOS
 from colocate.fakecard.shared import LIBRARY, attach
 from colocate.kube.client import MERGE, NODES, PODS, path_of
 from colocate.localcluster.controlplane import ControlPlane
@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.usefixtures("kinds"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="the fake NVML needs a C compiler (cc)"),
 ]
+BATCH_LABEL = {QOS: BATCH}
+"""A pod of BestEffort is no workload of its own, and no budget lowers it."""
 POLICY = """
 apiVersion: colocate.io/v1alpha1
 kind: ColocationPolicy
@@ -108,7 +110,9 @@ async def agent(
                 assert await asyncio.to_thread(process.wait, 30) == 0, log.read_text()
 
 
-async def pod(world: World, name: str, uuid: str, watts: int, group: str = "") -> None:
+async def pod(
+    world: World, name: str, uuid: str, watts: int, group: str = "", labels: dict[str, str] | None = None
+) -> None:
     """A pod that a device plugin has given this card, which asks for so many watts."""
     container = {
         "name": "c",
@@ -121,7 +125,7 @@ async def pod(world: World, name: str, uuid: str, watts: int, group: str = "") -
     where = {"hostNetwork": True, "nodeSelector": hostname, "containers": [container]}
     if not group:
         where |= {"nodeName": NAME, "schedulerName": "default-scheduler"}
-    await world.pod(name, group, spec=where)
+    await world.pod(name, group, labels=labels, spec=where)
 
 
 async def capped(world: World, cards: FakeCards, *watts: int) -> None:
@@ -143,7 +147,7 @@ async def test_s2_3_a_gang_under_caps_starts_whole_and_its_limits_go_with_it(
         assert cards.watts == [150, 200], "before their first process"
         await world.group("more", 1)
         await pod(world, "more-0", cards.uuids[0], 200, "more")
-        assert "blocked by colocate.io/power" in await world.told("more", "Unschedulable"), "350 of 500 W are asked for"
+        await world.told("more", "Unschedulable", "blocked by colocate.io/power")
         await world.delete(PODS, "train-1", 0)
         await until_runs(world, real_node, "more-0")
         await capped(world, cards, 150, 300)
@@ -189,7 +193,7 @@ async def test_s2_8_a_rack_s_budget_that_is_cut_lowers_the_limits_of_who_runs(
     async with leader(world):
         await world.group("train", 2)
         for i, uuid in enumerate(cards.uuids):
-            await pod(world, f"train-{i}", uuid, 200, "train")
+            await pod(world, f"train-{i}", uuid, 200, "train", BATCH_LABEL)
         for i in range(2):
             await until_runs(world, real_node, f"train-{i}")
         assert cards.watts == [200, 200]

@@ -88,6 +88,12 @@ def decided(nodes: list[Node], *sizes: int) -> list[Verdict]:
             {"b"},
             id="a gang that one node takes stays together first",
         ),
+        pytest.param(
+            [with_power("a", 4, CONVEX, "0.7"), with_power("b", 8, CONVEX, "0.2"), node("c", 3)],
+            3,
+            {"b"},
+            id="of the nodes that take it whole the one that draws the least more",
+        ),
     ],
 )
 def test_s2_7_a_gang_goes_where_it_draws_the_least_more(nodes: list[Node], size: int, where: set[str]) -> None:
