@@ -39,6 +39,7 @@ from colocate.cluster.api import (
     STOPPED,
     ColocationPolicyObject,
     NodeColocation,
+    NodePower,
     PodHeldBack,
     PodToEvict,
     amount,
@@ -179,7 +180,8 @@ class Publisher:
         self._told_lent: int | None = None
         self._told_gangs, self._gangs_at = dict[str, str](), float("-inf")
         self._power = PowerWatch(lambda: agent.policy.spec.power, agent.state)
-        self._told_power, self._power_at, self._told_in_force = self._power.told(), float("-inf"), 0
+        self._told_power: NodePower | None = None
+        self._power_at, self._told_in_force = float("-inf"), 0
         kept = agent.state.load(SHARE_FILE) if agent.state is not None else None
         if kept is not None and isinstance(kept.get("watts"), int):
             agent.observer.power_share = max(kept["watts"], 0)  # until the API server says otherwise
@@ -277,7 +279,7 @@ class Publisher:
         if in_force != self._told_in_force:
             self._told_in_force = in_force
             self._changed.set()
-        if differs(self._told_power, self._power.told()) and now - self._power_at >= HEARTBEAT_SECONDS:
+        if differs(self._told_power, self._power_now()) and now - self._power_at >= HEARTBEAT_SECONDS:
             self._power_at = now
             self._changed.set()
         gangs = self._held_back.frozen_gangs(tick.snapshot, self._agent.laws)
@@ -366,7 +368,7 @@ class Publisher:
         cpu = next((v for v in last.plan.verdicts if v.law == "cpu"), None) if last is not None else None
         action = f"{notes[-1].workload}: {notes[-1].what}" if notes else ""
         reason, message = verdict.reason, verdict.message
-        self._told_power = self._power.told()
+        self._told_power = self._power_now()
         if self._others:
             reason, message = ANOTHER, self._agent.observer.extra_problems["peers"]
         return {
@@ -383,6 +385,14 @@ class Publisher:
             "power": msgspec.to_builtins(self._told_power),
             "observed": time_text(time.time()),
         }
+
+    def _power_now(self) -> NodePower | None:
+        told = self._power.told()
+        if told is None:
+            return None
+        batch = sum(request.cpu_milli or 0 for pod in self._pods.values() for request in pod.batch.values())
+        asked = sum(pod.asked_cores for pod in self._pods.values() if not pod.leaving)
+        return msgspec.structs.replace(told, requested_milli=round(1000 * asked) + batch)
 
     def _offered(self) -> dict[str, str | None]:
         """A merge patch keeps what it does not name."""

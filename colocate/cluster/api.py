@@ -54,7 +54,9 @@ PUBLISHED = "colocate.io/published"
 POWER_PUBLISHED = "colocate.io/published-power"
 """The same of their watts, which an administrator may have set by hand."""
 POWER_CURVE, CPU_UTILIZATION = "colocate.io/power-curve", "colocate.io/cpu-utilization"
-"""Annotations of nodes: what one draws, as `UTILIZATION:WATTS ...` from 0 to 1, and how busy its CPUs are."""
+CPU_REQUESTED = "colocate.io/cpu-requested"
+"""Annotations of nodes: what one draws, as `UTILIZATION:WATTS ...` from 0 to 1, how busy its CPUs are, and what its
+pods requested then, in thousandths of a CPU."""
 
 
 def is_batch(labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
@@ -153,6 +155,8 @@ class NodePower(Lean, frozen=True):
 
     utilization: float = 0.0
     """Of its CPUs, over the last minute."""
+    requested_milli: int = 0
+    """Thousandths of a CPU that its pods asked for then, batch included."""
     curve: list[CurvePoint] = []
     """Rising in utilization; watts never fall."""
     measured: bool = False

@@ -18,6 +18,7 @@ from colocate.cluster.api import (
     ANOTHER,
     BATCH_CPU,
     BATCH_MEMORY,
+    CPU_REQUESTED,
     CPU_UTILIZATION,
     GPU_BORROW,
     NODE_COLOCATIONS,
@@ -84,9 +85,10 @@ def power_annotations(status: NodeColocationStatus | None, silent_seconds: float
     """What a node's annotations are to say of its power, by what its agent said; None: not to be there."""
     power = status.power if status is not None and status.reason not in (SHADOW, STOPPED) else None
     if power is None or not power.curve or silent_seconds >= SILENT_SECONDS:
-        return {POWER_CURVE: None, CPU_UTILIZATION: None}
+        return {POWER_CURVE: None, CPU_UTILIZATION: None, CPU_REQUESTED: None}
     curve = " ".join(f"{point.utilization:g}:{point.watts:g}" for point in power.curve)
-    return {POWER_CURVE: curve, CPU_UTILIZATION: f"{power.utilization:g}"}
+    said = {CPU_UTILIZATION: f"{power.utilization:g}", CPU_REQUESTED: str(power.requested_milli)}
+    return {POWER_CURVE: curve, **said}
 
 
 def power_differs(node: Node, should: Mapping[str, str | None]) -> bool:

@@ -48,8 +48,9 @@ class Enforced(NamedTuple):
 def enforced(budget: PowerBudget, ledger: Ledger) -> Enforced | None:
     """None of one that is not, or that the ledger does not know yet."""
     spec = budget.spec
-    left = next((b for b in ledger.left_of([spec.resource]) if b.name == budget.metadata.name), None)
-    if not spec.enforce or left is None:
+    every = ledger.left_of([spec.resource]) if spec.enforce else []
+    left = next((b for b in every if b.name == budget.metadata.name), None)
+    if left is None:
         return None
     used = ledger.used[:, ledger.columns[spec.resource]]
     asked = {name: int(used[row]) for row, name in enumerate(ledger.names) if left.nodes[row] and used[row] > 0}

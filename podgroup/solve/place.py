@@ -186,7 +186,7 @@ def _watts(ledger: Ledger, classes: list[Class], rooms: list[Ints], codes: Ints,
     """What each domain would draw more for the classes, each of them where it draws the least there, shape (size,)."""
     found = np.zeros(size)
     for group, room in zip(classes, rooms, strict=True):
-        wanted, watts = len(group.members), np.minimum(more_watts(ledger, group, room), UNKNOWN_WATTS)
+        wanted, watts = len(group.members), np.minimum(more_watts(ledger, group, room, ledger.used), UNKNOWN_WATTS)
         order = np.lexsort((watts, codes))
         order = order[(codes[order] >= 0) & (room[order] > 0)]
         taken, code = np.minimum(room[order], wanted), codes[order]

@@ -27,6 +27,8 @@ COMMON = frozenset(
     | {"kubernetes.io/batch-cpu", "kubernetes.io/batch-memory", "colocate.io/power", "intel.com/power"}
 )
 """What every node has some of, watts and what is left to batch included: no reason to keep a node for anybody."""
+CPU = ("cpu", "kubernetes.io/batch-cpu")
+"""Both are counted in thousandths of a CPU."""
 
 
 def is_extended(resource: str) -> bool:
@@ -58,7 +60,7 @@ def _nodes(trial: Trial, group: Class, room: Ints) -> Nodes:
         scarce=ledger.columns[scarce[0]] if scarce is not None else -1,
         extended=np.array([c for name, c in ledger.columns.items() if is_extended(name)], dtype=np.int64),
         columns=ledger.columns,
-        more_watts=more_watts(ledger, group, room) if ledger.policy.reads_power else None,
+        more_watts=more_watts(ledger, group, room, trial.used) if ledger.policy.reads_power else None,
     )
 
 
@@ -224,13 +226,16 @@ def _one_node_each(codes: Ints) -> bool:
     return bool(len(codes) and (codes >= 0).all() and np.bincount(codes).max() == 1)
 
 
-def more_watts(ledger: Ledger, group: Class, room: Ints) -> Floats:
-    """What each member adds to its node's draw where as many of the class come as can, shape (nodes,)."""
+def more_watts(ledger: Ledger, group: Class, room: Ints, used: Ints) -> Floats:
+    """What each member adds to its node's draw where as many of the class come as can, shape (nodes,).
+
+    `used` is what is held, nodes x resources.
+    """
     asked = dict(group.shape.requests)
-    milli = asked.get("cpu", 0) + asked.get("kubernetes.io/batch-cpu", 0)
+    milli, columns = sum(asked.get(name, 0) for name in CPU), [ledger.columns[n] for n in CPU if n in ledger.columns]
     members = np.clip(room, 1, max(len(group.members), 1))
     cores = np.maximum(ledger.allocatable[:, ledger.columns["cpu"]], 1)
-    found: Floats = watts_more(ledger.nodes(), members * milli / cores) / members
+    found: Floats = watts_more(ledger.nodes(), used[:, columns].sum(axis=1), members * milli, cores) / members
     return found
 
 

@@ -1,7 +1,7 @@
 """By how much more a node would draw for the pods that it gets: its curve at how busy it is, measured, not requested.
 
-Both are annotations that `colocate publish` keeps (or whoever else knows them). What was placed since they were written
-is not in them.
+All that is annotations that `colocate publish` keeps, or whoever else knows it. What was placed since they were written
+counts with its requests.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from colocate.cluster.api import CPU_UTILIZATION, POWER_CURVE
+from colocate.cluster.api import CPU_REQUESTED, CPU_UTILIZATION, POWER_CURVE
 from colocate.objects import Node
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 GRID = 41
 _UNKNOWN = (np.nan,) * GRID
 
@@ -44,21 +45,30 @@ def utilization_of(text: str) -> float:
     return found if 0.0 <= found <= 1.0 else float("nan")
 
 
-def watts_more(nodes: Iterable[Node], cores: Floats) -> Floats:
-    """By how much more each would draw if so large a share of its CPUs became busy, shape (nodes,); infinite where that
-    is not known, or more than it has."""
-    known = [
-        (n.metadata.annotations.get(POWER_CURVE, ""), n.metadata.annotations.get(CPU_UTILIZATION, "")) for n in nodes
-    ]
-    curves = np.array([curve_of(curve) for curve, _ in known]).reshape(-1, GRID)
-    used = np.array([utilization_of(text) for _, text in known])
-    found = _at(curves, used + cores) - _at(curves, used)
+def requested_of(text: str) -> float:
+    """Thousandths of a CPU; NaN of what is none."""
+    return float(text) if text.isdecimal() and len(text) < 12 else float("nan")
+
+
+def watts_more(nodes: Iterable[Node], requested: Ints, asked: Ints, cores: Ints) -> Floats:
+    """By how much more each would draw if so much more were `asked` of it, all of it used, shape (nodes,).
+
+    All in thousandths of a CPU: `requested` is what is held there by now, of which what was requested when the node was
+    measured is in its utilization already; `cores` is what it has. Infinite where nothing is known of a node.
+    """
+    said = [n.metadata.annotations for n in nodes]
+    curves = np.array([curve_of(a.get(POWER_CURVE, "")) for a in said]).reshape(-1, GRID)
+    measured = np.array([utilization_of(a.get(CPU_UTILIZATION, "")) for a in said])
+    then = np.array([requested_of(a.get(CPU_REQUESTED, "")) for a in said])
+    since = np.where(np.isnan(then), 0.0, np.maximum(requested - then, 0.0))
+    used = measured + since / cores
+    found = _at(curves, used + asked / cores) - _at(curves, used)
     return np.where(np.isnan(found), np.inf, found)
 
 
 def _at(curves: Floats, used: Floats) -> Floats:
-    """Of each row its value there; the last one beyond 1, where CPUs are shared and nothing more is drawn."""
-    place = np.clip(np.where(np.isnan(used), 0.0, used), 0.0, 1.0) * (GRID - 1)
+    """Of each row its value there; beyond 1 it rises on, or a full node would be the cheapest of all."""
+    place = np.maximum(np.where(np.isnan(used), 0.0, used), 0.0) * (GRID - 1)
     low = np.minimum(place.astype(np.int64), GRID - 2)
     rows = np.arange(len(curves))
     below, above = curves[rows, low], curves[rows, low + 1]
