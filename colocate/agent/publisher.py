@@ -390,7 +390,7 @@ class Publisher:
         told = self._power.told()
         if told is None:
             return None
-        batch = sum(request.cpu_milli or 0 for pod in self._pods.values() for request in pod.batch.values())
+        batch = sum(int(r.cpu_milli or 0) for pod in self._pods.values() for r in pod.batch.values())
         asked = sum(pod.asked_cores for pod in self._pods.values() if not pod.leaving)
         return msgspec.structs.replace(told, requested_milli=round(1000 * asked) + batch)
 

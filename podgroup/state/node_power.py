@@ -50,7 +50,7 @@ def requested_of(text: str) -> float:
     return float(text) if text.isdecimal() and len(text) < 12 else float("nan")
 
 
-def watts_more(nodes: Iterable[Node], requested: Ints, asked: Ints, cores: Ints) -> Floats:
+def watts_more(nodes: Iterable[Node], requested: Ints, asked: Floats | Ints, cores: Ints) -> Floats:
     """By how much more each would draw if so much more were `asked` of it, all of it used, shape (nodes,).
 
     All in thousandths of a CPU: `requested` is what is held there by now, of which what was requested when the node was

@@ -141,7 +141,8 @@ def test_s2_7_watts_change_neither_who_starts_nor_what_a_node_holds(
 @settings(deadline=None)
 @given(curves, st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))
 def test_s2_7_more_work_never_draws_less(curve: str, used: float, share: float, more: float) -> None:
-    asked, nothing, cores = np.array([1000 * share, 1000 * (share + more)]), np.zeros(2), np.full(2, 1000)
+    asked, cores = np.array([1000 * share, 1000 * (share + more)]), np.full(2, 1000)
+    nothing = np.zeros(2, dtype=np.int64)
     one, other = watts_more([with_power("n", 4, curve, str(used))] * 2, nothing, asked, cores)
     assert -1e-9 <= one <= other + 1e-9
 
