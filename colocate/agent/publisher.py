@@ -391,7 +391,7 @@ class Publisher:
         if told is None:
             return None
         batch = sum(int(r.cpu_milli or 0) for pod in self._pods.values() for r in pod.batch.values())
-        asked = sum(pod.asked_cores for pod in self._pods.values() if not pod.leaving)
+        asked = sum(pod.asked_cores or 0.0 for pod in self._pods.values() if not pod.leaving)
         return msgspec.structs.replace(told, requested_milli=round(1000 * asked) + batch)
 
     def _offered(self) -> dict[str, str | None]:
