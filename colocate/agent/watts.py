@@ -201,8 +201,10 @@ class Watts:
             wishes += [(uuid, cap.watts) for cap in found if cap.workload == mine.workload]
         deadline = time.monotonic() + START_SECONDS
         with self._within_budget(cards, snapshot, mine.path, {uuid: watts or 0.0 for uuid, watts in wishes}):
-            for uuid, watts in wishes:  # only once all of them may be
-                cards.caps.set_now(uuid, watts or 0.0, mine.path, deadline)
+            lowered = cards.caps.limits() if self._allowed() or snapshot.power_share else {}
+            for uuid, watts in wishes:  # only once all of them may be, and none above what a budget leaves it by now
+                wish = watts or 0.0
+                cards.caps.set_now(uuid, min(wish, lowered.get(uuid, wish)), mine.path, deadline)
 
     @contextlib.contextmanager
     def _within_budget(

@@ -9,6 +9,7 @@ agent with all that is asked for. What was written counts on a node until it is 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from colocate.kube.reflector import Reflector
 from podgroup.api import PowerBudget
 from podgroup.state.ledger import Ledger
 
-EVERY_SECONDS = 0.5
+EVERY_SECONDS, AGAIN_SECONDS = 0.5, 10.0
 WRITES_AT_ONCE = 16
 log = structlog.get_logger()
 decode = msgspec.json.Decoder(NodeColocation).decode
@@ -95,6 +96,8 @@ class PowerShares:
         self._nodes: dict[str, NodeColocation] = {}
         self._written: dict[str, tuple[str, int]] = {}
         """Node -> the version of its object that a write was answered with, and what it says: the watch tells later."""
+        self._failed: dict[str, float] = {}
+        """Node -> when a write failed, monotonic."""
 
     async def run(self) -> None:
         """Until cancelled. Raises LeadershipLost."""
@@ -118,7 +121,10 @@ class PowerShares:
     async def _settle(self, budgets: list[Enforced]) -> None:
         written = {name: self._says(node) for name, node in self._nodes.items()}
         in_force = {name: node.status.power_watts for name, node in self._nodes.items()}
-        changes = {n: w for n, w in to_write(budgets, written, in_force).items() if n in self._nodes}
+        now = time.monotonic()
+        self._failed = {name: at for name, at in self._failed.items() if now - at < AGAIN_SECONDS}
+        may = self._nodes.keys() - self._failed.keys()
+        changes = {n: w for n, w in to_write(budgets, written, in_force).items() if n in may}
         names = sorted(changes)
         for first in range(0, len(names), WRITES_AT_ONCE):
             await asyncio.gather(*(self._write(n, changes[n]) for n in names[first : first + WRITES_AT_ONCE]))
@@ -138,6 +144,7 @@ class PowerShares:
         except (ApiError, Unreachable) as error:
             if not (isinstance(error, ApiError) and error.status == 404):
                 log.warning("power_share_not_written", node=name, watts=watts, error=str(error))
+            self._failed[name] = time.monotonic()
             return
         log.info("power_share", node=name, watts=watts or None)
         version = decode(answer).metadata.resource_version

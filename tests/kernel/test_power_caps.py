@@ -519,3 +519,42 @@ def test_s2_3_a_limit_of_a_boot_that_is_over_is_nobodys(node, agent, cards, job)
     (entry,) = [e for e in read_entries(journal)[0] if e.kind == "cap"]
     assert (entry.boot_id, entry.found, entry.wanted) == (boot_id(), "300000", "180000")
     assert entry.path == joined(tier_of(node), "train")
+
+
+BERT = """
+power:
+    models:
+    - {name: bert, points: [{watts: 120, slowdown: 1.0}, {watts: 200, slowdown: 0.2}, {watts: 300, slowdown: 0}]}"""
+
+
+@pytest.mark.parametrize(
+    ("options", "cards_seen", "says"),
+    [
+        pytest.param(
+            ["--max-slowdown", "10%", "--power-class", "bert"], 1, "bert at 0.1: 250 W of each GPU", id="watts"
+        ),
+        pytest.param(["--max-slowdown", "10%"], 1, "have no such class; known: bert", id="no class"),
+        pytest.param(
+            ["--max-slowdown", "10%", "--power-class", "bert"], 0, "name its GPUs in CUDA_VISIBLE_DEVICES", id="no GPU"
+        ),
+        pytest.param(["--max-slowdown", "10%", "--power-cap", "200"], 1, "not allowed with", id="both"),
+    ],
+)
+def test_s2_8_a_job_that_says_what_it_may_lose_has_the_watts_of_its_class(
+    node, agent, cards, monkeypatch, options, cards_seen, says
+):
+    fake = cards()
+    running = agent(more=POLICY.format(fake.library) + BERT.replace("\n", "\n  "))
+    assert ready(running)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if cards_seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", fake.state.devices[0].uuid.decode())
+    command = [*CLI, "run", "--name", "train", *options, "--", sys.executable, "-P", "-c", FIRST_READING]
+    ran = subprocess.run([*command, str(fake.folder)], capture_output=True, text=True, timeout=PATIENCE * 60)
+    assert says in ran.stderr
+    if says.endswith("each GPU"):
+        assert ran.stdout.strip() == "250000"
+        assert wait_for(lambda: limits(fake) == [300])
+    else:
+        assert ran.returncode in (2, EXIT_REFUSED)
+        assert not ran.stdout

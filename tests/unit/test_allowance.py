@@ -205,6 +205,13 @@ def test_s2_8_a_signal_that_cannot_be_believed_changes_nothing_and_is_said(
     assert says in read.problem
 
 
+def test_s2_8_a_pipe_is_no_signal_and_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "signal.json")
+    read = SignalFile()
+    assert read.value(SignalPolicy(file=str(tmp_path / "signal.json"), steps=STEPS.steps), NOON, 5.0) is None
+    assert "is no regular file" in read.problem
+
+
 def test_s2_8_a_file_that_is_replaced_is_read_again(tmp_path: Path) -> None:
     file, read = tmp_path / "signal.json", SignalFile()
     policy = SignalPolicy(file=str(file), steps=STEPS.steps)

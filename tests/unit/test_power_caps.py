@@ -218,6 +218,12 @@ def test_s2_8_nothing_starts_that_the_budget_has_not_left() -> None:
     assert start.make("GPU-0") == [("GPU-0", 200.0, POD)]
 
 
+def test_s2_8_a_container_that_starts_again_does_not_get_back_what_a_budget_has_taken() -> None:
+    start = Start(200, budget=300)
+    start.cards.caps.held["GPU-0"] = 150.0
+    assert start.make("GPU-0") == [("GPU-0", 150.0, POD)]
+
+
 def test_s2_8_who_starts_at_the_same_time_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is being capped, which takes a while, when the second is asked about."""
     start = Start(200, budget=300)
