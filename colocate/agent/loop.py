@@ -208,9 +208,18 @@ class Agent:
             self._workers.submit(SHARE_FILE, partial(self.state.save, SHARE_FILE, {"watts": watts}))
         self._wake.set()
 
-    def power_in_force(self) -> float:
-        """Watts that the power limits of who asks for watts add up to."""
-        return sum(self._cards.caps.limits().values()) if self._cards is not None else 0.0
+    def power_in_force(self) -> float | None:
+        """Watts that the power limits of who asks for watts add up to; None where this agent governs no cards, or some
+        that such a workload is on has no limit."""
+        last = self.last
+        if self._cards is None or last is None:
+            return None
+        limits = self._cards.caps.limits()
+        asking = {id_ for id_, workload in last.snapshot.workloads.items() if workload.power_watts}
+        open_ = any(
+            uuid not in limits and asking & {*card.users, *card.allotted} for uuid, card in last.snapshot.cards.items()
+        )
+        return None if open_ else sum(limits.values())
 
     def _allowed_watts(self) -> float:
         budget = self.policy.spec.power.budget

@@ -31,8 +31,10 @@ MEAN_SECONDS = 60.0
 STEADY = 0.1
 """A time in which utilization moved by more is of no one utilization."""
 SAVE_SECONDS = 300.0
-HOT = 0.05
-"""A change of utilization that is worth telling."""
+HOT, CURVE_WATTS, CURVE_RATIO = 0.05, 3.0, 0.03
+"""Changes of utilization, and of a curve's watts, that are worth telling."""
+LOOK_AGAIN_SECONDS = 300.0
+"""Where there was no meter one is looked for again: a module may be loaded, a policy may name another place."""
 
 
 class PowerWatch:
@@ -59,8 +61,8 @@ class PowerWatch:
         """Utilizations since the last reading."""
         self._zones: list[Zone] = []
         self._read_at = self._saved_at = float("-inf")
-        self._none = False
-        """Whether this kernel has no meter."""
+        self._none: tuple[str, float] | None = None
+        """Where there was no meter, and when."""
 
     async def settle(self) -> None:
         """Wait for the reading that is under way."""
@@ -79,24 +81,34 @@ class PowerWatch:
         )
         self._spread.append(used)
         now = snapshot.monotonic_seconds
-        if self._none or now - self._read_at < READ_SECONDS or self._workers.busy("meter"):
+        if now - self._read_at < READ_SECONDS or self._workers.busy("meter") or self._gone(now):
             return
         spread, self._spread = self._spread, []
         passed, self._read_at = now - self._read_at, now
         self._workers.submit("meter", partial(self._learn, spread, passed, now))
+
+    def _gone(self, now: float) -> bool:
+        """Whether there was no meter there lately."""
+        return (
+            self._none is not None
+            and self._none[0] == self._policy().powercap
+            and now - self._none[1] < LOOK_AGAIN_SECONDS
+        )
 
     def _learn(self, spread: list[float], seconds: float, now: float) -> None:
         """Whatever a meter says, protection goes on."""
         try:
             self._read_meter(spread, seconds, now)
         except Exception as error:
-            self._none = True
+            self._none = self._policy().powercap, now
             log.exception("meter_not_read", error=str(error), effect="the node's power curve is not learnt")
 
     def _read_meter(self, spread: list[float], seconds: float, now: float) -> None:
-        zones, before = self._read(Path(self._policy().powercap)), self._zones
+        where = self._policy().powercap
+        zones, before = self._read(Path(where)), self._zones
         self._zones = zones
-        self._none = not any(zone.counts and zone.energy_microjoules is not None for zone in zones)
+        there = any(zone.counts and zone.energy_microjoules is not None for zone in zones)
+        self._none = None if there else (where, now)
         if not before or max(spread) - min(spread) > STEADY:
             return
         found = watts(before, zones, seconds)
@@ -138,7 +150,12 @@ def differs(before: NodePower | None, now: NodePower | None) -> bool:
     """Whether a change is worth telling."""
     if before is None or now is None:
         return before is not now
-    return before.curve != now.curve or abs(before.utilization - now.utilization) >= HOT
+    if abs(before.utilization - now.utilization) >= HOT or before.measured != now.measured:
+        return True
+    if [p.utilization for p in before.curve] != [p.utilization for p in now.curve]:
+        return True
+    pairs = zip(before.curve, now.curve, strict=True)
+    return any(abs(a.watts - b.watts) > max(CURVE_WATTS, CURVE_RATIO * a.watts) for a, b in pairs)
 
 
 def _curve_of(data: dict[str, Any]) -> NodeCurve:

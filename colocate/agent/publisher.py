@@ -181,7 +181,8 @@ class Publisher:
         self._told_gangs, self._gangs_at = dict[str, str](), float("-inf")
         self._power = PowerWatch(lambda: agent.policy.spec.power, agent.state)
         self._told_power: NodePower | None = None
-        self._power_at, self._told_in_force = float("-inf"), 0
+        self._power_at = float("-inf")
+        self._told_in_force: int | None = None
         kept = agent.state.load(SHARE_FILE) if agent.state is not None else None
         if kept is not None and isinstance(kept.get("watts"), int):
             agent.observer.power_share = max(kept["watts"], 0)  # until the API server says otherwise
@@ -275,12 +276,13 @@ class Publisher:
         self._told_lent = lent
         self._verdict, self._told_to_go = verdict, leaving
         now = tick.snapshot.monotonic_seconds
-        in_force = ceil(self._agent.power_in_force())
+        in_force = self._in_force()
         if in_force != self._told_in_force:
             self._told_in_force = in_force
             self._changed.set()
-        if differs(self._told_power, self._power_now()) and now - self._power_at >= HEARTBEAT_SECONDS:
-            self._power_at = now
+        power = self._power_now()
+        if differs(self._told_power, power) and now - self._power_at >= HEARTBEAT_SECONDS:
+            self._told_power, self._power_at = power, now
             self._changed.set()
         gangs = self._held_back.frozen_gangs(tick.snapshot, self._agent.laws)
         if gangs.keys() != self._told_gangs.keys() and now - self._gangs_at >= GANGS_SECONDS:
@@ -368,7 +370,7 @@ class Publisher:
         cpu = next((v for v in last.plan.verdicts if v.law == "cpu"), None) if last is not None else None
         action = f"{notes[-1].workload}: {notes[-1].what}" if notes else ""
         reason, message = verdict.reason, verdict.message
-        self._told_power = self._power_now()
+        curve = [whole(point) for point in self._told_power.curve] if self._told_power is not None else []
         if self._others:
             reason, message = ANOTHER, self._agent.observer.extra_problems["peers"]
         return {
@@ -381,17 +383,21 @@ class Publisher:
             "evict": [msgspec.to_builtins(pod) for pod in self._told_to_go],
             "heldBack": [msgspec.to_builtins(pod) for pod in self._told_held_back],
             "frozenGangs": [{"gang": gang, "message": why} for gang, why in sorted(self._told_gangs.items())],
-            "powerWatts": ceil(self._agent.power_in_force()),
-            "power": msgspec.to_builtins(self._told_power),
+            "powerWatts": self._in_force(),
+            "power": None if self._told_power is None else {**whole(self._told_power), "curve": curve},
             "observed": time_text(time.time()),
         }
+
+    def _in_force(self) -> int | None:
+        watts = self._agent.power_in_force()
+        return None if self._shadow or watts is None else ceil(watts)
 
     def _power_now(self) -> NodePower | None:
         told = self._power.told()
         if told is None:
             return None
         batch = sum(int(r.cpu_milli or 0) for pod in self._pods.values() for r in pod.batch.values())
-        asked = sum(pod.asked_cores or 0.0 for pod in self._pods.values() if not pod.leaving)
+        asked = sum(pod.asked_cores or 0.0 for pod in self._pods.values())
         return msgspec.structs.replace(told, requested_milli=round(1000 * asked) + batch)
 
     def _offered(self) -> dict[str, str | None]:

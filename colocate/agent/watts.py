@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from colocate.actuate.driver import DriverFailed
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, joined, main_hierarchy
-from colocate.cluster.api import POWER
+from colocate.cluster.api import MAX_SLOWDOWN, POWER
 from colocate.decide.caps import Share, caps_of, shares_of
 from colocate.decide.node_budget import others_watts
 from colocate.decide.outcome import watts_for
@@ -146,6 +146,9 @@ class Watts:
             watts = parse_watts(says) if says else 0
         except ValueError as error:
             raise BadInput(f"{what}: its annotation {POWER}: {error}") from error
+        if not watts and MAX_SLOWDOWN in pod.annotations and (known is not None or not self._lister.expected):
+            mend = "its watts are written at its admission (colocate power outcomes)"
+            raise BadInput(f"{what}: {MAX_SLOWDOWN} without watts: {mend}")
         if known is None and not watts and self._lister.expected and self._policy().offer:
             raise BadInput(f"{what} is not known yet, and may ask for watts: it is tried again")
         return watts

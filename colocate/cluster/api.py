@@ -183,8 +183,8 @@ class NodeColocationStatus(Lean, frozen=True):
     """Batch pods of this node that get less than they could use."""
     frozen_gangs: list[FrozenGang] = []
     """Gangs whose members on other nodes would wait for one on this."""
-    power_watts: int = 0
-    """What the power limits of pods that ask for watts add up to, as they are in force."""
+    power_watts: int | None = None
+    """What the power limits of pods that ask for watts add up to, as they are in force; None: the agent sets none."""
     power: NodePower | None = None
     """None: nothing is known of that."""
     observed: str = ""

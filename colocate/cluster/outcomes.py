@@ -51,6 +51,7 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
         },
         {"name": "cards", "expression": f"object.spec.containers.filter(c, {_asks_any('c', GPUS)})"},
     ]
+    first = f"has(object.spec.initContainers) && object.spec.initContainers.exists(c, {_asks_any('c', GPUS)})"
     said = f"object.spec.containers.exists(c, {_asks_any('c', POWER_RESOURCES)})"
     watts = "int(variables.fitting[variables.fitting.size() - 1][1])"
     each = " + ".join(
@@ -88,6 +89,7 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
             "!variables.readable || !(variables.class in variables.models) || variables.fitting.size() > 0",
             f"'{MAX_SLOWDOWN}: the model of ' + variables.class + ' says that no cap keeps ' + variables.text",
         ),
+        (f"!({first})", f"'{MAX_SLOWDOWN}: an init container has GPUs too: ask for watts (colocate.io/power) instead'"),
         ("variables.cards.size() > 0", f"'{MAX_SLOWDOWN}: no container has a limit of {' or '.join(GPUS)}'"),
     ]
     validations = [{"expression": e, "messageExpression": m, "reason": "Invalid"} for e, m in checks]

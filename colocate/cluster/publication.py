@@ -91,6 +91,11 @@ def power_annotations(status: NodeColocationStatus | None, silent_seconds: float
     return {POWER_CURVE: curve, **said}
 
 
+def power_is_ours(node: Node) -> bool:
+    """Whether its curve may be written: nobody else's is there (who sets one by hand says nothing of requests)."""
+    return CPU_REQUESTED in node.metadata.annotations or POWER_CURVE not in node.metadata.annotations
+
+
 def power_differs(node: Node, should: Mapping[str, str | None]) -> bool:
     """Whether its annotations say something else."""
     return any(node.metadata.annotations.get(key) != value for key, value in should.items())
@@ -247,6 +252,8 @@ class Publication:
         else:
             del should[POWER]
         power = power_annotations(said.status if said is not None else None, self._silent_seconds(name))
+        if not power_is_ours(node):
+            power = {}
         told = {**annotations, **power}
         differ = differs(node.status.allocatable, should) or power_differs(node, power)
         if not differ or self._is_anothers(node, promises):

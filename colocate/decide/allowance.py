@@ -51,8 +51,10 @@ def allowance(state: PowerState, snapshot: NodeSnapshot, policy: PowerPolicy) ->
     watts = before
     if drawn is None:
         watts, told = min(before, within), "too many readings are missing"
-    elif drawn >= ACT * within:
-        watts, told = min(before, TO * within), f"{drawn:g} W are drawn of {within:g} W"
+    elif drawn >= ACT * within and before > within:
+        watts, told = TO * within, f"{drawn:g} W are drawn of {within:g} W"
+    elif before < within and now - state.changed_seconds >= DWELL_SECONDS:
+        watts, told = within, ""  # limits that add up to it keep it by themselves
     elif drawn < RELEASE * within and now - state.changed_seconds >= DWELL_SECONDS:
         watts, told = min(before + STEP * within, most), f"only {drawn:g} W are drawn of {within:g} W"
     else:

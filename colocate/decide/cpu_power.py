@@ -20,6 +20,8 @@ CPUS = "cpus"
 """What the verdict is about."""
 LESS, MORE, LEAST_STEP = 0.7, 1.1, 0.05
 GROW_SECONDS = 3.0
+CREEP, CREEP_SECONDS = 0.97, 10.0
+"""Below so much of the budget batch gets a little more every so often, so that nothing lies idle for ever."""
 OVER = 1.0
 """At so much of the budget batch has its floor at once."""
 SILENT_SECONDS = 10.0
@@ -59,6 +61,8 @@ def ceiling(
         elif before is not None and share < RELEASE and now - state.changed_seconds >= GROW_SECONDS:
             grown = max(before * MORE, before + LEAST_STEP)
             cores, reason = (None if grown >= node else grown), "Growing"
+        elif before is not None and share < CREEP and now - state.changed_seconds >= CREEP_SECONDS:
+            cores, reason = min(before + LEAST_STEP, node), "Growing"
         else:
             cores = before
             reason = "WithinBudget" if before is None else "Lowered"

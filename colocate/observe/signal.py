@@ -23,6 +23,8 @@ READ_SECONDS = 10.0
 MOST_BYTES = 4 << 20
 MOST = 1e5
 """A carbon intensity (g/kWh) or a price beyond it is a mistake."""
+UNREADABLE = (ValueError, ArithmeticError, RecursionError)
+"""What content can lead to: whoever writes the file must not be able to end the agent by it."""
 VALUES, TIMES = ("carbonintensity", "rating", "value"), ("datetime", "time", "timestamp")
 LISTS = ("history", "forecast", "forecastdata", "data", "emissions")
 
@@ -55,9 +57,10 @@ class SignalFile:
             self._of, self._looked, self.problem = policy, monotonic_seconds, ""
             try:
                 self._points = points_of(*_content(Path(policy.file)))
-            except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                self._points, self.problem = [], f"{policy.file}: {reason}"
+            except OSError as error:
+                self._points, self.problem = [], f"{policy.file}: {error.strerror}"
+            except UNREADABLE as error:
+                self._points, self.problem = [], f"{policy.file}: {error or type(error).__name__}"
         if not self._points:
             return None
         now = at_time(self._points, time_seconds)
@@ -72,14 +75,18 @@ class SignalFile:
 
 
 def _content(path: Path) -> tuple[bytes, float]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would hold up the agent's tick
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("is no regular file")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("is no regular file")
+    with open(path, "rb", opener=_at_once) as file:
         content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ValueError(f"is larger than {MOST_BYTES >> 20} MiB")
         return content, os.fstat(file.fileno()).st_mtime
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A pipe would hold up the agent's tick."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def points_of(content: bytes, written: float) -> list[Point]:

@@ -455,14 +455,14 @@ def _check_models(models: tuple[PowerModel, ...]) -> None:
 
 def _check_curve(points: tuple[NodePowerPoint, ...]) -> None:
     path = "$.spec.power.curve"
-    if len(points) == 1:
-        raise ConfigError(path, "has one point", "write two or more, e.g. of an idle and of a busy node")
     for i, point in enumerate(points):
         _check_range(f"{path}[{i}].utilization", point.utilization, 0, 1)
         _check_range(f"{path}[{i}].watts", point.watts, 0, 100_000, " W")
     for i, (before, point) in enumerate(pairwise(points), start=1):
         if point.utilization <= before.utilization or point.watts < before.watts:
             raise ConfigError(f"{path}[{i}]", "has less utilization, or less watts", "sort them: both rise")
+    if points and (len(points) == 1 or points[0].utilization != 0 or points[-1].utilization != 1):
+        raise ConfigError(path, "does not reach from 0 to 1", "write an idle node's watts first, a busy one's last")
 
 
 def _check_entry(path: str, entry: ServicePolicy | BatchPolicy, names: dict[str, str]) -> None:

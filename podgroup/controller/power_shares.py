@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from colocate.cluster.api import NODE_COLOCATIONS, NodeColocation
+from colocate.cluster.api import ANOTHER, NODE_COLOCATIONS, SHADOW, STOPPED, NodeColocation
 from colocate.kube.client import MERGE, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election
 from colocate.kube.reflector import Reflector
@@ -24,6 +24,8 @@ from podgroup.api import PowerBudget
 from podgroup.state.ledger import Ledger
 
 EVERY_SECONDS, AGAIN_SECONDS = 0.5, 10.0
+STUCK_SECONDS = 10.0
+"""An agent that has not met its share by then does not: its cards take no less, or it is dead."""
 WRITES_AT_ONCE = 16
 log = structlog.get_logger()
 decode = msgspec.json.Decoder(NodeColocation).decode
@@ -37,13 +39,19 @@ class Enforced(NamedTuple):
     asked: dict[str, int]
     """Node -> watts that its pods ask for, where they do."""
 
-    @property
-    def shares(self) -> dict[str, int]:
-        """Node -> what it may have; empty where there is enough for all."""
+    def shares(self, stuck: Mapping[str, int]) -> dict[str, int]:
+        """Node -> what it may have; empty where there is enough for all.
+
+        Those that are `stuck` at more than their share (their cards take no less) have it at the others' cost.
+        """
         total = sum(self.asked.values())
         if total <= self.watts:
             return {}
-        return {node: max(self.watts * asked // total, 1) for node, asked in self.asked.items()}
+        found = {node: max(self.watts * asked // total, 1) for node, asked in self.asked.items()}
+        above = {node: stuck[node] for node in found if stuck.get(node, 0) > found[node]}
+        left, rest = self.watts - sum(above.values()), sum(a for n, a in self.asked.items() if n not in above)
+        others = {n: max(left * a // rest, 1) for n, a in self.asked.items() if n not in above}
+        return found | others
 
 
 def enforced(budget: PowerBudget, ledger: Ledger) -> Enforced | None:
@@ -58,32 +66,41 @@ def enforced(budget: PowerBudget, ledger: Ledger) -> Enforced | None:
     return Enforced(left.amount - int(left.nodes.sum()) * spec.idle_watts, asked)
 
 
-def wanted(budgets: Iterable[Enforced]) -> dict[str, int]:
+def wanted(budgets: Iterable[Enforced], stuck: Mapping[str, int]) -> dict[str, int]:
     """Node -> the strictest of its shares."""
     found: dict[str, int] = {}
     for budget in budgets:
-        for node, watts in budget.shares.items():
+        for node, watts in budget.shares(stuck).items():
             found[node] = min(watts, found.get(node, watts))
     return found
 
 
-def to_write(budgets: list[Enforced], written: Mapping[str, int], in_force: Mapping[str, int]) -> dict[str, int]:
+def to_write(
+    budgets: list[Enforced], written: Mapping[str, int], in_force: Mapping[str, int], stuck: Mapping[str, int]
+) -> dict[str, int]:
     """Node -> what is to be written now, 0 for no limit; `written` is what stands there, `in_force` what agents say.
 
-    All that falls at once; what rises only where each budget keeps to its watts whatever is in force until then.
+    All that falls at once; what rises only as far as each budget keeps to its watts whatever is in force until then.
     """
-    should = wanted(budgets)
+    should = wanted(budgets, stuck)
     every = {node: should.get(node, 0) for node in {*should, *(n for n, watts in written.items() if watts)}}
     changes = {node: watts for node, watts in every.items() if watts != written.get(node, 0)}
-    falls = {n: w for n, w in changes.items() if w and (not written.get(n, 0) or w < written[n])}
-    for budget in budgets:
-        total = 0
-        for node, asked in budget.asked.items():
-            limit = every.get(node, 0) or asked
-            total += max(in_force[node], limit) if node in in_force else asked
-        if total > budget.watts:
-            return falls
-    return changes
+    found = {n: w for n, w in changes.items() if w and (not written.get(n, 0) or w < written[n])}
+
+    def draws(budget: Enforced, node: str, limit: int) -> int:
+        asked = budget.asked[node]
+        return max(in_force[node], min(limit or asked, asked)) if node in in_force else asked
+
+    limits = {**written, **found}
+    for node in sorted(changes.keys() - found.keys()):
+        limit = changes[node]
+        for budget in (b for b in budgets if node in b.asked):
+            spare = budget.watts - sum(draws(budget, n, limits.get(n, 0)) for n in budget.asked if n != node)
+            if draws(budget, node, limit) > spare:
+                limit = min(limit or spare, spare)
+        if limit != written.get(node, 0) and (changes[node] == limit or limit > written.get(node, 0)):
+            found[node] = limits[node] = limit
+    return found
 
 
 class PowerShares:
@@ -96,6 +113,8 @@ class PowerShares:
         self._nodes: dict[str, NodeColocation] = {}
         self._written: dict[str, tuple[str, int]] = {}
         """Node -> the version of its object that a write was answered with, and what it says: the watch tells later."""
+        self._above: dict[str, float] = {}
+        """Node -> since when it has more in force than it may, monotonic."""
         self._failed: dict[str, float] = {}
         """Node -> when a write failed, monotonic."""
 
@@ -119,12 +138,15 @@ class PowerShares:
             self._written.pop(before.metadata.name, None)
 
     async def _settle(self, budgets: list[Enforced]) -> None:
-        written = {name: self._says(node) for name, node in self._nodes.items()}
-        in_force = {name: node.status.power_watts for name, node in self._nodes.items()}
-        now = time.monotonic()
+        now, nodes = time.monotonic(), self._nodes.items()
+        written = {name: self._says(node) for name, node in nodes}
+        in_force = {name: said for name, node in nodes if (said := _in_force(node)) is not None}
+        above = {n: w for n, w in in_force.items() if 0 < written[n] < w}
+        self._above = {name: self._above.get(name, now) for name in above}
+        stuck = {name: w for name, w in above.items() if now - self._above[name] >= STUCK_SECONDS}
         self._failed = {name: at for name, at in self._failed.items() if now - at < AGAIN_SECONDS}
         may = self._nodes.keys() - self._failed.keys()
-        changes = {n: w for n, w in to_write(budgets, written, in_force).items() if n in may}
+        changes = {n: w for n, w in to_write(budgets, written, in_force, stuck).items() if n in may}
         names = sorted(changes)
         for first in range(0, len(names), WRITES_AT_ONCE):
             await asyncio.gather(*(self._write(n, changes[n]) for n in names[first : first + WRITES_AT_ONCE]))
@@ -149,3 +171,8 @@ class PowerShares:
         log.info("power_share", node=name, watts=watts or None)
         version = decode(answer).metadata.resource_version
         self._written[name] = (version if version.isdigit() else "", watts)
+
+
+def _in_force(node: NodeColocation) -> int | None:
+    """What an agent that keeps limits says; None of one that keeps none, or says nothing of that."""
+    return node.status.power_watts if node.status.reason not in ("", SHADOW, ANOTHER, STOPPED) else None

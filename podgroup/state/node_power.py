@@ -33,7 +33,10 @@ def curve_of(text: str) -> tuple[float, ...]:
     used, watts = points.T
     if (np.diff(used) <= 0).any() or (np.diff(watts) < 0).any() or used[0] < 0 or used[-1] > 1:
         return _UNKNOWN
-    return tuple(np.interp(np.linspace(0.0, 1.0, GRID), used, watts))
+    grid = np.linspace(0.0, 1.0, GRID)
+    slope = (watts[-1] - watts[0]) / (used[-1] - used[0])  # beyond what is said it goes on as it does on the whole
+    found = np.interp(grid, used, watts) + slope * np.maximum(grid - used[-1], 0.0)
+    return tuple(found - slope * np.maximum(used[0] - grid, 0.0))
 
 
 def utilization_of(text: str) -> float:
@@ -67,10 +70,11 @@ def watts_more(nodes: Iterable[Node], requested: Ints, asked: Floats | Ints, cor
 
 
 def _at(curves: Floats, used: Floats) -> Floats:
-    """Of each row its value there; beyond 1 it rises on, or a full node would be the cheapest of all."""
-    place = np.maximum(np.where(np.isnan(used), 0.0, used), 0.0) * (GRID - 1)
+    """Of each row its value there; beyond 1 it rises on as on the whole, or full nodes would be the cheapest."""
+    beyond = np.maximum(np.where(np.isnan(used), 0.0, used) - 1.0, 0.0) * (curves[:, -1] - curves[:, 0])
+    place = np.clip(np.where(np.isnan(used), 0.0, used), 0.0, 1.0) * (GRID - 1)
     low = np.minimum(place.astype(np.int64), GRID - 2)
     rows = np.arange(len(curves))
     below, above = curves[rows, low], curves[rows, low + 1]
-    found: Floats = np.where(np.isnan(used), np.nan, below + (above - below) * (place - low))
+    found: Floats = np.where(np.isnan(used), np.nan, below + (above - below) * (place - low) + beyond)
     return found

@@ -183,7 +183,7 @@ async def leaves(world: World, expected: dict[str, int]) -> None:
 async def enforces(world: World, node: str, watts: int) -> None:
     """As the agent of a node says of its limits."""
     path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
-    await world.api.request("PATCH", path, {"status": {"powerWatts": watts}}, content_type=MERGE)
+    await world.api.request("PATCH", path, {"status": {"powerWatts": watts, "reason": "Promised"}}, content_type=MERGE)
 
 
 async def test_s2_8_a_budget_that_is_cut_lowers_its_nodes_and_raises_none_before_that_is_so(

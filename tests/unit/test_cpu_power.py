@@ -36,7 +36,8 @@ LIMITED = CpuPowerState(cores=2.0, changed_seconds=0.0, heard_seconds=99.0)
         pytest.param(POLICY, CpuPowerState(), 99.5, 4.0, 2.8, "Lowered", id="nearly there: 0.7 of what batch uses"),
         pytest.param(POLICY, LIMITED, 99.5, 4.0, 1.4, "Lowered", id="0.7 of its limit, where that is less"),
         pytest.param(POLICY, CpuPowerState(), 101.0, 4.0, FLOOR, "Lowered", id="above it: the floor at once"),
-        pytest.param(POLICY, LIMITED, 95.0, 2.0, 2.0, "Lowered", id="between the bands it stays"),
+        pytest.param(POLICY, LIMITED, 98.0, 2.0, 2.0, "Lowered", id="between the bands it stays"),
+        pytest.param(POLICY, LIMITED, 95.0, 2.0, 2.05, "Growing", id="a little room: a little more"),
         pytest.param(POLICY, LIMITED, 80.0, 2.0, 2.2, "Growing", id="room again: a tenth more"),
         pytest.param(
             POLICY, msgspec.structs.replace(LIMITED, cores=7.9), 80.0, 2.0, None, "Growing", id="until it limits nobody"

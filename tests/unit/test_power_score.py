@@ -19,7 +19,7 @@ from colocate.cluster.api import (
     NodeColocationStatus,
     NodePower,
 )
-from colocate.cluster.publication import power_annotations, power_differs
+from colocate.cluster.publication import power_annotations, power_differs, power_is_ours
 from colocate.errors import ConfigError
 from colocate.model.node_power import GRID, NodeCurve
 from colocate.objects import Node
@@ -279,6 +279,47 @@ def test_s2_7_what_is_published(
     assert power_differs(with_power("n", 1, "0:100 1:300", "0.35"), said) == (said[POWER_CURVE] is None)
 
 
+@pytest.mark.parametrize(
+    ("there", "ours"),
+    [
+        pytest.param({}, True, id="nobody has said anything"),
+        pytest.param({POWER_CURVE: "0:1 1:2", CPU_UTILIZATION: "0.5", CPU_REQUESTED: "0"}, True, id="we have"),
+        pytest.param({POWER_CURVE: "0:1 1:2"}, False, id="an administrator has"),
+        pytest.param({POWER_CURVE: "0:1 1:2", CPU_UTILIZATION: "0.5"}, False, id="another program has"),
+    ],
+)
+def test_s2_7_what_somebody_else_says_of_a_node_is_left_alone(there: dict[str, str], ours: bool) -> None:
+    plain = node("n", 1)
+    meta = msgspec.structs.replace(plain.metadata, annotations=there)
+    assert power_is_ours(msgspec.structs.replace(plain, metadata=meta)) == ours
+
+
+async def test_s2_7_a_meter_that_comes_later_or_lies_elsewhere_is_found() -> None:
+    meter, policy, looked = Meter(), PowerPolicy(powercap="/none"), list[Path]()
+
+    def read(root: Path) -> list[Zone]:
+        looked.append(root)
+        return meter.read(root) if root == Path("/there") else []
+
+    watch = PowerWatch(lambda: policy, None, read)
+    for second in range(0, 60, 5):
+        watch.look(busy(float(second), 1000 * second, 1000 * second))
+        await watch.settle()
+    assert looked == [Path("/none")], "it is not looked for all the time"
+    policy = PowerPolicy(powercap="/there")
+    for second in range(60, 80, 5):
+        watch.look(busy(float(second), 1000 * second, 1000 * second))
+        await watch.settle()
+    assert looked[1:] == [Path("/there")] * 4
+
+
+@pytest.mark.parametrize("curve", ["0:110 0.5:240 0.9:310", "0:100 1:300", "0.1:100 0.8:300", "0:100 0.5:300 1:300"])
+def test_s2_7_a_full_node_is_never_for_nothing(curve: str) -> None:
+    nodes = [with_power("full", 64, curve, "0.99"), with_power("half", 64, curve, "0.3")]
+    full, half = watts_more(nodes, np.zeros(2, dtype=np.int64), np.full(2, 4000), np.full(2, 64000))
+    assert full >= 0.4 * half
+
+
 def test_s2_7_a_small_change_is_not_worth_a_word() -> None:
     one = NodePower(utilization=0.30, curve=CURVE)
     assert not differs(one, msgspec.structs.replace(one, utilization=0.33))
@@ -290,9 +331,10 @@ def test_s2_7_a_small_change_is_not_worth_a_word() -> None:
 @pytest.mark.parametrize(
     ("curve", "says"),
     [
-        pytest.param("[{utilization: 0, watts: 100}]", "one point", id="one point"),
+        pytest.param("[{utilization: 0, watts: 100}]", "does not reach from 0 to 1", id="one point"),
         pytest.param("[{utilization: 0, watts: 100}, {utilization: 0, watts: 200}]", "both rise", id="not rising"),
         pytest.param("[{utilization: 0, watts: 200}, {utilization: 1, watts: 100}]", "both rise", id="falling watts"),
+        pytest.param("[{utilization: 0, watts: 1}, {utilization: 0.9, watts: 9}]", "from 0 to 1", id="not to the end"),
         pytest.param("[{utilization: 0, watts: 1}, {utilization: 50, watts: 100}]", "utilization", id="per cent"),
     ],
 )

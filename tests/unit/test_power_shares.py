@@ -23,7 +23,7 @@ TWO = {"a": 600, "b": 300}
     ],
 )
 def test_s2_8_what_nodes_may_have(budgets: list[Enforced], expected: dict[str, int]) -> None:
-    assert wanted(budgets) == expected
+    assert wanted(budgets, {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,11 @@ def test_s2_8_what_nodes_may_have(budgets: list[Enforced], expected: dict[str, i
         pytest.param(Enforced(600, TWO), {"a": 0, "b": 0}, TWO, {"a": 400, "b": 200}, id="a cut: all falls at once"),
         pytest.param(Enforced(600, TWO), {"a": 300, "b": 300}, {"a": 300, "b": 300}, {"b": 200}, id="first what falls"),
         pytest.param(
-            Enforced(600, TWO), {"a": 300, "b": 200}, {"a": 300, "b": 260}, {}, id="then nothing, until it has fallen"
+            Enforced(600, TWO),
+            {"a": 300, "b": 200},
+            {"a": 300, "b": 260},
+            {"a": 340},
+            id="then what there is room for by now",
         ),
         pytest.param(Enforced(600, TWO), {"a": 300, "b": 200}, {"a": 300, "b": 200}, {"a": 400}, id="then what rises"),
         pytest.param(
@@ -51,11 +55,50 @@ def test_s2_8_what_nodes_may_have(budgets: list[Enforced], expected: dict[str, i
 def test_s2_8_what_is_written_when(
     budget: Enforced, written: dict[str, int], in_force: dict[str, int], expected: dict[str, int]
 ) -> None:
-    assert to_write([budget], written, in_force) == expected
+    assert to_write([budget], written, in_force, {}) == expected
 
 
 NODES = st.sampled_from(["a", "b", "c", "d"])
 ASKED = st.dictionaries(NODES, st.integers(1, 1000), min_size=1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "written", "in_force", "stuck", "expected"),
+    [
+        pytest.param(
+            Enforced(1000, {"a": 100, "b": 850}),
+            {"a": 70, "b": 700},
+            {"a": 200, "b": 700},
+            {"a": 200},
+            {"a": 0, "b": 800},
+            id="one draws more than is asked for: the other rises as far as there is room",
+        ),
+        pytest.param(
+            Enforced(1000, {"a": 600, "b": 2000}),
+            {"a": 230, "b": 769},
+            {"a": 600, "b": 769},
+            {"a": 600},
+            {"b": 400},
+            id="the cards of one take no less: the other pays for it",
+        ),
+        pytest.param(
+            Enforced(1000, {"a": 600, "b": 600}),
+            {"a": 400, "b": 400},
+            {"b": 400},
+            {},
+            {"a": 500},
+            id="who keeps no limit counts with all that is asked for, so nobody else rises",
+        ),
+    ],
+)
+def test_s2_8_nodes_that_do_not_do_as_they_are_told(
+    budget: Enforced,
+    written: dict[str, int],
+    in_force: dict[str, int],
+    stuck: dict[str, int],
+    expected: dict[str, int],
+) -> None:
+    assert to_write([budget], written, in_force, stuck) == expected
 
 
 @given(st.lists(st.tuples(st.integers(1, 3000), ASKED, st.sets(NODES)), min_size=1, max_size=20))
@@ -71,7 +114,7 @@ def test_s2_8_on_the_way_what_may_be_drawn_exceeds_a_budget_only_until_what_it_l
             may = {node: min(asked.get(node, 0), written[node] or 10**9) for node in written}
             force = {node: may[node] if node in answering else force[node] for node in written}
             before = sum(max(force[n], may[n]) for n in asked)
-            changes = to_write([budget], written, force)
+            changes = to_write([budget], written, force, {})
             written |= changes
             after = sum(max(force[n], min(asked[n], written[n] or 10**9)) for n in asked)
             assert after <= max(before, watts) + len(asked), "nothing rises beyond the budget"
@@ -79,6 +122,6 @@ def test_s2_8_on_the_way_what_may_be_drawn_exceeds_a_budget_only_until_what_it_l
         if everybody:
             for _ in range(3):
                 force = {node: min(asked.get(node, 0), written[node] or 10**9) for node in written}
-                written |= to_write([budget], written, force)
+                written |= to_write([budget], written, force, {})
             assert sum(min(asked[n], written[n] or 10**9) for n in asked) <= max(watts, len(asked))
-            assert {n: w for n, w in written.items() if w} == wanted([budget]), "it settles"
+            assert {n: w for n, w in written.items() if w} == wanted([budget], {}), "it settles"
