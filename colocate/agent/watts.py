@@ -114,6 +114,9 @@ class Watts:
         while pod.uid not in self._lister.pods and self._lister.expected and time.monotonic() < deadline:
             await asyncio.sleep(0.02)  # the API server tells of it about when kubelet hears of it
         watts = self._asked(pod, what)
+        if wanted and not watts and MAX_SLOWDOWN in pod.annotations:
+            mend = "its admission writes them (colocate power outcomes)"
+            raise BadInput(f"{what} has {MAX_SLOWDOWN} and asks for no watts: {mend}")
         cards, snapshot = self._cards()
         if cards is None or snapshot is None:
             if watts:
@@ -146,9 +149,6 @@ class Watts:
             watts = parse_watts(says) if says else 0
         except ValueError as error:
             raise BadInput(f"{what}: its annotation {POWER}: {error}") from error
-        if not watts and MAX_SLOWDOWN in pod.annotations and (known is not None or not self._lister.expected):
-            mend = "its watts are written at its admission (colocate power outcomes)"
-            raise BadInput(f"{what}: {MAX_SLOWDOWN} without watts: {mend}")
         if known is None and not watts and self._lister.expected and self._policy().offer:
             raise BadInput(f"{what} is not known yet, and may ask for watts: it is tried again")
         return watts

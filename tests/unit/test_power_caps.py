@@ -17,6 +17,7 @@ from colocate.agent.publisher import pod_of
 from colocate.agent.watts import Watts, named
 from colocate.agent.watts import given as given_to
 from colocate.cgroup.tree import Tree, has_ended, start_time
+from colocate.cluster.api import MAX_SLOWDOWN
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.node_budget import within_budget
@@ -367,6 +368,11 @@ POD = f"/kubepods/pod{UID}"
     ("start", "visible", "expected"),
     [
         pytest.param(Start(None), "GPU-0", [], id="a pod that asks for nothing is not touched"),
+        pytest.param(
+            Start(180, annotations={MAX_SLOWDOWN: "5%"}), "GPU-0", [("GPU-0", 180.0, POD)],
+            id="what it may lose has become watts",
+        ),
+        pytest.param(Start(None, annotations={MAX_SLOWDOWN: "5%"}), "", [], id="it says so, and has no card"),
         pytest.param(Start(180), "GPU-0", [("GPU-0", 180.0, POD)], id="its card by UUID"),
         pytest.param(Start(180), "1", [("GPU-1", 180.0, POD)], id="its card by index"),
         pytest.param(Start(400), "GPU-0,GPU-1", [("GPU-0", 200.0, POD), ("GPU-1", 200.0, POD)], id="two cards"),
@@ -394,6 +400,9 @@ def test_s2_3_before_a_container_is_made_its_cards_are_capped(start: Start, visi
         pytest.param(Start(180), "MIG-1", "a part of a card has no limit of its own", id="a slice of MIG"),
         pytest.param(Start(180, read=False), "GPU-0", "are not read", id="no card has been read yet"),
         pytest.param(Start(180, driver=False), "GPU-0", "are not read", id="no driver"),
+        pytest.param(
+            Start(None, annotations={MAX_SLOWDOWN: "5%"}), "GPU-0", "asks for no watts", id="an outcome alone"
+        ),
         pytest.param(Start(60), "GPU-0", "takes 100 W to 300 W", id="less than can be set"),
         pytest.param(Start(180, why="NO_PERMISSION"), "GPU-0", "180 W: NO_PERMISSION", id="the driver refuses"),
         pytest.param(Start(180, path="/kubepods"), "GPU-0", "its cgroup is not found", id="no cgroup"),
