@@ -79,9 +79,12 @@ class PowerWatch:
         self._mean = (
             used if self._mean is None else self._mean + (used - self._mean) * -math.expm1(-seconds / MEAN_SECONDS)
         )
-        self._spread.append(used)
         now = snapshot.monotonic_seconds
-        if now - self._read_at < READ_SECONDS or self._workers.busy("meter") or self._gone(now):
+        if self._gone(now):
+            self._spread.clear()
+            return
+        self._spread.append(used)
+        if now - self._read_at < READ_SECONDS or self._workers.busy("meter"):
             return
         spread, self._spread = self._spread, []
         passed, self._read_at = now - self._read_at, now

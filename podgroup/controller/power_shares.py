@@ -9,6 +9,7 @@ agent with all that is asked for. What was written counts on a node until it is 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -93,13 +94,16 @@ def to_write(
 
     limits = {**written, **found}
     for node in sorted(changes.keys() - found.keys()):
-        limit = changes[node]
+        limit, most = changes[node], math.inf
         for budget in (b for b in budgets if node in b.asked):
             spare = budget.watts - sum(draws(budget, n, limits.get(n, 0)) for n in budget.asked if n != node)
             if draws(budget, node, limit) > spare:
-                limit = min(limit or spare, spare)
-        if limit != written.get(node, 0) and (changes[node] == limit or limit > written.get(node, 0)):
-            found[node] = limits[node] = limit
+                most = min(most, spare)
+        if most < math.inf:
+            limit = int(min(limit or most, most))
+            if limit <= written.get(node, 0):
+                continue  # there is no room for it yet
+        found[node] = limits[node] = limit
     return found
 
 

@@ -74,6 +74,14 @@ ASKED = st.dictionaries(NODES, st.integers(1, 1000), min_size=1)
             id="one draws more than is asked for: the other rises as far as there is room",
         ),
         pytest.param(
+            Enforced(1000, {"a": 100, "b": 850}),
+            {"a": 70, "b": 700},
+            {"a": 1000, "b": 700},
+            {},
+            {"a": 300},
+            id="one draws all of it: there is no room for the other, which does not mean no limit",
+        ),
+        pytest.param(
             Enforced(1000, {"a": 600, "b": 2000}),
             {"a": 230, "b": 769},
             {"a": 600, "b": 769},
