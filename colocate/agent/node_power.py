@@ -19,7 +19,7 @@ from colocate.actuate.statedir import POWER_FILE, StateDirectory
 from colocate.actuate.workers import Workers
 from colocate.cluster.api import CurvePoint, NodePower
 from colocate.model.node_power import GRID, NodeCurve
-from colocate.observe.powercap import Zone, read_zones, watts
+from colocate.observe.powercap import Zone, counted, read_zones, watts
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import NodeSnapshot
 
@@ -114,11 +114,9 @@ class PowerWatch:
         self._none = None if there else (where, now)
         if not before or max(spread) - min(spread) > STEADY:
             return
-        found = watts(before, zones, seconds)
-        counted = [found[zone.id] for zone in zones if zone.counts]
-        known = [each for each in counted if each is not None]
-        if len(known) == len(counted):
-            self.curve.learn(sum(spread) / len(spread), sum(known))
+        drawn = counted(zones, watts(before, zones, seconds))
+        if drawn is not None:
+            self.curve.learn(sum(spread) / len(spread), drawn)
         if self._state is not None and now - self._saved_at >= SAVE_SECONDS:
             self._saved_at = now
             self._state.save(POWER_FILE, msgspec.to_builtins(self.curve))

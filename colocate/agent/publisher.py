@@ -280,8 +280,8 @@ class Publisher:
         if in_force != self._told_in_force:
             self._told_in_force = in_force
             self._changed.set()
-        power = self._power_now()
-        if differs(self._told_power, power) and now - self._power_at >= HEARTBEAT_SECONDS:
+        due = now - self._power_at >= HEARTBEAT_SECONDS
+        if due and differs(self._told_power, power := self._power_now()):
             self._told_power, self._power_at = power, now
             self._changed.set()
         gangs = self._held_back.frozen_gangs(tick.snapshot, self._agent.laws)

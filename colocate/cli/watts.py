@@ -13,7 +13,7 @@ from colocate.decide.caps import LAW
 from colocate.decide.node_budget import NODE
 from colocate.errors import BadInput, HostUnfit
 from colocate.observe.node import DRIVER_FILES
-from colocate.observe.powercap import Zone, read_zones, watts
+from colocate.observe.powercap import Zone, counted, read_zones, watts
 
 LEAST_SECONDS = 0.05
 """Counters move every millisecond or so: over less than this a few of their steps would be the answer."""
@@ -38,8 +38,7 @@ def status(options: argparse.Namespace) -> int:
     drawn = watts(before, zones, seconds)
     rows = [_zone(zone, drawn[zone.id]) for zone in zones]
     gpus = _gpus(options.nvml_library) if driver else []
-    known = [drawn[z.id] for z in zones if z.counts]
-    cpus = sum(w for w in known if w is not None) if known and None not in known else None
+    cpus = counted(zones, drawn)
     if options.output in DATA_FORMS:
         print_data({"zones": rows, "gpus": gpus, "cpu_watts": None if cpus is None else round(cpus, 3)}, options.output)
         return 0

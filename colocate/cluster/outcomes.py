@@ -7,12 +7,11 @@ refused with its reason, by a ValidatingAdmissionPolicy: a pod that means to be 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from colocate.cluster.api import MAX_SLOWDOWN, POWER, POWER_BECAUSE, POWER_CLASS, POWER_RESOURCES
-from colocate.cluster.profiles import VERSION
+from colocate.cluster.profiles import PODS_CREATED, VERSION, cel
 from colocate.decide.outcome import watts_for
 from colocate.errors import BadInput
 from colocate.policy.schema import PowerModel
@@ -30,20 +29,20 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
         raise BadInput("spec.power.models is empty: without a model no slowdown can be turned into watts")
     tables = {model.name: _table(model) for model in models}
     unknown, known = f"{POWER_CLASS}: there is no model of the class ", f"; known: {', '.join(sorted(tables))}"
-    asks = f"has(object.metadata.annotations) && {_cel(MAX_SLOWDOWN)} in object.metadata.annotations"
-    labelled = f"has(object.metadata.labels) && {_cel(POWER_CLASS)} in object.metadata.labels"
-    annotated = f"has(object.metadata.annotations) && {_cel(POWER_CLASS)} in object.metadata.annotations"
-    text = f"object.metadata.annotations[{_cel(MAX_SLOWDOWN)}]"
+    asks = f"has(object.metadata.annotations) && {cel(MAX_SLOWDOWN)} in object.metadata.annotations"
+    labelled = f"has(object.metadata.labels) && {cel(POWER_CLASS)} in object.metadata.labels"
+    annotated = f"has(object.metadata.annotations) && {cel(POWER_CLASS)} in object.metadata.annotations"
+    text = f"object.metadata.annotations[{cel(MAX_SLOWDOWN)}]"
     number = "(variables.text.endsWith('%') ? double(variables.text.replace('%', '')) / 100.0 : double(variables.text))"
     variables = [
         {"name": "text", "expression": text},
         {
             "name": "class",
-            "expression": f"({labelled}) ? object.metadata.labels[{_cel(POWER_CLASS)}] : "
-            f"(({annotated}) ? object.metadata.annotations[{_cel(POWER_CLASS)}] : '')",
+            "expression": f"({labelled}) ? object.metadata.labels[{cel(POWER_CLASS)}] : "
+            f"(({annotated}) ? object.metadata.annotations[{cel(POWER_CLASS)}] : '')",
         },
-        {"name": "models", "expression": _cel(tables)},
-        {"name": "readable", "expression": f"variables.text.matches({_cel(FORM)})"},
+        {"name": "models", "expression": cel(tables)},
+        {"name": "readable", "expression": f"variables.text.matches({cel(FORM)})"},
         {
             "name": "fitting",
             "expression": "variables.readable && variables.class in variables.models ? "
@@ -55,22 +54,18 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
     said = f"object.spec.containers.exists(c, {_asks_any('c', POWER_RESOURCES)})"
     watts = "int(variables.fitting[variables.fitting.size() - 1][1])"
     each = " + ".join(
-        f"({_cel(gpu)} in c.resources.limits ? quantity(string(c.resources.limits[{_cel(gpu)}])).asInteger() : 0)"
+        f"({cel(gpu)} in c.resources.limits ? quantity(string(c.resources.limits[{cel(gpu)}])).asInteger() : 0)"
         for gpu in GPUS
     )
-    limits = f"{{{_cel(POWER)}: string({watts} * ({each}))}}"
+    limits = f"{{{cel(POWER)}: string({watts} * ({each}))}}"
     because = f"variables.class + ' at ' + variables.text + ': ' + string({watts}) + ' W of each GPU'"
     change = (
-        f"Object{{metadata: Object.metadata{{annotations: {{{_cel(POWER_BECAUSE)}: {because}}}}}, "
+        f"Object{{metadata: Object.metadata{{annotations: {{{cel(POWER_BECAUSE)}: {because}}}}}, "
         "spec: Object.spec{containers: variables.cards.map(c, Object.spec.containers{name: c.name, "
         f"resources: Object.spec.containers.resources{{limits: {limits}, requests: {limits}}}}})}}}}"
     )
     matched = {
-        "matchConstraints": {
-            "resourceRules": [
-                {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
-            ]
-        },
+        "matchConstraints": PODS_CREATED,
         "matchConditions": [
             {"name": "asks", "expression": asks},
             {"name": "asks-for-no-watts-itself", "expression": f"!({said})"},
@@ -83,7 +78,7 @@ def outcomes(models: Sequence[PowerModel]) -> list[dict[str, Any]]:
         ("variables.readable", f"'{MAX_SLOWDOWN}: ' + variables.text + ' is no slowdown: write 5% or 0.05'"),
         (
             "variables.class in variables.models",
-            f"{_cel(unknown)} + variables.class + {_cel(known)}",
+            f"{cel(unknown)} + variables.class + {cel(known)}",
         ),
         (
             "!variables.readable || !(variables.class in variables.models) || variables.fitting.size() > 0",
@@ -115,14 +110,9 @@ def _table(model: PowerModel) -> list[list[float]]:
 def _asks_any(container: str, resources: Sequence[str]) -> str:
     """CEL: whether a container has a limit of one of these."""
     limits = f"{container}.resources.limits"
-    there = " || ".join(f"{_cel(name)} in {limits}" for name in resources)
+    there = " || ".join(f"{cel(name)} in {limits}" for name in resources)
     return f"has({container}.resources) && has({limits}) && ({there})"
 
 
 def _made(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": VERSION, "kind": kind, "metadata": {"name": NAME}, "spec": spec}
-
-
-def _cel(value: object) -> str:
-    """A literal of CEL, which may be written as JSON writes it."""
-    return json.dumps(value)

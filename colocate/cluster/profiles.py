@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from colocate.cluster.api import BATCH, BATCH_LABELS, QOS
@@ -19,6 +18,9 @@ VERSION = "admissionregistration.k8s.io/v1"
 PLUGIN = "required-plugins.noderesource.dev/pod"
 """By this annotation the runtime refuses a container while a plugin is away (NRI's default validator)."""
 PROFILE = "colocate.io/profile"
+PODS_CREATED: dict[str, Any] = {
+    "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]
+}
 DIGITS = 4
 """The last hexadecimal ones of the UID of a pod's controller, which is random, decide whether the pod is chosen: the
 pods of one job are alike, as those of a gang must be. Nothing of a pod itself is random when it is admitted.
@@ -63,16 +65,14 @@ def profile(name: str, pods: str, namespaces: str, percent: int, *, fail_closed:
         raise BadInput("--pods or --namespaces: say whom you mean; without either all pods would become batch")
     if not 1 <= percent <= 100:
         raise BadInput(f"--percent: {percent} is not between 1 and 100")
-    constraints: dict[str, Any] = {
-        "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}]
-    }
+    constraints = dict(PODS_CREATED)
     constraints |= {"objectSelector": selector_of(pods, "--pods")} if pods else {}
     constraints |= {"namespaceSelector": selector_of(namespaces, "--namespaces")} if namespaces else {}
     conditions = [
-        {"name": "not-of-the-cluster", "expression": f"!(request.namespace in {_cel(CLUSTER_NAMESPACES)})"},
+        {"name": "not-of-the-cluster", "expression": f"!(request.namespace in {cel(CLUSTER_NAMESPACES)})"},
         {
             "name": "says-nothing-itself",
-            "expression": f"{_cel([*BATCH_LABELS])}.all(key, "
+            "expression": f"{cel([*BATCH_LABELS])}.all(key, "
             "!(has(object.metadata.labels) && key in object.metadata.labels)"
             " && !(has(object.metadata.annotations) && key in object.metadata.annotations))",
         },
@@ -89,7 +89,7 @@ def profile(name: str, pods: str, namespaces: str, percent: int, *, fail_closed:
         conditions.append({"name": "chosen", "expression": f"has(object.metadata.ownerReferences) && {chosen}"})
     labels = {QOS: BATCH}
     annotations = {PROFILE: name, **({PLUGIN: '["colocate"]'} if fail_closed else {})}
-    change = f"Object{{metadata: Object.metadata{{labels: {_cel(labels)}, annotations: {_cel(annotations)}}}}}"
+    change = f"Object{{metadata: Object.metadata{{labels: {cel(labels)}, annotations: {cel(annotations)}}}}}"
     full = f"colocate-profile-{name}"
     policy = {
         "apiVersion": VERSION,
@@ -112,6 +112,6 @@ def profile(name: str, pods: str, namespaces: str, percent: int, *, fail_closed:
     return [policy, binding]
 
 
-def _cel(value: Mapping[str, str] | Sequence[str]) -> str:
+def cel(value: object) -> str:
     """A literal of CEL, which may be written as JSON writes it."""
     return json.dumps(value)

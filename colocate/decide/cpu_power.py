@@ -53,7 +53,6 @@ def ceiling(
         reason = "MeterSilent"
     else:
         text, share = f"the CPUs draw {watts:.0f} W of {policy.cpu_budget} W", watts / policy.cpu_budget
-        reason = "WithinBudget"
         if share >= OVER:
             cores, reason = floor, "Lowered"
         elif share >= ACT:

@@ -9,7 +9,7 @@ everything, and overlaps all others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +127,12 @@ def watts(before: Sequence[Zone], now: Sequence[Zone], seconds: float) -> dict[s
     return {zone: None if energy is None else energy / seconds for zone, energy in found.items()}
 
 
+def counted(zones: Sequence[Zone], drawn: Mapping[str, float | None]) -> float | None:
+    """What the zones that count draw together, by what each draws; None where none counts, or one is not known."""
+    known = [drawn[zone.id] for zone in zones if zone.counts]
+    return sum(w for w in known if w is not None) if known and None not in known else None
+
+
 class CpuMeter:
     """What the packages and their DRAM draw, from one reading to the next."""
 
@@ -143,15 +149,12 @@ class CpuMeter:
         """Since the call before; None at the first, and where `problem` says why."""
         zones, seconds = read_zones(root), monotonic_seconds - self._at
         before, self._zones, self._at = self._zones, zones, monotonic_seconds
-        counted = [zone for zone in zones if zone.counts]
-        self.problem = next((f"{zone.id}: {zone.problem}" for zone in counted if zone.problem), "")
-        if not counted:
+        self.problem = next((f"{zone.id}: {zone.problem}" for zone in zones if zone.counts and zone.problem), "")
+        if not any(zone.counts for zone in zones):
             self.problem = f"{root} has no zone of a package (modprobe intel_rapl_msr; virtual machines have none)"
         if self.problem or not before:
             return None
-        drawn = watts(before, zones, seconds)
-        known = [each for zone in counted if (each := drawn[zone.id]) is not None]
-        return sum(known) if len(known) == len(counted) else None
+        return counted(zones, watts(before, zones, seconds))
 
 
 def _limits(path: Path) -> tuple[Limit, ...]:

@@ -20,8 +20,9 @@ import structlog
 from colocate.cluster.api import ANOTHER, NODE_COLOCATIONS, SHADOW, STOPPED, NodeColocation
 from colocate.kube.client import MERGE, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election
-from colocate.kube.reflector import Reflector
+from colocate.kube.reflector import Reflector, either
 from podgroup.api import PowerBudget
+from podgroup.controller.watches import older
 from podgroup.state.ledger import Ledger
 
 EVERY_SECONDS, AGAIN_SECONDS = 0.5, 10.0
@@ -115,8 +116,6 @@ class PowerShares:
     ) -> None:
         self._api, self._election, self._ledger, self._known = api, election, ledger, known
         self._nodes: dict[str, NodeColocation] = {}
-        self._written: dict[str, tuple[str, int]] = {}
-        """Node -> the version of its object that a write was answered with, and what it says: the watch tells later."""
         self._above: dict[str, float] = {}
         """Node -> since when it has more in force than it may, monotonic."""
         self._failed: dict[str, float] = {}
@@ -135,15 +134,16 @@ class PowerShares:
                     await self._settle(budgets)
 
     def _on_node(self, before: NodeColocation | None, now: NodeColocation | None) -> None:
-        if now is not None:
-            self._nodes[now.metadata.name] = now
-        elif before is not None:
-            self._nodes.pop(before.metadata.name, None)
-            self._written.pop(before.metadata.name, None)
+        name = either(before, now).metadata.name
+        known = self._nodes.get(name)
+        if now is None:
+            self._nodes.pop(name, None)
+        elif known is None or not older(now.metadata, known.metadata):  # a write's answer is faster than the watch
+            self._nodes[name] = now
 
     async def _settle(self, budgets: list[Enforced]) -> None:
         now, nodes = time.monotonic(), self._nodes.items()
-        written = {name: self._says(node) for name, node in nodes}
+        written = {name: node.spec.power_watts for name, node in nodes}
         in_force = {name: said for name, node in nodes if (said := _in_force(node)) is not None}
         above = {n: w for n, w in in_force.items() if 0 < written[n] < w}
         self._above = {name: self._above.get(name, now) for name in above}
@@ -154,12 +154,6 @@ class PowerShares:
         names = sorted(changes)
         for first in range(0, len(names), WRITES_AT_ONCE):
             await asyncio.gather(*(self._write(n, changes[n]) for n in names[first : first + WRITES_AT_ONCE]))
-
-    def _says(self, node: NodeColocation) -> int:
-        version, watts = self._written.get(node.metadata.name, ("", 0))
-        if version and int(node.metadata.resource_version or 0) < int(version or 0):
-            return watts
-        return node.spec.power_watts
 
     async def _write(self, name: str, watts: int) -> None:
         self._election.check()
@@ -173,8 +167,8 @@ class PowerShares:
             self._failed[name] = time.monotonic()
             return
         log.info("power_share", node=name, watts=watts or None)
-        version = decode(answer).metadata.resource_version
-        self._written[name] = (version if version.isdigit() else "", watts)
+        if name in self._nodes:
+            self._on_node(None, decode(answer))
 
 
 def _in_force(node: NodeColocation) -> int | None:

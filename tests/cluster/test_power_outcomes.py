@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from colocate.cluster.api import MAX_SLOWDOWN, POWER, POWER_BECAUSE, POWER_CLASS
 from colocate.cluster.outcomes import outcomes
-from colocate.kube.client import PODS, Api, ApiError
+from colocate.kube.client import PODS, ApiError
 from colocate.objects import Pod
 from tests.cluster.conftest import World, leader
+from tests.cluster.test_profiles import in_place
 from tests.unit.test_power_caps import HARDLY, MUCH
 
-ADMISSION = "/apis/admissionregistration.k8s.io/v1"
 GPU = "nvidia.com/gpu"
-
-
-def where(kind: str) -> str:
-    plural = f"{kind.lower()}s" if kind.endswith("Binding") else f"{kind.lower().removesuffix('y')}ies"
-    return f"{ADMISSION}/{plural}"
-
-
-@contextlib.asynccontextmanager
-async def applied(api: Api) -> AsyncIterator[None]:
-    made = outcomes([MUCH, HARDLY])
-    for body in made:
-        await api.request("POST", where(body["kind"]), body)
-    try:
-        yield
-    finally:
-        for body in made:
-            with contextlib.suppress(ApiError):
-                await api.request("DELETE", f"{where(body['kind'])}/{body['metadata']['name']}", {})
 
 
 def asks(*gpus: int, **limits: str) -> dict[str, Any]:
@@ -70,7 +51,7 @@ async def in_force(world: World) -> None:
 
 
 async def test_s2_8_a_slowdown_becomes_watts_that_everybody_counts(world: World) -> None:
-    async with applied(world.api):
+    async with in_place(world.api, outcomes([MUCH, HARDLY])):
         await in_force(world)
         pod = await made(world, "a", "5%", "bert", asks(2, 1))
         requests = [c.resources.requests for c in pod.spec.containers]
@@ -96,7 +77,7 @@ async def test_s2_8_a_slowdown_becomes_watts_that_everybody_counts(world: World)
 async def test_s2_8_what_cannot_be_turned_into_watts_is_refused_with_its_reason(
     world: World, slowdown: str, class_: str, gpus: tuple[int, ...], says: str
 ) -> None:
-    async with applied(world.api):
+    async with in_place(world.api, outcomes([MUCH, HARDLY])):
         await in_force(world)
         with pytest.raises(ApiError) as refused:
             await made(world, "a", slowdown, class_, asks(*gpus))
@@ -105,7 +86,7 @@ async def test_s2_8_what_cannot_be_turned_into_watts_is_refused_with_its_reason(
 
 async def test_s2_8_a_gang_that_asks_for_an_outcome_waits_for_its_watts(world: World) -> None:
     """Two of 256 W on a node of 470: none starts; at 10 % slower they do."""
-    async with applied(world.api), leader(world):
+    async with in_place(world.api, outcomes([MUCH, HARDLY])), leader(world):
         await in_force(world)
         await world.node("n", cpu=8, memory="8Gi", nvidia_com__gpu=8, colocate_io__power=470)
         for group, slowdown in (("strict", "5%"), ("lax", "10%")):

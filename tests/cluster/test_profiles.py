@@ -20,25 +20,29 @@ from tests.cluster.conftest import World
 from tests.cluster.test_kubelet import on, until_ready
 from tests.cluster.test_nri import Tier, until_runs
 
-COLLECTIONS = {
-    kind: f"/apis/admissionregistration.k8s.io/v1/{kind.lower().removesuffix('y')}{'ies' if kind[-1] == 'y' else 's'}"
-    for kind in ("MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding")
-}
-
 
 @contextlib.asynccontextmanager
-async def applied(
-    api: Api, name: str, pods: str, namespaces: str, percent: int = 100, *, fail_closed: bool = False
-) -> AsyncIterator[None]:
-    made = profile(name, pods, namespaces, percent, fail_closed=fail_closed)
+async def in_place(api: Api, made: list[dict[str, Any]]) -> AsyncIterator[None]:
+    """Admission policies and their bindings, as long as it lasts."""
+
+    def where(kind: str) -> str:
+        plural = f"{kind.lower()}s" if kind.endswith("Binding") else f"{kind.lower().removesuffix('y')}ies"
+        return f"/apis/admissionregistration.k8s.io/v1/{plural}"
+
     for body in made:
-        await api.request("POST", COLLECTIONS[body["kind"]], body)
+        await api.request("POST", where(body["kind"]), body)
     try:
         yield
     finally:
         for body in made:
             with contextlib.suppress(ApiError):
-                await api.request("DELETE", f"{COLLECTIONS[body['kind']]}/{body['metadata']['name']}", {})
+                await api.request("DELETE", f"{where(body['kind'])}/{body['metadata']['name']}", {})
+
+
+def applied(
+    api: Api, name: str, pods: str, namespaces: str, percent: int = 100, *, fail_closed: bool = False
+) -> contextlib.AbstractAsyncContextManager[None]:
+    return in_place(api, profile(name, pods, namespaces, percent, fail_closed=fail_closed))
 
 
 async def until_in_force(world: World, labels: dict[str, str]) -> None:
