@@ -90,6 +90,7 @@ def decide_cards(view: View, state: CardsState) -> Decision:
         limits += guarded.limits
         if guarded.verdict is not None:
             also.append(msgspec.structs.replace(guarded.verdict, subject=uuid))
+    requests = [r for r in requests if r.workload in view.snapshot.workloads]  # who is off a card may have ended since
     requests = [*_gangs_together(view, requests), *_refused(view)]
     progress = _progress(view, state, held)
     requests += _starved(view, progress)

@@ -160,8 +160,16 @@ class AgentProcess:
 
     def ask(self, command, *arguments):
         found = colocate(command, "-o", "json", *arguments)
-        assert found.returncode == 0, found.stderr
+        if found.returncode:
+            raise AssertionError(f"{found.stderr}the agent: {self._last_words()}")
         return json.loads(found.stdout)
+
+    def _last_words(self):
+        """Why it ended, where it has, or is about to."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5 * PATIENCE)
+        assert self.process.stderr is not None
+        return "it runs" if self.process.poll() is None else self.process.stderr.read()
 
     def stop(self, number=signal.SIGTERM):
         if self.process.poll() is None:

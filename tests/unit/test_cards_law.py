@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.calibration import Calibration
+from colocate.decide.card_memory import CardMemory, Suspended
 from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.gpu import CardState, ServiceState
 from colocate.decide.law import View
@@ -317,6 +318,18 @@ def test_other_buckets_are_another_histogram():
     node.bounds = (0.2, 0.5, 1.0, 2.0)
     found = node.tick()
     assert of(found) == ("off", "Learning")
+
+
+def test_14_of_who_was_taken_off_a_card_and_has_ended_since_nothing_is_asked():
+    """Card and workloads are read one after the other, and a job may be evicted in between."""
+    node = gated()
+    away = {"gone": Suspended(1 << 30, node.at)}
+    memory = {"GPU-0": CardMemory(at=node.at, suspended=away)}
+    node.state = msgspec.structs.replace(node.state, memory=memory)
+    node.card = {"suspended": {"gone": "its worker ended"}}
+    found = node.tick()
+    assert {r.workload for r in found.requests} == {"a"}
+    assert node.state.memory["GPU-0"].suspended.keys() == {"gone"}, "it may be there again: readings are of two times"
 
 
 def test_24_who_brought_them_together_does_not_matter():
