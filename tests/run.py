@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,8 @@ NOTHING_COLLECTED = 5
 TIMED = ("tests/browser/", "tests/kernel/", "tests/cluster/", "tests/guest/")
 """Where real time passes in real parts: what fails there on a busy machine is tried once more, and named."""
 MOST_TRIED_AGAIN = 4
+AGAIN_SECONDS = 600.0
+"""What has not passed alone within this has failed: a run that is late already does not begin anew."""
 
 
 class Lane:
@@ -77,9 +80,13 @@ class Lane:
             [*command, *which, *folders], cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT
         )
 
-    def end(self) -> int:
-        """Wait, print what it said; pytest's exit code, 0 where no test is chosen."""
-        code = self._process.wait()
+    def end(self, seconds: float | None = None) -> int:
+        """Wait, print what it said; pytest's exit code, 0 where no test is chosen. Interrupted after `seconds`."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGINT)  # fixtures put back what they made
+            code = self._process.wait()
         self._output.seek(0)
         print(f"--- {', '.join(self.suites)}", flush=True)
         shutil.copyfileobj(self._output, sys.stdout.buffer)
@@ -99,7 +106,7 @@ def _alone(lane: Lane, code: int, marker: str, arguments: list[str]) -> tuple[in
     if code != 1 or not 0 < len(failed) <= MOST_TRIED_AGAIN or not all(name.startswith(TIMED) for name in failed):
         return code, []
     print(f"once more, alone: {', '.join(failed)}", flush=True)
-    code = Lane(lane.suites, marker, arguments, again=True).end()
+    code = Lane(lane.suites, marker, arguments, again=True).end(AGAIN_SECONDS)
     return code, [] if code else failed
 
 

@@ -241,6 +241,14 @@ class World:
                     said.append(f"{path.rpartition('/')[2]} {item['metadata']['name']}: {ready} {seen} {where}")
         return "; ".join(said)
 
+    async def known(self, led: Controller, group: str, members: int) -> None:
+        """Until the controller knows so many members of a group: then it decides about all of them at once."""
+
+        async def seen() -> bool:
+            return len(led.cluster.members.get(f"{self.namespace}/{group}", ())) == members
+
+        await self.until(seen, f"the controller knows {members} members of {group}")
+
     async def told(self, group: str, reason: str, says: str = "") -> str:
         """The message of the plan, once the group waits for this reason and is told this: a first verdict may be of
         what the watches had told by then."""

@@ -25,7 +25,7 @@ from tests.cluster.test_gangs import CASES, create
 from tests.cluster.test_volumes import LOCAL, Stored, need_class
 
 SILENT_SECONDS = 1.5
-"""When no write has come for so long, there are no more."""
+"""When all is done, and no write has come for so long, there are no more."""
 LEASE_SECONDS = 1.0
 MOST_WRITES = 60
 
@@ -145,11 +145,11 @@ class Cut:
             return "pass"
         return "act" if here and self.when == "after" else "drop"
 
-    async def wait(self) -> bool:
+    async def wait(self, done: Callable[[], Awaitable[bool]]) -> bool:
         """Whether the write has come; False once no more come."""
         while not self.reached.is_set():
-            patience = SILENT_SECONDS if self.seen else PATIENCE  # before the first one everything is listed
-            if asyncio.get_running_loop().time() - self.last > patience:
+            silent = asyncio.get_running_loop().time() - self.last
+            if silent > SILENT_SECONDS and (silent > PATIENCE or await done()):
                 return False
             await asyncio.sleep(0.02)
         return True
@@ -182,7 +182,11 @@ async def test_a_successor_brings_about_the_same_at_every_write(
             seconds = LEASE_SECONDS if when == "late" else 10.0  # else it is taken over before it has run out
             first = controller(through, world.namespace, f"at-{index}", Election, seconds)
             async with first as leading:
-                reached = await cut.wait()
+
+                async def done() -> bool:
+                    return scenario.bound <= (await world.bound()).keys()
+
+                reached = await cut.wait(done)
                 if when != "late":
                     leading.cancel()
                     await asyncio.gather(leading, return_exceptions=True)

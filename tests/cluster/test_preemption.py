@@ -175,12 +175,13 @@ async def test_n7_a_pod_in_the_way_goes_and_the_surplus_is_bound_too(world: Worl
 
 async def test_n10_pods_alone_give_way_to_quorum_and_surplus(world: World) -> None:
     await world.node("n", cpu=4, memory="1Gi")
-    async with leader(world):
+    async with leader(world) as led:
         for i in range(4):
             await world.pod(f"low-{i}", cpu=1, spec={"priorityClassName": LOW})
         await world.until_bound(*(f"low-{i}" for i in range(4)))
         for i in range(4):
             await world.pod(f"new-{i}", "new", cpu=1, spec={"priorityClassName": HIGH})
+        await world.known(led, "new", 4)
         await world.group("new", 3)
         await world.until_bound(*(f"new-{i}" for i in range(4)))
 

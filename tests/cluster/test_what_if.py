@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import NamedTuple
 
 import pytest
@@ -63,28 +64,37 @@ async def create(world: World, gang: Asked, led: Controller) -> None:
     """The pods first: they wait for their group, and all of them are decided about at once."""
     for name in gang.members:
         await world.pod(name, gang.name, cpu=gang.cpu, spec={"priorityClassName": gang.priority})
-
-    async def known() -> bool:
-        return len(led.cluster.members.get(f"{world.namespace}/{gang.name}", ())) == len(gang.members)
-
-    await world.until(known, f"the controller knows the members of {gang.name}")
+    await world.known(led, gang.name, len(gang.members))
     await world.group(gang.name, gang.least, annotations=gang.annotations)
 
 
+FOR_ROOM = frozenset({"Unschedulable", "SurplusWaits", "BehindReservation", "NotEnoughMembers"})
+"""What a gang is told for as long as nothing changes; `PodGroupNotFound` is of before it was created."""
+
+
 async def settled(world: World, gangs: list[Asked]) -> None:
-    """Every gang runs or is told why it, or what it is short of, waits; and nobody is leaving."""
+    """Every gang runs or is told why it, or what it is short of, waits; nobody is leaving; and that for a moment."""
+    since: list[tuple[object, float]] = []
 
     async def at_rest() -> bool:
         pods = await world.pods()
+        seen: list[object] = []
         for gang in gangs:
             there = [p for name, p in pods.items() if name in gang.members]
             status = (await world.plan(gang.name)).status if there else None
             bound = sum(bool(p.spec.node_name) for p in there)
-            waits = status is not None and status.waits and status.reason != "WaitingForPreemption"
+            waits = status is not None and status.waits and status.reason in FOR_ROOM
             runs = status is not None and status.phase == "Running" and bound >= min(gang.least, len(there))
+            seen.append((bound, status and (status.phase, status.reason)))
             if there and not (waits or (runs and bound == len(there))):
+                since.clear()
                 return False
-        return not any(p.deleting for p in pods.values())
+        if any(p.deleting for p in pods.values()):
+            since.clear()
+            return False
+        if not since or since[0][0] != seen:
+            since[:] = [(seen, time.monotonic())]
+        return time.monotonic() - since[0][1] >= QUIET
 
     await world.until(at_rest, "all gangs are at rest")
 

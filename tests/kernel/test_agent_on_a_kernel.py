@@ -19,6 +19,7 @@ from colocate.observe.cgroup import read_workload
 from tests.kernel.conftest import DUTY, HOG, PATIENCE, AgentProcess, colocate, tier_of, wait_for
 
 
+@pytest.mark.layouts
 def test_the_tier_is_made_at_the_least_weight_and_gone_after_sigterm(node, agent):
     running = agent()
     path = tier_of(node)
@@ -31,6 +32,7 @@ def test_the_tier_is_made_at_the_least_weight_and_gone_after_sigterm(node, agent
     assert inodes_of(node.port, path) == {}
 
 
+@pytest.mark.layouts
 def test_jobs_follow_the_tier_into_the_tree_of_a_kubelet_that_starts_later(node, agent):
     running = agent()
     command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", "follows", "--memory", "64Mi", "--"]
@@ -134,6 +136,7 @@ def test_shadow_makes_no_cgroup(node, agent):
     running.stop()
 
 
+@pytest.mark.layouts
 def test_batch_in_place_is_governed_and_put_back_byte_for_byte(node, agent):
     path = node.make("nightly")
     node.knob("nightly", "cpu.weight", "50")
@@ -182,6 +185,7 @@ def test_a_job_says_that_its_state_is_saved(agent):
     assert "COLOCATE_JOB is not set" in outside.stderr
 
 
+@pytest.mark.layouts
 def test_run_puts_the_command_into_the_tier_in_every_hierarchy(node, agent):
     running = agent()
     found = run("--name", "where", "--", "cat", "/proc/self/cgroup")
@@ -237,6 +241,7 @@ def test_an_evicted_job_has_its_own_exit_code_and_a_reason(agent):
     running.stop()
 
 
+@pytest.mark.layouts
 def test_a_job_that_ignores_sigterm_and_forks_out_leaves_nothing(node, agent):
     running = agent(more="memory: {terminationGrace: 500ms}")
     found = run("--name", "stubborn", "--", "sh", "-c", "trap '' TERM; (trap '' TERM; sleep 60) & exit 3")
@@ -277,6 +282,7 @@ def frozen(node):
     return any(read_knob(node.port, p, "cgroup.freeze", inodes_of(node.port, p)) == "1" for p in paths)
 
 
+@pytest.mark.layouts
 def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, agent):
     running = agent()
     job = subprocess.Popen([sys.executable, "-m", "colocate.cli.main", "run", "--name", "ice", "--", "sleep", "60"])
@@ -295,6 +301,7 @@ def test_a_killed_agent_leaves_nothing_frozen_even_if_nobody_restarts_it(node, a
     job.wait(10 * PATIENCE)
 
 
+@pytest.mark.layouts
 def test_the_next_start_undoes_a_crash_and_removes_what_is_empty(node, agent):
     path = node.make("nightly")
     node.knob("nightly", "cpu.weight", "50")
@@ -346,6 +353,7 @@ def used(node, path) -> float:
 HOG_ON_0 = f"import os; os.sched_setaffinity(0, {{0}})\n{HOG}"
 
 
+@pytest.mark.layouts
 @pytest.mark.slow
 def test_batch_is_strictly_below_best_effort(node, dirs, elsewhere):
     """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s; what the first questions cost counts."""

@@ -44,6 +44,7 @@ def test_arguments_need_not_be_utf8(agent):
     running.stop()
 
 
+@pytest.mark.layouts
 def test_a_job_over_its_memory_is_told_so(agent):
     running = agent()
     found = run("--memory", "40Mi", "--", sys.executable, "-ISc", "b = bytearray(200 << 20); b[::4096] = b'1' * 51200")
@@ -83,6 +84,7 @@ def test_closed_output_does_not_change_a_jobs_exit_code(agent):
     running.stop()
 
 
+@pytest.mark.layouts
 def test_a_job_that_makes_cgroups_of_its_own_leaves_none(node, agent):
     running = agent()
     mount = node.port.layout.mounts[node.port.layout.controllers["memory"]]
@@ -262,6 +264,7 @@ def test_a_lock_that_a_stranger_could_hold_is_not_readable_for_strangers(agent, 
     running.stop()
 
 
+@pytest.mark.layouts
 def test_read_only_cgroups_are_named_with_the_mend(dirs, node):
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare(1)")

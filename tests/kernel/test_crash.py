@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import restore
 from colocate.agent.loop import Agent
@@ -30,7 +32,7 @@ from colocate.policy.schema import (
 from colocate.snapshot import Latency, Objective
 from tests.kernel.conftest import HOG, PATIENCE
 
-MOMENTS = 200 if PATIENCE == 1 else 20
+MOMENTS = 200 if PATIENCE == 1 else 10
 FILES = (
     *("cpu.shares", "cpu.weight", "cpu.idle", "cpu.cfs_quota_us", "cpu.max", "memory.limit_in_bytes", "memory.max"),
     *("memory.high", "freezer.state", "cgroup.freeze", "cgroup.subtree_control", "cpuset.cpus"),
@@ -81,6 +83,7 @@ def life(root: str, directory: Path, job: int, seed: int) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.layouts
 def test_a_sigkill_at_any_moment_leaves_the_node_as_it_was_found(node, tmp_path):
     node.make("web")
     node.make("nightly")

@@ -30,6 +30,7 @@ def weight(node, child):
     return read_knob(node.port, path, "cpu.weight", inodes_of(node.port, path))
 
 
+@pytest.mark.layouts
 def test_an_agent_that_hangs_leaves_nothing_frozen_and_no_limit_in_force(node, agent):
     """SIGSTOP in the worst moment: batch is frozen, and its quota is at the floor."""
     node.make("nightly")

@@ -12,6 +12,8 @@ from colocate.observe.cgroup import parse_pressure
 from colocate.observe.longwaits import LongWaits
 from tests.kernel.conftest import HOG, PATIENCE
 
+pytestmark = pytest.mark.layouts
+
 # Two processes wake each other on one CPU: each waits until the other has gone to sleep, thousands of times a second.
 PING_PONG = """
 import os

@@ -23,6 +23,8 @@ from colocate.observe.pressure import PressureWatch
 from colocate.policy.schema import ColocationPolicy, MemoryPolicy, PolicySpec, Selector, ServicePolicy
 from tests.kernel.conftest import PATIENCE, wait_for
 
+pytestmark = pytest.mark.layouts
+
 GROW = """
 import time
 held = []

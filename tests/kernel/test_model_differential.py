@@ -13,6 +13,8 @@ from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import joined
 from colocate.kernelmodel import ModelKernel
 
+pytestmark = pytest.mark.layouts
+
 WRITES_V1 = [
     *(("cpu", "cpu.shares", v) for v in ("2", "1", "0", "1024", "777", "262144", "999999", "x", "")),
     *(("cpu", "cpu.idle", v) for v in ("0", "1", "2", "-1")),

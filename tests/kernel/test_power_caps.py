@@ -216,7 +216,7 @@ def test_s2_3_of_two_jobs_on_a_card_the_strictest_counts_and_the_other_is_left_i
     job("loose", fake, 250, *on(fake, "trainer"))
     assert wait_for(lambda: limits(fake) == [250])
     strict = job("strict", fake, 150, *on(fake, "trainer"))
-    assert wait_for(lambda: limits(fake) == [150])
+    assert wait_for(lambda: limits(fake) == [150]), (end(strict), strict.stderr.read(), running.ask("explain"))
     assert wait_for(lambda: processes_anywhere(node.port, joined(tier_of(node), "strict")))
     end(strict)
     assert wait_for(lambda: limits(fake) == [250])
