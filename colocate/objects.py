@@ -230,6 +230,8 @@ class ContainerStatus(Lean, frozen=True):
     """That there is one at all says that the kubelet has accepted the pod."""
 
     name: str = ""
+    container_id: str = msgspec.field(default="", name="containerID")
+    """RUNTIME://ID"""
     restart_count: int = 0
     started: bool | None = None
     allocated_resources: Quantities = {}

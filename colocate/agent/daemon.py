@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import signal
 import socket
 from pathlib import Path
@@ -17,6 +18,7 @@ from colocate.actuate.restore import Report
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.actuate.units import units_folder
 from colocate.agent.loop import Agent, Tick
+from colocate.agent.node_power import PowerWatch, read_users
 from colocate.agent.numba_cache import load_compiled, prepare
 from colocate.agent.policies import Policies
 from colocate.agent.socket import JobServer
@@ -101,7 +103,7 @@ class Service:
         agent.tier.units = units_folder() if self._nri else None
         return agent
 
-    def _status(self, agent: Agent) -> Status:
+    def _status(self, agent: Agent, power: PowerWatch) -> Status:
         from colocate.report.metrics import Status
 
         last = agent.last
@@ -118,6 +120,9 @@ class Service:
             journal_broken=bool(agent.journal.broken),
             drifts=self._drifts,
             explanation=agent.explain,
+            energy=power.energy.account,
+            pods=agent.observer.lister.pods,
+            node=self._node or platform.node(),
         )
 
     async def _compile(self, agent: Agent) -> None:
@@ -162,7 +167,8 @@ class Service:
             agent.calibration = await ensure_calibration(self._state, agent.port, self._policy)
         agent.on_tick.append(self._count)
         policies = Policies(agent, self._policy_path)
-        publisher = self._publisher(agent, policies)
+        power = self._power_watch(agent)
+        publisher = self._publisher(agent, policies, power)
         server = JobServer(agent, self._socket_path)
         runner: web.AppRunner | None = None
         report = Report()
@@ -170,7 +176,7 @@ class Service:
             await server.start()
             await agent.tick()  # protection first: the HTTP server's imports alone take a tenth of a second
             if agent.policy.spec.http.enabled and not self._embedded:
-                runner = await self._serve_http(agent)
+                runner = await self._serve_http(agent, power)
             notify_systemd("READY=1")
             async with asyncio.TaskGroup() as tasks:
                 others = [tasks.create_task(policies.watch_file()), tasks.create_task(self._compile(agent))]
@@ -189,6 +195,7 @@ class Service:
                 await server.close()
                 if runner is not None:
                     await runner.cleanup()
+                await power.settle()
                 if publisher is not None:
                     await publisher.stopped()
             finally:
@@ -196,12 +203,20 @@ class Service:
                 report = await agent.close(handover=self._handover and self.stop.is_set())
         return report
 
-    def _publisher(self, agent: Agent, policies: Policies) -> Publisher | None:
+    def _publisher(self, agent: Agent, policies: Policies, power: PowerWatch) -> Publisher | None:
         if not self._node:
             return None
         from colocate.agent.publisher import Publisher
 
-        return Publisher(agent, policies, self._node, shadow=self._shadow)
+        return Publisher(agent, policies, self._node, power, shadow=self._shadow)
+
+    def _power_watch(self, agent: Agent) -> PowerWatch:
+        port = KernelPort()  # of its own: it reads beside the tick
+        power = PowerWatch(
+            lambda: agent.policy.spec.power, agent.state, users=lambda: read_users(port, agent.observer.tree)
+        )
+        agent.on_tick.append(lambda tick: power.look(tick.snapshot))
+        return power
 
     async def _place_pods(self, agent: Agent) -> None:
         """Be asked by the container runtime where a pod's containers go."""
@@ -226,14 +241,14 @@ class Service:
         )
         await Plugin("colocate", NRI_INDEX, placement, self._nri).run()
 
-    async def _serve_http(self, agent: Agent) -> web.AppRunner:
+    async def _serve_http(self, agent: Agent, power: PowerWatch) -> web.AppRunner:
         """/metrics, /healthz, /readyz and /debug/plan. Raises BadInput if the port cannot be used."""
         from aiohttp import web
 
         from colocate.report.metrics import make_application
 
         http = agent.policy.spec.http
-        runner = web.AppRunner(make_application(lambda: self._status(agent)), access_log=None)
+        runner = web.AppRunner(make_application(lambda: self._status(agent, power)), access_log=None)
         await runner.setup()
         try:
             await web.TCPSite(runner, http.host, http.port).start()

@@ -1,27 +1,36 @@
 """What the node draws by how busy its CPUs are, for whoever places work where that costs the least watts.
 
 The CPU packages' own meter (RAPL) is read beside the tick, where there is one; what was learnt outlives a restart. An
-operator's curve counts instead, where the policy has one.
+operator's curve counts instead, where the policy has one. Whose energy it was is counted too, where the policy says so.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import structlog
 
 from colocate.actuate.statedir import POWER_FILE, StateDirectory
 from colocate.actuate.workers import Workers
+from colocate.agent.energy import Energy, Reading
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import Tree
 from colocate.cluster.api import CurvePoint, NodePower
+from colocate.model.energy import Curve
 from colocate.model.node_power import GRID, NodeCurve
+from colocate.observe import node as node_figures
+from colocate.observe.containers import Consumer, read_consumers
 from colocate.observe.powercap import Zone, counted, read_zones, watts
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import NodeSnapshot
+from colocate.units import parse_cpulist
 
 log = structlog.get_logger()
 READ_SECONDS = 5.0
@@ -37,6 +46,23 @@ LOOK_AGAIN_SECONDS = 300.0
 """Where there was no meter one is looked for again: a module may be loaded, a policy may name another place."""
 
 
+class Users(NamedTuple):
+    """CPU time since boot, of the whole node and of whoever used it."""
+
+    busy_us: int
+    idle_us: int
+    consumers: list[Consumer]
+
+
+def read_users(port: FilePort, tree: Tree) -> Users | None:
+    """Of this machine, all its CPUs; None where it does not tell."""
+    online = parse_cpulist(port.proc("/sys/devices/system/cpu/online") or "0")
+    figures = node_figures.figures(port, "/", online, 0)
+    if figures.cpu_busy_us is None or figures.cpu_idle_us is None:
+        return None
+    return Users(figures.cpu_busy_us, figures.cpu_idle_us, read_consumers(port, tree))
+
+
 class PowerWatch:
     """One node's, as long as its agent runs."""
 
@@ -45,9 +71,13 @@ class PowerWatch:
         policy: Callable[[], PowerPolicy],
         state: StateDirectory | None,
         read: Callable[[Path], list[Zone]] = read_zones,
+        users: Callable[[], Users | None] = lambda: None,
     ) -> None:
-        self._policy, self._state, self._read = policy, state, read
+        self._policy, self._state, self._read, self._users = policy, state, read, users
         self.curve = NodeCurve()
+        self.energy = Energy()
+        self.wanted = False
+        """Whether somebody is told of the curve: else the meter is read for the policy's sake alone."""
         data = state.load(POWER_FILE) if state is not None else None
         if data is not None:
             try:
@@ -71,6 +101,8 @@ class PowerWatch:
     def look(self, snapshot: NodeSnapshot) -> None:
         """What the node used since the tick before; its meter is read beside."""
         self._workers.arrived()
+        if not self.wanted and not self._policy().attribution:
+            return
         before, self._before = self._before, snapshot
         used = utilization(before, snapshot) if before is not None else None
         if used is None or before is None:
@@ -104,7 +136,7 @@ class PowerWatch:
             self._read_meter(spread, seconds, now)
         except Exception as error:
             self._none = self._policy().powercap, now
-            log.exception("meter_not_read", error=str(error), effect="the node's power curve is not learnt")
+            log.exception("meter_not_read", error=str(error), effect="what the node draws is not learnt")
 
     def _read_meter(self, spread: list[float], seconds: float, now: float) -> None:
         where = self._policy().powercap
@@ -112,6 +144,7 @@ class PowerWatch:
         self._zones = zones
         there = any(zone.counts and zone.energy_microjoules is not None for zone in zones)
         self._none = None if there else (where, now)
+        self._attribute(zones)
         if not before or max(spread) - min(spread) > STEADY:
             return
         drawn = counted(zones, watts(before, zones, seconds))
@@ -120,6 +153,21 @@ class PowerWatch:
         if self._state is not None and now - self._saved_at >= SAVE_SECONDS:
             self._saved_at = now
             self._state.save(POWER_FILE, msgspec.to_builtins(self.curve))
+
+    def _attribute(self, zones: list[Zone]) -> None:
+        users = self._users() if self._policy().attribution else None
+        if users is None:
+            self.energy.forget()
+            return
+        reading = Reading(time.monotonic(), zones, users.busy_us, users.idle_us, users.consumers)
+        self.energy.add(reading, self._known_curve())
+
+    def _known_curve(self) -> Curve | None:
+        given = self._policy().curve
+        if given:
+            return np.array([p.utilization for p in given]), np.array([float(p.watts) for p in given])
+        learnt = self.curve.points()
+        return None if learnt is None else (np.linspace(0.0, 1.0, GRID), learnt)
 
     def told(self) -> NodePower | None:
         """What schedulers may know; None as long as no curve is known."""

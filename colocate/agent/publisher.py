@@ -134,12 +134,19 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         leaving=found.deleting,
         batch=batch,
         gang=gang_of(meta),
+        containers=_names(found),
         gang_held=next((c.message for c in found.status.conditions if (c.type, c.status) == (GANG_HELD, "True")), ""),
         gpu_memory_bytes=_declared(found),
         power_watts=_together(found, POWER_RESOURCES) or None,
         power_class=meta.labels.get(POWER_CLASS) or meta.annotations.get(POWER_CLASS, ""),
         cards=_together(found, GPUS),
     )
+
+
+def _names(pod: PodObject) -> dict[str, str]:
+    """`containerd://ID` -> without the runtime."""
+    every = (*pod.status.container_statuses, *pod.status.init_container_statuses)
+    return {one.container_id.rpartition("/")[2]: one.name for one in every if one.container_id}
 
 
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", GPU_BORROW)
@@ -168,7 +175,7 @@ def _declared(pod: PodObject) -> int | None:
 class Publisher:
     """Of one agent, from its start to its end."""
 
-    def __init__(self, agent: Agent, policies: Policies, node: str, *, shadow: bool) -> None:
+    def __init__(self, agent: Agent, policies: Policies, node: str, power: PowerWatch, *, shadow: bool) -> None:
         self._agent, self._policies, self._node, self._shadow = agent, policies, node, shadow
         self._path = path_of(NODE_COLOCATIONS, name=node, subresource="status")
         self._verdict: Verdict | None = None
@@ -179,7 +186,7 @@ class Publisher:
         self._held_back_at = float("-inf")
         self._told_lent: int | None = None
         self._told_gangs, self._gangs_at = dict[str, str](), float("-inf")
-        self._power = PowerWatch(lambda: agent.policy.spec.power, agent.state)
+        self._power, power.wanted = power, True
         self._told_power: NodePower | None = None
         self._power_at = float("-inf")
         self._told_in_force: int | None = None
@@ -262,7 +269,6 @@ class Publisher:
             self._changed.set()
 
     def _on_tick(self, tick: Tick) -> None:
-        self._power.look(tick.snapshot)
         verdict = next((v for v in tick.plan.verdicts if v.law == LAW), None)
         if verdict is None:
             return
@@ -410,7 +416,6 @@ class Publisher:
 
     async def stopped(self) -> None:
         """Nothing is promised any more: the agent ends in order."""
-        await self._power.settle()
         try:
             async with Api.connect() as api, asyncio.timeout(2.0):
                 nothing = {BATCH_CPU: "0", BATCH_MEMORY: "0"}

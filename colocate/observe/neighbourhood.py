@@ -18,7 +18,8 @@ from colocate.units import parse_cpulist
 MOST_STRANGERS = 64
 
 
-def _usage_us(port: FilePort, path: str) -> int | None:
+def usage_us(port: FilePort, path: str) -> int | None:
+    """CPU time that a cgroup and all below it have used; None where that is not known."""
     hierarchy = port.layout.hierarchy("cpuacct")
     if hierarchy is None:
         return None
@@ -42,7 +43,7 @@ def strangers_us(port: FilePort, tree: Tree, known: Iterable[str]) -> dict[str, 
                 continue
             if any(o.startswith(f"{path}/") for o in ours):
                 waiting.append(path)  # a known workload is in there: look at its neighbours
-            elif (usage := _usage_us(port, path)) is not None:
+            elif (usage := usage_us(port, path)) is not None:
                 found[path] = usage
     return found
 

@@ -27,8 +27,18 @@ class _Meta(msgspec.Struct, rename="camel"):
     labels: dict[str, str] = {}
 
 
+class _Container(msgspec.Struct):
+    name: str = ""
+    id: str = msgspec.field(default="", name="containerID")
+
+
+class _Status(msgspec.Struct, rename="camel"):
+    container_statuses: list[_Container] | None = None
+
+
 class _Pod(msgspec.Struct):
     metadata: _Meta
+    status: _Status = msgspec.field(default_factory=_Status)
 
 
 class _PodList(msgspec.Struct):
@@ -79,6 +89,8 @@ class Pod(msgspec.Struct, frozen=True):
     """Of jobs that feel a cap alike."""
     cards: int = 0
     """How many GPUs it asks for."""
+    containers: dict[str, str] = {}
+    """By id, their names."""
 
     @property
     def _watts(self) -> dict[str, str | int]:
@@ -120,8 +132,13 @@ class Pod(msgspec.Struct, frozen=True):
 def parse_pods(body: bytes) -> dict[str, Pod]:
     """uid -> Pod of a PodList. Raises msgspec.MsgspecError."""
     items = msgspec.json.decode(body, type=_PodList).items or []
-    found = (Pod(p.metadata.uid, p.metadata.name, p.metadata.namespace, p.metadata.labels) for p in items)
-    return {pod.uid: pod for pod in found}
+    return {p.metadata.uid: _pod(p) for p in items}
+
+
+def _pod(found: _Pod) -> Pod:
+    meta = found.metadata
+    names = {c.id.rpartition("/")[2]: c.name for c in found.status.container_statuses or () if c.id}
+    return Pod(meta.uid, meta.name, meta.namespace, meta.labels, containers=names)
 
 
 class PodLister:

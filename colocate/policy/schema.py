@@ -249,6 +249,8 @@ class PowerPolicy(Spec, frozen=True):
     """Watts that the CPUs of this node may draw, packages and their DRAM; 0: no budget. Batch alone gives way."""
     powercap: str = "/sys/class/powercap"
     """Where the meter of the CPUs (RAPL) is; in a container, where the host's is mounted."""
+    attribution: bool = False
+    """Whether that meter's energy is divided among containers and jobs, and served under Kepler's names."""
     oversubscribe: Percent = 0.0
     """By so much more than `budget` the limits of the GPUs may add up to, as long as what they draw leaves room."""
     signal: SignalPolicy = SignalPolicy()

@@ -6,7 +6,7 @@ the first one, /debug/plan shows the whole last decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,8 +15,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from colocate.agent.energy import Account
 from colocate.model.forecast import Forecast
+from colocate.observe.pods import Pod
 from colocate.plan import Plan
+from colocate.report.energy import energy_families
 from colocate.snapshot import NodeSnapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,6 +41,9 @@ class Status(NamedTuple):
     journal_broken: bool
     drifts: int
     explanation: Callable[[], dict[str, Any]]
+    energy: Account = Account()
+    pods: Mapping[str, Pod] = {}
+    node: str = ""
 
 
 class NodeCollector(Collector):
@@ -67,6 +73,7 @@ class NodeCollector(Collector):
             yield CounterMetricFamily(name, text, count)
         if status.snapshot is not None and status.forecast is not None and status.plan is not None:
             yield from self._of_tick(status.snapshot, status.forecast, status.plan)
+        yield from energy_families(status.energy, status.pods, status.node)
 
     def _of_tick(self, snapshot: NodeSnapshot, forecast: Forecast, plan: Plan) -> Iterator[Metric]:
         node = GaugeMetricFamily("colocate_node_cpu_cores", "CPU use of the node by tier", labels=("tier",))

@@ -11,6 +11,7 @@ import pytest
 
 from colocate.actuate.journal import Journal
 from colocate.agent.loop import Agent
+from colocate.agent.node_power import PowerWatch
 from colocate.agent.policies import Policies, merged
 from colocate.agent.publisher import Publisher
 from colocate.cluster import policy_status
@@ -59,7 +60,7 @@ async def test_a_policy_is_in_force_as_the_cluster_has_it_and_says_what_came_of_
     file.write_text(FILE)
     agent = Agent(kernel, load_policy(file), kernels.load(jit=False), Journal(tmp_path, "boot"), clock=kernel)
     policies = Policies(agent, file)
-    publisher = Publisher(agent, policies, "n0", shadow=False)
+    publisher = Publisher(agent, policies, "n0", PowerWatch(lambda: agent.policy.spec.power, None), shadow=False)
     agent.open()
     path = path_of(POLICIES, name="default")
 

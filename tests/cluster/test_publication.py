@@ -20,6 +20,7 @@ import yaml
 from colocate.actuate.journal import Journal
 from colocate.agent import publisher as agent_publisher
 from colocate.agent.loop import Agent
+from colocate.agent.node_power import PowerWatch
 from colocate.agent.policies import Policies
 from colocate.agent.publisher import Publisher
 from colocate.cgroup.layout import UNIFIED
@@ -361,7 +362,9 @@ async def modelled_agent(directory: Path, *pods: str) -> AsyncIterator[tuple[Age
         kernel.mkdir(UNIFIED, f"/kubepods/batch/pod{uid}")
         kernel.spawn("hog", f"/kubepods/batch/pod{uid}")
     agent = Agent(kernel, ColocationPolicy(), kernels.load(jit=False), Journal(directory, "boot"), clock=kernel)
-    publisher = Publisher(agent, Policies(agent, None), "n0", shadow=False)
+    publisher = Publisher(
+        agent, Policies(agent, None), "n0", PowerWatch(lambda: agent.policy.spec.power, None), shadow=False
+    )
     agent.open()
 
     async def tick() -> None:

@@ -6,15 +6,18 @@ The meter is a folder as the kernel's powercap has it, fed by what the processes
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import threading
 import time
+import urllib.request
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.tree import inodes_of, joined, processes_anywhere
-from tests.kernel.conftest import tier_of, wait_for
+from tests.kernel.conftest import POLICY, AgentProcess, tier_of, wait_for
 from tests.kernel.fake_cards import CLI, end
 
 IDLE_WATTS, WATTS_PER_CORE = 20.0, 15.0
@@ -106,3 +109,51 @@ def test_s2_8_a_meter_that_is_not_there_is_said(node, agent, tmp_path):
     running = agent(more=f"power: {{cpuBudget: 50, powercap: {tmp_path / 'none'}}}")
     assert wait_for(lambda: "cpu power" in running.ask("explain")["problems"])
     assert "has no zone of a package" in running.ask("explain")["problems"]["cpu power"]
+
+
+def free_port():
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def with_http(port):
+    return POLICY.replace("http: {{port: 0, enabled: false}}", f"http: {{{{port: {port}, enabled: true}}}}")
+
+
+def test_s2_8_energy_is_told_by_who_drew_it_and_sums_up_to_the_meter(node, dirs, spinners, tmp_path, monkeypatch):
+    package, port = Package(tmp_path / "powercap", spinners), free_port()
+    node.make("web")
+    more = f"power: {{attribution: true, powercap: {package.root}}}"
+    monkeypatch.setattr("tests.kernel.conftest.POLICY", with_http(port))
+    running, job = AgentProcess(node, dirs, more=more), None
+
+    def series(name, **labels):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return []
+        samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+        return [s.value for s in samples if s.name == name and labels.items() <= s.labels.items()]
+
+    try:
+        job = subprocess.Popen([*CLI, "run", "--name", "spin", "--", "sh", "-c", SPIN])
+        assert wait_for(lambda: sum(series("colocate_job_cpu_joules_total", job="spin")) > 10, 60)
+        parts = ("colocate_job_cpu", "kepler_container_cpu", "kepler_node_cpu_idle", "colocate_node_cpu_others")
+
+        def conserved():
+            """Each question is answered from one account, two questions perhaps from two."""
+            before = series("kepler_node_cpu_joules_total")
+            whole = sum(sum(series(f"{part}_joules_total")) for part in parts)
+            return before == series("kepler_node_cpu_joules_total") and abs(whole - sum(before)) < 1e-6 * whole
+
+        assert wait_for(conserved)
+        assert sum(series("kepler_node_cpu_joules_total")) <= package.joules + 1.0
+        end(job)
+        assert wait_for(lambda: series("colocate_job_cpu_joules_total", job="spin", state="terminated"), 30)
+    finally:
+        if job is not None:
+            end(job)
+        running.stop()
+        package.close()

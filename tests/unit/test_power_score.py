@@ -222,6 +222,7 @@ class Meter:
 async def test_s2_7_the_agent_reads_its_meter_and_tells_what_it_has_learnt() -> None:
     meter, policy = Meter(), PowerPolicy()
     watch = PowerWatch(lambda: policy, None, meter.read)
+    watch.wanted = True
     assert watch.told() is None
     at, spent, idle = 0.0, 0, 0
     for step in range(270):
@@ -302,6 +303,7 @@ async def test_s2_7_a_meter_that_comes_later_or_lies_elsewhere_is_found() -> Non
         return meter.read(root) if root == Path("/there") else []
 
     watch = PowerWatch(lambda: policy, None, read)
+    watch.wanted = True
     for second in range(0, 60, 5):
         watch.look(busy(float(second), 1000 * second, 1000 * second))
         await watch.settle()
