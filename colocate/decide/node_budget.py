@@ -3,7 +3,8 @@
 Only caps of who asked for watts are lowered, and none below what its card can be set to. What other cards may draw
 counts against the budget: one that somebody is on its limit, one that nobody is on what it draws. Of the rest each job
 gets what makes the worst slowdown least (`power.py`), by its class's curve or, of a class that is not known, as if the
-time grew as the cap falls (GEOPM's rule where it has no model). A job's cards have one cap.
+time grew as the cap falls (GEOPM's rule where it has no model). One whose cards have long drawn less than that is not
+slowed down to there (`unused.py`). A job's cards have one cap.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class _Job(NamedTuple):
     least: float
     watts: float
     """Of each card, as asked for."""
+    enough: float
+    """Of each card, as they are seen to need at most; infinite where that is not known."""
 
 
 def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
@@ -50,12 +53,17 @@ def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
     return found
 
 
-def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, power: PowerState) -> Capped:
-    """The same caps, lowered as far as what they may add up to needs, and a verdict about that."""
+def within_budget(
+    capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, power: PowerState, enough: Mapping[str, float]
+) -> Capped:
+    """The same caps, lowered as far as what they may add up to needs, and a verdict about that.
+
+    `enough`: watts that a card is seen to need at most, by its UUID.
+    """
     share = snapshot.power_share
     if not policy.budget and not share:
         return capped
-    jobs = _jobs(capped, snapshot)
+    jobs = _jobs(capped, snapshot, enough)
     mine = {uuid for job in jobs for uuid in job.cards}
     others = others_watts(snapshot.cards, mine)
     asked = sum(len(job.cards) * job.watts for job in jobs)
@@ -69,9 +77,9 @@ def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, p
         "asked_watts": round(asked, 1),
     }
     if asked <= left or not jobs:
-        enough = left >= 0
+        fits = left >= 0
         said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {of}"
-        reason = "WithinBudget" if enough else "BudgetTooSmall"
+        reason = "WithinBudget" if fits else "BudgetTooSmall"
         return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
     allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
@@ -80,12 +88,13 @@ def within_budget(capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, p
     text += f", the worst is about {worst:.0%} slower" if reason == "Lowered" else ", the least that their cards take"
     verdict = _said("capped", reason, text, {**numbers, "worst_slowdown": round(worst, 4)})
     by_card = {uuid: allowed[job.workload] for job in jobs for uuid in job.cards}
+    seen = {uuid: job.enough for job in jobs for uuid in job.cards if job.enough < job.watts}
     caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
-    verdicts = tuple(_told(v, by_card, of) for v in capped.verdicts)
+    verdicts = tuple(_told(v, by_card, of, seen) for v in capped.verdicts)
     return Capped(caps, (*verdicts, verdict))
 
 
-def _jobs(capped: Capped, snapshot: NodeSnapshot) -> list[_Job]:
+def _jobs(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -> list[_Job]:
     strictest: dict[str, PowerCap] = {}
     for cap in capped.caps:
         if isinstance(cap.target, GpuTarget) and cap.watts is not None:
@@ -101,6 +110,7 @@ def _jobs(capped: Capped, snapshot: NodeSnapshot) -> list[_Job]:
             tuple(uuids),
             max(snapshot.cards[u].least_watts or 0.0 for u in uuids),
             min(strictest[u].watts or 0.0 for u in uuids),
+            max(enough.get(u, math.inf) for u in uuids),
         )
         for workload, uuids in sorted(cards.items())
     ]
@@ -117,10 +127,11 @@ def _curves(
     for row, job in enumerate(jobs):
         workload = snapshot.workloads.get(job.workload)
         model = known.get(workload.power_class) if workload is not None else None
-        times = caps[row, -1] / caps[row]
+        used = np.minimum(caps[row], max(job.enough, job.least))  # what lies above makes it no faster
+        times = used[-1] / used
         if model is not None:
             watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
-            times = 1.0 + np.interp(caps[row], watts, slowdowns)
+            times = 1.0 + np.interp(used, watts, slowdowns)
         longer[row] = times / times[-1] - 1.0
     return caps, longer
 
@@ -149,12 +160,15 @@ def _allowed(power: PowerState) -> str:
     return f"{power.watts:g} W" + (f" ({power.why}; the budget is {power.budget} W)" if power.why else "")
 
 
-def _told(verdict: Verdict, by_card: Mapping[str, float], of: str) -> Verdict:
+def _told(verdict: Verdict, by_card: Mapping[str, float], of: str, seen: Mapping[str, float]) -> Verdict:
     """A card's own verdict, where it has less than is asked for."""
     watts = by_card.get(verdict.subject)
     if watts is None or watts >= verdict.numbers.get("cap_watts", 0.0):
         return verdict
     message = f"{verdict.message}; the node's budget, {of}, leaves it {watts:g} W"
+    enough = seen.get(verdict.subject)
+    if enough is not None:
+        message += f"; in the last minute {enough:.0f} W were enough for it"
     return msgspec.structs.replace(verdict, reason="Lowered", message=message, numbers={"cap_watts": watts})
 
 

@@ -24,6 +24,7 @@ from colocate.decide.gangs import GangsState, decide_gangs
 from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
 from colocate.decide.node_budget import within_budget
+from colocate.decide.unused import Drew, needs, watched
 from colocate.errors import StateTooNew, StateTooOld
 from colocate.knob import KNOBS, narrowest, place, same, width
 from colocate.model.forecast import Forecast
@@ -57,6 +58,8 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     allocatable: AllocatableState = AllocatableState()
     power: PowerState = PowerState()
     cpu_power: CpuPowerState = CpuPowerState()
+    drew: dict[str, Drew] = {}
+    """What the cards drew of late, where a power budget is kept."""
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0
@@ -189,15 +192,17 @@ def decide(
         if (a.knob == "cgroup.freeze" and a.workload in pulsed)
         or not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))
     ]
+    budgeted = bool(spec.power.budget or snapshot.power_share)
     following = msgspec.structs.replace(
         state,
         **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
         cpu_power=cpu_power,
         power=allowance(state.power, snapshot, spec.power),
+        drew=watched(state.drew, snapshot) if budgeted else {},
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]
-    capped = within_budget(power_caps(snapshot), snapshot, spec.power, following.power)
+    capped = within_budget(power_caps(snapshot), snapshot, spec.power, following.power, needs(following.drew, now))
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),
@@ -212,6 +217,6 @@ def decide(
         suspended=tuple(decisions["freeze"].suspended),
         limits=tuple(limit for d in decisions.values() for limit in d.limits),
         caps=capped.caps,
-        power_budget=bool(spec.power.budget or snapshot.power_share),
+        power_budget=budgeted,
     )
     return following, plan

@@ -378,6 +378,34 @@ def test_s2_8_a_budget_that_is_cut_lowers_caps_and_is_never_exceeded_meanwhile(n
     assert wait_for(lambda: limits(fake) == [300, 300, 300]), "there is enough again"
 
 
+SURGES = """
+"$@" --share 0.05 & calm=$!
+while [ ! -e "$NOW" ]; do sleep 0.1; done
+kill $calm
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_s2_8_watts_that_a_card_leaves_unused_for_a_minute_are_anothers_until_it_wants_them(
+    node, agent, cards, job, tmp_path, monkeypatch
+):
+    fake = cards("--cards", "2")
+    running = agent(more=BUDGET.format(library=fake.library, budget=400))
+    assert ready(running, 2)
+    monkeypatch.setenv("NOW", str(tmp_path / "now"))
+    begun(job("surges", fake, 200, "sh", "-c", SURGES, "sh", *on(fake, "trainer")))
+    job("busy", fake, 200, *on(fake, "trainer", "--card", "1"), cards=(1,))
+    assert wait_for(lambda: limits(fake) == [200, 200])
+    running.config.write_text(running.config.read_text().replace("budget: 400", "budget: 300"))
+    assert wait_for(lambda: limits(fake) == [150, 150])
+    assert wait_for(lambda: limits(fake)[1] > 180, 120), reasons(running)
+    (tmp_path / "now").touch()
+    while limits(fake) != [150, 150]:
+        assert sum(limits(fake)) <= 300
+        time.sleep(0.02)
+
+
 WORK = """
 import sys
 from colocate.fakecard.client import Device

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -129,13 +131,19 @@ MUCH = PowerModel(
 )
 
 
-def budgeted(snapshot: NodeSnapshot, budget: int, *models: PowerModel, **classes: str) -> tuple[dict[str, Any], Any]:
+def budgeted(
+    snapshot: NodeSnapshot,
+    budget: int,
+    *models: PowerModel,
+    enough: Mapping[str, float] = MappingProxyType({}),
+    **classes: str,
+) -> tuple[dict[str, Any], Any]:
     """The caps by card, and the verdict about the node."""
     replace = msgspec.structs.replace
     named = {i: replace(w, power_class=classes.get(i, "")) for i, w in snapshot.workloads.items()}
     snapshot = replace(snapshot, workloads=named)
     policy = PowerPolicy(budget=budget, models=models)
-    found = within_budget(power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy))
+    found = within_budget(power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough)
     about: Any = next((v for v in found.verdicts if v.subject == "node"), None)
     return strictest_of(found.caps), about
 
