@@ -20,8 +20,10 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
+from colocate import amdgpu
 from colocate.cgroup.port import FilePort, KernelPort
 from colocate.cgroup.tree import cgroup_of, start_time
 
@@ -162,6 +164,28 @@ class Process:
             self.done = True
 
 
+class AmdSettings:
+    """Power limits of AMD GPUs, by their driver's files."""
+
+    def __init__(self, root: Path = amdgpu.KFD, drm: Path = amdgpu.DRM) -> None:
+        self._root, self._drm = root, drm
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """One answer; an error of the driver is one too."""
+        folder = amdgpu.power_folder(asked["uuid"], self._root, self._drm)
+        if folder is None:
+            return {"error": "it has no power limit of its own"}
+        try:
+            if asked["call"] == "set_power_limit":
+                return {"value": str(amdgpu.set_limit(folder, int(asked["value"])))}
+            limit = amdgpu.read_power(folder).limit_mw
+        except (OSError, ValueError) as error:
+            return {"error": getattr(error, "strerror", None) or str(error)}
+        if asked["call"] not in ("get_power_limit", "get_enforced_limit") or limit is None:
+            return {"error": f"its driver does not tell ({asked['call']})"}
+        return {"value": str(limit)}
+
+
 class Settings:
     """Settings of cards, by NVML."""
 
@@ -227,8 +251,12 @@ def main() -> int:
     port, processes = KernelPort(), dict[int, Process]()
     cuda: Cuda | None = None
     settings: Settings | None = None
+    amd = AmdSettings()
     for line in sys.stdin:
         asked = json.loads(line)
+        if "call" in asked and asked["uuid"].startswith(amdgpu.PREFIX):
+            say(number=asked["number"], **amd.answer(asked))
+            continue
         if "call" in asked:
             settings = settings if settings is not None else Settings()
             say(number=asked["number"], **settings.answer(asked))

@@ -1,8 +1,8 @@
 """Power caps of cards that a workload is given, in force before it starts; and who was given which.
 
 A container's cards are in its environment or among its CDI devices, as device plugins put them there (a DRA driver's
-device is a claim, which tells of no card); a job's in its caller's CUDA_VISIBLE_DEVICES. A cap that cannot be set keeps
-the container from being made: kubelet tries again, and says why.
+device is a claim, which tells of no card); a job's in its caller's CUDA_, ROCR_ or HIP_VISIBLE_DEVICES. A cap that
+cannot be set keeps the container from being made: kubelet tries again, and says why.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Watts:
         wanted = named([visible])
         missing = [n for n in wanted if n not in there]
         if missing:
-            raise BadInput(f"--power-cap: CUDA_VISIBLE_DEVICES has {missing[0]}, which is no GPU of this node")
+            raise BadInput(f"--power-cap: {VISIBLE[1]} (or ROCR_, HIP_) has {missing[0]}, which is no GPU of this node")
         uuids = self._allot(cards, id_, [there[n].uuid for n in wanted], anew=True)
         try:
             self._cap(cards, snapshot, Share(id_, name, path, watts / max(len(uuids), 1)), uuids)

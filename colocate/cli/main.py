@@ -222,7 +222,8 @@ def _add_jobs(add: Add) -> None:
     power.add_argument(
         "--power-cap",
         type=watts,
-        help="what its GPUs may draw at most, all together, in watts: those in CUDA_VISIBLE_DEVICES before it starts",
+        help="what its GPUs may draw at most, all together, in watts: those in CUDA_, ROCR_ or HIP_VISIBLE_DEVICES "
+        "before it starts",
     )
     power.add_argument(
         "--max-slowdown",

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from colocate.amdgpu import shown
 from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.host import socket_path
 from colocate.errors import BadInput, ColocateError
@@ -64,6 +65,13 @@ def _check(options: argparse.Namespace) -> None:
         load_policy(Path(options.config))
 
 
+def _visible_gpus() -> str | None:
+    """Those that the command will see: UUIDs and indices as the agent has them."""
+    amd = shown(os.environ.get("ROCR_VISIBLE_DEVICES"), os.environ.get("HIP_VISIBLE_DEVICES"))
+    every = [each for each in (os.environ.get("CUDA_VISIBLE_DEVICES"), amd) if each is not None]
+    return ",".join(every) if every else None
+
+
 def _run(options: argparse.Namespace) -> int:
     command = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     capped = options.power_cap is not None or options.max_slowdown is not None
@@ -79,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
         "power_watts": options.power_cap,
         "max_slowdown": options.max_slowdown,
         "power_class": options.power_class,
-        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES") if capped else None,
+        "visible_gpus": _visible_gpus() if capped else None,
     }
     if not _is_roots(socket_path(options)):
         enter_delegated_scope()

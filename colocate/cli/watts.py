@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from colocate.amdgpu import FIRST_INDEX, Power, alone, gpus, read_power
 from colocate.cli.output import DATA_FORMS, print_data, print_table
 from colocate.cli.watch import ask_agent
 from colocate.decide.caps import LAW
@@ -26,9 +27,10 @@ def status(options: argparse.Namespace) -> int:
     root = Path(options.sysfs) / "class" / "powercap"
     before, began = read_zones(root), time.monotonic()
     driver = bool(options.nvml_library) or any(Path(p).exists() for p in DRIVER_FILES)
-    if not before and not driver:
+    amd = _amd(Path(options.sysfs))
+    if not before and not driver and not amd:
         raise HostUnfit(
-            f"neither powercap zones ({root}) nor an NVIDIA driver: nothing here tells of power",
+            f"neither powercap zones ({root}) nor a driver of NVIDIA or AMD: nothing here tells of power",
             "modprobe intel_rapl_msr; in a container mount the host's /sys and name it with --sysfs; "
             "virtual machines have none",
         )
@@ -37,10 +39,12 @@ def status(options: argparse.Namespace) -> int:
     zones, seconds = read_zones(root), time.monotonic() - began
     drawn = watts(before, zones, seconds)
     rows = [_zone(zone, drawn[zone.id]) for zone in zones]
-    gpus = _gpus(options.nvml_library) if driver else []
+    cards = [*(_gpus(options.nvml_library) if driver else []), *amd]
     cpus = counted(zones, drawn)
     if options.output in DATA_FORMS:
-        print_data({"zones": rows, "gpus": gpus, "cpu_watts": None if cpus is None else round(cpus, 3)}, options.output)
+        print_data(
+            {"zones": rows, "gpus": cards, "cpu_watts": None if cpus is None else round(cpus, 3)}, options.output
+        )
         return 0
     lines = [
         (
@@ -54,7 +58,7 @@ def status(options: argparse.Namespace) -> int:
     ]
     lines += [
         (f"GPU {g['index']} {g['name']}".strip(), g["uuid"], _text(g["watts"]), _text(g["limit_watts"]), g["note"])
-        for g in gpus
+        for g in cards
     ]
     print_table(("device", "id", "draws W", "limit W", ""), lines)
     if cpus is not None:
@@ -132,6 +136,25 @@ def _limits(limits: list[dict[str, Any]]) -> str:
         most = "none" if limit["watts"] == 0 else _text(limit["watts"])
         said.append(f"{most}/{limit['window_seconds']:.3g}s" if limit["window_seconds"] else most)
     return ", ".join(said) or "-"
+
+
+def _amd(sysfs: Path) -> list[dict[str, Any]]:
+    every = gpus(sysfs / "class" / "kfd" / "kfd", sysfs / "class" / "drm")
+    found = []
+    for index, gpu in enumerate(every):
+        power = read_power(gpu.hwmon) if gpu.hwmon is not None else Power(None, None, None)
+        mine = gpu.hwmon is None or alone(gpu, every)
+        found.append(
+            {
+                "index": FIRST_INDEX + index,
+                "uuid": gpu.uuid,
+                "name": "AMD",
+                "watts": _kilo(power.draw_mw),
+                "limit_watts": _kilo(power.limit_mw),
+                "note": "" if mine else "a part of a board: draw and limit are the whole board's",
+            }
+        )
+    return found
 
 
 def _gpus(library: str) -> list[dict[str, Any]]:

@@ -12,45 +12,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from colocate.amdgpu import DRM, FIRST_INDEX, KFD, Power, alone, gpus, number_in, properties_in, read_power
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import start_time
 
-ROOT = Path("/sys/class/kfd/kfd")
-FIRST_INDEX = 1000
-"""So that no AMD GPU has the index of one that NVML tells of."""
 
-
-def _number(path: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(path.read_text())
-    return None
-
-
-def _properties(path: Path) -> dict[str, int]:
-    found = {}
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if value.strip().isdecimal():
-                found[name] = int(value)
-    return found
-
-
-def read_cards(port: FilePort, root: Path = ROOT) -> list[dict[str, Any]]:
+def read_cards(port: FilePort, root: Path = KFD, drm: Path = DRM) -> list[dict[str, Any]]:
     """Each GPU as the NVML worker describes one; none where there is no AMD driver."""
     cards: list[dict[str, Any]] = []
-    nodes = root / "topology" / "nodes"
     processes = [p for p in (root / "proc").iterdir() if p.name.isdigit()] if (root / "proc").is_dir() else []
-    for node in sorted(nodes.iterdir(), key=lambda p: p.name) if nodes.is_dir() else ():
-        gpu = _number(node / "gpu_id")
-        if not gpu:
-            continue  # a CPU
-        known = _properties(node / "properties")
+    every = gpus(root, drm)
+    for of in every:
+        node, gpu, known = of.node, of.id, of.known
+        power = read_power(of.hwmon) if of.hwmon is not None and alone(of, every) else Power(None, None, None)
         units = known.get("simd_count", 0) // max(known.get("simd_per_cu", 1), 1)
-        total = _properties(node / "mem_banks" / "0" / "properties").get("size_in_bytes")
+        total = properties_in(node / "mem_banks" / "0" / "properties").get("size_in_bytes")
         rows, used, occupied = [], 0, 0
         for process in processes:
-            memory, busy = _number(process / f"vram_{gpu}"), _number(process / f"stats_{gpu}" / "cu_occupancy")
+            memory, busy = number_in(process / f"vram_{gpu}"), number_in(process / f"stats_{gpu}" / "cu_occupancy")
             if memory is None and busy is None:
                 continue
             if not memory and not busy:
@@ -66,7 +45,7 @@ def read_cards(port: FilePort, root: Path = ROOT) -> list[dict[str, Any]]:
         cards.append(
             {
                 "index": FIRST_INDEX + len(cards),
-                "uuid": f"AMD-{known.get('unique_id', gpu):016x}",
+                "uuid": of.uuid,
                 "name": f"AMD {name}".strip(),
                 "memory": [total, used] if total else None,
                 "percent": min(100 * occupied // units, 100) if units else None,
@@ -78,6 +57,10 @@ def read_cards(port: FilePort, root: Path = ROOT) -> list[dict[str, Any]]:
                 "processes": rows,
                 "error": "",
                 "preempts": True,
+                "power_mw": power.draw_mw,
+                "limit_mw": power.limit_mw,
+                "set_mw": power.limit_mw,
+                "limits_mw": list(power.range_mw) if power.range_mw is not None else None,
                 "at": time.monotonic(),
             }
         )

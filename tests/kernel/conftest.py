@@ -149,11 +149,12 @@ spec:
 class AgentProcess:
     """A real `colocate agent`."""
 
-    def __init__(self, node, directory, tick="250ms", more="", options=()):
+    def __init__(self, node, directory, tick="250ms", more="", options=(), within=()):
+        """`within`: the start of its command line, which says in what surroundings it runs."""
         self.node, self.directory = node, directory
         self.config = directory / "policy.yaml"
         self.config.write_text(POLICY.format(root=node.path, tick=tick, more=more))
-        command = [sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(self.config), *options]
+        command = [*within, sys.executable, "-m", "colocate.cli.main", "agent", "--config", str(self.config), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.socket = directory / "run" / "agent.sock"
         assert wait_for(self.socket.exists), self.process.stderr.read() if self.process.stderr else ""

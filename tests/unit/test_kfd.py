@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as c
 import errno
+import json
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from colocate import amdgpu
 from colocate.actuate import kfd
+from colocate.actuate.driver_worker import AmdSettings
 from colocate.actuate.kfd_worker import Sessions
 from colocate.cgroup.port import KernelPort
+from colocate.cli.main import main
 from colocate.fakecard.card import MILLISECOND, SECOND, Card
 from colocate.fakecard.process import Process
 from colocate.fakecard.workloads import blocking
@@ -227,3 +231,103 @@ def test_gpus_and_their_processes_are_read_from_sysfs(tmp_path):
     assert (pid, memory, percent) == (os.getpid(), 1 << 30, 50)
     assert started is not None
     assert read_cards(KernelPort(), tmp_path / "nothing") == []
+
+
+def board(root, minor, **files):
+    folder = root / f"renderD{minor}" / "device" / "hwmon" / "hwmon7"
+    folder.mkdir(parents=True)
+    (folder / "name").write_text("amdgpu\n")
+    for name, text in files.items():
+        (folder / f"power1_{name}").write_text(f"{text}\n")
+    return folder
+
+
+W = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param(
+            {"average": 93 * W, "cap": 300 * W, "cap_min": 150 * W, "cap_max": 330 * W, "cap_default": 300 * W},
+            amdgpu.Power(93_000, 300_000, (150_000, 330_000)),
+            id="as amdgpu has them",
+        ),
+        pytest.param(
+            {"input": 120 * W, "cap": 700 * W, "cap_min": 0, "cap_max": 750 * W, "cap_default": 750 * W},
+            amdgpu.Power(120_000, 700_000, (375_000, 750_000)),
+            id="no least limit and no mean: half of the default, and what it draws now",
+        ),
+        pytest.param({"average": 30 * W}, amdgpu.Power(30_000, None, None), id="a board that takes no limit"),
+        pytest.param(
+            {"average": "", "cap": "N/A", "cap_min": W, "cap_max": 2 * W}, amdgpu.Power(None, None, None),
+            id="files that say nothing now",
+        ),
+        pytest.param(
+            {"cap": 300 * W, "cap_min": 400 * W, "cap_max": 330 * W}, amdgpu.Power(None, 300_000, None),
+            id="a range that is none",
+        ),
+    ],
+)  # fmt: skip
+def test_s2_3_a_boards_power_is_read_from_its_drivers_files(tmp_path, files, expected):
+    folder = board(tmp_path, 128, **files)
+    assert amdgpu.folder_of(128, tmp_path) == folder
+    assert amdgpu.read_power(folder) == expected
+    assert amdgpu.folder_of(129, tmp_path) is None
+
+
+def topology(root, *minors):
+    for number, minor in enumerate(minors, start=1):
+        node = root / "topology" / "nodes" / str(number)
+        node.mkdir(parents=True)
+        (node / "gpu_id").write_text(str(100 + number))
+        (node / "properties").write_text(f"unique_id {number}\ndrm_render_minor {minor}\n")
+
+
+def test_s2_3_parts_of_one_board_have_no_limit_of_their_own(tmp_path):
+    topology(tmp_path / "kfd", 128, 129, 130)
+    mine = board(tmp_path / "drm", 130, cap=300 * W, cap_min=100 * W, cap_max=300 * W)
+    shared = board(tmp_path / "drm", 128, cap=300 * W, cap_min=100 * W, cap_max=300 * W)
+    (tmp_path / "drm" / "renderD129" / "device").mkdir(parents=True)
+    (tmp_path / "drm" / "renderD129" / "device" / "hwmon").symlink_to(shared.parent)
+    uuids = [f"AMD-{i:016x}" for i in (1, 2, 3)]
+    found = [amdgpu.power_folder(uuid, tmp_path / "kfd", tmp_path / "drm") for uuid in uuids]
+    assert found == [None, None, mine]
+    cards = read_cards(KernelPort(), tmp_path / "kfd", tmp_path / "drm")
+    assert [card["limits_mw"] for card in cards] == [None, None, [100_000, 300_000]]
+    settings = AmdSettings(tmp_path / "kfd", tmp_path / "drm")
+    assert "no power limit of its own" in settings.answer({"call": "get_power_limit", "uuid": uuids[0]})["error"]
+    assert settings.answer({"call": "get_power_limit", "uuid": uuids[2]}) == {"value": "300000"}
+    set_ = {"call": "set_power_limit", "uuid": uuids[2], "value": "150000"}
+    assert settings.answer(set_) == {"value": "150000"}
+    assert (mine / "power1_cap").read_text() == str(150 * W)
+    assert "error" in settings.answer({"call": "get_memory_limits", "uuid": uuids[2], "group": "/"})
+
+
+def test_gpus_are_counted_as_the_kernel_counts_them(tmp_path):
+    topology(tmp_path, *range(128, 140))
+    assert [gpu.known["unique_id"] for gpu in amdgpu.gpus(tmp_path, tmp_path)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("rocr", "hip", "expected"),
+    [
+        pytest.param(None, None, None, id="neither is set"),
+        pytest.param("0,2", None, "1000,1002", id="ROCr's indices"),
+        pytest.param("", None, "", id="it shows none"),
+        pytest.param(None, "1", "1001", id="HIP's indices"),
+        pytest.param("3,GPU-00000000000000FF", "1", "AMD-00000000000000ff", id="HIP counts among what ROCr shows"),
+        pytest.param("3", "1", "HIP:1", id="what ROCr does not show is no GPU"),
+        pytest.param("GPU-1,none", None, "AMD-1,none", id="other words too"),
+    ],
+)
+def test_s2_3_what_a_job_may_see_of_amd_gpus(rocr, hip, expected):
+    assert amdgpu.shown(rocr, hip) == expected
+
+
+def test_power_status_has_amd_gpus_too(tmp_path, capsys):
+    topology(tmp_path / "class" / "kfd" / "kfd", 128)
+    board(tmp_path / "class" / "drm", 128, average=93 * W, cap=250 * W, cap_min=100 * W, cap_max=300 * W)
+    assert main(["power", "status", "--sysfs", str(tmp_path), "-o", "json"]) == 0
+    (gpu,) = json.loads(capsys.readouterr().out)["gpus"]
+    assert (gpu["uuid"], gpu["watts"], gpu["limit_watts"]) == ("AMD-0000000000000001", 93.0, 250.0)
