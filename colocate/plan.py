@@ -6,7 +6,7 @@ belongs to is a typed target: today a cgroup, or one device of a cgroup; then a 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -141,6 +141,13 @@ class Rejected(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     why: str
 
 
+class PowerNeeds(NamedTuple):
+    """What the limits of those who ask for watts have to add up to for each slowdown of the one that is slowed most."""
+
+    asked: float
+    least: tuple[tuple[float, float], ...]
+
+
 class Plan(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The ordered, conflict-free actions of one tick, the verdicts behind them, and what was rejected."""
 
@@ -161,6 +168,7 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     workload's cgroup is occupied."""
     power_budget: bool = False
     """Whether they are within one: then none is raised before all that fall have been read back."""
+    power_needs: PowerNeeds | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -42,6 +42,8 @@ from colocate.cluster.api import (
     NodePower,
     PodHeldBack,
     PodToEvict,
+    PowerNeed,
+    PowerNeeds,
     amount,
     gang_of,
     whole,
@@ -57,11 +59,14 @@ from colocate.objects import GANG_HELD, Container, Quantities
 from colocate.objects import Pod as PodObject
 from colocate.observe.peers import PEERS, publishers
 from colocate.observe.pods import BatchRequest, Pod
+from colocate.plan import PowerNeeds as PlannedNeeds
 from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS, LOOK_SECONDS = 6, 30.0, 2.0
 GANGS_SECONDS = 2.0
+NEEDS_SECONDS, NEEDS_RATIO = 10.0, 0.02
+"""What watts are needed for is told so often at most, and where it has changed by so much of what is asked for."""
 """Between two words of frozen gangs: others stand still by them."""
 HELD_BACK_SECONDS = 10.0
 """Who is held back is told at most so often: it changes with the load of the services."""
@@ -105,6 +110,21 @@ def batch_requests(pod: PodObject) -> dict[str, BatchRequest]:
                 passing=container in pod.spec.init_containers and container.restart_policy != "Always",
             )
     return found
+
+
+def _needs(found: PlannedNeeds | None) -> PowerNeeds | None:
+    if found is None:
+        return None
+    least = [PowerNeed(slowdown=slowdown, watts=ceil(watts)) for slowdown, watts in found.least]
+    return PowerNeeds(asked=ceil(found.asked), least=least)
+
+
+def needs_differ(before: PowerNeeds | None, now: PowerNeeds | None) -> bool:
+    """Whether a change is worth telling."""
+    if before is None or now is None:
+        return before is not now
+    pairs = zip(before.least, now.least, strict=True)
+    return any(abs(a.watts - b.watts) > NEEDS_RATIO * now.asked for a, b in pairs)
 
 
 def _whole(quantity: str | float | None) -> int | None:
@@ -190,6 +210,8 @@ class Publisher:
         self._told_power: NodePower | None = None
         self._power_at = float("-inf")
         self._told_in_force: int | None = None
+        self._told_needs: PowerNeeds | None = None
+        self._needs_at = float("-inf")
         kept = agent.state.load(SHARE_FILE) if agent.state is not None else None
         if kept is not None and isinstance(kept.get("watts"), int):
             agent.observer.power_share = max(kept["watts"], 0)  # until the API server says otherwise
@@ -286,6 +308,13 @@ class Publisher:
         if in_force != self._told_in_force:
             self._told_in_force = in_force
             self._changed.set()
+        needs = _needs(tick.plan.power_needs)
+        asks_else = (needs is None) != (self._told_needs is None) or (
+            needs is not None and self._told_needs is not None and needs.asked != self._told_needs.asked
+        )
+        if asks_else or (now - self._needs_at >= NEEDS_SECONDS and needs_differ(self._told_needs, needs)):
+            self._told_needs, self._needs_at = needs, now
+            self._changed.set()
         due = now - self._power_at >= HEARTBEAT_SECONDS
         if due and differs(self._told_power, power := self._power_now()):
             self._told_power, self._power_at = power, now
@@ -377,6 +406,7 @@ class Publisher:
         action = f"{notes[-1].workload}: {notes[-1].what}" if notes else ""
         reason, message = verdict.reason, verdict.message
         curve = [whole(point) for point in self._told_power.curve] if self._told_power is not None else []
+        least = [whole(point) for point in self._told_needs.least] if self._told_needs is not None else []
         if self._others:
             reason, message = ANOTHER, self._agent.observer.extra_problems["peers"]
         return {
@@ -391,6 +421,7 @@ class Publisher:
             "frozenGangs": [{"gang": gang, "message": why} for gang, why in sorted(self._told_gangs.items())],
             "powerWatts": self._in_force(),
             "power": None if self._told_power is None else {**whole(self._told_power), "curve": curve},
+            "powerNeeds": None if self._told_needs is None else {**whole(self._told_needs), "least": least},
             "observed": time_text(time.time()),
         }
 

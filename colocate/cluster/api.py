@@ -163,6 +163,23 @@ class NodePower(Lean, frozen=True):
     """Whether the node's own meter says so, and not its policy."""
 
 
+class PowerNeed(Lean, frozen=True):
+    """What the power limits of a node's pods have to add up to."""
+
+    slowdown: float = 0.0
+    """By which none of them is slowed by more."""
+    watts: int = 0
+
+
+class PowerNeeds(Lean, frozen=True):
+    """How much those of a node who ask for watts would feel less."""
+
+    asked: int = 0
+    """Watts that they ask for together."""
+    least: list[PowerNeed] = []
+    """Rising in slowdown; watts never rise. Beyond the last the time is taken to grow as the watts fall."""
+
+
 class NodeColocationStatus(Lean, frozen=True):
     """What the agent of the node says."""
 
@@ -187,6 +204,8 @@ class NodeColocationStatus(Lean, frozen=True):
     """What the power limits of pods that ask for watts add up to, as they are in force; None: the agent sets none."""
     power: NodePower | None = None
     """None: nothing is known of that."""
+    power_needs: PowerNeeds | None = None
+    """None: nobody on it asks for watts."""
     observed: str = ""
     """When it was said, by the node's clock."""
 

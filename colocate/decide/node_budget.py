@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from colocate.decide.allowance import PowerState
 from colocate.decide.caps import LAW, Capped
-from colocate.decide.power import BudgetTooSmallError, split_budget
-from colocate.plan import GpuTarget, PowerCap, Verdict
+from colocate.decide.power import BudgetTooSmallError, least_watts, split_budget
+from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
 from colocate.policy.schema import PowerModel, PowerPolicy
 from colocate.snapshot import Card, NodeSnapshot
 
 POINTS = 25
+SLOWDOWNS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
+"""At which it is told what is enough."""
 NODE = "node"
 """What a verdict about all cards together is about."""
 
@@ -92,6 +94,21 @@ def within_budget(
     caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
     verdicts = tuple(_told(v, by_card, of, seen) for v in capped.verdicts)
     return Capped(caps, (*verdicts, verdict))
+
+
+def power_needs(
+    capped: Capped, snapshot: NodeSnapshot, models: tuple[PowerModel, ...], enough: Mapping[str, float]
+) -> PowerNeeds | None:
+    """How much who asks for watts would feel less of them, for a budget of several nodes; None where nobody does."""
+    jobs = _jobs(capped, snapshot, enough)
+    if not jobs:
+        return None
+    caps, longer = _curves(jobs, snapshot, models)
+    cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)
+    asked = float((caps[:, -1] * cards).sum())
+    return PowerNeeds(
+        asked, tuple((t, round(float((least_watts(caps, longer, t) * cards).sum()), 1)) for t in SLOWDOWNS)
+    )
 
 
 def _jobs(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -> list[_Job]:

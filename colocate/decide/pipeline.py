@@ -23,7 +23,7 @@ from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.gangs import GangsState, decide_gangs
 from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
-from colocate.decide.node_budget import within_budget
+from colocate.decide.node_budget import power_needs, within_budget
 from colocate.decide.unused import Drew, needs, watched
 from colocate.errors import StateTooNew, StateTooOld
 from colocate.knob import KNOBS, narrowest, place, same, width
@@ -202,7 +202,8 @@ def decide(
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]
-    capped = within_budget(power_caps(snapshot), snapshot, spec.power, following.power, needs(following.drew, now))
+    asked, enough = power_caps(snapshot), needs(following.drew, now)
+    capped = within_budget(asked, snapshot, spec.power, following.power, enough)
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),
@@ -218,5 +219,6 @@ def decide(
         limits=tuple(limit for d in decisions.values() for limit in d.limits),
         caps=capped.caps,
         power_budget=budgeted,
+        power_needs=power_needs(asked, snapshot, spec.power.models, enough) if asked.caps else None,
     )
     return following, plan

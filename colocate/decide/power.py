@@ -43,20 +43,20 @@ def split_budget(caps: Floats, slowdowns: Floats, budget_watts: float, weights: 
     if floors.sum() > budget_watts:
         raise BudgetTooSmallError(f"{budget_watts:g} W are less than the floors of {jobs} job(s), {floors.sum():g} W")
     low, high = float(min(weighted.min(), 0.0)), float(weighted.max())
-    if _least(caps, weighted, low).sum() <= budget_watts:
+    if least_watts(caps, weighted, low).sum() <= budget_watts:
         high = low
     for _ in range(STEPS):
         middle = (low + high) / 2.0
-        fits = _least(caps, weighted, middle).sum() <= budget_watts
+        fits = least_watts(caps, weighted, middle).sum() <= budget_watts
         low, high = (low, middle) if fits else (middle, high)
-    found = _least(caps, weighted, high)
+    found = least_watts(caps, weighted, high)
     room = greatest - found
     if room.sum() > 0.0:
         found = found + room * min((budget_watts - found.sum()) / room.sum(), 1.0)
     return Splits(found, float(_at(caps, weighted, found).max()))
 
 
-def _least(caps: Floats, slowdowns: Floats, most: float) -> Floats:
+def least_watts(caps: Floats, slowdowns: Floats, most: float) -> Floats:
     """Of each job the least cap that slows it down by no more than this; its greatest where none does."""
     rows = np.arange(caps.shape[0])
     after = np.sum(slowdowns > most, axis=1)  # they fall: so many points are too slow

@@ -1,9 +1,11 @@
 """What each node may draw of a PowerBudget that is enforced, where more is asked for on its nodes than it has.
 
-The leader writes it into the nodes' NodeColocations, and their agents lower caps. Every node keeps the same share of
-what is asked for there. What rises waits until what falls is in force, as the agents say, so that what is in force
-stays within the budget on the way; a node whose agent does not answer counts with what it said last, and one without an
-agent with all that is asked for. What was written counts on a node until it is written anew, whoever leads.
+The leader writes it into the nodes' NodeColocations, and their agents lower caps. Each has what makes the worst
+slowdown least, by what its agent says that its pods need (GEOPM's split of a job's budget among its nodes, here of all
+jobs); of what no agent tells of the time is taken to grow as the watts fall: then every node keeps the same share. What
+rises waits until what falls is in force, as the agents say, so that what is in force stays within the budget on the
+way; a node whose agent does not answer counts with what it said last, and one without an agent with all that is asked
+for. What was written counts on a node until it is written anew, whoever leads.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import structlog
 
-from colocate.cluster.api import ANOTHER, NODE_COLOCATIONS, SHADOW, STOPPED, NodeColocation
+from colocate.cluster.api import ANOTHER, NODE_COLOCATIONS, SHADOW, STOPPED, NodeColocation, PowerNeeds
 from colocate.kube.client import MERGE, Api, ApiError, Unreachable, path_of
 from colocate.kube.lease import Election
 from colocate.kube.reflector import Reflector, either
@@ -29,6 +33,10 @@ EVERY_SECONDS, AGAIN_SECONDS = 0.5, 10.0
 STUCK_SECONDS = 10.0
 """An agent that has not met its share by then does not: its cards take no less, or it is dead."""
 WRITES_AT_ONCE = 16
+Floats = npt.NDArray[np.float64]
+SLOWDOWNS: Floats = np.concatenate(([0.0], np.geomspace(0.001, 10.0, 121)))
+"""At which needs are compared; straight lines between them."""
+ROUND = 1e-6
 log = structlog.get_logger()
 decode = msgspec.json.Decoder(NodeColocation).decode
 
@@ -40,23 +48,62 @@ class Enforced(NamedTuple):
     """What is left of it for pods: without what its nodes draw when idle."""
     asked: dict[str, int]
     """Node -> watts that its pods ask for, where they do."""
+    needs: Mapping[str, PowerNeeds] = {}
+    """Node -> how much its pods would feel less, where its agent says that."""
 
     def shares(self, stuck: Mapping[str, int]) -> dict[str, int]:
         """Node -> what it may have; empty where there is enough for all.
 
         Those that are `stuck` at more than their share (their cards take no less) have it at the others' cost.
         """
-        total = sum(self.asked.values())
-        if total <= self.watts:
+        if sum(self.asked.values()) <= self.watts:
             return {}
-        found = {node: max(self.watts * asked // total, 1) for node, asked in self.asked.items()}
+        found = self._split(self.watts, list(self.asked))
         above = {node: stuck[node] for node in found if stuck.get(node, 0) > found[node]}
-        left, rest = self.watts - sum(above.values()), sum(a for n, a in self.asked.items() if n not in above)
-        others = {n: max(left * a // rest, 1) for n, a in self.asked.items() if n not in above}
-        return found | others
+        rest = [node for node in self.asked if node not in above]
+        return found | self._split(self.watts - sum(above.values()), rest)
+
+    def _split(self, watts: int, nodes: list[str]) -> dict[str, int]:
+        asked = np.array([self.asked[node] for node in nodes], dtype=np.float64)
+        if watts <= 0 or not nodes:
+            return dict.fromkeys(nodes, 1)
+        known = np.array([enough(self.asked[node], self.needs.get(node)) for node in nodes])
+        if known[:, 0].sum() <= watts:  # nobody is slowed: what is left goes where it is asked for
+            room = asked - known[:, 0]
+            found = known[:, 0] + room * min((watts - known[:, 0].sum()) / max(room.sum(), 1.0), 1.0)
+        else:
+            found = _within(known, float(watts))
+        return {node: max(int(w + ROUND), 1) for node, w in zip(nodes, found, strict=True)}
 
 
-def enforced(budget: PowerBudget, ledger: Ledger) -> Enforced | None:
+def enough(asked: int, needs: PowerNeeds | None) -> Floats:
+    """Watts of a node that asks for so many, at each of SLOWDOWNS: what its agent tells of, and the rest as if the time
+    grew as the watts fall."""
+    longer = 1.0 + SLOWDOWNS
+    if needs is None or not needs.least or needs.asked <= 0:
+        return np.asarray(asked / longer)
+    slowdowns, watts = np.array([(n.slowdown, n.watts) for n in needs.least], dtype=np.float64).T
+    if (np.diff(slowdowns) <= 0.0).any():
+        return np.asarray(asked / longer)  # that says nothing
+    told = np.interp(SLOWDOWNS, slowdowns, np.minimum.accumulate(watts))
+    told = np.where(slowdowns[-1] < SLOWDOWNS, told * (1.0 + slowdowns[-1]) / longer, told)
+    scale = min(asked / needs.asked, 1.0)  # some of them are no pods, or have gone since
+    return np.asarray(told * scale + max(asked - needs.asked, 0) / longer)
+
+
+def _within(known: Floats, watts: float) -> Floats:
+    """Of each row what it has at the least slowdown at which all of them fit; beyond the last the time grows as the
+    watts fall."""
+    sums = known.sum(axis=0)
+    after = int(np.searchsorted(-sums, -watts))  # they fall
+    if after == len(sums):
+        return np.asarray(known[:, -1] * watts / sums[-1])
+    before, at = known[:, after - 1], known[:, after]
+    part = (sums[after - 1] - watts) / (sums[after - 1] - sums[after])
+    return np.asarray(before + part * (at - before))
+
+
+def enforced(budget: PowerBudget, ledger: Ledger, needs: Mapping[str, PowerNeeds]) -> Enforced | None:
     """None of one that is not, or that the ledger does not know yet."""
     spec = budget.spec
     every = ledger.left_of([spec.resource]) if spec.enforce else []
@@ -65,7 +112,7 @@ def enforced(budget: PowerBudget, ledger: Ledger) -> Enforced | None:
         return None
     used = ledger.used[:, ledger.columns[spec.resource]]
     asked = {name: int(used[row]) for row, name in enumerate(ledger.names) if left.nodes[row] and used[row] > 0}
-    return Enforced(left.amount - int(left.nodes.sum()) * spec.idle_watts, asked)
+    return Enforced(left.amount - int(left.nodes.sum()) * spec.idle_watts, asked, needs)
 
 
 def wanted(budgets: Iterable[Enforced], stuck: Mapping[str, int]) -> dict[str, int]:
@@ -129,7 +176,10 @@ class PowerShares:
             await nodes.synced.wait()
             while True:
                 await asyncio.sleep(EVERY_SECONDS)
-                budgets = [b for b in (enforced(each, self._ledger) for each in self._known()) if b is not None]
+                needs = {name: node.status.power_needs for name, node in self._nodes.items()}
+                told = {name: said for name, said in needs.items() if said is not None}
+                every = (enforced(each, self._ledger, told) for each in self._known())
+                budgets = [budget for budget in every if budget is not None]
                 if budgets or any(node.spec.power_watts for node in self._nodes.values()):
                     await self._settle(budgets)
 

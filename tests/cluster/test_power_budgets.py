@@ -211,5 +211,12 @@ async def test_s2_8_a_budget_that_is_cut_lowers_its_nodes_and_raises_none_before
         await leaves(world, {large: 700, small: 250})  # the small one's 300 W may be drawn as yet
         await enforces(world, small, 250)
         await leaves(world, {large: 750, small: 250})
+        await enforces(world, large, 750)
+        hardly = {"asked": 900, "least": [{"slowdown": 0.0, "watts": 900}, {"slowdown": 0.01, "watts": 300}]}
+        status = path_of(NODE_COLOCATIONS, name=large, subresource="status")
+        await world.api.request("PATCH", status, {"status": {"powerNeeds": hardly}}, content_type=MERGE)
+        await leaves(world, {large: 700, small: 250})  # which hardly feels it; the other's 250 W may be drawn as yet
+        await enforces(world, large, 700)
+        await leaves(world, {large: 700, small: 299})
         await world.delete(POWER_BUDGETS, "whole")
         await leaves(world, {large: 0, small: 0})

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colocate.cluster.api import PowerNeed, PowerNeeds
 from podgroup.controller.power_shares import Enforced, to_write, wanted
 
 TWO = {"a": 600, "b": 300}
@@ -24,6 +25,85 @@ TWO = {"a": 600, "b": 300}
 )
 def test_s2_8_what_nodes_may_have(budgets: list[Enforced], expected: dict[str, int]) -> None:
     assert wanted(budgets, {}) == expected
+
+
+def needs(asked: int, *least: tuple[float, int]) -> PowerNeeds:
+    return PowerNeeds(asked=asked, least=[PowerNeed(slowdown=s, watts=w) for s, w in least])
+
+
+def as_quadratic(a: float, most: int) -> PowerNeeds:
+    """GEOPM's model A (1 - P / most)^2, as an agent would tell of it."""
+    grid = [i * i / 400 for i in range(21)]
+    return needs(most, *((t, round(most * (1 - (t / a) ** 0.5))) for t in grid if t <= a))
+
+
+FLAT, FEELS = needs(300, (0.0, 300), (0.01, 100)), needs(300, (0.0, 300), (0.05, 250), (1.0, 150))
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        pytest.param(
+            Enforced(400, {"a": 300, "b": 300}, {"a": FLAT, "b": FEELS}), {"a": 109, "b": 290},
+            id="who hardly feels it gives",
+        ),
+        pytest.param(
+            Enforced(300, {"a": 300, "b": 300}, {"a": FLAT, "b": FEELS}), {"a": 77, "b": 222},
+            id="then both, as much slower",
+        ),
+        pytest.param(
+            Enforced(500, {"a": 300, "b": 300}, {"a": needs(300, (0.0, 120), (1.0, 60))}), {"a": 200, "b": 300},
+            id="one needs little of it: what nobody needs is shared",
+        ),
+        pytest.param(
+            Enforced(330, {"a": 300, "b": 300}, {"a": needs(300, (0.0, 120), (1.0, 60))}), {"a": 101, "b": 229},
+            id="and less than both need is felt by both",
+        ),
+        pytest.param(
+            Enforced(300, {"a": 600, "b": 300}, {"a": needs(300, (0.0, 10), (1.0, 10))}), {"a": 155, "b": 145},
+            id="of pods that its agent does not know yet nothing is assumed",
+        ),
+        pytest.param(
+            Enforced(200, {"a": 100, "b": 300}, {"a": needs(300, (0.0, 300), (1.0, 150))}), {"a": 50, "b": 149},
+            id="a part of what it tells of is no pod's",
+        ),
+        pytest.param(
+            Enforced(300, {"a": 300, "b": 300}, {"a": needs(300, (0.5, 10), (0.5, 10))}), {"a": 150, "b": 150},
+            id="what says nothing is not believed",
+        ),
+        pytest.param(
+            Enforced(300, {"a": 200, "b": 200}, {"a": as_quadratic(1.0, 200), "b": as_quadratic(1.0, 200)}),
+            {"a": 150, "b": 150},
+            id="GEOPM's uniform power limit",
+        ),
+        pytest.param(
+            Enforced(300, {"a": 200, "b": 200}, {"a": as_quadratic(1.0, 200), "b": as_quadratic(1.1, 200)}),
+            {"a": 148, "b": 151},
+            id="GEOPM's non-uniform power limit: nodes that feel it more have more, and all are as slow",
+        ),
+    ],
+)  # fmt: skip
+def test_s2_8_nodes_have_what_makes_the_worst_slowdown_least(budget: Enforced, expected: dict[str, int]) -> None:
+    found = wanted([budget], {})
+    assert found == pytest.approx(expected, abs=1)
+    assert sum(found.values()) <= budget.watts
+
+
+SLOWER = st.lists(st.integers(0, 300), min_size=3, max_size=3).map(lambda w: sorted(w, reverse=True))
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), SLOWER, min_size=1), st.integers(1, 1600))
+def test_s2_8_whatever_agents_say_the_shares_are_within_the_budget_and_nobody_has_more_than_he_asks_for(
+    said: dict[str, list[int]], watts: int
+) -> None:
+    told = {node: needs(300, *zip((0.0, 0.1, 1.0), least, strict=True)) for node, least in said.items()}
+    budget = Enforced(watts, dict.fromkeys(said, 300), told)
+    found = budget.shares({})
+    if 300 * len(said) <= watts:
+        assert found == {}
+        return
+    assert sum(found.values()) <= watts + len(said), "nobody has less than a watt"
+    assert all(1 <= share <= 300 for share in found.values())
 
 
 @pytest.mark.parametrize(
