@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-operators image lint format bench bench-full lock system-packages kube-binaries clean
+.PHONY: help demo test test-slow test-rare test-operators image lint format bench bench-full lock system-packages kube-binaries clean
 
 help:
 	@echo "make demo             set up, then show co-location on this machine's own cgroups (about two minutes)"
 	@echo "make test             set up, then run the quick tests of every suite whose prerequisites exist"
 	@echo "make test-slow        the slow tests: cgroup v2 in a virtual machine, a controller that dies at every write"
+	@echo "make test-rare        what nearly says the same again and takes ten minutes: the other cgroup driver of kubelet on v2"
 	@echo "make test-operators   unmodified operators (MPIJob, RayCluster, PyTorchJob, JobSet, LeaderWorkerSet, Kueue) against the controller; builds them once (Go, minutes each)"
 	@echo "make image            the container image, without a registry or a daemon (Debian packages: mmdebstrap)"
 	@echo "make lint             ruff, mypy --strict, import-linter"
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m tests.run --slow
+
+test-rare: $(STAMP)
+	@$(BIN)/python -m pytest -q -ra -m rare tests/guest
 
 test-operators: $(STAMP)
 	@$(BIN)/python -m tools.operators && $(BIN)/python -m pytest -q -ra tests/operators

@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
     """Run pytest over all suites that can run; the worst of its exit codes. `--slow`: only what is marked so."""
     slow = "--slow" in arguments
     arguments = [a for a in arguments if a != "--slow"]
-    marker = "slow" if slow else "not slow"
+    marker = "slow and not rare" if slow else "not slow"
     lacks = {suite: lack() for suite, lack in SUITES.items()}
     codes, unsteady = [0], list[str]()
     for lanes in SLOW if slow else QUICK:

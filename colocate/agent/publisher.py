@@ -34,7 +34,9 @@ from colocate.cluster.api import (
     POLICIES,
     POWER,
     POWER_CLASS,
+    POWER_DEADLINE,
     POWER_RESOURCES,
+    POWER_WORK,
     SHADOW,
     STOPPED,
     ColocationPolicyObject,
@@ -61,7 +63,7 @@ from colocate.observe.peers import PEERS, publishers
 from colocate.observe.pods import BatchRequest, Pod
 from colocate.plan import PowerNeeds as PlannedNeeds
 from colocate.plan import Verdict
-from colocate.units import MOST_BYTES, MOST_CORES, parse_quantity, time_text
+from colocate.units import MOST_BYTES, MOST_CORES, parse_duration, parse_quantity, parse_time, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS, LOOK_SECONDS = 6, 30.0, 2.0
 GANGS_SECONDS = 2.0
@@ -160,7 +162,25 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         power_watts=_together(found, POWER_RESOURCES) or None,
         power_class=meta.labels.get(POWER_CLASS) or meta.annotations.get(POWER_CLASS, ""),
         cards=_together(found, GPUS),
+        **_deadline(found, monotonic),
     )
+
+
+def _deadline(pod: PodObject, monotonic: float) -> dict[str, float]:
+    """Both, or nothing: one alone says nothing."""
+    said = pod.metadata.annotations
+    if POWER_DEADLINE not in said and POWER_WORK not in said:
+        return {}
+    name = f"{pod.metadata.namespace}/{pod.metadata.name}"
+    try:
+        due, work = parse_time(said.get(POWER_DEADLINE, "")), parse_duration(said.get(POWER_WORK, ""))
+    except ValueError as error:
+        log.warning("power_deadline_not_understood", pod=name, error=str(error), effect="it has none")
+        return {}
+    if work <= 0.0:
+        log.warning("power_deadline_not_understood", pod=name, error=f"{POWER_WORK} is 0", effect="it has none")
+        return {}
+    return {"due_seconds": monotonic + due - time.time(), "work_seconds": work}
 
 
 def _names(pod: PodObject) -> dict[str, str]:

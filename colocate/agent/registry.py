@@ -30,6 +30,10 @@ class Wanted(msgspec.Struct, kw_only=True, omit_defaults=True):
     gpu_memory_bytes: Annotated[int, msgspec.Meta(gt=0, le=MOST_BYTES)] | None = None
     power_watts: Annotated[float, msgspec.Meta(gt=0, le=MOST_WATTS)] | None = None
     power_class: str = ""
+    deadline_seconds: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """After its start."""
+    work_seconds: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """How long its work takes with all its watts."""
     visible_gpus: str = ""
     """CUDA_VISIBLE_DEVICES of its caller."""
 
@@ -100,6 +104,8 @@ class Registry:
                 "gpu_memory_bytes": job.gpu_memory_bytes,
                 "power_watts": job.power_watts,
                 "power_class": job.power_class,
+                "due_seconds": None if job.deadline_seconds is None else job.started_seconds + job.deadline_seconds,
+                "work_seconds": job.work_seconds,
             }
             for name, job in self.jobs.items()
         }

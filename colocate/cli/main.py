@@ -230,6 +230,10 @@ def _add_jobs(add: Add) -> None:
         type=slowdown,
         help="in its place, by how much longer it may take: 5%% or 0.05; by the model of its --power-class",
     )
+    run.add_argument("--deadline", type=duration, help="so long after its start it has to be done, e.g. 8h")
+    run.add_argument(
+        "--work", type=duration, help="how long it takes with all its watts: a budget leaves it what it needs"
+    )
     run.add_argument("--power-class", help="of jobs that feel a power cap alike: a name of power.models in the policy")
     run.add_argument("--config", help="policy of the agent that is started if none runs")
     socket(run)

@@ -55,6 +55,12 @@ def _check(options: argparse.Namespace) -> None:
         raise BadInput(f"--memory {options.memory}: less than 1Mi runs no process")
     if options.max_runtime == 0:
         raise BadInput("--max-runtime 0: the job would be evicted at once")
+    if (options.deadline is None) != (options.work is None):
+        raise BadInput("--deadline and --work say something together: by when, and how long it takes at full watts")
+    if options.deadline is not None and options.power_cap is None and options.max_slowdown is None:
+        raise BadInput("--deadline: only a job that asks for watts is slowed by a budget: give --power-cap as well")
+    if 0 in (options.deadline, options.work):
+        raise BadInput("--deadline and --work: more than 0")
     for option in ("name", "gang"):
         given = getattr(options, option)
         if given is not None and not given.isprintable():
@@ -87,6 +93,8 @@ def _run(options: argparse.Namespace) -> int:
         "power_watts": options.power_cap,
         "max_slowdown": options.max_slowdown,
         "power_class": options.power_class,
+        "deadline_seconds": options.deadline,
+        "work_seconds": options.work,
         "visible_gpus": _visible_gpus() if capped else None,
     }
     if not _is_roots(socket_path(options)):

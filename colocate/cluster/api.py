@@ -20,6 +20,8 @@ POWER = "colocate.io/power"
 POWER_RESOURCES = (POWER, "intel.com/power")
 """How pods ask for watts: by ours, and by the name of GEOPM's device plugin."""
 POWER_CLASS = "colocate.io/power-class"
+POWER_DEADLINE, POWER_WORK = "colocate.io/power-deadline", "colocate.io/power-work"
+"""By when a pod's work is to be done (RFC 3339), and how long that takes with all the watts that it asks for."""
 """Label or annotation: of jobs that feel a power cap alike."""
 MAX_SLOWDOWN, POWER_BECAUSE = "colocate.io/max-slowdown", "colocate.io/power-because"
 """Annotations: watts that are asked for by what they may cost, and how that was turned into watts."""

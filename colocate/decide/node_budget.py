@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from colocate.decide.allowance import PowerState
 from colocate.decide.caps import LAW, Capped
+from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
 from colocate.decide.power import BudgetTooSmallError, least_watts, split_budget
 from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
 from colocate.policy.schema import PowerModel, PowerPolicy
@@ -42,6 +43,19 @@ class _Job(NamedTuple):
     enough: float
     """Of each card, as they are seen to need at most; infinite where that is not known."""
 
+    def at_least(self, watts: float) -> _Job:
+        """The same, which may not have less on each card."""
+        return self._replace(least=min(max(watts, self.least), max(self.watts, self.least)))
+
+
+class Budgeted(NamedTuple):
+    """What comes of a budget, and what is remembered for it."""
+
+    capped: Capped
+    progress: dict[str, Progress]
+    needs: PowerNeeds | None
+    """How much who asks for watts would feel less of them, for a budget of several nodes; None: nobody asks."""
+
 
 def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
     """What the cards that no cap of ours is on may draw."""
@@ -55,17 +69,47 @@ def others_watts(cards: Mapping[str, Card], capped: set[str]) -> float:
     return found
 
 
-def within_budget(
-    capped: Capped, snapshot: NodeSnapshot, policy: PowerPolicy, power: PowerState, enough: Mapping[str, float]
-) -> Capped:
+def budgeted(
+    capped: Capped,
+    snapshot: NodeSnapshot,
+    policy: PowerPolicy,
+    power: PowerState,
+    enough: Mapping[str, float],
+    progress: Mapping[str, Progress],
+) -> Budgeted:
     """The same caps, lowered as far as what they may add up to needs, and a verdict about that.
 
-    `enough`: watts that a card is seen to need at most, by its UUID.
+    `enough`: watts that a card is seen to need at most, by its UUID. `progress` is of those that have a deadline.
     """
-    share = snapshot.power_share
+    jobs = _jobs(capped, snapshot, enough)
+    curves = _by_workload(jobs, snapshot, policy.models)
+    done = progressed(progress, snapshot, curves)
+    least = floors(done, snapshot, curves)
+    kept = [job.at_least(least[job.workload].watts) if job.workload in least else job for job in jobs]
+    needs = _needs(kept, snapshot, policy.models)
+    return Budgeted(_within(capped, kept, jobs, snapshot, policy, power, least), done, needs)
+
+
+def _by_workload(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> dict[str, Curve]:
+    if not any(w.due_seconds is not None for w in snapshot.workloads.values()):
+        return {}
+    caps, longer = _curves(jobs, snapshot, models)
+    return {job.workload: Curve(caps[row], longer[row]) for row, job in enumerate(jobs)}
+
+
+def _within(
+    capped: Capped,
+    kept: list[_Job],
+    plain: list[_Job],
+    snapshot: NodeSnapshot,
+    policy: PowerPolicy,
+    power: PowerState,
+    floored: Mapping[str, Floor],
+) -> Capped:
+    """By `kept`, which keep deadlines, or where there is not enough for that by the `plain` ones."""
+    share, jobs = snapshot.power_share, kept
     if not policy.budget and not share:
         return capped
-    jobs = _jobs(capped, snapshot, enough)
     mine = {uuid for job in jobs for uuid in job.cards}
     others = others_watts(snapshot.cards, mine)
     asked = sum(len(job.cards) * job.watts for job in jobs)
@@ -83,11 +127,19 @@ def within_budget(
         said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {of}"
         reason = "WithinBudget" if fits else "BudgetTooSmall"
         return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
+    if sum(len(job.cards) * job.least for job in kept) > left:
+        jobs = plain
     allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
     reason = "Lowered" if total <= left else "BudgetTooSmall"
     text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {of} are left: jobs have {total:g} W"
     text += f", the worst is about {worst:.0%} slower" if reason == "Lowered" else ", the least that their cards take"
+    names = {id_: snapshot.workloads[id_].name for id_ in floored}
+    late = sorted(names[i] for i, f in floored.items() if f.late or (jobs is plain and allowed[i] < f.watts))
+    if late:
+        text += f"; not done by its deadline: {', '.join(late)}"
+    elif floored:
+        text += f"; deadlines are kept: {', '.join(sorted(names.values()))}"
     verdict = _said("capped", reason, text, {**numbers, "worst_slowdown": round(worst, 4)})
     by_card = {uuid: allowed[job.workload] for job in jobs for uuid in job.cards}
     seen = {uuid: job.enough for job in jobs for uuid in job.cards if job.enough < job.watts}
@@ -96,11 +148,7 @@ def within_budget(
     return Capped(caps, (*verdicts, verdict))
 
 
-def power_needs(
-    capped: Capped, snapshot: NodeSnapshot, models: tuple[PowerModel, ...], enough: Mapping[str, float]
-) -> PowerNeeds | None:
-    """How much who asks for watts would feel less of them, for a budget of several nodes; None where nobody does."""
-    jobs = _jobs(capped, snapshot, enough)
+def _needs(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> PowerNeeds | None:
     if not jobs:
         return None
     caps, longer = _curves(jobs, snapshot, models)

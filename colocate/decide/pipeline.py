@@ -18,12 +18,13 @@ from colocate.decide.caps import power_caps
 from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.cpu import CpuState, decide_cpu
 from colocate.decide.cpu_power import CpuPowerState, ceiling
+from colocate.decide.deadlines import Progress
 from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.gangs import GangsState, decide_gangs
 from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
-from colocate.decide.node_budget import power_needs, within_budget
+from colocate.decide.node_budget import budgeted
 from colocate.decide.unused import Drew, needs, watched
 from colocate.errors import StateTooNew, StateTooOld
 from colocate.knob import KNOBS, narrowest, place, same, width
@@ -60,6 +61,8 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     cpu_power: CpuPowerState = CpuPowerState()
     drew: dict[str, Drew] = {}
     """What the cards drew of late, where a power budget is kept."""
+    progress: dict[str, Progress] = {}
+    """Of workloads that have a deadline."""
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0
@@ -192,24 +195,26 @@ def decide(
         if (a.knob == "cgroup.freeze" and a.workload in pulsed)
         or not same(a.knob, a.value, known[a.workload].knobs.get(a.knob, "\0"))
     ]
-    budgeted = bool(spec.power.budget or snapshot.power_share)
+    has_budget = bool(spec.power.budget or snapshot.power_share)
+    power = allowance(state.power, snapshot, spec.power)
+    drew = watched(state.drew, snapshot) if has_budget else {}
+    caps = budgeted(power_caps(snapshot), snapshot, spec.power, power, needs(drew, now), state.progress)
     following = msgspec.structs.replace(
         state,
         **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
         cpu_power=cpu_power,
-        power=allowance(state.power, snapshot, spec.power),
-        drew=watched(state.drew, snapshot) if budgeted else {},
+        power=power,
+        drew=drew,
+        progress=caps.progress,
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]
-    asked, enough = power_caps(snapshot), needs(following.drew, now)
-    capped = within_budget(asked, snapshot, spec.power, following.power, enough)
     plan = Plan(
         sequence=snapshot.sequence,
         actions=tuple(order(actions, known)),
         verdicts=(
             *(v for d in decisions.values() for v in (d.verdict, *d.also)),
-            *capped.verdicts,
+            *caps.capped.verdicts,
             *([about_cpus] if about_cpus is not None else []),
         ),
         rejected=(*rejected, *(r for d in decisions.values() for r in d.rejected)),
@@ -217,8 +222,8 @@ def decide(
         pulses=dict(decisions["freeze"].pulses),
         suspended=tuple(decisions["freeze"].suspended),
         limits=tuple(limit for d in decisions.values() for limit in d.limits),
-        caps=capped.caps,
-        power_budget=budgeted,
-        power_needs=power_needs(asked, snapshot, spec.power.models, enough) if asked.caps else None,
+        caps=caps.capped.caps,
+        power_budget=has_budget,
+        power_needs=caps.needs,
     )
     return following, plan

@@ -89,24 +89,32 @@ class Pod(msgspec.Struct, frozen=True):
     """Of jobs that feel a cap alike."""
     cards: int = 0
     """How many GPUs it asks for."""
+    due_seconds: float | None = None
+    """By when its work is to be done, monotonic."""
+    work_seconds: float | None = None
+    """How long that takes with all the watts that it asks for."""
     containers: dict[str, str] = {}
     """By id, their names."""
 
     @property
-    def _watts(self) -> dict[str, str | int]:
+    def _watts(self) -> dict[str, str | int | float]:
         if not self.power_watts:
             return {}
-        return {"power_watts": self.power_watts, "power_class": self.power_class, "power_cards": self.cards}
+        asked: dict[str, str | int | float] = {"power_watts": self.power_watts, "power_class": self.power_class}
+        asked["power_cards"] = self.cards
+        if self.due_seconds is not None and self.work_seconds is not None:
+            asked |= {"due_seconds": round(self.due_seconds, 3), "work_seconds": self.work_seconds}
+        return asked
 
     @property
-    def as_batch(self) -> dict[str, str | bool | int]:
+    def as_batch(self) -> dict[str, str | bool | int | float]:
         """What a snapshot says of it as batch, where the API server tells of it."""
         if self.asked_cores is None:
             return {}
         stay = sum(r.cpu_milli or 0 for r in self.batch.values() if not r.passing)
         asked = max(stay, round(1000 * self.asked_cores))
         weight = min(max(round(asked * CPU_WEIGHT / 1000), 1), MOST_WEIGHT)
-        known: dict[str, str | bool | int] = {
+        known: dict[str, str | bool | int | float] = {
             "pod": f"{self.namespace}/{self.name}",
             "leaving": self.leaving,
             "weight": weight,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from colocate.kube.client import Api
-from colocate.kube.lease import Election
+from colocate.kube.lease import Election, LeadershipLost
 from colocate.objects import Lease
 from podgroup.controller.loop import Controller
 from podgroup.queue.entry import Settings
@@ -27,7 +27,7 @@ from tests.cluster.test_volumes import LOCAL, Stored, need_class
 SILENT_SECONDS = 1.5
 """When all is done, and no write has come for so long, there are no more."""
 LEASE_SECONDS = 1.0
-MOST_WRITES = 60
+MOST_WRITES, MOST_LOST = 60, 10
 
 
 class Successor(Election):
@@ -145,9 +145,11 @@ class Cut:
             return "pass"
         return "act" if here and self.when == "after" else "drop"
 
-    async def wait(self, done: Callable[[], Awaitable[bool]]) -> bool:
-        """Whether the write has come; False once no more come."""
+    async def wait(self, leading: asyncio.Future[Any], done: Callable[[], Awaitable[bool]]) -> bool:
+        """Whether the write has come; False once no more come. Raises LeadershipLost, on a busy machine."""
         while not self.reached.is_set():
+            if leading.done():
+                leading.result()
             silent = asyncio.get_running_loop().time() - self.last
             if silent > SILENT_SECONDS and (silent > PATIENCE or await done()):
                 return False
@@ -168,49 +170,64 @@ async def controller(
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def one_write(
+    world: World, proxy: Proxy, scenario: Scenario, index: int, when: str, lease: str
+) -> tuple[bool, int]:
+    """The fault at one write: whether it was reached, and how many late binds were refused. Raises LeadershipLost."""
+    await scenario.create(world)
+    cut, refused = Cut(index, when), 0
+    proxy.fault = cut
+
+    async def done() -> bool:
+        return scenario.bound <= (await world.bound()).keys()
+
+    async def answered() -> bool:
+        return cut.held <= {r.number for r, _ in proxy.answers}
+
+    async with Api.connect(str(proxy.kubeconfig())) as through:
+        seconds = LEASE_SECONDS if when == "late" else 10.0  # else it is taken over before it has run out
+        async with controller(through, world.namespace, lease, Election, seconds) as leading:
+            reached = await cut.wait(leading, done)
+            if when != "late":
+                leading.cancel()
+                await asyncio.gather(leading, return_exceptions=True)
+            kind = Election if when == "late" else Successor
+            async with controller(world.api, world.namespace, lease, kind, 10.0):
+                if reached or when != "late":
+                    await world.until_bound(*scenario.bound)
+                cut.release.set()
+                if reached and when == "late":
+                    await world.until(answered, "the late binds have reached the server")
+                    late = [status for r, status in proxy.answers if r.number in cut.held]
+                    assert set(late) <= {409}, f"a late bind was accepted at write {index}"
+                    refused = len(late)
+                    await world.only_bound(*scenario.bound)
+    return reached, refused
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after", "late"])
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
 async def test_a_successor_brings_about_the_same_at_every_write(
     world: World, proxy: Proxy, scenario: Scenario, when: str
 ) -> None:
-    refused = 0
-    for index in range(MOST_WRITES):
-        await scenario.create(world)
-        cut = proxy.fault = Cut(index, when)
-        async with Api.connect(str(proxy.kubeconfig())) as through:
-            seconds = LEASE_SECONDS if when == "late" else 10.0  # else it is taken over before it has run out
-            first = controller(through, world.namespace, f"at-{index}", Election, seconds)
-            async with first as leading:
-
-                async def done() -> bool:
-                    return scenario.bound <= (await world.bound()).keys()
-
-                reached = await cut.wait(done)
-                if when != "late":
-                    leading.cancel()
-                    await asyncio.gather(leading, return_exceptions=True)
-                kind = Election if when == "late" else Successor
-                async with controller(world.api, world.namespace, f"at-{index}", kind, 10.0):
-                    if reached or when != "late":
-                        await world.until_bound(*scenario.bound)
-                    cut.release.set()
-                    if reached and when == "late":
-
-                        async def answered(cut: Cut = cut) -> bool:
-                            return cut.held <= {r.number for r, _ in proxy.answers}
-
-                        await world.until(answered, "the late binds have reached the server")
-                        late = [status for r, status in proxy.answers if r.number in cut.held]
-                        assert set(late) <= {409}, f"a late bind was accepted at write {index}"
-                        refused += len(late)
-                        await world.only_bound(*scenario.bound)
+    refused, index, lost = 0, 0, 0
+    while index < MOST_WRITES:
+        reached: bool | None = None
+        try:
+            reached, late = await one_write(world, proxy, scenario, index, when, f"at-{index}-{lost}")
+        except LeadershipLost:  # a lease of a second, on a busy machine: once more
+            lost += 1
+            assert lost <= MOST_LOST, "the machine is too busy for a lease of a second"
         proxy.fault = healthy
         await world.clear()
         if scenario.clear is not None:
             await scenario.clear(world)
+        if reached is None:
+            continue
         if not reached:
             assert index >= len(scenario.bound), "each bind is a write that decides something"
             assert bool(refused) == (when == "late"), "each bind was late once"
             return
+        refused, index = refused + late, index + 1
     raise AssertionError(f"more than {MOST_WRITES} writes")

@@ -142,7 +142,7 @@ async def one_state(world: World, seed: int, led: Controller) -> str:
 
 @pytest.mark.parametrize(
     "states",
-    [pytest.param(12, id="twelve states"), pytest.param(100, id="a hundred states", marks=pytest.mark.slow)],
+    [pytest.param(12, id="twelve states"), pytest.param(50, id="fifty states", marks=pytest.mark.slow)],
 )
 async def test_what_is_said_is_what_happens(world: World, states: int) -> None:
     outcomes: dict[str, int] = {}
@@ -153,4 +153,4 @@ async def test_what_is_said_is_what_happens(world: World, states: int) -> None:
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         await world.clear()
     assert {"Start", "Wait"} <= outcomes.keys(), outcomes
-    assert states <= 12 or outcomes.get("Preempt", 0) >= 5, outcomes
+    assert states <= 12 or outcomes.get("Preempt", 0) >= 3, outcomes

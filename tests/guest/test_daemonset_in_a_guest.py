@@ -111,7 +111,7 @@ class Cluster:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(False, id="cgroupfs driver"),
+        pytest.param(False, id="cgroupfs driver", marks=pytest.mark.rare),
         pytest.param(
             True,
             id="systemd driver",

@@ -353,7 +353,6 @@ def used(node, path) -> float:
 HOG_ON_0 = f"import os; os.sched_setaffinity(0, {{0}})\n{HOG}"
 
 
-@pytest.mark.layouts
 @pytest.mark.slow
 def test_batch_is_strictly_below_best_effort(node, dirs, elsewhere):
     """Service at 60 % duty, a BestEffort hog and a batch hog on one CPU, 30 s; what the first questions cost counts."""

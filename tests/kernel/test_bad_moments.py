@@ -61,6 +61,11 @@ def test_a_job_over_its_memory_is_told_so(agent):
         pytest.param(["--cpus", "9" * 306], "--cpus", id="more CPUs than there are"),
         pytest.param(["--memory", "9" * 320], "--memory", id="more memory than there is"),
         pytest.param(["--name", "a\nb"], "--name", id="a name of two lines"),
+        pytest.param(["--deadline", "1h"], "--deadline and --work", id="a deadline without the work"),
+        pytest.param(["--deadline", "1h", "--work", "30m"], "give --power-cap", id="a deadline without watts"),
+        pytest.param(
+            ["--deadline", "0", "--work", "1h", "--power-cap", "200"], "more than 0", id="a deadline that is over"
+        ),
         pytest.param(["--config", "/nowhere.yaml"], "/nowhere.yaml", id="no such policy"),
     ],
 )

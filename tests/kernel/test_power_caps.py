@@ -32,12 +32,12 @@ def job(monkeypatch):
     """`colocate run --power-cap` of a program on simulated cards; its standard output and error are the test's."""
     started = []
 
-    def start(name, fake, cap, *command, cards=(0,), named=""):
+    def start(name, fake, cap, *command, cards=(0,), named="", more=()):
         uuids = [fake.state.devices[i].uuid.decode() for i in cards]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
         if not cards:
             del environment["CUDA_VISIBLE_DEVICES"]
-        whole = [*CLI, "run", "--name", name, "--power-cap", str(cap), "--power-class", named, "--", *command]
+        whole = [*CLI, "run", "--name", name, "--power-cap", str(cap), "--power-class", named, *more, "--", *command]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(whole, env=environment, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
@@ -376,6 +376,20 @@ def test_s2_8_a_budget_that_is_cut_lowers_caps_and_is_never_exceeded_meanwhile(n
     assert refused.returncode == EXIT_REFUSED
     end(first)
     assert wait_for(lambda: limits(fake) == [300, 300, 300]), "there is enough again"
+
+
+def test_s2_8_a_job_with_a_deadline_keeps_what_it_needs_for_it_under_a_short_budget(node, agent, cards, job):
+    fake = cards("--cards", "2")
+    running = agent(more=BUDGET.format(library=fake.library, budget=700))
+    assert ready(running, 2)
+    begun(job("due", fake, 300, *on(fake, "trainer"), more=("--deadline", "10m", "--work", "8m")))
+    begun(job("free", fake, 300, *on(fake, "trainer", "--card", "1"), cards=(1,)))
+    running.config.write_text(running.config.read_text().replace("budget: 700", "budget: 400"))
+    assert wait_for(lambda: sum(limits(fake)) <= 400)
+    assert wait_for(lambda: limits(fake)[0] >= 250), reasons(running)
+    assert sum(limits(fake)) <= 400
+    said = running.ask("explain")["plan"]["verdicts"]
+    assert any(v["message"].endswith("deadlines are kept: due") for v in said if v["law"] == "power")
 
 
 SURGES = """

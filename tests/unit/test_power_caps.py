@@ -22,7 +22,7 @@ from colocate.cgroup.tree import Tree, has_ended, start_time
 from colocate.cluster.api import MAX_SLOWDOWN
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
-from colocate.decide.node_budget import within_budget
+from colocate.decide.node_budget import budgeted as with_budget
 from colocate.errors import BadInput, ConfigError
 from colocate.nri import Container, Limits, Pod, Refused
 from colocate.objects import Container as ContainerObject
@@ -143,7 +143,9 @@ def budgeted(
     named = {i: replace(w, power_class=classes.get(i, "")) for i, w in snapshot.workloads.items()}
     snapshot = replace(snapshot, workloads=named)
     policy = PowerPolicy(budget=budget, models=models)
-    found = within_budget(power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough)
+    found = with_budget(
+        power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough, {}
+    ).capped
     about: Any = next((v for v in found.verdicts if v.subject == "node"), None)
     return strictest_of(found.caps), about
 
