@@ -180,8 +180,9 @@ class GpuDemo:
             refused = await self._job(server, 0, REFUSED, "refused")
             async with self._loads(LEARN_SECONDS):
                 await self._until(lambda: self._reason(0) == "CannotProtect", LEARN_SECONDS)
+                first = self._refused()
                 await asyncio.sleep(SETTLE_SECONDS)
-            self._result.refused = self._refused()
+            self._result.refused = self._refused() or first  # its numbers settle; on a busy machine it may be let run
             await self._measure("off", self._seconds)
             await refused.end(signal.SIGTERM)
             self._result.reaction_p95_ms = self._reaction(agent)
