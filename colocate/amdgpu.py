@@ -52,8 +52,10 @@ def read_power(folder: Path) -> Power:
     least, usual = _milliwatts(folder / "power1_cap_min"), _milliwatts(folder / "power1_cap_default")
     if not least and (usual or most):
         least = round(LEAST_OF_DEFAULT * (usual or most or 0) / 1000) * 1000
-    known = limit is not None and least is not None and most is not None and least <= most
-    return Power(draw, limit, (least, most) if known and least is not None and most is not None else None)
+    if limit is None or least is None or most is None:
+        return Power(draw, limit, None)
+    least, most = -(-least // 1000) * 1000, most // 1000 * 1000  # whole watts are all that it keeps
+    return Power(draw, limit, (least, most) if least <= most else None)
 
 
 def set_limit(folder: Path, milliwatts: int) -> int:
@@ -102,7 +104,14 @@ class Gpu(NamedTuple):
     @property
     def uuid(self) -> str:
         """As the agent knows it."""
-        return f"{PREFIX}{self.known.get('unique_id', self.id):016x}"
+        return f"{PREFIX}{self.known.get('unique_id') or self.id:016x}"
+
+    @property
+    def board(self) -> tuple[object, ...]:
+        """The same for all parts of a board, which the kernel tells apart in the upper bits of `location_id`; their own
+        devices have no hwmon but for the first part's."""
+        location = self.known.get("location_id", 0) & 0x0FFFFFFF
+        return (self.known.get("domain", 0), location) if location else (self.hwmon,)
 
 
 def gpus(root: Path = KFD, drm: Path = DRM) -> list[Gpu]:
@@ -120,7 +129,10 @@ def gpus(root: Path = KFD, drm: Path = DRM) -> list[Gpu]:
 
 def alone(gpu: Gpu, every: list[Gpu]) -> bool:
     """Whether it has a board, and no other a part of that."""
-    return gpu.hwmon is not None and sum(other.hwmon == gpu.hwmon for other in every) == 1
+    mine = (gpu.board, gpu.uuid, gpu.hwmon)
+    others = [other for other in every if other.node != gpu.node]
+    shared = any(a == b for other in others for a, b in zip((other.board, other.uuid, other.hwmon), mine, strict=True))
+    return gpu.hwmon is not None and not shared
 
 
 def power_folder(uuid: str, root: Path = KFD, drm: Path = DRM) -> Path | None:

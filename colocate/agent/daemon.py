@@ -17,6 +17,7 @@ from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import Report
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.actuate.units import units_folder
+from colocate.agent.energy import Account
 from colocate.agent.loop import Agent, Tick
 from colocate.agent.node_power import PowerWatch, read_users
 from colocate.agent.numba_cache import load_compiled, prepare
@@ -120,7 +121,7 @@ class Service:
             journal_broken=bool(agent.journal.broken),
             drifts=self._drifts,
             explanation=agent.explain,
-            energy=power.energy.account,
+            energy=power.energy.account if agent.policy.spec.power.attribution else Account(),
             pods=agent.observer.lister.pods,
             node=self._node or platform.node(),
         )

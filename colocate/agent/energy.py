@@ -33,13 +33,22 @@ class Reading(NamedTuple):
 class Drawn(msgspec.Struct, frozen=True):
     """Of one consumer in one kind of zone."""
 
-    joules: float = 0.0
-    """Since the agent began."""
+    microjoules: int = 0
+    """Since the agent began. Whole ones, so that no sum of them ever falls by its rounding."""
     watts: float = 0.0
     """In the last step."""
     low: float | None = None
     high: float | None = None
     """Between what its watts are if its share is judged otherwise; None: not known."""
+
+    @property
+    def joules(self) -> float:
+        """As they are told."""
+        return self.microjoules / 1e6
+
+    def still(self) -> Drawn:
+        """The same, of one that draws nothing now, as far as is known."""
+        return Drawn(self.microjoules)
 
 
 class Account(NamedTuple):
@@ -51,8 +60,11 @@ class Account(NamedTuple):
     """Share of all CPU time in it."""
     node: Mapping[str, Drawn] = {}
     idle: Mapping[str, Drawn] = {}
+    active: Mapping[str, Drawn] = {}
     others: Mapping[str, Drawn] = {}
-    """The system's own, and who went between two steps."""
+    """The system's own, who went between two steps, and containers that are no longer told of by themselves."""
+    gone: Mapping[tuple[str, str], Mapping[str, int]] = {}
+    """Microjoules of those of a pod (its uid, "") or of a job's name ("", its name) that are no longer told of."""
     by: Mapping[str, Mapping[str, Drawn]] = {}
     """By the key of the consumer."""
     who: Mapping[str, Consumer] = {}
@@ -60,6 +72,20 @@ class Account(NamedTuple):
     """Of those that are no more: since when."""
     paths: Mapping[str, str] = {}
     """By kind of zone: the zone, or that there are several."""
+
+    def silent(self) -> Account:
+        """The same counters; what is drawn now is not known."""
+
+        def still(drawn: Mapping[str, Drawn]) -> dict[str, Drawn]:
+            return {kind: each.still() for kind, each in drawn.items()}
+
+        by = {key: still(drawn) for key, drawn in self.by.items()}
+        return self._replace(
+            node=still(self.node), idle=still(self.idle), active=still(self.active), others=still(self.others), by=by
+        )
+
+
+Gone = dict[tuple[str, str], Mapping[str, int]]
 
 
 class Energy:
@@ -72,44 +98,78 @@ class Energy:
 
     def forget(self) -> None:
         """Nobody wants it any more: the next reading is the first, and what was counted stays."""
-        self._before = None
+        if self._before is not None:
+            self._before = None
+            self.account = self.account.silent()
 
     def add(self, now: Reading, curve: Curve | None) -> None:
         """Count what was drawn since the reading before."""
         before, self._before = self._before, now
-        if before is None:
-            return
+        if before is None or not self._count(before, now, curve):
+            self.account = self.account.silent()
+
+    def _count(self, before: Reading, now: Reading, curve: Curve | None) -> bool:
+        """Whether the meter could be believed."""
         seconds = now.monotonic_seconds - before.monotonic_seconds
         counted = _by_kind(before.zones, now.zones, seconds)
         busy, idle = now.busy_us - before.busy_us, now.idle_us - before.idle_us
         if not counted or min(busy, idle) < 0 or busy + idle <= 0:
-            return
-        earlier = {one.key: one.cpu_us for one in before.consumers}
+            return False
+        last = self.account
+        earlier = {key: one.cpu_us for key, one in last.who.items()}
+        earlier |= {one.key: one.cpu_us for one in before.consumers}
         shares = {one.key: max(one.cpu_us - earlier.get(one.key, 0), 0) / (busy + idle) for one in now.consumers}
         used, whole = busy / (busy + idle), sum(counted.values())
         parts = split(whole, seconds, used, shares, curve)
-        last = self.account
-        node, idle_by, others = dict(last.node), dict(last.idle), dict(last.others)
+        node, idle_by, others, active = dict(last.node), dict(last.idle), dict(last.others), dict(last.active)
         by = {key: dict(kinds) for key, kinds in last.by.items()}
         for kind, energy in counted.items():
-            share = energy / whole if whole > 0 else 0.0
-            node[kind] = _more(node.get(kind), energy, seconds)
-            idle_by[kind] = _more(idle_by.get(kind), parts.idle * share, seconds)
-            others[kind] = _more(others.get(kind), parts.others * share, seconds)
+            share, total = energy / whole if whole > 0 else 0.0, round(1e6 * energy)
+            worked = 0
             for key, part in parts.by.items():
-                of = by.setdefault(key, {})
+                of, micro = by.setdefault(key, {}), int(1e6 * part.joules * share)
                 bounds = [None if each is None else each * share / seconds for each in (part.low, part.high)]
-                of[kind] = _more(of.get(kind), part.joules * share, seconds, *bounds)
+                of[kind] = _more(of.get(kind), micro, seconds, *bounds)
+                worked += micro
+            rest = min(int(1e6 * parts.others * share), total - worked)
+            for of, micro in ((node, total), (idle_by, total - worked - rest), (active, worked + rest), (others, rest)):
+                of[kind] = _more(of.get(kind), micro, seconds)
         who = dict(last.who) | {one.key: one for one in now.consumers}
         ended = _ended(last.ended, who, shares, now.monotonic_seconds)
+        gone = dict(last.gone)
         for key in [key for key in who if key not in shares]:
+            by[key] = {kind: drawn.still() for kind, drawn in by.get(key, {}).items()}
             if key not in ended:
-                who.pop(key)
-                by.pop(key, None)
-            else:
-                by[key] = {kind: Drawn(joules=drawn.joules) for kind, drawn in by.get(key, {}).items()}
+                _forget(who.pop(key), by.pop(key), gone, others)
+        _tidy(gone, who, others)
         paths = _paths(now.zones)
-        self.account = Account(seconds, used, node, idle_by, others, by, who, ended, paths)
+        self.account = Account(seconds, used, node, idle_by, active, others, gone, by, who, ended, paths)
+        return True
+
+
+def _forget(one: Consumer, drawn: Mapping[str, Drawn], gone: Gone, others: dict[str, Drawn]) -> None:
+    """Its pod, or the next job of its name, goes on from what it drew: a counter must not fall."""
+    about = (one.pod_uid, one.job)
+    before = gone.get(about, {})
+    gone[about] = {kind: before.get(kind, 0) + each.microjoules for kind, each in drawn.items()}
+    if not one.job:
+        _to_others(drawn, others)  # of a pod's containers the sum over containers has it no more
+
+
+def _to_others(drawn: Mapping[str, Drawn], others: dict[str, Drawn]) -> None:
+    for kind, each in drawn.items():
+        known = others.get(kind, Drawn())
+        others[kind] = msgspec.structs.replace(known, microjoules=known.microjoules + each.microjoules)
+
+
+def _tidy(gone: Gone, who: Mapping[str, Consumer], others: dict[str, Drawn]) -> None:
+    """Of pods that are no more nothing is kept, and of jobs' names not all."""
+    uids = {one.pod_uid for one in who.values()}
+    for about in [about for about in gone if about[0] and about[0] not in uids]:
+        del gone[about]
+    jobs = [about for about in gone if about[1]]
+    for about in jobs[: max(len(jobs) - MOST_ENDED, 0)]:
+        _to_others({kind: Drawn(micro) for kind, micro in gone.pop(about).items()}, others)
 
 
 def _by_kind(before: Sequence[Zone], now: Sequence[Zone], seconds: float) -> dict[str, float]:
@@ -141,9 +201,10 @@ def _paths(zones: Sequence[Zone]) -> dict[str, str]:
 
 
 def _more(
-    before: Drawn | None, energy: float, seconds: float, low: float | None = None, high: float | None = None
+    before: Drawn | None, microjoules: int, seconds: float, low: float | None = None, high: float | None = None
 ) -> Drawn:
-    return Drawn((before.joules if before is not None else 0.0) + energy, energy / seconds, low, high)
+    known = before.microjoules if before is not None else 0
+    return Drawn(known + microjoules, microjoules / 1e6 / seconds, low, high)
 
 
 def _ended(

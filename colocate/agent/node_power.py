@@ -7,7 +7,6 @@ operator's curve counts instead, where the policy has one. Whose energy it was i
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,6 +101,9 @@ class PowerWatch:
         """What the node used since the tick before; its meter is read beside."""
         self._workers.arrived()
         if not self.wanted and not self._policy().attribution:
+            if not self._workers.busy("meter"):  # which is nobody's concern any more: it begins anew
+                self.energy.forget()
+                self._zones, self._before, self._read_at = [], None, float("-inf")
             return
         before, self._before = self._before, snapshot
         used = utilization(before, snapshot) if before is not None else None
@@ -144,7 +146,7 @@ class PowerWatch:
         self._zones = zones
         there = any(zone.counts and zone.energy_microjoules is not None for zone in zones)
         self._none = None if there else (where, now)
-        self._attribute(zones)
+        self._attribute(zones, now)
         if not before or max(spread) - min(spread) > STEADY:
             return
         drawn = counted(zones, watts(before, zones, seconds))
@@ -154,12 +156,12 @@ class PowerWatch:
             self._saved_at = now
             self._state.save(POWER_FILE, msgspec.to_builtins(self.curve))
 
-    def _attribute(self, zones: list[Zone]) -> None:
+    def _attribute(self, zones: list[Zone], now: float) -> None:
         users = self._users() if self._policy().attribution else None
         if users is None:
             self.energy.forget()
             return
-        reading = Reading(time.monotonic(), zones, users.busy_us, users.idle_us, users.consumers)
+        reading = Reading(now, zones, users.busy_us, users.idle_us, users.consumers)
         self.energy.add(reading, self._known_curve())
 
     def _known_curve(self) -> Curve | None:

@@ -7,6 +7,7 @@ container that is about to start.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from colocate.plan import GpuTarget, PowerCap, Verdict
@@ -83,10 +84,15 @@ def caps_of(card: Card, shares: list[Share], others: list[str]) -> tuple[list[Po
 def _cap(card: Card, share: Share, watts: float | None) -> PowerCap:
     return PowerCap(
         target=GpuTarget(card.uuid),
-        watts=None if watts is None else float(int(watts)),  # whole watts are what is asked for
+        watts=None if watts is None else max(float(int(watts)), whole_up(card.least_watts or 0.0)),
         workload=share.workload,
         path=share.path,
     )
+
+
+def whole_up(watts: float) -> float:
+    """Whole watts are asked for, and all that some drivers keep: of the least that a card takes the next one."""
+    return float(math.ceil(watts))
 
 
 def _said(card: Card, state: str, reason: str, message: str, watts: float | None = None) -> Verdict:

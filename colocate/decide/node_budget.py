@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.decide.allowance import PowerState
-from colocate.decide.caps import LAW, Capped
+from colocate.decide.caps import LAW, Capped, whole_up
 from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
 from colocate.decide.power import BudgetTooSmallError, least_watts, split_budget
 from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
@@ -26,6 +26,7 @@ from colocate.policy.schema import PowerModel, PowerPolicy
 from colocate.snapshot import Card, NodeSnapshot
 
 POINTS = 25
+STEP_WATTS = 5.0
 SLOWDOWNS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """At which it is told what is enough."""
 NODE = "node"
@@ -44,8 +45,9 @@ class _Job(NamedTuple):
     """Of each card, as they are seen to need at most; infinite where that is not known."""
 
     def at_least(self, watts: float) -> _Job:
-        """The same, which may not have less on each card."""
-        return self._replace(least=min(max(watts, self.least), max(self.watts, self.least)))
+        """The same, which may not have less on each card: in steps, or its limit would be another one in every tick."""
+        least = math.ceil(watts / STEP_WATTS) * STEP_WATTS
+        return self._replace(least=min(max(least, self.least), max(self.watts, self.least)))
 
 
 class Budgeted(NamedTuple):
@@ -125,27 +127,41 @@ def _within(
     if asked <= left or not jobs:
         fits = left >= 0
         said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {of}"
+        said += _deadlines(floored, snapshot, {})
         reason = "WithinBudget" if fits else "BudgetTooSmall"
         return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
-    if sum(len(job.cards) * job.least for job in kept) > left:
+    if not _fit(jobs, left):  # who is late anyhow takes nobody else's time
+        jobs = [one if floored.get(one.workload, NONE).late else job for one, job in zip(plain, kept, strict=True)]
+    if not _fit(jobs, left):
         jobs = plain
     allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
     reason = "Lowered" if total <= left else "BudgetTooSmall"
     text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {of} are left: jobs have {total:g} W"
     text += f", the worst is about {worst:.0%} slower" if reason == "Lowered" else ", the least that their cards take"
-    names = {id_: snapshot.workloads[id_].name for id_ in floored}
-    late = sorted(names[i] for i, f in floored.items() if f.late or (jobs is plain and allowed[i] < f.watts))
-    if late:
-        text += f"; not done by its deadline: {', '.join(late)}"
-    elif floored:
-        text += f"; deadlines are kept: {', '.join(sorted(names.values()))}"
+    text += _deadlines(floored, snapshot, allowed)
     verdict = _said("capped", reason, text, {**numbers, "worst_slowdown": round(worst, 4)})
     by_card = {uuid: allowed[job.workload] for job in jobs for uuid in job.cards}
     seen = {uuid: job.enough for job in jobs for uuid in job.cards if job.enough < job.watts}
     caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
     verdicts = tuple(_told(v, by_card, of, seen) for v in capped.verdicts)
     return Capped(caps, (*verdicts, verdict))
+
+
+NONE = Floor(0.0, False)
+
+
+def _fit(jobs: list[_Job], left: float) -> bool:
+    return sum(len(job.cards) * job.least for job in jobs) <= left
+
+
+def _deadlines(floored: Mapping[str, Floor], snapshot: NodeSnapshot, allowed: Mapping[str, float]) -> str:
+    """Who will be late, and whose deadline is kept; `allowed` is what each has where that is less than it asks for."""
+    names = {id_: snapshot.workloads[id_].name for id_ in floored}
+    late = {i for i, floor in floored.items() if floor.late or allowed.get(i, math.inf) < int(floor.watts)}
+    kept = sorted(names[i] for i in floored.keys() - late)
+    text = f"; not done by its deadline: {', '.join(sorted(names[i] for i in late))}" if late else ""
+    return text + (f"; deadlines are kept: {', '.join(kept)}" if kept and allowed else "")
 
 
 def _needs(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> PowerNeeds | None:
@@ -210,9 +226,11 @@ def _split(
     try:
         found = split_budget(caps * cards[:, None], longer, left)
     except BudgetTooSmallError:
-        return {job.workload: job.least for job in jobs}, float(longer[:, 0].max())
+        return {job.workload: whole_up(job.least) for job in jobs}, float(longer[:, 0].max())
     each = found.caps / cards
-    return {job.workload: max(float(int(w)), job.least) for job, w in zip(jobs, each, strict=True)}, found.worst
+    return {
+        job.workload: max(float(int(w)), whole_up(job.least)) for job, w in zip(jobs, each, strict=True)
+    }, found.worst
 
 
 def _lowered(cap: PowerCap, by_card: Mapping[str, float]) -> PowerCap:

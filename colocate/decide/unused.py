@@ -9,6 +9,7 @@ of it (V100, P100, A40, RTX 6000; Zeus's data).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -19,6 +20,8 @@ from colocate.snapshot import Card, NodeSnapshot
 NEAR, MARGIN = 0.85, 1.25
 """A limit by so much above what was drawn is not near to it."""
 WINDOW_SECONDS, SLOT_SECONDS = 60.0, 10.0
+STEP_WATTS = 10.0
+"""So that a limit is not another one with every reading."""
 
 
 class Drew(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,6 +51,8 @@ def _watched(before: Drew | None, card: Card, now: float) -> Drew:
     if before is None or before.users != users or near or not fresh:
         return Drew(users, now)
     slot = int(now // SLOT_SECONDS)
+    if before.peaks and slot - before.peaks[-1][0] > 1:
+        return Drew(users, now)  # of the gap nothing is known
     kept = [peak for peak in before.peaks if peak[0] > slot - WINDOW_SECONDS / SLOT_SECONDS]
     if kept and kept[-1][0] == slot:
         kept[-1] = (slot, max(kept[-1][1], drawn))
@@ -59,7 +64,7 @@ def _watched(before: Drew | None, card: Card, now: float) -> Drew:
 def needs(known: Mapping[str, Drew], now: float) -> dict[str, float]:
     """Watts that are enough for a card, where that is known."""
     return {
-        uuid: MARGIN * max(watts for _, watts in drew.peaks)
+        uuid: math.ceil(MARGIN * max(watts for _, watts in drew.peaks) / STEP_WATTS) * STEP_WATTS
         for uuid, drew in known.items()
         if drew.peaks and now - drew.since_seconds >= WINDOW_SECONDS
     }

@@ -67,7 +67,7 @@ def split(counted: float, seconds: float, used: float, shares: Mapping[str, floa
         low, high = (None, None) if curve is None else _bounds(joules, active, share, min(whole, 1.0), curve)
         by[name] = Part(joules, low, high)
     others = max(active - sum(part.joules for part in by.values()), 0.0)
-    return Split(counted - others - sum(part.joules for part in by.values()), others, by)
+    return Split(max(counted - others - sum(part.joules for part in by.values()), 0.0), others, by)
 
 
 def _bounds(joules: float, active: float, share: float, whole: float, curve: Curve) -> tuple[float, float]:

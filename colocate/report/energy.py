@@ -27,7 +27,7 @@ def energy_families(account: Account, pods: Mapping[str, Pod], node: str) -> Ite
     for name, text, drawn in (
         ("kepler_node_cpu", "CPUs of the node", account.node),
         ("kepler_node_cpu_idle", "CPUs of the node, doing nothing", account.idle),
-        ("kepler_node_cpu_active", "CPUs of the node, by their work", _active(account)),
+        ("kepler_node_cpu_active", "CPUs of the node, by their work", account.active),
         ("colocate_node_cpu_others", "CPUs of the node, by work that is no container's nor job's", account.others),
     ):
         labelled: Series = [((kind, account.paths.get(kind, ""), node), each) for kind, each in drawn.items()]
@@ -40,15 +40,13 @@ def energy_families(account: Account, pods: Mapping[str, Pod], node: str) -> Ite
         if who.job
         for kind, each in account.by.get(key, {}).items()
     ]
+    jobs += [
+        ((name, TERMINATED, kind, node), Drawn(micro))
+        for (_, name), kinds in account.gone.items()
+        if name
+        for kind, micro in kinds.items()
+    ]
     yield from _pair("colocate_job_cpu", "A batch job", ("job", "state", "zone", "node_name"), _summed(jobs))
-
-
-def _active(account: Account) -> dict[str, Drawn]:
-    idle = account.idle
-    return {
-        kind: Drawn(each.joules - idle[kind].joules, each.watts - idle[kind].watts)
-        for kind, each in account.node.items()
-    }
 
 
 def _state(account: Account, key: str) -> str:
@@ -57,7 +55,7 @@ def _state(account: Account, key: str) -> str:
 
 def _of_containers(account: Account, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
     labelled: Series = []
-    bounds: list[tuple[tuple[str, ...], float]] = []
+    bounds: dict[tuple[str, ...], float] = {}
     for key, who in account.who.items():
         if not who.container_id:
             continue
@@ -66,18 +64,17 @@ def _of_containers(account: Account, pods: Mapping[str, Pod], node: str) -> Iter
         for kind, each in account.by.get(key, {}).items():
             state = _state(account, key)
             labelled.append(((who.container_id, name, who.runtime, state, kind, who.pod_uid, node), each))
-            bounds += [
-                ((who.container_id, name, kind, who.pod_uid, bound, node), value)
-                for bound, value in (("low", each.low), ("high", each.high))
-                if value is not None
-            ]
+            for bound, value in (("low", each.low), ("high", each.high)):
+                if value is not None:
+                    of_bound = (who.container_id, name, kind, who.pod_uid, bound, node)
+                    bounds[of_bound] = bounds.get(of_bound, 0.0) + value
     yield from _pair("kepler_container_cpu", "A container", OF_CONTAINER, _summed(labelled))
     family = GaugeMetricFamily(
         "colocate_container_cpu_watts_bound",
         "Between what a container's watts are, as the last and as the first who came to its node",
         labels=("container_id", "container_name", "zone", "pod_id", "bound", "node_name"),
     )
-    for about, value in bounds:
+    for about, value in bounds.items():
         family.add_metric(about, value)
     yield family
 
@@ -94,6 +91,13 @@ def _of_pods(account: Account, pods: Mapping[str, Pod], node: str) -> Iterator[M
         state = RUNNING if who.pod_uid in alive else TERMINATED
         for kind, each in account.by.get(key, {}).items():
             labelled.append(((who.pod_uid, name, namespace, state, kind, node), each))
+    names = {labels[0]: labels for labels, _ in labelled}
+    for (uid, _), kinds in account.gone.items():
+        if uid in names:
+            pod_id, pod_name, namespace, state = names[uid][:4]
+            labelled += [
+                ((pod_id, pod_name, namespace, state, kind, node), Drawn(micro)) for kind, micro in kinds.items()
+            ]
     yield from _pair("kepler_pod_cpu", "A pod", OF_POD, _summed(labelled))
 
 
@@ -102,7 +106,7 @@ def _summed(labelled: Series) -> Series:
     found: dict[tuple[str, ...], Drawn] = {}
     for about, each in labelled:
         before = found.get(about, Drawn())
-        found[about] = Drawn(before.joules + each.joules, before.watts + each.watts)
+        found[about] = Drawn(before.microjoules + each.microjoules, before.watts + each.watts)
     return list(found.items())
 
 

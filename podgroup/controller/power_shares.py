@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -37,6 +37,8 @@ Floats = npt.NDArray[np.float64]
 SLOWDOWNS: Floats = np.concatenate(([0.0], np.geomspace(0.001, 10.0, 121)))
 """At which needs are compared; straight lines between them."""
 ROUND = 1e-6
+NEAR = 0.02
+"""Of what is asked for on a node: so much more or less is as good."""
 log = structlog.get_logger()
 decode = msgspec.json.Decoder(NodeColocation).decode
 
@@ -124,14 +126,35 @@ def wanted(budgets: Iterable[Enforced], stuck: Mapping[str, int]) -> dict[str, i
     return found
 
 
+def _calm(budgets: Sequence[Enforced], should: dict[str, int], written: Mapping[str, int]) -> dict[str, int]:
+    """The same, but what stands there already where that is near enough and fits: needs change all the while, and a
+    watt more or less on every node is not worth a write on each."""
+    asked: dict[str, int] = {}
+    for budget in budgets:
+        asked |= budget.asked
+    found = dict(should)
+    for node, watts in should.items():
+        known = written.get(node, 0)
+        if known and abs(known - watts) <= max(NEAR * asked.get(node, 0), 1):
+            found[node] = known
+    for budget in budgets:
+        over = sum(found[n] for n in budget.asked if n in found) - max(budget.watts, 0)
+        for node in sorted(budget.asked.keys() & found.keys(), key=lambda n: should[n] - found[n]):
+            if over <= 0 or found[node] <= should[node]:
+                break
+            over -= found[node] - should[node]
+            found[node] = should[node]
+    return found
+
+
 def to_write(
-    budgets: list[Enforced], written: Mapping[str, int], in_force: Mapping[str, int], stuck: Mapping[str, int]
+    budgets: Sequence[Enforced], written: Mapping[str, int], in_force: Mapping[str, int], stuck: Mapping[str, int]
 ) -> dict[str, int]:
     """Node -> what is to be written now, 0 for no limit; `written` is what stands there, `in_force` what agents say.
 
     All that falls at once; what rises only as far as each budget keeps to its watts whatever is in force until then.
     """
-    should = wanted(budgets, stuck)
+    should = _calm(budgets, wanted(budgets, stuck), written)
     every = {node: should.get(node, 0) for node in {*should, *(n for n, watts in written.items() if watts)}}
     changes = {node: watts for node, watts in every.items() if watts != written.get(node, 0)}
     found = {n: w for n, w in changes.items() if w and (not written.get(n, 0) or w < written[n])}

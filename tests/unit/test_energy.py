@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from colocate.agent import energy as under_test
 from colocate.agent.energy import ENDED_SECONDS, MOST_ENDED, Account, Energy, Reading
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import Tree
@@ -173,6 +175,69 @@ def test_s2_8_not_all_that_ended_are_remembered() -> None:
     energy.add(reading(5.0, 50.0, 5.0, *many), None)
     energy.add(reading(10.0, 100.0, 10.0), None)
     assert len(energy.account.who) == MOST_ENDED
+
+
+def test_s2_8_no_counter_ever_falls_and_the_parts_are_the_whole_at_every_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Containers come and go, more than are remembered; names of jobs are used again; the node is idle, and full."""
+    monkeypatch.setattr(under_test, "MOST_ENDED", 15)
+    energy, before = Energy(), dict[str, dict[tuple[tuple[str, str], ...], float]]()
+    at = busy = package = dram = 0.0
+    draw = random.Random(7)
+    energy.add(reading(at, package, busy, dram=dram), None)
+    living: dict[str, float] = {}
+    for step in range(100):
+        at, used = at + 5.0, draw.choice([0.0, 0.1, 5.0, 10.0])
+        busy, package, dram = busy + used, package + draw.uniform(1, 900), dram + draw.uniform(0.1, 90)
+        for key in draw.sample(sorted(living), len(living) // 3):
+            del living[key]
+        living |= {f"{step}-{i}": 0.0 for i in range(draw.choice([0, 2, 8]))}
+        for key in living:
+            living[key] += used / max(len(living), 1) * draw.uniform(0.0, 1.0)
+        now = [
+            Consumer(key, round(1e6 * s), job=f"train{key[-1]}")
+            if int(key[-1]) % 2
+            else Consumer(key, round(1e6 * s), "", f"pod{key[-1]}", key.zfill(64), "")
+            for key, s in living.items()
+        ]
+        curve = draw.choice([None, CONCAVE])
+        energy.add(reading(at, package % 1000, busy, *now, dram=dram % 1000), curve)
+        found = series(energy.account, {})
+        counters = {name: values for name, values in found.items() if name.endswith("_joules_total")}
+        for name, values in counters.items():
+            for labels, value in values.items():
+                about = dict(labels)
+                begins_anew = "job" in about and about["state"] == "running"  # another job of the name
+                if not begins_anew and ("job" in about or about.get("state") != "terminated"):
+                    assert value >= before.get(name, {}).get(labels, 0.0), (name, labels)
+        before = counters
+        parts = ("kepler_container_cpu", "colocate_job_cpu", "colocate_node_cpu_others", "kepler_node_cpu_idle")
+        whole = sum(counters["kepler_node_cpu_joules_total"].values())
+        assert sum(sum(counters.get(f"{p}_joules_total", {}).values()) for p in parts) == pytest.approx(whole)
+
+
+def test_s2_8_a_container_that_was_not_read_once_counts_from_what_was_known_of_it() -> None:
+    energy, job = Energy(), Consumer("/batch/a@1", 10_000_000, job="a")
+    energy.add(reading(5.0, 0.0, 10.0, job), None)
+    energy.add(reading(10.0, 100.0, 15.0, job._replace(cpu_us=11_000_000)), None)
+    energy.add(reading(15.0, 200.0, 20.0), None)
+    energy.add(reading(20.0, 300.0, 25.0, job._replace(cpu_us=13_000_000)), None)
+    assert energy.account.by[job.key]["package"].joules == pytest.approx((1 + 2) / 10 * 100)
+
+
+def test_s2_8_what_is_not_known_now_is_told_as_no_watts() -> None:
+    energy = Energy()
+    energy.add(reading(0.0, 0.0, 0.0), None)
+    energy.add(reading(5.0, 100.0, 5.0, container("a", 3.0)), None)
+    energy.add(Reading(10.0, [], 10_000_000, 10_000_000, [container("a", 6.0)]), None)
+    assert (energy.account.node["package"].watts, energy.account.node["package"].joules) == (0.0, 100.0)
+    energy.add(reading(15.0, 150.0, 15.0, container("a", 8.0)), None)
+    energy.forget()
+    assert energy.account.by[container("a", 0).key]["package"].watts == 0.0
+    counted = energy.account.node["package"].joules
+    energy.add(reading(4000.0, 900.0, 100.0), None)
+    assert energy.account.node["package"].joules == counted, "what was drawn meanwhile is nobody's"
 
 
 class Families(Collector):

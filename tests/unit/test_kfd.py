@@ -304,6 +304,39 @@ def test_s2_3_parts_of_one_board_have_no_limit_of_their_own(tmp_path):
     assert "error" in settings.answer({"call": "get_memory_limits", "uuid": uuids[2], "group": "/"})
 
 
+def with_properties(root, *each):
+    for number, properties in enumerate(each, start=1):
+        node = root / "topology" / "nodes" / str(number)
+        node.mkdir(parents=True)
+        (node / "gpu_id").write_text(str(100 + number))
+        (node / "properties").write_text("".join(f"{name} {value}\n" for name, value in properties.items()))
+
+
+def test_s2_3_nor_has_the_first_part_of_a_board_whose_others_have_no_hwmon(tmp_path):
+    """As amdxcp makes them: platform devices. The upper bits of `location_id` tell the parts apart (kfd_topology.c)."""
+    parts = [{"unique_id": 7, "drm_render_minor": 128 + i, "location_id": 0x4300 | i << 28} for i in range(4)]
+    with_properties(tmp_path / "kfd", *parts, {"unique_id": 9, "drm_render_minor": 140, "location_id": 0x8300})
+    board(tmp_path / "drm", 128, cap=300 * W, cap_min=100 * W, cap_max=300 * W)
+    other = board(tmp_path / "drm", 140, cap=300 * W, cap_min=100 * W, cap_max=300 * W)
+    every = amdgpu.gpus(tmp_path / "kfd", tmp_path / "drm")
+    assert [amdgpu.alone(gpu, every) for gpu in every] == [False] * 4 + [True]
+    assert amdgpu.power_folder("AMD-0000000000000007", tmp_path / "kfd", tmp_path / "drm") is None
+    assert amdgpu.power_folder("AMD-0000000000000009", tmp_path / "kfd", tmp_path / "drm") == other
+
+
+def test_s2_3_boards_without_a_unique_id_are_told_apart(tmp_path):
+    with_properties(tmp_path / "kfd", *({"unique_id": 0, "drm_render_minor": 128 + i} for i in range(2)))
+    boards = [board(tmp_path / "drm", 128 + i, cap=300 * W, cap_min=100 * W, cap_max=300 * W) for i in range(2)]
+    every = amdgpu.gpus(tmp_path / "kfd", tmp_path / "drm")
+    assert len({gpu.uuid for gpu in every}) == 2
+    assert [amdgpu.power_folder(gpu.uuid, tmp_path / "kfd", tmp_path / "drm") for gpu in every] == boards
+
+
+def test_s2_3_a_range_is_whole_watts_within_the_boards(tmp_path):
+    folder = board(tmp_path, 128, cap=300 * W, cap_min=100 * W + W // 2, cap_max=300 * W - 1)
+    assert amdgpu.read_power(folder).range_mw == (101_000, 299_000)
+
+
 def test_gpus_are_counted_as_the_kernel_counts_them(tmp_path):
     topology(tmp_path, *range(128, 140))
     assert [gpu.known["unique_id"] for gpu in amdgpu.gpus(tmp_path, tmp_path)] == list(range(1, 13))

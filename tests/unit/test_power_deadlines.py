@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import msgspec
@@ -15,7 +16,7 @@ from colocate.cluster.api import POWER_DEADLINE, POWER_WORK
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.deadlines import SPARE, Curve, Floor, Progress, floors, progressed
-from colocate.decide.node_budget import Budgeted, budgeted
+from colocate.decide.node_budget import STEP_WATTS, Budgeted, budgeted
 from colocate.objects import ObjectMeta, Pod, PodSpec, PodStatus
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import NodeSnapshot
@@ -101,12 +102,37 @@ def split(snapshot: NodeSnapshot, budget: int, progress: dict[str, Progress]) ->
 def test_s2_8_the_other_gives_what_a_deadline_needs_and_is_told_why() -> None:
     found = split(having(0.0, 100.0, 85.0), 400, {"j1": Progress(0.0, 0.0)})
     caps = strictest_of(found.capped.caps)
-    assert caps["GPU-0"] == pytest.approx(300.0 * 85.0 / (SPARE * 100.0), abs=1.5)
+    assert caps["GPU-0"] == math.ceil(300.0 * 85.0 / (SPARE * 100.0) / STEP_WATTS) * STEP_WATTS
     assert sum(w or 0.0 for w in caps.values()) <= 400
     about = next(v for v in found.capped.verdicts if v.subject == "node")
     assert about.message.endswith("deadlines are kept: j1")
     assert found.needs is not None
     assert min(watts for _, watts in found.needs.least) >= 100 + 250
+
+
+def test_s2_8_who_is_late_anyhow_takes_nobody_elses_time() -> None:
+    snapshot = having(0.0, 1000.0, 5000.0)
+    other = msgspec.structs.replace(snapshot.workloads["j2"], due_seconds=1000.0, work_seconds=700.0)
+    snapshot = msgspec.structs.replace(snapshot, workloads={**snapshot.workloads, "j2": other})
+    progress = {"j1": Progress(0.0, 0.0), "j2": Progress(0.0, 0.0)}
+    found = split(snapshot, 400, progress)
+    caps = strictest_of(found.capped.caps)
+    assert (caps["GPU-1"] or 0.0) >= 300.0 * 700.0 / (SPARE * 1000.0)
+    about = next(v for v in found.capped.verdicts if v.subject == "node")
+    assert about.message.endswith("not done by its deadline: j1; deadlines are kept: j2")
+    enough = split(snapshot, 700, progress)
+    about = next(v for v in enough.capped.verdicts if v.subject == "node")
+    assert about.message.endswith("not done by its deadline: j1"), "also where nobody is held to less"
+
+
+def test_s2_8_a_limit_for_a_deadline_is_whole_watts_and_not_another_one_in_every_tick() -> None:
+    known, seen = {"j1": Progress(0.0, 0.0)}, set[float | None]()
+    for second in range(1, 61):
+        found = split(having(float(second), 1000.0, 800.0, limits=(255.0, 145.0)), 400, known)
+        known = found.progress
+        seen.add(strictest_of(found.capped.caps)["GPU-0"])
+    assert len(seen) <= 2
+    assert all(watts == int(watts) for watts in seen if watts is not None)
 
 
 def test_s2_8_a_budget_goes_before_a_deadline_and_says_who_is_late() -> None:

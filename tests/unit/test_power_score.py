@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colocate.agent.node_power import PowerWatch, differs, utilization
+from colocate.agent.node_power import PowerWatch, Users, differs, utilization
 from colocate.cluster.api import (
     CPU_REQUESTED,
     CPU_UTILIZATION,
@@ -313,6 +313,32 @@ async def test_s2_7_a_meter_that_comes_later_or_lies_elsewhere_is_found() -> Non
         watch.look(busy(float(second), 1000 * second, 1000 * second))
         await watch.settle()
     assert looked[1:] == [Path("/there")] * 4
+
+
+async def test_s2_8_energy_is_counted_only_while_the_policy_says_so() -> None:
+    meter, policy, busy_us = Meter(), PowerPolicy(attribution=True), [0]
+
+    def users() -> Users:
+        busy_us[0] += 5_000_000
+        return Users(busy_us[0], busy_us[0], [])
+
+    watch, at = PowerWatch(lambda: policy, None, meter.read, users), 0
+
+    async def pass_seconds(seconds: int) -> float:
+        nonlocal at
+        for _ in range(seconds // 5):
+            at += 5
+            meter.joules += 5 * 100
+            watch.look(busy(float(at), 10**6 * at, 10**6 * at))
+            await watch.settle()
+        return sum(drawn.joules for drawn in watch.energy.account.node.values())
+
+    counted = await pass_seconds(60)
+    assert counted > 0
+    policy = PowerPolicy()
+    assert await pass_seconds(600) == counted
+    policy = PowerPolicy(attribution=True)
+    assert await pass_seconds(60) <= counted + 6000, "nothing of the time between"
 
 
 @pytest.mark.parametrize("curve", ["0:110 0.5:240 0.9:310", "0:100 1:300", "0.1:100 0.8:300", "0:100 0.5:300 1:300"])
