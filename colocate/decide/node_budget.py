@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from colocate.decide.allowance import PowerState
 from colocate.decide.caps import LAW, Capped, whole_up
 from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
-from colocate.decide.power import BudgetTooSmallError, least_watts, split_budget
+from colocate.decide.power import BudgetTooSmallError, Splits, least_watts, split_budget
 from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
 from colocate.policy.schema import PowerModel, PowerPolicy
 from colocate.snapshot import Card, NodeSnapshot
 
 POINTS = 25
 STEP_WATTS = 5.0
+"""What moves all the while counts in steps of this, or every limit would be another one in every tick."""
 SLOWDOWNS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """At which it is told what is enough."""
 NODE = "node"
@@ -113,7 +115,7 @@ def _within(
     if not policy.budget and not share:
         return capped
     mine = {uuid for job in jobs for uuid in job.cards}
-    others = others_watts(snapshot.cards, mine)
+    others = math.ceil(others_watts(snapshot.cards, mine) / STEP_WATTS) * STEP_WATTS
     asked = sum(len(job.cards) * job.watts for job in jobs)
     left = power.watts - others if policy.budget else math.inf
     of, numbers = _allowed(power), {"budget_watts": float(policy.budget), "allowed_watts": power.watts}
@@ -169,10 +171,16 @@ def _needs(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, .
         return None
     caps, longer = _curves(jobs, snapshot, models)
     cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)
-    asked = float((caps[:, -1] * cards).sum())
-    return PowerNeeds(
-        asked, tuple((t, round(float((least_watts(caps, longer, t) * cards).sum()), 1)) for t in SLOWDOWNS)
-    )
+    return _needs_of(caps.tobytes(), longer.tobytes(), cards.tobytes())
+
+
+@lru_cache(maxsize=4)
+def _needs_of(caps: bytes, longer: bytes, cards: bytes) -> PowerNeeds:
+    """They are the same for most ticks, and take a millisecond."""
+    many = np.frombuffer(cards)
+    watts, slower = (np.frombuffer(each).reshape(len(many), POINTS) for each in (caps, longer))
+    least = tuple((t, round(float((least_watts(watts, slower, t) * many).sum()), 1)) for t in SLOWDOWNS)
+    return PowerNeeds(float((watts[:, -1] * many).sum()), least)
 
 
 def _jobs(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -> list[_Job]:
@@ -223,14 +231,22 @@ def _split(
     """What each card of a job gets, whole watts, and the worst slowdown."""
     caps, longer = curves
     cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)
-    try:
-        found = split_budget(caps * cards[:, None], longer, left)
-    except BudgetTooSmallError:
+    found = _split_of((caps * cards[:, None]).tobytes(), longer.tobytes(), left)
+    if found is None:
         return {job.workload: whole_up(job.least) for job in jobs}, float(longer[:, 0].max())
     each = found.caps / cards
-    return {
-        job.workload: max(float(int(w)), whole_up(job.least)) for job, w in zip(jobs, each, strict=True)
-    }, found.worst
+    whole = {job.workload: max(float(int(w)), whole_up(job.least)) for job, w in zip(jobs, each, strict=True)}
+    return whole, found.worst
+
+
+@lru_cache(maxsize=4)
+def _split_of(caps: bytes, longer: bytes, left: float) -> Splits | None:
+    """It is the same for most ticks, and takes milliseconds; None of a budget below all floors."""
+    watts, slower = (np.frombuffer(each).reshape(-1, POINTS) for each in (caps, longer))
+    try:
+        return split_budget(watts, slower, left)
+    except BudgetTooSmallError:
+        return None
 
 
 def _lowered(cap: PowerCap, by_card: Mapping[str, float]) -> PowerCap:
