@@ -164,6 +164,8 @@ class Card(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Ids of the workloads that were given it, whether they are on it yet or not."""
     pcie_bytes_per_second: tuple[float, float] | None = None
     """To it and from it, since the reading before; None: not told."""
+    file: str = ""
+    """Its device file, where containers are told it by that alone (AMD): `/dev/dri/renderD128`."""
     preempts: bool = False
     """Whether a process's queues can be taken off it in the middle of their kernels (AMD)."""
     driver: str = ""

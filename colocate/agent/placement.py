@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import structlog
 
-from colocate.agent.watts import Watts, given
+from colocate.agent.watts import Watts, files_of, given
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree, inodes_of, joined, rmdir_tree
 from colocate.cluster.api import GPU_BORROW, is_batch
@@ -113,7 +113,7 @@ class Placement:
         adjustment = self._place(pod, container)
         borrowed = adjustment.devices if adjustment is not None else ()
         made = container._replace(devices=(*container.devices, *borrowed))
-        if self._watts is None or self._shadow or not given(made):
+        if self._watts is None or self._shadow or not (given(made) or files_of(made)):
             return adjustment
         return self._with_watts(self._watts, pod, made, adjustment)
 

@@ -37,6 +37,9 @@ KNOWN_SECONDS, START_SECONDS = 0.5, 1.2
 after two seconds."""
 VISIBLE = ("NVIDIA_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 """What NVIDIA's device plugin and runtime go by, and what a program goes by."""
+KFD, RENDER = "/dev/kfd", "/dev/dri/renderD"
+ALL_DEVICES = frozenset({"/dev/mem", "/dev/kmsg", "/dev/port"})
+"""Which no device plugin gives."""
 NOBODYS = frozenset({"", "all", "none", "void", "nodevfiles", "-1"})
 """Of an image rather than of a device plugin: they give a container no card of its own."""
 
@@ -49,6 +52,14 @@ def named(values: Iterable[str]) -> tuple[str, ...]:
             if each.strip().lower() not in NOBODYS:
                 found[each.strip()] = None
     return tuple(found)
+
+
+def files_of(container: Container) -> tuple[str, ...]:
+    """Device files by which AMD's device plugin tells of cards; none of a privileged container, which has all there
+    are: that says nothing, and it must not wait for anything of ours."""
+    if KFD not in container.files or not ALL_DEVICES.isdisjoint(container.files):
+        return ()
+    return tuple(dict.fromkeys(file for file in container.files if file.startswith(RENDER)))
 
 
 def given(container: Container) -> tuple[str, ...]:
@@ -127,6 +138,7 @@ class Watts:
         if watts and missing:
             why = "a part of a card has no limit of its own" if missing.startswith("MIG-") else "it is not read (yet)"
             raise BadInput(f"{what} asks for {watts} W, and is given {missing}: {why}")
+        wanted = (*wanted, *(there[file].uuid for file in files_of(container) if file in there))
         every = self._allot(cards, f"pod:{pod.uid}", wanted)
         if not watts:
             return
@@ -249,6 +261,7 @@ class Watts:
 
 
 def _by_name(snapshot: NodeSnapshot) -> Mapping[str, Card]:
-    """Cards by UUID and by index."""
+    """Cards by UUID, by index, and by device file."""
     cards = snapshot.cards.values()
-    return {str(card.index): card for card in cards} | {card.uuid: card for card in cards}
+    by_file = {card.file: card for card in cards if card.file}
+    return by_file | {str(card.index): card for card in cards} | {card.uuid: card for card in cards}

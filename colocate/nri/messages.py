@@ -68,7 +68,8 @@ SCHEMA = {
     "LinuxPodSandbox": "cgroup_parent=3:string",
     "Container": "id=1:string pod_sandbox_id=2:string name=3:string state=4:int32 labels=5:*Pair annotations=6:*Pair"
     " env=8:*string linux=11:LinuxContainer pid=12:uint32 CDI_devices=20:*CDIDevice",
-    "LinuxContainer": "resources=3:LinuxResources cgroups_path=5:string",
+    "LinuxContainer": "devices=2:*LinuxDevice resources=3:LinuxResources cgroups_path=5:string",
+    "LinuxDevice": "path=1:string",
     "LinuxResources": "memory=1:LinuxMemory cpu=2:LinuxCPU unified=6:*Pair",
     "LinuxMemory": "limit=1:Integer",
     "LinuxCPU": "shares=1:Integer quota=2:Integer period=3:Integer cpus=6:string",
@@ -163,6 +164,8 @@ class Container(NamedTuple):
     env: Mapping[str, str] = {}
     devices: tuple[str, ...] = ()
     """What it is given by the Container Device Interface: `nvidia.com/gpu=GPU-…`."""
+    files: tuple[str, ...] = ()
+    """Device files that it gets: `/dev/dri/renderD128`."""
 
 
 class Adjustment(NamedTuple):
@@ -205,8 +208,11 @@ def container_of(found: Any) -> Container:
     where = found.linux.cgroups_path
     env = {name: value for name, _, value in (each.partition("=") for each in found.env)}
     devices = tuple(device.name for device in found.CDI_devices)
+    files = tuple(device.path for device in found.linux.devices)
     state = found.state == RUNNING
-    return Container(found.id, found.pod_sandbox_id, found.name, state, *maps, where, found.pid, limits, env, devices)
+    return Container(
+        found.id, found.pod_sandbox_id, found.name, state, *maps, where, found.pid, limits, env, devices, files
+    )
 
 
 def adjustment(wanted: Adjustment) -> Any:

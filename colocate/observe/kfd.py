@@ -57,6 +57,7 @@ def read_cards(port: FilePort, root: Path = KFD, drm: Path = DRM) -> list[dict[s
                 "processes": rows,
                 "error": "",
                 "preempts": True,
+                "file": f"/dev/dri/renderD{known['drm_render_minor']}" if known.get("drm_render_minor") else "",
                 "power_mw": power.draw_mw,
                 "limit_mw": power.limit_mw,
                 "set_mw": power.limit_mw,

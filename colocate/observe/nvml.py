@@ -216,6 +216,7 @@ class Cards:
                 most_watts=_watts((raw.get("limits_mw") or (None, None))[1]),
                 pcie_bytes_per_second=tuple(map(round, raw["pcie"])) if raw.get("pcie") else None,
                 preempts=raw.get("preempts", False),
+                file=raw.get("file", ""),
                 users=users,
                 strangers=strangers,
                 problem=self.problem or (f"NVML: {now['error']}" if now["error"] else ""),

@@ -78,7 +78,8 @@ CPU = field(1, field(1, 2)) + field(2, field(1, -1)) + field(3, field(1, 100_000
 RESOURCES = field(1, field(1, field(1, 1 << 33))) + field(2, CPU) + mapped(6, {"memory.high": "max"})
 CONTAINER = field(1, "c1") + field(2, "sandbox") + field(3, "main") + field(4, 3) + field(12, 4711)
 CONTAINER += field(7, "sleep") + field(7, "1")  # args, which nobody here reads
-CONTAINER += field(11, field(3, RESOURCES) + field(5, "/kubepods/besteffort/poduid-1/c1"))
+DEVICE = field(1, "/dev/dri/renderD128") + field(2, "c") + field(3, 226) + field(4, 128)
+CONTAINER += field(11, field(2, DEVICE) + field(3, RESOURCES) + field(5, "/kubepods/besteffort/poduid-1/c1"))
 
 
 class Taken:
@@ -212,7 +213,9 @@ async def test_a_plugin_registers_is_configured_and_adopts_what_runs_in_parts(tm
         )
         limits = Limits(2, -1, 100_000, 1 << 33, {"memory.high": "max"})
         where = "/kubepods/besteffort/poduid-1/c1"
-        assert (pods, containers) == ([pod], [Container("c1", "sandbox", "main", True, {}, {}, where, 4711, limits)])
+        files = ("/dev/dri/renderD128",)
+        made = Container("c1", "sandbox", "main", True, {}, {}, where, 4711, limits, files=files)
+        assert (pods, containers) == ([pod], [made])
         (update,) = parse(whole[2][0])[1]
         resources = parse(parse(parse(update)[2][0])[1][0])
         assert parse(update)[1] == [b"c1"]

@@ -333,11 +333,17 @@ class FakeCards(NamedTuple):
 
 
 def start_now(
-    placement: Placement, annotations: dict[str, str], visible: str, devices: tuple[str, ...] = ()
+    placement: Placement,
+    annotations: dict[str, str],
+    visible: str,
+    devices: tuple[str, ...] = (),
+    files: tuple[str, ...] = (),
 ) -> list[Any]:
     """As the runtime does."""
     pod = Pod("sandbox", "train", UID, "ml", {}, annotations, "")
-    made: Any = placement.create_container(pod, container({"NVIDIA_VISIBLE_DEVICES": visible}, devices))
+    made: Any = placement.create_container(
+        pod, container({"NVIDIA_VISIBLE_DEVICES": visible}, devices)._replace(files=files)
+    )
 
     async def answered() -> None:
         await made
@@ -367,11 +373,48 @@ class Start:
         self.placement = Placement(port, lambda: PLAIN, self.lister, lambda: None, shadow=shadow, watts=watch)
         assert not more, more
 
-    def make(self, visible: str = "GPU-0", devices: tuple[str, ...] = ()) -> list[Any]:
-        return start_now(self.placement, self.annotations, visible, devices) or self.cards.caps.set
+    def make(self, visible: str = "GPU-0", devices: tuple[str, ...] = (), files: tuple[str, ...] = ()) -> list[Any]:
+        return start_now(self.placement, self.annotations, visible, devices, files) or self.cards.caps.set
 
 
 POD = f"/kubepods/pod{UID}"
+AMD = tuple(card(f"AMD-{i}", index=1000 + i, file=f"/dev/dri/renderD{128 + i}") for i in range(2))
+
+
+@pytest.mark.parametrize(
+    ("watts", "gpus", "files", "expected"),
+    [
+        pytest.param(
+            180, 1, ("/dev/kfd", "/dev/dri/renderD129"), [("AMD-1", 180.0, POD)], id="as AMD's device plugin gives them"
+        ),
+        pytest.param(
+            400, 2, ("/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129"),
+            [("AMD-0", 200.0, POD), ("AMD-1", 200.0, POD)],
+            id="two",
+        ),
+        pytest.param(
+            180, 1, ("/dev/kfd", "/dev/kmsg", "/dev/dri/renderD128", "/dev/dri/renderD129"), [],
+            id="a privileged one has all: that says nothing",
+        ),
+        pytest.param(180, 1, ("/dev/dri/renderD128",), [], id="a file for drawing alone"),
+        pytest.param(180, 1, ("/dev/kfd", "/dev/dri/renderD140"), [], id="of no card that is known"),
+        pytest.param(None, 1, ("/dev/kfd", "/dev/dri/renderD128"), [], id="who asks for no watts"),
+    ],
+)  # fmt: skip
+def test_s2_3_a_container_is_given_amds_cards_by_their_device_files(
+    watts: int | None, gpus: int, files: tuple[str, ...], expected: list[Any]
+) -> None:
+    start = Start(watts, gpus, cards=AMD)
+    assert start.make("", files=files) == expected
+    if watts:
+        assert list(start.cards.allotted.get(f"pod:{UID}", ())) == [uuid for uuid, _, _ in expected]
+
+
+def test_s2_3_a_privileged_container_waits_for_nothing_of_ours() -> None:
+    files = ("/dev/mem", "/dev/kfd", "/dev/dri/renderD128")
+    assert Start(known=False, expected=True, offers=True, cards=AMD).make("", files=files) == []
+    with pytest.raises(Refused, match="may ask for watts"):
+        Start(known=False, expected=True, offers=True, cards=AMD).make("", files=files[1:])
 
 
 @pytest.mark.parametrize(
