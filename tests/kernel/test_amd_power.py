@@ -135,8 +135,6 @@ def begun(one):
     ("environment", "limits"),
     [
         pytest.param({"ROCR_VISIBLE_DEVICES": "1"}, [300, 180], id="by ROCr's index"),
-        pytest.param({"HIP_VISIBLE_DEVICES": "0"}, [180, 300], id="by HIP's"),
-        pytest.param({"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, [300, 180], id="HIP's of ROCr's"),
         pytest.param({"ROCR_VISIBLE_DEVICES": "GPU-00000000000000FF"}, [180, 300], id="by its unique id"),
         pytest.param({"ROCR_VISIBLE_DEVICES": "0,1"}, [100, 100], id="both share, and none has less than its least"),
     ],
