@@ -44,8 +44,10 @@ def folder_of(minor: int, drm: Path = DRM) -> Path | None:
     return None
 
 
-def read_power(folder: Path) -> Power:
+def read_power(folder: Path | None) -> Power:
     """Everything at once; a file that is not there, or says nothing now, is None."""
+    if folder is None:
+        return Power(None, None, None)
     draw = _milliwatts(folder / "power1_average")
     draw = _milliwatts(folder / "power1_input") if draw is None else draw
     limit, most = _milliwatts(folder / "power1_cap"), _milliwatts(folder / "power1_cap_max")
@@ -70,9 +72,8 @@ def set_limit(folder: Path, milliwatts: int) -> int:
 
 
 def _milliwatts(path: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(path.read_text()) // 1000
-    return None
+    microwatts = number_in(path)
+    return None if microwatts is None else microwatts // 1000
 
 
 def number_in(path: Path) -> int | None:
@@ -147,14 +148,15 @@ def shown(rocr: str | None, hip: str | None) -> str | None:
     ours; None where neither is set. What is none of that stays as it is written: it is no GPU."""
     if rocr is None and hip is None:
         return None
-    every = None if rocr is None else [_ours(each.strip()) for each in rocr.split(",") if each.strip()]
-    if hip is None:
-        return ",".join(every or ())
-    chosen = [each.strip() for each in hip.split(",") if each.strip()]
-    if every is None:
-        return ",".join(map(_ours, chosen))
+    if rocr is None or hip is None:
+        return ",".join(map(_ours, _words(rocr if hip is None else hip)))
+    every, chosen = list(map(_ours, _words(rocr))), _words(hip)
     among = {str(i): name for i, name in enumerate(every)}
     return ",".join(among.get(each, _ours(each) if each.startswith("GPU-") else f"HIP:{each}") for each in chosen)
+
+
+def _words(text: str | None) -> list[str]:
+    return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
 def _ours(name: str) -> str:

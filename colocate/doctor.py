@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import find_kubepods, find_tree, joined, main_hierarchy
 from colocate.observe.neighbourhood import reserved_cpus
-from colocate.observe.node import AMD_FILE, DRIVER_FILES, capacity
+from colocate.observe.node import capacity, has_amd, has_nvidia
 from colocate.observe.peers import PEERS, peers
 from colocate.observe.workloads import Target
 from colocate.units import format_cpulist
@@ -166,7 +165,7 @@ def _devices(port: KernelPort) -> list[Check]:
     io = [f for f in ("io.max", "io.weight", "io.cost.qos", "blkio.throttle.write_bps_device")
           if _has(port, "blkio", f)]  # fmt: skip
     htb = any("sch_htb" in (port.proc(f) or "") for f in ("/proc/modules",)) or os.path.exists("/sys/module/sch_htb")
-    nvml = any(Path(p).exists() for p in DRIVER_FILES)
+    nvml = has_nvidia()
     rapl = bool(port.proc_list("/sys/class/powercap"))
     return [
         Check("disk control", bool(io), ", ".join(io) or "-", "disk use of batch is not limited", "the io controller"),
@@ -202,7 +201,7 @@ def _neighbours(port: KernelPort) -> list[Check]:
 
 def _cards(_port: KernelPort) -> list[Check]:
     """Each card that the driver has, and what of it the law can go by; nothing where there is no driver."""
-    if not any(Path(p).exists() for p in DRIVER_FILES):
+    if not has_nvidia():
         return []
     from colocate.observe.nvml import NvmlSilent, Worker
 
@@ -252,7 +251,7 @@ def _card(card: dict[str, Any], driver: str) -> list[Check]:
 
 
 def _amd(port: KernelPort) -> list[Check]:
-    if not Path(AMD_FILE).exists():
+    if not has_amd():
         return []
     from colocate.observe.kfd import read_cards
 

@@ -169,6 +169,7 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     power_budget: bool = False
     """Whether they are within one: then none is raised before all that fall have been read back."""
     power_needs: PowerNeeds | None = None
+    """None: nobody asks for watts."""
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -254,12 +254,13 @@ def main() -> int:
     amd = AmdSettings()
     for line in sys.stdin:
         asked = json.loads(line)
-        if "call" in asked and asked["uuid"].startswith(amdgpu.PREFIX):
-            say(number=asked["number"], **amd.answer(asked))
-            continue
         if "call" in asked:
-            settings = settings if settings is not None else Settings()
-            say(number=asked["number"], **settings.answer(asked))
+            if asked["uuid"].startswith(amdgpu.PREFIX):
+                answer = amd.answer(asked)
+            else:
+                settings = settings if settings is not None else Settings()
+                answer = settings.answer(asked)
+            say(number=asked["number"], **answer)
             continue
         try:
             cuda = cuda if cuda is not None else Cuda()

@@ -17,9 +17,8 @@ from colocate.actuate.journal import Journal, boot_id
 from colocate.actuate.restore import Report
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.actuate.units import units_folder
-from colocate.agent.energy import Account
 from colocate.agent.loop import Agent, Tick
-from colocate.agent.node_power import PowerWatch, read_users
+from colocate.agent.node_power import PowerWatch
 from colocate.agent.numba_cache import load_compiled, prepare
 from colocate.agent.policies import Policies
 from colocate.agent.socket import JobServer
@@ -27,6 +26,7 @@ from colocate.calibrate.measure import ensure_calibration, load_calibration
 from colocate.cgroup.port import KernelPort
 from colocate.errors import BadInput, ColocateError
 from colocate.model import kernels
+from colocate.observe.energy import Account, read_users
 from colocate.policy.schema import ColocationPolicy
 from colocate.report.record import Recorder
 

@@ -37,7 +37,7 @@ from colocate.model.kernels import Kernels
 from colocate.model.state import from_builtins, to_builtins, without_times
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.longwaits import KNOWN_SECONDS, LongWaits
-from colocate.observe.node import AMD_FILE, DRIVER_FILES
+from colocate.observe.node import has_amd, has_nvidia
 from colocate.observe.observer import Observer
 from colocate.observe.pressure import PressureWatch
 from colocate.plan import Outcome, Plan
@@ -178,8 +178,7 @@ class Agent:
     def _find_cards(self) -> None:
         """Look at cards from now on, if there may be some: nothing of theirs is imported elsewhere."""
         gpu = self.policy.spec.gpu
-        nvidia = any(map(os.path.exists, (gpu.nvml_library,) if gpu.nvml_library else DRIVER_FILES))
-        amd = os.path.exists(AMD_FILE)
+        nvidia, amd = os.path.exists(gpu.nvml_library) if gpu.nvml_library else has_nvidia(), has_amd()
         if not (gpu.enabled and isinstance(self.port, KernelPort) and (nvidia or amd)):
             return
         from colocate.actuate.caps import Caps

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,18 +18,13 @@ import structlog
 
 from colocate.actuate.statedir import POWER_FILE, StateDirectory
 from colocate.actuate.workers import Workers
-from colocate.agent.energy import Energy, Reading
-from colocate.cgroup.port import FilePort
-from colocate.cgroup.tree import Tree
 from colocate.cluster.api import CurvePoint, NodePower
 from colocate.model.energy import Curve
 from colocate.model.node_power import GRID, NodeCurve
-from colocate.observe import node as node_figures
-from colocate.observe.containers import Consumer, read_consumers
+from colocate.observe.energy import Energy, Reading, Users
 from colocate.observe.powercap import Zone, counted, read_zones, watts
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import NodeSnapshot
-from colocate.units import parse_cpulist
 
 log = structlog.get_logger()
 READ_SECONDS = 5.0
@@ -43,23 +38,6 @@ HOT, CURVE_WATTS, CURVE_RATIO = 0.05, 3.0, 0.03
 """Changes of utilization, and of a curve's watts, that are worth telling."""
 LOOK_AGAIN_SECONDS = 300.0
 """Where there was no meter one is looked for again: a module may be loaded, a policy may name another place."""
-
-
-class Users(NamedTuple):
-    """CPU time since boot, of the whole node and of whoever used it."""
-
-    busy_us: int
-    idle_us: int
-    consumers: list[Consumer]
-
-
-def read_users(port: FilePort, tree: Tree) -> Users | None:
-    """Of this machine, all its CPUs; None where it does not tell."""
-    online = parse_cpulist(port.proc("/sys/devices/system/cpu/online") or "0")
-    figures = node_figures.figures(port, "/", online, 0)
-    if figures.cpu_busy_us is None or figures.cpu_idle_us is None:
-        return None
-    return Users(figures.cpu_busy_us, figures.cpu_idle_us, read_consumers(port, tree))
 
 
 class PowerWatch:
@@ -161,8 +139,7 @@ class PowerWatch:
         if users is None:
             self.energy.forget()
             return
-        reading = Reading(now, zones, users.busy_us, users.idle_us, users.consumers)
-        self.energy.add(reading, self._known_curve())
+        self.energy.add(Reading(now, zones, users), self._known_curve())
 
     def _known_curve(self) -> Curve | None:
         given = self._policy().curve

@@ -60,16 +60,16 @@ from colocate.kube.reflector import Reflector, either
 from colocate.objects import GANG_HELD, Container, Quantities
 from colocate.objects import Pod as PodObject
 from colocate.observe.peers import PEERS, publishers
-from colocate.observe.pods import BatchRequest, Pod
+from colocate.observe.pods import BatchRequest, Pod, by_id
 from colocate.plan import PowerNeeds as PlannedNeeds
 from colocate.plan import Verdict
 from colocate.units import MOST_BYTES, MOST_CORES, parse_duration, parse_quantity, parse_time, time_text
 
 MOST_ATTEMPTS, AGAIN_SECONDS, LOOK_SECONDS = 6, 30.0, 2.0
 GANGS_SECONDS = 2.0
+"""Between two words of frozen gangs: others stand still by them."""
 NEEDS_SECONDS, NEEDS_RATIO = 10.0, 0.02
 """What watts are needed for is told so often at most, and where it has changed by so much of what is asked for."""
-"""Between two words of frozen gangs: others stand still by them."""
 HELD_BACK_SECONDS = 10.0
 """Who is held back is told at most so often: it changes with the load of the services."""
 CONFIG_HASH, MIRROR = "kubernetes.io/config.hash", "kubernetes.io/config.mirror"
@@ -138,6 +138,7 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
     if found.terminal:
         return None
     meta = found.metadata
+    made = (*found.status.container_statuses, *found.status.init_container_statuses)
     static = MIRROR in meta.annotations and any(o.kind == "Node" for o in meta.owner_references)
     try:
         cores, size = asked(found)
@@ -156,7 +157,7 @@ def pod_of(found: PodObject, monotonic: float) -> Pod | None:
         leaving=found.deleting,
         batch=batch,
         gang=gang_of(meta),
-        containers=_names(found),
+        containers=by_id((c.container_id, c.name) for c in made),
         gang_held=next((c.message for c in found.status.conditions if (c.type, c.status) == (GANG_HELD, "True")), ""),
         gpu_memory_bytes=_declared(found),
         power_watts=_together(found, POWER_RESOURCES) or None,
@@ -181,12 +182,6 @@ def _deadline(pod: PodObject, monotonic: float) -> dict[str, float]:
         log.warning("power_deadline_not_understood", pod=name, error=f"{POWER_WORK} is 0", effect="it has none")
         return {}
     return {"due_seconds": monotonic + due - time.time(), "work_seconds": work}
-
-
-def _names(pod: PodObject) -> dict[str, str]:
-    """`containerd://ID` -> without the runtime."""
-    every = (*pod.status.container_statuses, *pod.status.init_container_statuses)
-    return {one.container_id.rpartition("/")[2]: one.name for one in every if one.container_id}
 
 
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", GPU_BORROW)
@@ -329,10 +324,8 @@ class Publisher:
             self._told_in_force = in_force
             self._changed.set()
         needs = _needs(tick.plan.power_needs)
-        asks_else = (needs is None) != (self._told_needs is None) or (
-            needs is not None and self._told_needs is not None and needs.asked != self._told_needs.asked
-        )
-        if asks_else or (now - self._needs_at >= NEEDS_SECONDS and needs_differ(self._told_needs, needs)):
+        asked, told = (said and said.asked for said in (needs, self._told_needs))
+        if asked != told or (now - self._needs_at >= NEEDS_SECONDS and needs_differ(self._told_needs, needs)):
             self._told_needs, self._needs_at = needs, now
             self._changed.set()
         due = now - self._power_at >= HEARTBEAT_SECONDS

@@ -13,7 +13,7 @@ from colocate.cli.host import socket_path
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.client import EXIT_REFUSED, JOB_VARIABLE, SOCKET_VARIABLE, connect_or_embed, tell_checkpointed
 from colocate.jobs.client import run as run_job
-from colocate.observe.node import AMD_FILE, DRIVER_FILES
+from colocate.observe.node import has_amd, has_nvidia
 from colocate.units import CPU_PERIOD_US, CPU_QUOTA_MIN_US
 
 LEAST_BYTES = 1 << 20
@@ -75,7 +75,7 @@ def _check(options: argparse.Namespace) -> None:
 def _visible_gpus() -> str | None:
     """Those that the command will see: UUIDs and indices as the agent has them."""
     cuda, rocr, hip = (os.environ.get(f"{name}_VISIBLE_DEVICES") for name in ("CUDA", "ROCR", "HIP"))
-    if cuda is not None and Path(AMD_FILE).exists() and not any(Path(file).exists() for file in DRIVER_FILES):
+    if cuda is not None and has_amd() and not has_nvidia():
         cuda, hip = None, cuda if hip is None else hip  # which HIP goes by too
     every = [each for each in (cuda, shown(rocr, hip)) if each is not None]
     return ",".join(every) if every else None

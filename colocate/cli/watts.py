@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from colocate.amdgpu import FIRST_INDEX, Power, alone, gpus, read_power
+from colocate.amdgpu import FIRST_INDEX, alone, gpus, read_power
 from colocate.cli.output import DATA_FORMS, print_data, print_table
 from colocate.cli.watch import ask_agent
 from colocate.decide.caps import LAW
 from colocate.decide.node_budget import NODE
 from colocate.errors import BadInput, HostUnfit
-from colocate.observe.node import DRIVER_FILES
+from colocate.observe.node import has_nvidia
 from colocate.observe.powercap import Zone, counted, read_zones, watts
 
 LEAST_SECONDS = 0.05
@@ -26,7 +26,7 @@ def status(options: argparse.Namespace) -> int:
         raise BadInput(f"--seconds: at least {LEAST_SECONDS:g}")
     root = Path(options.sysfs) / "class" / "powercap"
     before, began = read_zones(root), time.monotonic()
-    driver = bool(options.nvml_library) or any(Path(p).exists() for p in DRIVER_FILES)
+    driver = bool(options.nvml_library) or has_nvidia()
     amd = _amd(Path(options.sysfs))
     if not before and not driver and not amd:
         raise HostUnfit(
@@ -142,7 +142,7 @@ def _amd(sysfs: Path) -> list[dict[str, Any]]:
     every = gpus(sysfs / "class" / "kfd" / "kfd", sysfs / "class" / "drm")
     found = []
     for index, gpu in enumerate(every):
-        power = read_power(gpu.hwmon) if gpu.hwmon is not None else Power(None, None, None)
+        power = read_power(gpu.hwmon)
         mine = gpu.hwmon is None or alone(gpu, every)
         found.append(
             {

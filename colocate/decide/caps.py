@@ -90,9 +90,10 @@ def _cap(card: Card, share: Share, watts: float | None) -> PowerCap:
     )
 
 
-def whole_up(watts: float) -> float:
-    """Whole watts are asked for, and all that some drivers keep: of the least that a card takes the next one."""
-    return float(math.ceil(watts))
+def whole_up(watts: float, step: float = 1.0) -> float:
+    """The next whole watt, which is all that some drivers keep; or the next step, of what moves all the while: else
+    every limit would be another one in every tick."""
+    return math.ceil(watts / step) * step
 
 
 def _said(card: Card, state: str, reason: str, message: str, watts: float | None = None) -> Verdict:

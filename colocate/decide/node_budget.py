@@ -26,9 +26,10 @@ from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
 from colocate.policy.schema import PowerModel, PowerPolicy
 from colocate.snapshot import Card, NodeSnapshot
 
+Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Of jobs: caps of one card, ascending, and by how much longer each takes; shapes (jobs, POINTS)."""
 POINTS = 25
 STEP_WATTS = 5.0
-"""What moves all the while counts in steps of this, or every limit would be another one in every tick."""
 SLOWDOWNS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """At which it is told what is enough."""
 NODE = "node"
@@ -47,9 +48,8 @@ class _Job(NamedTuple):
     """Of each card, as they are seen to need at most; infinite where that is not known."""
 
     def at_least(self, watts: float) -> _Job:
-        """The same, which may not have less on each card: in steps, or its limit would be another one in every tick."""
-        least = math.ceil(watts / STEP_WATTS) * STEP_WATTS
-        return self._replace(least=min(max(least, self.least), max(self.watts, self.least)))
+        """The same, which may not have less on each card."""
+        return self._replace(least=min(max(whole_up(watts, STEP_WATTS), self.least), max(self.watts, self.least)))
 
 
 class Budgeted(NamedTuple):
@@ -86,36 +86,34 @@ def budgeted(
     `enough`: watts that a card is seen to need at most, by its UUID. `progress` is of those that have a deadline.
     """
     jobs = _jobs(capped, snapshot, enough)
-    curves = _by_workload(jobs, snapshot, policy.models)
-    done = progressed(progress, snapshot, curves)
-    least = floors(done, snapshot, curves)
+    curves = _curves(jobs, snapshot, policy.models)
+    of_job = {job.workload: Curve(caps, longer) for job, caps, longer in zip(jobs, *curves, strict=True)}
+    done = progressed(progress, snapshot, of_job)
+    least = floors(done, snapshot, of_job)
     kept = [job.at_least(least[job.workload].watts) if job.workload in least else job for job in jobs]
-    needs = _needs(kept, snapshot, policy.models)
-    return Budgeted(_within(capped, kept, jobs, snapshot, policy, power, least), done, needs)
-
-
-def _by_workload(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> dict[str, Curve]:
-    if not any(w.due_seconds is not None for w in snapshot.workloads.values()):
-        return {}
-    caps, longer = _curves(jobs, snapshot, models)
-    return {job.workload: Curve(caps[row], longer[row]) for row, job in enumerate(jobs)}
+    if kept != jobs:
+        curves = _curves(kept, snapshot, policy.models)
+    found = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
+    return Budgeted(found, done, _needs(kept, curves))
 
 
 def _within(
     capped: Capped,
     kept: list[_Job],
     plain: list[_Job],
+    curves: Curves,
     snapshot: NodeSnapshot,
     policy: PowerPolicy,
     power: PowerState,
     floored: Mapping[str, Floor],
 ) -> Capped:
-    """By `kept`, which keep deadlines, or where there is not enough for that by the `plain` ones."""
+    """By `kept`, which keep deadlines and whose `curves` these are, or where there is not enough for that by the
+    `plain` ones."""
     share, jobs = snapshot.power_share, kept
     if not policy.budget and not share:
         return capped
     mine = {uuid for job in jobs for uuid in job.cards}
-    others = math.ceil(others_watts(snapshot.cards, mine) / STEP_WATTS) * STEP_WATTS
+    others = whole_up(others_watts(snapshot.cards, mine), STEP_WATTS)
     asked = sum(len(job.cards) * job.watts for job in jobs)
     left = power.watts - others if policy.budget else math.inf
     of, numbers = _allowed(power), {"budget_watts": float(policy.budget), "allowed_watts": power.watts}
@@ -136,7 +134,9 @@ def _within(
         jobs = [one if floored.get(one.workload, NONE).late else job for one, job in zip(plain, kept, strict=True)]
     if not _fit(jobs, left):
         jobs = plain
-    allowed, worst = _split(jobs, _curves(jobs, snapshot, policy.models), left)
+    if jobs is not kept:
+        curves = _curves(jobs, snapshot, policy.models)
+    allowed, worst = _split(jobs, curves, left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
     reason = "Lowered" if total <= left else "BudgetTooSmall"
     text = f"{asked:g} W are asked for and {max(left, 0.0):g} W of {of} are left: jobs have {total:g} W"
@@ -166,10 +166,10 @@ def _deadlines(floored: Mapping[str, Floor], snapshot: NodeSnapshot, allowed: Ma
     return text + (f"; deadlines are kept: {', '.join(kept)}" if kept and allowed else "")
 
 
-def _needs(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> PowerNeeds | None:
+def _needs(jobs: list[_Job], curves: Curves) -> PowerNeeds | None:
     if not jobs:
         return None
-    caps, longer = _curves(jobs, snapshot, models)
+    caps, longer = curves
     cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)
     return _needs_of(caps.tobytes(), longer.tobytes(), cards.tobytes())
 
@@ -205,9 +205,7 @@ def _jobs(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -
     ]
 
 
-def _curves(
-    jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _curves(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> Curves:
     """(jobs, POINTS): caps of one card from the least to what is asked for, and by how much longer each job takes."""
     known = {model.name: model for model in models}
     steps = np.linspace(0.0, 1.0, POINTS)
@@ -225,9 +223,7 @@ def _curves(
     return caps, longer
 
 
-def _split(
-    jobs: list[_Job], curves: tuple[NDArray[np.float64], NDArray[np.float64]], left: float
-) -> tuple[dict[str, float], float]:
+def _split(jobs: list[_Job], curves: Curves, left: float) -> tuple[dict[str, float], float]:
     """What each card of a job gets, whole watts, and the worst slowdown."""
     caps, longer = curves
     cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)

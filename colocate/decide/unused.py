@@ -9,19 +9,18 @@ of it (V100, P100, A40, RTX 6000; Zeus's data).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import msgspec
 
 from colocate.decide.allowance import FRESH_SECONDS
+from colocate.decide.caps import whole_up
 from colocate.snapshot import Card, NodeSnapshot
 
 NEAR, MARGIN = 0.85, 1.25
 """A limit by so much above what was drawn is not near to it."""
 WINDOW_SECONDS, SLOT_SECONDS = 60.0, 10.0
 STEP_WATTS = 10.0
-"""So that a limit is not another one with every reading."""
 
 
 class Drew(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -64,7 +63,7 @@ def _watched(before: Drew | None, card: Card, now: float) -> Drew:
 def needs(known: Mapping[str, Drew], now: float) -> dict[str, float]:
     """Watts that are enough for a card, where that is known."""
     return {
-        uuid: math.ceil(MARGIN * max(watts for _, watts in drew.peaks) / STEP_WATTS) * STEP_WATTS
+        uuid: whole_up(MARGIN * max(watts for _, watts in drew.peaks), STEP_WATTS)
         for uuid, drew in known.items()
         if drew.peaks and now - drew.since_seconds >= WINDOW_SECONDS
     }

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from colocate.amdgpu import DRM, FIRST_INDEX, KFD, Power, alone, gpus, number_in, properties_in, read_power
+from colocate.amdgpu import DRM, FIRST_INDEX, KFD, alone, gpus, number_in, properties_in, read_power
 from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import start_time
 
@@ -24,7 +24,7 @@ def read_cards(port: FilePort, root: Path = KFD, drm: Path = DRM) -> list[dict[s
     every = gpus(root, drm)
     for of in every:
         node, gpu, known = of.node, of.id, of.known
-        power = read_power(of.hwmon) if of.hwmon is not None and alone(of, every) else Power(None, None, None)
+        power = read_power(of.hwmon if alone(of, every) else None)
         units = known.get("simd_count", 0) // max(known.get("simd_per_cu", 1), 1)
         total = properties_in(node / "mem_banks" / "0" / "properties").get("size_in_bytes")
         rows, used, occupied = [], 0, 0

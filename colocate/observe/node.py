@@ -6,6 +6,7 @@ Sources: /proc/stat (proc(5)), /proc/meminfo, /sys/devices/system/cpu/cpu*/topol
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from colocate.cgroup.layout import UNIFIED
@@ -18,6 +19,16 @@ TICK_US = 10_000
 AMD_FILE = "/dev/kfd"
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 """Of NVIDIA's driver: without them there is no card here."""
+
+
+def has_nvidia() -> bool:
+    """Whether NVIDIA's driver is there."""
+    return any(map(os.path.exists, DRIVER_FILES))
+
+
+def has_amd() -> bool:
+    """Whether AMD's compute driver is."""
+    return os.path.exists(AMD_FILE)
 
 
 class Capacity(NamedTuple):

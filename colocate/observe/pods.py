@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,14 @@ def parse_pods(body: bytes) -> dict[str, Pod]:
 
 
 def _pod(found: _Pod) -> Pod:
-    meta = found.metadata
-    names = {c.id.rpartition("/")[2]: c.name for c in found.status.container_statuses or () if c.id}
+    meta, status = found.metadata, found.status
+    names = by_id((c.id, c.name) for c in status.container_statuses or ())
     return Pod(meta.uid, meta.name, meta.namespace, meta.labels, containers=names)
+
+
+def by_id(said: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Names of containers by their ids, of which the API has `RUNTIME://ID`, and nothing before they are made."""
+    return {id_.rpartition("/")[2]: name for id_, name in said if id_}
 
 
 class PodLister:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from colocate.agent.energy import Account, Drawn
+from colocate.observe.energy import Account, Drawn
 from colocate.observe.pods import Pod
 
 OF_NODE = ("zone", "path", "node_name")

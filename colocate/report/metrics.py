@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from colocate.agent.energy import Account
 from colocate.model.forecast import Forecast
+from colocate.observe.energy import Account
 from colocate.observe.pods import Pod
 from colocate.plan import Plan
 from colocate.report.energy import energy_families

@@ -369,7 +369,7 @@ def test_25_batch_that_somebody_else_paused_is_not_let_go(node, agent, cards):
 def test_the_doctor_says_of_each_card_what_the_law_can_go_by(node, cards, monkeypatch, options, fault, expected):
     fake = cards(*options)
     fake.wrong(fault)
-    monkeypatch.setattr(doctor, "DRIVER_FILES", (str(fake.library),))
+    monkeypatch.setattr("colocate.observe.node.DRIVER_FILES", (str(fake.library),))
     monkeypatch.setenv("LD_LIBRARY_PATH", str(fake.folder))
     found = [c for c in doctor.checks(node.port) if c.name.startswith("GPU")]
     assert {c.name.removeprefix("GPU 0 ") for c in found if not c.ok} == expected

@@ -6,7 +6,6 @@ The meter is a folder as the kernel's powercap has it, fed by what the processes
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.tree import inodes_of, joined, processes_anywhere
+from colocate.localcluster.controlplane import free_ports
 from tests.kernel.conftest import POLICY, AgentProcess, tier_of, wait_for
 from tests.kernel.fake_cards import CLI, end
 
@@ -111,18 +111,12 @@ def test_s2_8_a_meter_that_is_not_there_is_said(node, agent, tmp_path):
     assert "has no zone of a package" in running.ask("explain")["problems"]["cpu power"]
 
 
-def free_port():
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
-
-
 def with_http(port):
     return POLICY.replace("http: {{port: 0, enabled: false}}", f"http: {{{{port: {port}, enabled: true}}}}")
 
 
 def test_s2_8_energy_is_told_by_who_drew_it_and_sums_up_to_the_meter(node, dirs, spinners, tmp_path, monkeypatch):
-    package, port = Package(tmp_path / "powercap", spinners), free_port()
+    package, port = Package(tmp_path / "powercap", spinners), free_ports(1)[0]
     node.make("web")
     more = f"power: {{attribution: true, powercap: {package.root}}}"
     monkeypatch.setattr("tests.kernel.conftest.POLICY", with_http(port))

@@ -13,13 +13,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from colocate.agent import energy as under_test
-from colocate.agent.energy import ENDED_SECONDS, MOST_ENDED, Account, Energy, Reading
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.tree import Tree
 from colocate.kernelmodel import ModelKernel
 from colocate.model.energy import Part, split
+from colocate.observe import energy as under_test
 from colocate.observe.containers import Consumer, read_consumers
+from colocate.observe.energy import ENDED_SECONDS, MOST_ENDED, Account, Energy, Reading, Users
 from colocate.observe.pods import Pod, parse_pods
 from colocate.observe.powercap import Limit, Zone
 from colocate.report.energy import energy_families
@@ -113,7 +113,7 @@ def zone(name: str, joules: float, range_joules: float = 1000.0, id_: str = "") 
 
 def reading(at: float, package: float, busy: float, *consumers: Consumer, dram: float | None = None) -> Reading:
     zones = [zone("package-0", package), *([] if dram is None else [zone("dram", dram)])]
-    return Reading(at, zones, round(1e6 * busy), round(1e6 * (2 * at - busy)), consumers)
+    return Reading(at, zones, Users(round(1e6 * busy), round(1e6 * (2 * at - busy)), consumers))
 
 
 def container(letter: str, seconds: float, uid: str = "u") -> Consumer:
@@ -230,7 +230,7 @@ def test_s2_8_what_is_not_known_now_is_told_as_no_watts() -> None:
     energy = Energy()
     energy.add(reading(0.0, 0.0, 0.0), None)
     energy.add(reading(5.0, 100.0, 5.0, container("a", 3.0)), None)
-    energy.add(Reading(10.0, [], 10_000_000, 10_000_000, [container("a", 6.0)]), None)
+    energy.add(Reading(10.0, [], Users(10_000_000, 10_000_000, [container("a", 6.0)])), None)
     assert (energy.account.node["package"].watts, energy.account.node["package"].joules) == (0.0, 100.0)
     energy.add(reading(15.0, 150.0, 15.0, container("a", 8.0)), None)
     energy.forget()

@@ -277,11 +277,7 @@ def test_s2_3_a_boards_power_is_read_from_its_drivers_files(tmp_path, files, exp
 
 
 def topology(root, *minors):
-    for number, minor in enumerate(minors, start=1):
-        node = root / "topology" / "nodes" / str(number)
-        node.mkdir(parents=True)
-        (node / "gpu_id").write_text(str(100 + number))
-        (node / "properties").write_text(f"unique_id {number}\ndrm_render_minor {minor}\n")
+    with_properties(root, *({"unique_id": i, "drm_render_minor": minor} for i, minor in enumerate(minors, start=1)))
 
 
 def test_s2_3_parts_of_one_board_have_no_limit_of_their_own(tmp_path):

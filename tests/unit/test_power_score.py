@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colocate.agent.node_power import PowerWatch, Users, differs, utilization
+from colocate.agent.node_power import PowerWatch, differs, utilization
 from colocate.cluster.api import (
     CPU_REQUESTED,
     CPU_UTILIZATION,
@@ -23,6 +23,7 @@ from colocate.cluster.publication import power_annotations, power_differs, power
 from colocate.errors import ConfigError
 from colocate.model.node_power import GRID, NodeCurve
 from colocate.objects import Node
+from colocate.observe.energy import Users
 from colocate.observe.powercap import Zone
 from colocate.policy.file import parse_policy
 from colocate.policy.schema import API_VERSION, NodePowerPoint, PowerPolicy

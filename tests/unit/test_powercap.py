@@ -147,7 +147,7 @@ def clock(monkeypatch):
                 file.write_text(f"{int(file.read_text()) + int(power * seconds * 1e6)}\n")
 
     monkeypatch.setattr(command, "time", Clock)
-    monkeypatch.setattr(command, "DRIVER_FILES", ())
+    monkeypatch.setattr("colocate.observe.node.DRIVER_FILES", ())
     return drawn
 
 

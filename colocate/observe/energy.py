@@ -11,12 +11,33 @@ from typing import NamedTuple
 
 import msgspec
 
+from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import Tree
 from colocate.model.energy import Curve, split
-from colocate.observe.containers import Consumer
+from colocate.observe import node as node_figures
+from colocate.observe.containers import Consumer, read_consumers
 from colocate.observe.powercap import Zone, joules
+from colocate.units import parse_cpulist
 
 MOST_ENDED, ENDED_SECONDS = 500, 600.0
 """Of those who have ended so many are remembered, and so long: a scraper must have seen their last value."""
+
+
+class Users(NamedTuple):
+    """CPU time since boot, of the whole node and of whoever used it."""
+
+    busy_us: int
+    idle_us: int
+    consumers: Sequence[Consumer]
+
+
+def read_users(port: FilePort, tree: Tree) -> Users | None:
+    """Of this machine, all its CPUs; None where it does not tell."""
+    online = parse_cpulist(port.proc("/sys/devices/system/cpu/online") or "0")
+    figures = node_figures.figures(port, "/", online, 0)
+    if figures.cpu_busy_us is None or figures.cpu_idle_us is None:
+        return None
+    return Users(figures.cpu_busy_us, figures.cpu_idle_us, read_consumers(port, tree))
 
 
 class Reading(NamedTuple):
@@ -24,10 +45,7 @@ class Reading(NamedTuple):
 
     monotonic_seconds: float
     zones: Sequence[Zone]
-    busy_us: int
-    idle_us: int
-    """CPU time of the whole node since boot."""
-    consumers: Sequence[Consumer]
+    users: Users
 
 
 class Drawn(msgspec.Struct, frozen=True):
@@ -54,10 +72,8 @@ class Drawn(msgspec.Struct, frozen=True):
 class Account(NamedTuple):
     """What has been counted so far. By kind of zone: `package`, `dram`."""
 
-    seconds: float = 0.0
-    """How long the last step was; 0: there was none yet."""
     used: float = 0.0
-    """Share of all CPU time in it."""
+    """Share of all CPU time in the last step."""
     node: Mapping[str, Drawn] = {}
     idle: Mapping[str, Drawn] = {}
     active: Mapping[str, Drawn] = {}
@@ -112,13 +128,14 @@ class Energy:
         """Whether the meter could be believed."""
         seconds = now.monotonic_seconds - before.monotonic_seconds
         counted = _by_kind(before.zones, now.zones, seconds)
-        busy, idle = now.busy_us - before.busy_us, now.idle_us - before.idle_us
+        then, users = before.users, now.users
+        busy, idle = users.busy_us - then.busy_us, users.idle_us - then.idle_us
         if not counted or min(busy, idle) < 0 or busy + idle <= 0:
             return False
         last = self.account
         earlier = {key: one.cpu_us for key, one in last.who.items()}
-        earlier |= {one.key: one.cpu_us for one in before.consumers}
-        shares = {one.key: max(one.cpu_us - earlier.get(one.key, 0), 0) / (busy + idle) for one in now.consumers}
+        earlier |= {one.key: one.cpu_us for one in then.consumers}
+        shares = {one.key: max(one.cpu_us - earlier.get(one.key, 0), 0) / (busy + idle) for one in users.consumers}
         used, whole = busy / (busy + idle), sum(counted.values())
         parts = split(whole, seconds, used, shares, curve)
         node, idle_by, others, active = dict(last.node), dict(last.idle), dict(last.others), dict(last.active)
@@ -134,7 +151,7 @@ class Energy:
             rest = min(int(1e6 * parts.others * share), total - worked)
             for of, micro in ((node, total), (idle_by, total - worked - rest), (active, worked + rest), (others, rest)):
                 of[kind] = _more(of.get(kind), micro, seconds)
-        who = dict(last.who) | {one.key: one for one in now.consumers}
+        who = dict(last.who) | {one.key: one for one in users.consumers}
         ended = _ended(last.ended, who, shares, now.monotonic_seconds)
         gone = dict(last.gone)
         for key in [key for key in who if key not in shares]:
@@ -142,8 +159,7 @@ class Energy:
             if key not in ended:
                 _forget(who.pop(key), by.pop(key), gone, others)
         _tidy(gone, who, others)
-        paths = _paths(now.zones)
-        self.account = Account(seconds, used, node, idle_by, active, others, gone, by, who, ended, paths)
+        self.account = Account(used, node, idle_by, active, others, gone, by, who, ended, _paths(now.zones))
         return True
 
 
