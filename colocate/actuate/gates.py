@@ -6,12 +6,14 @@ journal before.
 
 from __future__ import annotations
 
+import errno
 from typing import Protocol
 
 from colocate.actuate.driver import Driver
 from colocate.actuate.preemption import Preemption
 from colocate.cgroup.knobfiles import read_knob, write_knob
-from colocate.cgroup.port import FilePort
+from colocate.cgroup.port import CgroupGone, FilePort
+from colocate.cgroup.tree import inodes_of
 
 
 class Gate(Protocol):
@@ -30,8 +32,8 @@ class Gate(Protocol):
     def let_go(self) -> None:
         """Undo that."""
 
-    def extend(self) -> None:
-        """It is stopped: so be what has come to it since."""
+    def extend(self) -> bool:
+        """It was stopped: so be what has come to it since. False where it is stopped no more, whoever let it go."""
 
 
 class FreezeGate:
@@ -55,14 +57,18 @@ class FreezeGate:
 
     def stop(self) -> None:
         """cgroup.freeze = 1."""
-        write_knob(self._port, self._path, "cgroup.freeze", "1", self._inodes)
+        if not write_knob(self._port, self._path, "cgroup.freeze", "1", self._inodes):
+            if inodes_of(self._port, self._path):
+                raise OSError(errno.ENOENT, "it is in no hierarchy with a freezer")
+            raise CgroupGone(errno.ENOENT, f"{self._path} is gone")
 
     def let_go(self) -> None:
         """cgroup.freeze = 0."""
         write_knob(self._port, self._path, "cgroup.freeze", "0", self._inodes)
 
-    def extend(self) -> None:
+    def extend(self) -> bool:
         """A process that is forked or moved into a frozen cgroup is frozen."""
+        return self.stopped()
 
 
 class LockGate:
@@ -91,9 +97,10 @@ class LockGate:
         for pid, started in self._processes.items():
             self._driver.want(pid, started, "running")
 
-    def extend(self) -> None:
+    def extend(self) -> bool:
         """Those that have come to a card since."""
         self.stop()
+        return True
 
 
 class SuspendGate:
@@ -121,6 +128,7 @@ class SuspendGate:
         for pid in self._pids:
             self._preemption.want(pid, "running")
 
-    def extend(self) -> None:
+    def extend(self) -> bool:
         """Processes and queues that are new."""
         self.stop()
+        return True

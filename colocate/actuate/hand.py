@@ -128,7 +128,7 @@ class Hand:
                     held = self._held[id_] = _Held()  # what is stopped by then is stopped by a law of ours
                     held.stopped = grant.gate.stopped()
                 elif self._held[id_].stopped:
-                    grant.gate.extend()
+                    self._held[id_].stopped = grant.gate.extend()
             self._grants = dict(grants)
             asked = {s for g in grants.values() for p in g.pulses for s in p.services}
             self._idle_since = {s: at for s, at in self._idle_since.items() if s in asked}
@@ -260,7 +260,8 @@ class Hand:
         probe.marked.wait(MARKED_WITHIN_SECONDS)  # what runs until it is stopped is counted, and known
         for id_ in jobs:
             self._stop(id_, self._grants[id_], None)
-        probe.stopped_at = max(self._held[i].stopped_at for i in jobs)
+        if all(self._held[i].stopped for i in jobs):  # of one that could not be, nothing is to be seen
+            probe.stopped_at = max(self._held[i].stopped_at for i in jobs)
 
     def _known(self, id_: str, card: str) -> int:
         return len(self._held[id_].drains.get(card, ())) if id_ in self._held else SETTLED_DRAINS

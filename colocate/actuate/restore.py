@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from colocate.actuate.journal import DRIVER_KINDS, Entry, Journal, newest_found
-from colocate.cgroup.knobfiles import read_knob, write_knob
+from colocate.cgroup.knobfiles import frozen_in, read_knob, write_knob
 from colocate.cgroup.port import CgroupGone, FilePort
 from colocate.cgroup.tree import (
     inodes_of,
@@ -90,8 +90,9 @@ def thaw_everything(port: FilePort, journal: Journal, report: Report) -> None:
 def thaw_below(port: FilePort, path: str) -> None:
     """Thaw a cgroup and its descendants in whichever freezer they are frozen."""
     inodes = inodes_of(port, path)
-    if inodes and read_knob(port, path, "cgroup.freeze", inodes) == "1":
-        write_knob(port, path, "cgroup.freeze", "0", inodes)
+    for write in frozen_in(port, path, inodes):
+        with contextlib.suppress(CgroupGone):
+            port.write(write.hierarchy, path, write.file, write.value, inodes[write.hierarchy])
     children = {c for h in inodes for c in port.children(h, path)}
     for child in sorted(children):
         thaw_below(port, joined(path, child))

@@ -144,6 +144,9 @@ class Writer:
             if workload.in_place:
                 ours = self._ours.setdefault(key, (workload.inodes, deque(maxlen=OURS_KEPT)))
                 ours[1].extend(v for v in ("0", "1") if v not in ours[1])
+                with self._lock:  # what still waits would come in the hand's way
+                    waiting = self._queued.get(workload.path, [])
+                    self._queued[workload.path] = [w for w in waiting if w[0].knob != "cgroup.freeze"]
                 if self._lent.get(id_) != workload.inodes:
                     self._workers.submit(f"lend {workload.path}", partial(self._note_lent, workload))
                     continue
@@ -255,7 +258,7 @@ class Writer:
             writes = file_writes(self._port.layout, action.knob, action.value, workload.inodes)
             writes = [w for w in writes if w.hierarchy in workload.inodes]
             if not writes:
-                return self._outcome(action, "skipped", error="this host has no such knob")
+                return self._outcome(action, "skipped", error="it is in no hierarchy that has such a knob")
             if not is_act(action.knob):
                 self._written[(action.workload, action.knob)] = (workload.inodes, action.value)
                 if workload.in_place:
@@ -268,6 +271,8 @@ class Writer:
                 found = self._write_file(write, action, workload)
                 changed = changed or found is not None
                 before = before or found
+                if changed and action.knob == "cgroup.freeze":
+                    break  # of two freezers in which it is frozen one is somebody else's
             return self._outcome(action, "applied" if changed else "unchanged", found=before)
         except CgroupGone:
             return self._outcome(action, "skipped", error="the cgroup is gone")

@@ -7,6 +7,7 @@ SIGKILL, so the unified hierarchy's `cgroup.freeze` is used wherever the cgroup 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,14 +55,17 @@ def _encode_v1(knob: str, value: str) -> list[tuple[str, str, str]]:
 def file_writes(layout: Layout, knob: str, value: str, inodes: dict[str, int] | None = None) -> list[FileWrite]:
     """The files to write, in order, for a knob's value; empty if this host has no such knob.
 
-    `inodes` tells in which hierarchies the cgroup exists, to choose between the two freezers.
+    `inodes` tells in which hierarchies the cgroup exists, to choose between the two freezers. A thaw names both, the
+    one that is written first: a cgroup may have come to the unified hierarchy after it was frozen in the other. Of
+    those only the first that is frozen is to be thawed, for the other freeze is somebody else's then.
     """
     if knob == "cgroup.freeze":
-        hierarchy = layout.hierarchy("freeze")
-        if hierarchy == UNIFIED and (inodes is None or UNIFIED in inodes):
-            return [FileWrite(UNIFIED, "cgroup.freeze", value)]
+        unified = layout.hierarchy("freeze") == UNIFIED and (inodes is None or UNIFIED in inodes)
+        writes = [FileWrite(UNIFIED, "cgroup.freeze", value)] if unified else []
         freezer = layout.hierarchy("freezer")
-        return [FileWrite(freezer, "freezer.state", "FROZEN" if value == "1" else "THAWED")] if freezer else []
+        if freezer is not None and (value == "0" or not writes):
+            writes.append(FileWrite(freezer, "freezer.state", "FROZEN" if value == "1" else "THAWED"))
+        return writes
     if knob == "cgroup.kill":
         hierarchy = layout.hierarchy("kill")
         return [FileWrite(hierarchy, "cgroup.kill", "1")] if hierarchy and (not inodes or hierarchy in inodes) else []
@@ -119,20 +123,34 @@ def read_knob(port: FilePort, path: str, knob: str, inodes: dict[str, int]) -> s
 
 
 def _read_freeze(port: FilePort, path: str, inodes: dict[str, int]) -> str | None:
-    if UNIFIED in inodes and port.layout.hierarchy("freeze") == UNIFIED:
-        text = port.read(UNIFIED, path, "cgroup.freeze", inodes[UNIFIED])
-        if text is not None:
-            return text.strip()
-    freezer = port.layout.hierarchy("freezer")
-    text = port.read(freezer, path, "freezer.state", inodes.get(freezer)) if freezer else None
-    return None if text is None else ("0" if text.strip() == "THAWED" else "1")
+    """Frozen if it is in either freezer: that of v1 may be Docker's."""
+    thaws = file_writes(port.layout, "cgroup.freeze", "0", inodes)
+    found = [_read_freezer(port, path, write, inodes) for write in thaws if write.hierarchy in inodes]
+    return max((f for f in found if f is not None), default=None)
 
 
-def write_knob(port: FilePort, path: str, knob: str, value: str, inodes: dict[str, int]) -> None:
-    """Write a knob without journal or verification; for our own directories and for undoing. Raises OSError."""
-    for write in file_writes(port.layout, knob, value, inodes):
-        if write.hierarchy in inodes:
-            try:
-                port.write(write.hierarchy, path, write.file, write.value, inodes[write.hierarchy])
-            except CgroupGone:
-                continue
+def _read_freezer(port: FilePort, path: str, write: FileWrite, inodes: dict[str, int]) -> str | None:
+    text = port.read(write.hierarchy, path, write.file, inodes.get(write.hierarchy))
+    return None if text is None else decode_knob("cgroup.freeze", {write.file: text})
+
+
+def frozen_in(port: FilePort, path: str, inodes: dict[str, int]) -> list[FileWrite]:
+    """What thaws a cgroup: a write for each freezer in which it is frozen, ours first."""
+    thaws = [w for w in file_writes(port.layout, "cgroup.freeze", "0", inodes) if w.hierarchy in inodes]
+    return [write for write in thaws if _read_freezer(port, path, write, inodes) == "1"]
+
+
+def write_knob(port: FilePort, path: str, knob: str, value: str, inodes: dict[str, int]) -> bool:
+    """Write a knob without journal or verification; for our own directories and for undoing. Raises OSError.
+
+    False if nothing could be written: the cgroup is gone, or is in no hierarchy that has such a knob.
+    """
+    writes = [w for w in file_writes(port.layout, knob, value, inodes) if w.hierarchy in inodes]
+    if knob == "cgroup.freeze" and value == "0":
+        writes = frozen_in(port, path, inodes)[:1] or writes[:1]
+    written = False
+    for write in writes:
+        with contextlib.suppress(CgroupGone):
+            port.write(write.hierarchy, path, write.file, write.value, inodes[write.hierarchy])
+            written = True
+    return written

@@ -27,8 +27,17 @@ from colocate.snapshot import Card, NodeSnapshot, Objective, Workload
 
 log = structlog.get_logger()
 REDISCOVER_TREE_SECONDS = 10.0
+INODES_AGAIN_SECONDS = 60.0
 TICKS_A_SECOND = 100
 """USER_HZ, in which /proc counts."""
+
+
+class _Found:
+    """A cgroup in all hierarchies, as it was looked up last."""
+
+    def __init__(self, main: int | None, now: float) -> None:
+        self.main, self.since, self.again = main, now, now
+        self.inodes: dict[str, int] = {}
 
 
 class Observer:
@@ -73,7 +82,7 @@ class Observer:
         self._tree_at = float("-inf")
         self._sequence = 0
         self._at = 0.0
-        self._inodes: dict[str, dict[str, int]] = {}
+        self._inodes: dict[str, _Found] = {}
         self._pages = FilePages()
         self._signal = SignalFile()
         self._meter = CpuMeter()
@@ -184,7 +193,8 @@ class Observer:
             evictable=self.lister.expected,
         )
         self._governed = {t.path for t in targets if t.in_place}
-        self._inodes = {t.path: t.inodes for t in targets}
+        paths = {t.path for t in targets}
+        self._inodes = {path: found for path, found in self._inodes.items() if path in paths}
         self._pages.forget_others(self._inodes)
         self._pages.now = self._at
         if self.tree.burstable and "psi" in self._port.layout.controllers:
@@ -204,12 +214,21 @@ class Observer:
         return strangers_us(self._port, self.tree, (t.path for t in self._targets))
 
     def _known_inodes(self, path: str, main_inode: int | None = None) -> dict[str, int]:
-        """The inodes of a cgroup, looked up anew only if its main one is another: ten stat calls a cgroup add up."""
+        """The inodes of a cgroup. They are not looked up in each tick: ten stat calls a cgroup add up.
+
+        Whoever makes a cgroup on v1 makes it in one hierarchy after the other, and we may look in between: a new one is
+        looked at again soon, and then less and less often.
+        """
+        main = main_inode or self._port.inode(main_hierarchy(self._port), path)
         known = self._inodes.get(path)
-        main = main_hierarchy(self._port)
-        if known and main in known and (main_inode or self._port.inode(main, path)) == known[main]:
-            return known
-        return inodes_of(self._port, path)
+        if known is None or known.main != main:
+            known = self._inodes[path] = _Found(main, self._at)
+        if self._at >= known.again:
+            inodes = inodes_of(self._port, path)
+            if inodes != known.inodes:
+                known.inodes = inodes
+            known.again = self._at + min(self._at - known.since, INODES_AGAIN_SECONDS)
+        return known.inodes
 
     def watched(self, snapshot: NodeSnapshot) -> dict[str, tuple[str, int]]:
         """The few cgroups whose memory pressure is looked at between ticks: id -> (path, inode in the unified one).

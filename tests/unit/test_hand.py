@@ -124,6 +124,43 @@ def test_25_what_somebody_else_stops_meanwhile_is_theirs(world):
     assert here.frozen("a"), "nor when the grant ends"
 
 
+def test_what_cannot_be_stopped_is_not_taken_for_stopped(world):
+    here = world()
+    gate = FreezeGate(here.port, "/a", {})  # as of a cgroup that was seen in no hierarchy with a freezer
+    here.senses.now_busy.add("web")
+    here.hand.grant({"a": Grant(gate, (Pulse(card="GPU-0", mode="gate", services=("web",)),), time.monotonic() + 10)})
+    deadline = time.monotonic() + 5
+    while not here.hand.problems() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert "no hierarchy with a freezer" in here.hand.problems()["a"]
+    here.grant("a")
+    assert here.becomes("a", True)
+    assert not here.hand.problems()
+
+
+def test_what_somebody_let_go_is_stopped_again_with_the_next_grant(world):
+    here = world()
+    here.senses.now_busy.add("web")
+    here.grant("a")
+    assert here.becomes("a", True)
+    here.freeze("a", "0")
+    here.grant("a")
+    assert here.becomes("a", True)
+
+
+def test_a_job_that_cannot_be_stopped_gives_no_drain(world):
+    here = world("/a", "/b")
+    here.hand._next_probe["GPU-0"] = 0.0
+    pulse, until = Pulse(card="GPU-0", mode="gate", services=("web",)), time.monotonic() + 10.0
+    gates = {"a": here.gate("a"), "b": FreezeGate(here.port, "/b", {})}
+    here.hand.grant({id_: Grant(gate, (pulse,), until) for id_, gate in gates.items()})
+    deadline = time.monotonic() + 5
+    while not here.probes and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    assert here.probes[0].stopped_at is None
+
+
 def test_a_dial_runs_for_its_share(world):
     here = world()
     here.grant("a", mode="dial", services=(), period_seconds=0.1, on_seconds=0.03)

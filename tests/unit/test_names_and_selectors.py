@@ -125,6 +125,34 @@ def test_all_that_an_entry_chose_have_its_latency():
     assert [(w.name, w.latency) for w in seen] == [(n, scraper.readings["web"]) for n in ("web-0", "web-1")]
 
 
+def test_a_cgroup_that_is_seen_while_it_is_being_made_is_looked_at_again():
+    """On v1 it is made in one hierarchy after the other: without its freezer it could never be stopped."""
+    kernel = ModelKernel(version=1)
+    kernel.mkdir("cpu", "/train")
+    observer = Observer(
+        kernel, ColocationPolicy(spec=PolicySpec(batch=(batch("train", "/train"),))), dict, LatencyScraper()
+    )
+    assert set(observer.snapshot(0.0, 0.0).workloads["batch:train"].inodes) == {"cpu"}
+    for hierarchy in kernel.layout.mounts:
+        if hierarchy != "cpu":
+            kernel.mkdir(hierarchy, "/train")
+    assert set(observer.snapshot(0.1, 0.1).workloads["batch:train"].inodes) == set(kernel.layout.mounts)
+
+
+def test_a_cgroup_that_comes_to_a_hierarchy_late_is_looked_at_within_a_minute():
+    kernel = ModelKernel(version=1)
+    kernel.mkdir("cpu", "/train")
+    observer = Observer(
+        kernel, ColocationPolicy(spec=PolicySpec(batch=(batch("train", "/train"),))), dict, LatencyScraper()
+    )
+    for second in range(600):
+        observer.snapshot(float(second), float(second))
+    kernel.mkdir("freezer", "/train")
+    seen = [observer.snapshot(600.0 + s, 600.0 + s).workloads["batch:train"].inodes for s in range(61)]
+    assert "freezer" not in seen[0]
+    assert "freezer" in seen[-1]
+
+
 def test_batch_that_also_holds_a_service_is_not_governed():
     names, found = problems(make("/app", "/app/web"), service("web", "/app/web"), batch("all", "/app"))
     assert names == ["web"]

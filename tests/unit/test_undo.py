@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.actuate.journal import Entry, Journal, compacted, newest_found, read_entries
-from colocate.actuate.restore import restore
+from colocate.actuate.restore import restore, thaw_below
 from colocate.actuate.statedir import Lock, StateDirectory
 from colocate.actuate.writer import Drift
 from colocate.agent.lately import Lately
 from colocate.agent.loop import Agent
 from colocate.agent.registry import Job, Registry
 from colocate.calibration import Calibration
+from colocate.cgroup.knobfiles import read_knob, write_knob
 from colocate.cgroup.layout import UNIFIED
 from colocate.cgroup.port import CgroupGone
+from colocate.cgroup.tree import inodes_of
 from colocate.decide.law import act
 from colocate.errors import AlreadyRunning, JournalBroken, StateTooNew
 from colocate.kernelmodel import ModelKernel
@@ -293,6 +295,47 @@ def test_a_cgroup_that_leaves_the_policy_gets_its_values_back_at_once(tmp_path):
     assert {k: v for k, v in found.items() if k[1] == "/nightly" and k in before} == {
         k: v for k, v in before.items() if k[1] == "/nightly"
     }
+
+
+V1 = "freezer.state"
+
+
+def frozen_in_both():
+    kernel = ModelKernel(version=1)
+    for hierarchy in kernel.layout.mounts:
+        kernel.mkdir(hierarchy, "/train")
+    kernel.write("freezer", "/train", V1, "FROZEN")
+    kernel.write(UNIFIED, "/train", "cgroup.freeze", "1")
+    return kernel, inodes_of(kernel, "/train")
+
+
+def test_frozen_is_what_is_frozen_in_either_freezer():
+    """Docker pauses with that of v1; and we freeze there what is not in the unified hierarchy yet."""
+    kernel, inodes = frozen_in_both()
+    kernel.write(UNIFIED, "/train", "cgroup.freeze", "0")
+    assert read_knob(kernel, "/train", "cgroup.freeze", inodes) == "1"
+    kernel.write("freezer", "/train", V1, "THAWED")
+    assert read_knob(kernel, "/train", "cgroup.freeze", inodes) == "0"
+
+
+def test_one_thaw_undoes_one_freeze_ours_first():
+    kernel, inodes = frozen_in_both()
+    assert write_knob(kernel, "/train", "cgroup.freeze", "0", inodes)
+    assert (kernel.read(UNIFIED, "/train", "cgroup.freeze") or "").strip() == "0"
+    assert read_knob(kernel, "/train", "cgroup.freeze", inodes) == "1", "the other one is Docker's"
+    assert write_knob(kernel, "/train", "cgroup.freeze", "0", inodes)
+    assert read_knob(kernel, "/train", "cgroup.freeze", inodes) == "0"
+
+
+def test_a_directory_of_ours_is_thawed_in_both_freezers_at_the_end():
+    kernel, inodes = frozen_in_both()
+    thaw_below(kernel, "/train")
+    assert read_knob(kernel, "/train", "cgroup.freeze", inodes) == "0"
+
+
+def test_a_knob_of_no_hierarchy_is_not_said_to_be_written():
+    kernel, _ = frozen_in_both()
+    assert not write_knob(kernel, "/train", "cgroup.freeze", "1", {})
 
 
 def test_the_undo_never_freezes(tmp_path):
