@@ -65,6 +65,7 @@ def build_parser(wanted: str = "") -> argparse.ArgumentParser:
     _add_undo(add)
     _add_cluster(add)
     _add_power(add)
+    _add_simulation(add)
     for more in entry_points(group="colocate.commands"):
         more.load()(add)
     return parser
@@ -278,6 +279,18 @@ def _add_reports(add: Add) -> None:
     replay.add_argument("--config", help="decide with another policy")
     replay.add_argument("--diff", action="store_true", help="print the ticks whose plan differs")
     table_form(replay)
+
+
+def _add_simulation(add: Add) -> None:
+    tables = add(
+        "reproduce",
+        "colocate.cli.simulate:reproduce_command",
+        "Work out tables that others have published, with the engine of the simulator, and compare",
+    )
+    tables.add_argument("tables", nargs="*", metavar="TABLE", help="only these (default: all)")
+    tables.add_argument("--traces", metavar="FOLDER", help="where the traces are (default: COLOCATE_TRACES)")
+    tables.add_argument("--cells", action="store_true", help="print every number beside the published one")
+    table_form(tables)
 
 
 def _add_undo(add: Add) -> None:

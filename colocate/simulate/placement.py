@@ -1,0 +1,335 @@
+"""Pods onto nodes with shared GPUs, one after the other: filters and scores, compiled.
+
+A node's score for a kind of pod is kept until the node changes. Policies: see POLICIES; `fgd` is the gradient of
+fragmentation (Weng and others, USENIX ATC 2023, 4.2), `native` what kube-scheduler does by default (NodeResourcesFit's
+LeastAllocated and NodeResourcesBalancedAllocation over CPU and memory, whole points, a sample of the nodes that fit,
+ties by lot), which looks at no GPU; `most-allocated` scores GPUs as operators configure it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+MOST_GPUS, WHOLE = 8, 1000
+"""GPUs of a node, and thousandths of one."""
+POLICIES = ("random", "dot-product", "clustering", "packing", "best-fit", "fgd", "native", "most-allocated")
+RANDOM, DOT, CLUSTERING, PACKING, BEST_FIT, FGD, NATIVE, MOST_ALLOCATED = range(len(POLICIES))
+CLASSES = 16
+LARGEST_CPU_MILLI, LARGEST_GPU_MILLI = 128_000.0, 8_000.0
+"""Of a node: what best fit and the dot product measure by."""
+
+
+class Nodes(NamedTuple):
+    """One array each."""
+
+    cpu_milli: Ints
+    memory_mib: Ints
+    gpus: Ints
+    model: Ints
+    """A number below 63."""
+
+
+class Kinds(NamedTuple):
+    """Pods that ask for the same, one array each."""
+
+    cpu_milli: Ints
+    memory_mib: Ints
+    gpus: Ints
+    gpu_milli: Ints
+    """Of each GPU."""
+    models: Ints
+    """The GPU models that may be, a bit each; 0: any."""
+
+
+class State(NamedTuple):
+    """What is free of each node."""
+
+    cpu: Ints
+    memory: Ints
+    left: Ints
+    """(nodes, 8), thousandths of each GPU."""
+    classes: Ints
+    """(nodes, CLASSES), how many pods of each class of GPU demand are there."""
+
+
+class Typical(NamedTuple):
+    """The kinds of pods by which fragmentation is measured, and the share of each kind."""
+
+    kinds: Ints
+    shares: Floats
+
+
+class Outcome(NamedTuple):
+    """Where each pod went, and what was allocated once it was there."""
+
+    node: Ints
+    """-1: nowhere."""
+    allocated_milli: Ints
+    """Of all GPUs, after each pod."""
+
+
+def place(nodes: Nodes, kinds: Kinds, pods: Ints, policy: str, seed: int, typical: Floats | None = None) -> Outcome:
+    """Place pods, numbers of their kinds, in their order; none departs.
+
+    `typical`: for `fgd`, the share of each kind in the workload, 0 for those that do not count (see `typical_shares`).
+    """
+    rng = np.random.default_rng(seed)
+    count = len(nodes.cpu_milli)
+    rank = rng.permutation(count).astype(np.int64)
+    lots = rng.integers(0, 1 << 30, size=len(pods))
+    shares = np.zeros(len(kinds.cpu_milli)) if typical is None else typical
+    left = np.zeros((count, MOST_GPUS), np.int64)
+    left[np.arange(MOST_GPUS) < nodes.gpus[:, None]] = WHOLE
+    state = State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, np.zeros((count, CLASSES), np.int64))
+    counted = Typical(np.flatnonzero(shares).astype(np.int64), shares)
+    return Outcome(*_place(nodes, kinds, state, counted, pods, POLICIES.index(policy), rank, lots))
+
+
+def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
+    """The share of the most frequent kinds of pods, by CPU and GPU, that make up so much of a workload."""
+    asks = np.stack([kinds.cpu_milli, kinds.gpus, kinds.gpu_milli, kinds.models], axis=1)
+    distinct, inverse = np.unique(asks, axis=0, return_inverse=True)
+    count = np.bincount(inverse.ravel()[kind_of], minlength=len(distinct))
+    order = np.argsort(-count, kind="stable")
+    upto = int(np.searchsorted(np.cumsum(count[order]), cover * count.sum())) + 1
+    shares = np.zeros(len(kinds.cpu_milli))
+    for i in order[:upto]:
+        shares[int(np.flatnonzero(inverse.ravel() == i)[0])] = count[i] / count[order[:upto]].sum()
+    return shares
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(
+    nodes: Nodes, kinds: Kinds, state: State, typical: Typical, pods: Ints, policy: int, rank: Ints, lots: Ints
+) -> tuple[Ints, Ints]:
+    n = nodes.cpu_milli.size
+    version = np.zeros(n, np.int64)
+    known = np.full((kinds.gpus.size, n), -1, np.int64)
+    score, device = np.zeros(known.shape), np.zeros(known.shape, np.int64)
+    where, allocated = np.full(pods.size, -1, np.int64), np.zeros(pods.size, np.int64)
+    used, start = 0, 0
+    lottery = policy in (NATIVE, RANDOM)
+    wanted = feasible_to_find(n) if policy == NATIVE else n
+    for p in range(pods.size):
+        k = pods[p]
+        best, best_score, ties, feasible, visited = -1, -1.0, 0, 0, 0
+        for step in range(n):
+            i = (start + step) % n
+            visited += 1
+            if known[k, i] != version[i]:
+                known[k, i] = version[i]
+                score[k, i], device[k, i] = _rated(nodes, kinds, state, typical, policy, i, k)
+            rated = score[k, i]
+            if rated < 0.0:
+                continue
+            feasible += 1
+            if rated > best_score:
+                best, best_score, ties = i, rated, 1
+            elif rated == best_score:
+                ties += 1
+                if lottery:
+                    lots[p] = (lots[p] * 1103515245 + 12345) & 0x3FFFFFFF
+                    if (lots[p] >> 8) % ties == 0:
+                        best = i
+                elif rank[i] < rank[best]:
+                    best = i
+            if feasible >= wanted:
+                break
+        if policy == NATIVE:
+            start = (start + visited) % n
+        if best >= 0:
+            where[p] = best
+            version[best] += 1
+            used += _take(kinds, state, nodes.gpus[best], best, k, device[k, best], policy, lots[p])
+        allocated[p] = used
+    return where, allocated
+
+
+@numba.njit(cache=True, nogil=True)
+def feasible_to_find(nodes: int) -> int:
+    """Of how many nodes that fit kube-scheduler is content (schedule_one.go, numFeasibleNodesToFind)."""
+    if nodes < 100:
+        return nodes
+    return max(nodes * max(50 - nodes // 125, 5) // 100, 100)
+
+
+@numba.njit(cache=True, nogil=True)
+def _take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, policy: int, lot: int) -> int:
+    """Give a pod what it asks for; the thousandths of GPUs that it got."""
+    num, milli = kinds.gpus[k], kinds.gpu_milli[k]
+    state.cpu[i] -= kinds.cpu_milli[k]
+    state.memory[i] -= kinds.memory_mib[k]
+    state.classes[i, _class_of(num, milli)] += 1
+    if num == 1 and milli < WHOLE:
+        at = device if policy == FGD else _device(state.left[i], gpus, milli, policy, lot)
+        state.left[i, at] -= milli
+        return milli  # type: ignore[no-any-return]
+    need = num
+    for g in range(gpus):
+        if need > 0 and state.left[i, g] == WHOLE:
+            state.left[i, g] = 0
+            need -= 1
+    return num * WHOLE  # type: ignore[no-any-return]
+
+
+@numba.njit(cache=True, nogil=True)
+def _device(left: Ints, gpus: int, milli: int, policy: int, lot: int) -> int:
+    """The GPU for a part of one: the tightest, or any where the policy does not choose."""
+    best, least, seen = -1, 1 << 30, 0
+    for g in range(gpus):
+        if left[g] < milli:
+            continue
+        seen += 1
+        if policy in (RANDOM, NATIVE):
+            if (lot // 7) % seen == 0:  # each of them with the same chance
+                best = g
+        elif left[g] < least:
+            best, least = g, left[g]
+    return best
+
+
+@numba.njit(cache=True, nogil=True)
+def _rated(
+    nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int
+) -> tuple[float, int]:
+    """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
+    if not _fits(nodes, kinds, state, i, k):
+        return -1.0, -1
+    if policy == RANDOM:
+        return 0.0, -1
+    if policy == FGD:
+        return _fgd(nodes, kinds, state, typical, i, k)
+    return _score(nodes, kinds, state, policy, i, k), -1
+
+
+@numba.njit(cache=True, nogil=True)
+def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
+    if state.cpu[i] < kinds.cpu_milli[k] or state.memory[i] < kinds.memory_mib[k]:
+        return False
+    if kinds.gpus[k] == 0:
+        return True
+    if kinds.models[k] != 0 and not (kinds.models[k] >> nodes.model[i]) & 1:
+        return False
+    fit = 0
+    for g in range(nodes.gpus[i]):
+        fit += state.left[i, g] >= kinds.gpu_milli[k]
+    return fit >= kinds.gpus[k]  # type: ignore[no-any-return]
+
+
+@numba.njit(cache=True, nogil=True)
+def _fgd(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, i: int, k: int) -> tuple[float, int]:
+    gpus, model, num, milli = nodes.gpus[i], nodes.model[i], kinds.gpus[k], kinds.gpu_milli[k]
+    before = _fragmented(kinds, typical, state.cpu[i], state.left[i], gpus, model)
+    cpu, after = state.cpu[i] - kinds.cpu_milli[k], state.left[i].copy()
+    if num != 1 or milli == WHOLE:
+        need = num
+        for g in range(gpus):
+            if need > 0 and after[g] == WHOLE:
+                after[g] = 0
+                need -= 1
+        return _points(before - _fragmented(kinds, typical, cpu, after, gpus, model)), -1
+    best, device = -1.0, -1
+    for g in range(gpus):
+        if after[g] < milli:
+            continue
+        after[g] -= milli
+        points = _points(before - _fragmented(kinds, typical, cpu, after, gpus, model))
+        after[g] += milli
+        if points > best:
+            best, device = points, g
+    return best, device
+
+
+@numba.njit(cache=True, nogil=True)
+def _points(gained: float) -> float:
+    return float(np.floor(100.0 / (1.0 + np.exp(-gained / WHOLE))))
+
+
+@numba.njit(cache=True, nogil=True)
+def _fragmented(kinds: Kinds, typical: Typical, cpu: int, left: Ints, gpus: int, model: int) -> float:
+    """What of a node's free GPUs, in thousandths, a typical pod could not use."""
+    total = 0
+    for g in range(gpus):
+        total += left[g]
+    found = 0.0
+    for k in typical.kinds:
+        fits, small = 0, 0
+        for g in range(gpus):
+            if left[g] >= kinds.gpu_milli[k]:
+                fits += 1
+            else:
+                small += left[g]
+        allowed = kinds.models[k] == 0 or (kinds.models[k] >> model) & 1
+        useless = kinds.gpus[k] == 0 or not allowed or cpu < kinds.cpu_milli[k] or fits < kinds.gpus[k]
+        found += typical.shares[k] * (total if useless else small)
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _class_of(num: int, milli: int) -> int:
+    """Of GPU demand: none, a part of one, or how many."""
+    return 0 if num == 0 else 1 if milli < WHOLE else 1 + num
+
+
+@numba.njit(cache=True, nogil=True)
+def _packing(left: Ints, gpus: int, idle: int, num: int, milli: int) -> float:
+    """GPUs in use before idle ones of a node in use before idle nodes."""
+    if idle == gpus:
+        return float(max(100 // 3 - idle, idle))
+    need, opened, spare = num, 0, 0
+    for g in np.argsort(left[:gpus], kind="mergesort"):
+        if need > 0 and left[g] >= milli:
+            need -= 1
+            opened += left[g] == WHOLE
+            spare += left[g] * 100 // WHOLE
+    if opened > 0:
+        return float(max(100 // 2 - opened, 100 // 3))
+    return float(max(100 - spare // 10, 100 // 2))
+
+
+@numba.njit(cache=True, nogil=True)
+def _clustering(classes: Ints, mine: int, free: int) -> float:
+    """Pods of one class of GPU demand together: alone, among others, on an idle node, among others only."""
+    others = 0
+    for k in range(1, classes.size):
+        others += k != mine and classes[k] > 0
+    tier = (75 if others == 0 else 50) if classes[mine] > 0 else (25 if others == 0 else 0)
+    return float(25 * (int(LARGEST_GPU_MILLI) - free) // int(LARGEST_GPU_MILLI) + tier)
+
+
+@numba.njit(cache=True, nogil=True)
+def native_points(cpu: int, all_cpu: int, memory: int, all_memory: int) -> int:
+    """LeastAllocated plus BalancedAllocation of what is left with the pod; whole points as kube-scheduler has them."""
+    least = (cpu * 100 // all_cpu + memory * 100 // all_memory) // 2
+    apart = abs(cpu / all_cpu - memory / all_memory) / 2.0
+    return least + int((1.0 - apart) * 100.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int) -> float:
+    gpus, num, milli = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k]
+    c, free, idle = kinds.cpu_milli[k], 0, 0
+    for g in range(gpus):
+        free += state.left[i, g]
+        idle += state.left[i, g] == WHOLE
+    asked = num * milli
+    if policy == BEST_FIT:
+        slack = 0.5 * (state.cpu[i] - c) / LARGEST_CPU_MILLI + 0.5 * (free - asked) / LARGEST_GPU_MILLI
+        return float(np.floor(1e6 * (1.0 - slack)))
+    if policy == DOT:
+        cpus = state.cpu[i] / LARGEST_CPU_MILLI * c / LARGEST_CPU_MILLI
+        return float(np.floor(100.0 * (1.0 - (cpus + free / LARGEST_GPU_MILLI * asked / LARGEST_GPU_MILLI) / 2.0)))
+    if policy == MOST_ALLOCATED:
+        return float((gpus * WHOLE - free + asked) * 100 // max(gpus * WHOLE, 1))
+    if policy == PACKING:
+        return _packing(state.left[i], gpus, idle, num, milli) if num > 0 else 0.0
+    if policy == CLUSTERING:
+        return _clustering(state.classes[i], _class_of(num, milli), free) if num > 0 else 0.0
+    memory = state.memory[i] - kinds.memory_mib[k]
+    return float(native_points(state.cpu[i] - c, nodes.cpu_milli[i], memory, nodes.memory_mib[i]))

@@ -1,0 +1,54 @@
+"""Tables that other people have published, worked out anew by our engine: whoever reproduces them may be believed.
+
+Each table is a module with `SOURCE` and `cells(folder, say)`, the published value beside ours in each cell.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+TABLES = {
+    "rlscheduler": "rlscheduler",
+    "pollux-tiresias": "pollux",
+    "pollux-optimus": "pollux",
+    "openb-fgd": "openb",
+}
+"""By name, the module."""
+
+
+class Cell(NamedTuple):
+    """One number of a table."""
+
+    name: str
+    published: float
+    ours: float
+    passed: bool
+    detail: str = ""
+
+
+class Table(NamedTuple):
+    """A table as it came out."""
+
+    name: str
+    source: str
+    tolerance: str
+    cells: tuple[Cell, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> int:
+        """How many cells are as they were published."""
+        return sum(cell.passed for cell in self.cells)
+
+
+def reproduce(name: str, folder: Path, say: Callable[[str], None]) -> Table:
+    """Work a table out, from the traces in a folder. Raises BadInput, KeyError of a table that is not known."""
+    module = importlib.import_module(f"{__name__}.{TABLES[name]}")
+    began = time.perf_counter()
+    found: Iterable[Cell] = module.cells(name, folder, lambda text: say(f"{name}: {text}"))
+    cells = tuple(found)
+    return Table(name, module.SOURCE, module.TOLERANCE[name], cells, time.perf_counter() - began)

@@ -1,0 +1,88 @@
+"""Fragmentation gradient descent (FGD, USENIX ATC 2023): how much of a cluster's GPUs six policies can hand out.
+
+Alibaba's openb nodes and seventeen lists of pods. Pods are shuffled, drawn again until they ask for 1.3 times the GPUs,
+and placed one after the other; none departs. Ten shuffles each, ours others than theirs: so the means agree, not the
+digits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colocate.simulate import traces
+from colocate.simulate.placement import Kinds, Nodes, place, typical_shares
+from colocate.simulate.reproduce import Cell
+
+SOURCE = "Weng and others, Beware of Fragmentation, USENIX ATC 2023 (hkust-adsl/kubernetes-scheduler-simulator)"
+POINTS = 0.4
+TOLERANCE = {"openb-fgd": f"the mean of ten shuffles within {POINTS:g} points"}
+FOLDER = "openb-2023"
+SEEDS = range(42, 72)
+ARRIVED = 1.3
+"""Pods ask for so many times the GPUs that there are."""
+NAMES = {
+    "Random": "random",
+    "DotProd": "dot-product",
+    "GpuClustering": "clustering",
+    "GpuPacking": "packing",
+    "BestFit": "best-fit",
+    "FGD": "fgd",
+}
+Ints = NDArray[np.int64]
+
+
+def arrivals(kinds: Kinds, kind_of: Ints, capacity_milli: int, seed: int) -> Ints:
+    """The kinds of pods in the order in which they come."""
+    rng = np.random.default_rng(seed)
+    asks = kinds.gpus * kinds.gpu_milli
+    order = list(kind_of[rng.permutation(len(kind_of))])
+    total = int(asks[order].sum())
+    while True:
+        another = kind_of[rng.integers(len(kind_of))]
+        if total + asks[another] > ARRIVED * capacity_milli:
+            break
+        order.append(another)
+        total += int(asks[another])
+    while total > ARRIVED * capacity_milli:
+        total -= int(asks[order.pop(int(rng.integers(len(order))))])
+    return np.array(order, np.int64)
+
+
+def allocated(nodes: Nodes, pods: traces.Pods, policy: str, seed: int) -> float:
+    """The share of all GPUs that is handed out at the end."""
+    capacity = int(nodes.gpus.sum()) * 1000
+    come = arrivals(pods.kinds, pods.kind_of, capacity, seed)
+    typical = typical_shares(pods.kind_of, pods.kinds) if policy == "fgd" else None
+    return float(place(nodes, pods.kinds, come, policy, seed, typical).allocated_milli[-1]) / capacity
+
+
+def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]:
+    """A hundred and two. Raises BadInput."""
+    del name
+    there = folder / FOLDER
+    nodes, models = traces.openb_nodes(there / "nodes_gpu_node.csv.gz")
+    published: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in traces.table(there / "expected" / "fgd_allo_discrete.csv.gz", ("workload", "sc_policy", "130")):
+        key = row.text("workload").removeprefix("openb_pod_list_"), row.text("sc_policy").partition("-")[2]
+        published[key].append(row.number("130"))
+    lists: dict[str, traces.Pods] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the kernels let go of the interpreter
+        for (workload, policy), values in published.items():
+            say(f"{workload}, {policy}")
+            if workload not in lists:
+                lists = {workload: traces.openb_pods(there / "pods" / f"{workload}.csv.gz", models)}
+
+            def one(seed: int, pods: traces.Pods = lists[workload], named: str = NAMES[policy]) -> float:
+                return 100.0 * allocated(nodes, pods, named, seed)
+
+            found, mean = list(threads.map(one, SEEDS)), float(np.mean(values))
+            ours = float(np.mean(found))
+            detail = f"ours {min(found):.2f} to {max(found):.2f}, theirs {min(values):.2f} to {max(values):.2f}"
+            yield Cell(f"{workload} {policy}", mean, ours, abs(ours - mean) <= POINTS, detail)

@@ -1,0 +1,175 @@
+"""Other people's traces as arrays: what a row lacks, or cannot be, is said with its line and column."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colocate.errors import BadInput
+from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes
+from colocate.simulate.queue import Jobs
+
+ENVIRONMENT = "COLOCATE_TRACES"
+SWF_COLUMNS = 18
+ONLY_ELSEWHERE = 62
+"""The bit of GPU models that no node of the fleet has."""
+Ints = NDArray[np.int64]
+
+
+def folder(given: str | None) -> Path:
+    """Where the traces are: what was given, else COLOCATE_TRACES. Raises BadInput."""
+    where = given or os.environ.get(ENVIRONMENT, "")
+    if not where:
+        raise BadInput(f"--traces: name the folder of the traces, or set {ENVIRONMENT}")
+    path = Path(where)
+    if not path.is_dir():
+        raise BadInput(f"{'--traces' if given else ENVIRONMENT}: {path} is no folder")
+    return path
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Of a text file, compressed or not. Raises BadInput where it is not there, or is cut off."""
+    try:
+        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+            yield from file
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is not there") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadInput(f"{path} is cut off, or no gzip file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+class Row(NamedTuple):
+    """One line of a table, by column."""
+
+    values: dict[str, str]
+    path: Path
+    line: int
+
+    def text(self, column: str) -> str:
+        """As it stands there."""
+        return self.values[column] or ""
+
+    def number(self, column: str, *, least: float = float("-inf"), otherwise: float | None = None) -> float:
+        """A finite number of at least so much; where nothing stands, `otherwise`. Raises BadInput."""
+        text = self.values.get(column) or ""
+        if not text and otherwise is not None:
+            return otherwise
+        try:
+            found = float(text)
+        except ValueError:
+            found = float("nan")
+        if not np.isfinite(found) or found < least:
+            wanted = "a number" if least == float("-inf") else f"a number of at least {least:g}"
+            raise BadInput(f"{self.path}, line {self.line}, {column}: {text!r} is not {wanted}")
+        return found
+
+    def whole(self, column: str, *, least: int = 0) -> int:
+        """The same, without a fraction."""
+        found = self.number(column, least=least)
+        if found != int(found):
+            raise BadInput(f"{self.path}, line {self.line}, {column}: {found:g} is no whole number")
+        return int(found)
+
+
+def table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of a CSV file that has at least these columns. Raises BadInput."""
+    reader = csv.reader(lines(path))
+    header = [name.strip() for name in next(reader, [])]
+    missing = [c for c in columns if c not in header]
+    if missing:
+        raise BadInput(f"{path} has no column {', '.join(missing)}: it has {', '.join(header) or 'none'}")
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise BadInput(f"{path}, line {reader.line_num}: {len(row)} values, but {len(header)} columns")
+        yield Row(dict(zip(header, row, strict=True)), path, reader.line_num)
+
+
+def swf(path: Path) -> Jobs:
+    """Jobs of the Standard Workload Format (Parallel Workloads Archive), by submission. Raises BadInput.
+
+    A job that says neither how many processors it wants nor how many it had is left out, as is one without a run time.
+    """
+    found: list[tuple[float, float, float, float]] = []
+    for number, line in enumerate(lines(path), 1):
+        if not line.strip() or line.startswith(";"):
+            continue
+        fields = line.split()
+        if len(fields) != SWF_COLUMNS:
+            raise BadInput(f"{path}, line {number}: {len(fields)} fields, SWF has {SWF_COLUMNS}")
+        try:
+            submit, run, had, wanted, asked = (float(fields[i]) for i in (1, 3, 4, 7, 8))
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number}: {error}") from error
+        procs = wanted if wanted > 0 else had
+        if procs > 0 and run >= 0:
+            found.append((submit, run, asked if asked > 0 else run, procs))
+    if not found:
+        raise BadInput(f"{path} has no jobs")
+    return _by_submission(np.array(found))
+
+
+def _by_submission(found: NDArray[np.float64]) -> Jobs:
+    order = np.argsort(found[:, 0], kind="stable")
+    submit, run, request, procs = found[order].T
+    return Jobs(submit.copy(), run.copy(), request.copy(), procs.astype(np.int64))
+
+
+class Pods(NamedTuple):
+    """A list of pods: kinds that ask for the same, and each pod's kind in the order of the list."""
+
+    kinds: Kinds
+    kind_of: Ints
+
+
+def openb_nodes(path: Path) -> tuple[Nodes, list[str]]:
+    """Nodes of Alibaba's cluster-trace-gpu-v2023, and the names of their GPU models. Raises BadInput."""
+    rows = list(table(path, ("sn", "cpu_milli", "memory_mib", "gpu", "model")))
+    if not rows:
+        raise BadInput(f"{path} has no nodes")
+    models = sorted({row.text("model") for row in rows if row.text("model")})
+    if len(models) > ONLY_ELSEWHERE:
+        raise BadInput(f"{path} has {len(models)} GPU models, of at most {ONLY_ELSEWHERE}")
+    gpus = [row.whole("gpu") for row in rows]
+    if max(gpus) > MOST_GPUS:
+        at = rows[int(np.argmax(gpus))]
+        raise BadInput(f"{path}, line {at.line}, gpu: {max(gpus)} GPUs of one node, at most {MOST_GPUS}")
+
+    def column(value: Callable[[Row], int]) -> Ints:
+        return np.array([value(row) for row in rows], np.int64)
+
+    model = column(lambda row: models.index(row.text("model")) if row.text("model") else ONLY_ELSEWHERE)
+    cpu, memory = column(lambda r: r.whole("cpu_milli")), column(lambda r: r.whole("memory_mib"))
+    return Nodes(cpu, memory, np.array(gpus, np.int64), model), models
+
+
+def openb_pods(path: Path, models: Sequence[str]) -> Pods:
+    """Pods of the same trace, for nodes with these GPU models. Raises BadInput."""
+    kinds: dict[tuple[int, ...], int] = {}
+    kind_of = []
+    for row in table(path, ("cpu_milli", "memory_mib", "num_gpu", "gpu_milli")):
+        gpus, milli = row.whole("num_gpu"), row.whole("gpu_milli")
+        if gpus > MOST_GPUS or milli > WHOLE:
+            raise BadInput(f"{path}, line {row.line}: {gpus} GPUs, {milli} thousandths of one, is more than there is")
+        asked = (row.values.get("gpu_spec") or "").split("|")
+        allowed = sum(1 << models.index(m) for m in asked if m in models)
+        if any(asked) and not allowed:
+            allowed = 1 << ONLY_ELSEWHERE
+        kind = (row.whole("cpu_milli"), row.whole("memory_mib"), gpus, milli, allowed)
+        kind_of.append(kinds.setdefault(kind, len(kinds)))
+    if not kinds:
+        raise BadInput(f"{path} has no pods")
+    return Pods(Kinds(*(np.array(c, np.int64) for c in zip(*kinds, strict=True))), np.array(kind_of, np.int64))

@@ -1,0 +1,151 @@
+"""Placement on nodes with shared GPUs: capacities hold, scores are those of the papers and of kube-scheduler."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colocate.simulate.placement import (
+    POLICIES,
+    Kinds,
+    Nodes,
+    feasible_to_find,
+    native_points,
+    place,
+    typical_shares,
+)
+
+
+def nodes_of(*rows):
+    """(milli CPU, MiB, GPUs, model) each."""
+    return Nodes(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+
+
+def kinds_of(*rows):
+    """(milli CPU, MiB, GPUs, milli of each, models) each."""
+    return Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+
+
+NODES = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 8), st.integers(0, 2)), min_size=1)
+GPU = st.sampled_from([(0, 0), (1, 200), (1, 500), (1, 1000), (2, 1000), (8, 1000)])
+KINDS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), GPU, st.integers(0, 7)), min_size=1, max_size=6)
+
+
+def world(nodes, kinds):
+    nodes = nodes_of(*((1000 * c, 1024 * m, g, model) for c, m, g, model in nodes))
+    kinds = kinds_of(*((1000 * c, 1024 * m, *gpu, ok if gpu[0] else 0) for c, m, gpu, ok in kinds))
+    return nodes, kinds
+
+
+@settings(max_examples=150, deadline=None)
+@given(NODES, KINDS, st.data(), st.sampled_from(POLICIES))
+def test_no_node_is_given_more_than_it_has(nodes, kinds, data, policy):
+    nodes, kinds = world(nodes, kinds)
+    pods = np.array(data.draw(st.lists(st.integers(0, len(kinds.gpus) - 1), min_size=1, max_size=40)), np.int64)
+    typical = typical_shares(pods, kinds)
+    found = place(nodes, kinds, pods, policy, 7, typical)
+    total = 0
+    for i in range(len(nodes.gpus)):
+        there = pods[found.node == i]
+        assert kinds.cpu_milli[there].sum() <= nodes.cpu_milli[i]
+        assert kinds.memory_mib[there].sum() <= nodes.memory_mib[i]
+        assert (kinds.gpus * kinds.gpu_milli)[there].sum() <= 1000 * nodes.gpus[i]
+        asked = kinds.models[there]
+        assert all(m == 0 or m >> nodes.model[i] & 1 for m in asked)
+        total += int((kinds.gpus * kinds.gpu_milli)[there].sum())
+    assert found.allocated_milli[-1] == total
+    assert place(nodes, kinds, pods, policy, 7, typical).node.tolist() == found.node.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(NODES, KINDS, st.data(), st.sampled_from(POLICIES))
+def test_a_pod_waits_only_where_no_node_has_room_for_it(nodes, kinds, data, policy):
+    nodes, kinds = world(nodes, kinds)
+    kind = data.draw(st.integers(0, len(kinds.gpus) - 1))
+    alone = np.array([kind], np.int64)
+    found = place(nodes, kinds, alone, policy, 1, typical_shares(alone, kinds)).node[0]
+    c, m, num, _, ok = (int(column[kind]) for column in kinds)
+    fits = [
+        nodes.cpu_milli[i] >= c
+        and nodes.memory_mib[i] >= m
+        and nodes.gpus[i] >= num
+        and (num == 0 or ok == 0 or ok >> nodes.model[i] & 1)
+        for i in range(len(nodes.gpus))
+    ]
+    assert (found >= 0) == any(fits)
+    assert found < 0 or fits[found]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "memory", "points"),
+    [
+        pytest.param((4000, 4000), (8192, 8192), 100 + 100, id="an idle node has all points"),
+        pytest.param((0, 4000), (0, 8192), 0 + 100, id="a full one is balanced"),
+        pytest.param((3000, 4000), (3072, 4096), 75 + 100, id="both at a quarter"),
+        pytest.param((7000, 8000), (3072, 4096), 81 + 93, id="(87 + 75) / 2 cut off, and a sixteenth apart"),
+        pytest.param((2000, 4000), (14336, 16384), 68 + 81, id="(50 + 87) / 2 cut off, and 0.1875 apart"),
+        pytest.param((0, 4000), (8192, 8192), 50 + 50, id="all of one and nothing of the other"),
+    ],
+)
+def test_native_is_kube_schedulers_arithmetic(cpu, memory, points):
+    """least_allocated.go and balanced_allocation.go of Kubernetes 1.30, by hand: (left with the pod, all) of a node."""
+    assert native_points(*cpu, *memory) == points
+
+
+def test_native_does_not_look_at_gpus():
+    nodes = nodes_of((8000, 8192, 8, 0), (9000, 9216, 1, 0))
+    found = place(nodes, kinds_of((1000, 1024, 1, 1000, 0)), np.array([0], np.int64), "native", 3)
+    assert found.node.tolist() == [1], "the last GPU of its node goes"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted"), [(1, 1), (99, 99), (100, 100), (500, 230), (1213, 497), (5000, 500), (6000, 300)]
+)
+def test_native_looks_at_a_part_of_many_nodes(nodes, wanted):
+    """numFeasibleNodesToFind: 50 less a 125th of the nodes, in percent, at least 5; and a hundred nodes at least."""
+    assert feasible_to_find(nodes) == wanted
+
+
+def fragmented(cpu, left, model, typical, kinds):
+    total = 0.0
+    for k, share in enumerate(typical):
+        fits = [g for g in left if g >= kinds.gpu_milli[k]]
+        allowed = kinds.models[k] == 0 or kinds.models[k] >> model & 1
+        if kinds.gpus[k] == 0 or not allowed or cpu < kinds.cpu_milli[k] or len(fits) < kinds.gpus[k]:
+            total += share * sum(left)
+        else:
+            total += share * sum(g for g in left if g < kinds.gpu_milli[k])
+    return total
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(4, 8), st.integers(4, 8), st.integers(1, 4), st.integers(0, 1)), min_size=2), KINDS
+)
+def test_fgd_goes_where_fragmentation_grows_least(nodes, kinds):
+    nodes, kinds = world(nodes, kinds)
+    typical = typical_shares(np.arange(len(kinds.gpus)), kinds)
+    pod = int(np.argmax(kinds.gpus * kinds.gpu_milli))
+    found = int(place(nodes, kinds, np.array([pod], np.int64), "fgd", 5, typical).node[0])
+    scores = {}
+    for i in range(len(nodes.gpus)):
+        c, m, num, milli, ok = (int(column[pod]) for column in kinds)
+        room = nodes.cpu_milli[i] >= c and nodes.memory_mib[i] >= m and nodes.gpus[i] >= num
+        if not room or (num and ok and not ok >> nodes.model[i] & 1):
+            continue
+        left = [1000] * int(nodes.gpus[i])
+        before = fragmented(nodes.cpu_milli[i], left, nodes.model[i], typical, kinds)
+        after = [1000 - milli if g < num else 1000 for g in range(len(left))]
+        grown = fragmented(nodes.cpu_milli[i] - c, after, nodes.model[i], typical, kinds) - before
+        scores[i] = math.floor(100.0 / (1.0 + math.exp(grown / 1000.0)))
+    assert found in ({-1} if not scores else {i for i, s in scores.items() if s == max(scores.values())})
+
+
+def test_typical_pods_are_the_most_frequent_that_make_up_the_cover():
+    kinds = kinds_of((1, 1, 0, 0, 0), (1, 2, 0, 0, 0), (2, 1, 1, 500, 0), (9, 9, 8, 1000, 0))
+    kind_of = np.array([0] * 40 + [1] * 40 + [2] * 19 + [3])
+    assert typical_shares(kind_of, kinds, 0.95) == pytest.approx([80 / 99, 0.0, 19 / 99, 0.0])
