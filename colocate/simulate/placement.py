@@ -109,46 +109,62 @@ def _place(
     nodes: Nodes, kinds: Kinds, state: State, typical: Typical, pods: Ints, policy: int, rank: Ints, lots: Ints
 ) -> tuple[Ints, Ints]:
     n = nodes.cpu_milli.size
-    version = np.zeros(n, np.int64)
-    known = np.full((kinds.gpus.size, n), -1, np.int64)
-    score, device = np.zeros(known.shape), np.zeros(known.shape, np.int64)
+    score = np.empty((kinds.gpus.size, n))
+    """One row for each kind: the best is the greatest, and -1 fits not. Of equals the node of the least rank."""
+    device = np.zeros(score.shape, np.int64)
+    current = np.full(kinds.gpus.size, -1, np.int64)
+    """Of each row, up to which change it is so."""
+    changed, changes = np.empty(pods.size, np.int64), 0
     where, allocated = np.full(pods.size, -1, np.int64), np.zeros(pods.size, np.int64)
+    rated = np.full(n, -1, np.int64)
     used, start = 0, 0
     lottery = policy in (NATIVE, RANDOM)
     wanted = feasible_to_find(n) if policy == NATIVE else n
     for p in range(pods.size):
         k = pods[p]
-        best, best_score, ties, feasible, visited = -1, -1.0, 0, 0, 0
-        for step in range(n):
-            i = (start + step) % n
-            visited += 1
-            if known[k, i] != version[i]:
-                known[k, i] = version[i]
-                score[k, i], device[k, i] = _rated(nodes, kinds, state, typical, policy, i, k)
-            rated = score[k, i]
-            if rated < 0.0:
-                continue
-            feasible += 1
-            if rated > best_score:
-                best, best_score, ties = i, rated, 1
-            elif rated == best_score:
-                ties += 1
-                if lottery:
-                    lots[p] = (lots[p] * 1103515245 + 12345) & 0x3FFFFFFF
-                    if (lots[p] >> 8) % ties == 0:
-                        best = i
-                elif rank[i] < rank[best]:
-                    best = i
-            if feasible >= wanted:
-                break
-        if policy == NATIVE:
-            start = (start + visited) % n
-        if best >= 0:
+        for step in range(n if current[k] < 0 else changes - current[k]):
+            i = step if current[k] < 0 else changed[current[k] + step]
+            if rated[i] == p:
+                continue  # it has changed more than once
+            rated[i] = p
+            points, device[k, i] = _rated(nodes, kinds, state, typical, policy, i, k)
+            score[k, i] = points if lottery or points < 0.0 else points * n + n - rank[i]
+        current[k] = changes
+        if lottery:
+            best, visited = _drawn(score[k], start, wanted, lots[p])
+            start = (start + visited) % n if policy == NATIVE else 0
+        else:
+            best = int(np.argmax(score[k]))
+        if best >= 0 and score[k, best] >= 0.0:
             where[p] = best
-            version[best] += 1
+            changed[changes] = best
+            changes += 1
             used += _take(kinds, state, nodes.gpus[best], best, k, device[k, best], policy, lots[p])
         allocated[p] = used
     return where, allocated
+
+
+@numba.njit(cache=True, nogil=True)
+def _drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
+    """The best of so many nodes that fit, from one on, equals by lot; and how many were visited."""
+    best, best_score, ties, feasible = -1, -1.0, 0, 0
+    for step in range(score.size):
+        i = start + step
+        if i >= score.size:
+            i -= score.size
+        if score[i] < 0.0:
+            continue
+        feasible += 1
+        if score[i] > best_score:
+            best, best_score, ties = i, score[i], 1
+        elif score[i] == best_score:
+            ties += 1
+            lot = (lot * 1103515245 + 12345) & 0x3FFFFFFF
+            if (lot >> 8) % ties == 0:
+                best = i
+        if feasible >= wanted:
+            return best, step + 1
+    return best, score.size
 
 
 @numba.njit(cache=True, nogil=True)
