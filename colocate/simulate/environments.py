@@ -1,0 +1,180 @@
+"""Environments of Gymnasium: `Colocate/Queue-v0`, one pool, and its vectorized twin, many pools in one compiled loop.
+
+Importing this module registers them (gymnasium.make, gymnasium.make_vec). They need the extra `sim`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from colocate.errors import BadInput
+from colocate.simulate import traces
+from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, new_pools, observe, step_all
+from colocate.simulate.queue import Jobs
+
+QUEUE = "Colocate/Queue-v0"
+SLOTS, EPISODE_JOBS, SIZE = 128, 256, 256
+Seen = NDArray[np.float32]
+
+
+def _jobs(given: Jobs | str | Path, size: int, episode: int) -> Jobs:
+    jobs = given if isinstance(given, Jobs) else traces.swf(Path(given))
+    if len(jobs.submit) < episode:
+        raise BadInput(f"episode_jobs: {episode} are more than the {len(jobs.submit)} jobs of the trace")
+    if int(jobs.procs.max()) > size:
+        at = int(np.argmax(jobs.procs))
+        raise BadInput(f"size: job {at} of the trace asks for {jobs.procs[at]} processors, of {size}")
+    return jobs
+
+
+class QueueEnv(gymnasium.Env[Seen, np.int64]):
+    """One pool of processors whose queue is decided job by job (RLScheduler, SC 2020).
+
+    Observation: (slots, 8) float32 of 0 to 1, the first jobs that wait, as they arrived. Of each: 1 (there is one); its
+    wait w, w / (w + 12 h); the log of what it asks for over that of a day; its processors over all; the log of that;
+    1 if it fits now; free processors over all; who waits over the episode's jobs.
+    Action: which of them has the next processors. One of nobody is the first one's, and counts in `info["invalid"]`.
+    Reward: less the bounded slowdowns of the jobs that were started by the next decision, over the episode's jobs: the
+    sum is less their average. An episode ends with its last job; it is never truncated.
+    `reset(options={"first": n})` begins it with the n-th job of the trace; else one is drawn.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - an instance variable of the base class
+
+    def __init__(
+        self,
+        jobs: Jobs | str | Path,
+        *,
+        size: int = SIZE,
+        episode_jobs: int = EPISODE_JOBS,
+        slots: int = SLOTS,
+        backfill: bool = False,
+        render_mode: None = None,
+    ) -> None:
+        """`jobs`: or the path of an SWF file. Raises BadInput."""
+        self.render_mode = render_mode
+        self._jobs, self._size, self._backfill = _jobs(jobs, size, episode_jobs), size, backfill
+        self._pools, self._slots = new_pools(1, episode_jobs), np.arange(slots)
+        self.observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
+        self.action_space = Discrete(slots)
+        self._invalid = 0
+
+    def _seen(self) -> Seen:
+        seen = np.zeros(self.observation_space.shape or (), np.float32)
+        observe(self._pools, self._jobs, self._size, 0, seen)
+        return seen
+
+    def _info(self) -> dict[str, Any]:
+        mask = self._slots < self._pools.counts[0, QUEUED]
+        return {"action_mask": mask.astype(np.int8), "invalid": self._invalid}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Seen, dict[str, Any]]:
+        """See gymnasium.Env. Raises BadInput of an option `first` beyond the trace."""
+        super().reset(seed=seed)
+        last = len(self._jobs.submit) - self._pools.start.shape[1]
+        first = (options or {}).get("first")
+        first = int(self.np_random.integers(last + 1)) if first is None else int(first)
+        if not 0 <= first <= last:
+            raise BadInput(f"options, first: {first} is none of 0 to {last}")
+        self._invalid = 0
+        begin(self._pools, self._jobs, self._size, 0, first)
+        return self._seen(), self._info()
+
+    def step(self, action: np.int64) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
+        """See gymnasium.Env."""
+        at, n = int(action), self._pools.start.shape[1]
+        if at >= self._pools.counts[0, QUEUED]:
+            self._invalid += 1
+            at = 0
+        slowdowns = choose(self._pools, self._jobs, 0, at, self._backfill)
+        ended = bool(self._pools.counts[0, STARTED] == n)
+        return self._seen(), -slowdowns / n, ended, False, self._info()
+
+
+class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
+    """Many of them; what each observes and gets is what the single one does. See QueueEnv.
+
+    An episode that has ended begins anew in the step after (Gymnasium's NEXT_STEP), its action then counts for nothing.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012 - the same
+
+    def __init__(
+        self,
+        num_envs: int,
+        jobs: Jobs | str | Path,
+        *,
+        size: int = SIZE,
+        episode_jobs: int = EPISODE_JOBS,
+        slots: int = SLOTS,
+        backfill: bool = False,
+        render_mode: None = None,
+    ) -> None:
+        """Raises BadInput."""
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self._jobs, self._size, self._backfill = _jobs(jobs, size, episode_jobs), size, backfill
+        self._pools, self._slots = new_pools(num_envs, episode_jobs), np.arange(slots)
+        self.single_observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
+        self.single_action_space = Discrete(slots)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._seen = np.zeros((num_envs, slots, FEATURES), np.float32)
+        self._ended = np.zeros(num_envs, np.bool_)
+        self._invalid = np.zeros(num_envs, np.int64)
+        self._draws: list[np.random.Generator] = []
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Seen, dict[str, Any]]:
+        """See gymnasium.vector.VectorEnv; one seed gives the i-th pool that seed plus i."""
+        if seed is not None or not self._draws:
+            first = seed if isinstance(seed, int) else None
+            seeds = (
+                seed if isinstance(seed, list) else [None if first is None else first + i for i in range(self.num_envs)]
+            )
+            self._draws = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
+        given = (options or {}).get("first")
+        for i in range(self.num_envs):
+            self._begin(i, None if given is None else int(given[i]))
+        self._ended[:] = False
+        return self._seen.copy(), self._info()
+
+    def _begin(self, i: int, first: int | None) -> None:
+        last = len(self._jobs.submit) - self._pools.start.shape[1]
+        first = int(self._draws[i].integers(last + 1)) if first is None else first
+        if not 0 <= first <= last:
+            raise BadInput(f"options, first: {first} is none of 0 to {last}")
+        self._invalid[i] = 0
+        begin(self._pools, self._jobs, self._size, i, first)
+        observe(self._pools, self._jobs, self._size, i, self._seen[i])
+
+    def _info(self) -> dict[str, Any]:
+        mask = self._slots[None, :] < self._pools.counts[:, QUEUED, None]
+        return {"action_mask": mask.astype(np.int8), "invalid": self._invalid.copy()}
+
+    def step(self, actions: NDArray[np.int64]) -> tuple[Seen, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """See gymnasium.vector.VectorEnv."""
+        at, n = np.asarray(actions, np.int64).copy(), self._pools.start.shape[1]
+        nobody = (at >= self._pools.counts[:, QUEUED]) & ~self._ended
+        self._invalid += nobody
+        at[nobody] = 0
+        at[self._ended] = -1
+        slowdowns = np.zeros(self.num_envs)
+        step_all(self._pools, self._jobs, self._size, at, self._backfill, slowdowns, self._seen)
+        for i in np.flatnonzero(self._ended):
+            self._begin(int(i), None)
+        self._ended = (self._pools.counts[:, STARTED] == n) & (at >= 0)
+        return self._seen.copy(), -slowdowns / n, self._ended.copy(), np.zeros(self.num_envs, np.bool_), self._info()
+
+
+gymnasium.register(
+    QUEUE, entry_point=f"{__name__}:{QueueEnv.__name__}", vector_entry_point=f"{__name__}:{QueueVectorEnv.__name__}"
+)

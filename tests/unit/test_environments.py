@@ -1,0 +1,156 @@
+"""Environments: they keep Gymnasium's contract, and decide, alone or many at once, as the queue simulator does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colocate.errors import BadInput
+from colocate.simulate import environments
+from colocate.simulate.episodes import new_pools, rated
+from colocate.simulate.queue import Jobs, bounded_slowdown, started
+from colocate.simulate.train import CANDIDATES, SHORTEST_FIRST, evolve
+from tests.unit.test_reproduce import FOLDER, needs
+from tests.unit.test_simulate_queue import ROWS, SIZE, jobs_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def trace(count, seed=3):
+    rng = np.random.default_rng(seed)
+    run = rng.lognormal(3.0, 1.5, count).round() + 1
+    return Jobs(np.cumsum(rng.exponential(12.0, count)).round(), run, run * 2, rng.integers(1, SIZE + 1, count))
+
+
+def test_the_environment_keeps_gymnasiums_contract():
+    env = gymnasium.make(environments.QUEUE, jobs=trace(400), size=SIZE, episode_jobs=64, slots=16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not been set up.*")
+        check_env(env.unwrapped, skip_render_check=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, backfill=st.booleans())
+def test_whoever_always_takes_the_shortest_gets_what_the_queue_simulator_says(rows, backfill):
+    jobs = jobs_of(rows)
+    env = environments.QueueEnv(jobs, size=SIZE, episode_jobs=len(rows), slots=len(rows), backfill=backfill)
+    seen, _ = env.reset(seed=1)
+    total, ended = 0.0, False
+    while not ended:
+        waiting = int(seen[:, 0].sum())
+        seen, reward, ended, truncated, info = env.step(np.argmin(seen[:waiting, 2]))
+        total += float(reward)
+        assert not truncated
+    assert info["invalid"] == 0
+    asked = np.log1p(jobs.request).astype(np.float32)  # as precise as what is observed
+    expected = bounded_slowdown(jobs, started(jobs, asked.astype(float), SIZE, backfill=backfill))
+    assert -total == pytest.approx(expected)
+    linear = rated(new_pools(1, len(rows)), jobs, SIZE, np.array([0]), SHORTEST_FIRST, backfill)
+    assert linear[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("backfill", [False, True])
+def test_many_at_once_are_as_many_alone(backfill):
+    jobs, count = trace(300), 5
+    options = {"size": SIZE, "episode_jobs": 20, "slots": 8, "backfill": backfill}
+    many = gymnasium.make_vec(environments.QUEUE, num_envs=count, jobs=jobs, **options)
+    alone = [environments.QueueEnv(jobs, **options) for _ in range(count)]
+    seen, info = many.reset(seed=7)
+    for i, env in enumerate(alone):
+        one, about = env.reset(seed=7 + i)
+        assert (seen[i] == one).all()
+        assert (info["action_mask"][i] == about["action_mask"]).all()
+    rng, over, ends = np.random.default_rng(1), np.zeros(count, bool), 0
+    for _ in range(200):
+        actions = rng.integers(8, size=count)
+        seen, rewards, ended, truncated, info = many.step(actions)
+        assert not truncated.any()
+        for i, env in enumerate(alone):
+            if over[i]:
+                one, about = env.reset()
+                reward, end = 0.0, False
+            else:
+                one, reward, end, _, about = env.step(actions[i])
+            assert (seen[i] == one).all()
+            assert (rewards[i], ended[i], info["invalid"][i]) == (reward, end, about["invalid"])
+            over[i] = end
+            ends += end
+    assert ends > count, "also over the ends of episodes"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        pytest.param(
+            {"episode_jobs": 11}, "episode_jobs: 11 are more than the 10 jobs", id="a trace that is too short"
+        ),
+        pytest.param(
+            {"size": 1, "episode_jobs": 5}, "size: job . of the trace asks for", id="a pool that is too small"
+        ),
+    ],
+)
+def test_what_an_environment_cannot_be_made_of_is_said(options, said):
+    with pytest.raises(BadInput, match=said):
+        environments.QueueEnv(trace(10), **options)
+    with pytest.raises(BadInput, match=said):
+        environments.QueueVectorEnv(2, trace(10), **options)
+
+
+def test_an_episode_begins_where_it_is_told_to():
+    env = environments.QueueEnv(trace(10), size=SIZE, episode_jobs=4)
+    env.reset(options={"first": 6})
+    with pytest.raises(BadInput, match="first: 7 is none of 0 to 6"):
+        env.reset(options={"first": 7})
+
+
+def test_training_is_deterministic_and_never_worse_than_where_it_began():
+    jobs, heard = trace(600), []
+    first, again = (
+        evolve(jobs, SIZE, 100, backfill=True, seed=5, generations=4, say=lambda n, _: heard.append(n))
+        for _ in range(2)
+    )
+    assert first.weights.tolist() == again.weights.tolist()
+    assert heard == [1, 2, 3, 4] * 2
+    assert min(g.checked for g in first.curve) <= first.curve[0].checked
+    assert CANDIDATES > 0
+    with pytest.raises(BadInput, match="100 jobs are too few to train on windows of 100"):
+        evolve(trace(100), SIZE, 100, backfill=True, seed=5)
+
+
+def test_the_example_trains_and_plots(tmp_path):
+    """As a user types it, on a small trace."""
+    jobs, path, page = trace(600), tmp_path / "jobs.swf", tmp_path / "learning.html"
+    fields = zip(*jobs, strict=True)
+    path.write_text(
+        "".join(f"{i} {s:g} -1 {r:g} {p} -1 -1 {p} {a:g}{' -1' * 9}\n" for i, (s, r, a, p) in enumerate(fields))
+    )
+    command = [sys.executable, str(ROOT / "examples" / "train_queue_policy.py"), str(path), "--size", str(SIZE)]
+    command += ["--jobs", "100", "--generations", "3", "--file", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert "least first: " in done.stdout
+    assert "<svg" in page.read_text()
+    done = subprocess.run([*command, "--size", "1"], capture_output=True, text=True)
+    assert (done.returncode, "--size: a job asks for" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
+@needs("rlscheduler-sc20")
+@pytest.mark.parametrize("name", ["lublin_256", "lublin_256_new2"])
+def test_the_examples_policy_beats_the_heuristics_on_what_it_did_not_see(tmp_path, name):
+    trace_file = FOLDER / "rlscheduler-sc20" / f"{name}.swf.gz"
+    command = [sys.executable, str(ROOT / "examples" / "train_queue_policy.py"), str(trace_file), "--size", "256"]
+    done = subprocess.run([*command, "--file", str(tmp_path / "l.html")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()[1:5]}
+    assert rows["trained"] < min(rows["FCFS"], rows["SJF"], rows["F1"]), json.dumps(rows)
