@@ -282,6 +282,29 @@ def _add_reports(add: Add) -> None:
 
 
 def _add_simulation(add: Add) -> None:
+    fleet = add(
+        "simulate", "colocate.cli.simulate:simulate_command", "What policies would make of jobs on a fleet of nodes"
+    )
+    fleet.add_argument(
+        "--nodes", required=True, metavar="64x8|FILE", help="nodes times GPUs; or a YAML file with groups of nodes"
+    )
+    fleet.add_argument(
+        "--jobs",
+        required=True,
+        metavar="FILE",
+        help="a trace: SWF, Philly's, openb's pods, or a plain CSV (.gz as well)",
+    )
+    fleet.add_argument(
+        "--policy", default="native,packing", help="one or more with commas between (default native,packing)"
+    )
+    fleet.add_argument("--seed", type=int, default=1, help="of ties, and of the windows (default 1)")
+    fleet.add_argument(
+        "--window-jobs", type=positive, help="jobs of a window: the trace is not taken whole, but in parts"
+    )
+    fleet.add_argument("--windows", type=positive, help="how many (default 10)")
+    fleet.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
+    fleet.add_argument("--file", help="an HTML page with tables and a timeline")
+    table_form(fleet)
     tables = add(
         "reproduce",
         "colocate.cli.simulate:reproduce_command",

@@ -1,13 +1,20 @@
-"""colocate reproduce: other people's tables, worked out by our engine."""
+"""colocate simulate and colocate reproduce: jobs on a simulated fleet, and other people's tables by our engines."""
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
+from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
+from colocate.simulate.compare import Outcome, comparisons, run_all, windows
+from colocate.simulate.fleet import DISCIPLINES, too_large
 from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
+from colocate.simulate.workloads import check, read_jobs, read_nodes
 
 
 def reproduce_command(options: argparse.Namespace) -> int:
@@ -52,3 +59,136 @@ def _data(table: Table) -> dict[str, object]:
             for c in table.cells
         ],
     }
+
+
+def simulate_command(options: argparse.Namespace) -> int:
+    """Exit 1 where jobs never start under some policy. Raises BadInput."""
+    policies = [name.strip() for name in options.policy.split(",") if name.strip()]
+    unknown = [name for name in policies if name not in DISCIPLINES]
+    if unknown or not policies:
+        named = f"{unknown[0]!r} is no policy" if unknown else "name a policy"
+        raise BadInput(f"--policy: {named}; known: {', '.join(DISCIPLINES)}")
+    if len(set(policies)) < len(policies):
+        raise BadInput("--policy: a policy is named twice")
+    page = check_file("--file", options.file) if options.file else None
+    nodes = read_nodes(options.nodes)
+    workload = read_jobs(Path(options.jobs), int(nodes.gpus.max()))
+    check(nodes, workload, too_large)
+    jobs = len(workload.work.submit)
+    if options.window_jobs is not None and options.window_jobs > jobs:
+        raise BadInput(f"--window-jobs: {options.window_jobs} are more than the {jobs} jobs of {options.jobs}")
+    if options.windows is not None and options.window_jobs is None:
+        raise BadInput("--windows: say with --window-jobs how many jobs a window has")
+    parts = windows(jobs, options.windows or 10, options.window_jobs, options.seed)
+    began = time.perf_counter()
+
+    def say(done: int, of: int) -> None:
+        status(f"{done} of {of} simulations")
+
+    outcomes = run_all(nodes, workload, policies, parts, options.seed, say, options.workers)
+    end_status()
+    seconds = time.perf_counter() - began
+    cards = [outcome.card(nodes) | {"first_job": outcome.window.first} for outcome in outcomes]
+    compared = comparisons(outcomes, nodes, policies)
+    data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
+    data |= {"runs": cards, "comparisons": compared}
+    if page is not None:
+        _write(page, options, data, outcomes)
+    if options.output in DATA_FORMS:
+        print_data(data, options.output)
+    else:
+        _print_cards(cards, compared, len(parts))
+        rate = sum(card["decisions"] for card in cards) / max(seconds, 1e-9)
+        print(f"{len(parts)} x {cards[0]['jobs']} jobs on {len(nodes.gpus)} nodes; {rate:,.0f} placements a second")
+        if page is not None:
+            print(f"report: {page.resolve()}")
+    return int(any(card["never_started"] for card in cards))
+
+
+CARD = ("policy", "JCT mean", "p50", "p99", "wait mean", "p99", "GPUs allocated", "held idle", "never")
+
+
+def _card_rows(cards: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One row a policy, of several windows the means."""
+    rows = []
+    for policy in dict.fromkeys(card["policy"] for card in cards):
+        mine = [card for card in cards if card["policy"] == policy]
+
+        def mean(*keys: str, mine: list[dict[str, Any]] = mine) -> float | None:
+            values = [card[keys[0]][keys[1]] if len(keys) > 1 else card[keys[0]] for card in mine]
+            known = [value for value in values if value is not None]
+            return sum(known) / len(known) if known else None
+
+        seconds = [mean(*key) for key in CARD_SECONDS]
+        shares = [mean("gpu_allocation"), mean("gpu_held_idle")]
+        never = sum(card["never_started"] for card in mine)
+        texts = ["-" if value is None else f"{value:,.0f} s" for value in seconds]
+        texts += ["-" if value is None else f"{value:.1%}" for value in shares]
+        rows.append((policy, *texts, str(never)))
+    return rows
+
+
+CARD_SECONDS = (
+    ("jct_seconds", "mean"),
+    ("jct_seconds", "p50"),
+    ("jct_seconds", "p99"),
+    ("wait_seconds", "mean"),
+    ("wait_seconds", "p99"),
+)
+
+
+def _size_rows(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Mean waits by size of job, a column a policy."""
+    policies = list(dict.fromkeys(card["policy"] for card in cards))
+    rows = []
+    for size in dict.fromkeys(size for card in cards for size in card["wait_seconds_by_size"]):
+        row = [size]
+        for policy in policies:
+            means = [
+                card["wait_seconds_by_size"].get(size, {}).get("mean") for card in cards if card["policy"] == policy
+            ]
+            known = [value for value in means if value is not None]
+            row.append(f"{sum(known) / len(known):,.0f} s" if known else "-")
+        rows.append(tuple(row))
+    return ("mean wait by size", *policies), rows
+
+
+def _comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{c['policy']}: {c['jct']['ratio']:.3f} [{c['jct']['low']:.3f}, {c['jct']['high']:.3f}] times the mean "
+        f"completion time of {c['beside']}, over {c['windows']} windows"
+        for c in compared
+    ]
+
+
+def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], parts: int) -> None:
+    print_table(CARD, _card_rows(cards), title=f"means of {parts} windows" if parts > 1 else "")
+    print()
+    print_table(*_size_rows(cards))
+    for text in _comparison_texts(compared):
+        print(text)
+
+
+def _write(page: Path, options: argparse.Namespace, data: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    from colocate.report.charts import Series, line_chart
+    from colocate.simulate.page import PageTable, write_page
+
+    cards, compared = data["runs"], data["comparisons"]
+    about = f"{Path(options.jobs).name} on {data['nodes']} nodes with {data['gpus']} GPUs, seed {options.seed}"
+    tables = [
+        PageTable("Policies", CARD, _card_rows(cards), "Simulated. GPUs are told from the first arrival to the last.")
+    ]
+    tables.append(PageTable("Who waits", *_size_rows(cards), "By the GPUs of all members of a job."))
+    tables.append(
+        PageTable(
+            "What the policies are",
+            ("policy", ""),
+            [(n, DISCIPLINES[n].about) for n in dict.fromkeys(c["policy"] for c in cards)],
+        )
+    )
+    first = outcomes[0].window
+    lines = [Series(o.policy, o.timeline()) for o in outcomes if o.window == first]
+    charts = (
+        [(line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window.")] if data["gpus"] else []
+    )
+    write_page(page, "A fleet, simulated", about, "; ".join(_comparison_texts(compared)), tables, charts)

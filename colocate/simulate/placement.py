@@ -84,11 +84,17 @@ def place(nodes: Nodes, kinds: Kinds, pods: Ints, policy: str, seed: int, typica
     rank = rng.permutation(count).astype(np.int64)
     lots = rng.integers(0, 1 << 30, size=len(pods))
     shares = np.zeros(len(kinds.cpu_milli)) if typical is None else typical
-    left = np.zeros((count, MOST_GPUS), np.int64)
-    left[np.arange(MOST_GPUS) < nodes.gpus[:, None]] = WHOLE
-    state = State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, np.zeros((count, CLASSES), np.int64))
+    state = empty(nodes)
     counted = Typical(np.flatnonzero(shares).astype(np.int64), shares)
     return Outcome(*_place(nodes, kinds, state, counted, pods, POLICIES.index(policy), rank, lots))
+
+
+def empty(nodes: Nodes) -> State:
+    """Nodes on which nothing is."""
+    count = len(nodes.cpu_milli)
+    left = np.zeros((count, MOST_GPUS), np.int64)
+    left[np.arange(MOST_GPUS) < nodes.gpus[:, None]] = WHOLE
+    return State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, np.zeros((count, CLASSES), np.int64))
 
 
 def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
@@ -127,11 +133,11 @@ def _place(
             if rated[i] == p:
                 continue  # it has changed more than once
             rated[i] = p
-            points, device[k, i] = _rated(nodes, kinds, state, typical, policy, i, k)
+            points, device[k, i] = rate(nodes, kinds, state, typical, policy, i, k)
             score[k, i] = points if lottery or points < 0.0 else points * n + n - rank[i]
         current[k] = changes
         if lottery:
-            best, visited = _drawn(score[k], start, wanted, lots[p])
+            best, visited = drawn(score[k], start, wanted, lots[p])
             start = (start + visited) % n if policy == NATIVE else 0
         else:
             best = int(np.argmax(score[k]))
@@ -139,13 +145,14 @@ def _place(
             where[p] = best
             changed[changes] = best
             changes += 1
-            used += _take(kinds, state, nodes.gpus[best], best, k, device[k, best], policy, lots[p])
+            take(kinds, state, nodes.gpus[best], best, k, device[k, best], policy, lots[p])
+            used += kinds.gpus[k] * kinds.gpu_milli[k]
         allocated[p] = used
     return where, allocated
 
 
 @numba.njit(cache=True, nogil=True)
-def _drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
+def drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
     """The best of so many nodes that fit, from one on, equals by lot; and how many were visited."""
     best, best_score, ties, feasible = -1, -1.0, 0, 0
     for step in range(score.size):
@@ -176,22 +183,33 @@ def feasible_to_find(nodes: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, policy: int, lot: int) -> int:
-    """Give a pod what it asks for; the thousandths of GPUs that it got."""
-    num, milli = kinds.gpus[k], kinds.gpu_milli[k]
+def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, policy: int, lot: int) -> int:
+    """Give a pod what it asks for of a node that fits; its GPUs, a bit each."""
+    num, milli, mask = kinds.gpus[k], kinds.gpu_milli[k], 0
     state.cpu[i] -= kinds.cpu_milli[k]
     state.memory[i] -= kinds.memory_mib[k]
     state.classes[i, _class_of(num, milli)] += 1
     if num == 1 and milli < WHOLE:
         at = device if policy == FGD else _device(state.left[i], gpus, milli, policy, lot)
         state.left[i, at] -= milli
-        return milli  # type: ignore[no-any-return]
-    need = num
+        return 1 << at
     for g in range(gpus):
-        if need > 0 and state.left[i, g] == WHOLE:
+        if num > 0 and state.left[i, g] == WHOLE:
             state.left[i, g] = 0
-            need -= 1
-    return num * WHOLE  # type: ignore[no-any-return]
+            mask |= 1 << g
+            num -= 1
+    return mask
+
+
+@numba.njit(cache=True, nogil=True)
+def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
+    """What a pod was given."""
+    state.cpu[i] += kinds.cpu_milli[k]
+    state.memory[i] += kinds.memory_mib[k]
+    state.classes[i, _class_of(kinds.gpus[k], kinds.gpu_milli[k])] -= 1
+    for g in range(MOST_GPUS):
+        if (mask >> g) & 1:
+            state.left[i, g] += kinds.gpu_milli[k]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -211,9 +229,7 @@ def _device(left: Ints, gpus: int, milli: int, policy: int, lot: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _rated(
-    nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int
-) -> tuple[float, int]:
+def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int) -> tuple[float, int]:
     """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
     if not _fits(nodes, kinds, state, i, k):
         return -1.0, -1

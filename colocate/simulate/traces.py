@@ -57,6 +57,11 @@ class Row(NamedTuple):
     path: Path
     line: int
 
+    @property
+    def place(self) -> str:
+        """File and line."""
+        return f"{self.path}, line {self.line}"
+
     def text(self, column: str) -> str:
         """As it stands there."""
         return self.values[column] or ""
@@ -72,15 +77,20 @@ class Row(NamedTuple):
             found = float("nan")
         if not np.isfinite(found) or found < least:
             wanted = "a number" if least == float("-inf") else f"a number of at least {least:g}"
-            raise BadInput(f"{self.path}, line {self.line}, {column}: {text!r} is not {wanted}")
+            raise BadInput(f"{self.place}, {column}: {text!r} is not {wanted}")
         return found
 
     def whole(self, column: str, *, least: int = 0) -> int:
         """The same, without a fraction."""
         found = self.number(column, least=least)
         if found != int(found):
-            raise BadInput(f"{self.path}, line {self.line}, {column}: {found:g} is no whole number")
+            raise BadInput(f"{self.place}, {column}: {found:g} is no whole number")
         return int(found)
+
+
+def columns(path: Path) -> set[str]:
+    """The names in the first line of a CSV file. Raises BadInput."""
+    return {name.strip() for name in next(csv.reader(lines(path)), [])}
 
 
 def table(path: Path, columns: Sequence[str]) -> Iterator[Row]:

@@ -1,0 +1,163 @@
+"""What policies make of the same jobs: a report card each, and paired comparisons over windows of the trace.
+
+An average alone hides who pays for it: waits are told for each size of gang (see docs/simulator.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colocate.model.statistics import ratio_interval
+from colocate.simulate.fleet import DISCIPLINES, Run, simulate
+from colocate.simulate.placement import WHOLE, Nodes
+from colocate.simulate.workloads import Workload
+
+Floats = NDArray[np.float64]
+CLASSES = (
+    (0.0, "no GPU"),
+    (0.999, "part of a GPU"),
+    (1.0, "1 GPU"),
+    (3.0, "2-3"),
+    (7.0, "4-7"),
+    (8.0, "8"),
+    (16.0, "9-16"),
+)
+LARGER = "more than 16"
+POINTS = 200
+"""Of a timeline."""
+
+
+class Window(NamedTuple):
+    """A part of the trace: from which job, and how many."""
+
+    first: int
+    jobs: int
+
+
+def windows(jobs: int, count: int, size: int | None, seed: int) -> list[Window]:
+    """The whole trace, or so many parts of it that are drawn; they may overlap."""
+    if size is None:
+        return [Window(0, jobs)]
+    rng = np.random.default_rng(seed)
+    return [Window(int(first), size) for first in rng.integers(jobs - size + 1, size=count)]
+
+
+def classes(workload: Workload) -> NDArray[np.str_]:
+    """Of each job, its size by GPUs of all members; by CPUs' members where no job has a GPU."""
+    asked = (workload.kinds.gpus * workload.kinds.gpu_milli)[workload.work.kind] / WHOLE * workload.work.members
+    found = np.full(len(asked), LARGER, dtype="<U16")
+    for most, name in reversed(CLASSES):
+        found[asked <= most] = name
+    return found
+
+
+class Outcome(NamedTuple):
+    """One policy on one window."""
+
+    policy: str
+    window: Window
+    run: Run
+    work: Workload
+
+    def card(self, nodes: Nodes) -> dict[str, Any]:
+        """The report card. Seconds and shares; deterministic."""
+        work, run = self.work.work, self.run
+        ran = ~np.isnan(run.start)
+        wait = (run.start - work.submit)[ran]
+        jct = wait + work.run[ran]
+        span = float(work.submit[-1] - work.submit[0])
+        capacity = float(nodes.gpus.sum()) * span
+        ends = (run.start + work.run)[ran]
+        return {
+            "policy": self.policy,
+            "jobs": len(ran),
+            "never_started": int((~ran).sum()),
+            "jct_seconds": _summary(jct),
+            "wait_seconds": _summary(wait),
+            "makespan_seconds": round(float(ends.max() - work.submit[0]), 3) if ran.any() else None,
+            "gpu_allocation": round(run.busy_gpu_seconds / capacity, 6) if capacity else None,
+            "gpu_held_idle": round(run.held_gpu_seconds / capacity, 6) if capacity else None,
+            "decisions": int(run.decisions),
+            "wait_seconds_by_size": self._by_size(wait, ran),
+        }
+
+    def _by_size(self, wait: Floats, ran: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+        size, found = classes(self.work), {}
+        for name in [*(name for _, name in CLASSES), LARGER]:
+            here, started = size == name, (size == name)[ran]
+            if here.any():
+                never = int((here & ~ran).sum())
+                found[name] = {"jobs": int(here.sum()), "never_started": never, **_summary(wait[started])}
+        return found
+
+    def timeline(self) -> list[tuple[float, float]]:
+        """(hours, GPUs of jobs that run) at POINTS moments from the first arrival to the last one."""
+        work, ran = self.work.work, ~np.isnan(self.run.start)
+        gpus = ((self.work.kinds.gpus * self.work.kinds.gpu_milli)[work.kind] / WHOLE * work.members)[ran]
+        start = self.run.start[ran]
+        times = np.linspace(work.submit[0], work.submit[-1], POINTS)
+        order, ends = np.argsort(start), start + work.run[ran]
+        by_end = np.argsort(ends)
+        begun = np.concatenate(([0.0], np.cumsum(gpus[order])))[np.searchsorted(start[order], times, "right")]
+        over = np.concatenate(([0.0], np.cumsum(gpus[by_end])))[np.searchsorted(ends[by_end], times, "right")]
+        return [(float(t) / 3600.0, float(g)) for t, g in zip(times, begun - over, strict=True)]
+
+
+def _summary(values: Floats) -> dict[str, float | None]:
+    if not len(values):
+        return {"mean": None, "p50": None, "p99": None}
+    p50, p99 = np.percentile(values, [50, 99])
+    return {"mean": round(float(values.mean()), 3), "p50": round(float(p50), 3), "p99": round(float(p99), 3)}
+
+
+def run_all(
+    nodes: Nodes,
+    workload: Workload,
+    policies: Sequence[str],
+    parts: Sequence[Window],
+    seed: int,
+    say: Callable[[int, int], None],
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Each policy on each window, in that order with any number of workers: the kernels let go of the interpreter."""
+    tasks = [(policy, number, part) for policy in policies for number, part in enumerate(parts)]
+    done = 0
+
+    def one(task: tuple[str, int, Window]) -> Outcome:
+        policy, number, part = task
+        chosen = workload.part(part.first, part.first + part.jobs)
+        return Outcome(
+            policy, part, simulate(nodes, chosen.kinds, chosen.work, DISCIPLINES[policy], seed + number), chosen
+        )
+
+    found = []
+    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
+        for outcome in threads.map(one, tasks):
+            found.append(outcome)
+            done += 1
+            say(done, len(tasks))
+    return found
+
+
+def comparisons(outcomes: Sequence[Outcome], nodes: Nodes, policies: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each policy beside the first: paired ratios of mean completion times over windows, 95 % for all together."""
+    means = {
+        policy: [outcome.card(nodes)["jct_seconds"]["mean"] for outcome in outcomes if outcome.policy == policy]
+        for policy in policies
+    }
+    base, rest = policies[0], policies[1:]
+    found = []
+    for policy in rest:
+        pairs = [(a, b) for a, b in zip(means[policy], means[base], strict=True) if a and b]
+        if len(pairs) < 2:
+            continue
+        ratio = ratio_interval([a for a, _ in pairs], [b for _, b in pairs], comparisons=len(rest))
+        values = {"ratio": round(ratio.value, 6), "low": round(ratio.low, 6), "high": round(ratio.high, 6)}
+        found.append({"policy": policy, "beside": base, "windows": len(pairs), "jct": values})
+    return found

@@ -1,0 +1,313 @@
+"""Jobs on a simulated fleet: capacities and work are conserved, who could start does, and gangs hold what they hold."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colocate.cli.main import main
+from colocate.errors import BadInput
+from colocate.simulate import traces
+from colocate.simulate.compare import run_all, windows
+from colocate.simulate.fleet import DISCIPLINES, Work, simulate, too_large
+from colocate.simulate.placement import Kinds
+from colocate.simulate.workloads import Workload, read_jobs, read_nodes
+from tests.unit.test_reproduce import FOLDER, needs
+
+GPUS = 4
+
+
+def fleet(count, gpus=GPUS):
+    return read_nodes(f"{count}x{gpus}")
+
+
+def work_of(*rows):
+    """(submit, run, members, GPUs of each) of each job."""
+    kinds = sorted({row[3] for row in rows})
+    asks = np.array(kinds, np.int64)
+    ones = np.ones(len(kinds), np.int64)
+    submit, run, members, gpus = (np.array(column) for column in zip(*rows, strict=True))
+    work = Work(submit.astype(float), run.astype(float), np.searchsorted(asks, gpus), members.astype(np.int64))
+    return Kinds(0 * ones, 0 * ones, asks, 1000 * ones, 0 * ones), work
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, GPUS)), min_size=1)
+
+
+def arrived(rows):
+    times = np.cumsum([gap for gap, *_ in rows])
+    return work_of(*((int(t), *rest) for t, (_, *rest) in zip(times, rows, strict=True)))
+
+
+def used_at(run, kinds, work, nodes, at):
+    """GPUs of each node, of jobs that run."""
+    first = np.concatenate(([0], np.cumsum(work.members)))
+    used = np.zeros(nodes, np.int64)
+    for j in np.flatnonzero((run.start <= at) & (at < run.start + work.run)):
+        for p in range(first[j], first[j + 1]):
+            used[run.node[p]] += kinds.gpus[work.kind[j]]
+    return used
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, name=st.sampled_from(sorted(DISCIPLINES)), nodes=st.integers(3, 5))
+def test_nothing_is_lost_and_no_node_is_given_more_than_it_has(rows, name, nodes):
+    kinds, work = arrived(rows)
+    run = simulate(fleet(nodes), kinds, work, DISCIPLINES[name], 3)
+    started = ~np.isnan(run.start)
+    assert DISCIPLINES[name].gang <= bool(started.all()), "only who holds a part may wait for ever"
+    assert (run.start[started] >= work.submit[started]).all()
+    for at in run.start[started]:
+        assert used_at(run, kinds, work, nodes, at).max() <= GPUS
+    assert simulate(fleet(nodes), kinds, work, DISCIPLINES[name], 3).start.tolist() == run.start.tolist()
+    last = work.submit[-1]
+    ran = np.clip(np.minimum(run.start + work.run, last) - np.minimum(run.start, last), 0, None)
+    gpus = kinds.gpus[work.kind] * work.members
+    assert run.busy_gpu_seconds == pytest.approx(float((ran * gpus)[started].sum())), "work done is work asked for"
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, name=st.sampled_from(["coscheduling", "packing", "fgd", "shortest-first"]))
+def test_nobody_waits_who_could_start(rows, name):
+    kinds, work = arrived(rows)
+    run = simulate(fleet(3), kinds, work, DISCIPLINES[name], 3)
+    for at in {*run.start, *(run.start + work.run)}:
+        free = GPUS - used_at(run, kinds, work, 3, at)
+        for j in np.flatnonzero((work.submit <= at) & (run.start > at)):
+            assert (free // kinds.gpus[work.kind[j]]).sum() < work.members[j], (at, j)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=ROWS)
+def test_in_strict_order_nobody_starts_before_who_came_first(rows):
+    kinds, work = arrived(rows)
+    start = simulate(fleet(3), kinds, work, DISCIPLINES["fifo"], 3).start
+    assert (np.diff(start) >= 0).all()
+
+
+def test_the_shortest_is_first_of_those_that_wait():
+    kinds, work = work_of((0, 10, 1, 4), (1, 9, 1, 4), (2, 3, 1, 4), (3, 5, 1, 4))
+    start = simulate(fleet(1), kinds, work, DISCIPLINES["shortest-first"], 1).start
+    assert start.tolist() == [0, 18, 10, 13]
+
+
+def test_a_gang_that_is_placed_pod_by_pod_holds_gpus_while_it_waits():
+    """The native scheduler knows of no gangs: one GPU idles for eight seconds, held by a job that lacks another."""
+    kinds, work = work_of((0, 10, 3, 1), (2, 5, 2, 1), (10, 1, 1, 1))
+    native = simulate(fleet(1), kinds, work, DISCIPLINES["native"], 1)
+    assert native.start.tolist() == [0, 10, 10]
+    assert native.held_gpu_seconds == pytest.approx(8.0)
+    gang = simulate(fleet(1), kinds, work, DISCIPLINES["packing"], 1)
+    assert (gang.start.tolist(), gang.held_gpu_seconds) == ([0, 10, 10], 0.0)
+
+
+DEADLOCK = ((0, 10, 1, 2), (0, 20, 1, 2), (1, 5, 3, 4), (2, 5, 4, 2))
+
+
+def test_two_gangs_placed_pod_by_pod_may_wait_for_each_other_for_ever():
+    """One holds two nodes and lacks the third; the other takes the halves of that as they come free, and lacks more."""
+    kinds, work = work_of(*DEADLOCK)
+    assert too_large(fleet(3), kinds, work) == -1
+    assert np.isnan(simulate(fleet(3), kinds, work, DISCIPLINES["native-packed"], 1).start).tolist() == [0, 0, 1, 1]
+    assert simulate(fleet(3), kinds, work, DISCIPLINES["packing"], 1).start.tolist() == [0, 0, 20, 2]
+
+
+def test_windows_are_drawn_and_the_same_whoever_simulates_them():
+    kinds, work = work_of(*((i, 5 + i % 7, 1 + i % 2, 1 + i % 4) for i in range(60)))
+    workload = Workload(work, kinds, tuple(map(str, range(60))))
+    parts = windows(60, 5, 20, seed=4)
+    assert len({part.first for part in parts}) > 1
+    assert max(part.first for part in parts) <= 40
+    cards = [
+        [
+            outcome.card(fleet(2))
+            for outcome in run_all(fleet(2), workload, ["native", "packing"], parts, 4, print, workers)
+        ]
+        for workers in (1, 4)
+    ]
+    assert cards[0] == cards[1]
+    assert [card["policy"] for card in cards[0]] == ["native"] * 5 + ["packing"] * 5
+
+
+def test_a_timeline_adds_up_to_what_was_allocated():
+    kinds, work = work_of(*((i, 7, 1, 1 + i % 4) for i in range(200)))
+    workload = Workload(work, kinds, tuple(map(str, range(200))))
+    [outcome] = run_all(fleet(3), workload, ["packing"], windows(200, 1, None, 1), 1, print)
+    hours, gpus = np.array(outcome.timeline()).T
+    area = float(np.trapezoid(gpus, hours)) * 3600
+    assert area == pytest.approx(outcome.run.busy_gpu_seconds, rel=0.02)
+
+
+PLAIN = "submit_seconds,duration_seconds,members,gpus\n0,10,1,4\n1,10,3,4\n2,5,1,1\n"
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    def write(text=PLAIN, name="jobs.csv"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        pytest.param("a.csv", PLAIN, [(0, 10, 1, 4), (1, 10, 3, 4), (2, 5, 1, 1)], id="plain"),
+        pytest.param(
+            "a.csv",
+            "submit_seconds,duration_seconds,gpus\n9,1,2\n5,2,9\n",
+            [(0, 2, 3, 4), (4, 1, 1, 2)],
+            id="sorted, split",
+        ),
+        pytest.param(
+            "a.csv",
+            "timestamp,duration,num_gpus,cluster\n2017-10-01 00:00:10,60,1,x\n2017-10-01 00:00:00,30,8,x\n",
+            [(0, 30, 2, 4), (10, 60, 1, 1)],
+            id="philly",
+        ),
+        pytest.param(
+            "a.csv",
+            "name,cpu_milli,memory_mib,num_gpu,gpu_milli,creation_time,deletion_time,scheduled_time\n"
+            "a,1,1,1,500,3,13,5\nb,1,1,1,500,3,,\n",
+            [(0, 8, 1, 1)],
+            id="openb, but for what was never scheduled",
+        ),
+        pytest.param("a.swf", "1 7 -1 20 2 -1 -1 3 -1 -1 1 -1 -1 -1 0 -1 -1 -1\n", [(0, 20, 3, 0)], id="swf"),
+    ],
+)
+def test_jobs_are_read_in_the_formats_of_traces(jobs, name, text, expected):
+    found = read_jobs(jobs(text, name), GPUS)
+    work = found.work
+    rows = zip(work.submit, work.run, work.members, found.kinds.gpus[work.kind], strict=True)
+    assert [tuple(map(int, row)) for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("submit_seconds\n1\n", "has no column duration_seconds", id="a column lacks"),
+        pytest.param(
+            "submit_seconds,duration_seconds,gpu\n1,1,1\n", "column gpu is not known; known: submit", id="unknown"
+        ),
+        pytest.param("submit_seconds,duration_seconds\n", "has no jobs", id="no jobs"),
+        pytest.param("submit_seconds,duration_seconds\n1,-1\n", "line 2, duration_seconds: '-1' is not", id="negative"),
+        pytest.param(
+            "submit_seconds,duration_seconds\nnan,1\n", "line 2, submit_seconds: 'nan' is not", id="no number"
+        ),
+        pytest.param(
+            "submit_seconds,duration_seconds,members\n1,1,0\n", "members: '0' is not a number of", id="nobody"
+        ),
+        pytest.param(
+            "submit_seconds,duration_seconds,gpus,gpu_milli\n1,1,2,500\n",
+            "gpu_milli: 500: a part of one",
+            id="parts of two",
+        ),
+        pytest.param("timestamp,duration,num_gpus\nsoon,1,1\n", "line 2, timestamp: 'soon' is no time", id="no time"),
+    ],
+)
+def test_what_is_wrong_with_jobs_is_said_with_its_line_and_column(jobs, text, said):
+    with pytest.raises(BadInput, match=said):
+        read_jobs(jobs(text), GPUS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("[]", "--nodes: .* Expected `object`", id="no object"),
+        pytest.param("nodes: []", r"\$.nodes", id="no nodes"),
+        pytest.param(
+            "nodes: [{cpu: 8}]", r"memory.*\$.nodes\[0\]|\$.nodes\[0\].*memory|missing.*memory", id="no memory"
+        ),
+        pytest.param("nodes: [{cpu: 8, memory: 1Gi, gpu: 1}]", "unknown field `gpu`", id="an unknown field"),
+        pytest.param("nodes: [{cpu: 8, memory: 1Gi, gpus: 9}]", r"\$.nodes\[0\].gpus", id="more GPUs than eight"),
+        pytest.param("nodes: [{cpu: 8, memory: lots}]", r"nodes\[0\].memory: 'lots' is no size", id="no size"),
+        pytest.param("nodes: [", "--nodes", id="no YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_fleet_is_said(jobs, text, said):
+    with pytest.raises(BadInput, match=said):
+        read_nodes(str(jobs(text, "fleet.yaml")))
+
+
+def test_a_fleet_is_groups_of_nodes(jobs):
+    nodes = read_nodes(
+        str(jobs("nodes:\n- {count: 2, cpu: 64, memory: 512Gi, gpus: 8}\n- {cpu: 32, memory: 128Gi}", "f.yml"))
+    )
+    assert [column.tolist() for column in nodes[:3]] == [[64000, 64000, 32000], [524288, 524288, 131072], [8, 8, 0]]
+
+
+def test_the_command_prints_a_card_for_each_policy(jobs, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = [
+        "simulate",
+        "--nodes",
+        "3x4",
+        "--jobs",
+        str(jobs()),
+        "--policy",
+        "native,coscheduling",
+        "--file",
+        str(page),
+    ]
+    assert main([*arguments, "-o", "json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [run["policy"] for run in data["runs"]] == ["native", "coscheduling"]
+    assert data["runs"][1]["wait_seconds_by_size"]["9-16"] == {
+        "jobs": 1,
+        "never_started": 0,
+        "mean": 9.0,
+        "p50": 9.0,
+        "p99": 9.0,
+    }
+    assert "<svg" in page.read_text()
+    assert main(arguments) == 0
+    assert "mean wait by size  native  coscheduling" in capsys.readouterr().out
+
+
+def test_jobs_that_never_start_are_told_by_the_exit_code(jobs, capsys):
+    rows = "".join(f"{submit},{run},{members},{gpus}\n" for submit, run, members, gpus in DEADLOCK)
+    path = jobs("submit_seconds,duration_seconds,members,gpus\n" + rows)
+    assert main(["simulate", "--nodes", "3x4", "--jobs", str(path), "--policy", "native-packed", "-o", "json"]) == 1
+    assert json.loads(capsys.readouterr().out)["runs"][0]["never_started"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        pytest.param(["--policy", "magic"], "--policy: 'magic' is no policy; known: native", id="no policy"),
+        pytest.param(["--policy", ","], "--policy: name a policy", id="none at all"),
+        pytest.param(["--policy", "fgd,fgd"], "--policy: a policy is named twice", id="twice"),
+        pytest.param(["--nodes", "0x8"], "--nodes: 0x8: no nodes", id="no nodes"),
+        pytest.param(["--nodes", "2x9"], "--nodes: 2x9: 9 GPUs of one node, at most 8", id="too many GPUs"),
+        pytest.param(["--nodes", "few"], "--nodes: few is neither a file nor NODESxGPUS", id="no fleet"),
+        pytest.param(["--nodes", "2x4"], "line 3: 3 members of 4 GPUs", id="a job larger than the fleet"),
+        pytest.param(
+            ["--window-jobs", "4"], "--window-jobs: 4 are more than the 3 jobs", id="a window that is too long"
+        ),
+        pytest.param(["--windows", "4"], "--windows: say with --window-jobs", id="windows of no length"),
+        pytest.param(["--jobs", "/nowhere.csv"], "/nowhere.csv is not there", id="no jobs"),
+        pytest.param(["--file", "/nowhere/page.html"], "--file: the directory /nowhere does not exist", id="no folder"),
+    ],
+)
+def test_bad_input_is_refused(jobs, capsys, more, said):
+    assert main(["simulate", "--nodes", "3x4", "--jobs", str(jobs()), *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs("philly-2017")
+def test_philly_waits_as_in_an_independent_simulator(jobs):
+    """Mean completion times of October and November on 64 nodes (philly-2017/README.md); ties are each one's own."""
+    header, *rows = traces.lines(FOLDER / "philly-2017" / "philly.csv.gz")
+    workload = read_jobs(jobs(header + "".join(r for r in rows if r[:7] in ("2017-10", "2017-11"))), 8)
+    assert len(workload.work.run) == 68_510
+    for policy, published in (("coscheduling", 33_444), ("packing", 34_456), ("shortest-first", 17_550)):
+        run = simulate(read_nodes("64x8"), workload.kinds, workload.work, DISCIPLINES[policy], 1)
+        jct = float((run.start + workload.work.run - workload.work.submit).mean())
+        assert jct == pytest.approx(published, rel=0.05), policy
