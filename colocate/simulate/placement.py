@@ -1,9 +1,10 @@
 """Pods onto nodes with shared GPUs, one after the other: filters and scores, compiled.
 
 A node's score for a kind of pod is kept until the node changes. Policies: see POLICIES; `fgd` is the gradient of
-fragmentation (Weng and others, USENIX ATC 2023, 4.2), `native` what kube-scheduler does by default (NodeResourcesFit's
-LeastAllocated and NodeResourcesBalancedAllocation over CPU and memory, whole points, a sample of the nodes that fit,
-ties by lot), which looks at no GPU; `most-allocated` scores GPUs as operators configure it.
+fragmentation (Weng and others, USENIX ATC 2023, 4.2), `native` what kube-scheduler 1.36 does by default
+(NodeResourcesFit's LeastAllocated and NodeResourcesBalancedAllocation over CPU and memory, whole points, a sample of
+the nodes that fit, ties by lot), which looks at no GPU; `most-allocated` scores GPUs as operators configure it.
+`native` is compared with the real one in tests/cluster.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ MOST_GPUS, WHOLE = 8, 1000
 POLICIES = ("random", "dot-product", "clustering", "packing", "best-fit", "fgd", "native", "most-allocated")
 RANDOM, DOT, CLUSTERING, PACKING, BEST_FIT, FGD, NATIVE, MOST_ALLOCATED = range(len(POLICIES))
 CLASSES = 16
+COUNTED_CPU_MILLI, COUNTED_MEMORY_MIB = 100, 200
+"""What kube-scheduler takes a pod to ask for that asks for none (util/pod_resources.go)."""
 LARGEST_CPU_MILLI, LARGEST_GPU_MILLI = 128_000.0, 8_000.0
 """Of a node: what best fit and the dot product measure by."""
 
@@ -56,6 +59,8 @@ class State(NamedTuple):
     """(nodes, 8), thousandths of each GPU."""
     classes: Ints
     """(nodes, CLASSES), how many pods of each class of GPU demand are there."""
+    counted: Ints
+    """(nodes, 2), CPU and memory that pods ask for, as kube-scheduler counts those that ask for nothing."""
 
 
 class Typical(NamedTuple):
@@ -94,7 +99,8 @@ def empty(nodes: Nodes) -> State:
     count = len(nodes.cpu_milli)
     left = np.zeros((count, MOST_GPUS), np.int64)
     left[np.arange(MOST_GPUS) < nodes.gpus[:, None]] = WHOLE
-    return State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, np.zeros((count, CLASSES), np.int64))
+    classes, counted = np.zeros((count, CLASSES), np.int64), np.zeros((count, 2), np.int64)
+    return State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, classes, counted)
 
 
 def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
@@ -189,6 +195,7 @@ def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, pol
     state.cpu[i] -= kinds.cpu_milli[k]
     state.memory[i] -= kinds.memory_mib[k]
     state.classes[i, _class_of(num, milli)] += 1
+    _count(kinds, state, i, k, 1)
     if num == 1 and milli < WHOLE:
         at = device if policy == FGD else _device(state.left[i], gpus, milli, policy, lot)
         state.left[i, at] -= milli
@@ -202,11 +209,19 @@ def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, pol
 
 
 @numba.njit(cache=True, nogil=True)
+def _count(kinds: Kinds, state: State, i: int, k: int, sign: int) -> None:
+    cpu, memory = kinds.cpu_milli[k], kinds.memory_mib[k]
+    state.counted[i, 0] += sign * (cpu if cpu > 0 else COUNTED_CPU_MILLI)
+    state.counted[i, 1] += sign * (memory if memory > 0 else COUNTED_MEMORY_MIB)
+
+
+@numba.njit(cache=True, nogil=True)
 def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
     """What a pod was given."""
     state.cpu[i] += kinds.cpu_milli[k]
     state.memory[i] += kinds.memory_mib[k]
     state.classes[i, _class_of(kinds.gpus[k], kinds.gpu_milli[k])] -= 1
+    _count(kinds, state, i, k, -1)
     for g in range(MOST_GPUS):
         if (mask >> g) & 1:
             state.left[i, g] += kinds.gpu_milli[k]
@@ -336,11 +351,37 @@ def _clustering(classes: Ints, mine: int, free: int) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def native_points(cpu: int, all_cpu: int, memory: int, all_memory: int) -> int:
-    """LeastAllocated plus BalancedAllocation of what is left with the pod; whole points as kube-scheduler has them."""
-    least = (cpu * 100 // all_cpu + memory * 100 // all_memory) // 2
-    apart = abs(cpu / all_cpu - memory / all_memory) / 2.0
-    return least + int((1.0 - apart) * 100.0)
+def native_points(
+    pod: tuple[int, int], used: tuple[int, int], counted: tuple[int, int], every: tuple[int, int]
+) -> tuple[int, int]:
+    """LeastAllocated and BalancedAllocation of a node for a pod, whole points as kube-scheduler has them.
+
+    All are (CPU, memory): what the pod asks for, what the pods there ask for, the same as it is counted by the first
+    score, and all of the node. The second one is of the change: 75 points where the pod leaves the balance as it is.
+    """
+    least, weights = 0, 0
+    for asked, there, whole, none in (
+        (pod[0], counted[0], every[0], COUNTED_CPU_MILLI),
+        (pod[1], counted[1], every[1], COUNTED_MEMORY_MIB),
+    ):
+        with_it = there + (asked if asked > 0 else none)
+        if whole > 0:
+            weights += 1
+            least += (whole - with_it) * 100 // whole if with_it <= whole else 0
+    balanced = 0
+    if pod[0] > 0 or pod[1] > 0:
+        after = _balance((used[0] + pod[0], used[1] + pod[1]), every)
+        balanced = 50 + (50 + after - _balance(used, every)) // 2
+    return (least // weights if weights > 0 else 0), balanced
+
+
+@numba.njit(cache=True, nogil=True)
+def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
+    """100 less half of how far the shares of CPU and memory are apart; 100 of a node that has but one of them."""
+    if every[0] <= 0 or every[1] <= 0:
+        return 100
+    apart = abs(min(used[0] / every[0], 1.0) - min(used[1] / every[1], 1.0)) / 2.0
+    return int((1.0 - apart) * 100.0)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -363,5 +404,8 @@ def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int
         return _packing(state.left[i], gpus, idle, num, milli) if num > 0 else 0.0
     if policy == CLUSTERING:
         return _clustering(state.classes[i], _class_of(num, milli), free) if num > 0 else 0.0
-    memory = state.memory[i] - kinds.memory_mib[k]
-    return float(native_points(state.cpu[i] - c, nodes.cpu_milli[i], memory, nodes.memory_mib[i]))
+    every = (nodes.cpu_milli[i], nodes.memory_mib[i])
+    used = (every[0] - state.cpu[i], every[1] - state.memory[i])
+    counted = (state.counted[i, 0], state.counted[i, 1])
+    least, balanced = native_points((c, kinds.memory_mib[k]), used, counted, every)
+    return float(least + balanced)

@@ -303,11 +303,18 @@ def test_bad_input_is_refused(jobs, capsys, more, said):
 @pytest.mark.slow
 @needs("philly-2017")
 def test_philly_waits_as_in_an_independent_simulator(jobs):
-    """Mean completion times of October and November on 64 nodes (philly-2017/README.md); ties are each one's own."""
+    """Mean completion times of October and November on 64 nodes (philly-2017/README.md).
+
+    Its ties are its own: with another lot `coscheduling` comes to 31,000 to 35,500 s here.
+    """
     header, *rows = traces.lines(FOLDER / "philly-2017" / "philly.csv.gz")
     workload = read_jobs(jobs(header + "".join(r for r in rows if r[:7] in ("2017-10", "2017-11"))), 8)
     assert len(workload.work.run) == 68_510
-    for policy, published in (("coscheduling", 33_444), ("packing", 34_456), ("shortest-first", 17_550)):
+    for policy, published, off in (
+        ("coscheduling", 33_444, 0.1),
+        ("packing", 34_456, 0.03),
+        ("shortest-first", 17_550, 0.03),
+    ):
         run = simulate(read_nodes("64x8"), workload.kinds, workload.work, DISCIPLINES[policy], 1)
         jct = float((run.start + workload.work.run - workload.work.submit).mean())
-        assert jct == pytest.approx(published, rel=0.05), policy
+        assert jct == pytest.approx(published, rel=off), policy

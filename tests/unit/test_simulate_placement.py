@@ -81,19 +81,23 @@ def test_a_pod_waits_only_where_no_node_has_room_for_it(nodes, kinds, data, poli
 
 
 @pytest.mark.parametrize(
-    ("cpu", "memory", "points"),
+    ("pod", "used", "every", "points"),
     [
-        pytest.param((4000, 4000), (8192, 8192), 100 + 100, id="an idle node has all points"),
-        pytest.param((0, 4000), (0, 8192), 0 + 100, id="a full one is balanced"),
-        pytest.param((3000, 4000), (3072, 4096), 75 + 100, id="both at a quarter"),
-        pytest.param((7000, 8000), (3072, 4096), 81 + 93, id="(87 + 75) / 2 cut off, and a sixteenth apart"),
-        pytest.param((2000, 4000), (14336, 16384), 68 + 81, id="(50 + 87) / 2 cut off, and 0.1875 apart"),
-        pytest.param((0, 4000), (8192, 8192), 50 + 50, id="all of one and nothing of the other"),
+        pytest.param((1000, 1024), (0, 0), (4000, 8192), (81, 71), id="(75 + 87) / 2 cut off; 93 after, 100 before"),
+        pytest.param((1000, 1024), (0, 0), (5000, 8192), (83, 73), id="96 after, 100 before"),
+        pytest.param((1000, 1024), (1000, 1024), (6000, 8192), (70, 74), id="95 after, 97 before"),
+        pytest.param((1000, 1024), (0, 1024), (4000, 8192), (75, 78), id="0.25 and 0.25 after 0 and 0.125"),
+        pytest.param(
+            (0, 0), (0, 0), (4000, 8192), (97, 0), id="no request: counted as 100 m and 200 MiB, not balanced"
+        ),
+        pytest.param((4000, 8192), (0, 0), (4000, 8192), (0, 75), id="all of a node leaves it as balanced"),
+        pytest.param((0, 0), (4000, 8192), (4000, 8192), (0, 0), id="counted beyond a full node"),
+        pytest.param((1000, 0), (0, 0), (4000, 0), (75, 75), id="a node without memory"),
     ],
 )
-def test_native_is_kube_schedulers_arithmetic(cpu, memory, points):
-    """least_allocated.go and balanced_allocation.go of Kubernetes 1.30, by hand: (left with the pod, all) of a node."""
-    assert native_points(*cpu, *memory) == points
+def test_native_is_kube_schedulers_arithmetic(pod, used, every, points):
+    """least_allocated.go and balanced_allocation.go of Kubernetes 1.36; the first three as its log has them."""
+    assert native_points(pod, used, used, every) == points
 
 
 def test_native_does_not_look_at_gpus():
