@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
-from colocate.simulate.compare import Outcome, comparisons, run_all, windows
-from colocate.simulate.fleet import DISCIPLINES, too_large
+from colocate.simulate.compare import Outcome, comparisons, known_policies, run_all, windows
+from colocate.simulate.fleet import too_large
 from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
 from colocate.simulate.workloads import check, read_jobs, read_nodes
@@ -64,10 +64,11 @@ def _data(table: Table) -> dict[str, object]:
 def simulate_command(options: argparse.Namespace) -> int:
     """Exit 1 where jobs never start under some policy. Raises BadInput."""
     policies = [name.strip() for name in options.policy.split(",") if name.strip()]
-    unknown = [name for name in policies if name not in DISCIPLINES]
+    known = known_policies()
+    unknown = [name for name in policies if name not in known]
     if unknown or not policies:
         named = f"{unknown[0]!r} is no policy" if unknown else "name a policy"
-        raise BadInput(f"--policy: {named}; known: {', '.join(DISCIPLINES)}")
+        raise BadInput(f"--policy: {named}; known: {', '.join(known)}")
     if len(set(policies)) < len(policies):
         raise BadInput("--policy: a policy is named twice")
     page = check_file("--file", options.file) if options.file else None
@@ -93,7 +94,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
     data |= {"runs": cards, "comparisons": compared}
     if page is not None:
-        _write(page, options, data, outcomes)
+        _write(page, options, data, outcomes, known)
     if options.output in DATA_FORMS:
         print_data(data, options.output)
     else:
@@ -169,7 +170,13 @@ def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], pa
         print(text)
 
 
-def _write(page: Path, options: argparse.Namespace, data: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+def _write(
+    page: Path,
+    options: argparse.Namespace,
+    data: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    policies: Mapping[str, str],
+) -> None:
     from colocate.report.charts import Series, line_chart
     from colocate.simulate.page import PageTable, write_page
 
@@ -183,7 +190,7 @@ def _write(page: Path, options: argparse.Namespace, data: dict[str, Any], outcom
         PageTable(
             "What the policies are",
             ("policy", ""),
-            [(n, DISCIPLINES[n].about) for n in dict.fromkeys(c["policy"] for c in cards)],
+            [(n, policies[n]) for n in dict.fromkeys(c["policy"] for c in cards)],
         )
     )
     first = outcomes[0].window

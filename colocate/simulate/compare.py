@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,16 @@ CLASSES = (
 LARGER = "more than 16"
 POINTS = 200
 """Of a timeline."""
+
+
+def known_policies() -> dict[str, str]:
+    """Names of policies, and what each is: ours, and those of other packages (entry points `colocate.simulate`)."""
+    found = {name: discipline.about for name, discipline in DISCIPLINES.items()}
+    return found | {name: point.load().__doc__ or "" for name, point in _others().items()}
+
+
+def _others() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="colocate.simulate")}
 
 
 class Window(NamedTuple):
@@ -129,9 +140,13 @@ def run_all(
     tasks = [(policy, number, part) for policy in policies for number, part in enumerate(parts)]
     done = 0
 
+    others = {name: point.load() for name, point in _others().items() if name in policies}
+
     def one(task: tuple[str, int, Window]) -> Outcome:
         policy, number, part = task
         chosen = workload.part(part.first, part.first + part.jobs)
+        if policy in others:
+            return Outcome(policy, part, Run(*others[policy](nodes, chosen.kinds, chosen.work, seed + number)), chosen)
         return Outcome(
             policy, part, simulate(nodes, chosen.kinds, chosen.work, DISCIPLINES[policy], seed + number), chosen
         )

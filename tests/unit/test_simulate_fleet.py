@@ -13,9 +13,10 @@ from colocate.cli.main import main
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.compare import run_all, windows
-from colocate.simulate.fleet import DISCIPLINES, Work, simulate, too_large
+from colocate.simulate.fleet import DISCIPLINES, Run, Work, simulate, too_large
 from colocate.simulate.placement import Kinds
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
+from podgroup.simulation import Simulation
 from tests.unit.test_reproduce import FOLDER, needs
 
 GPUS = 4
@@ -115,6 +116,33 @@ def test_two_gangs_placed_pod_by_pod_may_wait_for_each_other_for_ever():
     assert too_large(fleet(3), kinds, work) == -1
     assert np.isnan(simulate(fleet(3), kinds, work, DISCIPLINES["native-packed"], 1).start).tolist() == [0, 0, 1, 1]
     assert simulate(fleet(3), kinds, work, DISCIPLINES["packing"], 1).start.tolist() == [0, 0, 20, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=ROWS, declared=st.booleans())
+def test_the_controllers_own_queue_starts_every_gang_whole_and_where_there_is_room(rows, declared):
+    """Whole and within capacity it says itself (podgroup/simulation.py); nobody is lost, and nothing idles for long."""
+    kinds, work = arrived(rows)
+    run = Run(*Simulation(fleet(3), kinds, work, declared=declared).run())
+    assert (run.start >= work.submit).all()
+    for at in run.start:
+        assert used_at(run, kinds, work, 3, at).max() <= GPUS
+    again = Run(*Simulation(fleet(3), kinds, work, declared=declared).run())
+    assert again.start.tolist() == run.start.tolist()
+
+
+def test_the_controller_starts_past_one_that_waits_who_says_that_it_is_over_in_time():
+    """Half a node is free, and kept for a job that has waited for a minute for the whole of it."""
+    kinds, work = work_of((0, 100, 1, 2), (1, 50, 1, 4), (80, 10, 1, 2))
+    plain, declared = (Run(*Simulation(fleet(1), kinds, work, declared=d).run()).start.tolist() for d in (False, True))
+    assert plain == [0, 100, 150]
+    assert declared == [0, 100, 80]
+
+
+def test_a_part_of_a_gpu_is_no_request_for_the_controller():
+    kinds, work = work_of((0, 1, 1, 1))
+    with pytest.raises(BadInput, match="part of a GPU, which the controller does not hand out"):
+        Simulation(fleet(2), kinds._replace(gpu_milli=np.array([500])), work, declared=False)
 
 
 def test_windows_are_drawn_and_the_same_whoever_simulates_them():
@@ -252,13 +280,13 @@ def test_the_command_prints_a_card_for_each_policy(jobs, capsys, tmp_path):
         "--jobs",
         str(jobs()),
         "--policy",
-        "native,coscheduling",
+        "native,ours",
         "--file",
         str(page),
     ]
     assert main([*arguments, "-o", "json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert [run["policy"] for run in data["runs"]] == ["native", "coscheduling"]
+    assert [run["policy"] for run in data["runs"]] == ["native", "ours"]
     assert data["runs"][1]["wait_seconds_by_size"]["9-16"] == {
         "jobs": 1,
         "never_started": 0,
@@ -268,7 +296,7 @@ def test_the_command_prints_a_card_for_each_policy(jobs, capsys, tmp_path):
     }
     assert "<svg" in page.read_text()
     assert main(arguments) == 0
-    assert "mean wait by size  native  coscheduling" in capsys.readouterr().out
+    assert "mean wait by size  native  ours" in capsys.readouterr().out
 
 
 def test_jobs_that_never_start_are_told_by_the_exit_code(jobs, capsys):

@@ -1,0 +1,210 @@
+"""The controller's own queue and solver on a simulated fleet: `colocate simulate --policy ours`.
+
+What decides is the production code, unmodified, on objects as the API server has them; binding succeeds at once, and
+the clock is the simulation's. Found by the entry points `colocate.simulate`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from datetime import UTC, datetime
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from colocate.errors import BadInput
+from colocate.objects import (
+    Container,
+    Node,
+    NodeStatus,
+    ObjectMeta,
+    OwnerReference,
+    Pod,
+    PodSpec,
+    PodStatus,
+    Quantities,
+    Resources,
+)
+from podgroup.api import POD_GROUP_LABEL, GangPlan, GangPlanSpec, GangPlanStatus, PodGroup, PodGroupSpec
+from podgroup.queue.decisions import Start
+from podgroup.queue.entry import Settings
+from podgroup.queue.queue import Queue
+from podgroup.queue.runtimes import RUNTIME
+from podgroup.solve.sequence import place_in_turn
+from podgroup.state.cluster import Cluster
+
+GPU, NAMESPACE = "nvidia.com/gpu", "sim"
+WHOLE = 1000
+MOST_CYCLES = 100
+"""In one moment: a queue that decides more has not come to rest."""
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class NodesLike(Protocol):
+    """Columns of nodes (see colocate.simulate.placement.Nodes)."""
+
+    cpu_milli: Ints
+    memory_mib: Ints
+    gpus: Ints
+
+
+class KindsLike(Protocol):
+    """Columns of kinds of pods (see colocate.simulate.placement.Kinds)."""
+
+    cpu_milli: Ints
+    memory_mib: Ints
+    gpus: Ints
+    gpu_milli: Ints
+
+
+class WorkLike(Protocol):
+    """Columns of jobs (see colocate.simulate.fleet.Work)."""
+
+    submit: Floats
+    run: Floats
+    kind: Ints
+    members: Ints
+
+
+def _time(seconds: float) -> str:
+    """As the API server writes it."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Simulation:
+    """One run: the cluster, its queue, and who is where."""
+
+    def __init__(self, nodes: NodesLike, kinds: KindsLike, work: WorkLike, *, declared: bool) -> None:
+        """`declared`: jobs say how long they will run. Raises BadInput of a request for a part of a GPU."""
+        if ((kinds.gpu_milli < WHOLE) & (kinds.gpus > 0)).any():
+            raise BadInput("--policy ours: a job asks for a part of a GPU, which the controller does not hand out")
+        self.nodes, self.kinds, self.work, self.declared = nodes, kinds, work, declared
+        self.cluster = Cluster()
+        self.queue = Queue(Settings(), place_in_turn=place_in_turn)
+        for i, (cpu, memory, gpus) in enumerate(zip(nodes.cpu_milli, nodes.memory_mib, nodes.gpus, strict=True)):
+            offered: Quantities = {"cpu": f"{cpu}m", "memory": f"{memory}Mi", "pods": "1000000", GPU: str(gpus)}
+            meta = ObjectMeta(name=f"n{i}", labels={"kubernetes.io/hostname": f"n{i}"})
+            self.cluster.set_node(Node(metadata=meta, status=NodeStatus(allocatable=offered)))
+        self.first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
+        self.node = np.full(self.first[-1], -1, np.int64)
+        self.start = np.full(len(work.submit), np.nan)
+        self.free = np.stack([nodes.cpu_milli, nodes.memory_mib, nodes.gpus], axis=1)
+        self.dirty: set[str] = set()
+        self.ends: list[tuple[float, int]] = []
+        self.cycles = 0
+
+    def _asks(self, job: int) -> Ints:
+        k = self.work.kind[job]
+        return np.array([self.kinds.cpu_milli[k], self.kinds.memory_mib[k], self.kinds.gpus[k]], np.int64)
+
+    def _arrive(self, job: int, now: float) -> None:
+        name, cpu_memory_gpus = f"j{job}", self._asks(job)
+        texts = zip(("cpu", "memory", GPU), ("m", "Mi", ""), cpu_memory_gpus, strict=True)
+        requests: Quantities = {resource: f"{amount}{unit}" for resource, unit, amount in texts if amount}
+        notes = {RUNTIME: str(int(np.ceil(self.work.run[job])))} if self.declared else {}
+        owner = [OwnerReference(kind="Job", name=name, uid=name, controller=True)]
+        meta = ObjectMeta(name=name, namespace=NAMESPACE, creation_timestamp=_time(now))
+        spec = PodGroupSpec(min_member=int(self.work.members[job]))
+        self.cluster.groups[f"{NAMESPACE}/{name}"] = PodGroup(metadata=meta, spec=spec)
+        for p in range(self.first[job], self.first[job + 1]):
+            its = ObjectMeta(
+                name=f"p{p}",
+                namespace=NAMESPACE,
+                uid=f"{p}",
+                creation_timestamp=_time(now),
+                labels={POD_GROUP_LABEL: name},
+                annotations=notes,
+                owner_references=owner,
+            )
+            containers = [Container(resources=Resources(requests=requests))]
+            pod_spec = PodSpec(scheduler_name="colocate", containers=containers)
+            self.cluster.set_pod(Pod(metadata=its, spec=pod_spec, status=PodStatus(phase="Pending")))
+        self.dirty.add(f"{NAMESPACE}/{name}")
+
+    def _end(self, job: int) -> None:
+        key = f"{NAMESPACE}/j{job}"
+        for p in range(self.first[job], self.first[job + 1]):
+            self.cluster.remove_pod(f"{p}")
+            self.free[self.node[p]] += self._asks(job)
+        self.cluster.groups.pop(key, None)
+        self.cluster.remove_plan(key)
+        self.dirty.add(key)
+
+    def _bind(self, start: Start, now: float) -> None:
+        """Raises RuntimeError of a start that no fleet could carry out: a defect of the policy."""
+        job = int(start.key.rpartition("/j")[2])
+        for member, where in start.placed:
+            p, i = int(member.uid), int(where[1:])
+            self.node[p] = i
+            self.free[i] -= self._asks(job)
+            if (self.free[i] < 0).any():
+                raise RuntimeError(f"ours puts {start.key} on {where}, which has no room for it")
+            pod = self.cluster.pods[member.uid]
+            spec = msgspec.structs.replace(pod.spec, node_name=where)
+            status = PodStatus(phase="Running", start_time=_time(now))
+            self.cluster.set_pod(msgspec.structs.replace(pod, spec=spec, status=status))
+        if len(start.placed) != self.work.members[job]:
+            raise RuntimeError(f"ours starts {start.key} with {len(start.placed)} of {self.work.members[job]} members")
+        meta = ObjectMeta(name=f"j{job}", namespace=NAMESPACE, uid=f"plan-{job}")
+        began = GangPlanSpec(began=_time(now), min_member=int(self.work.members[job]))
+        plan = GangPlan(metadata=meta, spec=began, status=GangPlanStatus(phase="Running"))
+        self.cluster.set_plan(start.key, plan)
+        self.start[job] = now
+        heapq.heappush(self.ends, (now + float(self.work.run[job]), job))
+        self.dirty.add(start.key)
+
+    def _decide(self, now: float) -> None:
+        """Until nothing more is decided."""
+        for _ in range(MOST_CYCLES):
+            decided = self.queue.cycle(self.cluster, self.dirty, now)
+            self.dirty, self.cycles = set(), self.cycles + 1
+            for key, error in decided.failures:
+                raise RuntimeError(f"ours cannot decide {key}") from error
+            for start in decided.starts:
+                self._bind(start, now)
+            if not self.dirty:
+                return
+        raise RuntimeError("ours does not come to rest")
+
+    def run(self) -> tuple[Floats, float, float, int, Ints]:
+        """When each job starts; GPU seconds that jobs ran, and held for nothing; cycles; and the node of each pod."""
+        work, jobs, arrived, now = self.work, len(self.work.submit), 0, 0.0
+        busy_area, busy = 0.0, 0
+        first, last = float(work.submit[0]), float(work.submit[-1])
+        gpus = self.kinds.gpus[work.kind] * work.members
+        while arrived < jobs or self.ends:
+            then = self.ends[0][0] if self.ends else np.inf
+            then = min(then, float(work.submit[arrived])) if arrived < jobs else then
+            look = self.queue.next_look(now)
+            then = then if look is None else min(then, now + look)
+            busy_area += busy * max(min(then, last) - max(now, first), 0.0)
+            now = then
+            while self.ends and self.ends[0][0] <= now:
+                _, job = heapq.heappop(self.ends)
+                busy -= int(gpus[job])
+                self._end(job)
+            while arrived < jobs and work.submit[arrived] <= now:
+                self._arrive(arrived, now)
+                arrived += 1
+            running = len(self.ends)
+            self._decide(now)
+            if len(self.ends) != running:
+                busy = sum(int(gpus[job]) for _, job in self.ends)
+        return self.start, busy_area, 0.0, self.cycles, self.node
+
+
+def ours(nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int) -> tuple[Floats, float, float, int, Ints]:
+    """the controller's own queue and solver: all or none, in order of arrival, room is kept for gangs that wait"""
+    del seed  # nothing is drawn
+    return Simulation(nodes, kinds, work, declared=False).run()
+
+
+def ours_declared(
+    nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int
+) -> tuple[Floats, float, float, int, Ints]:
+    """the same, and each job declares how long it runs, truly: who is over in time is started past one that waits"""
+    del seed
+    return Simulation(nodes, kinds, work, declared=True).run()
