@@ -19,6 +19,7 @@ from benchmarks import (
     power,
     publication,
     reaction,
+    simulate,
     speed,
     worlds,
 )
@@ -42,8 +43,9 @@ SUITES = {
     "life": life.run,
     "node": node.run,
     "placement": placement.run,
+    "simulate": simulate.run,
 }
-BY_NAME = ("gang", "cluster", "life", "node", "placement")
+BY_NAME = ("gang", "cluster", "life", "node", "placement", "simulate")
 """These, or `--full`: `make bench` has 40 minutes."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from colocate.cli.options import positive
 from colocate.cli.output import check_file, end_status, print_table, status
 from colocate.errors import BadInput
 from colocate.model.statistics import ratio_interval
@@ -35,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit 1 where a heuristic is better on the windows that were not seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="jobs in the Standard Workload Format")
-    parser.add_argument("--size", type=int, required=True, help="processors of the pool")
-    parser.add_argument("--jobs", type=int, default=1024, help="of a window (default 1024)")
+    parser.add_argument("--size", type=positive, required=True, help="processors of the pool")
+    parser.add_argument("--jobs", type=positive, default=1024, help="of a window (default 1024)")
     parser.add_argument("--no-backfill", action="store_true", help="nobody is started past another one")
-    parser.add_argument("--generations", type=int, default=GENERATIONS, help=f"(default {GENERATIONS})")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--generations", type=positive, default=GENERATIONS, help=f"(default {GENERATIONS})")
+    parser.add_argument("--seed", type=positive, default=1)
     parser.add_argument("--file", default="learning.html", help="the page (default learning.html)")
     options = parser.parse_args(arguments)
     try:

@@ -295,9 +295,11 @@ def _add_simulation(add: Add) -> None:
         help="a trace: SWF, Philly's, openb's pods, or a plain CSV (.gz as well)",
     )
     fleet.add_argument(
-        "--policy", default="native,packing", help="one or more with commas between (default native,packing)"
+        "--policy",
+        default="native,packing",
+        help="one or more with commas between; the others are compared with the first (default native,packing)",
     )
-    fleet.add_argument("--seed", type=int, default=1, help="of ties, and of the windows (default 1)")
+    fleet.add_argument("--seed", type=positive, default=1, help="of ties, and of the windows (default 1)")
     fleet.add_argument(
         "--window-jobs", type=positive, help="jobs of a window: the trace is not taken whole, but in parts"
     )

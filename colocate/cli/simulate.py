@@ -151,15 +151,19 @@ def _size_rows(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple
             known = [value for value in means if value is not None]
             row.append(f"{sum(known) / len(known):,.0f} s" if known else "-")
         rows.append(tuple(row))
-    return ("mean wait by size", *policies), rows
+    return ("mean wait by GPUs", *policies), rows
 
 
 def _comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{c['policy']}: {c['jct']['ratio']:.3f} [{c['jct']['low']:.3f}, {c['jct']['high']:.3f}] times the mean "
-        f"completion time of {c['beside']}, over {c['windows']} windows"
-        for c in compared
-    ]
+    texts = []
+    for one in compared:
+        jct, names = one["jct"], (one["policy"], one["beside"])
+        if jct is None:
+            texts.append(f"{names[0]} is not compared with {names[1]}: jobs never start")
+            continue
+        ratio = f"{jct['ratio']:.3f} [{jct['low']:.3f}, {jct['high']:.3f}]"
+        texts.append(f"{names[0]}: {ratio} times the mean completion time of {names[1]}, over {one['windows']} windows")
+    return texts
 
 
 def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], parts: int) -> None:

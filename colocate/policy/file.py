@@ -68,7 +68,7 @@ def _explain(error: msgspec.ValidationError) -> ConfigError:
     return ConfigError(path, message[:1].lower() + message[1:])
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error, as the YAML specification says, and not the last one's win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -95,7 +95,7 @@ def policy_of(data: dict[str, Any]) -> ColocationPolicy:
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.load(text, StrictLoader)
     except NOT_YAML as error:
         said = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise BadInput(f"{source} is not YAML: {said}") from error

@@ -21,14 +21,15 @@ from colocate.simulate.workloads import Workload
 
 Floats = NDArray[np.float64]
 CLASSES = (
-    (0.0, "no GPU"),
-    (0.999, "part of a GPU"),
-    (1.0, "1 GPU"),
-    (3.0, "2-3"),
-    (7.0, "4-7"),
-    (8.0, "8"),
-    (16.0, "9-16"),
+    (0, "none"),
+    (WHOLE - 1, "a part of one"),
+    (WHOLE, "1"),
+    (3 * WHOLE, "up to 3"),
+    (7 * WHOLE, "up to 7"),
+    (8 * WHOLE, "up to 8"),
+    (16 * WHOLE, "up to 16"),
 )
+"""Of jobs: by at most so many thousandths of GPUs."""
 LARGER = "more than 16"
 POINTS = 200
 """Of a timeline."""
@@ -52,16 +53,18 @@ class Window(NamedTuple):
 
 
 def windows(jobs: int, count: int, size: int | None, seed: int) -> list[Window]:
-    """The whole trace, or so many parts of it that are drawn; they may overlap."""
+    """The whole trace, or so many different parts of it that are drawn, or as many as there are; they may overlap."""
     if size is None:
         return [Window(0, jobs)]
-    rng = np.random.default_rng(seed)
-    return [Window(int(first), size) for first in rng.integers(jobs - size + 1, size=count)]
+    possible = jobs - size + 1
+    firsts = np.random.default_rng(seed).choice(possible, size=min(count, possible), replace=False)
+    return [Window(int(first), size) for first in firsts]
 
 
 def classes(workload: Workload) -> NDArray[np.str_]:
-    """Of each job, its size by GPUs of all members; by CPUs' members where no job has a GPU."""
-    asked = (workload.kinds.gpus * workload.kinds.gpu_milli)[workload.work.kind] / WHOLE * workload.work.members
+    """Of each job, its size: by GPUs of all members, or by members where no job has a GPU."""
+    each = (workload.kinds.gpus * workload.kinds.gpu_milli)[workload.work.kind]
+    asked = (each if each.any() else WHOLE) * workload.work.members
     found = np.full(len(asked), LARGER, dtype="<U16")
     for most, name in reversed(CLASSES):
         found[asked <= most] = name
@@ -112,12 +115,13 @@ class Outcome(NamedTuple):
         work, ran = self.work.work, ~np.isnan(self.run.start)
         gpus = ((self.work.kinds.gpus * self.work.kinds.gpu_milli)[work.kind] / WHOLE * work.members)[ran]
         start = self.run.start[ran]
-        times = np.linspace(work.submit[0], work.submit[-1], POINTS)
+        began = work.submit[0]
+        times = np.linspace(began, work.submit[-1], POINTS)
         order, ends = np.argsort(start), start + work.run[ran]
         by_end = np.argsort(ends)
         begun = np.concatenate(([0.0], np.cumsum(gpus[order])))[np.searchsorted(start[order], times, "right")]
         over = np.concatenate(([0.0], np.cumsum(gpus[by_end])))[np.searchsorted(ends[by_end], times, "right")]
-        return [(float(t) / 3600.0, float(g)) for t, g in zip(times, begun - over, strict=True)]
+        return [(float(t - began) / 3600.0, float(g)) for t, g in zip(times, begun - over, strict=True)]
 
 
 def _summary(values: Floats) -> dict[str, float | None]:
@@ -162,14 +166,16 @@ def run_all(
 
 def comparisons(outcomes: Sequence[Outcome], nodes: Nodes, policies: Sequence[str]) -> list[dict[str, Any]]:
     """Of each policy beside the first: paired ratios of mean completion times over windows, 95 % for all together."""
-    means = {
-        policy: [outcome.card(nodes)["jct_seconds"]["mean"] for outcome in outcomes if outcome.policy == policy]
-        for policy in policies
-    }
+    cards = {policy: [o.card(nodes) for o in outcomes if o.policy == policy] for policy in policies}
     base, rest = policies[0], policies[1:]
-    found = []
+    found: list[dict[str, Any]] = []
     for policy in rest:
-        pairs = [(a, b) for a, b in zip(means[policy], means[base], strict=True) if a and b]
+        never = sum(card["never_started"] for name in (policy, base) for card in cards[name])
+        if never:  # a mean over those that started would praise whoever lets the others wait for ever
+            found.append({"policy": policy, "beside": base, "windows": 0, "jct": None})
+            continue
+        means = [[card["jct_seconds"]["mean"] for card in cards[name]] for name in (policy, base)]
+        pairs = [(a, b) for a, b in zip(*means, strict=True) if a and b]
         if len(pairs) < 2:
             continue
         ratio = ratio_interval([a for a, _ in pairs], [b for _, b in pairs], comparisons=len(rest))

@@ -27,12 +27,32 @@ Seen = NDArray[np.float32]
 
 def _jobs(given: Jobs | str | Path, size: int, episode: int) -> Jobs:
     jobs = given if isinstance(given, Jobs) else traces.swf(Path(given))
+    for name, value in (("size", size), ("episode_jobs", episode)):
+        if value < 1:
+            raise BadInput(f"{name}: {value} is less than 1")
+    for name, column in jobs._asdict().items():
+        least = 1 if name == "procs" else -np.inf if name == "submit" else 0
+        wrong = np.flatnonzero(~(np.isfinite(column) & (column >= least)))
+        if len(wrong):
+            raise BadInput(f"jobs, {name}: job {wrong[0]} has {column[wrong[0]]}")
+    if (np.diff(jobs.submit) < 0).any():
+        raise BadInput("jobs, submit: they are not in the order of their arrival")
     if len(jobs.submit) < episode:
         raise BadInput(f"episode_jobs: {episode} are more than the {len(jobs.submit)} jobs of the trace")
     if int(jobs.procs.max()) > size:
         at = int(np.argmax(jobs.procs))
         raise BadInput(f"size: job {at} of the trace asks for {jobs.procs[at]} processors, of {size}")
     return jobs
+
+
+def _each(given: Any, count: int, name: str, *, counted: bool = False) -> list[int | None]:
+    """One number for each pool; of a single one the same for all, or counted up."""
+    if np.ndim(given) == 0:
+        return [int(given) + i * counted for i in range(count)]
+    values = list(given)
+    if len(values) != count:
+        raise BadInput(f"{name}: {len(values)} values for {count} environments")
+    return [None if value is None else int(value) for value in values]
 
 
 class QueueEnv(gymnasium.Env[Seen, np.int64]):
@@ -91,7 +111,7 @@ class QueueEnv(gymnasium.Env[Seen, np.int64]):
     def step(self, action: np.int64) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
         """See gymnasium.Env."""
         at, n = int(action), self._pools.start.shape[1]
-        if at >= self._pools.counts[0, QUEUED]:
+        if not 0 <= at < self._pools.counts[0, QUEUED]:
             self._invalid += 1
             at = 0
         slowdowns = choose(self._pools, self._jobs, 0, at, self._backfill)
@@ -134,16 +154,17 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Seen, dict[str, Any]]:
-        """See gymnasium.vector.VectorEnv; one seed gives the i-th pool that seed plus i."""
+        """See gymnasium.vector.VectorEnv; one seed gives the i-th pool that seed plus i.
+
+        `options={"first": [...]}` begins each pool's episode with that job. Raises BadInput of another number of them.
+        """
         if seed is not None or not self._draws:
-            first = seed if isinstance(seed, int) else None
-            seeds = (
-                seed if isinstance(seed, list) else [None if first is None else first + i for i in range(self.num_envs)]
-            )
+            seeds = [None] * self.num_envs if seed is None else _each(seed, self.num_envs, "seed", counted=True)
             self._draws = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
         given = (options or {}).get("first")
-        for i in range(self.num_envs):
-            self._begin(i, None if given is None else int(given[i]))
+        firsts = [None] * self.num_envs if given is None else _each(given, self.num_envs, "options, first")
+        for i, first in enumerate(firsts):
+            self._begin(i, first)
         self._ended[:] = False
         return self._seen.copy(), self._info()
 
@@ -158,12 +179,17 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
 
     def _info(self) -> dict[str, Any]:
         mask = self._slots[None, :] < self._pools.counts[:, QUEUED, None]
-        return {"action_mask": mask.astype(np.int8), "invalid": self._invalid.copy()}
+        found: dict[str, Any] = {"action_mask": mask.astype(np.int8), "invalid": self._invalid.copy()}
+        return found | {f"_{name}": np.ones(self.num_envs, np.bool_) for name in found}
 
     def step(self, actions: NDArray[np.int64]) -> tuple[Seen, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """See gymnasium.vector.VectorEnv."""
-        at, n = np.asarray(actions, np.int64).copy(), self._pools.start.shape[1]
-        nobody = (at >= self._pools.counts[:, QUEUED]) & ~self._ended
+        at, n = np.array(actions, np.int64), self._pools.start.shape[1]
+        if not self._draws:
+            raise gymnasium.error.ResetNeeded("step before reset")
+        if at.shape != (self.num_envs,):
+            raise ValueError(f"actions of shape {at.shape} for {self.num_envs} environments")
+        nobody = ((at < 0) | (at >= self._pools.counts[:, QUEUED])) & ~self._ended
         self._invalid += nobody
         at[nobody] = 0
         at[self._ended] = -1

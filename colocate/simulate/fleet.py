@@ -95,12 +95,14 @@ class Run(NamedTuple):
 
 
 def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
-    """The first job that does not even fit an empty fleet; -1 if all do."""
-    asks = np.unique(np.stack([work.kind, work.members], axis=1), axis=0)
-    for kind, members in asks:
-        one = Work(np.zeros(1), np.ones(1), np.array([kind]), np.array([members]))
-        if np.isnan(simulate(nodes, kinds, one, DISCIPLINES["packing"], 0).start[0]):
-            return int(np.flatnonzero((work.kind == kind) & (work.members == members))[0])
+    """A job that does not even fit an empty fleet; -1 if all do."""
+    most = np.zeros(len(kinds.gpus), np.int64)
+    np.maximum.at(most, work.kind, work.members)
+    for kind in np.flatnonzero(most):  # where its largest job fits the others do
+        alone = Kinds(*(column[kind : kind + 1] for column in kinds))
+        one = Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), most[kind : kind + 1])
+        if np.isnan(simulate(nodes, alone, one, DISCIPLINES["packing"], 0).start[0]):
+            return int(np.flatnonzero((work.kind == kind) & (work.members == most[kind]))[0])
     return -1
 
 

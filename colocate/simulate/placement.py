@@ -26,6 +26,8 @@ COUNTED_CPU_MILLI, COUNTED_MEMORY_MIB = 100, 200
 """What kube-scheduler takes a pod to ask for that asks for none (util/pod_resources.go)."""
 LARGEST_CPU_MILLI, LARGEST_GPU_MILLI = 128_000.0, 8_000.0
 """Of a node: what best fit and the dot product measure by."""
+ABOVE = 1e9
+"""Added to scores that would be negative on larger nodes than those: below 0 is what does not fit."""
 
 
 class Nodes(NamedTuple):
@@ -394,10 +396,11 @@ def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int
     asked = num * milli
     if policy == BEST_FIT:
         slack = 0.5 * (state.cpu[i] - c) / LARGEST_CPU_MILLI + 0.5 * (free - asked) / LARGEST_GPU_MILLI
-        return float(np.floor(1e6 * (1.0 - slack)))
+        return float(np.floor(1e6 * (1.0 - slack))) + ABOVE
     if policy == DOT:
         cpus = state.cpu[i] / LARGEST_CPU_MILLI * c / LARGEST_CPU_MILLI
-        return float(np.floor(100.0 * (1.0 - (cpus + free / LARGEST_GPU_MILLI * asked / LARGEST_GPU_MILLI) / 2.0)))
+        gpu = free / LARGEST_GPU_MILLI * asked / LARGEST_GPU_MILLI
+        return float(np.floor(100.0 * (1.0 - (cpus + gpu) / 2.0))) + ABOVE
     if policy == MOST_ALLOCATED:
         return float((gpus * WHOLE - free + asked) * 100 // max(gpus * WHOLE, 1))
     if policy == PACKING:

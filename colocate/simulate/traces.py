@@ -19,6 +19,10 @@ from colocate.simulate.queue import Jobs
 
 ENVIRONMENT = "COLOCATE_TRACES"
 SWF_COLUMNS = 18
+MOST = 1e12
+"""Of any number in a trace: a larger one is a mistake, and seconds beyond it could not be told apart."""
+MOST_MEMBERS, MOST_PODS = 1_000_000, 50_000_000
+"""Of a job, and of all jobs."""
 ONLY_ELSEWHERE = 62
 """The bit of GPU models that no node of the fleet has."""
 Ints = NDArray[np.int64]
@@ -38,7 +42,11 @@ def folder(given: str | None) -> Path:
 def lines(path: Path) -> Iterator[str]:
     """Of a text file, compressed or not. Raises BadInput where it is not there, or is cut off."""
     try:
-        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+        with (
+            gzip.open(path, "rt", newline="", encoding="utf-8-sig")
+            if path.suffix == ".gz"
+            else path.open(newline="", encoding="utf-8-sig")
+        ) as file:
             yield from file
     except FileNotFoundError as error:
         raise BadInput(f"{path} is not there") from error
@@ -66,23 +74,23 @@ class Row(NamedTuple):
         """As it stands there."""
         return self.values[column] or ""
 
-    def number(self, column: str, *, least: float = float("-inf"), otherwise: float | None = None) -> float:
-        """A finite number of at least so much; where nothing stands, `otherwise`. Raises BadInput."""
+    def number(self, column: str, *, least: float = -MOST, most: float = MOST, otherwise: float | None = None) -> float:
+        """A number from `least` to `most`; where nothing stands, `otherwise`. Raises BadInput."""
         text = self.values.get(column) or ""
         if not text and otherwise is not None:
             return otherwise
         try:
-            found = float(text)
+            found = float(text) if "_" not in text else float("nan")
         except ValueError:
             found = float("nan")
-        if not np.isfinite(found) or found < least:
-            wanted = "a number" if least == float("-inf") else f"a number of at least {least:g}"
+        if not least <= found <= most:  # nor is what is no number
+            wanted = f"a number from {least:g} to {most:g}"
             raise BadInput(f"{self.place}, {column}: {text!r} is not {wanted}")
         return found
 
-    def whole(self, column: str, *, least: int = 0) -> int:
+    def whole(self, column: str, *, least: int = 0, most: float = MOST) -> int:
         """The same, without a fraction."""
-        found = self.number(column, least=least)
+        found = self.number(column, least=least, most=most)
         if found != int(found):
             raise BadInput(f"{self.place}, {column}: {found:g} is no whole number")
         return int(found)
@@ -90,22 +98,40 @@ class Row(NamedTuple):
 
 def columns(path: Path) -> set[str]:
     """The names in the first line of a CSV file. Raises BadInput."""
-    return {name.strip() for name in next(csv.reader(lines(path)), [])}
+    return set(_header(path, _rows(path)))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each line that is not empty, with its number."""
+    reader = csv.reader(lines(path))
+    try:
+        for row in reader:
+            if any(value.strip() for value in row):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise BadInput(f"{path}, line {reader.line_num}: {error}: is a quotation mark not closed?") from error
+
+
+def _header(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
+    _, first = next(rows, (0, list[str]()))
+    header = [name.strip() for name in first]
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise BadInput(f"{path} has two columns {twice[0]}")
+    return header
 
 
 def table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a CSV file that has at least these columns. Raises BadInput."""
-    reader = csv.reader(lines(path))
-    header = [name.strip() for name in next(reader, [])]
+    rows = _rows(path)
+    header = _header(path, rows)
     missing = [c for c in columns if c not in header]
     if missing:
         raise BadInput(f"{path} has no column {', '.join(missing)}: it has {', '.join(header) or 'none'}")
-    for row in reader:
-        if not row:
-            continue
+    for number, row in rows:
         if len(row) != len(header):
-            raise BadInput(f"{path}, line {reader.line_num}: {len(row)} values, but {len(header)} columns")
-        yield Row(dict(zip(header, row, strict=True)), path, reader.line_num)
+            raise BadInput(f"{path}, line {number}: {len(row)} values, but {len(header)} columns")
+        yield Row(dict(zip(header, row, strict=True)), path, number)
 
 
 def swf(path: Path) -> Jobs:
@@ -115,9 +141,9 @@ def swf(path: Path) -> Jobs:
     """
     found: list[tuple[float, float, float, float]] = []
     for number, line in enumerate(lines(path), 1):
-        if not line.strip() or line.startswith(";"):
-            continue
         fields = line.split()
+        if not fields or fields[0].startswith(";"):
+            continue
         if len(fields) != SWF_COLUMNS:
             raise BadInput(f"{path}, line {number}: {len(fields)} fields, SWF has {SWF_COLUMNS}")
         try:
@@ -125,6 +151,10 @@ def swf(path: Path) -> Jobs:
         except ValueError as error:
             raise BadInput(f"{path}, line {number}: {error}") from error
         procs = wanted if wanted > 0 else had
+        if not all(abs(value) <= MOST for value in (submit, run, asked)):
+            raise BadInput(f"{path}, line {number}: times are numbers of at most {MOST:g} s")
+        if not (procs <= MOST_MEMBERS and procs == int(procs)):
+            raise BadInput(f"{path}, line {number}: {procs:g} processors; they are whole, at most {MOST_MEMBERS}")
         if procs > 0 and run >= 0:
             found.append((submit, run, asked if asked > 0 else run, procs))
     if not found:

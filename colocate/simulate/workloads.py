@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from colocate.simulate.fleet import Work
 from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes
 from colocate.units import parse_bytes
 
-FLEET = re.compile(r"(\d+)x(\d+)")
+FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
+MOST_NODES, MOST_CPUS = 200_000, 100_000
 CPU_MILLI_OF_GPU, MEMORY_MIB_OF_GPU = 8_000, 65_536
 """Of a node that is given by its GPUs alone: what no job of a trace of GPUs is short of."""
-LARGEST_SCORES = 200_000_000
-"""Kinds of pods times nodes: one score each is kept."""
+LARGEST_SCORES = 40_000_000
+"""Kinds of pods times nodes: a score and its age are kept of each, a gigabyte in all."""
 
 
 class Job(NamedTuple):
@@ -47,10 +49,11 @@ class Workload(NamedTuple):
     """Of each job, file and line."""
 
     def part(self, first: int, last: int) -> Workload:
-        """The jobs from one to before another."""
+        """The jobs from one to before another, and their kinds."""
         at = slice(first, last)
-        work = Work(self.work.submit[at], self.work.run[at], self.work.kind[at], self.work.members[at])
-        return Workload(work, self.kinds, self.where[at])
+        kept, kind = np.unique(self.work.kind[at], return_inverse=True)
+        work = Work(self.work.submit[at], self.work.run[at], kind.astype(np.int64), self.work.members[at])
+        return Workload(work, Kinds(*(column[kept] for column in self.kinds)), self.where[at])
 
 
 def read_nodes(given: str) -> Nodes:
@@ -58,16 +61,18 @@ def read_nodes(given: str) -> Nodes:
     short = FLEET.fullmatch(given)
     if short is not None:
         count, gpus = int(short[1]), int(short[2])
-        if count < 1:
-            raise BadInput(f"--nodes: {given}: no nodes")
+        if not 1 <= count <= MOST_NODES:
+            raise BadInput(
+                f"--nodes: {given}: {'no' if not count else 'more than'} {MOST_NODES if count else ''} nodes"
+            )
         if gpus > MOST_GPUS:
             raise BadInput(f"--nodes: {given}: {gpus} GPUs of one node, at most {MOST_GPUS}")
         ones = np.ones(count, np.int64)
         size = max(gpus, 1)
         return Nodes(ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU, ones * gpus, 0 * ones)
     path = Path(given)
-    if not path.exists():
-        raise BadInput(f"--nodes: {given} is neither a file nor NODESxGPUS, as in 64x8")
+    if len(given) > 4096 or not os.path.exists(path):  # of any text, however strange
+        raise BadInput(f"--nodes: {given[:80]} is neither a file nor NODESxGPUS, as in 64x8")
     if path.suffix in (".yaml", ".yml"):
         return _nodes_of_yaml(path)
     return traces.openb_nodes(path)[0]
@@ -76,9 +81,9 @@ def read_nodes(given: str) -> Nodes:
 class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nodes that are alike."""
 
-    cpu: Annotated[int, msgspec.Meta(ge=1)]
+    cpu: Annotated[int, msgspec.Meta(ge=1, le=MOST_CPUS)]
     memory: str
-    count: Annotated[int, msgspec.Meta(ge=1)] = 1
+    count: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] = 1
     gpus: Annotated[int, msgspec.Meta(ge=0, le=MOST_GPUS)] = 0
 
 
@@ -91,9 +96,11 @@ class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _nodes_of_yaml(path: Path) -> Nodes:
     import yaml
 
+    from colocate.policy.file import NOT_YAML, StrictLoader
+
     try:
-        fleet = msgspec.convert(yaml.safe_load(path.read_text()), FleetFile)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+        fleet = msgspec.convert(yaml.load(path.read_text(), StrictLoader), FleetFile)
+    except (OSError, UnicodeDecodeError, *NOT_YAML, msgspec.ValidationError) as error:
         raise BadInput(f"--nodes: {path}: {error}") from error
     rows = []
     for number, group in enumerate(fleet.nodes):
@@ -144,12 +151,18 @@ def _of_table(path: Path, node_gpus: int) -> Iterator[Job]:
     unknown = header - set(PLAIN)
     if make is _plain and header.issuperset(wanted) and unknown:
         raise BadInput(f"{path}: column {min(unknown)} is not known; known: {', '.join(PLAIN)}")
+    pods = 0
     for row in traces.table(path, wanted):
         job = make(row)
         if job is None:
             continue
-        if job.gpus > node_gpus:
-            job = job._replace(members=job.members * -(-job.gpus // node_gpus), gpus=node_gpus)
+        if job.gpus > node_gpus:  # whole nodes, which share the rest of what one member asks for
+            parts = -(-job.gpus // node_gpus)
+            cpu, memory = -(-job.cpu_milli // parts), -(-job.memory_mib // parts)
+            job = job._replace(members=job.members * parts, gpus=node_gpus, cpu_milli=cpu, memory_mib=memory)
+        pods += job.members
+        if pods > traces.MOST_PODS:
+            raise BadInput(f"{job.where}: more than {traces.MOST_PODS} members of all jobs")
         yield job
 
 
@@ -157,24 +170,34 @@ PLAIN = ("submit_seconds", "duration_seconds", "name", "members", "gpus", "gpu_m
 
 
 def _plain(row: traces.Row) -> Job:
-    def whole(column: str, otherwise: int, least: int = 0) -> int:
-        return row.whole(column, least=least) if row.values.get(column) else otherwise
+    def whole(column: str, otherwise: int, least: int = 0, most: float = traces.MOST_MEMBERS) -> int:
+        return row.whole(column, least=least, most=most) if row.values.get(column) else otherwise
 
     gpus, milli = whole("gpus", 0), whole("gpu_milli", WHOLE, 1)
     if milli > WHOLE or (milli < WHOLE and gpus != 1):
         raise BadInput(f"{row.place}, gpu_milli: {milli}: a part of one GPU is 1 to {WHOLE}, with gpus 1")
     submit, run = row.number("submit_seconds"), row.number("duration_seconds", least=0.0)
-    cpu, memory = whole("cpu_milli", 0), whole("memory_mib", 0)
+    cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
     return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place)
 
 
 def _philly(row: traces.Row) -> Job:
     text = row.text("timestamp")
     try:
-        at = dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC).timestamp()
+        read = dt.datetime.fromisoformat(text)
+        at = (read if read.tzinfo is not None else read.replace(tzinfo=dt.UTC)).timestamp()
     except ValueError as error:
         raise BadInput(f"{row.place}, timestamp: {text!r} is no time as 2017-10-09 07:01:55") from error
-    return Job(at, row.number("duration", least=0.0), 1, row.whole("num_gpus", least=1), WHOLE, 0, 0, row.place)
+    return Job(
+        at,
+        row.number("duration", least=0.0),
+        1,
+        row.whole("num_gpus", least=1, most=traces.MOST_MEMBERS),
+        WHOLE,
+        0,
+        0,
+        row.place,
+    )
 
 
 def _openb(row: traces.Row) -> Job | None:
@@ -185,8 +208,8 @@ def _openb(row: traces.Row) -> Job | None:
     run = row.number("deletion_time") - row.number("scheduled_time")
     if run < 0.0:
         raise BadInput(f"{row.place}, deletion_time: it is before scheduled_time")
-    gpus = row.whole("num_gpu")
-    milli = row.whole("gpu_milli", least=1) if gpus else WHOLE
+    gpus = row.whole("num_gpu", most=MOST_GPUS)
+    milli = row.whole("gpu_milli", least=1, most=WHOLE) if gpus else WHOLE
     return Job(came, run, 1, gpus, milli, row.whole("cpu_milli"), row.whole("memory_mib"), row.place)
 
 

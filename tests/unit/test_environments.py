@@ -106,6 +106,51 @@ def test_what_an_environment_cannot_be_made_of_is_said(options, said):
         environments.QueueVectorEnv(2, trace(10), **options)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        pytest.param("procs", 0, "jobs, procs: job 3 has 0", id="no processors"),
+        pytest.param("request", -1.0, "jobs, request: job 3 has -1.0", id="a negative request"),
+        pytest.param("run", np.nan, "jobs, run: job 3 has nan", id="no number"),
+        pytest.param("submit", -9.0, "jobs, submit: they are not in the order", id="another order"),
+    ],
+)
+def test_jobs_that_cannot_be_observed_are_refused(column, value, said):
+    jobs = trace(10)
+    getattr(jobs, column)[3] = value
+    with pytest.raises(BadInput, match=said):
+        environments.QueueEnv(jobs, size=SIZE, episode_jobs=4)
+
+
+def test_a_place_of_nobody_is_the_first_ones_also_below_nought():
+    options = {"size": SIZE, "episode_jobs": 20, "slots": 8}
+    alone, many = environments.QueueEnv(trace(50), **options), environments.QueueVectorEnv(2, trace(50), **options)
+    alone.reset(options={"first": 4})
+    many.reset(options={"first": [4, 4]})
+    for count in (1, 2, 3):
+        one, reward, *_, info = alone.step(-1)
+        seen, rewards, *_, infos = many.step(np.array([-1, 0]))
+        assert (seen == one).all()
+        assert rewards.tolist() == [reward, reward]
+        assert (info["invalid"], infos["invalid"].tolist()) == (count, [count, 0])
+        assert infos["_invalid"].all()
+
+
+def test_a_vector_environment_says_what_it_was_not_given():
+    many = environments.QueueVectorEnv(3, trace(50), size=SIZE, episode_jobs=4)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        many.step(np.zeros(3, int))
+    with pytest.raises(BadInput, match="seed: 2 values for 3 environments"):
+        many.reset(seed=[1, 2])
+    with pytest.raises(BadInput, match="first: 1 values for 3 environments"):
+        many.reset(options={"first": [3]})
+    seen, _ = many.reset(seed=np.int64(5))
+    assert (many.reset(seed=5)[0] == seen).all()
+    assert (many.reset(seed=[5, 6, 7])[0] == seen).all()
+    with pytest.raises(ValueError, match="actions of shape"):
+        many.step(np.zeros(2, int))
+
+
 def test_an_episode_begins_where_it_is_told_to():
     env = environments.QueueEnv(trace(10), size=SIZE, episode_jobs=4)
     env.reset(options={"first": 6})

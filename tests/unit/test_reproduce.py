@@ -70,6 +70,17 @@ def test_the_command_says_what_was_published_and_what_came_out(capsys):
     assert "Lublin-2 SJF + backfilling" in capsys.readouterr().out
 
 
+def test_a_table_without_its_rows_does_not_pass(tmp_path, capsys):
+    there = tmp_path / "rlscheduler-sc20"
+    there.mkdir()
+    (there / "expected_table5.csv").write_text("trace,backfill,FCFS,WFP3,UNICEP,SJF,F1\n")
+    (there / "expected_per_sequence.csv").write_text(
+        "trace,backfill,sequence,start_index,policy,avg_bounded_slowdown\n"
+    )
+    assert main(["reproduce", "rlscheduler", "--traces", str(tmp_path)]) == 2
+    assert "make 0 cells, and 20 were published" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -94,6 +105,10 @@ JOB = "1 5094 -1 12072 16 -1 -1 -1 -1 -1 1 -1 -1 -1 0 -1 -1 -1"
     [
         pytest.param("; only a header\n", "has no jobs", id="no jobs"),
         pytest.param(f"{JOB}\n2 3\n", "line 2: 2 fields, SWF has 18", id="a line that is cut off"),
+        pytest.param(JOB.replace("12072", "nan"), "line 1: times are numbers of at most 1e", id="no number in it"),
+        pytest.param(JOB.replace("5094", "inf"), "line 1: times are numbers of at most 1e", id="infinite"),
+        pytest.param(JOB.replace(" 16 ", " 0.5 "), "line 1: 0.5 processors; they are whole", id="half a processor"),
+        pytest.param(JOB.replace(" 16 ", " 1e30 "), "line 1: 1e[+]30 processors", id="more than there can be"),
         pytest.param(JOB.replace("12072", "soon"), "line 1: could not convert string to float: 'soon'", id="no number"),
     ],
 )

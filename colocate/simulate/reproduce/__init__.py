@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from colocate.errors import BadInput
+
 TABLES = {
-    "rlscheduler": "rlscheduler",
-    "pollux-tiresias": "pollux",
-    "pollux-optimus": "pollux",
-    "openb-fgd": "openb",
+    "rlscheduler": ("rlscheduler", 20),
+    "pollux-tiresias": ("pollux", 32),
+    "pollux-optimus": ("pollux", 32),
+    "openb-fgd": ("openb", 102),
 }
-"""By name, the module."""
+"""By name, the module, and how many cells were published."""
 
 
 class Cell(NamedTuple):
@@ -47,8 +49,11 @@ class Table(NamedTuple):
 
 def reproduce(name: str, folder: Path, say: Callable[[str], None]) -> Table:
     """Work a table out, from the traces in a folder. Raises BadInput, KeyError of a table that is not known."""
-    module = importlib.import_module(f"{__name__}.{TABLES[name]}")
+    source, published = TABLES[name]
+    module = importlib.import_module(f"{__name__}.{source}")
     began = time.perf_counter()
     found: Iterable[Cell] = module.cells(name, folder, lambda text: say(f"{name}: {text}"))
     cells = tuple(found)
+    if len(cells) != published:
+        raise BadInput(f"{name}: its inputs in {folder} make {len(cells)} cells, and {published} were published")
     return Table(name, module.SOURCE, module.TOLERANCE[name], cells, time.perf_counter() - began)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.queue import Jobs, bounded_slowdown, started
 from colocate.simulate.reproduce import Cell
@@ -64,8 +65,10 @@ def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]
                 found = bounded_slowdown(some, started(some, score(policy, some), SIZE, backfill=backfill == "1"))
                 same += abs(found - expected) <= SAME * expected
                 values.append(found)
-            ours = float(np.mean(values))
             count = len(values)
+            if not count:
+                raise BadInput(f"{there / 'expected_per_sequence.csv'} has no sequence of {trace}, {policy}")
+            ours = float(np.mean(values))
             label = f"{row.values.get('paper_name', trace)} {column}{' + backfilling' if backfill == '1' else ''}"
             passed = same == count and abs(ours - published) <= 0.005 + SAME * published
             yield Cell(label, published, ours, passed, f"{same} of {count} sequences the same")

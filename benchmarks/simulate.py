@@ -1,0 +1,140 @@
+"""The simulator's speed on one core, on the traces that it is tried with (COLOCATE_TRACES).
+
+queue: decisions a second, of scores that never change and of a trained priority. steps: of 256 environments at once.
+placement: pods a second onto the 1,213 GPU nodes of openb. philly: seconds for two months of jobs. exact: seconds for
+all tables of `colocate reproduce` that are to be exact. nodes: how placement's rate falls with more nodes. Each round
+does everything forwards and then backwards; everything has been compiled before.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import Runs, bar, reference_loop
+from colocate.errors import BadInput
+from colocate.simulate import traces
+from colocate.simulate.environments import QueueVectorEnv
+from colocate.simulate.episodes import new_pools, rated
+from colocate.simulate.fleet import DISCIPLINES, simulate
+from colocate.simulate.placement import Nodes, place, typical_shares
+from colocate.simulate.queue import started
+from colocate.simulate.reproduce import reproduce
+from colocate.simulate.reproduce.openb import arrivals
+from colocate.simulate.workloads import Workload, read_jobs, read_nodes
+
+ROUNDS, WINDOW, POOLS, STEPS = 5, 1024, 256, 200
+WEIGHTS = np.array([1.8, 1.0, -0.5, -0.5, 0.3, 1.1, 0.0, -1.5])
+MORE_NODES = (100, 1_000, 10_000)
+BARS = {"queue": 1e6, "trained": 1e6, "steps": 1e6, "placement": 1e5, "philly": 1.0, "exact": 60.0}
+EXACT = ("rlscheduler", "pollux-tiresias", "pollux-optimus")
+Arm = Callable[[], float]
+
+
+def _rate(count: int, act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return count / (time.perf_counter() - began)
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    return 1.0 / _rate(1, act)
+
+
+def _two_months(folder: Path) -> Workload:
+    """October and November of Philly: 68,510 jobs."""
+    whole = read_jobs(folder / "philly-2017" / "philly.csv.gz", 8)
+    _, *rows = traces.lines(folder / "philly-2017" / "philly.csv.gz")
+    before = sum(row[:7] < "2017-10" for row in rows)
+    return whole.part(before, before + sum(row[:7] in ("2017-10", "2017-11") for row in rows))
+
+
+def _arms(folder: Path) -> dict[str, Arm]:
+    jobs = traces.swf(folder / "rlscheduler-sc20" / "lublin_256.swf.gz")
+    firsts = np.arange(8) * WINDOW
+    windows, pools = [jobs.part(int(f), int(f) + WINDOW) for f in firsts], new_pools(1, WINDOW)
+    many = QueueVectorEnv(POOLS, jobs, size=256, slots=32)
+    many.reset(seed=1)
+    nodes, models = traces.openb_nodes(folder / "openb-2023" / "nodes_gpu_node.csv.gz")
+    pods = traces.openb_pods(folder / "openb-2023" / "pods" / "default.csv.gz", models)
+    come = arrivals(pods.kinds, pods.kind_of, int(nodes.gpus.sum()) * 1000, 42)
+    typical = typical_shares(pods.kind_of, pods.kinds)
+    two_months, fleet = _two_months(folder), read_nodes("64x8")
+
+    def queue() -> None:
+        for window in windows:
+            started(window, window.request, 256, backfill=True)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            many.step(np.zeros(POOLS, np.int64))
+
+    arms: dict[str, Arm] = {
+        "queue": lambda: _rate(len(firsts) * WINDOW, queue),
+        "trained": lambda: _rate(len(firsts) * WINDOW, lambda: rated(pools, jobs, 256, firsts, WEIGHTS, True)),
+        "steps": lambda: _rate(POOLS * STEPS, steps),
+        "exact": lambda: _seconds(lambda: [reproduce(name, folder, lambda _: None) for name in EXACT]),
+    }
+    for policy in ("native", "best-fit", "fgd"):
+        arms[f"placement {policy}"] = lambda p=policy: _rate(  # type: ignore[misc]
+            len(come), lambda: place(nodes, pods.kinds, come, p, 1, typical if p == "fgd" else None)
+        )
+    for policy in ("native", "packing", "shortest-first"):
+        arms[f"philly {policy}"] = lambda p=policy: _seconds(  # type: ignore[misc]
+            lambda: simulate(fleet, two_months.kinds, two_months.work, DISCIPLINES[p], 1)
+        )
+    for count in MORE_NODES:
+        larger = Nodes(*(np.resize(column, count) for column in nodes))
+        arms[f"nodes {count}"] = lambda n=larger: _rate(  # type: ignore[misc]
+            len(come), lambda: place(n, pods.kinds, come, "best-fit", 1)
+        )
+    return arms
+
+
+def measure(runs: Runs) -> None:
+    """The rounds that are missing. Raises BadInput without the traces."""
+    if all(runs.has(round=index) for index in range(ROUNDS)):
+        return
+    arms = _arms(traces.folder(None))
+    for act in arms.values():
+        act()  # compiled
+    for index in range(ROUNDS):
+        if runs.has(round=index):
+            continue
+        found: dict[str, list[float]] = {name: [] for name in arms}
+        before = reference_loop()
+        for name in [*arms, *reversed(arms)]:
+            found[name].append(round(arms[name](), 6))
+        reference = {"reference": round(before, 5), "reference_after": round(reference_loop(), 5)}
+        runs.add(round=index, **reference, found=found)
+
+
+def run(_full: bool) -> list[str]:
+    """Measure what is missing, and judge."""
+    if not os.environ.get(traces.ENVIRONMENT):
+        return [f"simulate: needs {traces.ENVIRONMENT}, the folder of the traces"]
+    runs = Runs("simulate")
+    try:
+        measure(runs)
+    except BadInput as error:
+        return [f"simulate: {error}"]
+    rounds = [r for r in runs.runs if "round" in r]
+    lines = []
+    for name in rounds[0]["found"]:
+        values = [value for r in rounds for value in r["found"][name]]
+        middle, kind = statistics.median(values), name.split()[0]
+        seconds = kind in ("philly", "exact")
+        text = f"simulate {name} (of {len(values)}, {min(values):,.3g} to {max(values):,.3g})"
+        if kind not in BARS:
+            lines.append(f"          {text}: {middle:,.0f} a second")
+            continue
+        good = middle <= BARS[kind] if seconds else middle >= BARS[kind]
+        lines.append(bar(text, "PASS" if good else "FAIL", middle, BARS[kind], "s" if seconds else "a second"))
+    reference = statistics.median(v for r in rounds for v in (r["reference"], r["reference_after"]))
+    lines.append(f"          simulate, beside a reference loop of {1e3 * reference:.1f} ms")
+    return lines
