@@ -62,9 +62,7 @@ def read_nodes(given: str) -> Nodes:
     if short is not None:
         count, gpus = int(short[1]), int(short[2])
         if not 1 <= count <= MOST_NODES:
-            raise BadInput(
-                f"--nodes: {given}: {'no' if not count else 'more than'} {MOST_NODES if count else ''} nodes"
-            )
+            raise BadInput(f"--nodes: {given}: {f'more than {MOST_NODES}' if count else 'no'} nodes")
         if gpus > MOST_GPUS:
             raise BadInput(f"--nodes: {given}: {gpus} GPUs of one node, at most {MOST_GPUS}")
         ones = np.ones(count, np.int64)

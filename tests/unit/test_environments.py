@@ -123,12 +123,12 @@ def test_jobs_that_cannot_be_observed_are_refused(column, value, said):
 
 
 def test_a_place_of_nobody_is_the_first_ones_also_below_nought():
-    options = {"size": SIZE, "episode_jobs": 20, "slots": 8}
-    alone, many = environments.QueueEnv(trace(50), **options), environments.QueueVectorEnv(2, trace(50), **options)
+    alone = environments.QueueEnv(trace(50), size=SIZE, episode_jobs=20, slots=8)
+    many = environments.QueueVectorEnv(2, trace(50), size=SIZE, episode_jobs=20, slots=8)
     alone.reset(options={"first": 4})
     many.reset(options={"first": [4, 4]})
     for count in (1, 2, 3):
-        one, reward, *_, info = alone.step(-1)
+        one, reward, *_, info = alone.step(np.int64(-1))
         seen, rewards, *_, infos = many.step(np.array([-1, 0]))
         assert (seen == one).all()
         assert rewards.tolist() == [reward, reward]
@@ -144,7 +144,7 @@ def test_a_vector_environment_says_what_it_was_not_given():
         many.reset(seed=[1, 2])
     with pytest.raises(BadInput, match="first: 1 values for 3 environments"):
         many.reset(options={"first": [3]})
-    seen, _ = many.reset(seed=np.int64(5))
+    seen, _ = many.reset(seed=np.int64(5))  # type: ignore[arg-type] # as numpy counts
     assert (many.reset(seed=5)[0] == seen).all()
     assert (many.reset(seed=[5, 6, 7])[0] == seen).all()
     with pytest.raises(ValueError, match="actions of shape"):
