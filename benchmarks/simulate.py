@@ -28,7 +28,7 @@ from colocate.simulate.reproduce import reproduce
 from colocate.simulate.reproduce.openb import arrivals
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 
-ROUNDS, WINDOW, POOLS, STEPS = 5, 1024, 256, 200
+ROUNDS, WINDOW, POOLS, STEPS = 3, 1024, 256, 200
 WEIGHTS = np.array([1.8, 1.0, -0.5, -0.5, 0.3, 1.1, 0.0, -1.5])
 MORE_NODES = (100, 1_000, 10_000)
 BARS = {"queue": 1e6, "trained": 1e6, "steps": 1e6, "placement": 1e5, "philly": 1.0, "exact": 60.0}
