@@ -106,6 +106,10 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """By when its work is to be done, monotonic; None: it has no deadline."""
     work_seconds: float | None = None
     """How long that takes with all the watts that it asks for."""
+    done_ratio: float | None = None
+    """How much of its work it said last that it has done."""
+    done_at_seconds: float = 0.0
+    """When that was, monotonic."""
     requested_cores: float | None = None
     max_runtime_seconds: float | None = None
 

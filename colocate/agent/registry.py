@@ -52,6 +52,10 @@ class Job(Wanted, kw_only=True, omit_defaults=True):
     """Its CPU time at its last checkpoint."""
     acknowledges: bool = False
     """It says itself when its state is saved; of others a signal that was delivered has to do."""
+    done_ratio: float | None = None
+    """How much of its work it says that it has done, ..."""
+    done_at_seconds: float = 0.0
+    """... and when it said so."""
     evicted: str = ""
     """Why, once it was told to go."""
 
@@ -106,6 +110,8 @@ class Registry:
                 "power_class": job.power_class,
                 "due_seconds": None if job.deadline_seconds is None else job.started_seconds + job.deadline_seconds,
                 "work_seconds": job.work_seconds,
+                "done_ratio": job.done_ratio,
+                "done_at_seconds": job.done_at_seconds,
             }
             for name, job in self.jobs.items()
         }
@@ -114,6 +120,11 @@ class Registry:
         """The job says that its state is saved; written down, for a successor must not count that work as lost."""
         job.acknowledges, job.checkpointed_seconds = True, now_seconds
         job.checkpointed_cpu_us = (seen.cpu_usage_us or 0) if seen is not None else 0
+        self.save()
+
+    def progressed(self, job: Job, ratio: float, now_seconds: float) -> None:
+        """The job says how much of its work is done; written down, for a successor has not seen it run."""
+        job.done_ratio, job.done_at_seconds = ratio, now_seconds
         self.save()
 
     def delivered(self, outcomes: Iterable[Outcome], snapshot: NodeSnapshot) -> None:

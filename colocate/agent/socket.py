@@ -33,6 +33,7 @@ from colocate.policy.schema import SIGNALS
 from colocate.units import MOST_SLOWDOWN, format_bytes
 
 log = structlog.get_logger()
+OPS = ("arm", "attach", "run", "checkpointed", "progress", "ended", "explain", "records", "status")
 GROUP = "colocate"
 CONNECTIONS_A_USER = 512
 CARDS_SECONDS = 5.0
@@ -168,13 +169,17 @@ class JobServer:
         if op == "attach":
             return self._attach(str(request.get("job")), peer, job)
         if op == "checkpointed":
-            known = self._agent.registry.jobs.get(str(request.get("job")))
-            if known is None or peer.uid not in (0, known.uid):
-                raise BadInput(f"no job {request.get('job')!r} of yours")
+            known = self._of_peer(request, peer)
             last = self._agent.last
             seen = last.snapshot.workloads.get(f"job:{known.name}") if last is not None else None
             self._agent.registry.checkpointed(known, round(self._agent.clock.monotonic(), 3), seen)
             self._agent.wake(f"checkpoint of {known.name}")  # whoever waits for it loses work meanwhile
+            return {"ok": True}
+        if op == "progress":
+            known, ratio = self._of_peer(request, peer), request.get("ratio")
+            if not isinstance(ratio, int | float) or not 0.0 <= ratio <= 1.0:
+                raise BadInput(f"ratio {ratio!r}: how much of the work is done is 0 to 1")
+            self._agent.registry.progressed(known, float(ratio), round(self._agent.clock.monotonic(), 3))
             return {"ok": True}
         if op == "ended":
             return self._ended(job)
@@ -188,7 +193,14 @@ class JobServer:
             return {"lines": [line.decode() for line in self._agent.recorder.recent]}
         if op == "arm":
             return self._arm(msgspec.convert(request, ArmRequest), peer, writer)
-        raise BadInput(f"unknown op {op!r}; known: arm, attach, run, checkpointed, ended, explain, records, status")
+        raise BadInput(f"unknown op {op!r}; known: {', '.join(OPS)}")
+
+    def _of_peer(self, request: dict[str, Any], peer: Peer) -> Job:
+        """The job that a request names. Raises BadInput where the peer has none of that name."""
+        known = self._agent.registry.jobs.get(str(request.get("job")))
+        if known is None or peer.uid not in (0, known.uid):
+            raise BadInput(f"no job {request.get('job')!r} of yours")
+        return known
 
     def _ended(self, name: str) -> dict[str, Any]:
         """Whether the kernel's OOM killer was at work in a job, and by which limit."""

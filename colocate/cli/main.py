@@ -24,6 +24,7 @@ from colocate.cli.options import (
     intensity,
     node,
     positive,
+    ratio,
     size,
     slowdown,
     snapshot,
@@ -35,7 +36,7 @@ from colocate.cli.options import (
 from colocate.errors import ColocateError
 from colocate.units import parse_duration
 
-OF_JOBS = ("run", "checkpointed")
+OF_JOBS = ("run", "checkpointed", "progress")
 """Started beside services on a busy node, again and again: nothing is imported for them that they do not need."""
 
 
@@ -244,6 +245,9 @@ def _add_jobs(add: Add) -> None:
         "checkpointed", "colocate.cli.run:checkpointed", "From inside a job: say that its state is saved"
     )
     socket(checkpointed)
+    progress = add("progress", "colocate.cli.run:progress", "From inside a job: say how much of its work is done")
+    progress.add_argument("done", type=ratio, metavar="40%", help="as a percentage, or a share as 0.4")
+    socket(progress)
 
 
 def _add_reports(add: Add) -> None:

@@ -109,6 +109,17 @@ def slowdown(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """`40%` or `0.4`. Raises ArgumentTypeError."""
+    try:
+        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 40% or 0.4")
+    return value
+
+
 def confidence(text: str) -> float:
     """A probability. Raises ArgumentTypeError."""
     try:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from colocate.amdgpu import shown
 from colocate.cli.delegated import enter_delegated_scope
 from colocate.cli.host import socket_path
 from colocate.errors import BadInput, ColocateError
-from colocate.jobs.client import EXIT_REFUSED, JOB_VARIABLE, SOCKET_VARIABLE, connect_or_embed, tell_checkpointed
+from colocate.jobs.client import (
+    EXIT_REFUSED,
+    JOB_VARIABLE,
+    SOCKET_VARIABLE,
+    connect_or_embed,
+    tell_checkpointed,
+    tell_progress,
+)
 from colocate.jobs.client import run as run_job
 from colocate.observe.node import has_amd, has_nvidia
 from colocate.units import CPU_PERIOD_US, CPU_QUOTA_MIN_US
@@ -31,11 +39,20 @@ def run(options: argparse.Namespace) -> int:
 
 def checkpointed(options: argparse.Namespace) -> int:
     """Tell the agent; 1 if none answers."""
+    return _tell(options, tell_checkpointed)
+
+
+def progress(options: argparse.Namespace) -> int:
+    """Tell the agent; 1 if none answers."""
+    return _tell(options, lambda: tell_progress(options.done))
+
+
+def _tell(options: argparse.Namespace, tell: Callable[[], bool]) -> int:
     if not os.environ.get(JOB_VARIABLE):
         raise BadInput(f"{JOB_VARIABLE} is not set: run this from inside a job, which `colocate run` starts")
     if options.socket:
         os.environ[SOCKET_VARIABLE] = options.socket
-    if tell_checkpointed():
+    if tell():
         return 0
     print(f"colocate: no agent answers on {os.environ.get(SOCKET_VARIABLE)}", file=sys.stderr)
     return 1

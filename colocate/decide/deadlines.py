@@ -1,9 +1,10 @@
 """Jobs that have to be done by a time: how much of their watts they need at least for that, however short a budget is.
 
-A job says how long its work takes with all that it asks for, and by when. What it has done is the time that it ran,
-each second counting less by as much as its limit slowed it down. What is left, over the time that is left, is the speed
-that it needs, and its class's curve says which watts keep that (CarbonScaler's deadline, EuroSys 2024, with watts in
-place of servers: no job has to be able to shrink). A job that would be late with everything has everything.
+A job says how long its work takes with all that it asks for, and by when. What it has done is what it says, or else
+the time that it ran, each second counting less by as much as its limit slowed it down; so is the time since it said
+so. What is left, over the time that is left, is the speed that it needs, and its class's curve says which watts keep
+that (CarbonScaler's deadline, EuroSys 2024, with watts in place of servers: no job has to be able to shrink). A job
+that would be late with everything has everything.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ def progressed(
     for id_, workload in snapshot.workloads.items():
         if workload.due_seconds is None or workload.work_seconds is None:
             continue
-        before = known.get(id_, Progress(0.0, now))
+        before, told = known.get(id_), workload.done_ratio
+        if told is not None and (before is None or workload.done_at_seconds > before.at_seconds):
+            # Of one that is new here nobody has seen what it did since.
+            since = workload.done_at_seconds if before is not None else now
+            before = Progress(told * workload.work_seconds, since)
+        before = before or Progress(0.0, now)
         passed = now - before.at_seconds
         runs = id_ in limits and not workload.frozen and not workload.gang_held and 0.0 < passed <= MOST_STEP_SECONDS
         speed = 1.0

@@ -19,8 +19,8 @@ from colocate.simulate.queue import Jobs
 
 ENVIRONMENT = "COLOCATE_TRACES"
 SWF_COLUMNS = 18
-MOST = 1e12
-"""Of any number in a trace: a larger one is a mistake, and seconds beyond it could not be told apart."""
+MOST, LARGEST = 1e12, 1e300
+"""Of times and whole numbers in a trace, and of any: a larger one is a mistake, and seconds could not be told apart."""
 MOST_MEMBERS, MOST_PODS = 1_000_000, 50_000_000
 """Of a job, and of all jobs."""
 ONLY_ELSEWHERE = 62
@@ -74,7 +74,9 @@ class Row(NamedTuple):
         """As it stands there."""
         return self.values[column] or ""
 
-    def number(self, column: str, *, least: float = -MOST, most: float = MOST, otherwise: float | None = None) -> float:
+    def number(
+        self, column: str, *, least: float = -LARGEST, most: float = LARGEST, otherwise: float | None = None
+    ) -> float:
         """A number from `least` to `most`; where nothing stands, `otherwise`. Raises BadInput."""
         text = self.values.get(column) or ""
         if not text and otherwise is not None:
@@ -84,7 +86,7 @@ class Row(NamedTuple):
         except ValueError:
             found = float("nan")
         if not least <= found <= most:  # nor is what is no number
-            wanted = f"a number from {least:g} to {most:g}"
+            wanted = "a number" if -least == most == LARGEST else f"a number from {least:g} to {most:g}"
             raise BadInput(f"{self.place}, {column}: {text!r} is not {wanted}")
         return found
 

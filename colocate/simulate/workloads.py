@@ -167,6 +167,10 @@ def _of_table(path: Path, node_gpus: int) -> Iterator[Job]:
 PLAIN = ("submit_seconds", "duration_seconds", "name", "members", "gpus", "gpu_milli", "cpu_milli", "memory_mib")
 
 
+def _seconds(row: traces.Row, column: str, least: float = 0.0) -> float:
+    return row.number(column, least=least, most=traces.MOST)
+
+
 def _plain(row: traces.Row) -> Job:
     def whole(column: str, otherwise: int, least: int = 0, most: float = traces.MOST_MEMBERS) -> int:
         return row.whole(column, least=least, most=most) if row.values.get(column) else otherwise
@@ -174,7 +178,7 @@ def _plain(row: traces.Row) -> Job:
     gpus, milli = whole("gpus", 0), whole("gpu_milli", WHOLE, 1)
     if milli > WHOLE or (milli < WHOLE and gpus != 1):
         raise BadInput(f"{row.place}, gpu_milli: {milli}: a part of one GPU is 1 to {WHOLE}, with gpus 1")
-    submit, run = row.number("submit_seconds"), row.number("duration_seconds", least=0.0)
+    submit, run = _seconds(row, "submit_seconds", -traces.MOST), _seconds(row, "duration_seconds")
     cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
     return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place)
 
@@ -188,7 +192,7 @@ def _philly(row: traces.Row) -> Job:
         raise BadInput(f"{row.place}, timestamp: {text!r} is no time as 2017-10-09 07:01:55") from error
     return Job(
         at,
-        row.number("duration", least=0.0),
+        _seconds(row, "duration"),
         1,
         row.whole("num_gpus", least=1, most=traces.MOST_MEMBERS),
         WHOLE,
@@ -200,10 +204,10 @@ def _philly(row: traces.Row) -> Job:
 
 def _openb(row: traces.Row) -> Job | None:
     """None of a pod that was never scheduled: how long it would have run is not known."""
-    came, begun = row.number("creation_time"), row.values.get("scheduled_time")
+    came, begun = _seconds(row, "creation_time", -traces.MOST), row.values.get("scheduled_time")
     if not begun or not row.text("deletion_time"):
         return None
-    run = row.number("deletion_time") - row.number("scheduled_time")
+    run = _seconds(row, "deletion_time", -traces.MOST) - _seconds(row, "scheduled_time", -traces.MOST)
     if run < 0.0:
         raise BadInput(f"{row.place}, deletion_time: it is before scheduled_time")
     gpus = row.whole("num_gpu", most=MOST_GPUS)

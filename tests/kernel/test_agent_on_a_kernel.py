@@ -170,7 +170,7 @@ def test_a_job_knows_its_name_and_is_the_kernels_first_victim(agent):
     assert found.stdout.split() == ["train", "1000"]
 
 
-def test_a_job_says_that_its_state_is_saved(agent):
+def test_a_job_says_that_its_state_is_saved_and_how_far_it_is(agent):
     running = agent()
     script = f"{sys.executable} -m colocate.cli.main checkpointed; echo $?; read _"
     command = [sys.executable, "-m", "colocate.cli.main", "run", "--name", "train", "--", "sh", "-c", script]
@@ -180,6 +180,18 @@ def test_a_job_says_that_its_state_is_saved(agent):
         (known,) = running.ask("explain")["jobs"]
         assert known["checkpointed_seconds"] > known["started_seconds"]
         job.communicate("\n")
+    with subprocess.Popen(
+        [*command[:-1], script.replace("checkpointed", "progress 40%")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "0\n"
+        (known,) = running.ask("explain")["jobs"]
+        assert (known["done_ratio"], known["done_at_seconds"] > known["started_seconds"]) == (0.4, True)
+        job.communicate("\n")
+    assert colocate("progress", "120%").returncode == 2
     outside = colocate("checkpointed")
     assert outside.returncode == 2
     assert "COLOCATE_JOB is not set" in outside.stderr

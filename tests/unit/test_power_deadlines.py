@@ -54,6 +54,25 @@ def test_s2_8_what_a_job_has_done(snapshot: NodeSnapshot, done: float | None) ->
 
 
 @pytest.mark.parametrize(
+    ("before", "told", "at", "done"),
+    [
+        pytest.param(Progress(2.0, 8.0), 0.4, 9.0, 20.0 + 1.0, id="what it says counts, and the time since"),
+        pytest.param(Progress(40.0, 8.0), 0.4, 9.0, 20.0 + 1.0, id="also where it has done less than was thought"),
+        pytest.param(Progress(21.0, 9.5), 0.4, 9.0, 21.5, id="once: what came after is counted on"),
+        pytest.param(None, 0.4, 3.0, 20.0, id="of an agent before this one: what it did since nobody has seen"),
+        pytest.param(None, None, 0.0, 0.0, id="who says nothing begins at nothing"),
+        pytest.param(Progress(2.0, 8.0), 1.0, 10.5, 50.0, id="told while this was being read"),
+    ],
+)
+def test_s2_8_a_job_says_how_much_it_has_done(
+    before: Progress | None, told: float | None, at: float, done: float
+) -> None:
+    snapshot = having(10.0, 100.0, 50.0, done_ratio=told, done_at_seconds=at)
+    found = progressed({} if before is None else {"j1": before}, snapshot, {"j1": LINEAR})
+    assert found["j1"].done_seconds == pytest.approx(done)
+
+
+@pytest.mark.parametrize(
     ("due", "work", "done", "expected"),
     [
         pytest.param(100.0, 94.0, 0.0, Floor(297.9, late=False), id="hardly any time to spare: nearly everything"),
