@@ -81,7 +81,8 @@ def _add_demo(add: Add, others: list[str]) -> None:
         nargs="?",
         choices=[*others, "gpu", "kubernetes", "power"],
         help="gang: gang scheduling on a real API server instead; gpu: batch beside services on simulated"
-        " GPUs; kubernetes: the same on a real kubelet, from the manifests; power: caps and budgets on simulated GPUs",
+        " GPUs; kubernetes: the same on a real kubelet, from the manifests; power: caps and budgets on simulated GPUs;"
+        " simulate: a day of jobs on a simulated fleet under four policies",
     )
     demo.add_argument("--image", help="kubernetes: an archive that `make image` made (default: made when needed)")
     demo.add_argument("--card", default="", metavar="UUID", help="gpu: on this real one (nvidia-smi -L)")

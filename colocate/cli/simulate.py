@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, comparisons, known_policies, run_all, windows
+from colocate.simulate.day import made_day
 from colocate.simulate.fleet import too_large
 from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
 from colocate.simulate.workloads import check, read_jobs, read_nodes
+
+DEMO_NODES, DEMO_POLICIES = "100x8", ("native", "coscheduling", "packing", "shortest-first")
 
 
 def reproduce_command(options: argparse.Namespace) -> int:
@@ -94,7 +98,8 @@ def simulate_command(options: argparse.Namespace) -> int:
     data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
     data |= {"runs": cards, "comparisons": compared}
     if page is not None:
-        _write(page, options, data, outcomes, known)
+        about = f"{Path(options.jobs).name} on {data['nodes']} nodes with {data['gpus']} GPUs, seed {options.seed}"
+        _write(page, about, data, outcomes, known)
     if options.output in DATA_FORMS:
         print_data(data, options.output)
     else:
@@ -176,7 +181,7 @@ def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], pa
 
 def _write(
     page: Path,
-    options: argparse.Namespace,
+    about: str,
     data: dict[str, Any],
     outcomes: Sequence[Outcome],
     policies: Mapping[str, str],
@@ -185,7 +190,6 @@ def _write(
     from colocate.simulate.page import PageTable, write_page
 
     cards, compared = data["runs"], data["comparisons"]
-    about = f"{Path(options.jobs).name} on {data['nodes']} nodes with {data['gpus']} GPUs, seed {options.seed}"
     tables = [
         PageTable("Policies", CARD, _card_rows(cards), "Simulated. GPUs are told from the first arrival to the last.")
     ]
@@ -203,3 +207,28 @@ def _write(
         [(line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window.")] if data["gpus"] else []
     )
     write_page(page, "A fleet, simulated", about, "; ".join(_comparison_texts(compared)), tables, charts)
+
+
+def demo(options: argparse.Namespace) -> int:
+    """A made-up day of a fleet under four policies. Raises BadInput."""
+    page, nodes = check_file("--report", options.report), read_nodes(DEMO_NODES)
+    workload = made_day(int(nodes.gpus.sum()), options.seed)
+    print(f"SIMULATED: a day of {len(workload.where)} made-up jobs on {DEMO_NODES} GPUs", file=sys.stderr)
+    parts = windows(len(workload.where), 1, None, options.seed)
+
+    def say(done: int, of: int) -> None:
+        status(f"{done} of {of} simulations")
+
+    outcomes = run_all(nodes, workload, DEMO_POLICIES, parts, options.seed, say)
+    end_status()
+    cards = [outcome.card(nodes) for outcome in outcomes]
+    data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
+    data |= {"runs": cards, "comparisons": []}
+    about = f"SIMULATED: {len(workload.where)} made-up jobs on {DEMO_NODES} GPUs, seed {options.seed}"
+    _write(page, about, data, outcomes, known_policies())
+    if options.output in DATA_FORMS:
+        print_data(data, options.output)
+        return 0
+    _print_cards(cards, [], 1)
+    print(f"report: {page.resolve()}")
+    return 0

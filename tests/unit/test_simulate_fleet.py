@@ -13,6 +13,7 @@ from colocate.cli.main import main
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.compare import classes, comparisons, run_all, windows
+from colocate.simulate.day import made_day
 from colocate.simulate.fleet import DISCIPLINES, Run, Work, simulate, too_large
 from colocate.simulate.placement import Kinds, Nodes
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
@@ -401,6 +402,28 @@ def test_jobs_that_never_start_are_told_by_the_exit_code(jobs, capsys):
 def test_bad_input_is_refused(jobs, capsys, more, said):
     assert main(["simulate", "--nodes", "3x4", "--jobs", str(jobs()), *more]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_made_up_day_fills_the_fleet_with_jobs_of_the_sizes_that_were_counted():
+    day = made_day(800, seed=3)
+    gpus = day.kinds.gpus[day.work.kind] * day.work.members
+    assert 800 * 86_400 <= (gpus * day.work.run).sum() <= 1.05 * 800 * 86_400
+    assert (gpus == 1).mean() == pytest.approx(0.932, abs=0.01)
+    assert float(np.median(day.work.run)) == pytest.approx(1_144, rel=0.1)
+    night, noon = ((day.work.submit // 3600 % 24 == hour).sum() for hour in (0, 12))
+    assert noon > 1.5 * night
+    assert made_day(800, seed=3).work.submit.tolist() == day.work.submit.tolist()
+
+
+def test_the_demonstration_shows_who_waits_under_four_policies(capsys, tmp_path):
+    page = tmp_path / "day.html"
+    assert main(["demo", "simulate", "--report", str(page), "-o", "json"]) == 0
+    said = capsys.readouterr()
+    runs = {run["policy"]: run for run in json.loads(said.out)["runs"]}
+    assert list(runs) == ["native", "coscheduling", "packing", "shortest-first"]
+    assert runs["packing"]["wait_seconds"]["mean"] < runs["native"]["wait_seconds"]["mean"]
+    assert "SIMULATED" in said.err
+    assert "SIMULATED" in page.read_text()
 
 
 @pytest.mark.slow
