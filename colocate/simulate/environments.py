@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, new_pools, observe, step_all
+from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, looks, new_pools, observe, step_all
 from colocate.simulate.queue import Jobs
 
 QUEUE = "Colocate/Queue-v0"
@@ -82,6 +82,7 @@ class QueueEnv(gymnasium.Env[Seen, np.int64]):
         """`jobs`: or the path of an SWF file. Raises BadInput."""
         self.render_mode = render_mode
         self._jobs, self._size, self._backfill = _jobs(jobs, size, episode_jobs), size, backfill
+        self._look = looks(self._jobs, size)
         self._pools, self._slots = new_pools(1, episode_jobs), np.arange(slots)
         self.observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
         self.action_space = Discrete(slots)
@@ -89,7 +90,7 @@ class QueueEnv(gymnasium.Env[Seen, np.int64]):
 
     def _seen(self) -> Seen:
         seen = np.zeros(self.observation_space.shape or (), np.float32)
-        observe(self._pools, self._jobs, self._size, 0, seen)
+        observe(self._pools, self._jobs, self._look, self._size, 0, seen)
         return seen
 
     def _info(self) -> dict[str, Any]:
@@ -141,6 +142,7 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         """Raises BadInput."""
         self.num_envs, self.render_mode = num_envs, render_mode
         self._jobs, self._size, self._backfill = _jobs(jobs, size, episode_jobs), size, backfill
+        self._look = looks(self._jobs, size)
         self._pools, self._slots = new_pools(num_envs, episode_jobs), np.arange(slots)
         self.single_observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
         self.single_action_space = Discrete(slots)
@@ -175,7 +177,7 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
             raise BadInput(f"options, first: {first} is none of 0 to {last}")
         self._invalid[i] = 0
         begin(self._pools, self._jobs, self._size, i, first)
-        observe(self._pools, self._jobs, self._size, i, self._seen[i])
+        observe(self._pools, self._jobs, self._look, self._size, i, self._seen[i])
 
     def _info(self) -> dict[str, Any]:
         mask = self._slots[None, :] < self._pools.counts[:, QUEUED, None]
@@ -194,7 +196,7 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         at[nobody] = 0
         at[self._ended] = -1
         slowdowns = np.zeros(self.num_envs)
-        step_all(self._pools, self._jobs, self._size, at, self._backfill, slowdowns, self._seen)
+        step_all(self._pools, self._jobs, self._look, self._size, at, self._backfill, slowdowns, self._seen)
         for i in np.flatnonzero(self._ended):
             self._begin(int(i), None)
         self._ended = (self._pools.counts[:, STARTED] == n) & (at >= 0)

@@ -157,23 +157,28 @@ def choose(pools: Pools, jobs: Jobs, i: int, at: int, backfill: bool) -> float:
     return found
 
 
+def looks(jobs: Jobs, size: int) -> NDArray[np.float32]:
+    """(jobs, 3) of 0 to 1: what of an observation of each job never changes."""
+    asked = np.minimum(np.log1p(jobs.request) / np.log1p(LONG_SECONDS), 1.0)
+    columns = asked, jobs.procs / size, np.log1p(jobs.procs) / np.log1p(size)
+    return np.ascontiguousarray(np.stack(columns, axis=1), dtype=np.float32)
+
+
 @numba.njit(cache=True, nogil=True)
-def observe(pools: Pools, jobs: Jobs, size: int, i: int, seen: NDArray[np.float32]) -> None:
+def observe(pools: Pools, jobs: Jobs, look: NDArray[np.float32], size: int, i: int, seen: NDArray[np.float32]) -> None:
     """The first jobs that wait, a row each of FEATURES numbers from 0 to 1; rows of nobody are 0."""
-    first, now = pools.counts[i, FIRST], pools.now[i]
-    free = pools.counts[i, FREE]
-    seen[:] = 0.0
-    for q in range(min(pools.counts[i, QUEUED], seen.shape[0])):
+    first, now, free = pools.counts[i, FIRST], pools.now[i], pools.counts[i, FREE]
+    waiting = min(pools.counts[i, QUEUED], seen.shape[0])
+    left, share = np.float32(free / size), np.float32(pools.counts[i, QUEUED] / pools.start.shape[1])
+    for q in range(waiting):
         j = first + pools.queue[i, q]
-        waited, request, procs = now - jobs.submit[j], jobs.request[j], jobs.procs[j]
+        waited = now - jobs.submit[j]
         seen[q, 0] = 1.0
         seen[q, 1] = waited / (waited + DAY_HALF_SECONDS)
-        seen[q, 2] = min(np.log1p(request) / np.log1p(LONG_SECONDS), 1.0)
-        seen[q, 3] = procs / size
-        seen[q, 4] = np.log1p(procs) / np.log1p(size)
-        seen[q, 5] = 1.0 if procs <= free else 0.0
-        seen[q, 6] = free / size
-        seen[q, 7] = pools.counts[i, QUEUED] / pools.start.shape[1]
+        seen[q, 2], seen[q, 3], seen[q, 4] = look[j, 0], look[j, 1], look[j, 2]
+        seen[q, 5] = 1.0 if jobs.procs[j] <= free else 0.0
+        seen[q, 6], seen[q, 7] = left, share
+    seen[waiting:] = 0.0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -216,10 +221,17 @@ def rated(pools: Pools, jobs: Jobs, size: int, firsts: Ints, weights: Floats, ba
 
 @numba.njit(cache=True, nogil=True)
 def step_all(
-    pools: Pools, jobs: Jobs, size: int, at: Ints, backfill: bool, slowdowns: Floats, seen: NDArray[np.float32]
+    pools: Pools,
+    jobs: Jobs,
+    look: NDArray[np.float32],
+    size: int,
+    at: Ints,
+    backfill: bool,
+    slowdowns: Floats,
+    seen: NDArray[np.float32],
 ) -> None:
     """`choose` and `observe` in every pool; a place below 0 leaves that pool as it is."""
     for i in range(at.size):
         if at[i] >= 0:
             slowdowns[i] = choose(pools, jobs, i, at[i], backfill)
-            observe(pools, jobs, size, i, seen[i])
+            observe(pools, jobs, look, size, i, seen[i])

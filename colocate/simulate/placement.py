@@ -245,7 +245,7 @@ def _device(left: Ints, gpus: int, milli: int, policy: int, lot: int) -> int:
     return best
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int) -> tuple[float, int]:
     """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
     if not _fits(nodes, kinds, state, i, k):
@@ -257,7 +257,7 @@ def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int
     return _score(nodes, kinds, state, policy, i, k), -1
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
     if state.cpu[i] < kinds.cpu_milli[k] or state.memory[i] < kinds.memory_mib[k]:
         return False
@@ -271,7 +271,7 @@ def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
     return fit >= kinds.gpus[k]  # type: ignore[no-any-return]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _fgd(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, i: int, k: int) -> tuple[float, int]:
     gpus, model, num, milli = nodes.gpus[i], nodes.model[i], kinds.gpus[k], kinds.gpu_milli[k]
     before = _fragmented(kinds, typical, state.cpu[i], state.left[i], gpus, model)
@@ -386,7 +386,7 @@ def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
     return int((1.0 - apart) * 100.0)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int) -> float:
     gpus, num, milli = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k]
     c, free, idle = kinds.cpu_milli[k], 0, 0
