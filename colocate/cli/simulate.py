@@ -86,11 +86,7 @@ def simulate_command(options: argparse.Namespace) -> int:
         raise BadInput("--windows: say with --window-jobs how many jobs a window has")
     parts = windows(jobs, options.windows or 10, options.window_jobs, options.seed)
     began = time.perf_counter()
-
-    def say(done: int, of: int) -> None:
-        status(f"{done} of {of} simulations")
-
-    outcomes = run_all(nodes, workload, policies, parts, options.seed, say, options.workers)
+    outcomes = run_all(nodes, workload, policies, parts, options.seed, _say, options.workers)
     end_status()
     seconds = time.perf_counter() - began
     cards = [outcome.card(nodes) | {"first_job": outcome.window.first} for outcome in outcomes]
@@ -109,6 +105,10 @@ def simulate_command(options: argparse.Namespace) -> int:
         if page is not None:
             print(f"report: {page.resolve()}")
     return int(any(card["never_started"] for card in cards))
+
+
+def _say(done: int, of: int) -> None:
+    status(f"{done} of {of} simulations")
 
 
 CARD = ("policy", "JCT mean", "p50", "p99", "wait mean", "p99", "GPUs allocated", "held idle", "never")
@@ -215,11 +215,7 @@ def demo(options: argparse.Namespace) -> int:
     workload = made_day(int(nodes.gpus.sum()), options.seed)
     print(f"SIMULATED: a day of {len(workload.where)} made-up jobs on {DEMO_NODES} GPUs", file=sys.stderr)
     parts = windows(len(workload.where), 1, None, options.seed)
-
-    def say(done: int, of: int) -> None:
-        status(f"{done} of {of} simulations")
-
-    outcomes = run_all(nodes, workload, DEMO_POLICIES, parts, options.seed, say)
+    outcomes = run_all(nodes, workload, DEMO_POLICIES, parts, options.seed, _say)
     end_status()
     cards = [outcome.card(nodes) for outcome in outcomes]
     data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
