@@ -22,10 +22,10 @@ from colocate.simulate import traces
 from colocate.simulate.environments import QueueVectorEnv
 from colocate.simulate.episodes import new_pools, rated
 from colocate.simulate.fleet import DISCIPLINES, simulate
-from colocate.simulate.placement import Nodes, place, typical_shares
+from colocate.simulate.placement import Nodes, arrivals, place, typical_shares
 from colocate.simulate.queue import started
 from colocate.simulate.reproduce import reproduce
-from colocate.simulate.reproduce.openb import arrivals
+from colocate.simulate.reproduce.openb import ARRIVED
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 
 ROUNDS, WINDOW, POOLS, STEPS = 3, 1024, 256, 200
@@ -62,7 +62,7 @@ def _arms(folder: Path) -> dict[str, Arm]:
     many.reset(seed=1)
     nodes, models = traces.openb_nodes(folder / "openb-2023" / "nodes_gpu_node.csv.gz")
     pods = traces.openb_pods(folder / "openb-2023" / "pods" / "default.csv.gz", models)
-    come = arrivals(pods.kinds, pods.kind_of, int(nodes.gpus.sum()) * 1000, 42)
+    come = arrivals(pods.kinds, pods.kind_of, ARRIVED * int(nodes.gpus.sum()) * 1000, 42)
     typical = typical_shares(pods.kind_of, pods.kinds)
     two_months, fleet = _two_months(folder), read_nodes("64x8")
 

@@ -22,6 +22,9 @@ import numpy.typing as npt
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Utilization, ascending from 0 to 1, and the watts at each; shapes (n,)."""
 
+LEAST_RISE_WATTS = 1e-6
+"""A node whose draw rises by less from idle to what it does says nothing of who makes it."""
+
 
 class Part(NamedTuple):
     """What one consumer drew, in joules, and between what that is if its share is judged otherwise."""
@@ -74,7 +77,7 @@ def _bounds(joules: float, active: float, share: float, whole: float, curve: Cur
     """By the curve, on the scale of what was counted: as the last and as the first who came."""
     nothing, at_share, without, all_ = np.interp([0.0, share, max(whole - share, 0.0), whole], *curve)
     rise = all_ - nothing
-    if rise <= 0.0:
+    if rise <= LEAST_RISE_WATTS:
         return joules, joules
     scale = active / rise
     judged = (joules, float(all_ - without) * scale, float(at_share - nothing) * scale)

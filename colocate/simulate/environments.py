@@ -1,4 +1,4 @@
-"""Environments of Gymnasium: `Colocate/Queue-v0`, one pool, and its vectorized twin, many pools in one compiled loop.
+"""Environments of Gymnasium: `Colocate/Queue-v0`, with a twin of many pools in one loop, and `Colocate/Placement-v0`.
 
 Importing this module registers them (gymnasium.make, gymnasium.make_vec). They need the extra `sim`.
 """
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, looks, new_pools, observe, step_all
+from colocate.simulate.placement import BEST_FIT, OFFER, WHOLE, Nodes, arrivals, empty, offers, take
 from colocate.simulate.queue import Jobs
 
-QUEUE = "Colocate/Queue-v0"
+QUEUE, PLACEMENT = "Colocate/Queue-v0", "Colocate/Placement-v0"
 SLOTS, EPISODE_JOBS, SIZE = 128, 256, 256
 Seen = NDArray[np.float32]
 
@@ -203,6 +204,74 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         return self._seen.copy(), -slowdowns / n, self._ended.copy(), np.zeros(self.num_envs, np.bool_), self._info()
 
 
+class PlacementEnv(gymnasium.Env[Seen, np.int64]):
+    """Pods onto nodes with shared GPUs, one after the other; none departs (FGD, USENIX ATC 2023).
+
+    Observation: (nodes, 8) float32 of 0 to 1, what the next pod would make of each node (placement.offers); rows of
+    nodes on which it does not fit are 0. Action: its node; one on which it does not fit, where there are others, leaves
+    it out and counts in `info["invalid"]`. Pods that fit nowhere are left out before they are seen. Reward: the share
+    of all GPUs that the pod was given, so that the sum is the allocation ratio. An episode ends with its last pod. Each
+    draws its pods from the list, with GPUs of `arrived` times what there is.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - an instance variable of the base class
+
+    def __init__(self, nodes: Nodes, pods: traces.Pods, *, arrived: float = 1.3, render_mode: None = None) -> None:
+        """Raises BadInput of nodes without GPUs, and of pods of which none asks for one."""
+        self.render_mode, self._nodes, self._pods, self._arrived = render_mode, nodes, pods, arrived
+        self._milli = pods.kinds.gpus * pods.kinds.gpu_milli
+        self._capacity = int(nodes.gpus.sum()) * WHOLE
+        if not self._capacity or not self._milli[pods.kind_of].any():
+            raise BadInput("nodes, pods: an allocation of GPUs needs nodes that have some and pods that ask for some")
+        count = len(nodes.gpus)
+        self.observation_space, self.action_space = Box(0.0, 1.0, (count, OFFER), np.float32), Discrete(count)
+        self._state, self._seen = empty(nodes), np.zeros((count, OFFER), np.float32)
+        self._come, self._next, self._invalid = np.empty(0, np.int64), 0, 0
+
+    def _advance(self) -> bool:
+        """To the next pod that fits somewhere; False: there is none."""
+        while self._next < len(self._come):
+            offers(self._nodes, self._pods.kinds, self._state, self._come[self._next], self._seen)
+            if self._seen[:, 0].any():
+                return True
+            self._next += 1
+        self._seen[:] = 0.0
+        return False
+
+    def _info(self) -> dict[str, Any]:
+        return {"action_mask": self._seen[:, 0].astype(np.int8), "invalid": self._invalid}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Seen, dict[str, Any]]:
+        """See gymnasium.Env; `options={"pods": [...]}` places these kinds instead of drawn ones."""
+        super().reset(seed=seed)
+        given = (options or {}).get("pods")
+        if given is None:
+            drawn = int(self.np_random.integers(1 << 31))
+            self._come = arrivals(self._pods.kinds, self._pods.kind_of, self._arrived * self._capacity, drawn)
+        else:
+            self._come = np.array(given, np.int64)
+            if len(self._come) and not 0 <= self._come.min() <= self._come.max() < len(self._pods.kinds.gpus):
+                raise BadInput(f"options, pods: kinds are 0 to {len(self._pods.kinds.gpus) - 1}")
+        self._state, self._next, self._invalid = empty(self._nodes), 0, 0
+        self._advance()
+        return self._seen.copy(), self._info()
+
+    def step(self, action: np.int64) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
+        """See gymnasium.Env."""
+        if self._next >= len(self._come):
+            raise gymnasium.error.ResetNeeded("step after the last pod, or before reset")
+        i, k, reward = int(action), self._come[self._next], 0.0
+        if 0 <= i < len(self._seen) and self._seen[i, 0]:
+            take(self._pods.kinds, self._state, int(self._nodes.gpus[i]), i, k, -1, BEST_FIT, 0)
+            reward = float(self._milli[k]) / self._capacity
+        else:
+            self._invalid += 1
+        self._next += 1
+        left = self._advance()
+        return self._seen.copy(), reward, not left, False, self._info()
+
+
+gymnasium.register(PLACEMENT, entry_point=f"{__name__}:{PlacementEnv.__name__}")
 gymnasium.register(
     QUEUE, entry_point=f"{__name__}:{QueueEnv.__name__}", vector_entry_point=f"{__name__}:{QueueVectorEnv.__name__}"
 )

@@ -21,7 +21,7 @@ MOST_GPUS, WHOLE = 8, 1000
 """GPUs of a node, and thousandths of one."""
 POLICIES = ("random", "dot-product", "clustering", "packing", "best-fit", "fgd", "native", "most-allocated")
 RANDOM, DOT, CLUSTERING, PACKING, BEST_FIT, FGD, NATIVE, MOST_ALLOCATED = range(len(POLICIES))
-CLASSES = 16
+CLASSES, OFFER = 16, 8
 COUNTED_CPU_MILLI, COUNTED_MEMORY_MIB = 100, 200
 """What kube-scheduler takes a pod to ask for that asks for none (util/pod_resources.go)."""
 LARGEST_CPU_MILLI, LARGEST_GPU_MILLI = 128_000.0, 8_000.0
@@ -94,6 +94,23 @@ def place(nodes: Nodes, kinds: Kinds, pods: Ints, policy: str, seed: int, typica
     state = empty(nodes)
     counted = Typical(np.flatnonzero(shares).astype(np.int64), shares)
     return Outcome(*_place(nodes, kinds, state, counted, pods, POLICIES.index(policy), rank, lots))
+
+
+def arrivals(kinds: Kinds, kind_of: Ints, gpu_milli: float, seed: int) -> Ints:
+    """The kinds of pods in the order in which they come: a list shuffled, and drawn from until it asks for so much."""
+    rng = np.random.default_rng(seed)
+    asks = kinds.gpus * kinds.gpu_milli
+    order = list(kind_of[rng.permutation(len(kind_of))])
+    total = int(asks[order].sum())
+    while True:
+        another = kind_of[rng.integers(len(kind_of))]
+        if total + asks[another] > gpu_milli:
+            break
+        order.append(another)
+        total += int(asks[another])
+    while total > gpu_milli:
+        total -= int(asks[order.pop(int(rng.integers(len(order))))])
+    return np.array(order, np.int64)
 
 
 def empty(nodes: Nodes) -> State:
@@ -412,3 +429,36 @@ def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int
     counted = (state.counted[i, 0], state.counted[i, 1])
     least, balanced = native_points((c, kinds.memory_mib[k]), used, counted, every)
     return float(least + balanced)
+
+
+@numba.njit(cache=True, nogil=True)
+def offers(nodes: Nodes, kinds: Kinds, state: State, k: int, seen: NDArray[np.float32]) -> None:
+    """What a pod of a kind would make of each node, a row each of OFFER numbers from 0 to 1; 0 where it does not fit.
+
+    1; what is taken of the CPUs, of the memory and of the GPUs with it; what is left on the GPU that it would share; of
+    eight GPUs those that would stay whole; the node's GPUs over eight; what the pod asks for of them.
+    """
+    asked = kinds.gpus[k] * kinds.gpu_milli[k]
+    seen[:] = 0.0
+    for i in range(nodes.gpus.size):
+        if not _fits(nodes, kinds, state, i, k):
+            continue
+        free, whole, gpus = 0, 0, nodes.gpus[i]
+        for g in range(gpus):
+            free += state.left[i, g]
+            whole += state.left[i, g] == WHOLE
+        shared = 0
+        if kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE:
+            at = _device(state.left[i], gpus, kinds.gpu_milli[k], BEST_FIT, 0)
+            shared = state.left[i, at] - kinds.gpu_milli[k]
+            whole -= state.left[i, at] == WHOLE
+        else:
+            whole -= kinds.gpus[k]
+        seen[i, 0] = 1.0
+        seen[i, 1] = 1.0 - (state.cpu[i] - kinds.cpu_milli[k]) / max(nodes.cpu_milli[i], 1)
+        seen[i, 2] = 1.0 - (state.memory[i] - kinds.memory_mib[k]) / max(nodes.memory_mib[i], 1)
+        seen[i, 3] = 1.0 - (free - asked) / max(gpus * WHOLE, 1) if gpus > 0 else 0.0
+        seen[i, 4] = shared / WHOLE
+        seen[i, 5] = whole / MOST_GPUS
+        seen[i, 6] = gpus / MOST_GPUS
+        seen[i, 7] = asked / (MOST_GPUS * WHOLE)

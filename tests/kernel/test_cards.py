@@ -400,11 +400,15 @@ try: n.nvmlDeviceSetPowerManagementLimit(h, 99_000)
 except n.NVMLError as error: print(error)
 n.nvmlDeviceSetPowerManagementLimit(h, 150_000)
 time.sleep(2.0)
-first, at = n.nvmlDeviceGetTotalEnergyConsumption(h), time.monotonic()
 print(n.nvmlDeviceGetEnforcedPowerLimit(h) // 1000, round(n.nvmlDeviceGetPowerUsage(h), -3) // 1000)
 print(n.nvmlDeviceGetCurrentClocksEventReasons(h))
-time.sleep(1.0)
-print(round((n.nvmlDeviceGetTotalEnergyConsumption(h) - first) / 1000 / (time.monotonic() - at), -1))
+for _ in range(10):  # the simulated card's own process may be late by a part of a second
+    first, at = n.nvmlDeviceGetTotalEnergyConsumption(h), time.monotonic()
+    time.sleep(1.0)
+    drawn = round((n.nvmlDeviceGetTotalEnergyConsumption(h) - first) / 1000 / (time.monotonic() - at), -1)
+    if drawn == 150.0:
+        break
+print(drawn)
 """
     monkeypatch.setenv("LD_LIBRARY_PATH", str(fake.folder))
     said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=True).stdout

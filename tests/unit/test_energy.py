@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -83,6 +83,7 @@ def curves(draw: st.DrawFn) -> object:
     return np.linspace(0.0, 1.0, len(watts)), watts
 
 
+@example(1.0, 1.0, 2.2e-313, [0.0], (np.linspace(0.0, 1.0, 5), np.array([0.0, 1.0, 1.0, 1.0, 1.0])))  # hardly any rise
 @given(st.floats(0.0, 1e5), st.floats(0.1, 60.0), ratios, st.lists(ratios, max_size=6), curves())
 def test_s2_8_the_parts_sum_up_to_the_meter(
     counted: float, seconds: float, used: float, shares: list[float], curve: object

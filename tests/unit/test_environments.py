@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.errors import BadInput
-from colocate.simulate import environments
+from colocate.simulate import environments, traces
 from colocate.simulate.episodes import new_pools, rated
+from colocate.simulate.placement import arrivals, place
 from colocate.simulate.queue import Jobs, bounded_slowdown, started
 from colocate.simulate.train import CANDIDATES, SHORTEST_FIRST, evolve
 from tests.unit.test_reproduce import FOLDER, needs
@@ -156,6 +157,71 @@ def test_an_episode_begins_where_it_is_told_to():
     env.reset(options={"first": 6})
     with pytest.raises(BadInput, match="first: 7 is none of 0 to 6"):
         env.reset(options={"first": 7})
+
+
+def placed(env, choose, **options):
+    seen, info = env.reset(**options)
+    total, steps, ended = 0.0, 0, False
+    while not ended:
+        seen, reward, ended, truncated, info = env.step(choose(seen))
+        total, steps = total + reward, steps + 1
+        assert not truncated
+        assert ((seen >= 0) & (seen <= 1)).all()
+    return total, steps, info["invalid"]
+
+
+@pytest.fixture
+def shared_gpus(tmp_path):
+    """Thirty nodes and forty pods in openb's columns."""
+    rng, nodes, pods = np.random.default_rng(5), tmp_path / "nodes.csv", tmp_path / "pods.csv"
+    rows = "".join(f"n{i},{16000 * (1 + i % 4)},65536,{i % 9},T4\n" for i in range(30))
+    nodes.write_text("sn,cpu_milli,memory_mib,gpu,model\n" + rows)
+    asks = [((1, 500), (1, 1000), (4, 1000), (0, 0), (1, 200))[i] for i in rng.integers(5, size=40)]
+    rows = "".join(f"{1000 * (1 + i % 4)},4096,{num},{milli}\n" for i, (num, milli) in enumerate(asks))
+    pods.write_text("cpu_milli,memory_mib,num_gpu,gpu_milli\n" + rows)
+    made, models = traces.openb_nodes(nodes)
+    return made, traces.openb_pods(pods, models)
+
+
+def test_the_placement_environment_keeps_gymnasiums_contract(shared_gpus):
+    nodes, pods = shared_gpus
+    env = gymnasium.make(environments.PLACEMENT, nodes=nodes, pods=pods)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not been set up.*")
+        check_env(env.unwrapped, skip_render_check=True)
+    many = gymnasium.make_vec(environments.PLACEMENT, 3, "sync", nodes=nodes, pods=pods)
+    assert many.reset(seed=1)[0].shape == (3, 30, 8)
+    many.close()
+
+
+def test_the_rewards_of_an_episode_are_its_allocation_ratio(shared_gpus):
+    """Whoever takes the fullest node gets what `place` gets with such a score, on the same pods."""
+    nodes, pods = shared_gpus
+    env = environments.PlacementEnv(nodes, pods)
+    capacity = int(nodes.gpus.sum()) * 1000
+    come = arrivals(pods.kinds, pods.kind_of, 1.3 * capacity, 7)
+    total, steps, invalid = placed(env, lambda seen: np.int64(np.argmax(seen[:, 3])), options={"pods": come})
+    assert 0.9 < total <= 1.0
+    assert invalid == 0
+    assert steps <= len(come)
+    packed = place(nodes, pods.kinds, come, "most-allocated", 1).allocated_milli[-1] / capacity
+    assert total == pytest.approx(packed, abs=0.05)
+    again = placed(env, lambda seen: np.int64(np.argmax(seen[:, 3])), seed=3)
+    assert placed(env, lambda seen: np.int64(np.argmax(seen[:, 3])), seed=3) == again
+
+
+def test_a_node_on_which_a_pod_does_not_fit_leaves_it_out(shared_gpus):
+    nodes, pods = shared_gpus
+    env = environments.PlacementEnv(nodes, pods)
+    total, steps, invalid = placed(env, lambda seen: np.int64(np.argmin(seen[:, 0])), seed=3)
+    assert 0 < invalid <= steps
+    assert total < 1.0
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.int64(0))
+    with pytest.raises(BadInput, match="options, pods: kinds are 0 to"):
+        env.reset(options={"pods": [999]})
+    with pytest.raises(BadInput, match="needs nodes that have some"):
+        environments.PlacementEnv(nodes._replace(gpus=0 * nodes.gpus), pods)
 
 
 def test_training_is_deterministic_and_never_worse_than_where_it_began():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -415,14 +417,15 @@ def test_a_made_up_day_fills_the_fleet_with_jobs_of_the_sizes_that_were_counted(
     assert made_day(800, seed=3).work.submit.tolist() == day.work.submit.tolist()
 
 
-def test_the_demonstration_shows_who_waits_under_four_policies(capsys, tmp_path):
+def test_the_demonstration_shows_who_waits_under_four_policies(tmp_path):
     page = tmp_path / "day.html"
-    assert main(["demo", "simulate", "--report", str(page), "-o", "json"]) == 0
-    said = capsys.readouterr()
-    runs = {run["policy"]: run for run in json.loads(said.out)["runs"]}
+    command = [sys.executable, "-m", "colocate.cli.main", "demo", "simulate", "--report", str(page), "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = {run["policy"]: run for run in json.loads(done.stdout)["runs"]}
     assert list(runs) == ["native", "coscheduling", "packing", "shortest-first"]
     assert runs["packing"]["wait_seconds"]["mean"] < runs["native"]["wait_seconds"]["mean"]
-    assert "SIMULATED" in said.err
+    assert "SIMULATED" in done.stderr
     assert "SIMULATED" in page.read_text()
 
 

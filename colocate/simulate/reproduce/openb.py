@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.placement import Kinds, Nodes, place, typical_shares
+from colocate.simulate.placement import Nodes, arrivals, place, typical_shares
 from colocate.simulate.reproduce import Cell
 
 SOURCE = "Weng and others, Beware of Fragmentation, USENIX ATC 2023 (hkust-adsl/kubernetes-scheduler-simulator)"
@@ -41,27 +41,10 @@ OF_MANY = {"DotProd", "GpuClustering", "GpuPacking"}
 Ints = NDArray[np.int64]
 
 
-def arrivals(kinds: Kinds, kind_of: Ints, capacity_milli: int, seed: int) -> Ints:
-    """The kinds of pods in the order in which they come."""
-    rng = np.random.default_rng(seed)
-    asks = kinds.gpus * kinds.gpu_milli
-    order = list(kind_of[rng.permutation(len(kind_of))])
-    total = int(asks[order].sum())
-    while True:
-        another = kind_of[rng.integers(len(kind_of))]
-        if total + asks[another] > ARRIVED * capacity_milli:
-            break
-        order.append(another)
-        total += int(asks[another])
-    while total > ARRIVED * capacity_milli:
-        total -= int(asks[order.pop(int(rng.integers(len(order))))])
-    return np.array(order, np.int64)
-
-
 def allocated(nodes: Nodes, pods: traces.Pods, policy: str, seed: int) -> float:
     """The share of all GPUs that is handed out at the end."""
     capacity = int(nodes.gpus.sum()) * 1000
-    come = arrivals(pods.kinds, pods.kind_of, capacity, seed)
+    come = arrivals(pods.kinds, pods.kind_of, ARRIVED * capacity, seed)
     typical = typical_shares(pods.kind_of, pods.kinds) if policy == "fgd" else None
     return float(place(nodes, pods.kinds, come, policy, seed, typical).allocated_milli[-1]) / capacity
 
