@@ -7,7 +7,6 @@ the clock is the simulation's. Found by the entry points `colocate.simulate`.
 from __future__ import annotations
 
 import heapq
-from datetime import UTC, datetime
 from typing import Protocol
 
 import msgspec
@@ -27,6 +26,7 @@ from colocate.objects import (
     Quantities,
     Resources,
 )
+from colocate.units import time_text
 from podgroup.api import POD_GROUP_LABEL, GangPlan, GangPlanSpec, GangPlanStatus, PodGroup, PodGroupSpec
 from podgroup.queue.decisions import Start
 from podgroup.queue.entry import Settings
@@ -69,11 +69,6 @@ class WorkLike(Protocol):
     members: Ints
 
 
-def _time(seconds: float) -> str:
-    """As the API server writes it."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 class Simulation:
     """One run: the cluster, its queue, and who is where."""
 
@@ -81,7 +76,8 @@ class Simulation:
         """`declared`: jobs say how long they will run. Raises BadInput of a request for a part of a GPU."""
         if ((kinds.gpu_milli < WHOLE) & (kinds.gpus > 0)).any():
             raise BadInput("--policy ours: a job asks for a part of a GPU, which the controller does not hand out")
-        self.nodes, self.kinds, self.work, self.declared = nodes, kinds, work, declared
+        self.kinds, self.work, self.declared = kinds, work, declared
+        self.gpus, self.busy = kinds.gpus[work.kind] * work.members, 0
         self.cluster = Cluster()
         self.queue = Queue(Settings(), place_in_turn=place_in_turn)
         for i, (cpu, memory, gpus) in enumerate(zip(nodes.cpu_milli, nodes.memory_mib, nodes.gpus, strict=True)):
@@ -106,7 +102,7 @@ class Simulation:
         requests: Quantities = {resource: f"{amount}{unit}" for resource, unit, amount in texts if amount}
         notes = {RUNTIME: str(int(np.ceil(self.work.run[job])))} if self.declared else {}
         owner = [OwnerReference(kind="Job", name=name, uid=name, controller=True)]
-        meta = ObjectMeta(name=name, namespace=NAMESPACE, creation_timestamp=_time(now))
+        meta = ObjectMeta(name=name, namespace=NAMESPACE, creation_timestamp=time_text(now))
         spec = PodGroupSpec(min_member=int(self.work.members[job]))
         self.cluster.groups[f"{NAMESPACE}/{name}"] = PodGroup(metadata=meta, spec=spec)
         for p in range(self.first[job], self.first[job + 1]):
@@ -114,7 +110,7 @@ class Simulation:
                 name=f"p{p}",
                 namespace=NAMESPACE,
                 uid=f"{p}",
-                creation_timestamp=_time(now),
+                creation_timestamp=time_text(now),
                 labels={POD_GROUP_LABEL: name},
                 annotations=notes,
                 owner_references=owner,
@@ -129,6 +125,7 @@ class Simulation:
         for p in range(self.first[job], self.first[job + 1]):
             self.cluster.remove_pod(f"{p}")
             self.free[self.node[p]] += self._asks(job)
+        self.busy -= int(self.gpus[job])
         self.cluster.groups.pop(key, None)
         self.cluster.remove_plan(key)
         self.dirty.add(key)
@@ -144,15 +141,16 @@ class Simulation:
                 raise RuntimeError(f"ours puts {start.key} on {where}, which has no room for it")
             pod = self.cluster.pods[member.uid]
             spec = msgspec.structs.replace(pod.spec, node_name=where)
-            status = PodStatus(phase="Running", start_time=_time(now))
+            status = PodStatus(phase="Running", start_time=time_text(now))
             self.cluster.set_pod(msgspec.structs.replace(pod, spec=spec, status=status))
         if len(start.placed) != self.work.members[job]:
             raise RuntimeError(f"ours starts {start.key} with {len(start.placed)} of {self.work.members[job]} members")
         meta = ObjectMeta(name=f"j{job}", namespace=NAMESPACE, uid=f"plan-{job}")
-        began = GangPlanSpec(began=_time(now), min_member=int(self.work.members[job]))
+        began = GangPlanSpec(began=time_text(now), min_member=int(self.work.members[job]))
         plan = GangPlan(metadata=meta, spec=began, status=GangPlanStatus(phase="Running"))
         self.cluster.set_plan(start.key, plan)
         self.start[job] = now
+        self.busy += int(self.gpus[job])
         heapq.heappush(self.ends, (now + float(self.work.run[job]), job))
         self.dirty.add(start.key)
 
@@ -172,27 +170,21 @@ class Simulation:
     def run(self) -> tuple[Floats, float, float, int, Ints]:
         """When each job starts; GPU seconds that jobs ran, and held for nothing; cycles; and the node of each pod."""
         work, jobs, arrived, now = self.work, len(self.work.submit), 0, 0.0
-        busy_area, busy = 0.0, 0
-        first, last = float(work.submit[0]), float(work.submit[-1])
-        gpus = self.kinds.gpus[work.kind] * work.members
+        busy_area, first, last = 0.0, float(work.submit[0]), float(work.submit[-1])
         while arrived < jobs or self.ends:
             then = self.ends[0][0] if self.ends else np.inf
             then = min(then, float(work.submit[arrived])) if arrived < jobs else then
             look = self.queue.next_look(now)
             then = then if look is None else min(then, now + look)
-            busy_area += busy * max(min(then, last) - max(now, first), 0.0)
+            busy_area += self.busy * max(min(then, last) - max(now, first), 0.0)
             now = then
             while self.ends and self.ends[0][0] <= now:
                 _, job = heapq.heappop(self.ends)
-                busy -= int(gpus[job])
                 self._end(job)
             while arrived < jobs and work.submit[arrived] <= now:
                 self._arrive(arrived, now)
                 arrived += 1
-            running = len(self.ends)
             self._decide(now)
-            if len(self.ends) != running:
-                busy = sum(int(gpus[job]) for _, job in self.ends)
         return self.start, busy_area, 0.0, self.cycles, self.node
 
 

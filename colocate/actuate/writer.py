@@ -145,8 +145,8 @@ class Writer:
                 ours = self._ours.setdefault(key, (workload.inodes, deque(maxlen=OURS_KEPT)))
                 ours[1].extend(v for v in ("0", "1") if v not in ours[1])
                 with self._lock:  # what still waits would come in the hand's way
-                    waiting = self._queued.get(workload.path, [])
-                    self._queued[workload.path] = [w for w in waiting if w[0].knob != "cgroup.freeze"]
+                    if waiting := self._queued.get(workload.path):
+                        waiting[:] = [w for w in waiting if w[0].knob != "cgroup.freeze"]
                 if self._lent.get(id_) != workload.inodes:
                     self._workers.submit(f"lend {workload.path}", partial(self._note_lent, workload))
                     continue

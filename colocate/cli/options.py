@@ -98,12 +98,17 @@ def snapshot(parser: argparse.ArgumentParser, *, live: bool = False) -> None:
     parser.add_argument("--scheduler-name", help="whose pods are decided (default: what the controller answers to)")
 
 
+def _share(text: str) -> float:
+    """Of `5%` or `0.05`; NaN of what is neither."""
+    try:
+        return float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError:
+        return float("nan")
+
+
 def slowdown(text: str) -> float:
     """`5%` or `0.05`. Raises ArgumentTypeError."""
-    try:
-        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
-    except ValueError:
-        value = float("nan")
+    value = _share(text)
     if not 0.0 <= value <= MOST_SLOWDOWN:
         raise argparse.ArgumentTypeError(f"{text!r} is no slowdown: write 5% or 0.05, at most {MOST_SLOWDOWN:g}")
     return value
@@ -111,10 +116,7 @@ def slowdown(text: str) -> float:
 
 def ratio(text: str) -> float:
     """`40%` or `0.4`. Raises ArgumentTypeError."""
-    try:
-        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
-    except ValueError:
-        value = float("nan")
+    value = _share(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is no share: write 40% or 0.4")
     return value

@@ -224,9 +224,7 @@ class Observer:
         if known is None or known.main != main:
             known = self._inodes[path] = _Found(main, self._at)
         if self._at >= known.again:
-            inodes = inodes_of(self._port, path)
-            if inodes != known.inodes:
-                known.inodes = inodes
+            known.inodes = inodes_of(self._port, path)
             known.again = self._at + min(self._at - known.since, INODES_AGAIN_SECONDS)
         return known.inodes
 

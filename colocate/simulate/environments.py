@@ -56,6 +56,39 @@ def _each(given: Any, count: int, name: str, *, counted: bool = False) -> list[i
     return [None if value is None else int(value) for value in values]
 
 
+class _Queue:
+    """What one environment and many side by side have in common: the trace, the pools, and how they are looked at."""
+
+    def __init__(
+        self, pools: int, jobs: Jobs | str | Path, size: int, episode_jobs: int, slots: int, *, backfill: bool
+    ) -> None:
+        self.jobs, self.size, self.backfill, self.episode_jobs = (
+            _jobs(jobs, size, episode_jobs),
+            size,
+            backfill,
+            episode_jobs,
+        )
+        self.pools, self.look, self.slots = new_pools(pools, episode_jobs), looks(self.jobs, size), np.arange(slots)
+        self.observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
+        self.action_space = Discrete(slots)
+
+    def begin(self, i: int, first: int | None, draws: np.random.Generator) -> None:
+        """A pool's episode with that job, or one that is drawn. Raises BadInput."""
+        last = len(self.jobs.submit) - self.episode_jobs
+        first = int(draws.integers(last + 1)) if first is None else int(first)
+        if not 0 <= first <= last:
+            raise BadInput(f"options, first: {first} is none of 0 to {last}")
+        begin(self.pools, self.jobs, self.size, i, first)
+
+    def observe(self, i: int, seen: Seen) -> None:
+        """One pool."""
+        observe(self.pools, self.jobs, self.look, self.size, i, seen)
+
+    def mask(self) -> NDArray[np.int8]:
+        """(pools, slots) which rows are somebody's."""
+        return (self.slots < self.pools.counts[:, QUEUED, None]).astype(np.int8)
+
+
 class QueueEnv(gymnasium.Env[Seen, np.int64]):
     """One pool of processors whose queue is decided job by job (RLScheduler, SC 2020).
 
@@ -82,42 +115,33 @@ class QueueEnv(gymnasium.Env[Seen, np.int64]):
     ) -> None:
         """`jobs`: or the path of an SWF file. Raises BadInput."""
         self.render_mode = render_mode
-        self._jobs, self._size, self._backfill = _jobs(jobs, size, episode_jobs), size, backfill
-        self._look = looks(self._jobs, size)
-        self._pools, self._slots = new_pools(1, episode_jobs), np.arange(slots)
-        self.observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
-        self.action_space = Discrete(slots)
+        self._queue = _Queue(1, jobs, size, episode_jobs, slots, backfill=backfill)
+        self.observation_space, self.action_space = self._queue.observation_space, self._queue.action_space
         self._invalid = 0
 
     def _seen(self) -> Seen:
         seen = np.zeros(self.observation_space.shape or (), np.float32)
-        observe(self._pools, self._jobs, self._look, self._size, 0, seen)
+        self._queue.observe(0, seen)
         return seen
 
     def _info(self) -> dict[str, Any]:
-        mask = self._slots < self._pools.counts[0, QUEUED]
-        return {"action_mask": mask.astype(np.int8), "invalid": self._invalid}
+        return {"action_mask": self._queue.mask()[0], "invalid": self._invalid}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Seen, dict[str, Any]]:
         """See gymnasium.Env. Raises BadInput of an option `first` beyond the trace."""
         super().reset(seed=seed)
-        last = len(self._jobs.submit) - self._pools.start.shape[1]
-        first = (options or {}).get("first")
-        first = int(self.np_random.integers(last + 1)) if first is None else int(first)
-        if not 0 <= first <= last:
-            raise BadInput(f"options, first: {first} is none of 0 to {last}")
+        self._queue.begin(0, (options or {}).get("first"), self.np_random)
         self._invalid = 0
-        begin(self._pools, self._jobs, self._size, 0, first)
         return self._seen(), self._info()
 
     def step(self, action: np.int64) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
         """See gymnasium.Env."""
-        at, n = int(action), self._pools.start.shape[1]
-        if not 0 <= at < self._pools.counts[0, QUEUED]:
+        queue, at = self._queue, int(action)
+        if not 0 <= at < queue.pools.counts[0, QUEUED]:
             self._invalid += 1
             at = 0
-        slowdowns = choose(self._pools, self._jobs, 0, at, self._backfill)
-        ended = bool(self._pools.counts[0, STARTED] == n)
+        slowdowns, n = choose(queue.pools, queue.jobs, 0, at, queue.backfill), queue.episode_jobs
+        ended = bool(queue.pools.counts[0, STARTED] == n)
         return self._seen(), -slowdowns / n, ended, False, self._info()
 
 
@@ -142,11 +166,9 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
     ) -> None:
         """Raises BadInput."""
         self.num_envs, self.render_mode = num_envs, render_mode
-        self._jobs, self._size, self._backfill = _jobs(jobs, size, episode_jobs), size, backfill
-        self._look = looks(self._jobs, size)
-        self._pools, self._slots = new_pools(num_envs, episode_jobs), np.arange(slots)
-        self.single_observation_space = Box(0.0, 1.0, (slots, FEATURES), np.float32)
-        self.single_action_space = Discrete(slots)
+        self._queue = _Queue(num_envs, jobs, size, episode_jobs, slots, backfill=backfill)
+        self.single_observation_space = self._queue.observation_space
+        self.single_action_space = self._queue.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._seen = np.zeros((num_envs, slots, FEATURES), np.float32)
@@ -172,35 +194,31 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         return self._seen.copy(), self._info()
 
     def _begin(self, i: int, first: int | None) -> None:
-        last = len(self._jobs.submit) - self._pools.start.shape[1]
-        first = int(self._draws[i].integers(last + 1)) if first is None else first
-        if not 0 <= first <= last:
-            raise BadInput(f"options, first: {first} is none of 0 to {last}")
+        self._queue.begin(i, first, self._draws[i])
         self._invalid[i] = 0
-        begin(self._pools, self._jobs, self._size, i, first)
-        observe(self._pools, self._jobs, self._look, self._size, i, self._seen[i])
+        self._queue.observe(i, self._seen[i])
 
     def _info(self) -> dict[str, Any]:
-        mask = self._slots[None, :] < self._pools.counts[:, QUEUED, None]
-        found: dict[str, Any] = {"action_mask": mask.astype(np.int8), "invalid": self._invalid.copy()}
+        found: dict[str, Any] = {"action_mask": self._queue.mask(), "invalid": self._invalid.copy()}
         return found | {f"_{name}": np.ones(self.num_envs, np.bool_) for name in found}
 
     def step(self, actions: NDArray[np.int64]) -> tuple[Seen, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """See gymnasium.vector.VectorEnv."""
-        at, n = np.array(actions, np.int64), self._pools.start.shape[1]
+        queue, at = self._queue, np.array(actions, np.int64)
+        pools, n = queue.pools, queue.episode_jobs
         if not self._draws:
             raise gymnasium.error.ResetNeeded("step before reset")
         if at.shape != (self.num_envs,):
             raise ValueError(f"actions of shape {at.shape} for {self.num_envs} environments")
-        nobody = ((at < 0) | (at >= self._pools.counts[:, QUEUED])) & ~self._ended
+        nobody = ((at < 0) | (at >= pools.counts[:, QUEUED])) & ~self._ended
         self._invalid += nobody
         at[nobody] = 0
         at[self._ended] = -1
         slowdowns = np.zeros(self.num_envs)
-        step_all(self._pools, self._jobs, self._look, self._size, at, self._backfill, slowdowns, self._seen)
+        step_all(pools, queue.jobs, queue.look, queue.size, at, queue.backfill, slowdowns, self._seen)
         for i in np.flatnonzero(self._ended):
             self._begin(int(i), None)
-        self._ended = (self._pools.counts[:, STARTED] == n) & (at >= 0)
+        self._ended = (pools.counts[:, STARTED] == n) & (at >= 0)
         return self._seen.copy(), -slowdowns / n, self._ended.copy(), np.zeros(self.num_envs, np.bool_), self._info()
 
 

@@ -28,6 +28,7 @@ from colocate.simulate.placement import (
     empty,
     feasible_to_find,
     give_back,
+    ranked,
     rate,
     take,
     typical_shares,
@@ -278,7 +279,7 @@ def _best(board: Board, policy: int, k: int, cursor: int, lot: int) -> tuple[int
         if board.known[k, i] != board.version[i]:
             board.known[k, i] = board.version[i]
             points, board.device[k, i] = rate(board.nodes, board.kinds, board.state, board.typical, policy, i, k)
-            score[i] = points if lottery or points < 0.0 else points * n + n - board.rank[i]
+            score[i] = points if lottery else ranked(points, n, board.rank[i])
     if lottery:
         best, visited = drawn(score, cursor, feasible_to_find(n) if policy == NATIVE else n, lot)
         return best, visited if policy == NATIVE else 0

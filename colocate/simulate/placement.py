@@ -9,6 +9,7 @@ the nodes that fit, ties by lot), which looks at no GPU; `most-allocated` scores
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numba
@@ -79,6 +80,11 @@ class Outcome(NamedTuple):
     """-1: nowhere."""
     allocated_milli: Ints
     """Of all GPUs, after each pod."""
+
+
+def arrays(rows: Iterable[Sequence[int]]) -> Iterator[Ints]:
+    """Rows as columns, for Nodes and Kinds."""
+    return (np.array(column, np.int64) for column in zip(*rows, strict=True))
 
 
 def place(nodes: Nodes, kinds: Kinds, pods: Ints, policy: str, seed: int, typical: Floats | None = None) -> Outcome:
@@ -159,7 +165,7 @@ def _place(
                 continue  # it has changed more than once
             rated[i] = p
             points, device[k, i] = rate(nodes, kinds, state, typical, policy, i, k)
-            score[k, i] = points if lottery or points < 0.0 else points * n + n - rank[i]
+            score[k, i] = points if lottery else ranked(points, n, rank[i])
         current[k] = changes
         if lottery:
             best, visited = drawn(score[k], start, wanted, lots[p])
@@ -174,6 +180,12 @@ def _place(
             used += kinds.gpus[k] * kinds.gpu_milli[k]
         allocated[p] = used
     return where, allocated
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def ranked(points: float, nodes: int, rank: int) -> float:
+    """A score by which of equals the node of the least rank is the greatest; below 0 is what does not fit."""
+    return points if points < 0.0 else points * nodes + nodes - rank
 
 
 @numba.njit(cache=True, nogil=True)

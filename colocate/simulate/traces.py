@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.errors import BadInput
-from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes
+from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes, arrays
 from colocate.simulate.queue import Jobs
 
 ENVIRONMENT = "COLOCATE_TRACES"
@@ -74,13 +74,9 @@ class Row(NamedTuple):
         """As it stands there."""
         return self.values[column] or ""
 
-    def number(
-        self, column: str, *, least: float = -LARGEST, most: float = LARGEST, otherwise: float | None = None
-    ) -> float:
-        """A number from `least` to `most`; where nothing stands, `otherwise`. Raises BadInput."""
+    def number(self, column: str, *, least: float = -LARGEST, most: float = LARGEST) -> float:
+        """A number from `least` to `most`. Raises BadInput."""
         text = self.values.get(column) or ""
-        if not text and otherwise is not None:
-            return otherwise
         try:
             found = float(text) if "_" not in text else float("nan")
         except ValueError:
@@ -214,4 +210,4 @@ def openb_pods(path: Path, models: Sequence[str]) -> Pods:
         kind_of.append(kinds.setdefault(kind, len(kinds)))
     if not kinds:
         raise BadInput(f"{path} has no pods")
-    return Pods(Kinds(*(np.array(c, np.int64) for c in zip(*kinds, strict=True))), np.array(kind_of, np.int64))
+    return Pods(Kinds(*arrays(kinds)), np.array(kind_of, np.int64))

@@ -15,7 +15,7 @@ import numpy as np
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.fleet import Work
-from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes
+from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes, arrays
 from colocate.units import parse_bytes
 
 FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
@@ -109,7 +109,7 @@ def _nodes_of_yaml(path: Path) -> Nodes:
         if memory < 1:
             raise BadInput(f"--nodes: {path}: $.nodes[{number}].memory: {group.memory!r} is no size as 512Gi")
         rows += [(1000 * group.cpu, memory, group.gpus, 0)] * group.count
-    return Nodes(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+    return Nodes(*arrays(rows))
 
 
 def read_jobs(path: Path, node_gpus: int) -> Workload:
@@ -132,8 +132,7 @@ def read_jobs(path: Path, node_gpus: int) -> Workload:
         np.array(kind_of, np.int64),
         np.array([j.members for j in jobs], np.int64),
     )
-    columns = Kinds(*(np.array(column, np.int64) for column in zip(*kinds, strict=True)))
-    return Workload(work, columns, tuple(job.where for job in jobs))
+    return Workload(work, Kinds(*arrays(kinds)), tuple(job.where for job in jobs))
 
 
 def _of_swf(path: Path) -> Iterator[Job]:

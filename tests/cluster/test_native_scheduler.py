@@ -194,3 +194,4 @@ async def test_five_thousand_decisions_over_random_clusters(scheduler: ControlPl
     while compared < 5000:
         nodes = rng.choice((12, 25, 40, 70, 110, 140))
         compared += await compare(scheduler, rng, 1000 + compared, nodes, rng.randint(150, 400))
+    assert compared >= 5000
