@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> int:
     if not slow:
         print("what is slow (cgroup v2 in a virtual machine, a death at every write): make test-slow")
     if not os.environ.get("COLOCATE_TRACES"):
-        print("COLOCATE_TRACES (a folder of recorded loads) is not set: one unit test was skipped")
+        print("COLOCATE_TRACES (a folder of traces) is not set: the tests that read them were skipped, as named above")
     if unsteady:
         print("UNSTEADY, failed once (above) and passed alone:", *unsteady, sep="\n  ")
     return max(codes)
