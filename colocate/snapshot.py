@@ -218,6 +218,9 @@ class NodeSnapshot(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     """Watts that a PowerBudget of several nodes leaves to who asks for watts here; 0: none says anything."""
     power_signal: float | None = None
     """How dear or how dirty power is, in the unit of the policy's steps; None: not known."""
+    power_ahead: tuple[tuple[float, float], ...] = ()
+    """What is foretold of that, beginning with now's: (from when, seconds since the epoch; the signal); only where jobs
+    follow it."""
     stale_seconds: dict[str, float] = {}
     """Sections whose collector failed, with the age of what is shown in its place."""
     warming: bool = False

@@ -16,40 +16,21 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from colocate.decide.allowance import PowerState
 from colocate.decide.caps import LAW, Capped, whole_up
 from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
+from colocate.decide.elastic import Shifted, shifted
 from colocate.decide.power import BudgetTooSmallError, Splits, least_watts, split_budget
+from colocate.decide.power_jobs import POINTS, STEP_WATTS, Curves, Job, curves_of, jobs_of
 from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
-from colocate.policy.schema import PowerModel, PowerPolicy
+from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import Card, NodeSnapshot
 
-Curves = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Of jobs: caps of one card, ascending, and by how much longer each takes; shapes (jobs, POINTS)."""
-POINTS = 25
-STEP_WATTS = 5.0
 SLOWDOWNS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """At which it is told what is enough."""
 NODE = "node"
 """What a verdict about all cards together is about."""
-
-
-class _Job(NamedTuple):
-    """Whose cap is the strictest on some cards."""
-
-    workload: str
-    cards: tuple[str, ...]
-    least: float
-    watts: float
-    """Of each card, as asked for."""
-    enough: float
-    """Of each card, as they are seen to need at most; infinite where that is not known."""
-
-    def at_least(self, watts: float) -> _Job:
-        """The same, which may not have less on each card."""
-        return self._replace(least=min(max(whole_up(watts, STEP_WATTS), self.least), max(self.watts, self.least)))
 
 
 class Budgeted(NamedTuple):
@@ -57,6 +38,7 @@ class Budgeted(NamedTuple):
 
     capped: Capped
     progress: dict[str, Progress]
+    shifted: dict[str, Shifted]
     needs: PowerNeeds | None
     """How much who asks for watts would feel less of them, for a budget of several nodes; None: nobody asks."""
 
@@ -80,27 +62,53 @@ def budgeted(
     power: PowerState,
     enough: Mapping[str, float],
     progress: Mapping[str, Progress],
+    before: Mapping[str, Shifted],
 ) -> Budgeted:
     """The same caps, lowered as far as what they may add up to needs, and a verdict about that.
 
-    `enough`: watts that a card is seen to need at most, by its UUID. `progress` is of those that have a deadline.
+    `enough`: watts that a card is seen to need at most, by its UUID. `progress` and `before` are of those that have a
+    deadline.
     """
-    jobs = _jobs(capped, snapshot, enough)
-    curves = _curves(jobs, snapshot, policy.models)
-    of_job = {job.workload: Curve(caps, longer) for job, caps, longer in zip(jobs, *curves, strict=True)}
+    asked = jobs_of(capped, snapshot, enough)
+    curves = curves_of(asked, snapshot, policy.models)
+    of_job = {job.workload: Curve(caps, longer) for job, caps, longer in zip(asked, *curves, strict=True)}
     done = progressed(progress, snapshot, of_job)
     least = floors(done, snapshot, of_job)
+    others = others_watts(snapshot.cards, {uuid for job in asked for uuid in job.cards})
+    later = shifted(before, snapshot, policy, asked, of_job, done, others)
+    jobs = [job._replace(watts=later[job.workload].watts) if job.workload in later else job for job in asked]
     kept = [job.at_least(least[job.workload].watts) if job.workload in least else job for job in jobs]
-    if kept != jobs:
-        curves = _curves(kept, snapshot, policy.models)
+    if kept != asked:
+        curves = curves_of(kept, snapshot, policy.models)
+    capped = _shift(capped, asked, jobs, later, snapshot)
     found = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
-    return Budgeted(found, done, _needs(kept, curves))
+    return Budgeted(found, done, later, _needs(kept, curves))
+
+
+def _shift(
+    capped: Capped, asked: list[Job], jobs: list[Job], later: Mapping[str, Shifted], snapshot: NodeSnapshot
+) -> Capped:
+    """The same, where what `jobs` have is less than they asked for, because their work is cheaper later."""
+    moved = {job.workload: job for was, job in zip(asked, jobs, strict=True) if job.watts < was.watts}
+    by_card = {uuid: job.watts for job in moved.values() for uuid in job.cards}
+    if not by_card:
+        return capped
+    verdicts = list(capped.verdicts)
+    for i, verdict in enumerate(verdicts):
+        watts = by_card.get(verdict.subject)
+        if watts is not None:
+            plan = next(later[job.workload] for job in moved.values() if verdict.subject in job.cards)
+            text = f"{verdict.message}; it has {watts:g} W while the signal is {snapshot.power_signal:g}, for the rest"
+            text += f" of its work costs {plan.saved:.0%} less than at once, and is done by its deadline"
+            numbers = {"cap_watts": watts, "saved_ratio": plan.saved}
+            verdicts[i] = msgspec.structs.replace(verdict, reason="Shifted", message=text, numbers=numbers)
+    return Capped(tuple(_lowered(cap, by_card) for cap in capped.caps), tuple(verdicts))
 
 
 def _within(
     capped: Capped,
-    kept: list[_Job],
-    plain: list[_Job],
+    kept: list[Job],
+    plain: list[Job],
     curves: Curves,
     snapshot: NodeSnapshot,
     policy: PowerPolicy,
@@ -135,7 +143,7 @@ def _within(
     if not _fit(jobs, left):
         jobs = plain
     if jobs is not kept:
-        curves = _curves(jobs, snapshot, policy.models)
+        curves = curves_of(jobs, snapshot, policy.models)
     allowed, worst = _split(jobs, curves, left)
     total = sum(len(job.cards) * allowed[job.workload] for job in jobs)
     reason = "Lowered" if total <= left else "BudgetTooSmall"
@@ -153,7 +161,7 @@ def _within(
 NONE = Floor(0.0, False)
 
 
-def _fit(jobs: list[_Job], left: float) -> bool:
+def _fit(jobs: list[Job], left: float) -> bool:
     return sum(len(job.cards) * job.least for job in jobs) <= left
 
 
@@ -166,7 +174,7 @@ def _deadlines(floored: Mapping[str, Floor], snapshot: NodeSnapshot, allowed: Ma
     return text + (f"; deadlines are kept: {', '.join(kept)}" if kept and allowed else "")
 
 
-def _needs(jobs: list[_Job], curves: Curves) -> PowerNeeds | None:
+def _needs(jobs: list[Job], curves: Curves) -> PowerNeeds | None:
     if not jobs:
         return None
     caps, longer = curves
@@ -183,47 +191,7 @@ def _needs_of(caps: bytes, longer: bytes, cards: bytes) -> PowerNeeds:
     return PowerNeeds(float((watts[:, -1] * many).sum()), least)
 
 
-def _jobs(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -> list[_Job]:
-    strictest: dict[str, PowerCap] = {}
-    for cap in capped.caps:
-        if isinstance(cap.target, GpuTarget) and cap.watts is not None:
-            known = strictest.setdefault(cap.target.uuid, cap)
-            if known.watts is not None and cap.watts < known.watts:
-                strictest[cap.target.uuid] = cap
-    cards: dict[str, list[str]] = {}
-    for uuid, cap in sorted(strictest.items()):
-        cards.setdefault(cap.workload, []).append(uuid)
-    return [
-        _Job(
-            workload,
-            tuple(uuids),
-            max(snapshot.cards[u].least_watts or 0.0 for u in uuids),
-            min(strictest[u].watts or 0.0 for u in uuids),
-            max(enough.get(u, math.inf) for u in uuids),
-        )
-        for workload, uuids in sorted(cards.items())
-    ]
-
-
-def _curves(jobs: list[_Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> Curves:
-    """(jobs, POINTS): caps of one card from the least to what is asked for, and by how much longer each job takes."""
-    known = {model.name: model for model in models}
-    steps = np.linspace(0.0, 1.0, POINTS)
-    caps = np.array([job.least + steps * (max(job.watts, job.least) - job.least) for job in jobs])
-    longer = np.zeros_like(caps)
-    for row, job in enumerate(jobs):
-        workload = snapshot.workloads.get(job.workload)
-        model = known.get(workload.power_class) if workload is not None else None
-        used = np.minimum(caps[row], max(job.enough, job.least))  # what lies above makes it no faster
-        times = used[-1] / used
-        if model is not None:
-            watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
-            times = 1.0 + np.interp(used, watts, slowdowns)
-        longer[row] = times / times[-1] - 1.0
-    return caps, longer
-
-
-def _split(jobs: list[_Job], curves: Curves, left: float) -> tuple[dict[str, float], float]:
+def _split(jobs: list[Job], curves: Curves, left: float) -> tuple[dict[str, float], float]:
     """What each card of a job gets, whole watts, and the worst slowdown."""
     caps, longer = curves
     cards = np.array([len(job.cards) for job in jobs], dtype=np.float64)

@@ -19,6 +19,7 @@ from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.cpu import CpuState, decide_cpu
 from colocate.decide.cpu_power import CpuPowerState, ceiling
 from colocate.decide.deadlines import Progress
+from colocate.decide.elastic import Shifted
 from colocate.decide.eviction import EvictionState, decide_eviction, still_leaving
 from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.gangs import GangsState, decide_gangs
@@ -60,9 +61,11 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     power: PowerState = PowerState()
     cpu_power: CpuPowerState = CpuPowerState()
     drew: dict[str, Drew] = {}
-    """What the cards drew of late, where a power budget is kept."""
+    """What the cards drew of late, where a power budget is kept or a forecast followed."""
     progress: dict[str, Progress] = {}
     """Of workloads that have a deadline."""
+    shifted: dict[str, Shifted] = {}
+    """Of those, whose watts follow a forecast."""
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0
@@ -197,8 +200,8 @@ def decide(
     ]
     has_budget = bool(spec.power.budget or snapshot.power_share)
     power = allowance(state.power, snapshot, spec.power)
-    drew = watched(state.drew, snapshot) if has_budget else {}
-    caps = budgeted(power_caps(snapshot), snapshot, spec.power, power, needs(drew, now), state.progress)
+    drew = watched(state.drew, snapshot) if has_budget or snapshot.power_ahead else {}
+    caps = budgeted(power_caps(snapshot), snapshot, spec.power, power, needs(drew, now), state.progress, state.shifted)
     following = msgspec.structs.replace(
         state,
         **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
@@ -206,6 +209,7 @@ def decide(
         power=power,
         drew=drew,
         progress=caps.progress,
+        shifted=caps.shifted,
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]

@@ -338,6 +338,7 @@ class Observer:
             cpu_watts=self._cpu_watts(),
             power_share=self.power_share,
             power_signal=signal,
+            power_ahead=() if signal is None else self._signal.ahead(self.policy.spec.power.signal, time_seconds),
             cards=self._section("cards", lambda: self.cards(self._targets), {})[1],
             stale_seconds={name: round(self._at - at, 6) for name, at in ages.items() if name in self._failing},
             capabilities=self._capabilities(),

@@ -21,6 +21,8 @@ from colocate.units import parse_time
 
 READ_SECONDS = 10.0
 MOST_BYTES = 4 << 20
+AHEAD_SECONDS, MOST_AHEAD = 7 * 86400.0, 200
+"""So much of a forecast is looked at."""
 MOST = 1e5
 """A carbon intensity (g/kWh) or a price beyond it is a mistake."""
 UNREADABLE = (ValueError, ArithmeticError, RecursionError)
@@ -72,6 +74,14 @@ class SignalFile:
             return None
         self.problem = ""
         return now.value
+
+    def ahead(self, policy: SignalPolicy, time_seconds: float) -> tuple[tuple[float, float], ...]:
+        """What is foretold, (seconds since the epoch, value) each, from what counts at a time on; after `value`."""
+        now = at_time(self._points, time_seconds)
+        if not policy.elastic or self.problem or now is None:
+            return ()
+        latest = {p.at: p.value for p in self._points if now.at <= p.at <= time_seconds + AHEAD_SECONDS}
+        return tuple(sorted(latest.items())[:MOST_AHEAD])
 
 
 def _content(path: Path) -> tuple[bytes, float]:

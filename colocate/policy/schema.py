@@ -226,6 +226,9 @@ class SignalPolicy(Spec, frozen=True):
     """Ascending in `above`; the last one that is exceeded counts."""
     max_age: Duration = 7200.0
     """What was said so long ago counts no more: the whole budget does then."""
+    elastic: bool = False
+    """Whether jobs with a deadline have their watts when the forecast in `file` is low, and fewer while it is high, as
+    far as their deadlines let them."""
 
 
 class NodePowerPoint(Spec, frozen=True):
@@ -428,8 +431,9 @@ def _check_signal(signal: SignalPolicy) -> None:
     path = "$.spec.power.signal"
     if signal.file and not signal.file.startswith("/"):
         raise ConfigError(f"{path}.file", f"{signal.file!r} is no path", "start it with /")
-    if bool(signal.file) != bool(signal.steps):
-        raise ConfigError(path, "has a file without steps, or steps without a file", "write both, or neither")
+    if bool(signal.file) != bool(signal.steps or signal.elastic):
+        what = "has a file that nothing follows, or steps or elastic without a file"
+        raise ConfigError(path, what, "write a file with steps, with elastic: true, or with both")
     _check_range(f"{path}.maxAge", signal.max_age, 60, 30 * 86400, "s")
     for i, step in enumerate(signal.steps):
         _check_range(f"{path}.steps[{i}].above", step.above, 0, 100_000)

@@ -393,6 +393,28 @@ def test_s2_8_a_job_with_a_deadline_keeps_what_it_needs_for_it_under_a_short_bud
     assert any(v["message"].endswith("deadlines are kept: due") for v in said if v["law"] == "power")
 
 
+def test_s2_8_a_job_with_a_deadline_has_its_watts_when_the_forecast_is_low(node, agent, cards, job, tmp_path):
+    fake, forecast = cards("--cards", "2"), tmp_path / "forecast.json"
+
+    def foretell(*prices):
+        """From now on, an hour each, as the Carbon Aware SDK says it; whole in an instant."""
+        points = [{"timestamp": time.time() - 60.0 + 3600.0 * i, "value": p} for i, p in enumerate(prices)]
+        (tmp_path / "next").write_text(json.dumps({"forecastData": points}))
+        (tmp_path / "next").rename(forecast)
+
+    foretell(600, 100)
+    policy = BUDGET.format(library=fake.library, budget=700)
+    running = agent(more=policy + f"\n    signal: {{file: {forecast}, elastic: true}}")
+    assert ready(running, 2)
+    begun(job("due", fake, 300, *on(fake, "trainer"), named="bert", more=("--deadline", "2h", "--work", "80m")))
+    begun(job("free", fake, 300, *on(fake, "trainer", "--card", "1"), cards=(1,), named="bert"))
+    assert wait_for(lambda: limits(fake)[0] < 150), reasons(running)
+    assert limits(fake)[1] == 300, "who has no deadline is left alone"
+    assert reasons(running) == ["Shifted", "Capped"]
+    foretell(100, 600)
+    assert wait_for(lambda: limits(fake)[0] > 200, 60), reasons(running)
+
+
 SURGES = """
 "$@" --share 0.05 & calm=$!
 while [ ! -e "$NOW" ]; do sleep 0.1; done

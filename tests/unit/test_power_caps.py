@@ -144,7 +144,7 @@ def budgeted(
     snapshot = replace(snapshot, workloads=named)
     policy = PowerPolicy(budget=budget, models=models)
     found = with_budget(
-        power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough, {}
+        power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough, {}, {}
     ).capped
     about: Any = next((v for v in found.verdicts if v.subject == "node"), None)
     return strictest_of(found.caps), about

@@ -81,7 +81,7 @@ class Cards:
         snapshot = two(self.now, *on)
         self._known = watched(self._known, snapshot)
         state = allowance(PowerState(), snapshot, POLICY)
-        found = with_budget(power_caps(snapshot), snapshot, POLICY, state, needs(self._known, self.now), {}).capped
+        found = with_budget(power_caps(snapshot), snapshot, POLICY, state, needs(self._known, self.now), {}, {}).capped
         wanted = {u: w for u, w in strictest_of(found.caps).items() if w is not None}
         falls = {u: w for u, w in wanted.items() if w < self.limits[u]}
         self.limits |= falls or wanted
