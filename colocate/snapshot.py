@@ -102,6 +102,8 @@ class Workload(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How many GPUs it asks for, where that is known: it may not be on all of them yet."""
     power_class: str = ""
     """Of jobs that feel a cap alike: by what curve that is, the policy says."""
+    max_slowdown: float | None = None
+    """By how much longer its work may take for a cap, at most; None: that was not said."""
     due_seconds: float | None = None
     """By when its work is to be done, monotonic; None: it has no deadline."""
     work_seconds: float | None = None

@@ -19,7 +19,7 @@ from colocate.errors import AlreadyRunning, BadInput, StateTooNew
 
 STATE_VERSION = 1
 MODEL_FILE, HANDOVER_FILE = "model.json", "handover.json"
-POWER_FILE, SHARE_FILE = "power.json", "power-share.json"
+POWER_FILE, SHARE_FILE, CLASSES_FILE = "power.json", "power-share.json", "power-classes.json"
 GUARDIAN_PATIENCE_SECONDS = 6.0
 
 

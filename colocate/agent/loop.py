@@ -20,7 +20,7 @@ import structlog
 from colocate.actuate.guardian import OCCUPIED, Guardian
 from colocate.actuate.journal import Journal
 from colocate.actuate.restore import Report, lift_caps, restore, restore_paths, thaw_everything
-from colocate.actuate.statedir import HANDOVER_FILE, MODEL_FILE, SHARE_FILE, StateDirectory
+from colocate.actuate.statedir import CLASSES_FILE, HANDOVER_FILE, MODEL_FILE, SHARE_FILE, StateDirectory
 from colocate.actuate.tier import TierMaker
 from colocate.actuate.workers import Workers
 from colocate.actuate.writer import NO_CARE, SETTLE_SECONDS, Drift, Writer
@@ -31,6 +31,7 @@ from colocate.calibration import Calibration
 from colocate.cgroup.port import FilePort, KernelPort
 from colocate.cgroup.tree import cgroup_of, joined, main_hierarchy, start_time
 from colocate.decide.pipeline import LawState, decide, laws_from_builtins, laws_to_builtins
+from colocate.decide.refine import Heard, better, known_classes
 from colocate.errors import ColocateError, JournalBroken, StateTooOld
 from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
@@ -41,7 +42,7 @@ from colocate.observe.node import has_amd, has_nvidia
 from colocate.observe.observer import Observer
 from colocate.observe.pressure import PressureWatch
 from colocate.plan import Outcome, Plan
-from colocate.policy.schema import ColocationPolicy
+from colocate.policy.schema import ColocationPolicy, PowerPolicy
 from colocate.report.record import Before, Recorder
 from colocate.snapshot import NodeSnapshot
 
@@ -110,8 +111,8 @@ class Agent:
             port, policy, self.registry.known, self.scraper, clock.monotonic if own_clock else None
         )
         self.writer = Writer(port, journal, shadow=shadow)
-        lister, power = self.observer.lister, lambda: self.policy.spec.power
-        self.watts = Watts(port, lambda: self.observer.tree, lister, self._on_cards, power, self._allowed_watts)
+        tree, lister = lambda: self.observer.tree, self.observer.lister
+        self.watts = Watts(port, tree, lister, self._on_cards, self.power_policy, self._allowed_watts)
         self.tier = TierMaker(port, journal, self.observer.tree)
         self.recorder = recorder or Recorder(None, policy.spec.records, "none")
         self._watch: PressureWatch | None = None
@@ -167,6 +168,11 @@ class Agent:
         if handover and not known:  # what the laws remember was counted from another zero
             suspended = msgspec.structs.replace(self.laws.cpu, suspended=True)
             self.laws = msgspec.structs.replace(self.laws, cpu=suspended)
+        if not handover and self.state is not None and (data := self.state.load(CLASSES_FILE)) is not None:
+            try:
+                self.laws = msgspec.structs.replace(self.laws, heard=msgspec.convert(data, Heard))
+            except msgspec.ValidationError:
+                self.state.set_aside(CLASSES_FILE)
         report = Report() if handover or self.shadow else restore(self.port, self.journal)
         self._find_cards()
         if not self.shadow:
@@ -174,6 +180,10 @@ class Agent:
             if self.guardian is not None:
                 self.guardian.ensure()
         return report
+
+    def power_policy(self) -> PowerPolicy:
+        """With its models as jobs' progress has made them."""
+        return better(self.policy.spec.power, self.laws.heard)
 
     def _find_cards(self) -> None:
         """Look at cards from now on, if there may be some: nothing of theirs is imported elsewhere."""
@@ -376,6 +386,13 @@ class Agent:
             self._model_saved = snapshot.monotonic_seconds
             save = partial(self.state.save, MODEL_FILE, to_builtins(self.model))
             self._workers.submit(MODEL_FILE, save)
+            if self.laws.heard.ran:
+                self._workers.submit(CLASSES_FILE, self._save_classes)
+
+    def _save_classes(self) -> bool:
+        """What jobs did; of what they are saying right now a successor has not seen all."""
+        did = msgspec.to_builtins(Heard(ran=self.laws.heard.ran))
+        return self.state is not None and self.state.save(CLASSES_FILE, did)
 
     def _lift_caps(self) -> bool:
         time.sleep(LIFT_EVERY_SECONDS)
@@ -500,6 +517,8 @@ class Agent:
             await self._workers.settle(SETTLE_SECONDS)
             if self.state is not None:
                 self.state.save(MODEL_FILE, to_builtins(self.model))
+                if self.laws.heard.ran:
+                    self._save_classes()
                 if handover:
                     laws = laws_to_builtins(self.laws)
                     self.state.save(HANDOVER_FILE, {"boot_id": self.journal.boot_id, "laws": laws})
@@ -542,6 +561,7 @@ class Agent:
             "drifts": msgspec.to_builtins(self.last.drifts),
             "lately": msgspec.to_builtins(list(self.lately.notes)),
             "laws": msgspec.to_builtins(self.laws),
+            "power_classes": msgspec.to_builtins(known_classes(self.policy.spec.power, self.laws.heard)),
             "calibration": msgspec.to_builtins(self.calibration),
             "problems": self.problems(),
             "shadow": self.shadow,

@@ -11,7 +11,7 @@ import msgspec
 from colocate.actuate.statedir import StateDirectory
 from colocate.plan import Outcome, Plan
 from colocate.snapshot import NodeSnapshot, Workload
-from colocate.units import MOST_BYTES, MOST_CORES, MOST_WATTS
+from colocate.units import MOST_BYTES, MOST_CORES, MOST_SLOWDOWN, MOST_WATTS
 
 FILE = "jobs.json"
 
@@ -29,6 +29,8 @@ class Wanted(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_runtime_seconds: float | None = None
     gpu_memory_bytes: Annotated[int, msgspec.Meta(gt=0, le=MOST_BYTES)] | None = None
     power_watts: Annotated[float, msgspec.Meta(gt=0, le=MOST_WATTS)] | None = None
+    max_slowdown: Annotated[float, msgspec.Meta(ge=0, le=MOST_SLOWDOWN)] | None = None
+    """What these watts may cost; where they are not said, they are found by it."""
     power_class: str = ""
     deadline_seconds: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """After its start."""
@@ -108,6 +110,7 @@ class Registry:
                 "gpu_memory_bytes": job.gpu_memory_bytes,
                 "power_watts": job.power_watts,
                 "power_class": job.power_class,
+                "max_slowdown": job.max_slowdown,
                 "due_seconds": None if job.deadline_seconds is None else job.started_seconds + job.deadline_seconds,
                 "work_seconds": job.work_seconds,
                 "done_ratio": job.done_ratio,

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import structlog
@@ -30,7 +30,7 @@ from colocate.decide.pipeline import OFF_FROZEN, OFF_UNMANAGED
 from colocate.errors import BadInput, ColocateError
 from colocate.observe.cgroup import oom_kills
 from colocate.policy.schema import SIGNALS
-from colocate.units import MOST_SLOWDOWN, format_bytes
+from colocate.units import format_bytes
 
 log = structlog.get_logger()
 OPS = ("arm", "attach", "run", "checkpointed", "progress", "ended", "explain", "records", "status")
@@ -47,8 +47,6 @@ class RunRequest(Wanted, kw_only=True, forbid_unknown_fields=True):
 
     op: str
     pid: int
-    max_slowdown: Annotated[float, msgspec.Meta(ge=0, le=MOST_SLOWDOWN)] | None = None
-    """In place of `power_watts`: what these may cost."""
 
 
 class ArmRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -147,6 +147,10 @@ def _add_power(add: Add) -> None:
     node(budget)
     socket(budget)
     table_form(budget)
+    classes = of("models", "colocate.cli.watts:models", "The models of classes, as running jobs have made them")
+    node(classes)
+    socket(classes)
+    table_form(classes)
     asked = of(
         "outcomes", "colocate.cli.cluster:outcomes", "Print the admission policies that turn slowdowns into watts"
     )

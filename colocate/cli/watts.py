@@ -1,4 +1,4 @@
-"""colocate power status and budget: what this node's CPUs and GPUs draw, what they may draw at most, and for whom."""
+"""colocate power status, budget and models: what this node's CPUs and GPUs draw, what they may draw, and for whom."""
 
 from __future__ import annotations
 
@@ -102,6 +102,32 @@ def budget(options: argparse.Namespace) -> int:
     print(f"{node['reason']}: {node['message']}" if node else "the policy has no power.budget")
     for problem in problems:
         print(f"problem: {problem}")
+    return 0
+
+
+def models(options: argparse.Namespace) -> int:
+    """What is known of each class; -o yaml has the models as a policy takes them. Raises NotAnswering."""
+    classes = ask_agent(options, "explain").get("power_classes", [])
+    if options.output in DATA_FORMS:
+        about = [{key: each[key] for key in ("name", "policy", "jobs", "seconds")} for each in classes]
+        given = [{"name": each["name"], "points": each["points"]} for each in classes]
+        print_data({"models": given, "heard": about}, options.output)
+        return 0
+    lines = [
+        (
+            each["name"] if i == 0 else "",
+            str(point["watts"]),
+            f"{point['slowdown']:.1%}",
+            f"{each['policy'][i]:.1%}",
+            f"{each['seconds'][i]:.0f}",
+            str(each["jobs"]) if i == 0 else "",
+        )
+        for each in classes
+        for i, point in enumerate(each["points"])
+    ]
+    print_table(("class", "cap W", "slower", "policy", "heard s", "jobs"), lines)
+    if not classes:
+        print("the policy has no power.models")
     return 0
 
 

@@ -48,7 +48,7 @@ def progressed(
 ) -> dict[str, Progress]:
     """What each that has a deadline has done by now: it runs while it is on a card and nothing of it is frozen."""
     now, found = snapshot.monotonic_seconds, dict[str, Progress]()
-    limits = _limits(snapshot)
+    limits = limits_of(snapshot)
     for id_, workload in snapshot.workloads.items():
         if workload.due_seconds is None or workload.work_seconds is None:
             continue
@@ -67,7 +67,7 @@ def progressed(
     return found
 
 
-def _limits(snapshot: NodeSnapshot) -> dict[str, float]:
+def limits_of(snapshot: NodeSnapshot) -> dict[str, float]:
     """Of each workload that is on a card, the least limit in force on one of its own."""
     found: dict[str, float] = {}
     for card in snapshot.cards.values():

@@ -23,6 +23,7 @@ from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
 from colocate.decide.elastic import Shifted, shifted
 from colocate.decide.power import BudgetTooSmallError, Splits, least_watts, split_budget
 from colocate.decide.power_jobs import POINTS, STEP_WATTS, Curves, Job, curves_of, jobs_of
+from colocate.decide.refine import Heard, tried
 from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import Card, NodeSnapshot
@@ -31,6 +32,15 @@ SLOWDOWNS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)
 """At which it is told what is enough."""
 NODE = "node"
 """What a verdict about all cards together is about."""
+
+
+class Known(NamedTuple):
+    """What is remembered of jobs."""
+
+    progress: Mapping[str, Progress] = {}
+    """Of those that have a deadline, as `shifted`."""
+    shifted: Mapping[str, Shifted] = {}
+    heard: Heard = Heard()
 
 
 class Budgeted(NamedTuple):
@@ -61,34 +71,36 @@ def budgeted(
     policy: PowerPolicy,
     power: PowerState,
     enough: Mapping[str, float],
-    progress: Mapping[str, Progress],
-    before: Mapping[str, Shifted],
+    known: Known,
 ) -> Budgeted:
     """The same caps, lowered as far as what they may add up to needs, and a verdict about that.
 
-    `enough`: watts that a card is seen to need at most, by its UUID. `progress` and `before` are of those that have a
-    deadline.
+    `enough`: watts that a card is seen to need at most, by its UUID.
     """
     asked = jobs_of(capped, snapshot, enough)
     curves = curves_of(asked, snapshot, policy.models)
     of_job = {job.workload: Curve(caps, longer) for job, caps, longer in zip(asked, *curves, strict=True)}
-    done = progressed(progress, snapshot, of_job)
+    done = progressed(known.progress, snapshot, of_job)
     least = floors(done, snapshot, of_job)
     others = others_watts(snapshot.cards, {uuid for job in asked for uuid in job.cards})
-    later = shifted(before, snapshot, policy, asked, of_job, done, others)
-    jobs = [job._replace(watts=later[job.workload].watts) if job.workload in later else job for job in asked]
+    later = shifted(known.shifted, snapshot, policy, asked, of_job, done, others)
+    less = tried(known.heard, snapshot, policy, asked, of_job, done)
+    moved = {id_: plan.watts for id_, plan in later.items()}
+    moved |= {id_: min(watts, moved.get(id_, watts)) for id_, watts in less.items()}
+    jobs = [job._replace(watts=moved.get(job.workload, job.watts)) for job in asked]
     kept = [job.at_least(least[job.workload].watts) if job.workload in least else job for job in jobs]
     if kept != asked:
         curves = curves_of(kept, snapshot, policy.models)
-    capped = _shift(capped, asked, jobs, later, snapshot)
+    capped = _moved(capped, asked, jobs, later, snapshot)
     found = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
     return Budgeted(found, done, later, _needs(kept, curves))
 
 
-def _shift(
+def _moved(
     capped: Capped, asked: list[Job], jobs: list[Job], later: Mapping[str, Shifted], snapshot: NodeSnapshot
 ) -> Capped:
-    """The same, where what `jobs` have is less than they asked for, because their work is cheaper later."""
+    """The same, where what `jobs` have is less than they asked for: because their work is cheaper later, or to see what
+    they do with less."""
     moved = {job.workload: job for was, job in zip(asked, jobs, strict=True) if job.watts < was.watts}
     by_card = {uuid: job.watts for job in moved.values() for uuid in job.cards}
     if not by_card:
@@ -97,11 +109,16 @@ def _shift(
     for i, verdict in enumerate(verdicts):
         watts = by_card.get(verdict.subject)
         if watts is not None:
-            plan = next(later[job.workload] for job in moved.values() if verdict.subject in job.cards)
-            text = f"{verdict.message}; it has {watts:g} W while the signal is {snapshot.power_signal:g}, for the rest"
-            text += f" of its work costs {plan.saved:.0%} less than at once, and is done by its deadline"
-            numbers = {"cap_watts": watts, "saved_ratio": plan.saved}
-            verdicts[i] = msgspec.structs.replace(verdict, reason="Shifted", message=text, numbers=numbers)
+            plan = next((later.get(job.workload) for job in moved.values() if verdict.subject in job.cards), None)
+            if plan is not None and plan.watts <= watts:
+                text = f"it has {watts:g} W while the signal is {snapshot.power_signal:g}, for the rest of its work"
+                text += f" costs {plan.saved:.0%} less than at once, and is done by its deadline"
+                reason, numbers = "Shifted", {"cap_watts": watts, "saved_ratio": plan.saved}
+            else:
+                text = f"it has {watts:g} W for a minute, to see what jobs of its class do with less"
+                reason, numbers = "Tried", {"cap_watts": watts}
+            message = f"{verdict.message}; {text}"
+            verdicts[i] = msgspec.structs.replace(verdict, reason=reason, message=message, numbers=numbers)
     return Capped(tuple(_lowered(cap, by_card) for cap in capped.caps), tuple(verdicts))
 
 

@@ -25,7 +25,8 @@ from colocate.decide.freeze import EVALUATE, FreezeState, decide_freeze
 from colocate.decide.gangs import GangsState, decide_gangs
 from colocate.decide.law import Decision, Law, View, act
 from colocate.decide.memory import MemoryState, decide_memory
-from colocate.decide.node_budget import budgeted
+from colocate.decide.node_budget import Known, budgeted
+from colocate.decide.refine import Heard, better, heard
 from colocate.decide.unused import Drew, needs, watched
 from colocate.errors import StateTooNew, StateTooOld
 from colocate.knob import KNOBS, narrowest, place, same, width
@@ -66,6 +67,8 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Of workloads that have a deadline."""
     shifted: dict[str, Shifted] = {}
     """Of those, whose watts follow a forecast."""
+    heard: Heard = Heard()
+    """What jobs have said of their progress, where models are made better by that."""
     pending: tuple[Request, ...] = ()
     """Evictions that the freeze law asked for in the last tick."""
     version: int = 0
@@ -201,7 +204,9 @@ def decide(
     has_budget = bool(spec.power.budget or snapshot.power_share)
     power = allowance(state.power, snapshot, spec.power)
     drew = watched(state.drew, snapshot) if has_budget or snapshot.power_ahead else {}
-    caps = budgeted(power_caps(snapshot), snapshot, spec.power, power, needs(drew, now), state.progress, state.shifted)
+    said = heard(state.heard, snapshot) if spec.power.refine else state.heard
+    known_jobs = Known(state.progress, state.shifted, said)
+    caps = budgeted(power_caps(snapshot), snapshot, better(spec.power, said), power, needs(drew, now), known_jobs)
     following = msgspec.structs.replace(
         state,
         **{name: d.state for name, d in decisions.items() if not (off and name in ("cpu", "gpu"))},
@@ -210,6 +215,7 @@ def decide(
         drew=drew,
         progress=caps.progress,
         shifted=caps.shifted,
+        heard=said,
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]

@@ -261,6 +261,10 @@ class PowerPolicy(Spec, frozen=True):
     models: tuple[PowerModel, ...] = ()
     """Of classes of jobs: who hardly feels a cap gives watts to who does. Of others the time is taken to grow as the
     cap falls."""
+    refine: bool = False
+    """Whether models are made better by what running jobs of their class say of their progress."""
+    explore: bool = False
+    """Whether such jobs are held to a tenth less for one minute of ten, as far as they have time to spare."""
     curve: tuple[NodePowerPoint, ...] = ()
     """What a node draws by how busy its CPUs are, for gangs that go where that costs the least watts; empty: as the
     CPUs' own meter (RAPL) says, once that has been learnt."""

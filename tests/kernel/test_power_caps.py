@@ -415,6 +415,45 @@ def test_s2_8_a_job_with_a_deadline_has_its_watts_when_the_forecast_is_low(node,
     assert wait_for(lambda: limits(fake)[0] > 200, 60), reasons(running)
 
 
+TELLS = """
+import subprocess, sys, time
+from colocate.fakecard.client import Device
+device, done, told = Device(sys.argv[1]), 0, time.monotonic()
+print("on the card", flush=True)
+while True:
+    device.launch(20, 5e6)
+    device.sync()
+    done += 1
+    if time.monotonic() - told >= 5.5:
+        told = time.monotonic()
+        subprocess.run([*sys.argv[2:], "progress", str(done / 10000)], check=True)
+"""
+
+
+@pytest.mark.slow
+def test_s2_8_what_jobs_say_of_their_progress_makes_their_model_better(node, agent, cards, job, dirs):
+    """The policy thinks that ncf hardly feels a cap; a job of that class does, as the simulated card has it."""
+    fake = cards("--cards", "1")
+    running = agent(more=BUDGET.format(library=fake.library, budget=300) + "\n    refine: true")
+    assert ready(running)
+    begun(job("tells", fake, 300, sys.executable, "-P", "-c", TELLS, str(fake.folder), *CLI, named="ncf"))
+
+    def known():
+        asked = subprocess.run([*CLI, "power", "models", "-o", "json"], capture_output=True, check=True)
+        data = json.loads(asked.stdout)
+        at = [one["name"] for one in data["heard"]].index("ncf")
+        return data["models"][at]["points"][0]["slowdown"], data["heard"][at]
+
+    time.sleep(25)
+    running.config.write_text(running.config.read_text().replace("budget: 300", "budget: 120"))
+    assert wait_for(lambda: known()[1]["seconds"][0] > 10, 90), running.ask("explain")["laws"]["heard"]
+    slowdown, about = known()
+    assert about["jobs"] == 1
+    assert about["policy"][0] == 0.02 < slowdown, "half a minute moves it a little"
+    running.stop()
+    assert (dirs / "state" / "power-classes.json").exists()
+
+
 SURGES = """
 "$@" --share 0.05 & calm=$!
 while [ ! -e "$NOW" ]; do sleep 0.1; done

@@ -22,6 +22,7 @@ from colocate.cgroup.tree import Tree, has_ended, start_time
 from colocate.cluster.api import MAX_SLOWDOWN
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
+from colocate.decide.node_budget import Known
 from colocate.decide.node_budget import budgeted as with_budget
 from colocate.errors import BadInput, ConfigError
 from colocate.nri import Container, Limits, Pod, Refused
@@ -144,7 +145,7 @@ def budgeted(
     snapshot = replace(snapshot, workloads=named)
     policy = PowerPolicy(budget=budget, models=models)
     found = with_budget(
-        power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough, {}, {}
+        power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), enough, Known()
     ).capped
     about: Any = next((v for v in found.verdicts if v.subject == "node"), None)
     return strictest_of(found.caps), about

@@ -16,7 +16,7 @@ from colocate.cluster.api import POWER_DEADLINE, POWER_WORK
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.deadlines import SPARE, Curve, Floor, Progress, floors, progressed
-from colocate.decide.node_budget import Budgeted, budgeted
+from colocate.decide.node_budget import Budgeted, Known, budgeted
 from colocate.decide.power_jobs import STEP_WATTS
 from colocate.objects import ObjectMeta, Pod, PodSpec, PodStatus
 from colocate.policy.schema import PowerPolicy
@@ -116,7 +116,8 @@ def test_s2_8_a_pod_says_by_when_and_how_long(annotations: dict[str, str], expec
 
 def split(snapshot: NodeSnapshot, budget: int, progress: dict[str, Progress]) -> Budgeted:
     policy = PowerPolicy(budget=budget)
-    return budgeted(power_caps(snapshot), snapshot, policy, allowance(PowerState(), snapshot, policy), {}, progress, {})
+    power = allowance(PowerState(), snapshot, policy)
+    return budgeted(power_caps(snapshot), snapshot, policy, power, {}, Known(progress))
 
 
 def test_s2_8_the_other_gives_what_a_deadline_needs_and_is_told_why() -> None:

@@ -16,7 +16,7 @@ from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
 from colocate.decide.deadlines import MOST_STEP_SECONDS, Progress
 from colocate.decide.elastic import AGAIN_SECONDS, Shifted
-from colocate.decide.node_budget import Budgeted, budgeted
+from colocate.decide.node_budget import Budgeted, Known, budgeted
 from colocate.decide.power_jobs import STEP_WATTS
 from colocate.model.slots import Schedule, cheapest, envelope
 from colocate.observe.signal import SignalFile
@@ -114,7 +114,7 @@ def caps_at(
     before: dict[str, Shifted] | None = None,
 ) -> Budgeted:
     power = allowance(PowerState(), snapshot, policy)
-    return budgeted(power_caps(snapshot), snapshot, policy, power, {}, progress or {}, before or {})
+    return budgeted(power_caps(snapshot), snapshot, policy, power, {}, Known(progress or {}, before or {}))
 
 
 DEAR, CHEAP = ((0.0, 500.0), (HOUR, 100.0)), ((0.0, 100.0), (HOUR, 500.0))

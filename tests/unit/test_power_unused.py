@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.caps import power_caps
+from colocate.decide.node_budget import Known
 from colocate.decide.node_budget import budgeted as with_budget
 from colocate.decide.unused import MARGIN, NEAR, WINDOW_SECONDS, Drew, needs, watched
 from colocate.policy.schema import PowerPolicy
@@ -81,7 +82,7 @@ class Cards:
         snapshot = two(self.now, *on)
         self._known = watched(self._known, snapshot)
         state = allowance(PowerState(), snapshot, POLICY)
-        found = with_budget(power_caps(snapshot), snapshot, POLICY, state, needs(self._known, self.now), {}, {}).capped
+        found = with_budget(power_caps(snapshot), snapshot, POLICY, state, needs(self._known, self.now), Known()).capped
         wanted = {u: w for u, w in strictest_of(found.caps).items() if w is not None}
         falls = {u: w for u, w in wanted.items() if w < self.limits[u]}
         self.limits |= falls or wanted

@@ -1,0 +1,186 @@
+"""Models of classes of jobs are made better by what running jobs say of their progress (`colocate progress`).
+
+Between two of its words a job did so much under one limit, if that was in force all the while and nothing of it was
+stopped. Several limits come by themselves where budgets, signals and deadlines move them. Where the policy lets jobs be
+tried, one that has time to spare is also held to a little less for a minute of every ten: as far as what it may lose
+(`--max-slowdown`) or its deadline lets it, by the model as it is known, never beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import msgspec
+import numpy as np
+
+from colocate.decide.caps import whole_up
+from colocate.decide.deadlines import SPARE, Curve, Progress, limits_of
+from colocate.decide.power_jobs import STEP_WATTS, Job
+from colocate.model.refine import Did, refined
+from colocate.policy.schema import PowerModel, PowerPoint, PowerPolicy
+from colocate.snapshot import NodeSnapshot, Workload
+
+LEAST_SECONDS = 5.0
+"""Between two words of a job: of less, their own delay is too much of it."""
+FRESH_SECONDS = 3.0
+"""So old a word is when it is first seen, at most."""
+BIN_WATTS = 5.0
+MOST_JOBS = 64
+"""So many that said something last are remembered."""
+TRY_SECONDS, TRY_EVERY = 60.0, 10
+"""For so long a job is tried, one of so many such times."""
+TRY_STEP = 0.1
+"""By such a share of what it asks for."""
+
+
+class Saying(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Since a job's last word."""
+
+    at_seconds: float
+    ratio: float
+    watts: float | None = None
+    """The limit in force on its cards since then; None: it was another meanwhile, or it stood still."""
+    every_seconds: float = 0.0
+    """So long it was since the word before; 0: there was none."""
+
+
+class Ran(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a job of a class has done so far."""
+
+    class_: str
+    did: tuple[Did, ...] = ()
+
+
+class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What jobs have said."""
+
+    saying: dict[str, Saying] = {}
+    ran: dict[str, Ran] = {}
+    """The latest last; by the job's id and start, so that another job of its name is another."""
+
+
+def heard(known: Heard, snapshot: NodeSnapshot) -> Heard:
+    """With what the jobs of this tick have said."""
+    saying, ran, limits = dict[str, Saying](), dict(known.ran), limits_of(snapshot)
+    for id_, workload in snapshot.workloads.items():
+        if not workload.power_class or workload.done_ratio is None:
+            continue
+        stands = workload.frozen or workload.gang_held
+        limit = None if stands else limits.get(id_)
+        before, at = known.saying.get(id_), workload.done_at_seconds
+        if before is not None and at == before.at_seconds:
+            saying[id_] = before if _in_force(before, limit) else msgspec.structs.replace(before, watts=None)
+            continue
+        if snapshot.monotonic_seconds - at > FRESH_SECONDS:
+            limit = None  # it was said to an agent before this one: what was in force since then nobody knows
+        if before is None or at < before.at_seconds:
+            saying[id_] = Saying(at, workload.done_ratio, limit)
+            continue
+        seconds, work = at - before.at_seconds, workload.done_ratio - before.ratio
+        if before.watts is not None and _in_force(before, limit) and work > 0.0 and seconds >= LEAST_SECONDS:
+            key = f"{id_} {workload.started_seconds:.3f}"
+            ran[key] = _more(ran.pop(key, Ran(workload.power_class)), Did(before.watts, work, seconds))
+        saying[id_] = Saying(at, workload.done_ratio, limit, seconds)
+    for key in list(ran)[: max(len(ran) - MOST_JOBS, 0)]:
+        del ran[key]
+    return Heard(saying, ran)
+
+
+def _in_force(saying: Saying, limit: float | None) -> bool:
+    return saying.watts is not None and limit is not None and abs(saying.watts - limit) < 1.0
+
+
+def _more(ran: Ran, did: Did) -> Ran:
+    watts = BIN_WATTS * round(did.watts / BIN_WATTS)
+    by_watts = {one.watts: one for one in ran.did}
+    one = by_watts.get(watts, Did(watts, 0.0, 0.0))
+    by_watts[watts] = Did(watts, one.work + did.work, one.seconds + did.seconds)
+    return msgspec.structs.replace(ran, did=tuple(sorted(by_watts.values())))
+
+
+def better(policy: PowerPolicy, known: Heard) -> PowerPolicy:
+    """The policy with its models as the jobs that ran tell of them; itself where they are not to be refined."""
+    if not policy.refine or not known.ran:
+        return policy
+    models = _better(policy.models, tuple((one.class_, one.did) for one in known.ran.values()))
+    return msgspec.structs.replace(policy, models=models)
+
+
+class Known(msgspec.Struct, frozen=True):
+    """A class, and how well it is known."""
+
+    name: str
+    points: tuple[PowerPoint, ...]
+    """As they are used, with what jobs said."""
+    policy: tuple[float, ...]
+    """The slowdowns that the policy has at these caps."""
+    jobs: int
+    """How many ran under more than one cap, and have said what they did."""
+    seconds: tuple[float, ...]
+    """Of these at each cap, or near it."""
+
+
+def known_classes(policy: PowerPolicy, known: Heard) -> list[Known]:
+    """Every class of the policy."""
+    found = []
+    for before, after in zip(policy.models, better(policy, known).models, strict=True):
+        told = [ran.did for ran in known.ran.values() if ran.class_ == before.name and len(ran.did) > 1]
+        watts, slowdowns = np.array([(p.watts, p.slowdown) for p in before.points], dtype=np.float64).T
+        _, seconds = refined(watts, slowdowns, told)
+        rounded = tuple(round(float(each), 1) for each in seconds)
+        found.append(Known(before.name, after.points, tuple(slowdowns.tolist()), len(told), rounded))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _better(models: tuple[PowerModel, ...], ran: tuple[tuple[str, tuple[Did, ...]], ...]) -> tuple[PowerModel, ...]:
+    found = []
+    for model in models:
+        jobs = [did for class_, did in ran if class_ == model.name]
+        watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
+        after, _ = refined(watts, slowdowns, jobs)
+        points = tuple(
+            PowerPoint(point.watts, round(float(s), 4)) for point, s in zip(model.points, after, strict=True)
+        )
+        found.append(msgspec.structs.replace(model, points=points))
+    return tuple(found)
+
+
+def tried(
+    known: Heard,
+    snapshot: NodeSnapshot,
+    policy: PowerPolicy,
+    jobs: list[Job],
+    curves: Mapping[str, Curve],
+    done: Mapping[str, Progress],
+) -> dict[str, float]:
+    """Of the jobs that are held to less for a minute, so that their class's curve is better known: the watts of each
+    of their cards."""
+    if not policy.refine or not policy.explore:
+        return {}
+    found = {}
+    now = snapshot.monotonic_seconds
+    for job in jobs:
+        workload, saying = snapshot.workloads.get(job.workload), known.saying.get(job.workload)
+        if workload is None or saying is None or not LEAST_SECONDS <= saying.every_seconds <= TRY_SECONDS / 3.0:
+            continue
+        if int((now - workload.started_seconds) // TRY_SECONDS) % TRY_EVERY != TRY_EVERY - 1:
+            continue
+        watts = max(whole_up((1.0 - TRY_STEP) * job.watts, STEP_WATTS), job.least)
+        slower = float(np.interp(watts, *curves[job.workload])) / TRY_EVERY
+        if watts < job.watts and slower <= _may_lose(workload, job, policy, done.get(job.workload), now):
+            found[job.workload] = watts
+    return found
+
+
+def _may_lose(workload: Workload, job: Job, policy: PowerPolicy, done: Progress | None, now: float) -> float:
+    """By how much longer it may take than with what it has."""
+    if workload.due_seconds is not None and workload.work_seconds is not None and done is not None:
+        left = workload.work_seconds - done.done_seconds
+        return SPARE * (workload.due_seconds - now) / left - 1.0 if left > 0.0 else 0.0
+    model = next((m for m in policy.models if m.name == workload.power_class), None)
+    if workload.max_slowdown is None or model is None:
+        return 0.0
+    points = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
+    return (1.0 + workload.max_slowdown) / (1.0 + float(np.interp(job.watts, *points))) - 1.0
