@@ -83,6 +83,8 @@ class PowerCap(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     workload: str
     path: str
     """Its cgroup: once that is empty, what was found is put back."""
+    unboosted: float | None = None
+    """What it asked for, where it has more: the rest is lent. None: it has no more than that."""
 
 
 class Action(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -30,6 +30,8 @@ AGAIN_SECONDS, LIFT_AGAIN_SECONDS = 60.0, 2.0
 """A cap that could not be set is tried again then; one that could not be lifted, for somebody is slowed by it."""
 IN_FORCE_SECONDS, LOOK_SECONDS = 0.5, 0.005
 """For so long a driver may take to enforce what it has taken."""
+LENDS_AGAIN_SECONDS = 5.0
+"""After watts were taken back for somebody who starts: he is in the plan by then."""
 COMES_SECONDS = 10.0
 """For so long a workload may take to be there after its cap was set."""
 WARM = "warm"
@@ -59,8 +61,10 @@ class _Limit:
 class _Owner:
     """A cgroup for which a card is limited."""
 
-    def __init__(self, value: str) -> None:
+    def __init__(self, value: str, own: str | None = None) -> None:
         self.value, self.since = value, time.monotonic()
+        self.own = own
+        """What it asked for, where it is lent more."""
         self.came = False
         """Whether anybody has been there."""
 
@@ -84,6 +88,8 @@ class Caps:
         """Card -> the cgroups whose cap somebody else has changed, and what was read then."""
         self._locks: dict[str, threading.Lock] = {}
         self._workers: Workers[None] = Workers()
+        self._lends_after = 0.0
+        """Until then nobody has more than he asked for; monotonic."""
         self._warm = shadow
 
     def act(self, plan: Plan, snapshot: NodeSnapshot) -> None:
@@ -97,12 +103,7 @@ class Caps:
         if takes_limits and not self._warm:
             self._warm = True
             self._workers.submit(WARM, partial(self._start, takes_limits))
-        lifted, wishes = set[str](), dict[str, dict[str, str]]()
-        for cap in plan.caps:
-            if isinstance(cap.target, GpuTarget) and cap.watts is None:
-                lifted.add(cap.target.uuid)
-            elif isinstance(cap.target, GpuTarget) and cap.watts is not None:
-                wishes.setdefault(cap.target.uuid, {})[cap.path] = milliwatts(cap.watts)
+        lifted, wishes, own = self._wishes(plan, now)
         limits = dict(self._limits)  # workers change it meanwhile
         for limit in limits.values():
             for path, owner in dict(limit.owners).items():
@@ -115,10 +116,25 @@ class Caps:
                 continue
             wanted, lift = wishes.get(uuid, {}), uuid in lifted
             if self._differs(uuid, wanted, lift, snapshot):
-                self._workers.submit(uuid, partial(self._try, uuid, wanted, lift=lift))
+                self._workers.submit(uuid, partial(self._try, uuid, wanted, lift=lift, own=own.get(uuid)))
         for uuid, (paths, _) in dict(self._theirs).items():
             if uuid not in wishes and not any(map(self._occupied, paths)):
                 self._theirs.pop(uuid, None)
+
+    def _wishes(self, plan: Plan, now: float) -> tuple[set[str], dict[str, dict[str, str]], dict[str, str]]:
+        """The cards whose cap is to be lifted; what each cgroup is to have of each card; and what was asked for of
+        those of which more is lent."""
+        lifted, wishes, own = set[str](), dict[str, dict[str, str]](), dict[str, str]()
+        for cap in plan.caps:
+            if isinstance(cap.target, GpuTarget) and cap.watts is None:
+                lifted.add(cap.target.uuid)
+            elif isinstance(cap.target, GpuTarget) and cap.watts is not None:
+                lends = cap.unboosted is not None and now >= self._lends_after
+                watts = cap.watts if cap.unboosted is None or lends else cap.unboosted
+                wishes.setdefault(cap.target.uuid, {})[cap.path] = milliwatts(watts)
+                if lends and cap.unboosted is not None:
+                    own[cap.target.uuid] = milliwatts(cap.unboosted)
+        return lifted, wishes, own
 
     def _falls(self, uuid: str, wishes: dict[str, str]) -> bool:
         """Whether a card is to draw less than it may by now."""
@@ -206,16 +222,36 @@ class Caps:
         finally:
             lock.release()
 
-    def _try(self, uuid: str, wishes: dict[str, str], *, lift: bool = False) -> None:
+    def take_back(self, deadline: float) -> None:
+        """Lower every card to which more is lent than was asked for, for somebody who starts; nothing more is lent for
+        a while. Raises DriverFailed, JournalBroken."""
+        self._lends_after = time.monotonic() + LENDS_AGAIN_SECONDS
+        for uuid, limit in dict(self._limits).items():
+            lent = {path: owner.own for path, owner in dict(limit.owners).items() if owner.own is not None}
+            if lent:
+                with self._lock(uuid, max(deadline - time.monotonic(), 0.0)):
+                    self._settle(uuid, {path: own for path, own in lent.items() if own}, deadline=deadline)
+
+    def _try(self, uuid: str, wishes: dict[str, str], *, lift: bool = False, own: str | None = None) -> None:
         try:
             with self._lock(uuid, AGAIN_SECONDS):
-                self._settle(uuid, wishes, lift=lift)
+                if own is not None and time.monotonic() < self._lends_after:
+                    return  # it was taken back meanwhile
+                self._settle(uuid, wishes, lift=lift, own=own)
             self._refused.pop(uuid, None)
         except (DriverFailed, JournalBroken, OSError) as error:
             self._refused[uuid] = time.monotonic(), str(error)
             log.warning("power_not_capped", card=uuid, why=str(error))
 
-    def _settle(self, uuid: str, wishes: dict[str, str], *, lift: bool = False, deadline: float = math.inf) -> None:
+    def _settle(
+        self,
+        uuid: str,
+        wishes: dict[str, str],
+        *,
+        lift: bool = False,
+        deadline: float = math.inf,
+        own: str | None = None,
+    ) -> None:
         """These wishes too, without those of whom nobody is left; what was found, once there is none."""
         now = self._driver.setting("get_power_limit", seconds=left_until(deadline), uuid=uuid)
         limit = self._limits.get(uuid)
@@ -228,7 +264,7 @@ class Caps:
         limit = limit or _Limit(now)
         stay = {p: o for p, o in limit.owners.items() if p not in wishes and not lift and self._needed(p, o)}
         kept = {p: o for p, o in limit.owners.items() if p in wishes and o.value == wishes[p]}
-        fresh = {path: _Owner(value) for path, value in wishes.items() if path not in kept}
+        fresh = {path: _Owner(value, own) for path, value in wishes.items() if path not in kept}
         if fresh:
             self._journal.add(*(self._entry(uuid, limit.found, path, owner) for path, owner in fresh.items()))
         limit.owners = {**stay, **kept, **fresh}

@@ -215,6 +215,8 @@ class Watts:
                 raise BadInput(f"GPU {card.index}: {verdict.message}")
             wishes += [(uuid, cap.watts) for cap in found if cap.workload == mine.workload]
         deadline = time.monotonic() + START_SECONDS
+        if snapshot.power_share or self._allowed():
+            cards.caps.take_back(deadline)
         with self._within_budget(cards, snapshot, mine.path, {uuid: watts or 0.0 for uuid, watts in wishes}):
             lowered = cards.caps.limits() if self._allowed() or snapshot.power_share else {}
             for uuid, watts in wishes:  # only once all of them may be, and none above what a budget leaves it by now

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from colocate.decide.allowance import PowerState
+from colocate.decide.boost import Boosted, boosted
 from colocate.decide.caps import LAW, Capped, whole_up
 from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
 from colocate.decide.elastic import Shifted, shifted
@@ -41,6 +42,7 @@ class Known(NamedTuple):
     """Of those that have a deadline, as `shifted`."""
     shifted: Mapping[str, Shifted] = {}
     heard: Heard = Heard()
+    boosted: Mapping[str, Boosted] = {}
 
 
 class Budgeted(NamedTuple):
@@ -49,6 +51,7 @@ class Budgeted(NamedTuple):
     capped: Capped
     progress: dict[str, Progress]
     shifted: dict[str, Shifted]
+    boosted: dict[str, Boosted]
     needs: PowerNeeds | None
     """How much who asks for watts would feel less of them, for a budget of several nodes; None: nobody asks."""
 
@@ -92,8 +95,34 @@ def budgeted(
     if kept != asked:
         curves = curves_of(kept, snapshot, policy.models)
     capped = _moved(capped, asked, jobs, later, snapshot)
-    found = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
-    return Budgeted(found, done, later, _needs(kept, curves))
+    found, spare = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
+    more: dict[str, Boosted] = {}
+    if policy.boost and spare is not None:
+        whole = [job for job in asked if job.workload not in moved or moved[job.workload] >= job.watts]
+        more = boosted(known.boosted, whole, found, snapshot, policy, spare)
+        found = _raised(found, whole, more)
+    return Budgeted(found, done, later, more, _needs(kept, curves))
+
+
+def _raised(capped: Capped, jobs: list[Job], more: Mapping[str, Boosted]) -> Capped:
+    """The same with what is lent to jobs."""
+    raised = {job.workload: more[job.workload].watts for job in jobs if job.workload in more}
+    raised = {job.workload: raised[job.workload] for job in jobs if raised.get(job.workload, 0.0) > job.watts}
+    by_card = {uuid: raised[job.workload] for job in jobs if job.workload in raised for uuid in job.cards}
+    if not by_card:
+        return capped
+    caps, verdicts = list(capped.caps), list(capped.verdicts)
+    for i, cap in enumerate(caps):
+        if isinstance(cap.target, GpuTarget) and cap.target.uuid in by_card and cap.watts is not None:
+            caps[i] = msgspec.structs.replace(cap, watts=by_card[cap.target.uuid], unboosted=cap.watts)
+    for i, verdict in enumerate(verdicts):
+        watts = by_card.get(verdict.subject)
+        if watts is not None:
+            message = f"{verdict.message}; it is lent {watts:g} W of the budget while it draws them and nobody asks"
+            verdicts[i] = msgspec.structs.replace(
+                verdict, state="open", reason="Boosted", message=message, numbers={"cap_watts": watts}
+            )
+    return Capped(tuple(caps), tuple(verdicts))
 
 
 def _moved(
@@ -131,12 +160,12 @@ def _within(
     policy: PowerPolicy,
     power: PowerState,
     floored: Mapping[str, Floor],
-) -> Capped:
+) -> tuple[Capped, float | None]:
     """By `kept`, which keep deadlines and whose `curves` these are, or where there is not enough for that by the
-    `plain` ones."""
+    `plain` ones; and the watts that are left where everybody has what he asks for, None where there is no budget."""
     share, jobs = snapshot.power_share, kept
     if not policy.budget and not share:
-        return capped
+        return capped, None
     mine = {uuid for job in jobs for uuid in job.cards}
     others = whole_up(others_watts(snapshot.cards, mine), STEP_WATTS)
     asked = sum(len(job.cards) * job.watts for job in jobs)
@@ -154,7 +183,7 @@ def _within(
         said = f"{asked:g} W are asked for, and {others:g} W go to other cards, of {of}"
         said += _deadlines(floored, snapshot, {})
         reason = "WithinBudget" if fits else "BudgetTooSmall"
-        return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers)))
+        return capped._replace(verdicts=(*capped.verdicts, _said("open", reason, said, numbers))), left - asked
     if not _fit(jobs, left):  # who is late anyhow takes nobody else's time
         jobs = [one if floored.get(one.workload, NONE).late else job for one, job in zip(plain, kept, strict=True)]
     if not _fit(jobs, left):
@@ -172,7 +201,7 @@ def _within(
     seen = {uuid: job.enough for job in jobs for uuid in job.cards if job.enough < job.watts}
     caps = tuple(_lowered(cap, by_card) for cap in capped.caps)
     verdicts = tuple(_told(v, by_card, of, seen) for v in capped.verdicts)
-    return Capped(caps, (*verdicts, verdict))
+    return Capped(caps, (*verdicts, verdict)), 0.0
 
 
 NONE = Floor(0.0, False)

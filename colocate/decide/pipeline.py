@@ -14,6 +14,7 @@ import msgspec
 from colocate.calibration import Calibration
 from colocate.decide.allocatable import AllocatableState, decide_allocatable
 from colocate.decide.allowance import PowerState, allowance
+from colocate.decide.boost import Boosted
 from colocate.decide.caps import power_caps
 from colocate.decide.cards import CardsState, decide_cards
 from colocate.decide.cpu import CpuState, decide_cpu
@@ -67,6 +68,8 @@ class LawState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Of workloads that have a deadline."""
     shifted: dict[str, Shifted] = {}
     """Of those, whose watts follow a forecast."""
+    boosted: dict[str, Boosted] = {}
+    """Of jobs that are bound by power."""
     heard: Heard = Heard()
     """What jobs have said of their progress, where models are made better by that."""
     pending: tuple[Request, ...] = ()
@@ -205,7 +208,7 @@ def decide(
     power = allowance(state.power, snapshot, spec.power)
     drew = watched(state.drew, snapshot) if has_budget or snapshot.power_ahead else {}
     said = heard(state.heard, snapshot) if spec.power.refine else state.heard
-    known_jobs = Known(state.progress, state.shifted, said)
+    known_jobs = Known(state.progress, state.shifted, said, state.boosted)
     caps = budgeted(power_caps(snapshot), snapshot, better(spec.power, said), power, needs(drew, now), known_jobs)
     following = msgspec.structs.replace(
         state,
@@ -216,6 +219,7 @@ def decide(
         progress=caps.progress,
         shifted=caps.shifted,
         heard=said,
+        boosted=caps.boosted,
         pending=tuple(r for r in decisions["freeze"].requests if r.verb == "evict"),
     )
     looks = [d.look_again_seconds for d in decisions.values() if d.look_again_seconds is not None]

@@ -256,6 +256,9 @@ class PowerPolicy(Spec, frozen=True):
     """Whether that meter's energy is divided among containers and jobs, and served under Kepler's names."""
     oversubscribe: Percent = 0.0
     """By so much more than `budget` the limits of the GPUs may add up to, as long as what they draw leaves room."""
+    boost: Percent = 0.0
+    """By so much more than it asks for a job may have, while the node's `budget` has watts left and they make it
+    faster."""
     signal: SignalPolicy = SignalPolicy()
     """When the budget is to be less, by carbon intensity or price."""
     models: tuple[PowerModel, ...] = ()

@@ -415,6 +415,23 @@ def test_s2_8_a_job_with_a_deadline_has_its_watts_when_the_forecast_is_low(node,
     assert wait_for(lambda: limits(fake)[0] > 200, 60), reasons(running)
 
 
+def test_s2_8_watts_that_are_left_are_lent_and_taken_back_for_whoever_starts(node, agent, cards, job):
+    fake = cards("--cards", "2")
+    running = agent(more=BUDGET.format(library=fake.library, budget=445) + "\n    boost: 50%")
+    assert ready(running, 2)
+    begun(job("one", fake, 200, *on(fake, "trainer"), named="bert"))
+    assert wait_for(lambda: limits(fake)[0] > 230, 30), reasons(running)
+    assert reasons(running)[0] == "Boosted"
+    begun(job("two", fake, 200, *on(fake, "trainer", "--card", "1"), cards=(1,), named="ncf"))
+    assert limits(fake) == [200, 200], "taken back before the other started"
+    seen, until = [], time.monotonic() + PATIENCE * 30
+    while (not seen or seen[-1][0] <= 230) and time.monotonic() < until:
+        seen.append(limits(fake))
+        time.sleep(0.02)
+    assert seen[-1][0] > 230, "what is left is lent again"
+    assert max(map(sum, seen)) <= 445
+
+
 TELLS = """
 import subprocess, sys, time
 from colocate.fakecard.client import Device

@@ -318,6 +318,9 @@ class FakeCaps:
     def ended(self, path: str) -> None:
         """Nobody comes there any more."""
 
+    def take_back(self, _deadline: float) -> None:
+        """Nothing is lent."""
+
     def set_now(self, uuid: str, watts: float, path: str, _deadline: float) -> None:
         if self.why == "crash":
             raise RuntimeError(self.why)
