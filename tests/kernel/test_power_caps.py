@@ -424,7 +424,8 @@ def test_s2_8_watts_that_are_left_are_lent_and_taken_back_for_whoever_starts(nod
     assert reasons(running)[0] == "Boosted"
     begun(job("two", fake, 200, *on(fake, "trainer", "--card", "1"), cards=(1,), named="ncf"))
     assert limits(fake) == [200, 200], "taken back before the other started"
-    seen, until = [], time.monotonic() + PATIENCE * 30
+    seen: list[list[int]] = []
+    until = time.monotonic() + PATIENCE * 30
     while (not seen or seen[-1][0] <= 230) and time.monotonic() < until:
         seen.append(limits(fake))
         time.sleep(0.02)
