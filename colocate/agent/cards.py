@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import msgspec
@@ -22,8 +22,11 @@ from colocate.actuate.holds import Holds
 from colocate.actuate.preemption import Preemption
 from colocate.actuate.writer import ENDS, Care
 from colocate.cgroup.port import FilePort
+from colocate.cgroup.tree import Tree
 from colocate.observe.busy import LOOK_SECONDS, Busy, watched
 from colocate.observe.busy import Verdict as Sense
+from colocate.observe.card_energy import CardEnergy, CardReading, Ran
+from colocate.observe.containers import consumer_of
 from colocate.observe.nvml import Cards, NvmlSilent, Worker
 from colocate.observe.workloads import Target
 from colocate.plan import Plan, Pulse
@@ -51,14 +54,15 @@ SWITCH_SECONDS = 0.0005
 class NodeCards:
     """What joins readings, sensors and the hand."""
 
-    def __init__(self, port: FilePort, cards: Cards, holds: Holds, caps: Caps) -> None:
+    def __init__(self, port: FilePort, cards: Cards, holds: Holds, caps: Caps, tree: Callable[[], Tree]) -> None:
         sys.setswitchinterval(SWITCH_SECONDS)  # the hand takes the interpreter from a tick after each of its calls
         self.cards, self.holds, self.caps = cards, holds, caps
+        self.energy = CardEnergy()
         self.allotted: dict[str, tuple[str, ...]] = {}
         """Of each workload that was given cards before it started, their UUIDs or indices."""
         self.busy = Busy(port)
         self.hand = Hand(self.busy, self._measure)
-        self._port = port
+        self._port, self._tree = port, tree
         self._preemption = Preemption()
         self._uncounted: frozenset[str] = frozenset()
         """Cards without counters by which a drain is seen."""
@@ -97,6 +101,14 @@ class NodeCards:
             found[uuid] = msgspec.structs.replace(held, users=users, reaction_seconds=reacts)
         return found
 
+    def attribute(self, snapshot: NodeSnapshot) -> None:
+        """Count whose energy it was that the cards drew."""
+        readings, tree = [], self._tree()
+        for uuid, card in snapshot.cards.items():
+            ran = [Ran(consumer_of(path, tree), percent) for path, percent in self.cards.ran.get(uuid, ())]
+            readings.append(CardReading(uuid, card.at_seconds, card.watts, card.mig, ran))
+        self.energy.add(snapshot.monotonic_seconds, readings)
+
     def _user(self, id_: str, uuid: str, user: CardUser, verdicts: Mapping[str, Sense]) -> CardUser:
         found = verdicts.get(id_)
         user = msgspec.structs.replace(user, drains=self._drains.get((id_, uuid), ()))
@@ -111,6 +123,8 @@ class NodeCards:
     def act(self, plan: Plan, snapshot: NodeSnapshot, spec: PolicySpec, lent: set[str]) -> None:
         """Look at whom the plan goes by, and hand over what it grants; whatever goes wrong there ends no agent."""
         try:
+            if spec.power.attribution:
+                self.attribute(snapshot)
             self.watch(snapshot, spec)
             self.grant(plan, snapshot, lent, spec.tick)
             self.holds.act(plan, snapshot, self.cards.pids)

@@ -122,6 +122,7 @@ class Service:
             drifts=self._drifts,
             explanation=agent.explain,
             energy=power.energy.account if agent.policy.spec.power.attribution else Account(),
+            card_energy=agent.card_energy,
             pods=agent.observer.lister.pods,
             node=self._node or platform.node(),
         )

@@ -36,6 +36,7 @@ from colocate.errors import ColocateError, JournalBroken, StateTooOld
 from colocate.model.forecast import Forecast, ModelState, forecast
 from colocate.model.kernels import Kernels
 from colocate.model.state import from_builtins, to_builtins, without_times
+from colocate.observe.energy import Account
 from colocate.observe.latency import LatencyScraper
 from colocate.observe.longwaits import KNOWN_SECONDS, LongWaits
 from colocate.observe.node import has_amd, has_nvidia
@@ -200,11 +201,17 @@ class Agent:
         cards = Cards(self.port, gpu.nvml_library, nvidia=nvidia, amd=amd)
         holds = Holds(self.port, self.journal, self.state, gpu.nvml_library)
         caps = Caps(self.port, self.journal, Driver(gpu.nvml_library), gpu.nvml_library, shadow=self.shadow)
-        self._cards = NodeCards(self.port, cards, holds, caps)
+        self._cards = NodeCards(self.port, cards, holds, caps, lambda: self.observer.tree)
         for job in self.registry.jobs.values():
             if job.power_watts is not None:
                 self.watts.job_known(job.name, job.visible_gpus)
         self.observer.cards = self._cards.collect
+
+    @property
+    def card_energy(self) -> Account:
+        """Whose energy the GPUs' meters counted, where the policy wants that."""
+        wanted = self._cards is not None and self.policy.spec.power.attribution
+        return self._cards.energy.account if wanted and self._cards is not None else Account()
 
     def _on_cards(self) -> tuple[NodeCards | None, NodeSnapshot | None]:
         return self._cards, self.last.snapshot if self.last is not None else None

@@ -35,6 +35,23 @@ class Consumer(NamedTuple):
     """Where its directory's name tells it."""
 
 
+def consumer_of(path: str, tree: Tree) -> Consumer | None:
+    """Whose a process in this cgroup is; None where it is neither a container's nor a job's."""
+    in_tier = _below(path, tree.tier_path)
+    parts = in_tier or _below(path, tree.kubepods)
+    uid = next((found for part in parts if (found := pod_uid(part)) is not None), None)
+    if uid is not None:
+        of = next((match for part in reversed(parts) if (match := SCOPE.match(part)) is not None), None)
+        return None if of is None else Consumer(of[2], 0, "", uid, of[2], RUNTIMES.get(of[1] or "", ""))
+    return Consumer(f"job {in_tier[0]}", 0, job=in_tier[0]) if in_tier else None
+
+
+def _below(path: str, parent: str | None) -> list[str]:
+    """The parts of a path below another; none where it is not."""
+    start = f"{(parent or path).rstrip('/')}/"
+    return path.removeprefix(start).split("/") if path.startswith(start) else []
+
+
 def read_consumers(port: FilePort, tree: Tree) -> list[Consumer]:
     """All that are there now, and what each has used."""
     hierarchy = port.layout.hierarchy("cpuacct") or main_hierarchy(port)

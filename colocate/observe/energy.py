@@ -146,24 +146,24 @@ class Energy:
             for key, part in parts.by.items():
                 of, micro = by.setdefault(key, {}), int(1e6 * part.joules * share)
                 bounds = [None if each is None else each * share / seconds for each in (part.low, part.high)]
-                of[kind] = _more(of.get(kind), micro, seconds, *bounds)
+                of[kind] = more(of.get(kind), micro, seconds, *bounds)
                 worked += micro
             rest = min(int(1e6 * parts.others * share), total - worked)
             for of, micro in ((node, total), (idle_by, total - worked - rest), (active, worked + rest), (others, rest)):
-                of[kind] = _more(of.get(kind), micro, seconds)
+                of[kind] = more(of.get(kind), micro, seconds)
         who = dict(last.who) | {one.key: one for one in users.consumers}
-        ended = _ended(last.ended, who, shares, now.monotonic_seconds)
+        ended = ended_of(last.ended, who, shares, now.monotonic_seconds)
         gone = dict(last.gone)
         for key in [key for key in who if key not in shares]:
             by[key] = {kind: drawn.still() for kind, drawn in by.get(key, {}).items()}
             if key not in ended:
-                _forget(who.pop(key), by.pop(key), gone, others)
-        _tidy(gone, who, others)
+                forget(who.pop(key), by.pop(key), gone, others)
+        tidy(gone, who, others)
         self.account = Account(used, node, idle_by, active, others, gone, by, who, ended, _paths(now.zones))
         return True
 
 
-def _forget(one: Consumer, drawn: Mapping[str, Drawn], gone: Gone, others: dict[str, Drawn]) -> None:
+def forget(one: Consumer, drawn: Mapping[str, Drawn], gone: Gone, others: dict[str, Drawn]) -> None:
     """Its pod, or the next job of its name, goes on from what it drew: a counter must not fall."""
     about = (one.pod_uid, one.job)
     before = gone.get(about, {})
@@ -178,7 +178,7 @@ def _to_others(drawn: Mapping[str, Drawn], others: dict[str, Drawn]) -> None:
         others[kind] = msgspec.structs.replace(known, microjoules=known.microjoules + each.microjoules)
 
 
-def _tidy(gone: Gone, who: Mapping[str, Consumer], others: dict[str, Drawn]) -> None:
+def tidy(gone: Gone, who: Mapping[str, Consumer], others: dict[str, Drawn]) -> None:
     """Of pods that are no more nothing is kept, and of jobs' names not all."""
     uids = {one.pod_uid for one in who.values()}
     for about in [about for about in gone if about[0] and about[0] not in uids]:
@@ -216,14 +216,15 @@ def _paths(zones: Sequence[Zone]) -> dict[str, str]:
     return found
 
 
-def _more(
+def more(
     before: Drawn | None, microjoules: int, seconds: float, low: float | None = None, high: float | None = None
 ) -> Drawn:
+    """What was drawn before, and in a step that is over."""
     known = before.microjoules if before is not None else 0
     return Drawn(known + microjoules, microjoules / 1e6 / seconds, low, high)
 
 
-def _ended(
+def ended_of(
     known: Mapping[str, float], who: Mapping[str, Consumer], now: Mapping[str, float], at: float
 ) -> dict[str, float]:
     """Since when those who are no more have been so: the latest, and not for ever; but a pod that runs keeps what its

@@ -149,6 +149,8 @@ class Cards:
         self.driver = ""
         self.pids: dict[str, dict[int, int]] = {}
         """Of each workload, its processes on cards and when they started."""
+        self.ran: dict[str, list[tuple[str, int | None]]] = {}
+        """Of each card, the cgroups of the processes on it, and the share of time in which each one's kernels ran."""
         self.entries: dict[str, str] = {}
         """The policy's entry of each workload."""
         self._strange: dict[str, dict[tuple[int, int], float]] = {}
@@ -185,14 +187,15 @@ class Cards:
     def collect(self, targets: Iterable[Target]) -> dict[str, Card]:
         """The cards as they were read whole last, by UUID, with the workloads that are on them."""
         by_path = {t.path: t for t in targets if t.inodes}
-        self.pids, self.entries = {}, {t.id: t.entry or t.name for t in by_path.values()}
+        self.ran, self.pids, self.entries = {}, {}, {t.id: t.entry or t.name for t in by_path.values()}
         hierarchy = main_hierarchy(self._port)
         found = {}
         for now in self._found:
             if now["index"] not in self._good:
                 continue
             at, raw = self._good[now["index"]]
-            users, strange = self._users(raw["processes"], by_path, hierarchy)
+            self.ran[raw["uuid"]] = []
+            users, strange = self._users(raw["processes"], by_path, hierarchy, self.ran[raw["uuid"]])
             strangers = self._strangers(raw["uuid"], at, strange)
             memory = raw["memory"] or (None, None)
             found[raw["uuid"]] = Card(
@@ -224,7 +227,11 @@ class Cards:
         return found
 
     def _users(
-        self, processes: list[list[Any]], by_path: Mapping[str, Target], hierarchy: str
+        self,
+        processes: list[list[Any]],
+        by_path: Mapping[str, Target],
+        hierarchy: str,
+        ran: list[tuple[str, int | None]],
     ) -> tuple[dict[str, CardUser], set[tuple[int, int]]]:
         users: dict[str, CardUser] = {}
         strange = set()
@@ -232,6 +239,7 @@ class Cards:
             path = cgroup_of(self._port, pid, hierarchy)
             if path is None or start_time(self._port, pid) != started or has_ended(self._port, pid):
                 continue  # it has ended since, and the pid may be another's
+            ran.append((path, percent))
             while path not in by_path and path not in ("", "/"):
                 path = path.rpartition("/")[0]
             target = by_path.get(path)

@@ -4,56 +4,101 @@ dashboards and chargeback made for Kepler work: and beside them what Kepler does
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from colocate.observe.energy import Account, Drawn
 from colocate.observe.pods import Pod
+from colocate.snapshot import Card
 
-OF_NODE = ("zone", "path", "node_name")
-OF_CONTAINER = ("container_id", "container_name", "runtime", "state", "zone", "pod_id", "node_name")
-OF_POD = ("pod_id", "pod_name", "pod_namespace", "state", "zone", "node_name")
+OF_ZONE, OF_CARD = ("zone", "path", "node_name"), ("gpu", "gpu_uuid", "gpu_name", "vendor", "node_name")
 RUNNING, TERMINATED = "running", "terminated"
 Series = list[tuple[tuple[str, ...], Drawn]]
 """Values of labels, and what they are of."""
 
 
+class Meter(NamedTuple):
+    """What an account is of: Kepler has a label of the zone of CPUs, and none of GPUs, on whoever drew it."""
+
+    name: str
+    of_node: tuple[str, ...]
+    zones: bool
+
+    def labels(self, *names: str) -> tuple[str, ...]:
+        """Of containers, pods and jobs."""
+        return (*names, "zone", "node_name") if self.zones else (*names, "node_name")
+
+    def about(self, kind: str, node: str, *values: str) -> tuple[str, ...]:
+        """The values of these."""
+        return (*values, kind, node) if self.zones else (*values, node)
+
+
+CPU, GPU = Meter("cpu", OF_ZONE, True), Meter("gpu", OF_CARD, False)
+
+
 def energy_families(account: Account, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
-    """All families; none before anything was counted."""
+    """All families of the CPUs' meter; none before anything was counted."""
     if not account.node:
         return
     yield GaugeMetricFamily("kepler_node_cpu_usage_ratio", "Share of all CPU time that was used", account.used)
-    for name, text, drawn in (
-        ("kepler_node_cpu", "CPUs of the node", account.node),
-        ("kepler_node_cpu_idle", "CPUs of the node, doing nothing", account.idle),
-        ("kepler_node_cpu_active", "CPUs of the node, by their work", account.active),
-        ("colocate_node_cpu_others", "CPUs of the node, by work that is no container's nor job's", account.others),
+    yield from _of_node(account, CPU, lambda kind: (kind, account.paths.get(kind, ""), node))
+    yield from _of_consumers(account, CPU, pods, node)
+
+
+def card_families(account: Account, cards: Mapping[str, Card], pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
+    """The same of the GPUs' meters."""
+    if not account.node:
+        return
+
+    def about(uuid: str) -> tuple[str, ...]:
+        card = cards.get(uuid, Card(uuid=""))
+        index, vendor = (str(card.index), "amd" if card.file else "nvidia") if card.uuid else ("", "")
+        return (index, card.uuid, card.name, vendor, node)
+
+    info = GaugeMetricFamily("kepler_node_gpu_info", "A GPU of the node", labels=OF_CARD)
+    for uuid in cards:
+        info.add_metric(about(uuid), 1.0)
+    yield info
+    yield from _of_node(account, GPU, about)
+    yield from _of_consumers(account, GPU, pods, node)
+
+
+def _of_node(account: Account, meter: Meter, about: Callable[[str], tuple[str, ...]]) -> Iterator[Metric]:
+    name, what = meter.name, f"{meter.name.upper()}s of the node"
+    for full, text, drawn in (
+        (f"kepler_node_{name}", what, account.node),
+        (f"kepler_node_{name}_idle", f"{what}, doing nothing", account.idle),
+        (f"kepler_node_{name}_active", f"{what}, by their work", account.active),
+        (f"colocate_node_{name}_others", f"{what}, by work that is no container's nor job's", account.others),
     ):
-        labelled: Series = [((kind, account.paths.get(kind, ""), node), each) for kind, each in drawn.items()]
-        yield from _pair(name, text, OF_NODE, labelled)
-    yield from _of_containers(account, pods, node)
-    yield from _of_pods(account, pods, node)
+        yield from _pair(full, text, meter.of_node, _summed([(about(kind), each) for kind, each in drawn.items()]))
+
+
+def _of_consumers(account: Account, meter: Meter, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
+    yield from _of_containers(account, meter, pods, node)
+    yield from _of_pods(account, meter, pods, node)
     jobs: Series = [
-        ((who.job, _state(account, key), kind, node), each)
+        (meter.about(kind, node, who.job, _state(account, key)), each)
         for key, who in account.who.items()
         if who.job
         for kind, each in account.by.get(key, {}).items()
     ]
     jobs += [
-        ((name, TERMINATED, kind, node), Drawn(micro))
+        (meter.about(kind, node, name, TERMINATED), Drawn(micro))
         for (_, name), kinds in account.gone.items()
         if name
         for kind, micro in kinds.items()
     ]
-    yield from _pair("colocate_job_cpu", "A batch job", ("job", "state", "zone", "node_name"), _summed(jobs))
+    yield from _pair(f"colocate_job_{meter.name}", "A batch job", meter.labels("job", "state"), _summed(jobs))
 
 
 def _state(account: Account, key: str) -> str:
     return TERMINATED if key in account.ended else RUNNING
 
 
-def _of_containers(account: Account, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
+def _of_containers(account: Account, meter: Meter, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
     labelled: Series = []
     bounds: dict[tuple[str, ...], float] = {}
     for key, who in account.who.items():
@@ -61,14 +106,19 @@ def _of_containers(account: Account, pods: Mapping[str, Pod], node: str) -> Iter
             continue
         pod = pods.get(who.pod_uid)
         name = pod.containers.get(who.container_id, "") if pod is not None else ""
+        known = (who.container_id, name, who.runtime, _state(account, key))
         for kind, each in account.by.get(key, {}).items():
-            state = _state(account, key)
-            labelled.append(((who.container_id, name, who.runtime, state, kind, who.pod_uid, node), each))
+            zone = (kind,) if meter.zones else ()
+            labelled.append(((*known, *zone, who.pod_uid, node), each))
             for bound, value in (("low", each.low), ("high", each.high)):
                 if value is not None:
                     of_bound = (who.container_id, name, kind, who.pod_uid, bound, node)
                     bounds[of_bound] = bounds.get(of_bound, 0.0) + value
-    yield from _pair("kepler_container_cpu", "A container", OF_CONTAINER, _summed(labelled))
+    zone = ("zone",) if meter.zones else ()
+    labels = ("container_id", "container_name", "runtime", "state", *zone, "pod_id", "node_name")
+    yield from _pair(f"kepler_container_{meter.name}", "A container", labels, _summed(labelled))
+    if not meter.zones:
+        return
     family = GaugeMetricFamily(
         "colocate_container_cpu_watts_bound",
         "Between what a container's watts are, as the last and as the first who came to its node",
@@ -79,26 +129,24 @@ def _of_containers(account: Account, pods: Mapping[str, Pod], node: str) -> Iter
     yield family
 
 
-def _of_pods(account: Account, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
+def _of_pods(account: Account, meter: Meter, pods: Mapping[str, Pod], node: str) -> Iterator[Metric]:
     """A pod's is its containers'; it is terminated once none of them runs."""
     alive = {who.pod_uid for key, who in account.who.items() if key not in account.ended}
     labelled: Series = []
+    names: dict[str, tuple[str, ...]] = {}
     for key, who in account.who.items():
         if not who.pod_uid:
             continue
         pod = pods.get(who.pod_uid)
         name, namespace = (pod.name, pod.namespace) if pod is not None else ("", "")
-        state = RUNNING if who.pod_uid in alive else TERMINATED
+        names[who.pod_uid] = (who.pod_uid, name, namespace, RUNNING if who.pod_uid in alive else TERMINATED)
         for kind, each in account.by.get(key, {}).items():
-            labelled.append(((who.pod_uid, name, namespace, state, kind, node), each))
-    names = {labels[0]: labels for labels, _ in labelled}
+            labelled.append((meter.about(kind, node, *names[who.pod_uid]), each))
     for (uid, _), kinds in account.gone.items():
         if uid in names:
-            pod_id, pod_name, namespace, state = names[uid][:4]
-            labelled += [
-                ((pod_id, pod_name, namespace, state, kind, node), Drawn(micro)) for kind, micro in kinds.items()
-            ]
-    yield from _pair("kepler_pod_cpu", "A pod", OF_POD, _summed(labelled))
+            labelled += [(meter.about(kind, node, *names[uid]), Drawn(micro)) for kind, micro in kinds.items()]
+    labels = meter.labels("pod_id", "pod_name", "pod_namespace", "state")
+    yield from _pair(f"kepler_pod_{meter.name}", "A pod", labels, _summed(labelled))
 
 
 def _summed(labelled: Series) -> Series:

@@ -19,7 +19,7 @@ from colocate.model.forecast import Forecast
 from colocate.observe.energy import Account
 from colocate.observe.pods import Pod
 from colocate.plan import Plan
-from colocate.report.energy import energy_families
+from colocate.report.energy import card_families, energy_families
 from colocate.snapshot import NodeSnapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,6 +42,7 @@ class Status(NamedTuple):
     drifts: int
     explanation: Callable[[], dict[str, Any]]
     energy: Account = Account()
+    card_energy: Account = Account()
     pods: Mapping[str, Pod] = {}
     node: str = ""
 
@@ -74,6 +75,8 @@ class NodeCollector(Collector):
         if status.snapshot is not None and status.forecast is not None and status.plan is not None:
             yield from self._of_tick(status.snapshot, status.forecast, status.plan)
         yield from energy_families(status.energy, status.pods, status.node)
+        cards = status.snapshot.cards if status.snapshot is not None else {}
+        yield from card_families(status.card_energy, cards, status.pods, status.node)
 
     def _of_tick(self, snapshot: NodeSnapshot, forecast: Forecast, plan: Plan) -> Iterator[Metric]:
         node = GaugeMetricFamily("colocate_node_cpu_cores", "CPU use of the node by tier", labels=("tier",))

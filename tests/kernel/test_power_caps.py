@@ -10,14 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from colocate.actuate.journal import boot_id, read_entries
 from colocate.cgroup.tree import joined, processes_anywhere
 from colocate.jobs.client import EXIT_REFUSED
+from colocate.localcluster.controlplane import free_ports
 from tests.kernel.conftest import PATIENCE, tier_of, wait_for
 from tests.kernel.fake_cards import CLI, CLIENT, POLICY, end, line_of
+from tests.kernel.test_cpu_power import with_http
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the fake NVML needs a C compiler (cc)")
 FIRST_READING = """
@@ -431,6 +435,34 @@ def test_s2_8_watts_that_are_left_are_lent_and_taken_back_for_whoever_starts(nod
         time.sleep(0.02)
     assert seen[-1][0] > 230, "what is left is lent again"
     assert max(map(sum, seen)) <= 445
+
+
+def test_s2_8_the_energy_of_gpus_is_told_by_who_drew_it_and_sums_up(node, agent, cards, job, monkeypatch):
+    fake, port = cards("--cards", "2"), free_ports(1)[0]
+    monkeypatch.setattr("tests.kernel.conftest.POLICY", with_http(port))
+    running = agent(more=POLICY.format(fake.library) + "\n  power: {attribution: true}")
+    assert ready(running, 2)
+    time.sleep(3)  # what they draw while nobody is on them
+    begun(job("one", fake, 300, *on(fake, "trainer")))
+
+    def series():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return []
+        return [one for family in text_string_to_metric_families(text) for one in family.samples]
+
+    def joules(samples, name):
+        return sum(s.value for s in samples if s.name == f"{name}_joules_total")
+
+    assert wait_for(lambda: joules(series(), "colocate_job_gpu") > 1000, 60)
+    samples = series()
+    parts = ("colocate_job_gpu", "kepler_container_gpu", "kepler_node_gpu_idle", "colocate_node_gpu_others")
+    assert sum(joules(samples, part) for part in parts) == pytest.approx(joules(samples, "kepler_node_gpu"))
+    assert joules(samples, "colocate_node_gpu_others") < 0.2 * joules(samples, "colocate_job_gpu")
+    (watts,) = [s.value for s in samples if s.name == "colocate_job_gpu_watts"]
+    assert 150 < watts < 300, "what is beyond idle of one card under a trainer"
 
 
 TELLS = """
