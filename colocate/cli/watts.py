@@ -13,6 +13,7 @@ from colocate.cli.watch import ask_agent
 from colocate.decide.caps import LAW
 from colocate.decide.node_budget import NODE
 from colocate.errors import BadInput, HostUnfit
+from colocate.observe.hsmp import read_sockets
 from colocate.observe.node import has_nvidia
 from colocate.observe.powercap import Zone, counted, read_zones, watts
 
@@ -28,9 +29,10 @@ def status(options: argparse.Namespace) -> int:
     before, began = read_zones(root), time.monotonic()
     driver = bool(options.nvml_library) or has_nvidia()
     amd = _amd(Path(options.sysfs))
-    if not before and not driver and not amd:
+    sockets = read_sockets(Path(options.sysfs) / "class" / "hwmon")
+    if not before and not driver and not amd and not sockets:
         raise HostUnfit(
-            f"neither powercap zones ({root}) nor a driver of NVIDIA or AMD: nothing here tells of power",
+            f"neither powercap zones ({root}), nor AMD's HSMP, nor a driver of GPUs: nothing here tells of power",
             "modprobe intel_rapl_msr; in a container mount the host's /sys and name it with --sysfs; "
             "virtual machines have none",
         )
@@ -42,9 +44,8 @@ def status(options: argparse.Namespace) -> int:
     cards = [*(_gpus(options.nvml_library) if driver else []), *amd]
     cpus = counted(zones, drawn)
     if options.output in DATA_FORMS:
-        print_data(
-            {"zones": rows, "gpus": cards, "cpu_watts": None if cpus is None else round(cpus, 3)}, options.output
-        )
+        told = {"zones": rows, "sockets": [socket._asdict() for socket in sockets], "gpus": cards}
+        print_data({**told, "cpu_watts": None if cpus is None else round(cpus, 3)}, options.output)
         return 0
     lines = [
         (
@@ -55,6 +56,10 @@ def status(options: argparse.Namespace) -> int:
             row["note"],
         )
         for row in rows
+    ]
+    lines += [
+        (f"socket {s.index}", f"hsmp:{s.index}", _text(s.watts), _text(s.limit_watts), s.problem or _most(s.most_watts))
+        for s in sockets
     ]
     lines += [
         (f"GPU {g['index']} {g['name']}".strip(), g["uuid"], _text(g["watts"]), _text(g["limit_watts"]), g["note"])
@@ -162,6 +167,10 @@ def _limits(limits: list[dict[str, Any]]) -> str:
         most = "none" if limit["watts"] == 0 else _text(limit["watts"])
         said.append(f"{most}/{limit['window_seconds']:.3g}s" if limit["window_seconds"] else most)
     return ", ".join(said) or "-"
+
+
+def _most(watts: float | None) -> str:
+    return "" if watts is None else f"at most {_text(watts)} W can be set; its packages' zones may count the same"
 
 
 def _amd(sysfs: Path) -> list[dict[str, Any]]:

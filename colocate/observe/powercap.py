@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from colocate.observe.hsmp import DEVICE, drawn, read_sockets
+
 ROOT = Path("/sys/class/powercap")
 CONTROLS = ("intel-rapl", "intel-rapl-mmio")
 """In the order in which they are believed where two have the same zone; the first is AMD's too."""
@@ -134,10 +136,11 @@ def counted(zones: Sequence[Zone], drawn: Mapping[str, float | None]) -> float |
 
 
 class CpuMeter:
-    """What the packages and their DRAM draw, from one reading to the next."""
+    """What the packages and their DRAM draw, from one reading to the next; without zones, what AMD's firmware says that
+    its sockets draw."""
 
-    def __init__(self) -> None:
-        self.problem = ""
+    def __init__(self, hsmp: Path = DEVICE) -> None:
+        self.problem, self._hsmp = "", hsmp
         self._zones: list[Zone] = []
         self._at = 0.0
 
@@ -151,7 +154,12 @@ class CpuMeter:
         before, self._zones, self._at = self._zones, zones, monotonic_seconds
         self.problem = next((f"{zone.id}: {zone.problem}" for zone in zones if zone.counts and zone.problem), "")
         if not any(zone.counts for zone in zones):
-            self.problem = f"{root} has no zone of a package (modprobe intel_rapl_msr; virtual machines have none)"
+            sockets = read_sockets(root.parent / "hwmon", self._hsmp)
+            if (found := drawn(sockets)) is not None:
+                return found
+            told = next((f"; {socket.problem}" for socket in sockets if socket.problem), "")
+            why = "modprobe intel_rapl_msr, or amd_hsmp on EPYC; virtual machines have none"
+            self.problem = f"{root} has no zone of a package ({why}){told}"
         if self.problem or not before:
             return None
         return counted(zones, watts(before, zones, seconds))
