@@ -89,7 +89,7 @@ def _check(options: argparse.Namespace) -> None:
         load_policy(Path(options.config))
 
 
-def _visible_gpus() -> str | None:
+def visible_gpus() -> str | None:
     """Those that the command will see: UUIDs and indices as the agent has them."""
     cuda, rocr, hip = (os.environ.get(f"{name}_VISIBLE_DEVICES") for name in ("CUDA", "ROCR", "HIP"))
     if cuda is not None and has_amd() and not has_nvidia():
@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         "power_class": options.power_class,
         "deadline_seconds": options.deadline,
         "work_seconds": options.work,
-        "visible_gpus": _visible_gpus() if capped else None,
+        "visible_gpus": visible_gpus() if capped else None,
     }
     if not _is_roots(socket_path(options)):
         enter_delegated_scope()

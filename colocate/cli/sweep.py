@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -18,13 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from colocate.agent.watts import VISIBLE, named
+from colocate.amdgpu import PREFIX
+from colocate.cgroup.port import KernelPort
 from colocate.cli.host import socket_path
 from colocate.cli.output import check_file
 from colocate.cli.power import AUTO, power
+from colocate.cli.run import visible_gpus
 from colocate.cli.sweep_jobs import Manifest, read_job, sweep_jobs
 from colocate.errors import BadInput, ColocateError
 from colocate.jobs.client import connect_or_embed
 from colocate.jobs.client import run as run_job
+from colocate.observe.kfd import read_cards
+from colocate.observe.node import has_amd, has_nvidia
 from colocate.observe.nvml import NvmlSilent, Worker
 from colocate.observe.nvml_worker import start_ticks
 from colocate.power.sweeps import CAP, SECONDS, WATTS
@@ -51,6 +57,24 @@ class Gpus(NamedTuple):
     def size(self) -> int:
         """How many."""
         return len(self.uuids)
+
+
+class Node:
+    """Reads the GPUs of this node."""
+
+    def __init__(self, library: str) -> None:
+        self.worker = Worker(library)
+        self._nvidia, self._amd = bool(library) or has_nvidia() or not has_amd(), has_amd()
+
+    def read(self) -> list[Card]:
+        """Each that tells. Raises ColocateError."""
+        amd = read_cards(KernelPort()) if self._amd else []
+        if not self._nvidia:
+            return amd
+        try:
+            return [*(card for card in self.worker.ask(ask="read")["cards"] if not card["error"]), *amd]
+        except NvmlSilent as error:
+            raise ColocateError(f"the GPUs cannot be read: {error}; where NVML is says --nvml-library") from error
 
 
 class RunSpoiledError(ColocateError):
@@ -112,13 +136,13 @@ async def _in_cluster(options: argparse.Namespace, job: Manifest, order: list[in
 def _on_this_node(
     options: argparse.Namespace, command: list[str], caps: list[int], order: list[int], table: Path
 ) -> int:
-    worker = Worker(options.nvml_library)
+    node = Node(options.nvml_library)
     try:
-        gpus = _gpus(worker)
+        gpus = _gpus(node)
         _check(caps, gpus)
-        return _sweep(options, command, order, table, gpus, worker)
+        return _sweep(options, command, order, table, gpus, node)
     finally:
-        worker.end()
+        node.worker.end()
 
 
 def _check(caps: list[int], gpus: Gpus) -> None:
@@ -134,18 +158,19 @@ def _check(caps: list[int], gpus: Gpus) -> None:
 
 
 def _sweep(
-    options: argparse.Namespace, command: list[str], order: list[int], table: Path, gpus: Gpus, worker: Worker
+    options: argparse.Namespace, command: list[str], order: list[int], table: Path, gpus: Gpus, node: Node
 ) -> int:
     """The runs in their order, each written down; the code of one that fails. Raises ColocateError."""
-    os.environ[VISIBLE[1]] = ",".join(gpus.uuids)
+    visible = ",".join(gpus.uuids)
+    if not any(uuid.startswith(PREFIX) for uuid in gpus.uuids):  # ROCr knows its own names for the others
+        os.environ[VISIBLE[1]] = visible
     for i, cap in enumerate(order):
         said = f"colocate: run {i + 1} of {len(order)}, {cap} W"
         print(f"{said} ...", file=sys.stderr)
         name = f"sweep-{os.getpid()}-{i}"
-        request = {"name": name, "power_watts": cap, "visible_gpus": os.environ[VISIBLE[1]]}
+        request = {"name": name, "power_watts": cap, "visible_gpus": visible}
         connection = connect_or_embed(socket_path(options), options.config)
-        before = _joules(worker, gpus)
-        with _Watch(worker, gpus, cap, name) as watch, _output_is_no_result():
+        with _Watch(node, gpus, cap, name) as watch, _output_is_no_result():
             began = time.monotonic()
             code = run_job(command, connection, request)
             seconds = time.monotonic() - began
@@ -155,9 +180,9 @@ def _sweep(
             return code
         if watch.spoiled:
             raise RunSpoiledError(f"{said}: {watch.spoiled}: this run is not written down, and the sweep ends here")
-        watts = (_joules(worker, gpus) - before) / (time.monotonic() - began)
+        watts = watch.watts
         _write(table, f"{cap},{seconds:.6f},{watts:.3f}")
-        _until_restored(worker, gpus)
+        _until_restored(node, gpus)
         print(f"{said}: {seconds:.1f} s, {watts:.0f} W", file=sys.stderr)
     return 0
 
@@ -175,9 +200,12 @@ def _write(table: Path, line: str) -> None:
 class _Watch:
     """Looks during a run whether the limits in force are those of it, and whether it is alone on its GPUs."""
 
-    def __init__(self, worker: Worker, gpus: Gpus, cap: int, job: str) -> None:
-        self._worker, self._gpus, self._each, self._job = worker, gpus, 1000 * cap // gpus.size, job
+    def __init__(self, node: Node, gpus: Gpus, cap: int, job: str) -> None:
+        self._node, self._gpus, self._each, self._job = node, gpus, 1000 * cap // gpus.size, job
         self.spoiled = ""
+        self._joules, self._began = 0.0, 0.0
+        self._drew: list[tuple[float, float]] = []
+        """When looked at, and what those drew that count no energy."""
         self._seen = False
         self._strange: set[int] = set()
         """Processes on the GPUs that were not its at the last look."""
@@ -185,21 +213,44 @@ class _Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> _Watch:
+        self._joules, self._began = self._counted(), time.monotonic()
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        if kind is None:
+            self._joules, self._began = self._counted() - self._joules, time.monotonic() - self._began
+
+    @property
+    def watts(self) -> float:
+        """What they drew on average, once it is over: by their counters, or else as they were seen to draw."""
+        pairs = itertools.pairwise(self._drew)
+        seen = sum((a[1] + b[1]) / 2 * (b[0] - a[0]) for a, b in pairs)
+        span = self._drew[-1][0] - self._drew[0][0] if len(self._drew) > 1 else 0.0
+        mean = seen / span if span else self._drew[0][1] if self._drew else 0.0
+        return self._joules / self._began + mean
+
+    def _counted(self) -> float:
+        """Joules so far of those that count them. Raises ColocateError."""
+        cards = {card["uuid"]: card for card in self._node.read()}
+        missing = [uuid for uuid in self._gpus.uuids if uuid not in cards or not _tells(cards[uuid])]
+        if missing:
+            raise ColocateError(f"{missing[0]} does not tell its energy any more")
+        return sum(float(cards[uuid].get("energy_mj") or 0) for uuid in self._gpus.uuids) / 1000
 
     def _run(self) -> None:
         while not self._ended.wait(WATCH_SECONDS) and not self.spoiled:
             with contextlib.suppress(ColocateError):
-                cards = {str(card["uuid"]): card for card in _read(self._worker)}
+                cards = {str(card["uuid"]): card for card in self._node.read()}
                 if not self._ended.is_set():  # what was asked before its end may be answered after it
                     self._look([cards[uuid] for uuid in self._gpus.uuids if uuid in cards])
 
     def _look(self, cards: list[Card]) -> None:
+        uncounted = [card["power_mw"] for card in cards if card.get("energy_mj") is None]
+        if uncounted and None not in uncounted:
+            self._drew.append((time.monotonic(), sum(uncounted) / 1000))
         limits = [card["limit_mw"] for card in cards]
         self._seen = self._seen or limits == [self._each] * len(limits)
         if self._seen and limits != [self._each] * len(limits):
@@ -228,20 +279,20 @@ def _output_is_no_result() -> Iterator[None]:
         os.close(kept)
 
 
-def _read(worker: Worker) -> list[Card]:
-    try:
-        return [card for card in worker.ask(ask="read")["cards"] if not card["error"]]
-    except NvmlSilent as error:
-        raise ColocateError(f"the GPUs cannot be read: {error}; where NVML is says --nvml-library") from error
+def _tells(card: Card) -> bool:
+    """Whether it says what it draws: AMD's boards count no energy."""
+    return card.get("energy_mj") is not None or card.get("power_mw") is not None
 
 
-def _gpus(worker: Worker) -> Gpus:
-    """Those in CUDA_VISIBLE_DEVICES, or the only one. Raises BadInput, ColocateError."""
-    cards = _read(worker)
+def _gpus(node: Node) -> Gpus:
+    """Those in CUDA_, ROCR_ or HIP_VISIBLE_DEVICES, or the only one. Raises BadInput, ColocateError."""
+    cards = node.read()
     by_name = {str(card["index"]): card for card in cards} | {str(card["uuid"]): card for card in cards}
-    shown = os.environ.get(VISIBLE[1])
+    shown = visible_gpus()
     if shown is None and len(cards) != 1:
-        raise BadInput(f"this node has {len(cards)} GPUs: name those of the sweep in {VISIBLE[1]}")
+        raise BadInput(
+            f"this node has {len(cards)} GPUs: name those of the sweep in {VISIBLE[1]} (AMD: ROCR_VISIBLE_DEVICES)"
+        )
     names = named([shown]) if shown is not None else tuple(by_name)[:1]
     if not names:
         raise BadInput(f"{VISIBLE[1]} is {shown!r}: it shows no GPU")
@@ -250,30 +301,21 @@ def _gpus(worker: Worker) -> Gpus:
         if name not in by_name:
             raise BadInput(f"{VISIBLE[1]}: {name} is no GPU of this node")
         card = by_name[name]
-        if not card["limits_mw"] or card["set_mw"] is None or card["energy_mj"] is None:
-            raise BadInput(f"GPU {card['index']}: it takes no power limit, or does not count its energy")
+        if not card["limits_mw"] or card["set_mw"] is None or not _tells(card):
+            raise BadInput(f"GPU {card['index']}: it takes no power limit, or does not tell what it draws")
         chosen.append(card)
     least = max(card["limits_mw"][0] for card in chosen) / 1000
     most = min(min(card["limits_mw"][1], card["set_mw"]) for card in chosen) / 1000
     return Gpus(tuple(card["uuid"] for card in chosen), least, most, tuple(card["set_mw"] for card in chosen))
 
 
-def _until_restored(worker: Worker, gpus: Gpus) -> None:
+def _until_restored(node: Node, gpus: Gpus) -> None:
     """A run does not begin under the cap of the one before. Raises ColocateError."""
     deadline = time.monotonic() + RESTORED_SECONDS
     while True:
-        now = {card["uuid"]: card["set_mw"] for card in _read(worker)}
+        now = {card["uuid"]: card["set_mw"] for card in node.read()}
         if tuple(now.get(uuid) for uuid in gpus.uuids) == gpus.found:
             return
         if time.monotonic() >= deadline:
             raise ColocateError(f"the limits that were found are not back {RESTORED_SECONDS:g} s after a run: {now}")
         time.sleep(0.05)
-
-
-def _joules(worker: Worker, gpus: Gpus) -> float:
-    """What they have used so far."""
-    found = {card["uuid"]: card["energy_mj"] for card in _read(worker)}
-    missing = [uuid for uuid in gpus.uuids if found.get(uuid) is None]
-    if missing:
-        raise ColocateError(f"{missing[0]} does not tell its energy any more")
-    return sum(float(found[uuid]) for uuid in gpus.uuids) / 1000

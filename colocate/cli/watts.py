@@ -58,7 +58,13 @@ def status(options: argparse.Namespace) -> int:
         for row in rows
     ]
     lines += [
-        (f"socket {s.index}", f"hsmp:{s.index}", _text(s.watts), _text(s.limit_watts), s.problem or _most(s.most_watts))
+        (
+            f"socket {s.number}",
+            f"hsmp:{s.number}",
+            _text(s.watts),
+            _text(s.limit_watts),
+            s.problem or _most(s.most_watts),
+        )
         for s in sockets
     ]
     lines += [

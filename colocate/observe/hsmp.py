@@ -32,7 +32,7 @@ MOST_SOCKETS = 8
 class Socket(NamedTuple):
     """One of the node's, in watts; None is not told."""
 
-    index: int
+    number: int
     watts: float | None
     limit_watts: float | None
     most_watts: float | None

@@ -54,7 +54,7 @@ def card_families(account: Account, cards: Mapping[str, Card], pods: Mapping[str
 
     def about(uuid: str) -> tuple[str, ...]:
         card = cards.get(uuid, Card(uuid=""))
-        index, vendor = (str(card.index), "amd" if card.file else "nvidia") if card.uuid else ("", "")
+        index, vendor = (str(card.index), "amd" if card.file or card.preempts else "nvidia") if card.uuid else ("", "")
         return (index, card.uuid, card.name, vendor, node)
 
     info = GaugeMetricFamily("kepler_node_gpu_info", "A GPU of the node", labels=OF_CARD)

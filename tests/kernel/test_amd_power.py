@@ -194,3 +194,31 @@ def test_s2_3_a_limit_of_an_amd_gpu_that_somebody_else_sets_is_left_alone(node, 
     end(one)
     time.sleep(1.0)
     assert made.limit(0) == 200
+
+
+SLOWER = """
+import pathlib, sys, time
+cap, draws = (pathlib.Path(f"/sys/class/drm/renderD129/device/hwmon/hwmon4/power1_{n}") for n in ("cap", "average"))
+watts = int(cap.read_text()) // 1_000_000
+draws.write_text(str(int(0.9 * watts * 1_000_000)))
+time.sleep(1.0 + (300 - watts) / 100)
+draws.write_text("60000000")
+"""
+
+
+def test_s2_4_a_sweep_on_an_amd_gpu(node, boards, amd_agent, tmp_path):
+    """The command takes a second more for each hundred watts less, and draws nine tenths of its cap."""
+    made, table = boards(), tmp_path / "runs.csv"
+    running = amd_agent()
+    environment = {k: v for k, v in os.environ.items() if "VISIBLE_DEVICES" not in k} | {"ROCR_VISIBLE_DEVICES": "1"}
+    command = ["nsenter", "-m", "-t", str(running.process.pid), *CLI, "power", "sweep", "--caps", "100:300:100"]
+    command += ["--repeats", "1", "--file", str(table), "-o", "json", "--slowdown", "50%"]
+    command += ["--", sys.executable, "-c", SLOWER]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE * 120, check=False)
+    assert ran.returncode in (0, 1), ran.stderr
+    runs = [list(map(float, line.split(","))) for line in table.read_text().splitlines()[1:]]
+    assert [cap for cap, _, _ in runs] == [100.0, 200.0, 300.0]
+    for cap, seconds, watts in runs:
+        assert 1.0 + (300 - cap) / 100 <= seconds < 3.5 + (300 - cap) / 100
+        assert watts == pytest.approx(0.9 * cap, rel=0.25)
+    assert made.limits() == [300, 300]

@@ -43,7 +43,7 @@ def test_sockets_by_the_drivers_files(
 ) -> None:
     found = read_sockets(hwmon(tmp_path / "hwmon", *sockets), tmp_path / "hsmp")
     assert [(s.watts, s.limit_watts, s.most_watts) for s in found] == expected
-    assert [s.index for s in found] == list(range(len(expected)))
+    assert [s.number for s in found] == list(range(len(expected)))
 
 
 class Firmware:
