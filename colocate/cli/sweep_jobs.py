@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
+import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -31,16 +31,27 @@ MOST_NAME = 50
 Manifest = dict[str, Any]
 
 
+CAP_IN_TEXT = "$POWERCAP"
+"""What stands for the cap in a template, as in the power sweep of the talk that GEOPM's authors gave."""
+TABBED_COMMENT = re.compile(r"^ *\t[ \t]*#.*$", re.MULTILINE)
+"""Which kubectl takes and YAML does not."""
+
+
 def read_job(path: Path) -> Manifest:
-    """The one Job of a file. Raises BadInput."""
+    """The one Job of a file, which may have other objects that are there already. Raises BadInput."""
     try:
-        found = [document for document in yaml.safe_load_all(path.read_text()) if document]
+        text = TABBED_COMMENT.sub("", path.read_text())
+        found = [document for document in yaml.safe_load_all(text) if document]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"--job: {path} cannot be read: {error}") from error
     jobs = [d for d in found if isinstance(d, dict) and (d.get("apiVersion"), d.get("kind")) == ("batch/v1", "Job")]
-    if len(found) != 1 or len(jobs) != 1:
+    if len(jobs) != 1:
         have = f"{len(found)} objects, {len(jobs)} of them Jobs of batch/v1"
-        raise BadInput(f"--job: {path} has {have}: it must be one Job")
+        raise BadInput(f"--job: {path} has {have}: one is needed")
+    others = [f"{d.get('kind')} {(d.get('metadata') or {}).get('name')}" for d in found if isinstance(d, dict)]
+    others.remove(f"Job {(jobs[0].get('metadata') or {}).get('name')}")
+    if others:
+        print(f"colocate: {path}: {', '.join(others)} must be there already: only the Job is made", file=sys.stderr)
     job: Manifest = jobs[0]
     name = (job.get("metadata") or {}).get("name")
     if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
@@ -56,8 +67,8 @@ def read_job(path: Path) -> Manifest:
 
 def made_from(job: Manifest, cap: int, index: int, scheduler: str) -> Manifest:
     """The Job of one run: its name, its watts, its gang, and no second try."""
-    made = copy.deepcopy(job)
-    name = f"{job['metadata']['name']}-{cap}w-{index}"
+    made: Manifest = _with_cap(job, str(cap))
+    name = f"{made['metadata']['name']}-{cap}w-{index}"
     made["metadata"] = {**made["metadata"], "name": name}
     made["spec"] |= {"backoffLimit": 0, "suspend": False}
     template = made["spec"]["template"]
@@ -76,6 +87,15 @@ def made_from(job: Manifest, cap: int, index: int, scheduler: str) -> Manifest:
     for part in ("requests", "limits"):
         resources[part] = {**(resources.get(part) or {}), resource: str(cap)}
     return made
+
+
+def _with_cap(part: Any, cap: str) -> Any:
+    """A copy in which texts have the cap where they stand for it."""
+    if isinstance(part, dict):
+        return {key: _with_cap(value, cap) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_with_cap(value, cap) for value in part]
+    return part.replace(CAP_IN_TEXT, cap) if isinstance(part, str) else part
 
 
 def _containers(spec: Manifest) -> list[Manifest]:

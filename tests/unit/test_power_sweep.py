@@ -127,3 +127,50 @@ def test_how_long_a_run_took() -> None:
         seconds_taken([])
     with pytest.raises(ColocateError, match="less than a second"):
         seconds_taken([pod(("00:05", "00:05"))])
+
+
+TEMPLATE = """---
+# A template of a sweep: what it mounts is in the same file.
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: tagger-$POWERCAP
+  labels: {jobgroup: tagger}
+spec:
+  template:
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: app
+        image: registry.example/app:1
+        workingDir: /data/powercap-$POWERCAP
+        command: [train, "run.id=run-$POWERCAP"]
+\t# a comment after a tab, which kubectl takes
+        resources:
+          limits: {nvidia.com/gpu: 4}
+      - name: geopm-client
+        image: registry.example/geopm:1
+        resources:
+          limits:
+\t    # and another
+            intel.com/power: $POWERCAP
+        command: ["sh", "-c", "echo $USER_POWER_CAP"]
+...
+---
+kind: PersistentVolumeClaim
+apiVersion: v1
+metadata: {name: data}
+"""
+
+
+def test_s2_4_a_sweeps_template_as_the_talk_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(TEMPLATE)
+    made = made_from(read_job(file), 600, 1, "colocate")
+    assert "PersistentVolumeClaim data must be there already" in capsys.readouterr().err
+    assert made["metadata"]["name"] == "tagger-600-600w-1"
+    app, sidecar = made["spec"]["template"]["spec"]["containers"]
+    assert app["workingDir"] == "/data/powercap-600"
+    assert app["command"] == ["train", "run.id=run-600"]
+    assert sidecar["resources"]["limits"] == {"intel.com/power": "600"}
+    assert sidecar["command"][-1] == "echo $USER_POWER_CAP"
