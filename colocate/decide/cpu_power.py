@@ -2,8 +2,9 @@
 
 A package's own limit (RAPL) would slow services too, so batch alone gives way: by bandwidth, as Thunderbolt does (Li et
 al., OSDI 2020). At 99 % of the budget its cores fall to 0.7 of what it uses, above it to its floor, within the tick;
-below 90 % they grow by a tenth every few seconds until they limit nobody. Where the meter is silent nothing grows, and
-after a while batch has its floor: a budget that cannot be watched is not kept by hope.
+below 90 % they grow every few seconds, by what the draw leaves and by half at most, until they limit nobody. Where the
+meter is silent nothing grows, and after a while batch has its floor: a budget that cannot be watched is not kept by
+hope.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from colocate.snapshot import NodeSnapshot
 
 CPUS = "cpus"
 """What the verdict is about."""
-LESS, MORE, LEAST_STEP = 0.7, 1.1, 0.05
+LESS, MORE, LEAST_STEP = 0.7, 1.5, 0.05
+"""Of what batch uses, where it gives way; and of what it may use, at most, where it grows: never by so much that the
+budget would be reached if all that is drawn were batch's."""
 GROW_SECONDS = 3.0
 CREEP, CREEP_SECONDS = 0.97, 10.0
 """Below so much of the budget batch gets a little more every so often, so that nothing lies idle for ever."""
@@ -58,7 +61,7 @@ def ceiling(
         elif share >= ACT:
             cores, reason = max(LESS * min(batch_cores, before or node), floor), "Lowered"
         elif before is not None and share < RELEASE and now - state.changed_seconds >= GROW_SECONDS:
-            grown = max(before * MORE, before + LEAST_STEP)
+            grown = max(before * min(CREEP / share if share > 0.0 else MORE, MORE), before + LEAST_STEP)
             cores, reason = (None if grown >= node else grown), "Growing"
         elif before is not None and share < CREEP and now - state.changed_seconds >= CREEP_SECONDS:
             cores, reason = min(before + LEAST_STEP, node), "Growing"

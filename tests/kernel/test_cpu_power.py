@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 import time
 import urllib.request
 
@@ -16,59 +15,25 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from colocate.cgroup.knobfiles import read_knob
 from colocate.cgroup.tree import inodes_of, joined, processes_anywhere
+from colocate.demo.power.package import IDLE_WATTS, Package, UsedIn
 from colocate.localcluster.controlplane import free_ports
 from tests.kernel.conftest import POLICY, AgentProcess, tier_of, wait_for
 from tests.kernel.fake_cards import CLI, end
 
-IDLE_WATTS, WATTS_PER_CORE = 20.0, 15.0
 SPIN = "while :; do :; done"
 
 
-class Package:
-    """A zone whose energy is that of an idle package and of some processes' CPU time."""
-
-    def __init__(self, root, seconds_used):
-        self.root, self._seconds_used, self._ends = root, seconds_used, threading.Event()
-        self._zone = root / "intel-rapl:0"
-        self._zone.mkdir(parents=True)
-        for name, text in (("name", "package-0"), ("max_energy_range_uj", str(1 << 50)), ("energy_uj", "0")):
-            (self._zone / name).write_text(text)
-        self.joules = 0.0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self):
-        began = time.monotonic()
-        while not self._ends.wait(0.02):
-            self.joules = IDLE_WATTS * (time.monotonic() - began) + WATTS_PER_CORE * self._seconds_used()
-            part = self._zone / "part"
-            part.write_text(str(int(self.joules * 1e6)))
-            part.replace(self._zone / "energy_uj")
-
-    def watts(self, seconds):
-        before, began = self.joules, time.monotonic()
-        time.sleep(seconds)
-        return (self.joules - before) / (time.monotonic() - began)
-
-    def close(self):
-        self._ends.set()
-        self._thread.join()
+def watts(package, seconds):
+    """What it draws from now on."""
+    before, began = package.joules, time.monotonic()
+    time.sleep(seconds)
+    return (package.joules - before) / (time.monotonic() - began)
 
 
 @pytest.fixture
 def spinners(node):
     """CPU seconds of whoever is in the tier, also of those who have ended meanwhile."""
-    known: dict[int, float] = {}
-
-    def used():
-        for pid in processes_anywhere(node.port, tier_of(node)):
-            stat = node.port.proc(f"/proc/{pid}/stat")
-            if stat:
-                fields = stat.rpartition(")")[2].split()
-                known[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return sum(known.values())
-
-    return used
+    return UsedIn(node.port, tier_of(node))
 
 
 def about_cpus(running):
@@ -90,7 +55,7 @@ def test_s2_8_batch_gives_way_until_the_cpus_fit_their_budget_and_services_have_
         tier = tier_of(node)
         assert wait_for(lambda: (read_knob(node.port, tier, "cpu.max", inodes_of(node.port, tier)) or "max") != "max")
         time.sleep(3.0)
-        drawn = package.watts(8.0)
+        drawn = watts(package, 8.0)
         assert drawn <= 1.05 * budget, f"{drawn:.1f} W"
         assert drawn >= IDLE_WATTS + 1.0, "batch still runs"
         web = joined(node.path, "web")

@@ -38,7 +38,8 @@ LIMITED = CpuPowerState(cores=2.0, changed_seconds=0.0, heard_seconds=99.0)
         pytest.param(POLICY, CpuPowerState(), 101.0, 4.0, FLOOR, "Lowered", id="above it: the floor at once"),
         pytest.param(POLICY, LIMITED, 98.0, 2.0, 2.0, "Lowered", id="between the bands it stays"),
         pytest.param(POLICY, LIMITED, 95.0, 2.0, 2.05, "Growing", id="a little room: a little more"),
-        pytest.param(POLICY, LIMITED, 80.0, 2.0, 2.2, "Growing", id="room again: a tenth more"),
+        pytest.param(POLICY, LIMITED, 80.0, 2.0, 2.425, "Growing", id="room again: as much as the draw leaves"),
+        pytest.param(POLICY, LIMITED, 20.0, 2.0, 3.0, "Growing", id="a lot of room: half as much again"),
         pytest.param(
             POLICY, msgspec.structs.replace(LIMITED, cores=7.9), 80.0, 2.0, None, "Growing", id="until it limits nobody"
         ),

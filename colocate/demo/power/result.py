@@ -7,6 +7,10 @@ import msgspec
 MARK = "SIMULATED CARD"
 
 
+CPU_TOLERANCE = 1.05
+"""The CPUs' draw is what it is for a second or two before batch gives way."""
+
+
 class Cut(msgspec.Struct, kw_only=True):
     """A job while the budget was cut."""
 
@@ -38,6 +42,11 @@ class PowerResult(msgspec.Struct, kw_only=True):
     samples: int = 0
     """How often the sum of the limits in force was looked at after the cut."""
     budget_exceeded_samples: int = 0
+    cpu_watts: float = 0.0
+    """What the simulated package drew while batch had the CPUs."""
+    cpu_budget_watts: int = 0
+    cpu_watts_within: float = 0.0
+    """What it drew under that budget."""
     kept_without_agent: bool = False
     """Whether the caps of jobs that ran stayed when the agent was killed."""
     restored: bool = False
@@ -51,6 +60,7 @@ class PowerResult(msgspec.Struct, kw_only=True):
     def kept(self) -> bool:
         """Whether all that is promised was so."""
         held = self.gangs_started == 2 and len(self.gangs_waiting) == 1 and not self.budget_exceeded_samples
+        held = held and self.cpu_watts_within <= CPU_TOLERANCE * self.cpu_budget_watts
         return held and self.kept_without_agent and self.restored and self.host_unchanged
 
 
@@ -75,6 +85,10 @@ def rows(result: PowerResult) -> list[tuple[str, str]]:
             f"{result.worst_slowdown:.0%} slower, {result.equal_slowdown:.0%} had all been cut alike",
         ),
         ("budget exceeded", f"in {result.budget_exceeded_samples} of {result.samples} looks"),
+        (
+            f"the CPUs' budget, {result.cpu_budget_watts} W",
+            f"batch gives way: {result.cpu_watts:.0f} to {result.cpu_watts_within:.0f} W, by a simulated meter",
+        ),
         ("caps while their agent is dead", "kept" if result.kept_without_agent else "NOT kept"),
         ("limits after the jobs", "what was found" if result.restored else "NOT what was found"),
     ]

@@ -26,6 +26,7 @@ from colocate.calibrate.measure import machine_facts
 from colocate.cgroup.port import KernelPort
 from colocate.cgroup.tree import joined, processes_anywhere
 from colocate.demo.digest import compare, taken
+from colocate.demo.power.package import IDLE_WATTS, Package, UsedIn
 from colocate.demo.power.result import Cut, PowerResult
 from colocate.demo.process import Process
 from colocate.demo.script import sweep_files
@@ -40,6 +41,8 @@ GANGS = {"bert": (0, 1), "ncf": (2, 3)}
 """Gang -> the cards of its members; each is a class of jobs that feel a cap alike."""
 NODES, NODE_WATTS, CLUSTER_WATTS = 3, 600, 1300
 BUDGET, CUT_TO = 1200, 840
+CPU_LEFT, CPU_SECONDS, CPU_SETTLES_SECONDS = 0.6, 3.0, 24.0
+"""Of what batch draws beyond idle so much is left; how long the meter is read, and what batch may take to give way."""
 SLOWDOWN, CAPS, CHOSEN_REPEATS = 0.15, "120:300:45", 2
 WAIT_SECONDS, LOOK_SECONDS, SAMPLES = 30.0, 0.005, 400
 WORK = """
@@ -69,6 +72,7 @@ class PowerDemo:
         self._folder: Path
         self._node: ScratchNode
         self._state: Any = None
+        self._package: Package
 
     async def run(self) -> PowerResult:
         """All of it. Raises PermissionMissing, HostUnfit, ColocateError."""
@@ -86,7 +90,11 @@ class PowerDemo:
                     if await cards.line() != "ready":
                         raise HostUnfit("the simulated cards did not start; the error is above", "install gcc")
                     self._state = attach(self._folder)
-                    await self._play()
+                    self._package = Package(self._folder / "powercap", UsedIn(self._port, self._tier))
+                    try:
+                        await self._play()
+                    finally:
+                        self._package.close()
                 finally:
                     await cards.end()
         changes = compare(before, await taken(self._port.layout.mounts))
@@ -108,6 +116,8 @@ class PowerDemo:
             await self._until(lambda: self._there(len(jobs)), "the jobs run")
             self._progress("the budget of the node is cut", 0.7)
             await self._cut()
+            self._progress("the budget of the CPUs", 0.78)
+            await self._cpus()
             self._progress("the agent is killed", 0.85)
             held = self._limits()
             agent.process.send_signal(signal.SIGKILL)
@@ -210,16 +220,45 @@ class PowerDemo:
         alike = CUT_TO / 4 / GREATEST
         self._result.equal_slowdown = max(slowdown(CURVES[gang], alike) for gang in GANGS)
 
+    async def _cpus(self) -> None:
+        """A job that takes every CPU, and a budget of the package that it is held to by bandwidth."""
+        spins = " ".join(["while :; do :; done &"] * (os.cpu_count() or 1)) + " wait"
+        command = ["run", "--name", "spin", "--", "sh", "-c", spins]
+        spinner = await self._start(SESSION, "-m", "colocate.cli.main", *command)
+        try:
+            await self._until(lambda: bool(processes_anywhere(self._port, joined(self._tier, "spin"))), "it spins")
+            self._result.cpu_watts = await self._drawn()
+            self._result.cpu_budget_watts = round(IDLE_WATTS + CPU_LEFT * (self._result.cpu_watts - IDLE_WATTS))
+            self._write_policy(CUT_TO, self._result.cpu_budget_watts)
+            await asyncio.sleep(CPU_SETTLES_SECONDS)
+            self._result.cpu_watts_within = await self._drawn()
+        finally:
+            for pid in processes_anywhere(self._port, joined(self._tier, "spin")):
+                self._port.kill(pid, signal.SIGKILL)
+            await spinner.end(signal.SIGTERM)
+
+    async def _drawn(self) -> float:
+        """Watts of the package from now on."""
+        before, began = self._package.joules, time.monotonic()
+        await asyncio.sleep(CPU_SECONDS)
+        return round((self._package.joules - before) / (time.monotonic() - began), 2)
+
     # what it is done with
 
-    def _write_policy(self, budget: int) -> None:
+    def _write_policy(self, budget: int, cpu_budget: int = 0) -> None:
         models = [
             {"name": n, "points": [{"watts": round(share * GREATEST), "slowdown": s} for share, s in CURVES[n]]}
             for n in GANGS
         ]
+        power = {
+            "budget": budget,
+            "models": models,
+            "cpuBudget": cpu_budget,
+            "powercap": str(self._folder / "powercap"),
+        }
         spec = {
             "nodeRoot": self._node.path, "tick": "250ms", "calibrate": False, "http": {"enabled": False},
-            "gpu": {"nvmlLibrary": str(self._folder / LIBRARY)}, "power": {"budget": budget, "models": models},
+            "gpu": {"nvmlLibrary": str(self._folder / LIBRARY)}, "power": power,
         }  # fmt: skip
         policy = {"apiVersion": "colocate.io/v1alpha1", "kind": "ColocationPolicy", "metadata": {"name": "demo"}}
         self._policy.write_text(yaml.safe_dump({**policy, "spec": spec}))
