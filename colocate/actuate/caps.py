@@ -88,6 +88,8 @@ class Caps:
         """Card -> the cgroups whose cap somebody else has changed, and what was read then."""
         self._locks: dict[str, threading.Lock] = {}
         self._workers: Workers[None] = Workers()
+        self._lending: set[str] = set()
+        """Cards of which more is being lent right now."""
         self._lends_after = 0.0
         """Until then nobody has more than he asked for; monotonic."""
         self._warm = shadow
@@ -105,6 +107,10 @@ class Caps:
             self._workers.submit(WARM, partial(self._start, takes_limits))
         lifted, wishes, own = self._wishes(plan, now)
         limits = dict(self._limits)  # workers change it meanwhile
+        for uuid, asked in own.items():
+            for path, owner in dict(limits[uuid].owners).items() if uuid in limits else ():
+                if owner.value == wishes[uuid].get(path):  # of an agent before this one it is not known
+                    owner.own = asked
         for limit in limits.values():
             for path, owner in dict(limit.owners).items():
                 self._needed(path, owner)  # who has come and gone between two plans is not waited for
@@ -116,6 +122,7 @@ class Caps:
                 continue
             wanted, lift = wishes.get(uuid, {}), uuid in lifted
             if self._differs(uuid, wanted, lift, snapshot):
+                self._lending |= {uuid} & own.keys()
                 self._workers.submit(uuid, partial(self._try, uuid, wanted, lift=lift, own=own.get(uuid)))
         for uuid, (paths, _) in dict(self._theirs).items():
             if uuid not in wishes and not any(map(self._occupied, paths)):
@@ -226,11 +233,14 @@ class Caps:
         """Lower every card to which more is lent than was asked for, for somebody who starts; nothing more is lent for
         a while. Raises DriverFailed, JournalBroken."""
         self._lends_after = time.monotonic() + LENDS_AGAIN_SECONDS
-        for uuid, limit in dict(self._limits).items():
-            lent = {path: owner.own for path, owner in dict(limit.owners).items() if owner.own is not None}
-            if lent:
-                with self._lock(uuid, max(deadline - time.monotonic(), 0.0)):
-                    self._settle(uuid, {path: own for path, own in lent.items() if own}, deadline=deadline)
+        lent_on = {u for u, limit in dict(self._limits).items() if any(o.own for o in dict(limit.owners).values())}
+        for uuid in lent_on | set(self._lending):  # also where a loan is on its way: it is seen once that has ended
+            with self._lock(uuid, max(deadline - time.monotonic(), 0.0)):
+                limit = self._limits.get(uuid)
+                owners = dict(limit.owners) if limit is not None else {}
+                lent = {path: owner.own for path, owner in owners.items() if owner.own is not None}
+                if lent:
+                    self._settle(uuid, lent, deadline=deadline)
 
     def _try(self, uuid: str, wishes: dict[str, str], *, lift: bool = False, own: str | None = None) -> None:
         try:
@@ -242,6 +252,8 @@ class Caps:
         except (DriverFailed, JournalBroken, OSError) as error:
             self._refused[uuid] = time.monotonic(), str(error)
             log.warning("power_not_capped", card=uuid, why=str(error))
+        finally:
+            self._lending.discard(uuid)
 
     def _settle(
         self,

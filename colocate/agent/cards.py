@@ -25,7 +25,7 @@ from colocate.cgroup.port import FilePort
 from colocate.cgroup.tree import Tree
 from colocate.observe.busy import LOOK_SECONDS, Busy, watched
 from colocate.observe.busy import Verdict as Sense
-from colocate.observe.card_energy import CardEnergy, CardReading, Ran
+from colocate.observe.card_energy import MOST_STEP_SECONDS, CardEnergy, CardReading, Ran
 from colocate.observe.containers import consumer_of
 from colocate.observe.nvml import Cards, NvmlSilent, Worker
 from colocate.observe.workloads import Target
@@ -46,6 +46,7 @@ NOTHING_SECONDS = 0.0005
 """Less than this in a window is the counters' own noise."""
 LEASE_SECONDS, LEASE_TICKS = 2.0, 2.0
 LEND_TICKS = 5
+STEP_TICKS = 2.5
 END_SECONDS = 5.0
 """For so long a client of MPS may take to be ended before its processes are."""
 SWITCH_SECONDS = 0.0005
@@ -124,6 +125,7 @@ class NodeCards:
         """Look at whom the plan goes by, and hand over what it grants; whatever goes wrong there ends no agent."""
         try:
             if spec.power.attribution:
+                self.energy.most_step_seconds = max(MOST_STEP_SECONDS, STEP_TICKS * spec.tick)
                 self.attribute(snapshot)
             self.watch(snapshot, spec)
             self.grant(plan, snapshot, lent, spec.tick)

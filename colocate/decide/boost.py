@@ -14,14 +14,15 @@ import numpy as np
 
 from colocate.decide.allowance import FRESH_SECONDS
 from colocate.decide.caps import Capped
-from colocate.decide.power_jobs import STEP_WATTS, Job
+from colocate.decide.power_jobs import STEP_WATTS, Job, cards_of_one
 from colocate.decide.unused import NEAR
-from colocate.plan import GpuTarget
 from colocate.policy.schema import PowerModel, PowerPolicy
 from colocate.snapshot import NodeSnapshot
 
 EFFICIENT = 0.25
 """The least elasticity of speed over watts that is worth them."""
+AGAIN_SECONDS = 60.0
+"""Who did not draw what he was lent is lent nothing for so long."""
 WAIT_SECONDS = 10.0
 """So long a phase has to last, and a boost before it is raised again."""
 
@@ -44,11 +45,7 @@ def boosted(
 ) -> dict[str, Boosted]:
     """What the jobs have that are bound by power, where `spare` watts are left of the budget."""
     now, models = snapshot.monotonic_seconds, {model.name: model for model in policy.models}
-    alone, seen = set[str](), set[str]()
-    for cap in capped.caps:
-        if isinstance(cap.target, GpuTarget):
-            (alone.discard if cap.target.uuid in seen else alone.add)(cap.target.uuid)
-            seen.add(cap.target.uuid)
+    alone = cards_of_one(capped)
     wanted: dict[str, tuple[Job, float]] = {}
     for job in jobs:
         workload = snapshot.workloads.get(job.workload)
@@ -61,10 +58,22 @@ def boosted(
     for id_, (job, most) in wanted.items():
         watts = max(STEP_WATTS * ((job.watts + share * (most - job.watts)) // STEP_WATTS), job.watts)
         before = known.get(id_, Boosted(job.watts, now))
+        if (
+            before.watts > job.watts
+            and now - before.since_seconds >= WAIT_SECONDS
+            and not _drawn(job, snapshot, before)
+        ):
+            found[id_] = Boosted(job.watts, now + AGAIN_SECONDS)  # it does not need them after all
+            continue
         if watts > before.watts and now - before.since_seconds < WAIT_SECONDS:
             watts = max(before.watts, job.watts)
         found[id_] = before if watts == before.watts else Boosted(watts, now)
     return found
+
+
+def _drawn(job: Job, snapshot: NodeSnapshot, lent: Boosted) -> bool:
+    """Whether all its cards draw what it is lent, or nearly."""
+    return all((snapshot.cards[uuid].watts or 0.0) >= NEAR * lent.watts for uuid in job.cards)
 
 
 def _bound(job: Job, snapshot: NodeSnapshot) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from colocate.decide.caps import whole_up
 from colocate.decide.deadlines import SPARE, Curve, Progress
 from colocate.decide.power_jobs import STEP_WATTS, Job
-from colocate.model.slots import cheapest
+from colocate.model.slots import cheapest, envelope
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import NodeSnapshot
 
@@ -58,7 +58,8 @@ def shifted(
     if not policy.signal.elastic or snapshot.power_signal is None or not ahead:
         return {}
     asked = sum(job.watts * len(job.cards) for job in jobs)
-    found = {}
+    found: dict[str, Shifted] = {}
+    planned = False
     for job in jobs:
         workload, before = snapshot.workloads.get(job.workload), known.get(job.workload)
         if workload is None or workload.due_seconds is None or workload.work_seconds is None:
@@ -67,9 +68,14 @@ def shifted(
         if before is not None and now < before.until_seconds and planned_of == (job.watts, ahead[0][1]):
             found[job.workload] = before
             continue
+        if planned:  # one a tick: a plan takes a few milliseconds
+            if before is not None and before.asked == job.watts:
+                found[job.workload] = before
+            continue
         work = workload.work_seconds - done[job.workload].done_seconds if job.workload in done else 0.0
-        left = SPARE * (workload.due_seconds - now)
+        left = workload.due_seconds - now - (1.0 - SPARE) * workload.work_seconds
         if work > 0.0 and left > work:
+            planned = True
             share = [_share(price, policy, asked, others) for _, price in ahead]
             found[job.workload] = _planned(job, curves[job.workload], ahead, np.array(share), work, left, snapshot)
     return found
@@ -99,13 +105,16 @@ def _planned(
     prices, shares = _means(edges, begins, np.array([price for _, price in ahead]), share)
     watts = np.minimum(curve.caps, max(job.enough, job.least))  # more is not drawn
     kept = np.concatenate(([True], np.diff(watts) > 0.0))
-    plan = cheapest(prices, np.diff(edges), job.watts * shares, watts[kept], 1.0 / (1.0 + curve.longer[kept]), work)
+    watts, speeds = envelope(watts[kept], 1.0 / (1.0 + curve.longer[kept]))
+    plan = cheapest(prices, np.diff(edges), job.watts * shares, watts, speeds, work)
     until = snapshot.monotonic_seconds + min(AGAIN_SECONDS, float(edges[1] - edges[0]))
     if plan is None or plan.at_once <= 0.0 or plan.cost > (1.0 - WORTH) * plan.at_once:
         return Shifted(job.watts, until, job.watts, ahead[0][1])
+    # Between two points of an envelope a job is not as fast as the line says: it has the upper one first, and the
+    # lower one once the plans that follow see that it is enough.
+    corner = float(watts[min(int(np.searchsorted(watts, plan.watts[0] - 1e-6)), watts.size - 1)])
     # What is the most that it draws is no limit to it: where it needs more after all, it is seen.
-    whole = float(plan.watts[0]) >= float(watts[-1])
-    now = job.watts if whole else min(max(whole_up(float(plan.watts[0]), STEP_WATTS), job.least), job.watts)
+    now = job.watts if corner >= float(watts[-1]) else min(max(whole_up(corner, STEP_WATTS), job.least), job.watts)
     saved = round(1.0 - plan.cost / plan.at_once, 3)
     return Shifted(now, until, job.watts, ahead[0][1], saved, round(float(edges[plan.watts.size]), 0))
 

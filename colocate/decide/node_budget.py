@@ -23,7 +23,7 @@ from colocate.decide.caps import LAW, Capped, whole_up
 from colocate.decide.deadlines import Curve, Floor, Progress, floors, progressed
 from colocate.decide.elastic import Shifted, shifted
 from colocate.decide.power import BudgetTooSmallError, Splits, least_watts, split_budget
-from colocate.decide.power_jobs import POINTS, STEP_WATTS, Curves, Job, curves_of, jobs_of
+from colocate.decide.power_jobs import POINTS, STEP_WATTS, Curves, Job, cards_of_one, curves_of, jobs_of
 from colocate.decide.refine import Heard, tried
 from colocate.plan import GpuTarget, PowerCap, PowerNeeds, Verdict
 from colocate.policy.schema import PowerPolicy
@@ -86,14 +86,18 @@ def budgeted(
     done = progressed(known.progress, snapshot, of_job)
     least = floors(done, snapshot, of_job)
     others = others_watts(snapshot.cards, {uuid for job in asked for uuid in job.cards})
-    later = shifted(known.shifted, snapshot, policy, asked, of_job, done, others)
-    less = tried(known.heard, snapshot, policy, asked, of_job, done)
+    alone = cards_of_one(capped)
+    free = [job for job in asked if alone.issuperset(job.cards)]  # a neighbour on the card is not slowed for these
+    later = shifted(known.shifted, snapshot, policy, free, of_job, done, others)
+    less = tried(known.heard, snapshot, policy, free, of_job, done)
     moved = {id_: plan.watts for id_, plan in later.items()}
     moved |= {id_: min(watts, moved.get(id_, watts)) for id_, watts in less.items()}
     jobs = [job._replace(watts=moved.get(job.workload, job.watts)) for job in asked]
     kept = [job.at_least(least[job.workload].watts) if job.workload in least else job for job in jobs]
     if kept != asked:
         curves = curves_of(kept, snapshot, policy.models)
+    asks = {job.workload: job.watts for job in jobs}
+    least = {id_: floor._replace(watts=min(floor.watts, asks.get(id_, floor.watts))) for id_, floor in least.items()}
     capped = _moved(capped, asked, jobs, later, snapshot)
     found, spare = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
     more: dict[str, Boosted] = {}
@@ -113,8 +117,9 @@ def _raised(capped: Capped, jobs: list[Job], more: Mapping[str, Boosted]) -> Cap
         return capped
     caps, verdicts = list(capped.caps), list(capped.verdicts)
     for i, cap in enumerate(caps):
-        if isinstance(cap.target, GpuTarget) and cap.target.uuid in by_card and cap.watts is not None:
-            caps[i] = msgspec.structs.replace(cap, watts=by_card[cap.target.uuid], unboosted=cap.watts)
+        more_watts = by_card.get(cap.target.uuid, 0.0) if isinstance(cap.target, GpuTarget) else 0.0
+        if cap.watts is not None and more_watts > cap.watts:
+            caps[i] = msgspec.structs.replace(cap, watts=more_watts, unboosted=cap.watts)
     for i, verdict in enumerate(verdicts):
         watts = by_card.get(verdict.subject)
         if watts is not None:

@@ -207,7 +207,7 @@ def decide(
     has_budget = bool(spec.power.budget or snapshot.power_share)
     power = allowance(state.power, snapshot, spec.power)
     drew = watched(state.drew, snapshot) if has_budget or snapshot.power_ahead else {}
-    said = heard(state.heard, snapshot) if spec.power.refine else state.heard
+    said = heard(state.heard, snapshot, spec.power)
     known_jobs = Known(state.progress, state.shifted, said, state.boosted)
     caps = budgeted(power_caps(snapshot), snapshot, better(spec.power, said), power, needs(drew, now), known_jobs)
     following = msgspec.structs.replace(

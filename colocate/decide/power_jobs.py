@@ -39,6 +39,12 @@ class Job(NamedTuple):
         return self._replace(least=min(max(whole_up(watts, STEP_WATTS), self.least), max(self.watts, self.least)))
 
 
+def cards_of_one(capped: Capped) -> set[str]:
+    """Those of which one workload alone asks for watts."""
+    found = [cap.target.uuid for cap in capped.caps if isinstance(cap.target, GpuTarget)]
+    return {uuid for uuid in found if found.count(uuid) == 1}
+
+
 def jobs_of(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -> list[Job]:
     """Those of these caps; `enough`: watts that a card is seen to need at most, by its UUID."""
     strictest: dict[str, PowerCap] = {}

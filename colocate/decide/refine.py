@@ -23,11 +23,9 @@ from colocate.snapshot import NodeSnapshot, Workload
 
 LEAST_SECONDS = 5.0
 """Between two words of a job: of less, their own delay is too much of it."""
-FRESH_SECONDS = 3.0
-"""So old a word is when it is first seen, at most."""
 BIN_WATTS = 5.0
-MOST_JOBS = 64
-"""So many that said something last are remembered."""
+MOST_JOBS = 32
+"""Of a class so many are remembered."""
 TRY_SECONDS, TRY_EVERY = 60.0, 10
 """For so long a job is tried, one of so many such times."""
 TRY_STEP = 0.1
@@ -40,9 +38,12 @@ class Saying(msgspec.Struct, frozen=True, omit_defaults=True):
     at_seconds: float
     ratio: float
     watts: float | None = None
-    """The limit in force on its cards since then; None: it was another meanwhile, or it stood still."""
+    """The limit in force on its cards since then; None: it was another meanwhile, it stood still, or was not alone."""
     every_seconds: float = 0.0
     """So long it was since the word before; 0: there was none."""
+    counts: bool = False
+    """Whether what it does until its next word counts: not before its second one, for a job that goes on from a
+    checkpoint leaps once, nor after it went back."""
 
 
 class Ran(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,33 +59,60 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
     saying: dict[str, Saying] = {}
     ran: dict[str, Ran] = {}
     """The latest last; by the job's id and start, so that another job of its name is another."""
+    limits: dict[str, float] = {}
+    """In the tick before: of each job that was alone on its cards and ran."""
+    at_seconds: float = 0.0
+    """When that tick was, monotonic."""
 
 
-def heard(known: Heard, snapshot: NodeSnapshot) -> Heard:
+def heard(known: Heard, snapshot: NodeSnapshot, policy: PowerPolicy) -> Heard:
     """With what the jobs of this tick have said."""
-    saying, ran, limits = dict[str, Saying](), dict(known.ran), limits_of(snapshot)
+    if not policy.refine:
+        return Heard(ran=known.ran)
+    classes = {model.name for model in policy.models}
+    saying, ran, limits = dict[str, Saying](), dict(known.ran), _undisturbed(snapshot)
     for id_, workload in snapshot.workloads.items():
-        if not workload.power_class or workload.done_ratio is None:
+        if workload.power_class not in classes or workload.done_ratio is None:
             continue
-        stands = workload.frozen or workload.gang_held
-        limit = None if stands else limits.get(id_)
-        before, at = known.saying.get(id_), workload.done_at_seconds
+        limit, before, at = limits.get(id_), known.saying.get(id_), workload.done_at_seconds
         if before is not None and at == before.at_seconds:
             saying[id_] = before if _in_force(before, limit) else msgspec.structs.replace(before, watts=None)
             continue
-        if snapshot.monotonic_seconds - at > FRESH_SECONDS:
-            limit = None  # it was said to an agent before this one: what was in force since then nobody knows
-        if before is None or at < before.at_seconds:
+        # What was in force when it spoke is known if it was so in the tick before, which was before it spoke.
+        before_it = known.limits.get(id_)
+        same = limit is not None and before_it is not None and abs(before_it - limit) < 1.0
+        limit = limit if same and known.at_seconds <= at + 1.0 else None
+        if before is None or at < before.at_seconds or workload.done_ratio < before.ratio:
             saying[id_] = Saying(at, workload.done_ratio, limit)
             continue
         seconds, work = at - before.at_seconds, workload.done_ratio - before.ratio
-        if before.watts is not None and _in_force(before, limit) and work > 0.0 and seconds >= LEAST_SECONDS:
+        if before.counts and before.watts is not None and _in_force(before, limit) and seconds >= LEAST_SECONDS:
             key = f"{id_} {workload.started_seconds:.3f}"
             ran[key] = _more(ran.pop(key, Ran(workload.power_class)), Did(before.watts, work, seconds))
-        saying[id_] = Saying(at, workload.done_ratio, limit, seconds)
-    for key in list(ran)[: max(len(ran) - MOST_JOBS, 0)]:
-        del ran[key]
-    return Heard(saying, ran)
+        saying[id_] = Saying(at, workload.done_ratio, limit, seconds, counts=True)
+    return Heard(saying, _latest(ran), limits, snapshot.monotonic_seconds)
+
+
+def _undisturbed(snapshot: NodeSnapshot) -> dict[str, float]:
+    """The limit of each that runs and that nobody else is with on any of its cards."""
+    limits = limits_of(snapshot)
+    for card in snapshot.cards.values():
+        if len(card.users) > 1 or card.strangers or card.suspended:
+            for id_ in card.users:
+                limits.pop(id_, None)
+    stopped = {id_ for id_, workload in snapshot.workloads.items() if workload.frozen or workload.gang_held}
+    return {id_: limit for id_, limit in limits.items() if id_ not in stopped}
+
+
+def _latest(ran: dict[str, Ran]) -> dict[str, Ran]:
+    """At most MOST_JOBS of a class: first those are forgotten that tell nothing, for they ran under one limit alone."""
+    kept = dict(ran)
+    for class_ in {one.class_ for one in ran.values()}:
+        mine = [key for key, one in ran.items() if one.class_ == class_]
+        mine.sort(key=lambda key: len(ran[key].did) > 1)  # stable: the latest stay last
+        for key in mine[: max(len(mine) - MOST_JOBS, 0)]:
+            del kept[key]
+    return kept
 
 
 def _in_force(saying: Saying, limit: float | None) -> bool:
@@ -92,18 +120,23 @@ def _in_force(saying: Saying, limit: float | None) -> bool:
 
 
 def _more(ran: Ran, did: Did) -> Ran:
-    watts = BIN_WATTS * round(did.watts / BIN_WATTS)
-    by_watts = {one.watts: one for one in ran.did}
-    one = by_watts.get(watts, Did(watts, 0.0, 0.0))
-    by_watts[watts] = Did(watts, one.work + did.work, one.seconds + did.seconds)
-    return msgspec.structs.replace(ran, did=tuple(sorted(by_watts.values())))
+    by_bin = {round(one.watts / BIN_WATTS): one for one in ran.did}
+    one = by_bin.get(round(did.watts / BIN_WATTS), Did(did.watts, 0.0, 0.0))
+    seconds = one.seconds + did.seconds
+    watts = (one.watts * one.seconds + did.watts * did.seconds) / seconds
+    by_bin[round(did.watts / BIN_WATTS)] = Did(round(watts, 3), one.work + did.work, seconds)
+    return msgspec.structs.replace(ran, did=tuple(sorted(by_bin.values())))
 
 
 def better(policy: PowerPolicy, known: Heard) -> PowerPolicy:
     """The policy with its models as the jobs that ran tell of them; itself where they are not to be refined."""
     if not policy.refine or not known.ran:
         return policy
-    models = _better(policy.models, tuple((one.class_, one.did) for one in known.ran.values()))
+    of: dict[str, list[tuple[Did, ...]]] = {}
+    for one in known.ran.values():
+        if len(one.did) > 1:
+            of.setdefault(one.class_, []).append(one.did)
+    models = tuple(_better(model, tuple(of.get(model.name, ()))) for model in policy.models)
     return msgspec.structs.replace(policy, models=models)
 
 
@@ -133,18 +166,13 @@ def known_classes(policy: PowerPolicy, known: Heard) -> list[Known]:
     return found
 
 
-@lru_cache(maxsize=4)
-def _better(models: tuple[PowerModel, ...], ran: tuple[tuple[str, tuple[Did, ...]], ...]) -> tuple[PowerModel, ...]:
-    found = []
-    for model in models:
-        jobs = [did for class_, did in ran if class_ == model.name]
-        watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
-        after, _ = refined(watts, slowdowns, jobs)
-        points = tuple(
-            PowerPoint(point.watts, round(float(s), 4)) for point, s in zip(model.points, after, strict=True)
-        )
-        found.append(msgspec.structs.replace(model, points=points))
-    return tuple(found)
+@lru_cache(maxsize=64)
+def _better(model: PowerModel, ran: tuple[tuple[Did, ...], ...]) -> PowerModel:
+    """It is the same until a job of the class has said something."""
+    watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
+    after, _ = refined(watts, slowdowns, ran)
+    points = tuple(PowerPoint(point.watts, round(float(s), 4)) for point, s in zip(model.points, after, strict=True))
+    return msgspec.structs.replace(model, points=points)
 
 
 def tried(
@@ -163,7 +191,9 @@ def tried(
     now = snapshot.monotonic_seconds
     for job in jobs:
         workload, saying = snapshot.workloads.get(job.workload), known.saying.get(job.workload)
-        if workload is None or saying is None or not LEAST_SECONDS <= saying.every_seconds <= TRY_SECONDS / 3.0:
+        if workload is None or saying is None or now - saying.at_seconds > TRY_SECONDS:
+            continue
+        if not LEAST_SECONDS <= saying.every_seconds <= TRY_SECONDS / 3.0:
             continue
         if int((now - workload.started_seconds) // TRY_SECONDS) % TRY_EVERY != TRY_EVERY - 1:
             continue

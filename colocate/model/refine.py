@@ -22,6 +22,10 @@ BEFORE_SECONDS = 600.0
 """What was there before counts as much as so long a time at each of its caps: about what a sweep runs there."""
 ROUNDS = 30
 LEAST_RATE = 1e-12
+MOST_CORRECTION = float(np.log(3.0))
+"""Of a time at one cap: what would change it by more is no correction, but another job or a mistake."""
+NEAR_WATTS = 5.0
+"""Limits are told in steps: one so little beyond a curve's end is at it."""
 
 
 class Did(NamedTuple):
@@ -40,26 +44,29 @@ def refined(caps: Floats, slowdowns: Floats, jobs: Sequence[Sequence[Did]]) -> t
     `caps` ascend, `slowdowns` never rise. The slowdown at the greatest cap stays what it is: it is what the others are
     against. Caps outside of them are not used.
     """
-    known = np.log1p(slowdowns)
-    rows = [(j, d) for j, job in enumerate(jobs) for d in job if caps[0] <= d.watts <= caps[-1] and _moved(d)]
+    known, reach = np.log1p(slowdowns), (caps[0] - NEAR_WATTS, caps[-1] + NEAR_WATTS)
+    rows = [(j, d) for j, job in enumerate(jobs) for d in job if reach[0] <= d.watts <= reach[1] and _moved(d)]
     if not rows:
         return slowdowns, np.zeros_like(caps)
     of = np.array([j for j, _ in rows])
     at, work, seconds = (np.array(column) for column in zip(*(did for _, did in rows), strict=True))
-    log_rate = np.log(work / seconds)
+    at, log_rate = np.clip(at, caps[0], caps[-1]), np.log(work / seconds)
     right = np.clip(np.searchsorted(caps, at, side="right"), 1, caps.size - 1)
     share = (at - caps[right - 1]) / (caps[right] - caps[right - 1])
-    near = np.zeros((at.size, caps.size))
-    near[np.arange(at.size), right - 1], near[np.arange(at.size), right] = 1.0 - share, share
-    told = near @ known
-    weights = np.bincount(of, seconds)
-    by, correction = near * seconds[:, None], np.zeros_like(caps)
+    straight = np.zeros((at.size, caps.size))
+    straight[np.arange(at.size), right - 1], straight[np.arange(at.size), right] = 1.0 - share, share
+    weights, correction = np.maximum(np.bincount(of, seconds), 1e-9), np.zeros_like(caps)
+    by = straight * seconds[:, None]
     for _ in range(ROUNDS):
-        scales = np.bincount(of, seconds * (log_rate + told + near @ correction)) / np.maximum(weights, 1e-9)
-        missed = scales[of] - log_rate - told
-        correction = (by.T @ missed) / (BEFORE_SECONDS + by.sum(axis=0))
+        times = np.exp(known + correction)  # between two caps the straight line counts, of the time and not of its log
+        told = straight @ times
+        near = straight * times / told[:, None]
+        by = near * seconds[:, None]
+        scales = np.bincount(of, seconds * (log_rate + np.log(told))) / weights
+        missed = scales[of] - log_rate - np.log(told) + near @ correction
+        correction = np.clip((by.T @ missed) / (BEFORE_SECONDS + by.sum(axis=0)), -MOST_CORRECTION, MOST_CORRECTION)
         correction[-1] = 0.0
-    heard = by[_differs(of, at)].sum(axis=0)
+    heard = (straight * seconds[:, None])[_differs(of, at)].sum(axis=0)
     longer = np.maximum(falling(known + correction, BEFORE_SECONDS + by.sum(axis=0)), known[-1])
     longer[-1] = known[-1]
     return np.expm1(longer), heard

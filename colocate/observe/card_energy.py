@@ -44,6 +44,8 @@ class CardEnergy:
     are those of the others whose containers are no longer told of."""
 
     def __init__(self) -> None:
+        self.most_step_seconds = MOST_STEP_SECONDS
+        """Between two readings of a card: cards are read once a tick, which may be longer."""
         self.account = Account()
         """Replaced as a whole, so that another thread may look at it."""
         self._before: dict[str, CardReading] = {}
@@ -104,7 +106,7 @@ class CardEnergy:
         if before is None or before.watts is None or card.watts is None:
             return 0, 0, [], 0.0
         seconds = card.at_seconds - before.at_seconds
-        if not 0.0 < seconds <= MOST_STEP_SECONDS:
+        if not 0.0 < seconds <= self.most_step_seconds:
             return 0, 0, [], 0.0
         watts = (before.watts + card.watts) / 2.0
         total = round(1e6 * watts * seconds)

@@ -22,7 +22,7 @@ from colocate.units import parse_time
 READ_SECONDS = 10.0
 MOST_BYTES = 4 << 20
 AHEAD_SECONDS, MOST_AHEAD = 7 * 86400.0, 200
-"""So much of a forecast is looked at."""
+"""So much of a forecast is looked at; denser ones by the means of so many parts."""
 MOST = 1e5
 """A carbon intensity (g/kWh) or a price beyond it is a mistake."""
 UNREADABLE = (ValueError, ArithmeticError, RecursionError)
@@ -80,8 +80,14 @@ class SignalFile:
         now = at_time(self._points, time_seconds)
         if not policy.elastic or self.problem or now is None:
             return ()
-        latest = {p.at: p.value for p in self._points if now.at <= p.at <= time_seconds + AHEAD_SECONDS}
-        return tuple(sorted(latest.items())[:MOST_AHEAD])
+        latest = {p.at: max(p.value, 0.0) for p in self._points if now.at <= p.at <= time_seconds + AHEAD_SECONDS}
+        points = sorted(latest.items())
+        every = -(-len(points) // MOST_AHEAD)
+        return tuple((points[i][0], _mean(points[i : i + every])) for i in range(0, len(points), every))
+
+
+def _mean(points: list[tuple[float, float]]) -> float:
+    return sum(value for _, value in points) / len(points)
 
 
 def _content(path: Path) -> tuple[bytes, float]:
@@ -123,8 +129,8 @@ def _points(data: Any) -> list[Point]:
     at = next((fields[name] for name in TIMES if isinstance(fields.get(name), str | int | float)), None)
     if value is None or at is None:
         return [point for name in LISTS for point in _points(fields.get(name))]
-    if isinstance(value, bool) or not 0.0 <= value <= MOST:
-        raise ValueError(f"{value!r} at {at} is no carbon intensity or price: 0 to {MOST:g}")
+    if isinstance(value, bool) or not -MOST <= value <= MOST:
+        raise ValueError(f"{value!r} at {at} is no carbon intensity or price: -{MOST:g} to {MOST:g}")
     return [Point(_time(at), float(value), _duration(fields.get("duration")))]
 
 

@@ -82,6 +82,14 @@ def test_s2_8_whose_a_cards_energy_was(readings: list[CardReading], expected: di
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_s2_8_cards_that_are_read_seldom_are_counted_too() -> None:
+    energy = CardEnergy()
+    energy.most_step_seconds = 150.0
+    for reading in (at(0.0, 300.0, Ran(A, 9)), at(60.0, 300.0, Ran(A, 9))):
+        energy.add(reading.at_seconds, [reading])
+    assert energy.account.node["GPU-0"].joules == pytest.approx(18000.0)
+
+
 TREE = Tree("/", "/kubepods", systemd_driver=False, tier_path="/kubepods/batch")
 UID = "0a1b2c3d-0000-4000-8000-0123456789ab"
 

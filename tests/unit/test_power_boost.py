@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,10 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colocate.actuate import caps as module
+from colocate.actuate.journal import Journal
 from colocate.decide.allowance import PowerState, allowance
 from colocate.decide.boost import WAIT_SECONDS, Boosted
 from colocate.decide.caps import power_caps
 from colocate.decide.node_budget import Budgeted, Known, budgeted
+from colocate.plan import GpuTarget, Plan, PowerCap
 from colocate.policy.schema import PowerModel, PowerPoint, PowerPolicy
 from colocate.snapshot import NodeSnapshot
 from tests.unit.test_power_caps import card, node, strictest_of
@@ -134,3 +141,58 @@ def test_s2_8_limits_with_what_is_lent_stay_within_the_budget(
     caps = [w or 0.0 for w in strictest_of(found.capped.caps).values()]
     assert sum(caps) <= max(budget, 100.0 * len(drawn))
     assert all(100.0 <= w <= 300.0 for w in caps)
+
+
+class SlowDriver:
+    """Takes every limit; the card's first question waits until it may be answered."""
+
+    def __init__(self) -> None:
+        self.limits = {"GPU-0": "300000", "GPU-1": "300000"}
+        self.asked, self.may_answer = threading.Event(), threading.Event()
+
+    def setting(self, call: str, uuid: str, value: str = "", **_: Any) -> str:
+        if call == "get_power_limit" and uuid == "GPU-0":
+            self.asked.set()
+            self.may_answer.wait(30)
+        if call == "set_power_limit":
+            self.limits[uuid] = value
+        return self.limits[uuid]
+
+
+async def test_s2_8_a_loan_that_is_on_its_way_is_taken_back_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts waits for it, and finds the watts there."""
+    monkeypatch.setattr(module, "processes_anywhere", lambda _port, _path: {1})
+    driver: Any = SlowDriver()
+    port: Any = None
+    caps = module.Caps(port, Journal(tmp_path, "b"), driver, shadow=True)
+    driver.may_answer.set()
+    caps.set_now("GPU-0", 200.0, "/a", time.monotonic() + 60)
+    driver.may_answer.clear()
+    driver.asked.clear()
+    lent = PowerCap(target=GpuTarget("GPU-0"), watts=260.0, workload="a", path="/a", unboosted=200.0)
+    caps.act(Plan(sequence=1, actions=(), verdicts=(), caps=(lent,), power_budget=True), at(11.0))
+    while not driver.asked.is_set():
+        await asyncio.sleep(0.01)
+    taking = asyncio.create_task(asyncio.to_thread(caps.take_back, time.monotonic() + 30))
+    await asyncio.sleep(0.1)
+    assert not taking.done()
+    driver.may_answer.set()
+    await taking
+    await caps._workers.settle(5)
+    assert driver.limits["GPU-0"] == "200000"
+    assert caps.limits() == {"GPU-0": 200.0}
+    caps.act(Plan(sequence=2, actions=(), verdicts=(), caps=(lent,), power_budget=True), at(12.0))
+    await caps._workers.settle(5)
+    assert driver.limits["GPU-0"] == "200000", "nothing is lent until he who starts is in the plan"
+
+
+def test_s2_8_who_does_not_draw_what_he_was_lent_gives_it_back() -> None:
+    """To one who does; and is not lent it again for a minute."""
+    policy = with_(budget=460)
+    lent = {"j0": Boosted(230.0, 0.0), "j1": Boosted(230.0, 0.0)}
+    first = after(at(11.0, 172.0, 229.0), policy, lent)
+    assert strictest_of(first.capped.caps)["GPU-0"] == 200.0
+    again = after(at(30.0, 172.0, 229.0), policy, first.boosted)
+    assert strictest_of(again.capped.caps)["GPU-0"] == 200.0

@@ -27,7 +27,7 @@ from colocate.decide.refine import (
 from colocate.model.power import falling, sweep_of
 from colocate.model.refine import BEFORE_SECONDS, Did, refined
 from colocate.policy.schema import PowerModel, PowerPoint, PowerPolicy
-from colocate.snapshot import NodeSnapshot
+from colocate.snapshot import CardUser, NodeSnapshot
 from tests.unit.test_power_caps import card, node
 from tests.unit.test_power_model import DATA, sweeps
 
@@ -72,6 +72,24 @@ def test_s2_8_it_counts_as_much_as_the_curve_before_after_so_long_a_time() -> No
     assert seconds.tolist() == [BEFORE_SECONDS, 0.0, 0.0, 1e9]
 
 
+@pytest.mark.parametrize("watts", [(120.0, 300.0), (165.0, 240.0, 300.0)], ids=str)
+def test_s2_8_a_right_curve_stays_right_also_by_caps_between_its_points(watts: tuple[float, ...]) -> None:
+    found, _ = refined(CAPS, TRUE, [ran(3.0, 1e7, *watts)])
+    assert found == pytest.approx(TRUE, abs=2e-3)
+
+
+def test_s2_8_caps_just_beyond_the_curves_ends_count_at_them() -> None:
+    found, seconds = refined(CAPS, WRONG, [ran(1.0, 1e6, 99.0, 301.0)])
+    assert found[0] == pytest.approx(TRUE[0], abs=0.02)
+    assert seconds[-1] == 1e6
+
+
+def test_s2_8_a_leap_does_not_ruin_a_curve() -> None:
+    """A word that cannot be true changes a time threefold at most."""
+    found, _ = refined(CAPS, WRONG, [[Did(100.0, 1.0, 1e6), Did(300.0, 1e6, 1e6)]])
+    assert (1.0 + found[0]) <= 3.0 * (1.0 + WRONG[0]) + 1e-9
+
+
 @given(
     jobs=st.lists(
         st.lists(
@@ -114,52 +132,88 @@ def says(at: float, ratio: float | None, limit: float, class_: str = "a", **more
 def after(*snapshots: NodeSnapshot) -> tuple[Did, ...]:
     known = Heard()
     for snapshot in snapshots:
-        known = heard(known, snapshot)
+        known = heard(known, snapshot, PowerPolicy(models=(MODEL,), refine=True))
     return tuple(did for one in known.ran.values() for did in one.did)
+
+
+MODEL = PowerModel("a", tuple(PowerPoint(int(w), s) for w, s in zip(CAPS, WRONG.tolist(), strict=True)))
+
+
+def looks(*words: tuple[float, float, float], **more: Any) -> list[NodeSnapshot]:
+    """A look each second from the first word to the last; a word is (when, done, the limit from then on)."""
+    found, (at, ratio, limit), rest = [], words[0], list(words[1:])
+    now = at - 1.0
+    while True:
+        if rest and now >= rest[0][0]:
+            at, ratio, limit = rest.pop(0)
+        found.append(says(now, None if now < at else ratio, limit, done_at_seconds=at, **more))
+        if not rest and now > at:
+            return found
+        now += 1.0
+
+
+HALF = [(10.0, 0.1, 300.0), (20.0, 0.3, 300.0), (30.0, 0.5, 300.0)]
 
 
 @pytest.mark.parametrize(
     ("snapshots", "did"),
     [
-        pytest.param([says(10, 0.1, 300), says(20, 0.3, 300)], [(300, 0.2, 10)], id="so much under one limit"),
-        pytest.param([says(10, 0.1, 300), says(20, 0.3, 200)], [], id="the limit was changed meanwhile"),
-        pytest.param(
-            [says(10, 0.1, 300), says(12, 0.1, 200, done_at_seconds=9.0), says(20, 0.3, 300)],
-            [],
-            id="also where it was changed back",
-        ),
-        pytest.param(
-            [says(10, 0.1, 300), says(12, 0.1, 300, done_at_seconds=9.0, frozen=True), says(20, 0.3, 300)],
-            [],
-            id="it was frozen meanwhile",
-        ),
-        pytest.param([says(10, 0.1, 300), says(12, 0.12, 300), says(32, 0.52, 300)], [(300, 0.4, 20)], id="too short"),
-        pytest.param([says(10, 0.5, 300), says(20, 0.3, 300)], [], id="it went back"),
-        pytest.param([says(10, 0.1, 300, done_at_seconds=2.0), says(20, 0.3, 300)], [], id="not all was seen"),
-        pytest.param([says(10, None, 300), says(20, None, 300)], [], id="it says nothing"),
-        pytest.param([says(10, 0.1, 300, class_=""), says(20, 0.3, 300, class_="")], [], id="it is of no class"),
-        pytest.param(
-            [says(10, 0.1, 300), says(20, 0.3, 300), says(30, 0.5, 200), says(40, 0.6, 200), says(50, 0.7, 200)],
-            [(200, 0.2, 20), (300, 0.2, 10)],
-            id="each limit by itself",
-        ),
+        pytest.param(looks(*HALF), [(300, 0.2, 10)], id="so much under one limit, from the second word on"),
+        pytest.param(looks(*HALF[:2]), [], id="before that it may have leapt, from a checkpoint"),
+        pytest.param(looks(*HALF, frozen=True), [], id="it is frozen"),
+        pytest.param(looks(*HALF, class_=""), [], id="it is of no class"),
+        pytest.param(looks(*HALF, class_="unknown"), [], id="or of one that the policy does not have"),
+        pytest.param(looks(*HALF[:2], (24.0, 0.4, 300.0), (30.0, 0.5, 300.0)), [(300, 0.1, 6)], id="too short a time"),
+        pytest.param(looks(*HALF[:2], (30.0, 0.2, 300.0), (40.0, 0.4, 300.0)), [], id="it went back"),
     ],
 )
 def test_s2_8_what_a_job_did_under_a_limit(snapshots: list[NodeSnapshot], did: list[tuple[float, ...]]) -> None:
     assert [tuple(each) for each in after(*snapshots)] == [pytest.approx(each) for each in did]
 
 
-def test_only_the_latest_jobs_are_remembered() -> None:
-    known = Heard()
+def beside(snapshot: NodeSnapshot, **card: Any) -> NodeSnapshot:
+    """Somebody else on its card."""
+    uuid = next(iter(snapshot.cards))
+    return msgspec.structs.replace(snapshot, cards={uuid: msgspec.structs.replace(snapshot.cards[uuid], **card)})
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        pytest.param({"users": {"j1": CardUser(), "s1": CardUser()}}, id="a service"),
+        pytest.param({"strangers": 1}, id="a stranger"),
+        pytest.param({"suspended": {"j1": "suspended"}}, id="it was taken off it"),
+    ],
+)
+def test_s2_8_what_a_job_does_beside_somebody_else_does_not_count(card: dict[str, Any]) -> None:
+    every = looks(*HALF)
+    disturbed = [beside(one, **card) if one.monotonic_seconds == 25.0 else one for one in every]
+    assert after(*every)
+    assert not after(*disturbed)
+
+
+def test_s2_8_a_limit_that_changed_between_two_looks_is_not_taken_for_the_one_before() -> None:
+    every = [one for one in looks(*HALF, (40.0, 0.6, 200.0)) if one.monotonic_seconds not in (20.0, 30.0)]
+    assert all(one.watts != 200.0 for one in after(*every))
+
+
+def test_what_is_said_while_models_are_not_refined_is_forgotten() -> None:
+    known = Heard(saying={"j1": Saying(1.0, 0.1)}, ran=TOLD.ran)
+    assert heard(known, says(10, 0.1, 300), PowerPolicy(models=(MODEL,))) == Heard(ran=TOLD.ran)
+
+
+def test_of_a_class_the_latest_are_remembered_and_first_those_that_tell_something() -> None:
+    """Whatever jobs of other classes say."""
+    known = Heard(ran={"told": Ran("a", tuple(ran(1.0, 1e4, 100.0, 300.0)))})
     for i in range(MOST_JOBS + 5):
-        for snapshot in (says(10, 0.1, 300, started_seconds=float(i)), says(20, 0.3, 300, started_seconds=float(i))):
-            known = heard(known, snapshot)
+        for snapshot in looks(*HALF, started_seconds=float(i)):
+            known = heard(known, snapshot, PowerPolicy(models=(MODEL,), refine=True))
         known = msgspec.structs.replace(known, saying={})
     assert len(known.ran) == MOST_JOBS
-    assert list(known.ran)[-1] == f"j1 {MOST_JOBS + 4:.3f}"
+    assert "told" in known.ran
+    assert f"j1 {MOST_JOBS + 4:.3f}" in known.ran
 
 
-MODEL = PowerModel("a", tuple(PowerPoint(int(w), s) for w, s in zip(CAPS, WRONG.tolist(), strict=True)))
 TOLD = Heard(ran={"j": Ran("a", tuple(ran(1.0, 1e6, 100.0, 300.0))), "k": Ran("b", tuple(ran(1.0, 1e6, 100.0, 300.0)))})
 
 
