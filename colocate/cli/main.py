@@ -95,6 +95,23 @@ def _add_demo(add: Add, others: list[str]) -> None:
     demo.add_argument("--service-time", type=duration, default=parse_duration("2ms"), help="CPU time of a request")
 
 
+def _add_fleet(evaluate: argparse.ArgumentParser) -> None:
+    text = "What co-location is worth to a simulated fleet, and at what cost to services: four arms, seed by seed"
+    commands = evaluate.add_subparsers(dest="what", metavar="fleet")
+    fleet = commands.add_parser("fleet", help=text, description=text)
+    fleet.set_defaults(target="colocate.cli.fleet:evaluate")
+    fleet.add_argument("--nodes", default="500+100", metavar="CPU+GPU", help="nodes (default: 500+100)")
+    fleet.add_argument("--hours", type=positive, default=24, help="that are simulated and count (default: 24)")
+    fleet.add_argument("--seeds", type=positive, default=10, help="worlds that are drawn (default: 10)")
+    fleet.add_argument("--seed", type=positive, default=1, help="of the first (default: 1)")
+    fleet.add_argument("--config", help="a policy for ours (default: the default policy)")
+    fleet.add_argument("--tornado", action="store_true", help="vary each synthetic assumption too (minutes)")
+    fleet.add_argument("--traces", metavar="FOLDER", help="of the traces (default: COLOCATE_TRACES)")
+    fleet.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
+    fleet.add_argument("--file", help="an HTML page with tables and charts")
+    table_form(fleet)
+
+
 def _add_power(add: Add) -> None:
     text = "What a sweep of power caps says of a job, which cap to take, and what this node draws"
     commands = add("power", "", text).add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -282,6 +299,7 @@ def _add_reports(add: Add) -> None:
     form(evaluate, "html", "json", "csv")
     state(evaluate)
     socket(evaluate)
+    _add_fleet(evaluate)
 
     replay = add("replay", "colocate.cli.reports:replay", "Decide a recorded day, or a cluster snapshot, again")
     replay.add_argument("records", help="a state directory, a record file, or a cluster snapshot (.json)")
