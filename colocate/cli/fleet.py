@@ -85,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _say(done: int, of: int) -> None:
-    status(f"{done} of {of} simulated fleets")
+    status(f"{done} of {of} draws, under {len(ARMS)} arms each")
 
 
 def _say_tornado(done: int, of: int) -> None:

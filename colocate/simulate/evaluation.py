@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.decide.allocatable import GRAIN_RATIO, GROW_AGAIN_SECONDS, promise
+from colocate.decide.allocatable import GRAIN_RATIO, promise
 from colocate.decide.reference.koordlet import CPU_RECLAIM_PERCENT, MEMORY_RECLAIM_PERCENT, Demand, batch_allocatable
 from colocate.errors import BadInput
 from colocate.model.needs import DAY_SLOTS, Needs, look, slots_of
@@ -44,7 +44,7 @@ VMS_A_NODE = 4
 PEAK = 99.9
 """The percentile of a VM's use that counts as its peak: beyond it lie single samples."""
 USAGE, BATCH = "bitbrains-50vm-2013/usage.csv.gz", "alibaba-v2017-batch/batch_task.csv.gz"
-MOST_TASKS = 60_000
+MOST_TASKS, LEAST_TASKS = 60_000, 200
 
 
 class Assumptions(NamedTuple):
@@ -229,28 +229,18 @@ def make_fleet(folder: Path, size: Size, assumed: Assumptions, seed: int) -> Fle
 
 
 def _drawn_tasks(folder: Path, size: Size, assumed: Assumptions, draw: np.random.Generator) -> Tasks:
-    """Tasks of the trace, drawn anew until they are as much work as is to arrive; their order of arrival is drawn."""
+    """Tasks of the trace in an order that is drawn, as many as are the work that is to arrive."""
     every, seconds = batch_tasks(folder), 3600 * size.hours + WARM_SECONDS
     short = np.flatnonzero(every.seconds <= seconds / 4)
     wanted = assumed.load * size.nodes * CORES * seconds
-    work = (every.instances * every.cores * every.seconds)[short]
-    most = wanted / 200  # one task is no more than that: else a fleet that is small has a day of one of them
-    chosen = short[draw.permutation(len(short))[: MOST_TASKS * 4] % len(short)]
-    total, kept = 0.0, []
-    while total < wanted:
-        for task in chosen:
-            amount = min(float(work[np.searchsorted(short, task)]), most)
-            kept.append((task, amount))
-            total += amount
-            if total >= wanted or len(kept) >= MOST_TASKS:
-                break
-        if len(kept) >= MOST_TASKS:
-            break
-    picked = np.array([task for task, _ in kept])
-    count = np.array([amount for _, amount in kept]) / (every.cores * every.seconds)[picked]
-    arrives = np.sort(draw.uniform(0.0, seconds, len(picked)))
-    return Tasks(arrives, every.seconds[picked], np.maximum(count, 1.0).astype(np.int64), every.cores[picked],
-                 every.memory[picked])  # fmt: skip
+    order = np.tile(draw.permutation(short), -(-MOST_TASKS // len(short)))[:MOST_TASKS]
+    each = every.cores[order] * every.seconds[order]
+    # One task is a two-hundredth of the work at most: else a small fleet's day would be one of them.
+    count = np.clip(every.instances[order], 1, np.maximum(wanted / LEAST_TASKS / each, 1.0)).astype(np.int64)
+    many = min(int(np.searchsorted(np.cumsum(count * each), wanted)) + 1, MOST_TASKS)
+    arrives = np.sort(draw.uniform(0.0, seconds, many))
+    chosen = order[:many]
+    return Tasks(arrives, every.seconds[chosen], count[:many], every.cores[chosen], every.memory[chosen])
 
 
 def rules_of(arm: str, fleet: Fleet, spec: PolicySpec) -> tuple[Floats, Rules]:
@@ -308,9 +298,6 @@ def _promised(row: Floats, spec: PolicySpec) -> Floats:
     return np.array(found[WARM_DAYS * DAY_SLOTS :])
 
 
-assert SLOT_SECONDS % GROW_AGAIN_SECONDS == 0.0, "what is promised grows a whole number of times in a slot"
-
-
 def play(arm: str, fleet: Fleet, spec: PolicySpec) -> Result:
     """One arm in the world of one seed."""
     size = fleet.size
@@ -348,15 +335,18 @@ def play_all(
     arms: Sequence[str] = ARMS,
 ) -> dict[str, list[Result]]:
     """Of each arm a result a seed, the same with any number of workers. Raises BadInput."""
-    tasks = [(seed, arm) for seed in seeds for arm in arms]
-    usage(folder), batch_tasks(folder)
-    made = {seed: lru_cache(maxsize=1)(lambda seed=seed: make_fleet(folder, size, assumed, seed)) for seed in seeds}
+    usage(folder), batch_tasks(folder)  # once, and what is wrong with them is said here
+
+    def one(seed: int) -> list[Result]:
+        fleet = make_fleet(folder, size, assumed, seed)
+        return [play(arm, fleet, spec) for arm in arms]
+
     found: dict[str, list[Result]] = {arm: [] for arm in arms}
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
-        answers = threads.map(lambda task: (task[1], play(task[1], made[task[0]](), spec)), tasks)
-        for done, (arm, result) in enumerate(answers, start=1):
-            found[arm].append(result)
-            say(done, len(tasks))
+        for done, results in enumerate(threads.map(one, seeds), start=1):
+            for arm, result in zip(arms, results, strict=True):
+                found[arm].append(result)
+            say(done, len(seeds))
     return found
 
 
