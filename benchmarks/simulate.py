@@ -2,7 +2,8 @@
 
 queue: decisions a second, of scores that never change and of a trained priority. steps: of 256 environments at once.
 placement: pods a second onto the 1,213 GPU nodes of openb. philly: seconds for two months of jobs. exact: seconds for
-all tables of `colocate reproduce` that are to be exact. nodes: how placement's rate falls with more nodes. Each round
+all tables of `colocate reproduce` that are to be exact. colocated: seconds for a day of 600 nodes with services and batch
+under the agent's laws, a second a step, from one hour of it. nodes: how placement's rate falls with more nodes. Each round
 does everything forwards and then backwards; everything has been compiled before.
 """
 
@@ -18,9 +19,12 @@ import numpy as np
 
 from benchmarks.common import Runs, bar, reference_loop
 from colocate.errors import BadInput
+from colocate.policy.schema import PolicySpec
 from colocate.simulate import traces
+from colocate.simulate.colocation import run as run_world
 from colocate.simulate.environments import QueueVectorEnv
 from colocate.simulate.episodes import new_pools, rated
+from colocate.simulate.evaluation import OURS_ARM, Assumptions, Size, make_fleet, prepared
 from colocate.simulate.fleet import DISCIPLINES, simulate
 from colocate.simulate.placement import Nodes, arrivals, place, typical_shares
 from colocate.simulate.queue import started
@@ -31,7 +35,7 @@ from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 ROUNDS, WINDOW, POOLS, STEPS = 3, 1024, 256, 200
 WEIGHTS = np.array([1.8, 1.0, -0.5, -0.5, 0.3, 1.1, 0.0, -1.5])
 MORE_NODES = (100, 1_000, 10_000)
-BARS = {"queue": 1e6, "trained": 1e6, "steps": 1e6, "placement": 1e5, "philly": 1.0, "exact": 60.0}
+BARS = {"queue": 1e6, "trained": 1e6, "steps": 1e6, "placement": 1e5, "philly": 1.0, "exact": 60.0, "colocated": 60.0}
 EXACT = ("rlscheduler", "pollux-tiresias", "pollux-optimus")
 Arm = Callable[[], float]
 
@@ -88,6 +92,11 @@ def _arms(folder: Path) -> dict[str, Arm]:
         arms[f"philly {policy}"] = lambda p=policy: _seconds(  # type: ignore[misc]
             lambda: simulate(fleet, two_months.kinds, two_months.work, DISCIPLINES[p], 1)
         )
+    together = make_fleet(folder, Size(500, 100, 1), Assumptions(), 1)
+    world, rules = prepared(OURS_ARM, together, PolicySpec())
+    arms["colocated day"] = lambda: (
+        24 * _seconds(lambda: run_world(world, together.tasks, rules, 3600, 1, PolicySpec()))
+    )
     for count in MORE_NODES:
         larger = Nodes(*(np.resize(column, count) for column in nodes))
         arms[f"nodes {count}"] = lambda n=larger: _rate(  # type: ignore[misc]
@@ -128,7 +137,7 @@ def run(_full: bool) -> list[str]:
     for name in rounds[0]["found"]:
         values = [value for r in rounds for value in r["found"][name]]
         middle, kind = statistics.median(values), name.split()[0]
-        seconds = kind in ("philly", "exact")
+        seconds = kind in ("philly", "exact", "colocated")
         text = f"simulate {name} (of {len(values)}, {min(values):,.3g} to {max(values):,.3g})"
         if kind not in BARS:
             lines.append(f"          {text}: {middle:,.0f} a second")

@@ -298,19 +298,23 @@ def _promised(row: Floats, spec: PolicySpec) -> Floats:
     return np.array(found[WARM_DAYS * DAY_SLOTS :])
 
 
-def play(arm: str, fleet: Fleet, spec: PolicySpec) -> Result:
-    """One arm in the world of one seed."""
-    size = fleet.size
+def prepared(arm: str, fleet: Fleet, spec: PolicySpec) -> tuple[World, Rules]:
+    """The world of a seed under an arm."""
+    size, assumed = fleet.size, fleet.assumed
     demand, rules = rules_of(arm, fleet, spec)
     served = demand.max(axis=1) > 0.0
     served[size.cpu_nodes :] = False  # a GPU job's own CPUs are no service
     own, shared, scheduler = fleet.feels.T.copy()
-    assumed = fleet.assumed
-    world = World(
-        CORES, demand, own, shared, scheduler, assumed.saturates, assumed.noise, assumed.bursts, served, assumed.slo
-    )
-    told = run(world, fleet.tasks, rules, 3600 * size.hours, fleet.seed, spec, WARM_SECONDS)
-    whole = size.nodes * CORES * 3600 * size.hours
+    rest = (assumed.saturates, assumed.noise, assumed.bursts, served, assumed.slo)
+    return World(CORES, demand, own, shared, scheduler, *rest), rules
+
+
+def play(arm: str, fleet: Fleet, spec: PolicySpec) -> Result:
+    """One arm in the world of one seed."""
+    seconds = 3600 * fleet.size.hours
+    world, rules = prepared(arm, fleet, spec)
+    told = run(world, fleet.tasks, rules, seconds, fleet.seed, spec, WARM_SECONDS)
+    whole = fleet.size.nodes * CORES * seconds
     work = told.service_core_seconds + told.batch_core_seconds
     return Result(
         work / whole,
