@@ -2,9 +2,9 @@
 
 queue: decisions a second, of scores that never change and of a trained priority. steps: of 256 environments at once.
 placement: pods a second onto the 1,213 GPU nodes of openb. philly: seconds for two months of jobs. exact: seconds for
-all tables of `colocate reproduce` that are to be exact. colocated: seconds for a day of 600 nodes with services and batch
-under the agent's laws, a second a step, from one hour of it. nodes: how placement's rate falls with more nodes. Each round
-does everything forwards and then backwards; everything has been compiled before.
+all tables of `colocate reproduce` that are to be exact. colocated: seconds for a day of 600 nodes with services and
+batch under the agent's laws, a second a step, from one hour of it. nodes: how placement's rate falls with more nodes.
+Each round does everything forwards and then backwards; everything has been compiled before.
 """
 
 from __future__ import annotations

@@ -187,8 +187,9 @@ def traces(root: Path, days: int = 5, line: str = "") -> Path:
 
 
 def test_the_whole_command_on_a_small_fleet_says_the_same_with_any_number_of_workers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluation, "WARM_SECONDS", 300)
     where, page = traces(tmp_path / "t"), tmp_path / "fleet.html"
     command = ["evaluate", "fleet", "--nodes", "12+2", "--hours", "1", "--seeds", "2", "--traces", str(where)]
     said = []
