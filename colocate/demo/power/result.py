@@ -68,7 +68,12 @@ def rows(result: PowerResult) -> list[tuple[str, str]]:
     """A line a promise."""
     waits = "; ".join(f"{gang} waits: {why}" for gang, why in result.gangs_waiting.items())
     cuts = ", ".join(f"{c.job} {c.asked_watts:g} to {c.cap_watts:g} W" for c in result.cuts)
-    saved = "" if result.energy_saved_ratio is None else f", {result.energy_saved_ratio:.0%} of the energy saved"
+    saved = (
+        ""
+        if result.energy_saved_ratio is None
+        else f", {result.energy_saved_ratio:.0%} of the energy saved, by the sweep"
+    )
+    over = ": more than asked, in these few runs" if result.measured_slowdown > result.asked_slowdown else ""
     return [
         ("gangs under a budget of the cluster", f"{result.gangs_started} start, {waits or 'none waits'}"),
         (
@@ -77,20 +82,20 @@ def rows(result: PowerResult) -> list[tuple[str, str]]:
         ),
         (
             "slowdown under it",
-            f"{result.predicted_slowdown:.1%} expected, {result.measured_slowdown:.1%} measured",
+            f"{result.predicted_slowdown:.1%} expected, {result.measured_slowdown:.1%} measured{over}",
         ),
         (f"the node's budget, {result.budget_watts} to {result.cut_to_watts} W", cuts),
         (
             "the job that loses most",
-            f"{result.worst_slowdown:.0%} slower, {result.equal_slowdown:.0%} had all been cut alike",
+            f"{result.worst_slowdown:.0%} slower by its model; {result.equal_slowdown:.0%} if all had been cut alike",
         ),
-        ("budget exceeded", f"in {result.budget_exceeded_samples} of {result.samples} looks"),
+        ("the node's budget exceeded", f"in {result.budget_exceeded_samples} of {result.samples} looks"),
         (
             f"the CPUs' budget, {result.cpu_budget_watts} W",
-            f"batch gives way: {result.cpu_watts:.0f} to {result.cpu_watts_within:.0f} W, by a simulated meter",
+            f"the package falls from {result.cpu_watts:.0f} to {result.cpu_watts_within:.0f} W as batch gives way",
         ),
         ("caps while their agent is dead", "kept" if result.kept_without_agent else "NOT kept"),
-        ("limits after the jobs", "what was found" if result.restored else "NOT what was found"),
+        ("limits after the jobs", "as they were before" if result.restored else "NOT as they were before"),
     ]
 
 
