@@ -28,6 +28,7 @@ from colocate.model.needs import DAY_SLOTS, SLOT_SECONDS, Needs, look, slots_of
 from colocate.model.reference import Floats
 from colocate.model.statistics import Interval, mean_interval
 from colocate.policy.schema import PolicySpec
+from colocate.simulate.traces import filled
 
 CORES, SIZE = 64.0, float(256 << 30)
 VMS_A_NODE, PLANETLAB_NODES, PLANETLAB_VMS = 5, 40, 20
@@ -53,13 +54,6 @@ def _rows(name: str) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(text)
 
 
-def _filled(slots: Floats) -> Floats:
-    """Slots without a reading are as the one before."""
-    last = np.where(np.isnan(slots), 0, np.arange(len(slots)))
-    filled: Floats = slots[np.maximum.accumulate(last)]
-    return filled
-
-
 def _scaled(cores: Floats) -> Load:
     return Load(cores / (cores.max() * SPARE))
 
@@ -78,7 +72,7 @@ def alibaba() -> list[Load]:
         for at, cpu, memory in machine:
             slot = int((at - begin) // SLOT_SECONDS)
             slots[:, slot] = np.fmax(slots[:, slot], (cpu / 100, memory / 100))
-        loads.append(Load(_filled(slots[0]), _filled(slots[1])))
+        loads.append(Load(filled(slots[0]), filled(slots[1])))
     return loads
 
 

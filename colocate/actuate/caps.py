@@ -136,11 +136,12 @@ class Caps:
             if isinstance(cap.target, GpuTarget) and cap.watts is None:
                 lifted.add(cap.target.uuid)
             elif isinstance(cap.target, GpuTarget) and cap.watts is not None:
-                lends = cap.unboosted is not None and now >= self._lends_after
-                watts = cap.watts if cap.unboosted is None or lends else cap.unboosted
-                wishes.setdefault(cap.target.uuid, {})[cap.path] = milliwatts(watts)
-                if lends and cap.unboosted is not None:
+                watts = cap.watts
+                if cap.unboosted is not None and now >= self._lends_after:
                     own[cap.target.uuid] = milliwatts(cap.unboosted)
+                elif cap.unboosted is not None:
+                    watts = cap.unboosted
+                wishes.setdefault(cap.target.uuid, {})[cap.path] = milliwatts(watts)
         return lifted, wishes, own
 
     def _falls(self, uuid: str, wishes: dict[str, str]) -> bool:

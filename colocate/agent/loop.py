@@ -393,13 +393,12 @@ class Agent:
             self._model_saved = snapshot.monotonic_seconds
             save = partial(self.state.save, MODEL_FILE, to_builtins(self.model))
             self._workers.submit(MODEL_FILE, save)
-            if self.laws.heard.ran:
-                self._workers.submit(CLASSES_FILE, self._save_classes)
+            self._workers.submit(CLASSES_FILE, self._save_classes)
 
     def _save_classes(self) -> bool:
         """What jobs did; of what they are saying right now a successor has not seen all."""
-        did = msgspec.to_builtins(Heard(ran=self.laws.heard.ran))
-        return self.state is not None and self.state.save(CLASSES_FILE, did)
+        ran = self.laws.heard.ran
+        return bool(ran and self.state and self.state.save(CLASSES_FILE, msgspec.to_builtins(Heard(ran=ran))))
 
     def _lift_caps(self) -> bool:
         time.sleep(LIFT_EVERY_SECONDS)
@@ -524,8 +523,7 @@ class Agent:
             await self._workers.settle(SETTLE_SECONDS)
             if self.state is not None:
                 self.state.save(MODEL_FILE, to_builtins(self.model))
-                if self.laws.heard.ran:
-                    self._save_classes()
+                self._save_classes()
                 if handover:
                     laws = laws_to_builtins(self.laws)
                     self.state.save(HANDOVER_FILE, {"boot_id": self.journal.boot_id, "laws": laws})

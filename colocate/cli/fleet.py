@@ -18,6 +18,7 @@ from colocate.report.charts import Series, line_chart
 from colocate.simulate.evaluation import (
     ARMS,
     CORES,
+    OURS_ARM,
     POOLS,
     WARM_DAYS,
     Assumptions,
@@ -94,7 +95,7 @@ def _say_tornado(done: int, of: int) -> None:
 
 def _data(results: dict[str, list[Result]], size: Size, bars: list[Bar]) -> dict[str, Any]:
     pools = beside(results, POOLS)
-    ours, theirs = ([r.violations for r in results[arm]] for arm in (ARMS[-1], POOLS))
+    ours, theirs = ([r.violations for r in results[arm]] for arm in (OURS_ARM, POOLS))
     ratio = ratio_interval(ours, theirs) if min(*ours, *theirs) > 0.0 else None
     return {
         "utilization_points": round(pools.utilization.value, 3),
@@ -114,9 +115,8 @@ def _arm(arm: str, results: dict[str, list[Result]]) -> dict[str, Any]:
     mine = results[arm]
     found: dict[str, Any] = {"arm": arm}
     for name in ("utilization", "batch", "violations", "added", "wait_seconds", "tasks_ended", "energy_a_core"):
-        interval = mean_interval([float(getattr(r, name)) for r in mine])
-        found[name] = {key: round(value, 6) for key, value in interval._asdict().items()}
-    if arm != ARMS[-1]:
+        found[name] = _rounded(mean_interval([float(getattr(r, name)) for r in mine]), 6)
+    if arm != OURS_ARM:
         verdict = beside(results, arm)
         found["ours_less_this"] = {
             "utilization_points": _rounded(verdict.utilization),
@@ -125,8 +125,8 @@ def _arm(arm: str, results: dict[str, list[Result]]) -> dict[str, Any]:
     return found
 
 
-def _rounded(interval: Interval) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in interval._asdict().items()}
+def _rounded(interval: Interval, digits: int = 4) -> dict[str, float]:
+    return {key: round(value, digits) for key, value in interval._asdict().items()}
 
 
 ROW = ("", "CPUs used", "by batch", "minutes violated", "by batch alone", "wait", "tasks ended", "energy a core")

@@ -13,8 +13,7 @@ import msgspec
 import numpy as np
 
 from colocate.decide.allowance import FRESH_SECONDS
-from colocate.decide.caps import Capped
-from colocate.decide.power_jobs import STEP_WATTS, Job, cards_of_one
+from colocate.decide.power_jobs import STEP_WATTS, Job, curve_of
 from colocate.decide.unused import NEAR
 from colocate.policy.schema import PowerModel, PowerPolicy
 from colocate.snapshot import NodeSnapshot
@@ -38,19 +37,18 @@ class Boosted(msgspec.Struct, frozen=True, omit_defaults=True):
 def boosted(
     known: Mapping[str, Boosted],
     jobs: list[Job],
-    capped: Capped,
     snapshot: NodeSnapshot,
     policy: PowerPolicy,
     spare: float,
 ) -> dict[str, Boosted]:
-    """What the jobs have that are bound by power, where `spare` watts are left of the budget."""
+    """What the jobs have that are bound by power, where `spare` watts are left of the budget; `jobs` are those that are
+    alone on their cards."""
     now, models = snapshot.monotonic_seconds, {model.name: model for model in policy.models}
-    alone = cards_of_one(capped)
     wanted: dict[str, tuple[Job, float]] = {}
     for job in jobs:
         workload = snapshot.workloads.get(job.workload)
         model = models.get(workload.power_class) if workload is not None else None
-        if model is not None and alone.issuperset(job.cards) and _bound(job, snapshot):
+        if model is not None and _bound(job, snapshot):
             wanted[job.workload] = job, _worth(job, model, snapshot, policy)
     room = sum((watts - job.watts) * len(job.cards) for job, watts in wanted.values())
     share = min(max(spare, 0.0) / room, 1.0) if room > 0.0 else 0.0
@@ -88,7 +86,7 @@ def _bound(job: Job, snapshot: NodeSnapshot) -> bool:
 
 def _worth(job: Job, model: PowerModel, snapshot: NodeSnapshot, policy: PowerPolicy) -> float:
     """Up to how many watts of a card each step more makes it enough faster."""
-    watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
+    watts, slowdowns = curve_of(model)
     takes = [snapshot.cards[uuid].most_watts for uuid in job.cards]
     most = min(job.watts * (1.0 + policy.boost / 100.0), float(watts[-1]), *(w for w in takes if w is not None))
     if job.watts < watts[0]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from colocate.decide.caps import whole_up
 from colocate.decide.deadlines import SPARE, Curve, Progress
 from colocate.decide.power_jobs import STEP_WATTS, Job
-from colocate.model.slots import cheapest, envelope
+from colocate.model.slots import cheapest
 from colocate.policy.schema import PowerPolicy
 from colocate.snapshot import NodeSnapshot
 
@@ -40,8 +40,6 @@ class Shifted(msgspec.Struct, frozen=True, omit_defaults=True):
     """What that was planned of, and while the signal was so high."""
     saved: float = 0.0
     """Of what its work would cost at once, so much less."""
-    done_seconds: float = 0.0
-    """When its work is to be done by this, epoch."""
 
 
 def shifted(
@@ -105,18 +103,17 @@ def _planned(
     prices, shares = _means(edges, begins, np.array([price for _, price in ahead]), share)
     watts = np.minimum(curve.caps, max(job.enough, job.least))  # more is not drawn
     kept = np.concatenate(([True], np.diff(watts) > 0.0))
-    watts, speeds = envelope(watts[kept], 1.0 / (1.0 + curve.longer[kept]))
-    plan = cheapest(prices, np.diff(edges), job.watts * shares, watts, speeds, work)
+    speeds = 1.0 / (1.0 + curve.longer)
+    plan = cheapest(prices, np.diff(edges), job.watts * shares, watts[kept], speeds[kept], work)
     until = snapshot.monotonic_seconds + min(AGAIN_SECONDS, float(edges[1] - edges[0]))
     if plan is None or plan.at_once <= 0.0 or plan.cost > (1.0 - WORTH) * plan.at_once:
         return Shifted(job.watts, until, job.watts, ahead[0][1])
-    # Between two points of an envelope a job is not as fast as the line says: it has the upper one first, and the
-    # lower one once the plans that follow see that it is enough.
-    corner = float(watts[min(int(np.searchsorted(watts, plan.watts[0] - 1e-6)), watts.size - 1)])
-    # What is the most that it draws is no limit to it: where it needs more after all, it is seen.
-    now = job.watts if corner >= float(watts[-1]) else min(max(whole_up(corner, STEP_WATTS), job.least), job.watts)
-    saved = round(1.0 - plan.cost / plan.at_once, 3)
-    return Shifted(now, until, job.watts, ahead[0][1], saved, round(float(edges[plan.watts.size]), 0))
+    # It has the upper of two points first, and the lower one once the plans that follow see that it is enough. What is
+    # the most that it draws is no limit to it: where it needs more after all, it is seen.
+    now = job.watts
+    if plan.corner < float(watts[-1]):
+        now = min(max(whole_up(plan.corner, STEP_WATTS), job.least), job.watts)
+    return Shifted(now, until, job.watts, ahead[0][1], round(1.0 - plan.cost / plan.at_once, 3))
 
 
 def _means(

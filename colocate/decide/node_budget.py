@@ -99,35 +99,38 @@ def budgeted(
     asks = {job.workload: job.watts for job in jobs}
     least = {id_: floor._replace(watts=min(floor.watts, asks.get(id_, floor.watts))) for id_, floor in least.items()}
     capped = _moved(capped, asked, jobs, later, snapshot)
-    found, spare = _within(capped, kept, jobs, curves, snapshot, policy, power, least)
+    found, spare = _within(capped, kept, jobs, curves, snapshot, policy, power, least, others)
     more: dict[str, Boosted] = {}
     if policy.boost and spare is not None:
-        whole = [job for job in asked if job.workload not in moved or moved[job.workload] >= job.watts]
-        more = boosted(known.boosted, whole, found, snapshot, policy, spare)
+        whole = [job for job in free if moved.get(job.workload, job.watts) >= job.watts]
+        more = boosted(known.boosted, whole, snapshot, policy, spare)
         found = _raised(found, whole, more)
     return Budgeted(found, done, later, more, _needs(kept, curves))
 
 
 def _raised(capped: Capped, jobs: list[Job], more: Mapping[str, Boosted]) -> Capped:
     """The same with what is lent to jobs."""
-    raised = {job.workload: more[job.workload].watts for job in jobs if job.workload in more}
-    raised = {job.workload: raised[job.workload] for job in jobs if raised.get(job.workload, 0.0) > job.watts}
-    by_card = {uuid: raised[job.workload] for job in jobs if job.workload in raised for uuid in job.cards}
+    lent = [(job, more[job.workload].watts) for job in jobs if job.workload in more]
+    by_card = {uuid: watts for job, watts in lent if watts > job.watts for uuid in job.cards}
     if not by_card:
         return capped
     caps, verdicts = list(capped.caps), list(capped.verdicts)
     for i, cap in enumerate(caps):
-        more_watts = by_card.get(cap.target.uuid, 0.0) if isinstance(cap.target, GpuTarget) else 0.0
-        if cap.watts is not None and more_watts > cap.watts:
-            caps[i] = msgspec.structs.replace(cap, watts=more_watts, unboosted=cap.watts)
+        watts = by_card.get(cap.target.uuid, 0.0) if isinstance(cap.target, GpuTarget) else 0.0
+        if cap.watts is not None and watts > cap.watts:
+            caps[i] = msgspec.structs.replace(cap, watts=watts, unboosted=cap.watts)
     for i, verdict in enumerate(verdicts):
-        watts = by_card.get(verdict.subject)
-        if watts is not None:
-            message = f"{verdict.message}; it is lent {watts:g} W of the budget while it draws them and nobody asks"
-            verdicts[i] = msgspec.structs.replace(
-                verdict, state="open", reason="Boosted", message=message, numbers={"cap_watts": watts}
-            )
+        if verdict.subject in by_card:
+            watts = by_card[verdict.subject]
+            text = f"it is lent {watts:g} W of the budget while it draws them and nobody asks"
+            verdicts[i] = msgspec.structs.replace(_with(verdict, "Boosted", text, watts), state="open")
     return Capped(tuple(caps), tuple(verdicts))
+
+
+def _with(verdict: Verdict, reason: str, text: str, watts: float, **numbers: float) -> Verdict:
+    """A card's own verdict, where it has other watts than are asked for."""
+    message, told = f"{verdict.message}; {text}", {"cap_watts": watts, **numbers}
+    return msgspec.structs.replace(verdict, reason=reason, message=message, numbers=told)
 
 
 def _moved(
@@ -139,20 +142,19 @@ def _moved(
     by_card = {uuid: job.watts for job in moved.values() for uuid in job.cards}
     if not by_card:
         return capped
+    of_card = {uuid: later.get(id_) for id_, job in moved.items() for uuid in job.cards}
     verdicts = list(capped.verdicts)
     for i, verdict in enumerate(verdicts):
-        watts = by_card.get(verdict.subject)
-        if watts is not None:
-            plan = next((later.get(job.workload) for job in moved.values() if verdict.subject in job.cards), None)
-            if plan is not None and plan.watts <= watts:
-                text = f"it has {watts:g} W while the signal is {snapshot.power_signal:g}, for the rest of its work"
-                text += f" costs {plan.saved:.0%} less than at once, and is done by its deadline"
-                reason, numbers = "Shifted", {"cap_watts": watts, "saved_ratio": plan.saved}
-            else:
-                text = f"it has {watts:g} W for a minute, to see what jobs of its class do with less"
-                reason, numbers = "Tried", {"cap_watts": watts}
-            message = f"{verdict.message}; {text}"
-            verdicts[i] = msgspec.structs.replace(verdict, reason=reason, message=message, numbers=numbers)
+        if verdict.subject not in by_card:
+            continue
+        watts, plan = by_card[verdict.subject], of_card[verdict.subject]
+        if plan is not None and plan.watts <= watts:
+            text = f"it has {watts:g} W while the signal is {snapshot.power_signal:g}, for the rest of its work"
+            text += f" costs {plan.saved:.0%} less than at once, and is done by its deadline"
+            verdicts[i] = _with(verdict, "Shifted", text, watts, saved_ratio=plan.saved)
+        else:
+            text = f"it has {watts:g} W for a minute, to see what jobs of its class do with less"
+            verdicts[i] = _with(verdict, "Tried", text, watts)
     return Capped(tuple(_lowered(cap, by_card) for cap in capped.caps), tuple(verdicts))
 
 
@@ -165,14 +167,15 @@ def _within(
     policy: PowerPolicy,
     power: PowerState,
     floored: Mapping[str, Floor],
+    others: float,
 ) -> tuple[Capped, float | None]:
     """By `kept`, which keep deadlines and whose `curves` these are, or where there is not enough for that by the
-    `plain` ones; and the watts that are left where everybody has what he asks for, None where there is no budget."""
+    `plain` ones; beside cards that may draw `others`. And the watts that are left where everybody has what he asks for,
+    None where there is no budget."""
     share, jobs = snapshot.power_share, kept
     if not policy.budget and not share:
         return capped, None
-    mine = {uuid for job in jobs for uuid in job.cards}
-    others = whole_up(others_watts(snapshot.cards, mine), STEP_WATTS)
+    others = whole_up(others, STEP_WATTS)
     asked = sum(len(job.cards) * job.watts for job in jobs)
     left = power.watts - others if policy.budget else math.inf
     of, numbers = _allowed(power), {"budget_watts": float(policy.budget), "allowed_watts": power.watts}
@@ -279,11 +282,10 @@ def _told(verdict: Verdict, by_card: Mapping[str, float], of: str, seen: Mapping
     watts = by_card.get(verdict.subject)
     if watts is None or watts >= verdict.numbers.get("cap_watts", 0.0):
         return verdict
-    message = f"{verdict.message}; the node's budget, {of}, leaves it {watts:g} W"
-    enough = seen.get(verdict.subject)
+    text, enough = f"the node's budget, {of}, leaves it {watts:g} W", seen.get(verdict.subject)
     if enough is not None:
-        message += f"; in the last minute {enough:.0f} W were enough for it"
-    return msgspec.structs.replace(verdict, reason="Lowered", message=message, numbers={"cap_watts": watts})
+        text += f"; in the last minute {enough:.0f} W were enough for it"
+    return _with(verdict, "Lowered", text, watts)
 
 
 def _said(state: str, reason: str, message: str, numbers: dict[str, float]) -> Verdict:

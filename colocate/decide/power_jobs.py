@@ -6,6 +6,7 @@ Of a class that is not known the time is taken to grow as the cap falls (GEOPM's
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Job(NamedTuple):
 
 def cards_of_one(capped: Capped) -> set[str]:
     """Those of which one workload alone asks for watts."""
-    found = [cap.target.uuid for cap in capped.caps if isinstance(cap.target, GpuTarget)]
-    return {uuid for uuid in found if found.count(uuid) == 1}
+    asked = Counter(cap.target.uuid for cap in capped.caps if isinstance(cap.target, GpuTarget))
+    return {uuid for uuid, many in asked.items() if many == 1}
 
 
 def jobs_of(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float]) -> list[Job]:
@@ -68,6 +69,12 @@ def jobs_of(capped: Capped, snapshot: NodeSnapshot, enough: Mapping[str, float])
     ]
 
 
+def curve_of(model: PowerModel) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Its caps, ascending, and the slowdown at each; shapes (points,)."""
+    watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
+    return watts, slowdowns
+
+
 def curves_of(jobs: list[Job], snapshot: NodeSnapshot, models: tuple[PowerModel, ...]) -> Curves:
     """(jobs, POINTS): caps of one card from the least to what is asked for, and by how much longer each job takes."""
     known = {model.name: model for model in models}
@@ -80,7 +87,6 @@ def curves_of(jobs: list[Job], snapshot: NodeSnapshot, models: tuple[PowerModel,
         used = np.minimum(caps[row], max(job.enough, job.least))  # what lies above makes it no faster
         times = used[-1] / used
         if model is not None:
-            watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
-            times = 1.0 + np.interp(used, watts, slowdowns)
+            times = 1.0 + np.interp(used, *curve_of(model))
         longer[row] = times / times[-1] - 1.0
     return caps, longer

@@ -16,7 +16,7 @@ import numpy as np
 
 from colocate.decide.caps import whole_up
 from colocate.decide.deadlines import SPARE, Curve, Progress, limits_of
-from colocate.decide.power_jobs import STEP_WATTS, Job
+from colocate.decide.power_jobs import STEP_WATTS, Job, curve_of
 from colocate.model.refine import Did, refined
 from colocate.policy.schema import PowerModel, PowerPoint, PowerPolicy
 from colocate.snapshot import NodeSnapshot, Workload
@@ -132,15 +132,12 @@ def better(policy: PowerPolicy, known: Heard) -> PowerPolicy:
     """The policy with its models as the jobs that ran tell of them; itself where they are not to be refined."""
     if not policy.refine or not known.ran:
         return policy
-    of: dict[str, list[tuple[Did, ...]]] = {}
-    for one in known.ran.values():
-        if len(one.did) > 1:
-            of.setdefault(one.class_, []).append(one.did)
-    models = tuple(_better(model, tuple(of.get(model.name, ()))) for model in policy.models)
+    told = _told_of(known)
+    models = tuple(_better(model, told.get(model.name, ()))[0] for model in policy.models)
     return msgspec.structs.replace(policy, models=models)
 
 
-class Known(msgspec.Struct, frozen=True):
+class KnownClass(msgspec.Struct, frozen=True):
     """A class, and how well it is known."""
 
     name: str
@@ -154,25 +151,32 @@ class Known(msgspec.Struct, frozen=True):
     """Of these at each cap, or near it."""
 
 
-def known_classes(policy: PowerPolicy, known: Heard) -> list[Known]:
+def known_classes(policy: PowerPolicy, known: Heard) -> list[KnownClass]:
     """Every class of the policy."""
-    found = []
-    for before, after in zip(policy.models, better(policy, known).models, strict=True):
-        told = [ran.did for ran in known.ran.values() if ran.class_ == before.name and len(ran.did) > 1]
-        watts, slowdowns = np.array([(p.watts, p.slowdown) for p in before.points], dtype=np.float64).T
-        _, seconds = refined(watts, slowdowns, told)
-        rounded = tuple(round(float(each), 1) for each in seconds)
-        found.append(Known(before.name, after.points, tuple(slowdowns.tolist()), len(told), rounded))
+    found, told = [], _told_of(known)
+    for before, used in zip(policy.models, better(policy, known).models, strict=True):
+        jobs = told.get(before.name, ())
+        _, seconds = _better(before, jobs)
+        slowdowns = tuple(point.slowdown for point in before.points)
+        found.append(KnownClass(before.name, used.points, slowdowns, len(jobs), seconds))
     return found
 
 
+def _told_of(known: Heard) -> dict[str, tuple[tuple[Did, ...], ...]]:
+    """By class, what those of its jobs did that ran under more than one cap: the others tell nothing."""
+    of: dict[str, tuple[tuple[Did, ...], ...]] = {}
+    for one in known.ran.values():
+        if len(one.did) > 1:
+            of[one.class_] = (*of.get(one.class_, ()), one.did)
+    return of
+
+
 @lru_cache(maxsize=64)
-def _better(model: PowerModel, ran: tuple[tuple[Did, ...], ...]) -> PowerModel:
-    """It is the same until a job of the class has said something."""
-    watts, slowdowns = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
-    after, _ = refined(watts, slowdowns, ran)
+def _better(model: PowerModel, jobs: tuple[tuple[Did, ...], ...]) -> tuple[PowerModel, tuple[float, ...]]:
+    """With the seconds that it is known by at each cap; the same until a job of the class has said something."""
+    after, seconds = refined(*curve_of(model), jobs)
     points = tuple(PowerPoint(point.watts, round(float(s), 4)) for point, s in zip(model.points, after, strict=True))
-    return msgspec.structs.replace(model, points=points)
+    return msgspec.structs.replace(model, points=points), tuple(round(float(each), 1) for each in seconds)
 
 
 def tried(
@@ -212,5 +216,4 @@ def _may_lose(workload: Workload, job: Job, policy: PowerPolicy, done: Progress 
     model = next((m for m in policy.models if m.name == workload.power_class), None)
     if workload.max_slowdown is None or model is None:
         return 0.0
-    points = np.array([(p.watts, p.slowdown) for p in model.points], dtype=np.float64).T
-    return (1.0 + workload.max_slowdown) / (1.0 + float(np.interp(job.watts, *points))) - 1.0
+    return (1.0 + workload.max_slowdown) / (1.0 + float(np.interp(job.watts, *curve_of(model)))) - 1.0

@@ -26,6 +26,8 @@ class Schedule(NamedTuple):
     cost: float
     at_once: float
     """What it costs with the most in every slot."""
+    corner: float
+    """The point of the envelope at or above what the first slot has: between two of them a job is slower than that."""
 
 
 def envelope(watts: Floats, speeds: Floats) -> tuple[Floats, Floats]:
@@ -69,14 +71,13 @@ def cheapest(
     order = order[gain.ravel()[order] > 0.0]
     gain, cost, of, grows = gain.ravel()[order], cost.ravel()[order], of[order], grows.ravel()[order]
     base_cost = np.cumsum(prices * watts[0] * seconds)
-    best: tuple[float, int] | None = None
-    parts: dict[int, Floats] = {}
+    best: tuple[float, Floats] | None = None
     for last in range(slots):
         missing = work - least[last]
         if missing <= 0.0:
             alone = _until(prices * watts[0] * seconds, speeds[0] * seconds, work)
             if best is None or alone < best[0]:
-                return Schedule(np.full(last + 1, watts[0]), alone, at_once)
+                return Schedule(np.full(last + 1, watts[0]), alone, at_once, float(watts[0]))
             break
         here = np.where(of <= last, gain, 0.0)
         before = np.cumsum(here) - here
@@ -85,13 +86,13 @@ def cheapest(
             continue
         found = float(base_cost[last] + np.sum(part * cost))
         if best is None or found < best[0] * (1.0 - 1e-12):
-            best, parts = (found, last), {last: part}
+            had = np.full(last + 1, watts[0])
+            np.add.at(had, of[of <= last], (part * grows)[of <= last])
+            best = found, had
     if best is None:
         return None
-    cost_, last = best
-    had = np.full(last + 1, watts[0])
-    np.add.at(had, of[of <= last], (parts[last] * grows)[of <= last])
-    return Schedule(had, cost_, at_once)
+    corner = watts[min(int(np.searchsorted(watts, best[1][0] - 1e-6)), watts.size - 1)]
+    return Schedule(best[1], best[0], at_once, float(corner))
 
 
 def _until(costs: Floats, done: Floats, work: float) -> float:

@@ -8,7 +8,7 @@ published usage and latency of services beside batch together.
 A service waits for a CPU by itself, the more the busier its node is; beside batch it waits more, for two reasons: what
 is shared below the scheduler (caches, hyper-threads, memory) by the share of the node that batch runs on, each service
 by its own measure; and the scheduler, by how much batch yields when the node is full. A minute is violated in which a
-service waited for more than the agent's policy lets batch add to what is usual for it.
+service waited for more than `harm` beyond what is usual for it.
 
 Shapes: n nodes, t tasks, a step is a second. Batch runs in what its node's law lets it, and all of a node's batch slows
 down together.
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.decide import fleet
+from colocate.decide.reference.koordlet import GROWTH_RATIO, MIN_QUOTA_US, PERIOD_US
 from colocate.policy.schema import PolicySpec
 
 Floats = NDArray[np.float64]
@@ -35,9 +36,10 @@ MOST_RECORDS = 200_000
 """Groups of instances that run at once."""
 FREE, KOORDLET, OURS = range(3)
 """Whose law says what batch may use of a node now: nobody's, koordlet's 65 %, ours."""
-KOORDLET_PERCENT, KOORDLET_GROWTH = 0.65, 0.1
-"""Of the node; and by so much of it a quota grows a second at most (koordlet's cpusuppress)."""
-LEAST_QUOTA = 0.02
+KOORDLET_PERCENT = 0.65
+"""Of the node, Koordinator's default."""
+LEAST_QUOTA = MIN_QUOTA_US / PERIOD_US
+"""Cores."""
 TOGETHER = 8
 """So many instances of a task go to a node at once, at most."""
 WAITS_NOISE = 0.02
@@ -120,7 +122,8 @@ class Told(NamedTuple):
 RECORDS, HEAD, ARRIVED, TURN, STARTED, ENDED = range(6)
 # Of what is summed up.
 SERVICES, BATCH, ENERGY, WAITED, BUSIEST = range(5)
-# A group of instances that runs.
+# A task, and a group of its instances that runs.
+ARRIVES, TAKES, CORES_EACH, MEMORY_EACH, INSTANCES = range(5)
 AT_NODE, COUNT, OF_TASK, UNTIL = range(4)
 # What does not change of a node, and of the world.
 OWN, SHARED, SCHEDULER, SERVED = range(4)
@@ -141,8 +144,8 @@ def _end(tasks: Floats, left: Ints, running: Ints, groups: Floats, counts: Ints,
     for k in range(counts[RECORDS]):
         i, task, count = int(groups[k, AT_NODE]), int(groups[k, OF_TASK]), int(groups[k, COUNT])
         if nodes[i, WORKED] >= groups[k, UNTIL]:
-            nodes[i, ASKED] -= count * tasks[task, 2]
-            nodes[i, HELD] -= count * tasks[task, 3]
+            nodes[i, ASKED] -= count * tasks[task, CORES_EACH]
+            nodes[i, HELD] -= count * tasks[task, MEMORY_EACH]
             running[task] -= count
             counts[ENDED] += running[task] == 0 and left[task] == 0
         else:
@@ -167,11 +170,11 @@ def _place(
 ) -> None:
     """Who came first is served first, on one node after the other."""
     n = nodes.shape[0]
-    while counts[ARRIVED] < tasks.shape[0] and tasks[counts[ARRIVED], 0] <= second:
+    while counts[ARRIVED] < tasks.shape[0] and tasks[counts[ARRIVED], ARRIVES] <= second:
         counts[ARRIVED] += 1
     while counts[HEAD] < counts[ARRIVED]:
         task, in_vain = counts[HEAD], 0
-        cores, room = tasks[task, 2], tasks[task, 3]
+        cores, room = tasks[task, CORES_EACH], tasks[task, MEMORY_EACH]
         while left[task] > 0 and in_vain < n and counts[RECORDS] < MOST_RECORDS:
             i = counts[TURN]
             counts[TURN] = i + 1 if i + 1 < n else 0
@@ -180,16 +183,16 @@ def _place(
             in_vain = in_vain + 1 if count <= 0 else 0
             if count <= 0:
                 continue
-            if running[task] == 0 and left[task] == int(tasks[task, 4]):
+            if running[task] == 0 and left[task] == int(tasks[task, INSTANCES]):
                 counts[STARTED] += 1
-                sums[WAITED] += second - tasks[task, 0]
+                sums[WAITED] += second - tasks[task, ARRIVES]
             nodes[i, ASKED] += count * cores
             nodes[i, HELD] += count * room
             left[task] -= count
             running[task] += count
             group = groups[counts[RECORDS]]
             group[AT_NODE], group[COUNT], group[OF_TASK] = i, count, task
-            group[UNTIL] = nodes[i, WORKED] + tasks[task, 1]
+            group[UNTIL] = nodes[i, WORKED] + tasks[task, TAKES]
             counts[RECORDS] += 1
         if left[task] > 0:
             return
@@ -250,7 +253,7 @@ def _koordlet(nodes: Floats, wished: Floats, cores: float) -> None:
     """koordlet's quota: what its threshold leaves of the node, growing by a part of it a second."""
     for i in range(nodes.shape[0]):
         target = max(KOORDLET_PERCENT * cores - min(wished[i], cores), LEAST_QUOTA)
-        nodes[i, QUOTA] = min(target, nodes[i, QUOTA] + KOORDLET_GROWTH * cores)
+        nodes[i, QUOTA] = min(target, nodes[i, QUOTA] + GROWTH_RATIO * cores)
         nodes[i, LIMIT] = nodes[i, QUOTA]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,10 @@ from colocate.decide.allocatable import GRAIN_RATIO, promise
 from colocate.decide.reference.koordlet import CPU_RECLAIM_PERCENT, MEMORY_RECLAIM_PERCENT, Demand, batch_allocatable
 from colocate.errors import BadInput
 from colocate.model.needs import DAY_SLOTS, Needs, look, slots_of
-from colocate.model.statistics import Interval, difference_interval, mean_interval
+from colocate.model.statistics import Interval, difference_interval
 from colocate.policy.schema import PolicySpec
 from colocate.simulate.colocation import FREE, KOORDLET, OURS, SLOT_SECONDS, Rules, Tasks, Told, World, run
-from colocate.simulate.traces import lines, table
+from colocate.simulate.traces import filled, lines, table
 
 Floats = NDArray[np.float64]
 POOLS, NATIVE, KOORDLET_ARM, OURS_ARM = ARMS = ("separate pools", "native mixed", "koordlet", "ours")
@@ -162,8 +162,7 @@ def usage(folder: Path) -> Floats:
         for slot, value in slots.items():
             if slot < length:
                 values[slot] = value
-        last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(length)))
-        values = np.nan_to_num(values[last])
+        values = np.nan_to_num(filled(values))
         peak = float(np.percentile(values, PEAK))
         if peak > 0.0:
             found.append(np.minimum(values / peak, 1.0))
@@ -404,17 +403,12 @@ def tornado(
 ) -> Iterator[Bar]:
     """Each assumption alone, the others as they are; the widest first is the caller's."""
     for number, (name, values) in enumerate(RANGES.items(), start=1):
-        found: list[Any] = []
+        found = []
         for value in values:
             assumed = Assumptions()._replace(**{name: value})
             results = play_all(folder, size, assumed, seeds, spec, lambda *_: None, workers, (POOLS, OURS_ARM))
-            pairs = list(zip(results[OURS_ARM], results[POOLS], strict=True))
-            found.append(
-                [
-                    mean_interval([100.0 * (a.utilization - b.utilization) for a, b in pairs]).value,
-                    mean_interval([100.0 * (a.violations - b.violations) for a, b in pairs]).value,
-                ]
-            )
+            found.append(beside(results, POOLS))
         say(number, len(RANGES))
-        (low, worse_low), (high, worse_high) = found
-        yield Bar(name, values, (low, high), (worse_low, worse_high))
+        low, high = found
+        utilization = low.utilization.value, high.utilization.value
+        yield Bar(name, values, utilization, (low.violations.value, high.violations.value))

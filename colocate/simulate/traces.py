@@ -58,6 +58,12 @@ def lines(path: Path) -> Iterator[str]:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
 
+def filled(slots: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Slots without a reading (NaN) are as the one before; before the first they stay what they are."""
+    last = np.where(np.isnan(slots), 0, np.arange(len(slots)))
+    return np.asarray(slots[np.maximum.accumulate(last)])
+
+
 class Row(NamedTuple):
     """One line of a table, by column."""
 
