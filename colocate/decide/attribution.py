@@ -326,6 +326,10 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
             return CAUSED, i
     if now < node[UNTIL] - 1e-6:
         return CAUSED, who
+    if not at_floor and _suffers(rows, seen):  # what it felt without batch may have been a burst of its own: look again
+        node[ELSEWHERE] = 0.0
+        _go(node, rows, HELD, floor, now, inputs[QUESTION_SECONDS])
+        return CAUSED, who
     if at_floor:  # what is felt without batch today is what more is measured against
         for row in rows:
             felt, exposure = felt_in(row)
@@ -333,6 +337,14 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
                 row[OFF], row[OFF_SUM] = 1.0, felt
     _try_more(node, rows, inputs, now)
     return TRYING_MORE, who
+
+
+def _suffers(rows: Rows, seen: Rows) -> bool:
+    """Whether a service that batch was found to harm suffers still; BestEffort may wait for itself."""
+    for i in range(len(rows)):
+        if rows[i][ASKED] == 2.0 and rows[i][ALARMED] > 0.0 and seen[i][KIND] != DISPLACED:
+            return True
+    return False
 
 
 def _try_more(node: Row, rows: Rows, inputs: Row, start: float) -> None:
@@ -390,6 +402,11 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
                 _taken_back(node, rows, inputs, start)
                 return CAUSED, i
     if node[GRANT] == UNLIMITED and node[ELSEWHERE] <= 0.0:
+        if _suffers(rows, seen):  # as it did without batch when that was seen last: no acquittal without a fresh look
+            for row in rows:
+                row[ASKED] = min(row[ASKED], 1.0)
+            _first_off(node, rows, inputs, start)
+            return ASKED_NOW, who
         for row in rows:
             if row[ASKED] == 2.0:
                 felt, _ = felt_in(row)

@@ -61,6 +61,8 @@ ALARM_LEVEL, HARM_LEVEL = 0.002, 0.02
 """A share of requests beyond the target is believed to be over its budget, or more than without batch, if chance gives
 it less often than this. The first is looked for all the time, so that chance has many occasions."""
 NEAR_SECONDS = 1.0
+OWN_RATIO = 0.25
+"""Of what a service may wait: so much it may wait by itself before batch may add less, and so much batch always may."""
 LEAST_DISPLACED_CORES = 0.015
 MOST_DISPLACED_RATIO = 0.25
 """Of BestEffort's CPU, however much batch would have to give up."""
@@ -109,11 +111,13 @@ def over_budget(count: float, total: float) -> bool:
 def harm(kind: float, off: float, inputs: Row) -> float:
     """What batch may add to a subject that feels `off` without it.
 
+    Of a service that waits by itself it may add less: by what is beyond a quarter of the limit, down to a quarter.
     Of BestEffort's CPU batch may take more where it would have to give up far more: nobody promised BestEffort
     anything, so a core of batch for a hundredth of one is no bargain.
     """
     if kind == WAITING:
-        return inputs[PRESSURE_RATIO]
+        most = inputs[PRESSURE_RATIO]
+        return min(max((1.0 + OWN_RATIO) * most - off, OWN_RATIO * most), most)
     if kind == LATENCY:
         return ERROR_BUDGET_RATIO + max(off, 0.0) / 3.0
     bargain = min(inputs[BESTEFFORT_RATIO] * inputs[OPEN_BATCH_CORES], MOST_DISPLACED_RATIO * abs(off))

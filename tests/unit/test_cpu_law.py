@@ -218,6 +218,38 @@ def test_the_guilty_is_kept_small_and_harm_is_taken_back_at_the_first_look(node)
     assert node.work - before < 0.6 * node.wants * 540
 
 
+def bursts(points, level=0.05, every=397.0, lasts=130.0, own_points=0.3):
+    """A service with bursts of its own doing; batch adds most of it by a part of what it may use (caches fill)."""
+    return lambda t, share: level + own_points * (t % every < lasts) + points * (1.0 - math.exp(-share / 0.2))
+
+
+@pytest.mark.parametrize("points", [pytest.param(p, id=f"batch adds {p:.0%}") for p in (0.27, 0.35, 0.7)])
+def test_a_burst_of_its_own_does_not_hide_what_batch_adds_later(points):
+    node = Node({"web": bursts(points)}, cores=tuple((c,) for c in range(32)))
+    node.look()
+    node.run(300)
+    harmed = 0
+    for _ in range(7200):
+        node.tick()
+        harmed += points * (1.0 - math.exp(-node.share / 0.2)) > 0.21
+    assert harmed <= 0.015 * 7200, "but for the moments in which more is tried"
+
+
+@pytest.mark.parametrize(
+    ("level", "points", "reason"),
+    [
+        pytest.param(0.05, 0.14, "NothingSuffers", id="one that hardly waits affords all of it"),
+        pytest.param(0.15, 0.13, "CausedByBatch", id="one that waits half of it by itself affords less"),
+        pytest.param(0.4, 0.09, "CausedByBatch", id="one that waits long by itself affords a quarter"),
+        pytest.param(0.4, 0.02, "NotCausedByBatch", id="which batch keeps to"),
+    ],
+)
+def test_the_more_a_service_waits_by_itself_the_less_batch_may_add(level, points, reason):
+    node = Node({"web": adds(level, points)})
+    node.look()
+    assert reason in node.run(60)
+
+
 def test_when_the_harm_ends_batch_has_everything_again():
     node = Node({"web": lambda t, share: 0.1 + (0.5 * share if t < 60 else 0.0)})
     node.look()
