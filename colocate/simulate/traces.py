@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import gzip
 import os
 import zlib
@@ -91,6 +92,15 @@ class Row(NamedTuple):
             wanted = "a number" if -least == most == LARGEST else f"a number from {least:g} to {most:g}"
             raise BadInput(f"{self.place}, {column}: {text!r} is not {wanted}")
         return found
+
+    def moment(self, column: str) -> dt.datetime:
+        """A time, UTC where it names no zone. Raises BadInput."""
+        text = self.text(column)
+        try:
+            read = dt.datetime.fromisoformat(text)
+        except ValueError as error:
+            raise BadInput(f"{self.place}, {column}: {text!r} is no time as 2017-10-09 07:01:55") from error
+        return read if read.tzinfo is not None else read.replace(tzinfo=dt.UTC)
 
     def whole(self, column: str, *, least: int = 0, most: float = MOST) -> int:
         """The same, without a fraction."""

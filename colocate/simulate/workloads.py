@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -183,14 +182,8 @@ def _plain(row: traces.Row) -> Job:
 
 
 def _philly(row: traces.Row) -> Job:
-    text = row.text("timestamp")
-    try:
-        read = dt.datetime.fromisoformat(text)
-        at = (read if read.tzinfo is not None else read.replace(tzinfo=dt.UTC)).timestamp()
-    except ValueError as error:
-        raise BadInput(f"{row.place}, timestamp: {text!r} is no time as 2017-10-09 07:01:55") from error
     return Job(
-        at,
+        row.moment("timestamp").timestamp(),
         _seconds(row, "duration"),
         1,
         row.whole("num_gpus", least=1, most=traces.MOST_MEMBERS),

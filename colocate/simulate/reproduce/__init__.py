@@ -5,9 +5,10 @@ Each table is a module with `SOURCE` and `cells(folder, say)`, the published val
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ TABLES = {
     "pollux-tiresias": ("pollux", 32),
     "pollux-optimus": ("pollux", 32),
     "openb-fgd": ("openb", 102),
+    "muri": ("muri", 5),
+    "helios": ("helios", 6),
 }
 """By name, the module, and how many cells were published."""
 
@@ -45,6 +48,23 @@ class Table(NamedTuple):
     def passed(self) -> int:
         """How many cells are as they were published."""
         return sum(cell.passed for cell in self.cells)
+
+
+def needs(table: str, library: str) -> None:
+    """Raises BadInput where a library of the extra `sim` is not installed."""
+    if importlib.util.find_spec(library) is None:
+        raise BadInput(f"{table} needs {library}: pip install 'colocate[sim]'")
+
+
+def in_order(published: Mapping[str, float], ours: Mapping[str, float]) -> list[Cell]:
+    """Of neighbours in a published order, least first, the ratio of the better to the next; passed where that is so."""
+    names, found = sorted(published, key=published.__getitem__), []
+    for better, worse in itertools.pairwise(names):
+        theirs, here = published[better] / published[worse], ours[better] / ours[worse]
+        seconds = [f"{of[better]:,.0f} and {of[worse]:,.0f} s" for of in (ours, published)]
+        detail = f"{seconds[0]}; published {seconds[1]}"
+        found.append(Cell(f"{better} before {worse}", theirs, here, here < 1.0, detail))
+    return found
 
 
 def reproduce(name: str, folder: Path, say: Callable[[str], None]) -> Table:

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.reproduce import Cell
+from colocate.simulate.reproduce import Cell, needs
 
 SOURCE = "Qiao and others, Pollux, OSDI 2021, artifact, results-jobload (petuum/adaptdl, osdi21-artifact)"
 EXACT = "the completion time of each of 6,400 jobs exactly"
@@ -320,10 +319,7 @@ def read_applications(there: Path) -> dict[str, Application]:
 def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]:
     """Thirty-two workloads of one policy; a cell passes where each of its jobs is complete to the second. BadInput."""
     there, policy = folder / FOLDER, name.removeprefix("pollux-")
-    try:
-        import scipy.interpolate  # noqa: F401
-    except ImportError as error:
-        raise BadInput(f"{name} needs scipy: pip install 'colocate[sim]'") from error
+    needs(name, "scipy")
     applications = read_applications(there)
     expected: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in traces.table(there / "expected_jct_per_job.csv.gz", ("policy", "load", "workload", "job", "jct_s")):
