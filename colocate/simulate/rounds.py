@@ -52,10 +52,10 @@ def key_of(order: int, jobs: Runs, j: int, left: float, now: float) -> float:
     if order == LEAST_LEFT:
         return left
     if order == LEAST_SERVICE_LEFT:
-        return left * jobs.gpus[j]
+        return float(left * jobs.gpus[j])
     if order == LEAST_HAD:
         return float(queue_of((jobs.run[j] - left) * jobs.gpus[j]))
-    return -(now - jobs.submit[j] + left) / max(jobs.run[j], 1.0)
+    return float(-(now - jobs.submit[j] + left) / max(jobs.run[j], 1.0))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -111,7 +111,7 @@ def shared(jobs: rounds.Runs, kinds: Sequence[Kind], order: int) -> np.ndarray[t
         if not active:
             now = math.ceil(min(jobs.submit[j] for j in waiting) / ROUND_SECONDS) * ROUND_SECONDS
             continue
-        active.sort(key=lambda j: (rounds.key_of(order, jobs, j, left[j], now), j))
+        active.sort(key=lambda j: (rounds.key_of(order, jobs, j, float(left[j]), now), j))
         teams = _teams(jobs, kinds, active)
         free, following = GPUS, dict[int, tuple[int, ...]]()
         for team in teams:
