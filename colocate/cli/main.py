@@ -334,6 +334,23 @@ def _add_simulation(add: Add) -> None:
     fleet.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
     fleet.add_argument("--file", help="an HTML page with tables and a timeline")
     table_form(fleet)
+    many = add(
+        "sweep",
+        "colocate.cli.simulate_sweep:command",
+        "Simulate every policy with every seed on every fleet and trace, here or spread over Ray",
+    )
+    many.add_argument("--nodes", required=True, nargs="+", metavar="64x8|FILE", help="fleets, each as for simulate")
+    many.add_argument("--jobs", required=True, nargs="+", metavar="FILE", help="traces, each as for simulate")
+    many.add_argument("--policy", default="native,packing", help="as for simulate (default native,packing)")
+    many.add_argument("--seeds", default="1-10", metavar="1-10", help="of windows and ties (default 1-10)")
+    many.add_argument("--window-jobs", type=positive, help="each seed takes another window of so many jobs")
+    many.add_argument(
+        "--ray",
+        metavar="local|auto|HOST:PORT",
+        help="work on Ray: one that is started here, that of this machine, or that of an address",
+    )
+    many.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
+    table_form(many)
     tables = add(
         "reproduce",
         "colocate.cli.simulate:reproduce_command",

@@ -65,16 +65,21 @@ def _data(table: Table) -> dict[str, object]:
     }
 
 
-def simulate_command(options: argparse.Namespace) -> int:
-    """Exit 1 where jobs never start under some policy. Raises BadInput."""
-    policies = [name.strip() for name in options.policy.split(",") if name.strip()]
-    known = known_policies()
+def named_policies(text: str) -> list[str]:
+    """`native,packing`. Raises BadInput."""
+    policies, known = [name.strip() for name in text.split(",") if name.strip()], known_policies()
     unknown = [name for name in policies if name not in known]
     if unknown or not policies:
         named = f"{unknown[0]!r} is no policy" if unknown else "name a policy"
         raise BadInput(f"--policy: {named}; known: {', '.join(known)}")
     if len(set(policies)) < len(policies):
         raise BadInput("--policy: a policy is named twice")
+    return policies
+
+
+def simulate_command(options: argparse.Namespace) -> int:
+    """Exit 1 where jobs never start under some policy. Raises BadInput."""
+    policies, known = named_policies(options.policy), known_policies()
     page = check_file("--file", options.file) if options.file else None
     nodes = read_nodes(options.nodes)
     workload = read_jobs(Path(options.jobs), int(nodes.gpus.max()))
@@ -90,7 +95,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     end_status()
     seconds = time.perf_counter() - began
     cards = [outcome.card(nodes) | {"first_job": outcome.window.first} for outcome in outcomes]
-    compared = comparisons(outcomes, nodes, policies)
+    compared = comparisons(cards, policies)
     data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
     data |= {"runs": cards, "comparisons": compared}
     if page is not None:
@@ -114,7 +119,7 @@ def _say(done: int, of: int) -> None:
 CARD = ("policy", "JCT mean", "p50", "p99", "wait mean", "p99", "GPUs allocated", "held idle", "never")
 
 
-def _card_rows(cards: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def card_rows(cards: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """One row a policy, of several windows the means."""
     rows = []
     for policy in dict.fromkeys(card["policy"] for card in cards):
@@ -159,7 +164,8 @@ def _size_rows(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple
     return ("mean wait by GPUs", *policies), rows
 
 
-def _comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
+def comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
+    """A line for each policy beside the first."""
     texts = []
     for one in compared:
         jct, names = one["jct"], (one["policy"], one["beside"])
@@ -172,10 +178,10 @@ def _comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
 
 
 def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], parts: int) -> None:
-    print_table(CARD, _card_rows(cards), title=f"means of {parts} windows" if parts > 1 else "")
+    print_table(CARD, card_rows(cards), title=f"means of {parts} windows" if parts > 1 else "")
     print()
     print_table(*_size_rows(cards))
-    for text in _comparison_texts(compared):
+    for text in comparison_texts(compared):
         print(text)
 
 
@@ -191,7 +197,7 @@ def _write(
 
     cards, compared = data["runs"], data["comparisons"]
     tables = [
-        PageTable("Policies", CARD, _card_rows(cards), "Simulated. GPUs are told from the first arrival to the last.")
+        PageTable("Policies", CARD, card_rows(cards), "Simulated. GPUs are told from the first arrival to the last.")
     ]
     tables.append(PageTable("Who waits", *_size_rows(cards), "By the GPUs of all members of a job."))
     tables.append(
@@ -206,7 +212,7 @@ def _write(
     charts = (
         [(line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window.")] if data["gpus"] else []
     )
-    write_page(page, "A fleet, simulated", about, "; ".join(_comparison_texts(compared)), tables, charts)
+    write_page(page, "A fleet, simulated", about, "; ".join(comparison_texts(compared)), tables, charts)
 
 
 def demo(options: argparse.Namespace) -> int:

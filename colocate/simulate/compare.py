@@ -142,31 +142,36 @@ def run_all(
 ) -> list[Outcome]:
     """Each policy on each window, in that order with any number of workers: the kernels let go of the interpreter."""
     tasks = [(policy, number, part) for policy in policies for number, part in enumerate(parts)]
-    done = 0
-
-    others = {name: point.load() for name, point in _others().items() if name in policies}
+    known, found = _others(), list[Outcome]()
+    for policy in policies:
+        if policy in known:
+            known[policy].load()  # once, before threads want it
 
     def one(task: tuple[str, int, Window]) -> Outcome:
         policy, number, part = task
-        chosen = workload.part(part.first, part.first + part.jobs)
-        if policy in others:
-            return Outcome(policy, part, Run(*others[policy](nodes, chosen.kinds, chosen.work, seed + number)), chosen)
-        return Outcome(
-            policy, part, simulate(nodes, chosen.kinds, chosen.work, DISCIPLINES[policy], seed + number), chosen
-        )
+        return one_run(nodes, workload, policy, part, seed + number)
 
-    found = []
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
         for outcome in threads.map(one, tasks):
             found.append(outcome)
-            done += 1
-            say(done, len(tasks))
+            say(len(found), len(tasks))
     return found
 
 
-def comparisons(outcomes: Sequence[Outcome], nodes: Nodes, policies: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each policy beside the first: paired ratios of mean completion times over windows, 95 % for all together."""
-    cards = {policy: [o.card(nodes) for o in outcomes if o.policy == policy] for policy in policies}
+def one_run(nodes: Nodes, workload: Workload, policy: str, part: Window, seed: int) -> Outcome:
+    """One policy on one window."""
+    chosen = workload.part(part.first, part.first + part.jobs)
+    if policy in DISCIPLINES:
+        return Outcome(policy, part, simulate(nodes, chosen.kinds, chosen.work, DISCIPLINES[policy], seed), chosen)
+    return Outcome(policy, part, Run(*_others()[policy].load()(nodes, chosen.kinds, chosen.work, seed)), chosen)
+
+
+def comparisons(every: Sequence[dict[str, Any]], policies: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each policy beside the first: paired ratios of mean completion times over windows, 95 % for all together.
+
+    `every` is all cards, those of a policy in the order of their windows.
+    """
+    cards = {policy: [card for card in every if card["policy"] == policy] for policy in policies}
     base, rest = policies[0], policies[1:]
     found: list[dict[str, Any]] = []
     for policy in rest:

@@ -163,7 +163,7 @@ def test_a_policy_under_which_jobs_never_start_is_not_praised_for_it():
     workload = Workload(work, kinds, ("", "", "", ""))
     names = ["packing", "native-packed"]
     outcomes = run_all(fleet(3), workload, names, windows(4, 1, None, 1), 1, print)
-    assert comparisons(outcomes, fleet(3), names) == [
+    assert comparisons([o.card(fleet(3)) for o in outcomes], names) == [
         {"policy": "native-packed", "beside": "packing", "windows": 0, "jct": None}
     ]
 

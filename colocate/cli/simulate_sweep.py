@@ -1,0 +1,71 @@
+"""colocate sweep: seeds x policies x workloads, here or spread over Ray."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
+from colocate.cli.simulate import CARD, card_rows, comparison_texts, named_policies
+from colocate.errors import BadInput
+from colocate.simulate.compare import comparisons
+from colocate.simulate.fleet import too_large
+from colocate.simulate.sweep import World, sweep
+from colocate.simulate.workloads import check, read_jobs, read_nodes
+
+SEEDS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+MOST_SEEDS = 10_000
+
+
+def seeds_of(text: str) -> list[int]:
+    """`1-20`, `3,7`, or both. Raises BadInput."""
+    found: list[int] = []
+    for part in text.split(","):
+        given = SEEDS.fullmatch(part.strip())
+        if given is None or int(given[2] or given[1]) < int(given[1]):
+            raise BadInput(f"--seeds: {part.strip()!r} is neither a number nor FIRST-LAST, as in 1-20")
+        found += range(int(given[1]), min(int(given[2] or given[1]), int(given[1]) + MOST_SEEDS) + 1)
+    if len(found) > MOST_SEEDS or len(set(found)) < len(found):
+        raise BadInput(
+            f"--seeds: {'more than ' + str(MOST_SEEDS) if len(found) > MOST_SEEDS else 'one stands there twice'}"
+        )
+    return found
+
+
+def command(options: argparse.Namespace) -> int:
+    """Exit 1 where jobs never start under some policy. Raises BadInput."""
+    policies, seeds = named_policies(options.policy), seeds_of(options.seeds)
+    worlds = []
+    for fleet in options.nodes:
+        nodes = read_nodes(fleet)
+        for jobs in options.jobs:
+            workload = read_jobs(Path(jobs), int(nodes.gpus.max()))
+            check(nodes, workload, too_large)
+            if options.window_jobs is not None and options.window_jobs > len(workload.where):
+                raise BadInput(
+                    f"--window-jobs: {options.window_jobs} are more than the {len(workload.where)} jobs of {jobs}"
+                )
+            worlds.append(World((fleet, jobs), nodes, workload))
+    if len({world.names for world in worlds}) < len(worlds):
+        raise BadInput("--nodes, --jobs: one is named twice")
+    runs = sweep(worlds, policies, seeds, options.window_jobs, _say, ray=options.ray, workers=options.workers)
+    end_status()
+    found: list[dict[str, Any]] = []
+    for world in worlds:
+        mine = [run for run in runs if (run["nodes"], run["jobs"]) == world.names]
+        compared = comparisons([run["card"] for run in mine], policies)
+        found.append({"nodes": world.names[0], "jobs": world.names[1], "runs": mine, "comparisons": compared})
+    if options.output in DATA_FORMS:
+        print_data(found, options.output)
+    else:
+        for one in found:
+            cards = [run["card"] for run in one["runs"]]
+            print_table(CARD, card_rows(cards), title=f"{one['jobs']} on {one['nodes']}, means of {len(seeds)} seeds")
+            print("\n".join(comparison_texts(one["comparisons"])))
+    return int(any(run["card"]["never_started"] for run in runs))
+
+
+def _say(done: int, of: int) -> None:
+    status(f"{done} of {of} simulations")
