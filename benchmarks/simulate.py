@@ -52,7 +52,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 def _two_months(folder: Path) -> Workload:
     """October and November of Philly: 68,510 jobs."""
-    whole = read_jobs(folder / "philly-2017" / "philly.csv.gz", 8)
+    whole = read_jobs(folder / "philly-2017" / "philly.csv.gz", read_nodes("64x8"))
     _, *rows = traces.lines(folder / "philly-2017" / "philly.csv.gz")
     before = sum(row[:7] < "2017-10" for row in rows)
     return whole.part(before, before + sum(row[:7] in ("2017-10", "2017-11") for row in rows))

@@ -319,7 +319,7 @@ def _add_simulation(add: Add) -> None:
         "--jobs",
         required=True,
         metavar="FILE",
-        help="a trace: SWF, Philly's, openb's pods, or a plain CSV (.gz as well)",
+        help="a trace: a plain CSV, SWF, Philly's, openb's, Alibaba's, or records of the agent (.gz and .parquet as well)",
     )
     fleet.add_argument(
         "--policy",

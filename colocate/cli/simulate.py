@@ -82,7 +82,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     policies, known = named_policies(options.policy), known_policies()
     page = check_file("--file", options.file) if options.file else None
     nodes = read_nodes(options.nodes)
-    workload = read_jobs(Path(options.jobs), int(nodes.gpus.max()))
+    workload = read_jobs(Path(options.jobs), nodes)
     check(nodes, workload, too_large)
     jobs = len(workload.work.submit)
     if options.window_jobs is not None and options.window_jobs > jobs:

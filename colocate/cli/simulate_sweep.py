@@ -41,7 +41,7 @@ def command(options: argparse.Namespace) -> int:
     for fleet in options.nodes:
         nodes = read_nodes(fleet)
         for jobs in options.jobs:
-            workload = read_jobs(Path(jobs), int(nodes.gpus.max()))
+            workload = read_jobs(Path(jobs), nodes)
             check(nodes, workload, too_large)
             if options.window_jobs is not None and options.window_jobs > len(workload.where):
                 raise BadInput(

@@ -112,11 +112,14 @@ class Row(NamedTuple):
 
 def columns(path: Path) -> set[str]:
     """The names in the first line of a CSV file. Raises BadInput."""
-    return set(_header(path, _rows(path)))
+    return set(_header(path, fields(path)))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each line that is not empty, with its number."""
+def fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each line of a CSV that is not empty, with its number; of Parquet the names first. Raises BadInput."""
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
     reader = csv.reader(lines(path))
     try:
         for row in reader:
@@ -124,6 +127,25 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, row
     except csv.Error as error:
         raise BadInput(f"{path}, line {reader.line_num}: {error}: is a quotation mark not closed?") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows are counted like lines: the names are the first. What is null is empty."""
+    import duckdb
+
+    if not path.is_file():
+        raise BadInput(f"{path} is not there")
+    with duckdb.connect() as connection:
+        try:
+            found = connection.execute("select * from read_parquet(?)", [str(path)])
+        except duckdb.Error as error:
+            raise BadInput(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from error
+        yield 1, [column[0] for column in found.description]
+        number = 1
+        while rows := found.fetchmany(10_000):
+            for row in rows:
+                number += 1
+                yield number, ["" if value is None else str(value) for value in row]
 
 
 def _header(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
@@ -137,7 +159,7 @@ def _header(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
 
 def table(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a CSV file that has at least these columns. Raises BadInput."""
-    rows = _rows(path)
+    rows = fields(path)
     header = _header(path, rows)
     missing = [c for c in columns if c not in header]
     if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -14,7 +14,8 @@ import numpy as np
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.fleet import Work
-from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes, arrays
+from colocate.simulate.formats import Job, jobs_of
+from colocate.simulate.placement import MOST_GPUS, Kinds, Nodes, arrays
 from colocate.units import parse_bytes
 
 FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
@@ -23,20 +24,6 @@ CPU_MILLI_OF_GPU, MEMORY_MIB_OF_GPU = 8_000, 65_536
 """Of a node that is given by its GPUs alone: what no job of a trace of GPUs is short of."""
 LARGEST_SCORES = 40_000_000
 """Kinds of pods times nodes: a score and its age are kept of each, a gigabyte in all."""
-
-
-class Job(NamedTuple):
-    """One, as it was read."""
-
-    submit: float
-    run: float
-    members: int
-    gpus: int
-    gpu_milli: int
-    cpu_milli: int
-    memory_mib: int
-    where: str
-    """File and line."""
 
 
 class Workload(NamedTuple):
@@ -111,14 +98,17 @@ def _nodes_of_yaml(path: Path) -> Nodes:
     return Nodes(*arrays(rows))
 
 
-def read_jobs(path: Path, node_gpus: int) -> Workload:
-    """Jobs of a trace, whose format is told by its columns; those larger than a node's GPUs are gangs of whole nodes.
+def read_jobs(path: Path, nodes: Nodes) -> Workload:
+    """Jobs of a trace (see formats); a member that asks for more GPUs than a node has becomes whole nodes.
 
-    SWF (by the name); Philly (`timestamp,duration,num_gpus`); openb's pods (`creation_time,deletion_time`); else
-    `submit_seconds,duration_seconds` with `members`, `gpus`, `gpu_milli`, `cpu_milli`, `memory_mib`. Raises BadInput.
+    Raises BadInput.
     """
-    name = path.name.removesuffix(".gz")
-    jobs = list(_of_swf(path) if name.endswith(".swf") else _of_table(path, max(node_gpus, 1)))
+    jobs, pods = list[Job](), 0
+    for job in jobs_of(path, int(nodes.memory_mib.max())):
+        jobs.append(_in_nodes(job, max(int(nodes.gpus.max()), 1)))
+        pods += jobs[-1].members
+        if pods > traces.MOST_PODS:
+            raise BadInput(f"{job.where}: more than {traces.MOST_PODS} members of all jobs")
     if not jobs:
         raise BadInput(f"{path} has no jobs")
     jobs.sort(key=lambda job: job.submit)
@@ -134,83 +124,13 @@ def read_jobs(path: Path, node_gpus: int) -> Workload:
     return Workload(work, Kinds(*arrays(kinds)), tuple(job.where for job in jobs))
 
 
-def _of_swf(path: Path) -> Iterator[Job]:
-    """A processor is a member with one CPU."""
-    jobs = traces.swf(path)
-    for i, (submit, run, _, procs) in enumerate(zip(*jobs, strict=True), 1):
-        yield Job(float(submit), float(run), int(procs), 0, WHOLE, 1000, 0, f"{path}, job {i}")
-
-
-def _of_table(path: Path, node_gpus: int) -> Iterator[Job]:
-    header = traces.columns(path)
-    wanted, make = next(((w, m) for w, m in KNOWN if header.issuperset(w)), (PLAIN[:2], _plain))
-    unknown = header - set(PLAIN)
-    if make is _plain and header.issuperset(wanted) and unknown:
-        raise BadInput(f"{path}: column {min(unknown)} is not known; known: {', '.join(PLAIN)}")
-    pods = 0
-    for row in traces.table(path, wanted):
-        job = make(row)
-        if job is None:
-            continue
-        if job.gpus > node_gpus:  # whole nodes, which share the rest of what one member asks for
-            parts = -(-job.gpus // node_gpus)
-            cpu, memory = -(-job.cpu_milli // parts), -(-job.memory_mib // parts)
-            job = job._replace(members=job.members * parts, gpus=node_gpus, cpu_milli=cpu, memory_mib=memory)
-        pods += job.members
-        if pods > traces.MOST_PODS:
-            raise BadInput(f"{job.where}: more than {traces.MOST_PODS} members of all jobs")
-        yield job
-
-
-PLAIN = ("submit_seconds", "duration_seconds", "name", "members", "gpus", "gpu_milli", "cpu_milli", "memory_mib")
-
-
-def _seconds(row: traces.Row, column: str, least: float = 0.0) -> float:
-    return row.number(column, least=least, most=traces.MOST)
-
-
-def _plain(row: traces.Row) -> Job:
-    def whole(column: str, otherwise: int, least: int = 0, most: float = traces.MOST_MEMBERS) -> int:
-        return row.whole(column, least=least, most=most) if row.values.get(column) else otherwise
-
-    gpus, milli = whole("gpus", 0), whole("gpu_milli", WHOLE, 1)
-    if milli > WHOLE or (milli < WHOLE and gpus != 1):
-        raise BadInput(f"{row.place}, gpu_milli: {milli}: a part of one GPU is 1 to {WHOLE}, with gpus 1")
-    submit, run = _seconds(row, "submit_seconds", -traces.MOST), _seconds(row, "duration_seconds")
-    cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
-    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place)
-
-
-def _philly(row: traces.Row) -> Job:
-    return Job(
-        row.moment("timestamp").timestamp(),
-        _seconds(row, "duration"),
-        1,
-        row.whole("num_gpus", least=1, most=traces.MOST_MEMBERS),
-        WHOLE,
-        0,
-        0,
-        row.place,
-    )
-
-
-def _openb(row: traces.Row) -> Job | None:
-    """None of a pod that was never scheduled: how long it would have run is not known."""
-    came, begun = _seconds(row, "creation_time", -traces.MOST), row.values.get("scheduled_time")
-    if not begun or not row.text("deletion_time"):
-        return None
-    run = _seconds(row, "deletion_time", -traces.MOST) - _seconds(row, "scheduled_time", -traces.MOST)
-    if run < 0.0:
-        raise BadInput(f"{row.place}, deletion_time: it is before scheduled_time")
-    gpus = row.whole("num_gpu", most=MOST_GPUS)
-    milli = row.whole("gpu_milli", least=1, most=WHOLE) if gpus else WHOLE
-    return Job(came, run, 1, gpus, milli, row.whole("cpu_milli"), row.whole("memory_mib"), row.place)
-
-
-KNOWN: tuple[tuple[tuple[str, ...], Callable[[traces.Row], Job | None]], ...] = (
-    (("timestamp", "duration", "num_gpus"), _philly),
-    (("creation_time", "deletion_time", "scheduled_time", "num_gpu", "gpu_milli", "cpu_milli", "memory_mib"), _openb),
-)
+def _in_nodes(job: Job, node_gpus: int) -> Job:
+    """Members that ask for more GPUs than a node has are whole nodes, which share the rest of what one asks for."""
+    if job.gpus <= node_gpus:
+        return job
+    parts = -(-job.gpus // node_gpus)
+    cpu, memory = -(-job.cpu_milli // parts), -(-job.memory_mib // parts)
+    return job._replace(members=job.members * parts, gpus=node_gpus, cpu_milli=cpu, memory_mib=memory)
 
 
 def check(nodes: Nodes, workload: Workload, too_large: Callable[[Nodes, Kinds, Work], int]) -> None:

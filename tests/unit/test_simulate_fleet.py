@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import duckdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -244,18 +245,71 @@ def jobs(tmp_path):
             id="times with their offsets",
         ),
         pytest.param("a.swf", "1 7 -1 20 2 -1 -1 3 -1 -1 1 -1 -1 -1 0 -1 -1 -1\n", [(0, 20, 3, 0)], id="swf"),
+        pytest.param(
+            "batch_task.csv",
+            "task_create_time, task_end_time, job_id, task_id,number_of_instances, status,"
+            " number_of_cpus_requested_per_instance_in_the_task,normalized_memory_requested_per_instance_in_the_task\n"
+            "6459,6524,3,4,250,Terminated,50,0.0078125\n6457,6533,3,5,1,Failed,50,0.004\n",
+            [(0, 65, 100, 0), (0, 65, 100, 0), (0, 65, 50, 0)],
+            id="Alibaba v2017, in jobs of a hundred instances",
+        ),
+        pytest.param(
+            "batch_task.csv",
+            "6459,6524,3,4,2,Terminated,50,0.0078125\n6460,6533,3,5,1,Waiting,,\n6461,6462,3,6,1,Terminated,100,0.5\n",
+            [(0, 65, 2, 0), (2, 1, 1, 0)],
+            id="Alibaba v2017 without names of columns",
+        ),
+        pytest.param(
+            "batch_task.csv",
+            "M1,2.0,j_1,1,Terminated,41562,41618,100.0,0.35\nR2_1,,j_1,1,Terminated,41600,41610,50.0,0.2\n"
+            "M3,1.0,j_2,1,Running,41562,0,100.0,0.35\n",
+            [(0, 56, 2, 0), (38, 10, 1, 0)],
+            id="Alibaba v2018",
+        ),
     ],
 )
 def test_jobs_are_read_in_the_formats_of_traces(jobs, name, text, expected):
-    found = read_jobs(jobs(text, name), GPUS)
+    found = read_jobs(jobs(text, name), fleet(1))
     work = found.work
     rows = zip(work.submit, work.run, work.members, found.kinds.gpus[work.kind], strict=True)
     assert [tuple(map(int, row)) for row in rows] == expected
 
 
+def test_what_alibabas_tasks_ask_for_is_in_thousandths_of_cores_and_parts_of_the_largest_node(jobs):
+    rows = "6459,6524,3,4,2,Terminated,50,0.25\n", "M1,2.0,j_1,1,Terminated,41562,41618,50,25\n"
+    for text in rows:
+        kinds = read_jobs(jobs(text), fleet(1, 8)).kinds
+        assert (kinds.cpu_milli.tolist(), kinds.memory_mib.tolist()) == ([500], [8 * 65536 // 4])
+
+
+def test_parquet_says_the_same_as_the_csv_that_it_was_made_of(jobs):
+    csv = jobs("timestamp,duration,num_gpus\n2017-10-01 09:00:00,60,1\n2017-10-01 07:00:05,30,2\n")
+    parquet = csv.with_suffix(".parquet")
+    with duckdb.connect() as connection:
+        connection.execute(f"copy (select * from read_csv('{csv}')) to '{parquet}' (format parquet)")
+    ours, theirs = read_jobs(parquet, fleet(1)), read_jobs(csv, fleet(1))
+    for one, other in zip([*ours.work, *ours.kinds], [*theirs.work, *theirs.kinds], strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_the_jobs_of_a_nodes_own_records_did_what_was_recorded(tmp_path):
+    lines = [
+        {"time": 100.0 + t, "sequence": t, "snapshot": {}, "plan": {}}
+        | {"series": {"dt": 1.0, "job": {"a": 2.0} | ({"b": 0.5} if 10 <= t < 20 or t >= 90 else {})}}
+        for t in range(100)
+    ]
+    (tmp_path / "records-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_jobs(tmp_path, fleet(1))
+    assert found.work.submit.tolist() == [0, 10, 90], "one whose name is seen again a minute later is another"
+    assert found.work.run.tolist() == [100, 10, 10]
+    assert found.kinds.cpu_milli[found.work.kind].tolist() == [2000, 500, 500]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        pytest.param("6459,6524,3,4,2,Terminated,50,0.25\n1,2\n", "line 2: 2 values, but 8 columns", id="cut off"),
+        pytest.param("9,6,3,4,2,Terminated,50,0.25\n", "line 1, end: it is before the start", id="ends too soon"),
         pytest.param("submit_seconds\n1\n", "has no column duration_seconds", id="a column lacks"),
         pytest.param(
             "submit_seconds,duration_seconds,gpu\n1,1,1\n", "column gpu is not known; known: submit", id="unknown"
@@ -289,7 +343,7 @@ def test_jobs_are_read_in_the_formats_of_traces(jobs, name, text, expected):
 )
 def test_what_is_wrong_with_jobs_is_said_with_its_line_and_column(jobs, text, said):
     with pytest.raises(BadInput, match=said):
-        read_jobs(jobs(text), GPUS)
+        read_jobs(jobs(text), fleet(1))
 
 
 @pytest.mark.parametrize(
@@ -317,7 +371,7 @@ def test_what_is_wrong_with_a_fleet_is_said(jobs, text, said):
 
 
 def test_a_member_that_is_larger_than_a_node_is_divided_with_its_cpus(jobs):
-    found = read_jobs(jobs("submit_seconds,duration_seconds,gpus,cpu_milli\n0,1,9,128000\n"), 8)
+    found = read_jobs(jobs("submit_seconds,duration_seconds,gpus,cpu_milli\n0,1,9,128000\n"), fleet(1, 8))
     assert (found.work.members.tolist(), found.kinds.gpus.tolist()) == ([2], [8])
     assert found.kinds.cpu_milli.tolist() == [64000]
 
@@ -334,7 +388,7 @@ def test_a_member_that_is_larger_than_a_node_is_divided_with_its_cpus(jobs):
     ],
 )
 def test_jobs_are_told_apart_by_their_size(jobs, row, size):
-    found = read_jobs(jobs(f"submit_seconds,duration_seconds,members,gpus,gpu_milli\n0,1,{row}\n"), 8)
+    found = read_jobs(jobs(f"submit_seconds,duration_seconds,members,gpus,gpu_milli\n0,1,{row}\n"), fleet(1, 8))
     assert classes(found).tolist() == [size]
 
 
@@ -437,7 +491,7 @@ def test_philly_waits_as_in_an_independent_simulator(jobs):
     Its ties are its own: with another lot `coscheduling` comes to 31,000 to 35,500 s here.
     """
     header, *rows = traces.lines(FOLDER / "philly-2017" / "philly.csv.gz")
-    workload = read_jobs(jobs(header + "".join(r for r in rows if r[:7] in ("2017-10", "2017-11"))), 8)
+    workload = read_jobs(jobs(header + "".join(r for r in rows if r[:7] in ("2017-10", "2017-11"))), fleet(1, 8))
     assert len(workload.work.run) == 68_510
     for policy, published, off in (
         ("coscheduling", 33_444, 0.1),

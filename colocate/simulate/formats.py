@@ -1,0 +1,203 @@
+"""The formats that traces of jobs come in, told apart by their columns. Errors name the row and the field.
+
+    plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib]
+    SWF              *.swf (Parallel Workloads Archive): a processor is a member with one CPU
+    Philly           timestamp,duration,num_gpus (msr-fiddle/philly-traces, flattened)
+    openb            creation_time,deletion_time,scheduled_time,... (Alibaba cluster-trace-gpu-v2023)
+    Alibaba v2017    batch_task.csv, 8 columns, with names or without (cluster-trace-v2017)
+    Alibaba v2018    batch_task.csv, 9 columns without names (cluster-trace-v2018)
+    records          a state directory of the agent, or a file of its records: what the jobs of a node used
+
+All but SWF and records may be CSV, CSV.gz or Parquet. Alibaba's memory is a share of a machine's: of the largest node
+of the fleet here. The instances of its tasks need not run at once: a task is jobs of at most INSTANCES members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from colocate.errors import BadInput
+from colocate.simulate import traces
+from colocate.simulate.placement import MOST_GPUS, WHOLE
+
+INSTANCES = 100
+STATES = frozenset(("Ready", "Waiting", "Running", "Terminated", "Failed", "Cancelled", "Interrupted"))
+"""Of a task of Alibaba's."""
+GONE_SECONDS = 60.0
+"""A job of that name that is seen again so long after is another."""
+
+
+class Job(NamedTuple):
+    """One, as it was read."""
+
+    submit: float
+    run: float
+    members: int
+    gpus: int
+    gpu_milli: int
+    cpu_milli: int
+    memory_mib: int
+    where: str
+    """File and line."""
+
+
+def jobs_of(path: Path, node_memory_mib: int) -> Iterator[Job]:
+    """Of a file, or of a state directory, in any order. Raises BadInput."""
+    name = path.name.removesuffix(".gz")
+    if path.is_dir() or name.endswith(".jsonl"):
+        yield from _of_records(path)
+    elif name.endswith(".swf"):
+        yield from _of_swf(path)
+    elif (make := _without_names(path)) is not None:
+        for number, fields in traces.fields(path):
+            if len(fields) != make.columns:
+                raise BadInput(f"{path}, line {number}: {len(fields)} values, but {make.columns} columns")
+            row = traces.Row(dict(zip(make.names, (f.strip() for f in fields), strict=True)), path, number)
+            yield from _task(row, node_memory_mib * make.of_node)
+    else:
+        yield from _of_table(path, node_memory_mib)
+
+
+def _of_swf(path: Path) -> Iterator[Job]:
+    jobs = traces.swf(path)
+    for i, (submit, run, _, procs) in enumerate(zip(*jobs, strict=True), 1):
+        yield Job(float(submit), float(run), int(procs), 0, WHOLE, 1000, 0, f"{path}, job {i}")
+
+
+def _of_table(path: Path, node_memory_mib: int) -> Iterator[Job]:
+    header = traces.columns(path)
+    if header.issuperset(V2017_NAMED):
+        for row in traces.table(path, V2017_NAMED):
+            values = dict(zip(V2017.names, (row.text(column).strip() for column in V2017_NAMED), strict=True))
+            yield from _task(row._replace(values=values), float(node_memory_mib))
+        return
+    wanted, make = next(((w, m) for w, m in KNOWN if header.issuperset(w)), (PLAIN[:2], _plain))
+    unknown = header - set(PLAIN)
+    if make is _plain and header.issuperset(wanted) and unknown:
+        raise BadInput(f"{path}: column {min(unknown)} is not known; known: {', '.join(PLAIN)}")
+    for row in traces.table(path, wanted):
+        job = make(row)
+        if job is not None:
+            yield job
+
+
+PLAIN = ("submit_seconds", "duration_seconds", "name", "members", "gpus", "gpu_milli", "cpu_milli", "memory_mib")
+
+
+def _seconds(row: traces.Row, column: str, least: float = 0.0) -> float:
+    return row.number(column, least=least, most=traces.MOST)
+
+
+def _plain(row: traces.Row) -> Job:
+    def whole(column: str, otherwise: int, least: int = 0, most: float = traces.MOST_MEMBERS) -> int:
+        return row.whole(column, least=least, most=most) if row.values.get(column) else otherwise
+
+    gpus, milli = whole("gpus", 0), whole("gpu_milli", WHOLE, 1)
+    if milli > WHOLE or (milli < WHOLE and gpus != 1):
+        raise BadInput(f"{row.place}, gpu_milli: {milli}: a part of one GPU is 1 to {WHOLE}, with gpus 1")
+    submit, run = _seconds(row, "submit_seconds", -traces.MOST), _seconds(row, "duration_seconds")
+    cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
+    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place)
+
+
+def _philly(row: traces.Row) -> Job:
+    gpus = row.whole("num_gpus", least=1, most=traces.MOST_MEMBERS)
+    return Job(row.moment("timestamp").timestamp(), _seconds(row, "duration"), 1, gpus, WHOLE, 0, 0, row.place)
+
+
+def _openb(row: traces.Row) -> Job | None:
+    """None of a pod that was never scheduled: how long it would have run is not known."""
+    came, begun = _seconds(row, "creation_time", -traces.MOST), row.values.get("scheduled_time")
+    if not begun or not row.text("deletion_time"):
+        return None
+    run = _seconds(row, "deletion_time", -traces.MOST) - _seconds(row, "scheduled_time", -traces.MOST)
+    if run < 0.0:
+        raise BadInput(f"{row.place}, deletion_time: it is before scheduled_time")
+    gpus = row.whole("num_gpu", most=MOST_GPUS)
+    milli = row.whole("gpu_milli", least=1, most=WHOLE) if gpus else WHOLE
+    return Job(came, run, 1, gpus, milli, row.whole("cpu_milli"), row.whole("memory_mib"), row.place)
+
+
+KNOWN: tuple[tuple[tuple[str, ...], Callable[[traces.Row], Job | None]], ...] = (
+    (("timestamp", "duration", "num_gpus"), _philly),
+    (("creation_time", "deletion_time", "scheduled_time", "num_gpu", "gpu_milli", "cpu_milli", "memory_mib"), _openb),
+)
+
+
+class Tasks(NamedTuple):
+    """Batch tasks of Alibaba's co-location traces, in a file without names of columns."""
+
+    names: tuple[str, ...]
+    status: int
+    """Which column."""
+    of_node: float
+    """1 of its memory is so much of a machine."""
+
+    @property
+    def columns(self) -> int:
+        """How many."""
+        return len(self.names)
+
+
+V2017 = Tasks(("start", "end", "job", "task", "instances", "status", "cpu", "memory"), 5, 1.0)
+V2018 = Tasks(("task", "instances", "job", "kind", "status", "start", "end", "cpu", "memory"), 4, 0.01)
+V2017_NAMED = (
+    "task_create_time",
+    "task_end_time",
+    "job_id",
+    "task_id",
+    "number_of_instances",
+    "status",
+    "number_of_cpus_requested_per_instance_in_the_task",
+    "normalized_memory_requested_per_instance_in_the_task",
+)
+
+
+def _without_names(path: Path) -> Tasks | None:
+    """Which of Alibaba's, by what its first line has where the status stands."""
+    if path.suffix == ".parquet":
+        return None
+    first = next((fields for _, fields in traces.fields(path)), [])
+    found = (kind for kind in (V2017, V2018) if len(first) == kind.columns and first[kind.status].strip() in STATES)
+    return next(found, None)
+
+
+def _task(row: traces.Row, memory_mib: float) -> Iterator[Job]:
+    """None of one that has not ended, or asks for nothing: no work that was done."""
+    if row.text("status") != "Terminated" or not row.text("cpu") or not row.text("memory"):
+        return
+    start, end = _seconds(row, "start", -traces.MOST), _seconds(row, "end", -traces.MOST)
+    if end < start:
+        raise BadInput(f"{row.place}, end: it is before the start")
+    cpu = round(10 * row.number("cpu", least=0.0, most=1e6))
+    memory = round(memory_mib * row.number("memory", least=0.0, most=100.0))
+    left = row.whole("instances", least=1, most=traces.MOST_MEMBERS) if row.text("instances") else 1
+    while left > 0:
+        yield Job(start, end - start, min(left, INSTANCES), 0, WHOLE, cpu, memory, row.place)
+        left -= INSTANCES
+
+
+def _of_records(path: Path) -> Iterator[Job]:
+    """What each job of a node used, from when it was first seen until it was last; cores are its mean."""
+    from colocate.report.record import read_lines, segments
+
+    seen: dict[str, tuple[float, float, float]] = {}
+    """By name: first seen, last seen, core-seconds."""
+
+    def job(name: str) -> Job:
+        first, last, work = seen.pop(name)
+        seconds = max(last - first, 1.0)
+        return Job(first, seconds, 1, 0, WHOLE, round(1000 * work / seconds), 0, f"{path}, job {name}")
+
+    for file in segments(path):
+        for line in read_lines(file):
+            at, series = line["time"], line["series"]
+            for name in [name for name, (_, last, _) in seen.items() if at - last > GONE_SECONDS]:
+                yield job(name)
+            for name, cores in series.get("job", {}).items():
+                first, _, work = seen.get(name, (at - series["dt"], at, 0.0))
+                seen[name] = first, at, work + cores * series["dt"]
+    for name in list(seen):
+        yield job(name)
