@@ -319,7 +319,7 @@ def _add_simulation(add: Add) -> None:
         "--jobs",
         required=True,
         metavar="FILE",
-        help="a trace: a plain CSV, SWF, Philly's, openb's, Alibaba's, or records of the agent (.gz and .parquet as well)",
+        help="a trace: plain CSV, SWF, Philly's, openb's, Alibaba's, or records of the agent (also .gz, .parquet)",
     )
     fleet.add_argument(
         "--policy",

@@ -199,14 +199,16 @@ def _place(
         counts[HEAD] += 1
 
 
-@numba.njit(nogil=True)
-def _felt(of: Floats, world: Floats, used: float, batch: float, over: float) -> tuple[float, float]:
-    """The share of time that a node's services wait by themselves, and what batch adds."""
-    cores, total = world[CORES_OF], used + batch
-    alone = of[OWN] + 0.3 * (used / cores) ** 4 + over
-    beside = of[SHARED] * (1.0 - math.exp(-batch / cores / world[SATURATES]))
+@numba.njit(cache=True, nogil=True)
+def felt_of(
+    own: float, shared: float, scheduler: float, saturates: float, yields: float, used: float, batch: float, over: float
+) -> tuple[float, float]:
+    """The share of time that a node's services wait by themselves, and what batch adds; `used`, `batch` of the node."""
+    total = used + batch
+    alone = own + 0.3 * used**4 + over
+    beside = shared * (1.0 - math.exp(-batch / saturates))
     if total > 0.0:
-        beside += world[YIELDS] * of[SCHEDULER] * min(total / cores, 1.0) ** 4 * batch / total
+        beside += yields * scheduler * min(total, 1.0) ** 4 * batch / total
     return alone, beside
 
 
@@ -231,7 +233,10 @@ def _second(
         batch = max(min(node[ASKED], node[LIMIT], cores - used), 0.0)
         node[WORKED] += batch / node[ASKED] if node[ASKED] > 0.0 else 0.0
         over = max(demand - cores, 0.0) / cores + (node[BURST] if second < node[BURST_UNTIL] else 0.0)
-        alone, beside = _felt(of_nodes[i], world, used, batch, over)
+        of = of_nodes[i]
+        alone, beside = felt_of(
+            of[OWN], of[SHARED], of[SCHEDULER], world[SATURATES], world[YIELDS], used / cores, batch / cores, over
+        )
         felt = min(max(alone + beside + node[WAITS], 0.0), 1.0)
         node[FELT] += felt
         node[ADDED] += beside

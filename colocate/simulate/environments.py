@@ -1,4 +1,5 @@
-"""Environments of Gymnasium: `Colocate/Queue-v0`, with a twin of many pools in one loop, and `Colocate/Placement-v0`.
+"""Environments of Gymnasium: `Colocate/Queue-v0`, with a twin of many pools in one loop, `Colocate/Placement-v0`, and
+`Colocate/Node-v0` (see node_environment), also with a twin.
 
 Importing this module registers them (gymnasium.make, gymnasium.make_vec). They need the extra `sim`.
 """
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, looks, new_pools, observe, step_all
+from colocate.simulate.node_environment import NodeEnv, NodeVectorEnv, each
 from colocate.simulate.placement import BEST_FIT, OFFER, WHOLE, Nodes, arrivals, empty, offers, take
 from colocate.simulate.queue import Jobs
 
-QUEUE, PLACEMENT = "Colocate/Queue-v0", "Colocate/Placement-v0"
+QUEUE, PLACEMENT, NODE = "Colocate/Queue-v0", "Colocate/Placement-v0", "Colocate/Node-v0"
 SLOTS, EPISODE_JOBS, SIZE = 128, 256, 256
 Seen = NDArray[np.float32]
 
@@ -44,16 +46,6 @@ def _jobs(given: Jobs | str | Path, size: int, episode: int) -> Jobs:
         at = int(np.argmax(jobs.procs))
         raise BadInput(f"size: job {at} of the trace asks for {jobs.procs[at]} processors, of {size}")
     return jobs
-
-
-def _each(given: Any, count: int, name: str, *, counted: bool = False) -> list[int | None]:
-    """One number for each pool; of a single one the same for all, or counted up."""
-    if np.ndim(given) == 0:
-        return [int(given) + i * counted for i in range(count)]
-    values = list(given)
-    if len(values) != count:
-        raise BadInput(f"{name}: {len(values)} values for {count} environments")
-    return [None if value is None else int(value) for value in values]
 
 
 class _Queue:
@@ -184,10 +176,10 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         `options={"first": [...]}` begins each pool's episode with that job. Raises BadInput of another number of them.
         """
         if seed is not None or not self._draws:
-            seeds = [None] * self.num_envs if seed is None else _each(seed, self.num_envs, "seed", counted=True)
+            seeds = [None] * self.num_envs if seed is None else each(seed, self.num_envs, "seed", counted=True)
             self._draws = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
         given = (options or {}).get("first")
-        firsts = [None] * self.num_envs if given is None else _each(given, self.num_envs, "options, first")
+        firsts = [None] * self.num_envs if given is None else each(given, self.num_envs, "options, first")
         for i, first in enumerate(firsts):
             self._begin(i, first)
         self._ended[:] = False
@@ -292,4 +284,9 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
 gymnasium.register(PLACEMENT, entry_point=f"{__name__}:{PlacementEnv.__name__}")
 gymnasium.register(
     QUEUE, entry_point=f"{__name__}:{QueueEnv.__name__}", vector_entry_point=f"{__name__}:{QueueVectorEnv.__name__}"
+)
+gymnasium.register(
+    NODE,
+    entry_point=f"{NodeEnv.__module__}:{NodeEnv.__name__}",
+    vector_entry_point=f"{NodeVectorEnv.__module__}:{NodeVectorEnv.__name__}",
 )
