@@ -28,7 +28,6 @@ from colocate.objects import (
 )
 from colocate.units import time_text
 from podgroup.api import POD_GROUP_LABEL, GangPlan, GangPlanSpec, GangPlanStatus, PodGroup, PodGroupSpec
-from podgroup.queue.decisions import Start
 from podgroup.queue.entry import Settings
 from podgroup.queue.queue import Queue
 from podgroup.queue.runtimes import RUNTIME
@@ -130,29 +129,29 @@ class Simulation:
         self.cluster.remove_plan(key)
         self.dirty.add(key)
 
-    def _bind(self, start: Start, now: float) -> None:
-        """Raises RuntimeError of a start that no fleet could carry out: a defect of the policy."""
-        job = int(start.key.rpartition("/j")[2])
-        for member, where in start.placed:
-            p, i = int(member.uid), int(where[1:])
+    def _bind(self, key: str, placed: list[tuple[str, str]], now: float) -> None:
+        """Pods (by uid) to nodes. Raises RuntimeError of what no fleet could carry out: a defect of the policy."""
+        job = int(key.rpartition("/j")[2])
+        for uid, where in placed:
+            p, i = int(uid), int(where[1:])
             self.node[p] = i
             self.free[i] -= self._asks(job)
             if (self.free[i] < 0).any():
-                raise RuntimeError(f"ours puts {start.key} on {where}, which has no room for it")
-            pod = self.cluster.pods[member.uid]
+                raise RuntimeError(f"ours puts {key} on {where}, which has no room for it")
+            pod = self.cluster.pods[uid]
             spec = msgspec.structs.replace(pod.spec, node_name=where)
             status = PodStatus(phase="Running", start_time=time_text(now))
             self.cluster.set_pod(msgspec.structs.replace(pod, spec=spec, status=status))
-        if len(start.placed) != self.work.members[job]:
-            raise RuntimeError(f"ours starts {start.key} with {len(start.placed)} of {self.work.members[job]} members")
+        if len(placed) != self.work.members[job]:
+            raise RuntimeError(f"ours starts {key} with {len(placed)} of {self.work.members[job]} members")
         meta = ObjectMeta(name=f"j{job}", namespace=NAMESPACE, uid=f"plan-{job}")
         began = GangPlanSpec(began=time_text(now), min_member=int(self.work.members[job]))
         plan = GangPlan(metadata=meta, spec=began, status=GangPlanStatus(phase="Running"))
-        self.cluster.set_plan(start.key, plan)
+        self.cluster.set_plan(key, plan)
         self.start[job] = now
         self.busy += int(self.gpus[job])
         heapq.heappush(self.ends, (now + float(self.work.run[job]), job))
-        self.dirty.add(start.key)
+        self.dirty.add(key)
 
     def _decide(self, now: float) -> None:
         """Until nothing more is decided."""
@@ -162,14 +161,26 @@ class Simulation:
             for key, error in decided.failures:
                 raise RuntimeError(f"ours cannot decide {key}") from error
             for start in decided.starts:
-                self._bind(start, now)
+                self._bind(start.key, [(member.uid, node) for member, node in start.placed], now)
             if not self.dirty:
                 return
         raise RuntimeError("ours does not come to rest")
 
-    def run(self) -> tuple[Floats, float, float, int, Ints]:
-        """When each job starts; GPU seconds that jobs ran, and held for nothing; cycles; and the node of each pod."""
-        work, jobs, arrived, now = self.work, len(self.work.submit), 0, 0.0
+    def resume(self, running: Ints) -> int:
+        """The first jobs, whose pods are on these nodes already; how many they are."""
+        jobs, began = int(np.searchsorted(self.first, len(running))), float(self.work.submit[0])
+        for job in range(jobs):
+            self._arrive(job, began)
+            placed = [(str(p), f"n{running[p]}") for p in range(self.first[job], self.first[job + 1])]
+            self._bind(f"{NAMESPACE}/j{job}", placed, began)
+        return jobs
+
+    def run(self, arrived: int = 0) -> tuple[Floats, float, float, int, Ints]:
+        """When each job starts; GPU seconds that jobs ran, and held for nothing; cycles; and the node of each pod.
+
+        The first `arrived` jobs are there already.
+        """
+        work, jobs, now = self.work, len(self.work.submit), 0.0
         busy_area, first, last = 0.0, float(work.submit[0]), float(work.submit[-1])
         while arrived < jobs or self.ends:
             then = self.ends[0][0] if self.ends else np.inf
@@ -188,15 +199,21 @@ class Simulation:
         return self.start, busy_area, 0.0, self.cycles, self.node
 
 
-def ours(nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int) -> tuple[Floats, float, float, int, Ints]:
+def ours(
+    nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int, running: Ints | None = None
+) -> tuple[Floats, float, float, int, Ints]:
     """the controller's own queue and solver: all or none, in order of arrival, room is kept for gangs that wait"""
     del seed  # nothing is drawn
-    return Simulation(nodes, kinds, work, declared=False).run()
+    return _run(Simulation(nodes, kinds, work, declared=False), running)
 
 
 def ours_declared(
-    nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int
+    nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int, running: Ints | None = None
 ) -> tuple[Floats, float, float, int, Ints]:
     """the same, and each job declares how long it runs, truly: who is over in time is started past one that waits"""
     del seed
-    return Simulation(nodes, kinds, work, declared=True).run()
+    return _run(Simulation(nodes, kinds, work, declared=True), running)
+
+
+def _run(simulation: Simulation, running: Ints | None) -> tuple[Floats, float, float, int, Ints]:
+    return simulation.run(simulation.resume(running) if running is not None else 0)

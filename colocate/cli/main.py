@@ -312,19 +312,33 @@ def _add_simulation(add: Add) -> None:
     fleet = add(
         "simulate", "colocate.cli.simulate:simulate_command", "What policies would make of jobs on a fleet of nodes"
     )
-    fleet.add_argument(
-        "--nodes", required=True, metavar="64x8|FILE", help="nodes times GPUs; or a YAML file with groups of nodes"
-    )
+    fleet.add_argument("--nodes", metavar="64x8|FILE", help="nodes times GPUs; or a YAML file with groups of nodes")
     fleet.add_argument(
         "--jobs",
-        required=True,
         metavar="FILE",
         help="a trace: plain CSV, SWF, Philly's, openb's, Alibaba's, or records of the agent (also .gz, .parquet)",
     )
     fleet.add_argument(
         "--policy",
-        default="native,packing",
-        help="one or more with commas between; the others are compared with the first (default native,packing)",
+        help="one or more with commas between; the others are compared with the first (default native,packing;"
+        " with --from-cluster: ours)",
+    )
+    fleet.add_argument(
+        "--from-cluster",
+        metavar="SNAPSHOT",
+        help="instead of --nodes and --jobs: what becomes of the jobs of a cluster (colocate snapshot), from now on",
+    )
+    fleet.add_argument(
+        "--what-if",
+        action="append",
+        default=[],
+        metavar="nodes=4x8|job=8x8:2h",
+        help="with --from-cluster: the same with more nodes, or with a job more (members x GPUs, or 4x16cpu:2h)",
+    )
+    fleet.add_argument(
+        "--runs",
+        type=duration,
+        help="with --from-cluster: how long jobs run, or still run, that have not declared it (default 1h)",
     )
     fleet.add_argument("--seed", type=positive, default=1, help="of ties, and of the windows (default 1)")
     fleet.add_argument(

@@ -18,6 +18,7 @@ from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
 from colocate.simulate.workloads import check, read_jobs, read_nodes
 
+HOUR = 3600.0
 DEMO_NODES, DEMO_POLICIES = "100x8", ("native", "coscheduling", "packing", "shortest-first")
 
 
@@ -79,7 +80,14 @@ def named_policies(text: str) -> list[str]:
 
 def simulate_command(options: argparse.Namespace) -> int:
     """Exit 1 where jobs never start under some policy. Raises BadInput."""
-    policies, known = named_policies(options.policy), known_policies()
+    if options.from_cluster:
+        return _of_cluster(options)
+    for name, value in (("--what-if", options.what_if), ("--runs", options.runs)):
+        if value:
+            raise BadInput(f"{name} is about a cluster: name its snapshot with --from-cluster")
+    if not options.nodes or not options.jobs:
+        raise BadInput("--nodes and --jobs are needed, or --from-cluster")
+    policies, known = named_policies(options.policy or "native,packing"), known_policies()
     page = check_file("--file", options.file) if options.file else None
     nodes = read_nodes(options.nodes)
     workload = read_jobs(Path(options.jobs), nodes)
@@ -110,6 +118,46 @@ def simulate_command(options: argparse.Namespace) -> int:
         if page is not None:
             print(f"report: {page.resolve()}")
     return int(any(card["never_started"] for card in cards))
+
+
+def _of_cluster(options: argparse.Namespace) -> int:
+    """Exit 1 where somebody never starts. Raises BadInput."""
+    from colocate.simulate.from_cluster import Future, data, future, scenes
+
+    for name in ("nodes", "jobs", "window_jobs", "windows", "file"):
+        if getattr(options, name):
+            raise BadInput(f"--{name.replace('_', '-')}: not with --from-cluster")
+    every, found = scenes(Path(options.from_cluster), options.what_if), list[Future]()
+    # The controller goes by what is declared, where it is.
+    ours = "ours-declared" if all(gang[3] is not None for gang in every[0].gangs) else "ours"
+    policies, otherwise = named_policies(options.policy or ours), HOUR if options.runs is None else options.runs
+    for scene in every:
+        for policy in policies:
+            found.append(future(scene, policy, otherwise, options.seed))
+            _say(len(found), (1 + len(options.what_if)) * len(policies))
+    end_status()
+    never = any(at is None for one in found for _, at in one.starts)
+    if options.output in DATA_FORMS:
+        print_data([data(one) for one in found], options.output)
+        return int(never)
+    scene = every[0]
+    unsaid = sum(gang[3] is None for gang in scene.gangs)
+    waiting = len(found[0].starts)
+    print(f"{len(scene.nodes.gpus)} nodes, {len(scene.gangs) - waiting} jobs run, {waiting} wait")
+    if unsaid:
+        print(f"{unsaid} do not declare how long they run (colocate.io/expected-runtime-seconds): {otherwise:,.0f} s")
+    names = [*dict.fromkeys(name for one in found for name, _ in one.starts)]
+    heads = [f"{one.scene.name}, {one.policy}" if len(policies) > 1 else one.scene.name for one in found]
+    by_name = [dict(one.starts) for one in found]
+    print_table(("starts in", *heads), [(n, *(_start(of, n) for of in by_name)) for n in names])
+    return int(never)
+
+
+def _start(starts: Mapping[str, float | None], name: str) -> str:
+    if name not in starts:
+        return "-"
+    at = starts[name]
+    return "never" if at is None else "now" if at == 0.0 else f"{at:,.0f} s"
 
 
 def _say(done: int, of: int) -> None:

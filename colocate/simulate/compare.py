@@ -20,6 +20,7 @@ from colocate.simulate.placement import WHOLE, Nodes
 from colocate.simulate.workloads import Workload
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 CLASSES = (
     (0, "none"),
     (WHOLE - 1, "a part of one"),
@@ -161,9 +162,14 @@ def run_all(
 def one_run(nodes: Nodes, workload: Workload, policy: str, part: Window, seed: int) -> Outcome:
     """One policy on one window."""
     chosen = workload.part(part.first, part.first + part.jobs)
+    return Outcome(policy, part, known_run(policy, nodes, chosen, seed), chosen)
+
+
+def known_run(policy: str, nodes: Nodes, workload: Workload, seed: int, running: Ints | None = None) -> Run:
+    """By the name of a policy; `running`: the nodes of the pods of the first jobs, which are there already."""
     if policy in DISCIPLINES:
-        return Outcome(policy, part, simulate(nodes, chosen.kinds, chosen.work, DISCIPLINES[policy], seed), chosen)
-    return Outcome(policy, part, Run(*_others()[policy].load()(nodes, chosen.kinds, chosen.work, seed)), chosen)
+        return simulate(nodes, workload.kinds, workload.work, DISCIPLINES[policy], seed, running)
+    return Run(*_others()[policy].load()(nodes, workload.kinds, workload.work, seed, running))
 
 
 def comparisons(every: Sequence[dict[str, Any]], policies: Sequence[str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.simulate.placement import (
+    BEST_FIT,
     FGD,
     NATIVE,
     POLICIES,
@@ -107,8 +108,13 @@ def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
     return -1
 
 
-def simulate(nodes: Nodes, kinds: Kinds, work: Work, discipline: Discipline, seed: int) -> Run:
-    """From an empty fleet until nothing happens any more. The same for the same seed."""
+def simulate(
+    nodes: Nodes, kinds: Kinds, work: Work, discipline: Discipline, seed: int, running: Ints | None = None
+) -> Run:
+    """Until nothing happens any more. The same for the same seed.
+
+    The fleet is empty, but for `running`: the nodes of all pods of the first jobs, which began at the first arrival.
+    """
     rng = np.random.default_rng(seed)
     policy, count = POLICIES.index(discipline.placement), len(nodes.cpu_milli)
     shares = typical_shares(work.kind, kinds) if policy == FGD else np.zeros(len(kinds.cpu_milli))
@@ -126,8 +132,10 @@ def simulate(nodes: Nodes, kinds: Kinds, work: Work, discipline: Discipline, see
     )
     first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
     pods = Pods(first, np.full(first[-1], -1, np.int64), np.zeros(first[-1], np.int64), np.zeros(len(first), np.int64))
+    there = np.empty(0, np.int64) if running is None else running
+    pods.node[: len(there)] = there
     key = work.run if discipline.shortest else work.submit
-    found = _simulate(board, pods, work, key, policy, discipline.gang, discipline.strict, seed & 0x3FFFFFFF)
+    found = _simulate(board, pods, work, key, policy, discipline.gang, discipline.strict, seed & 0x3FFFFFFF, len(there))
     return Run(*found, pods.node)
 
 
@@ -162,7 +170,7 @@ class Pods(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def _simulate(
-    board: Board, pods: Pods, work: Work, key: Floats, policy: int, gang: bool, strict: bool, lot: int
+    board: Board, pods: Pods, work: Work, key: Floats, policy: int, gang: bool, strict: bool, lot: int, there: int
 ) -> tuple[Floats, float, float, int]:
     jobs = work.submit.size
     start = np.full(jobs, np.nan)
@@ -172,6 +180,12 @@ def _simulate(
     ends = [(0.0, 0) for _ in range(0)]
     arrived, now, busy, held, busy_area, held_area = 0, 0.0, 0, 0, 0.0, 0.0
     cursor, decisions, last = 0, 0, work.submit[jobs - 1]
+    while arrived < jobs and pods.first[arrived] < there:
+        _resume(board, pods, work.kind[arrived], arrived)
+        start[arrived] = work.submit[0]
+        heapq.heappush(ends, (work.submit[0] + work.run[arrived], arrived))
+        busy += _size(board.kinds, work.kind[arrived]) * work.members[arrived]
+        arrived += 1
     while arrived < jobs or ends:
         then = ends[0][0] if ends else np.inf
         if arrived < jobs:
@@ -233,6 +247,16 @@ def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
         at -= 1
     waiting[at] = job
     return at
+
+
+@numba.njit(cache=True, nogil=True)
+def _resume(board: Board, pods: Pods, k: int, job: int) -> None:
+    """A job whose pods are on their nodes already."""
+    for p in range(pods.first[job], pods.first[job + 1]):
+        i = pods.node[p]
+        pods.mask[p] = take(board.kinds, board.state, board.nodes.gpus[i], i, k, 0, BEST_FIT, 0)
+        board.version[i] += 1
+        pods.placed[job] += 1
 
 
 @numba.njit(cache=True, nogil=True)

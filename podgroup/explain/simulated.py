@@ -1,0 +1,111 @@
+"""A cluster snapshot as the simulator takes it: `colocate simulate --from-cluster`. Found by `colocate.snapshots`.
+
+Nodes that take pods, with what pods without an end (services) leave of them; the gangs that run, with what is left of
+their declared runtimes; those that wait, by priority and age. Members of a gang that ask for different amounts count as
+the largest. Selectors, taints, affinity and volumes are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from colocate.objects import Pod
+from colocate.units import seconds_of
+from podgroup.explain.snapshot import load
+from podgroup.queue.runtimes import RUNTIME
+from podgroup.state.gangs import POD, gang_key, is_group, sort_members
+from podgroup.state.shape import amounts, requests_of
+
+GPU = "nvidia.com/gpu"
+MIB = 1 << 20
+MOST_DIGITS = 9
+Asks = tuple[int, int, int]
+"""Millicores, MiB and GPUs."""
+
+
+class SeenNode(NamedTuple):
+    """One that takes pods."""
+
+    name: str
+    offers: Asks
+    """But for what pods without an end have."""
+
+
+class SeenGang(NamedTuple):
+    """One that runs or waits."""
+
+    name: str
+    asks: Asks
+    """Of each member."""
+    members: int
+    seconds: float | None
+    """That it will run, or still runs, as it has declared; None: it has not."""
+    nodes: list[int]
+    """Of each member; empty: it waits."""
+
+
+class Seen(NamedTuple):
+    """A cluster at one instant; the gangs that wait as they queue, behind those that run."""
+
+    nodes: list[SeenNode]
+    gangs: list[SeenGang]
+
+
+def of_snapshot(content: bytes) -> Seen:
+    """Of the bytes of a snapshot's file. Raises BadInput, StateTooNew."""
+    snapshot = load(content)
+    nodes = [n for n in snapshot.nodes if not n.spec.unschedulable]
+    row = {node.metadata.name: i for i, node in enumerate(nodes)}
+    offers = [list(_asks(amounts(node.status.allocatable))) for node in nodes]
+    by_gang: dict[str, list[Pod]] = defaultdict(list)
+    for pod in snapshot.pods:
+        by_gang[gang_key(pod)].append(pod)
+    least = {f"{g.metadata.namespace}/{g.metadata.name}": g.spec.min_member for g in snapshot.groups}
+    running, waiting = list[SeenGang](), list[tuple[int, str, SeenGang]]()
+    for key, pods in by_gang.items():
+        members = sort_members(pods, snapshot.settings.schedulers)
+        here = [p for p in (*members.bound, *members.leaving) if p.spec.node_name in row]
+        ours = [p for p in here if _ends(p)]
+        for pod in here:
+            if pod not in ours:
+                at = offers[row[pod.spec.node_name]]
+                at[:] = [max(o - a, 0) for o, a in zip(at, _asks(requests_of(pod)), strict=True)]
+        if ours:
+            age = snapshot.now - min(seconds_of(p.status.start_time) or snapshot.now for p in ours)
+            declared = _declared(ours)
+            left = max(declared - age, 1.0) if declared is not None else None
+            running.append(SeenGang(_name(key), _largest(ours), len(ours), left, [row[p.spec.node_name] for p in ours]))
+        if members.pending and len(members.pending) + len(ours) >= least.get(key, 1):
+            first = min(p.metadata.creation_timestamp or "" for p in members.pending)
+            gang = SeenGang(_name(key), _largest(members.pending), len(members.pending), _declared(members.pending), [])
+            waiting.append((-members.priority, first, gang))
+    waiting.sort(key=lambda one: one[:2])
+    seen = [SeenNode(n.metadata.name, (o[0], o[1], o[2])) for n, o in zip(nodes, offers, strict=True)]
+    return Seen(seen, [*running, *(gang for _, _, gang in waiting)])
+
+
+def _name(key: str) -> str:
+    return key if is_group(key) else key.replace(POD, "", 1)
+
+
+def _ends(pod: Pod) -> bool:
+    """Whether it is work that will be over: it declares so, is of a group or a Job."""
+    owners = {o.kind for o in pod.metadata.owner_references}
+    return is_group(gang_key(pod)) or RUNTIME in pod.metadata.annotations or "Job" in owners
+
+
+def _declared(pods: list[Pod]) -> float | None:
+    texts = [p.metadata.annotations.get(RUNTIME, "") for p in pods]
+    known = [float(t) for t in texts if t.isdecimal() and len(t) <= MOST_DIGITS]
+    return max(known) if len(known) == len(pods) else None
+
+
+def _asks(units: dict[str, int]) -> Asks:
+    return units.get("cpu", 0), units.get("memory", 0) // MIB, units.get(GPU, 0)
+
+
+def _largest(pods: list[Pod]) -> Asks:
+    each = [_asks(requests_of(pod)) for pod in pods]
+    cpu, memory, gpus = (max(column) for column in zip(*each, strict=True))
+    return cpu, memory, gpus
