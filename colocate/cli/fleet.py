@@ -58,7 +58,7 @@ def evaluate(options: argparse.Namespace) -> int:
     size = size_of(options.nodes, options.hours)
     if not 2 <= options.seeds <= MOST_SEEDS:
         raise BadInput(f"--seeds {options.seeds}: 2 to {MOST_SEEDS}, for one says nothing of how sure it is")
-    page = check_file("--file", options.file) if options.file else None
+    page = check_file("--file", options.file, [options.config] if options.config else []) if options.file else None
     spec = load_policy(Path(options.config)).spec if options.config else PolicySpec()
     where, began = folder(options.traces), time.perf_counter()
     seeds = range(options.seed, options.seed + options.seeds)

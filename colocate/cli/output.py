@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def check_file(option: str, given: str) -> Path:
-    """The path of a file that will be written at the end of long work. Raises BadInput now if it could not be."""
+def check_file(option: str, given: str, inputs: Iterable[str | Path] = ()) -> Path:
+    """The path of a file that will be written at the end of long work. Raises BadInput now if it could not be, or is an
+    input of that work."""
     path = Path(given)
+    if path.resolve() in [Path(file).resolve() for file in inputs]:
+        raise BadInput(f"{option}: {path} is one of the files that are read, and would be overwritten")
     if not path.parent.is_dir():
         raise BadInput(f"{option}: the directory {path.parent} does not exist")
     if path.is_dir():

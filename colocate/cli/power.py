@@ -34,9 +34,7 @@ AUTO, SEED = "auto", "seed"
 
 def power(options: argparse.Namespace) -> int:
     """Exit 1 where no cap of the sweep keeps the slowdown. Raises BadInput, HostUnfit."""
-    report = check_file("--report", options.report) if options.report else None
-    if report is not None and report.resolve() in [Path(file).resolve() for file in options.files]:
-        raise BadInput(f"--report: {report} is one of the sweep's files, and would be overwritten")
+    report = check_file("--report", options.report, options.files) if options.report else None
     if options.model == SEED and (report is not None or options.confidence is not None):
         given = "--report" if report is not None else "--confidence"
         raise BadInput(f"{given}: the talk's model has none: leave out --model seed")

@@ -85,10 +85,10 @@ def simulate_command(options: argparse.Namespace) -> int:
     for name, value in (("--what-if", options.what_if), ("--runs", options.runs)):
         if value:
             raise BadInput(f"{name} is about a cluster: name its snapshot with --from-cluster")
-    if not options.nodes or not options.jobs:
+    if options.nodes is None or options.jobs is None:
         raise BadInput("--nodes and --jobs are needed, or --from-cluster")
     policies, known = named_policies(options.policy or "native,packing"), known_policies()
-    page = check_file("--file", options.file) if options.file else None
+    page = check_file("--file", options.file, [options.nodes, options.jobs]) if options.file else None
     nodes = read_nodes(options.nodes)
     workload = read_jobs(Path(options.jobs), nodes)
     check(nodes, workload, too_large)
@@ -98,6 +98,8 @@ def simulate_command(options: argparse.Namespace) -> int:
     if options.windows is not None and options.window_jobs is None:
         raise BadInput("--windows: say with --window-jobs how many jobs a window has")
     parts = windows(jobs, options.windows or 10, options.window_jobs, options.seed)
+    if options.window_jobs is not None and len(parts) < (options.windows or 10):
+        print(f"only {len(parts)} different windows of {options.window_jobs} jobs are there", file=sys.stderr)
     began = time.perf_counter()
     outcomes = run_all(nodes, workload, policies, parts, options.seed, _say, options.workers)
     end_status()
@@ -221,7 +223,8 @@ def comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
             texts.append(f"{names[0]} is not compared with {names[1]}: jobs never start")
             continue
         ratio = f"{jct['ratio']:.3f} [{jct['low']:.3f}, {jct['high']:.3f}]"
-        texts.append(f"{names[0]}: {ratio} times the mean completion time of {names[1]}, over {one['windows']} windows")
+        of = f"geometric mean of {one['windows']} windows"
+        texts.append(f"{names[0]}: {ratio} times the mean completion time of {names[1]}: {of}")
     return texts
 
 

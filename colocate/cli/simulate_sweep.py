@@ -25,8 +25,12 @@ def seeds_of(text: str) -> list[int]:
     for part in text.split(","):
         given = SEEDS.fullmatch(part.strip())
         if given is None or int(given[2] or given[1]) < int(given[1]):
-            raise BadInput(f"--seeds: {part.strip()!r} is neither a number nor FIRST-LAST, as in 1-20")
+            raise BadInput(
+                f"--seeds: {part.strip()!r} is neither a number nor FIRST-LAST with the lesser first, as in 1-20"
+            )
         found += range(int(given[1]), min(int(given[2] or given[1]), int(given[1]) + MOST_SEEDS) + 1)
+    if 0 in found:
+        raise BadInput("--seeds: 0 is no seed: they begin at 1")
     if len(found) > MOST_SEEDS or len(set(found)) < len(found):
         raise BadInput(
             f"--seeds: {'more than ' + str(MOST_SEEDS) if len(found) > MOST_SEEDS else 'one stands there twice'}"
@@ -55,7 +59,7 @@ def command(options: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     for world in worlds:
         mine = [run for run in runs if (run["nodes"], run["jobs"]) == world.names]
-        compared = comparisons([run["card"] for run in mine], policies)
+        compared = comparisons([run["card"] for run in mine], policies) if options.window_jobs else []
         found.append({"nodes": world.names[0], "jobs": world.names[1], "runs": mine, "comparisons": compared})
     if options.output in DATA_FORMS:
         print_data(found, options.output)

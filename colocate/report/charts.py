@@ -15,6 +15,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 40
+COLOURS = 9
+"""Of the page; then they begin anew."""
 
 
 class Series(NamedTuple):
@@ -141,7 +143,7 @@ def line_chart(
         body += [f'<line class="event" {at}/>', _text("tick", x(event), TOP + 10 * (number % 3), str(number), "start")]
     for i, one in enumerate(series):
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in one.points)
-        body.append(f'<polyline class="s{i}" points="{path}"/>')
+        body.append(f'<polyline class="s{i % COLOURS}" points="{path}"/>')
     columns = [x_label, *(s.name for s in series)]
     merged: dict[float, list[str]] = {}
     for i, one in enumerate(series):
@@ -166,9 +168,8 @@ def bar_chart(title: str, groups: Sequence[str], series: Sequence[Series], y_lab
             if value is None:
                 continue
             left, height = LEFT + slot * (g + 0.15) + width * i, max(y(0.0) - y(value), 0.0)
-            body.append(
-                f'<rect class="f{i}" x="{left:.1f}" y="{y(value):.1f}" width="{width:.1f}" height="{height:.1f}"/>'
-            )
+            sides = f'width="{width:.1f}" height="{height:.1f}"'
+            body.append(f'<rect class="f{i % COLOURS}" x="{left:.1f}" y="{y(value):.1f}" {sides}/>')
             body.append(_text("value", left + width / 2, y(value) - 3, f"{value:.3g}"))
     columns = ["", *(s.name for s in series)]
     rows = [

@@ -76,7 +76,8 @@ def _of_table(path: Path, node_memory_mib: int) -> Iterator[Job]:
     wanted, make = next(((w, m) for w, m in KNOWN if header.issuperset(w)), (PLAIN[:2], _plain))
     unknown = header - set(PLAIN)
     if make is _plain and header.issuperset(wanted) and unknown:
-        raise BadInput(f"{path}: column {min(unknown)} is not known; known: {', '.join(PLAIN)}")
+        names = f"column{'s' * (len(unknown) > 1)} {', '.join(sorted(unknown))}"
+        raise BadInput(f"{path}, line 1: {names}: not known; known: {', '.join(PLAIN)}")
     for row in traces.table(path, wanted):
         job = make(row)
         if job is not None:
@@ -157,7 +158,7 @@ V2017_NAMED = (
 
 def _without_names(path: Path) -> Tasks | None:
     """Which of Alibaba's, by what its first line has where the status stands."""
-    if path.suffix == ".parquet":
+    if path.suffix == traces.PARQUET:
         return None
     first = next((fields for _, fields in traces.fields(path)), [])
     found = (kind for kind in (V2017, V2018) if len(first) == kind.columns and first[kind.status].strip() in STATES)
@@ -191,13 +192,17 @@ def _of_records(path: Path) -> Iterator[Job]:
         seconds = max(last - first, 1.0)
         return Job(first, seconds, 1, 0, WHOLE, round(1000 * work / seconds), 0, f"{path}, job {name}")
 
+    lines = 0
     for file in segments(path):
         for line in read_lines(file):
+            lines += 1
             at, series = line["time"], line["series"]
             for name in [name for name, (_, last, _) in seen.items() if at - last > GONE_SECONDS]:
                 yield job(name)
             for name, cores in series.get("job", {}).items():
                 first, _, work = seen.get(name, (at - series["dt"], at, 0.0))
                 seen[name] = first, at, work + cores * series["dt"]
+    if not lines:
+        raise BadInput(f"{path} has no line of the agent's records: a .jsonl file is taken for one")
     for name in list(seen):
         yield job(name)

@@ -19,6 +19,7 @@ from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes, arrays
 from colocate.simulate.queue import Jobs
 
 ENVIRONMENT = "COLOCATE_TRACES"
+PARQUET = ".parquet"
 SWF_COLUMNS = 18
 MOST, LARGEST = 1e12, 1e300
 """Of times and whole numbers in a trace, and of any: a larger one is a mistake, and seconds could not be told apart."""
@@ -54,7 +55,9 @@ def lines(path: Path) -> Iterator[str]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadInput(f"{path} is cut off, or no gzip file: {error}") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is no text: {error.reason} at byte {error.start}") from error
+        raise BadInput(
+            f"{path} is no text: {error.reason} at byte {error.start} (a compressed file's name ends in .gz)"
+        ) from error
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
@@ -74,8 +77,8 @@ class Row(NamedTuple):
 
     @property
     def place(self) -> str:
-        """File and line."""
-        return f"{self.path}, line {self.line}"
+        """File and line, or row."""
+        return f"{self.path}, {'row' if self.path.suffix == PARQUET else 'line'} {self.line}"
 
     def text(self, column: str) -> str:
         """As it stands there."""
@@ -89,7 +92,8 @@ class Row(NamedTuple):
         except ValueError:
             found = float("nan")
         if not least <= found <= most:  # nor is what is no number
-            wanted = "a number" if -least == most == LARGEST else f"a number from {least:g} to {most:g}"
+            wanted = "a number" + " of seconds" * column.endswith("_seconds")
+            wanted += "" if -least == most == LARGEST else f" from {least:g} to {most:g}"
             raise BadInput(f"{self.place}, {column}: {text!r} is not {wanted}")
         return found
 
@@ -117,7 +121,7 @@ def columns(path: Path) -> set[str]:
 
 def fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Each line of a CSV that is not empty, with its number; of Parquet the names first. Raises BadInput."""
-    if path.suffix == ".parquet":
+    if path.suffix == PARQUET:
         yield from _parquet(path)
         return
     reader = csv.reader(lines(path))
@@ -130,7 +134,7 @@ def fields(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows are counted like lines: the names are the first. What is null is empty."""
+    """The names are row 0. What is null is empty."""
     import duckdb
 
     if not path.is_file():
@@ -140,8 +144,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, list[str]]]:
             found = connection.execute("select * from read_parquet(?)", [str(path)])
         except duckdb.Error as error:
             raise BadInput(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from error
-        yield 1, [column[0] for column in found.description]
-        number = 1
+        yield 0, [column[0] for column in found.description]
+        number = 0
         while rows := found.fetchmany(10_000):
             for row in rows:
                 number += 1
@@ -151,6 +155,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _header(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[str]:
     _, first = next(rows, (0, list[str]()))
     header = [name.strip() for name in first]
+    if not header:
+        raise BadInput(f"{path} is empty")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise BadInput(f"{path} has two columns {twice[0]}")

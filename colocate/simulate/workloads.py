@@ -55,7 +55,7 @@ def read_nodes(given: str) -> Nodes:
         size = max(gpus, 1)
         return Nodes(ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU, ones * gpus, 0 * ones)
     path = Path(given)
-    if len(given) > 4096 or not os.path.exists(path):  # of any text, however strange
+    if not given or len(given) > 4096 or not os.path.exists(path):  # of any text, however strange
         raise BadInput(f"--nodes: {given[:80]} is neither a file nor NODESxGPUS, as in 64x8")
     if path.suffix in (".yaml", ".yml"):
         return _nodes_of_yaml(path)
@@ -85,7 +85,8 @@ def _nodes_of_yaml(path: Path) -> Nodes:
     try:
         fleet = msgspec.convert(yaml.load(path.read_text(), StrictLoader), FleetFile)
     except (OSError, UnicodeDecodeError, *NOT_YAML, msgspec.ValidationError) as error:
-        raise BadInput(f"--nodes: {path}: {error}") from error
+        mend = "groups under nodes:, as {count: 4, cpu: 64, memory: 512Gi, gpus: 8}"
+        raise BadInput(f"--nodes: {path}: {error} ({mend})") from error
     rows = []
     for number, group in enumerate(fleet.nodes):
         try:
@@ -143,4 +144,6 @@ def check(nodes: Nodes, workload: Workload, too_large: Callable[[Nodes, Kinds, W
         asks = {name: int(column[workload.work.kind[at]]) for name, column in workload.kinds._asdict().items()}
         members = int(workload.work.members[at])
         each = f"{asks['gpus']} GPUs, {asks['cpu_milli']} m CPU, {asks['memory_mib']} MiB each"
-        raise BadInput(f"{workload.where[at]}: {members} members of {each} do not fit the empty fleet")
+        largest = f"{nodes.gpus.max()} GPUs, {nodes.cpu_milli.max()} m CPU, {nodes.memory_mib.max()} MiB"
+        has = f"{len(nodes.gpus)} nodes of at most {largest}, {nodes.gpus.sum()} GPUs in all"
+        raise BadInput(f"{workload.where[at]}: {members} members of {each} do not fit the empty fleet: {has}")

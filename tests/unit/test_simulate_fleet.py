@@ -282,6 +282,19 @@ def test_what_alibabas_tasks_ask_for_is_in_thousandths_of_cores_and_parts_of_the
         assert (kinds.cpu_milli.tolist(), kinds.memory_mib.tolist()) == ([500], [8 * 65536 // 4])
 
 
+def test_the_page_is_not_written_over_the_trace(jobs, capsys):
+    path = jobs("submit_seconds,duration_seconds\n0,1\n")
+    assert main(["simulate", "--nodes", "1x1", "--jobs", str(path), "--file", str(path)]) == 2
+    assert "is one of the files that are read, and would be overwritten" in capsys.readouterr().err
+    assert path.read_text().startswith("submit_seconds")
+
+
+def test_fewer_windows_than_asked_for_are_said(jobs, capsys):
+    path = jobs("submit_seconds,duration_seconds\n0,1\n1,1\n2,1\n")
+    assert main(["simulate", "--nodes", "1x1", "--jobs", str(path), "--window-jobs", "2"]) == 0
+    assert "only 2 different windows of 2 jobs are there" in capsys.readouterr().err
+
+
 def test_parquet_says_the_same_as_the_csv_that_it_was_made_of(jobs):
     csv = jobs("timestamp,duration,num_gpus\n2017-10-01 09:00:00,60,1\n2017-10-01 07:00:05,30,2\n")
     parquet = csv.with_suffix(".parquet")
@@ -312,7 +325,7 @@ def test_the_jobs_of_a_nodes_own_records_did_what_was_recorded(tmp_path):
         pytest.param("9,6,3,4,2,Terminated,50,0.25\n", "line 1, end: it is before the start", id="ends too soon"),
         pytest.param("submit_seconds\n1\n", "has no column duration_seconds", id="a column lacks"),
         pytest.param(
-            "submit_seconds,duration_seconds,gpu\n1,1,1\n", "column gpu is not known; known: submit", id="unknown"
+            "submit_seconds,duration_seconds,gpu\n1,1,1\n", "line 1: column gpu: not known; known: submit", id="unknown"
         ),
         pytest.param("submit_seconds,duration_seconds\n", "has no jobs", id="no jobs"),
         pytest.param("submit_seconds,duration_seconds\n1,-1\n", "line 2, duration_seconds: '-1' is not", id="negative"),

@@ -52,7 +52,7 @@ def test_what_people_read_names_the_fleet_and_compares(jobs, capsys):
     assert main(["sweep", "--nodes", "8x8", "--jobs", jobs, "--seeds", "1-3", "--window-jobs", "30"]) == 0
     out = capsys.readouterr().out
     assert f"{jobs} on 8x8, means of 3 seeds" in out
-    assert "times the mean completion time of native, over 3 windows" in out
+    assert "times the mean completion time of native: geometric mean of 3 windows" in out
 
 
 @contextmanager
@@ -100,9 +100,10 @@ def test_ray_gives_the_same_bytes_as_one_process(jobs, tmp_path, tmp_path_factor
     ("arguments", "said"),
     [
         pytest.param(["--seeds", "3-1"], "--seeds: '3-1' is neither a number nor FIRST-LAST", id="seeds backwards"),
+        pytest.param(["--seeds", "0-3"], "--seeds: 0 is no seed", id="seed 0"),
         pytest.param(["--seeds", "1,x"], "--seeds: 'x' is neither", id="no seed"),
         pytest.param(["--seeds", "1-3,2"], "--seeds: one stands there twice", id="a seed twice"),
-        pytest.param(["--seeds", "0-99999999"], "--seeds: more than 10000", id="too many seeds"),
+        pytest.param(["--seeds", "1-99999999"], "--seeds: more than 10000", id="too many seeds"),
         pytest.param(["--policy", "best"], "--policy: 'best' is no policy; known: native", id="an unknown policy"),
         pytest.param(
             ["--window-jobs", "61"], "--window-jobs: 61 are more than the 60 jobs of", id="too large a window"
