@@ -11,6 +11,7 @@ import msgspec
 from benchmarks import (
     agent,
     cluster,
+    fidelity,
     gang,
     isolation,
     life,
@@ -44,8 +45,9 @@ SUITES = {
     "node": node.run,
     "placement": placement.run,
     "simulate": simulate.run,
+    "fidelity": fidelity.run,
 }
-BY_NAME = ("gang", "cluster", "life", "node", "placement", "simulate")
+BY_NAME = ("gang", "cluster", "life", "node", "placement", "simulate", "fidelity")
 """These, or `--full`: `make bench` has 40 minutes."""
 
 

@@ -52,18 +52,29 @@ SUITES = {
     "cluster": cluster_lacks,
     "guest": guest_lacks,
 }
-QUICK = ((("unit", "browser"), ("cluster",)), (("kernel",),))
-"""Turns, each with lanes that run side by side: what measures this machine's own CPUs has them for itself."""
+QUICK = ((("unit 1 of 2", "browser"), ("unit 2 of 2",), ("cluster",)), (("kernel",),))
+"""Turns, each with lanes that run side by side: what measures this machine's own CPUs has them for itself. A suite may be
+a part of one: every second of its files, say."""
 SLOW = ((("guest",), ("unit", "cluster", "browser")), (("kernel",),))
 NOTHING_COLLECTED = 5
 """pytest's exit code where no test is chosen."""
 
 
-TIMED = ("tests/browser/", "tests/kernel/", "tests/cluster/", "tests/guest/")
+TIMED = ("tests/browser/", "tests/kernel/", "tests/cluster/", "tests/guest/", "tests/unit/test_scrapes.py")
 """Where real time passes in real parts: what fails there on a busy machine is tried once more, and named."""
 MOST_TRIED_AGAIN = 4
 AGAIN_SECONDS = 600.0
 """What has not passed alone within this has failed: a run that is late already does not begin anew."""
+
+
+def paths_of(suite: str) -> list[str]:
+    """Its folder; of a part its files."""
+    name, _, part = suite.partition(" ")
+    folder = ROOT / "tests" / name
+    if not part:
+        return [str(folder)]
+    number, _, parts = part.partition(" of ")
+    return [str(file) for file in sorted(folder.glob("test_*.py"))[int(number) - 1 :: int(parts)]]
 
 
 class Lane:
@@ -71,13 +82,13 @@ class Lane:
 
     def __init__(self, suites: list[str], marker: str, arguments: list[str], *, again: bool = False) -> None:
         self.suites = suites
-        self._cache = ROOT / ".pytest_cache" / "-".join(suites)
+        self._cache = ROOT / ".pytest_cache" / "-".join(suites).replace(" ", "")
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
-        folders = [str(ROOT / "tests" / suite) for suite in suites]
+        paths = [path for suite in suites for path in paths_of(suite)]
         command = [sys.executable, "-m", "pytest", "-q", "-ra", "-m", marker, *arguments, f"-ocache_dir={self._cache}"]
         which = ["--last-failed", "--last-failed-no-failures=none"] if again else ["--cache-clear"]
         self._process = subprocess.Popen(
-            [*command, *which, *folders], cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT
+            [*command, *which, *paths], cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT
         )
 
     def end(self, seconds: float | None = None) -> int:
@@ -118,13 +129,13 @@ def main(arguments: list[str]) -> int:
     lacks = {suite: lack() for suite, lack in SUITES.items()}
     codes, unsteady = [0], list[str]()
     for lanes in SLOW if slow else QUICK:
-        able = [[s for s in lane if not lacks[s]] for lane in lanes]
+        able = [[s for s in lane if not lacks[s.split()[0]]] for lane in lanes]
         running = [Lane(suites, marker, arguments) for suites in able if suites]
         for lane, first in [(lane, lane.end()) for lane in running]:
             code, passed = _alone(lane, first, marker, arguments)
             codes.append(code)
             unsteady += passed
-    chosen = {suite for lanes in (SLOW if slow else QUICK) for lane in lanes for suite in lane}
+    chosen = {suite.split()[0] for lanes in (SLOW if slow else QUICK) for lane in lanes for suite in lane}
     for suite, lack in lacks.items():
         ran = "ran" if suite in chosen else "has only slow tests"
         print(f"suite {suite}: {ran if not lack else 'did not run, it lacks ' + lack}")
