@@ -52,9 +52,9 @@ SUITES = {
     "cluster": cluster_lacks,
     "guest": guest_lacks,
 }
-QUICK = ((("unit 1 of 2", "browser"), ("unit 2 of 2",), ("cluster",)), (("kernel",),))
-"""Turns, each with lanes that run side by side: what measures this machine's own CPUs has them for itself. A suite may be
-a part of one: every second of its files, say."""
+QUICK = ((("unit 1 of 2",), ("unit 2 of 2", "browser"), ("cluster",)), (("kernel",),))
+"""Turns, each with lanes that run side by side: what measures this machine's own CPUs has them for itself. A part of
+a suite is every so many of its files."""
 SLOW = ((("guest",), ("unit", "cluster", "browser")), (("kernel",),))
 NOTHING_COLLECTED = 5
 """pytest's exit code where no test is chosen."""
