@@ -248,7 +248,9 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
         self._seen[:] = 0.0
         return False
 
-    def _info(self) -> dict[str, Any]:
+    @property
+    def about(self) -> dict[str, Any]:
+        """Which nodes the next pod fits on, and how many actions were none of them."""
         return {"action_mask": self._seen[:, 0].astype(np.int8), "invalid": self._invalid}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Seen, dict[str, Any]]:
@@ -264,7 +266,7 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
                 raise BadInput(f"options, pods: kinds are 0 to {len(self._pods.kinds.gpus) - 1}")
         self._state, self._next, self._invalid = empty(self._nodes), 0, 0
         self._advance()
-        return self._seen.copy(), self._info()
+        return self._seen.copy(), self.about
 
     def step(self, action: np.int64) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
         """See gymnasium.Env."""
@@ -278,10 +280,66 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
             self._invalid += 1
         self._next += 1
         left = self._advance()
-        return self._seen.copy(), reward, not left, False, self._info()
+        return self._seen.copy(), reward, not left, False, self.about
 
 
-gymnasium.register(PLACEMENT, entry_point=f"{__name__}:{PlacementEnv.__name__}")
+class PlacementVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
+    """Many fleets, each with pods of its own; what each observes and gets is what the single one does. See PlacementEnv.
+
+    An episode that has ended begins anew in the step after (Gymnasium's NEXT_STEP); its action counts for nothing.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012 - the same
+
+    def __init__(
+        self, num_envs: int, nodes: Nodes, pods: traces.Pods, *, arrived: float = 1.3, render_mode: None = None
+    ) -> None:
+        """Raises BadInput, as PlacementEnv."""
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self._each = [PlacementEnv(nodes, pods, arrived=arrived) for _ in range(num_envs)]
+        self.single_observation_space = self._each[0].observation_space
+        self.single_action_space = self._each[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._seen = np.zeros((num_envs, len(nodes.gpus), OFFER), np.float32)
+        self._ended, self._begun = np.zeros(num_envs, np.bool_), False
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Seen, dict[str, Any]]:
+        """See gymnasium.vector.VectorEnv; one seed gives the i-th fleet that seed plus i. Options go to all."""
+        seeds = [None] * self.num_envs if seed is None else each(seed, self.num_envs, "seed", counted=True)
+        for i, (env, its) in enumerate(zip(self._each, seeds, strict=True)):
+            self._seen[i], _ = env.reset(seed=its, options=options)
+        self._ended[:], self._begun = False, True
+        return self._seen.copy(), self._info()
+
+    def _info(self) -> dict[str, Any]:
+        about = [env.about for env in self._each]
+        found: dict[str, Any] = {name: np.array([one[name] for one in about]) for name in about[0]}
+        return found | {f"_{name}": np.ones(self.num_envs, np.bool_) for name in found}
+
+    def step(self, actions: NDArray[np.int64]) -> tuple[Seen, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """See gymnasium.vector.VectorEnv."""
+        if not self._begun:
+            raise gymnasium.error.ResetNeeded("step before reset")
+        if np.shape(actions) != (self.num_envs,):
+            raise ValueError(f"actions of shape {np.shape(actions)} for {self.num_envs} environments")
+        rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
+        for i, env in enumerate(self._each):
+            if self._ended[i]:
+                self._seen[i], _ = env.reset()
+            else:
+                self._seen[i], rewards[i], ended[i], _, _ = env.step(actions[i])
+        self._ended = ended
+        return self._seen.copy(), rewards, ended.copy(), np.zeros(self.num_envs, np.bool_), self._info()
+
+
+gymnasium.register(
+    PLACEMENT,
+    entry_point=f"{__name__}:{PlacementEnv.__name__}",
+    vector_entry_point=f"{__name__}:{PlacementVectorEnv.__name__}",
+)
 gymnasium.register(
     QUEUE, entry_point=f"{__name__}:{QueueEnv.__name__}", vector_entry_point=f"{__name__}:{QueueVectorEnv.__name__}"
 )

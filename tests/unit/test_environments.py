@@ -189,9 +189,33 @@ def test_the_placement_environment_keeps_gymnasiums_contract(shared_gpus):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not been set up.*")
         check_env(env.unwrapped, skip_render_check=True)
-    many = gymnasium.make_vec(environments.PLACEMENT, 3, "sync", nodes=nodes, pods=pods)
-    assert many.reset(seed=1)[0].shape == (3, 30, 8)
-    many.close()
+
+
+def test_many_fleets_are_as_many_alone(shared_gpus):
+    nodes, pods = shared_gpus
+    many = gymnasium.make_vec(environments.PLACEMENT, num_envs=3, nodes=nodes, pods=pods, arrived=0.3)
+    alone = [environments.PlacementEnv(nodes, pods, arrived=0.3) for _ in range(3)]
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        many.step(np.zeros(3, int))
+    seen, info = many.reset(seed=5)
+    for i, env in enumerate(alone):
+        one, about = env.reset(seed=5 + i)
+        assert (seen[i] == one).all()
+        assert (info["action_mask"][i] == about["action_mask"]).all()
+    draws, over, ends = np.random.default_rng(1), np.zeros(3, bool), 0
+    for _ in range(300):
+        actions = draws.integers(len(nodes.gpus), size=3)
+        seen, rewards, ended, truncated, info = many.step(actions)
+        assert not truncated.any()
+        for i, env in enumerate(alone):
+            if over[i]:
+                one, reward, end, about = *((env.reset()[0], 0.0, False)), env.about
+            else:
+                one, reward, end, _, about = env.step(actions[i])
+            assert (seen[i] == one).all()
+            assert (rewards[i], ended[i], info["invalid"][i]) == (reward, end, about["invalid"])
+        over, ends = ended, ends + int(ended.sum())
+    assert ends > 3, "episodes begin anew"
 
 
 def test_the_rewards_of_an_episode_are_its_allocation_ratio(shared_gpus):
