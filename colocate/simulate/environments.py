@@ -284,7 +284,7 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
 
 
 class PlacementVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
-    """Many fleets, each with pods of its own; what each observes and gets is what the single one does. See PlacementEnv.
+    """Many fleets, each with pods of its own; each observes and gets what the single one does. See PlacementEnv.
 
     An episode that has ended begins anew in the step after (Gymnasium's NEXT_STEP); its action counts for nothing.
     """
