@@ -68,6 +68,11 @@ class WorkLike(Protocol):
     members: Ints
 
 
+def _name(job: int) -> str:
+    """By which the queue orders who came in the same second."""
+    return f"j{job:09d}"
+
+
 class Simulation:
     """One run: the cluster, its queue, and who is where."""
 
@@ -96,7 +101,7 @@ class Simulation:
         return np.array([self.kinds.cpu_milli[k], self.kinds.memory_mib[k], self.kinds.gpus[k]], np.int64)
 
     def _arrive(self, job: int, now: float) -> None:
-        name, cpu_memory_gpus = f"j{job}", self._asks(job)
+        name, cpu_memory_gpus = _name(job), self._asks(job)
         texts = zip(("cpu", "memory", GPU), ("m", "Mi", ""), cpu_memory_gpus, strict=True)
         requests: Quantities = {resource: f"{amount}{unit}" for resource, unit, amount in texts if amount}
         notes = {RUNTIME: str(int(np.ceil(self.work.run[job])))} if self.declared else {}
@@ -120,7 +125,7 @@ class Simulation:
         self.dirty.add(f"{NAMESPACE}/{name}")
 
     def _end(self, job: int) -> None:
-        key = f"{NAMESPACE}/j{job}"
+        key = f"{NAMESPACE}/{_name(job)}"
         for p in range(self.first[job], self.first[job + 1]):
             self.cluster.remove_pod(f"{p}")
             self.free[self.node[p]] += self._asks(job)
@@ -129,14 +134,17 @@ class Simulation:
         self.cluster.remove_plan(key)
         self.dirty.add(key)
 
-    def _bind(self, key: str, placed: list[tuple[str, str]], now: float) -> None:
-        """Pods (by uid) to nodes. Raises RuntimeError of what no fleet could carry out: a defect of the policy."""
+    def _bind(self, key: str, placed: list[tuple[str, str]], now: float, *, there: bool = False) -> None:
+        """Pods (by uid) to nodes. Raises RuntimeError of what no fleet could carry out: a defect of the policy.
+
+        `there`: they are on them already, whatever the nodes offer now.
+        """
         job = int(key.rpartition("/j")[2])
         for uid, where in placed:
             p, i = int(uid), int(where[1:])
             self.node[p] = i
             self.free[i] -= self._asks(job)
-            if (self.free[i] < 0).any():
+            if (self.free[i] < 0).any() and not there:
                 raise RuntimeError(f"ours puts {key} on {where}, which has no room for it")
             pod = self.cluster.pods[uid]
             spec = msgspec.structs.replace(pod.spec, node_name=where)
@@ -144,7 +152,7 @@ class Simulation:
             self.cluster.set_pod(msgspec.structs.replace(pod, spec=spec, status=status))
         if len(placed) != self.work.members[job]:
             raise RuntimeError(f"ours starts {key} with {len(placed)} of {self.work.members[job]} members")
-        meta = ObjectMeta(name=f"j{job}", namespace=NAMESPACE, uid=f"plan-{job}")
+        meta = ObjectMeta(name=_name(job), namespace=NAMESPACE, uid=f"plan-{job}")
         began = GangPlanSpec(began=time_text(now), min_member=int(self.work.members[job]))
         plan = GangPlan(metadata=meta, spec=began, status=GangPlanStatus(phase="Running"))
         self.cluster.set_plan(key, plan)
@@ -172,7 +180,7 @@ class Simulation:
         for job in range(jobs):
             self._arrive(job, began)
             placed = [(str(p), f"n{running[p]}") for p in range(self.first[job], self.first[job + 1])]
-            self._bind(f"{NAMESPACE}/j{job}", placed, began)
+            self._bind(f"{NAMESPACE}/{_name(job)}", placed, began, there=True)
         return jobs
 
     def run(self, arrived: int = 0) -> tuple[Floats, float, float, int, Ints]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ def command(options: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     for world in worlds:
         mine = [run for run in runs if (run["nodes"], run["jobs"]) == world.names]
-        compared = comparisons([run["card"] for run in mine], policies) if options.window_jobs else []
+        drawn = {run["first_job"]: run["seed"] for run in reversed(mine)}
+        once = [run["card"] for run in mine if drawn[run["first_job"]] == run["seed"]]  # one window counts once
+        if options.window_jobs and len(drawn) < len(seeds):
+            end_status()
+            text = f"{len(seeds)} seeds have drawn {len(drawn)} different windows; each counts once"
+            print(f"{world.names[1]}: {text}", file=sys.stderr)
+        compared = comparisons(once, policies) if options.window_jobs else []
         found.append({"nodes": world.names[0], "jobs": world.names[1], "runs": mine, "comparisons": compared})
     if options.output in DATA_FORMS:
         print_data(found, options.output)

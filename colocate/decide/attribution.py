@@ -50,6 +50,7 @@ from colocate.decide.evidence import (
     OPEN_BATCH_CORES,
     QUESTION_SECONDS,
     RAIL_CORES,
+    RISEN,
     SEEN_AT,
     SEEN_N,
     SEEN_T,
@@ -341,10 +342,10 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
 
 def _suffers(rows: Rows, seen: Rows) -> bool:
     """Whether a service that batch was found to harm suffers still; BestEffort may wait for itself."""
+    found = False
     for i in range(len(rows)):
-        if rows[i][ASKED] == 2.0 and rows[i][ALARMED] > 0.0 and seen[i][KIND] != DISPLACED:
-            return True
-    return False
+        found = found or (rows[i][ASKED] == 2.0 and rows[i][RISEN] > 0.0 and seen[i][KIND] != DISPLACED)
+    return found
 
 
 def _try_more(node: Row, rows: Rows, inputs: Row, start: float) -> None:

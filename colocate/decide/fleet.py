@@ -81,8 +81,8 @@ CPU_US, PRESSURE_US, THROTTLED_US, STALL_US, WORKING_SET, OWN_LIMIT, FROZEN, WIS
 # What is told of a node each tick.
 NOW, DAY_SECONDS, BUSY_US, AVAILABLE_BYTES, IDLE_CPUS, IN_FORCE, NODE = range(7)
 # What is remembered of a workload beside its histograms.
-(AT, LAST_CPU, LAST_PRESSURE, LAST_THROTTLED, LAST_STALL, WAITED, USED, SMOOTH, HIGHEST_CPU, HIGHEST_MEMORY, DEADLINE,
- KILLED, SINCE, KEPT) = range(14)  # fmt: skip
+(AT, LAST_CPU, LAST_PRESSURE, LAST_THROTTLED, LAST_STALL, WAITED, USED, SMOOTH, HIGHEST_CPU, HIGHEST_MEMORY, LOWEST_CPU,
+ LOWEST_MEMORY, DEADLINE, KILLED, SINCE, KEPT) = range(16)  # fmt: skip
 # What is remembered of a node beside the law's row.
 LAST_AT, LAST_BUSY, RUNG, RUNG_SINCE, PRESSED, ALLOWED, SLOT, SETTLED, VICTIM, NODE_KEPT = range(10)
 # VICTIM: 1 + the job whose eviction the memory law asked for, 0: none.
@@ -107,15 +107,15 @@ class Decisions(NamedTuple):
 
 
 @numba.njit(nogil=True)
-def _quantile(weights: Floats, bounds: Floats, highest: int, q: float) -> float:
-    """`model.reference.histogram_quantile` of one row, whose buckets beyond `highest` are empty."""
+def _quantile(weights: Floats, bounds: Floats, lowest: int, highest: int, q: float) -> float:
+    """`model.reference.histogram_quantile` of one row, whose buckets outside of these two are empty."""
     total = 0.0
-    for j in range(highest + 1):
+    for j in range(lowest, highest + 1):
         total += weights[j]
     if total <= 0.0:
         return math.nan
     wanted, running = total * q, 0.0
-    for j in range(highest + 1):
+    for j in range(lowest, highest + 1):
         running += weights[j]
         if running >= wanted:
             return float(bounds[j])
@@ -123,13 +123,15 @@ def _quantile(weights: Floats, bounds: Floats, highest: int, q: float) -> float:
 
 
 @numba.njit(nogil=True)
-def _add(weights: Floats, bounds: Floats, highest: int, value: float, seconds: float, left: float) -> int:
-    """`model.reference.histogram_add` of one row; the highest bucket in use."""
-    for j in range(highest + 1):
+def _add(
+    weights: Floats, bounds: Floats, lowest: int, highest: int, value: float, seconds: float, left: float
+) -> tuple[int, int]:
+    """`model.reference.histogram_add` of one row; the lowest and the highest bucket in use (lowest > highest: none)."""
+    for j in range(lowest, highest + 1):
         weights[j] *= left
     column: Any = min(np.searchsorted(bounds, value), bounds.size - 1)
     weights[column] += seconds
-    return highest if highest > column else int(column)
+    return min(lowest, int(column)), max(highest, int(column))
 
 
 @numba.njit(nogil=True)
@@ -163,7 +165,8 @@ def _forecast_row(
     if not math.isnan(cores):
         kept[USED] += cores * seconds
         left = 2.0 ** (-seconds / histogram.CPU_HALF_LIFE_SECONDS)
-        kept[HIGHEST_CPU] = _add(cpu, cpu_bounds, int(kept[HIGHEST_CPU]), cores, seconds, left)
+        low, high = int(kept[LOWEST_CPU]), int(kept[HIGHEST_CPU])
+        kept[LOWEST_CPU], kept[HIGHEST_CPU] = _add(cpu, cpu_bounds, low, high, cores, seconds, left)
         if math.isnan(kept[SMOOTH]):
             kept[SMOOTH] = cores
         else:
@@ -171,15 +174,18 @@ def _forecast_row(
             kept[SMOOTH] += (1.0 - math.exp(-seconds / constant)) * (cores - kept[SMOOTH])
     if seconds > 0.0:
         left = 2.0 ** (-seconds / histogram.MEMORY_HALF_LIFE_SECONDS)
-        kept[HIGHEST_MEMORY] = _add(mem, memory_bounds, int(kept[HIGHEST_MEMORY]), told[WORKING_SET], seconds, left)
+        low, high = int(kept[LOWEST_MEMORY]), int(kept[HIGHEST_MEMORY])
+        kept[LOWEST_MEMORY], kept[HIGHEST_MEMORY] = _add(
+            mem, memory_bounds, low, high, told[WORKING_SET], seconds, left
+        )
     if not math.isnan(kept[SMOOTH]):
         season[slot] = max(season[slot], kept[SMOOTH]) if not math.isnan(season[slot]) else kept[SMOOTH]
-    best = _quantile(cpu, cpu_bounds, int(kept[HIGHEST_CPU]), 0.95)
+    best = _quantile(cpu, cpu_bounds, int(kept[LOWEST_CPU]), int(kept[HIGHEST_CPU]), 0.95)
     best = -1.0 if math.isnan(best) else best
     for ahead in range(model.AHEAD + 1):
         best = max(best, season[(slot + ahead) % model.SLOTS]) if season[(slot + ahead) % model.SLOTS] > best else best
     best = max(best, kept[SMOOTH])
-    memory_peak = _quantile(mem, memory_bounds, int(kept[HIGHEST_MEMORY]), 0.98)
+    memory_peak = _quantile(mem, memory_bounds, int(kept[LOWEST_MEMORY]), int(kept[HIGHEST_MEMORY]), 0.98)
     most = told[WORKING_SET] if math.isnan(memory_peak) else max(memory_peak, told[WORKING_SET])
     kept[AT], kept[LAST_CPU], kept[LAST_PRESSURE] = at, told[CPU_US], told[PRESSURE_US]
     kept[LAST_THROTTLED], kept[LAST_STALL] = told[THROTTLED_US], told[STALL_US]
@@ -325,7 +331,8 @@ class Batch:
         self.services = services
         self.kept = np.zeros((nodes, w, KEPT))
         self.kept[:, :, SMOOTH] = np.nan
-        self.kept[:, :, SINCE] = -1.0
+        self.kept[:, :, SINCE] = self.kept[:, :, HIGHEST_CPU] = self.kept[:, :, HIGHEST_MEMORY] = -1.0
+        self.kept[:, :, LOWEST_CPU] = self.kept[:, :, LOWEST_MEMORY] = histogram.MEMORY_BOUNDS_BYTES.size
         self.cpu = np.zeros((nodes, w, histogram.CPU_BOUNDS_CORES.size))
         self.memory = np.zeros((nodes, w, histogram.MEMORY_BOUNDS_BYTES.size))
         self.season = np.full((nodes, w, model.SLOTS), np.nan)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, looks, new_pools, observe, step_all
-from colocate.simulate.node_environment import NodeEnv, NodeVectorEnv, each
+from colocate.simulate.node_environment import NodeEnv, NodeVectorEnv, each, seeded
 from colocate.simulate.placement import BEST_FIT, OFFER, WHOLE, Nodes, arrivals, empty, offers, take
 from colocate.simulate.queue import Jobs
 
@@ -177,7 +177,7 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         """
         if seed is not None or not self._draws:
             seeds = [None] * self.num_envs if seed is None else each(seed, self.num_envs, "seed", counted=True)
-            self._draws = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
+            self._draws = seeded(seeds, self._draws)
         given = (options or {}).get("first")
         firsts = [None] * self.num_envs if given is None else each(given, self.num_envs, "options, first")
         for i, first in enumerate(firsts):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from colocate.errors import BadInput
 from colocate.simulate import traces
@@ -46,7 +46,11 @@ class Job(NamedTuple):
 def jobs_of(path: Path, node_memory_mib: int) -> Iterator[Job]:
     """Of a file, or of a state directory, in any order. Raises BadInput."""
     name = path.name.removesuffix(".gz")
-    if path.is_dir() or name.endswith(".jsonl"):
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise BadInput(f"{str(path)[:60]}... is no path: {error.strerror}") from error
+    if folder or name.endswith(".jsonl"):
         yield from _of_records(path)
     elif name.endswith(".swf"):
         yield from _of_swf(path)
@@ -118,6 +122,8 @@ def _openb(row: traces.Row) -> Job | None:
         raise BadInput(f"{row.place}, deletion_time: it is before scheduled_time")
     gpus = row.whole("num_gpu", most=MOST_GPUS)
     milli = row.whole("gpu_milli", least=1, most=WHOLE) if gpus else WHOLE
+    if gpus > 1 and milli < WHOLE:
+        raise BadInput(f"{row.place}, gpu_milli: {milli}: a part is of one GPU, with num_gpu 1")
     return Job(came, run, 1, gpus, milli, row.whole("cpu_milli"), row.whole("memory_mib"), row.place)
 
 
@@ -196,13 +202,26 @@ def _of_records(path: Path) -> Iterator[Job]:
     for file in segments(path):
         for line in read_lines(file):
             lines += 1
-            at, series = line["time"], line["series"]
+            try:
+                at, step, cores_of = _of_line(line)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise BadInput(f"{file}, record {lines}: it is none of the agent's: {error!r}") from error
             for name in [name for name, (_, last, _) in seen.items() if at - last > GONE_SECONDS]:
                 yield job(name)
-            for name, cores in series.get("job", {}).items():
-                first, _, work = seen.get(name, (at - series["dt"], at, 0.0))
-                seen[name] = first, at, work + cores * series["dt"]
+            for name, cores in cores_of.items():
+                first, _, work = seen.get(name, (at - step, at, 0.0))
+                seen[name] = first, at, work + cores * step
     if not lines:
         raise BadInput(f"{path} has no line of the agent's records: a .jsonl file is taken for one")
     for name in list(seen):
         yield job(name)
+
+
+def _of_line(line: dict[str, Any]) -> tuple[float, float, dict[str, float]]:
+    """When, how long, and the cores of each job."""
+    series = line["series"]
+    return (
+        float(line["time"]),
+        float(series["dt"]),
+        {str(k): float(v) for k, v in series.get("job", {}).items()},
+    )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, Window, known_run
@@ -84,7 +83,8 @@ class Future(NamedTuple):
 
     scene: Scene
     policy: str
-    outcome: Outcome
+    outcome: Outcome | None
+    """None: nothing runs, and nobody who waits ever fits."""
     starts: list[tuple[str, float | None]]
     """Of those that wait, in their order: name, and seconds from now; None: never, as far as is known."""
 
@@ -93,40 +93,33 @@ def future(scene: Scene, policy: str, otherwise_seconds: float, seed: int) -> Fu
     """`otherwise_seconds`: how long those run, or still run, that have not said so. Raises BadInput."""
     if not scene.gangs:
         raise BadInput("--from-cluster: nothing runs in this cluster, and nothing waits")
+    possible = [gang for gang in scene.gangs if gang[4] or _fits(scene.nodes, gang)]
     kinds: dict[tuple[int, ...], int] = {}
     rows, running = [], list[int]()
-    for _, (cpu, memory, gpus), members, seconds, there in scene.gangs:
+    for _, (cpu, memory, gpus), members, seconds, there in possible:
         kind = kinds.setdefault((cpu, memory, gpus, WHOLE, 0), len(kinds))
         rows.append((0.0, otherwise_seconds if seconds is None else seconds, kind, members))
         running += there
+    if not rows:
+        return Future(scene, policy, None, [(gang[0], None) for gang in scene.gangs])
     submit, run, kind_of, members_of = (np.array(column) for column in zip(*rows, strict=True))
-    names = [gang[0] for gang in scene.gangs]
-    workload = Workload(Work(submit, run.astype(float), kind_of, members_of), Kinds(*arrays(kinds)), tuple(names))
-    nodes = _with_room(scene.nodes, workload, np.array(running, np.int64))
-    alone = np.array([not gang[4] for gang in scene.gangs])
-    waits = Work(*(column[alone] for column in workload.work))
-    if len(waits.submit) and (at := too_large(nodes, workload.kinds, waits)) >= 0:
-        name = [n for n, one in zip(names, alone, strict=True) if one][at]
-        raise BadInput(f"--from-cluster: {name} does not fit the empty cluster: it would never start")
-    found = known_run(policy, nodes, workload, seed, np.array(running, np.int64))
+    names = tuple(gang[0] for gang in possible)
+    workload = Workload(Work(submit, run.astype(float), kind_of, members_of), Kinds(*arrays(kinds)), names)
+    found = known_run(policy, scene.nodes, workload, seed, np.array(running, np.int64))
     outcome = Outcome(policy, Window(0, len(rows)), found, workload)
-    times = [None if np.isnan(at) else round(float(at), 3) for at in found.start]
-    starts = [(n, at) for n, at, waits in zip(names, times, alone, strict=True) if waits]
-    return Future(scene, policy, outcome, starts)
+    times = {n: None if np.isnan(at) else round(float(at), 3) for n, at in zip(names, found.start, strict=True)}
+    return Future(scene, policy, outcome, [(gang[0], times.get(gang[0])) for gang in scene.gangs if not gang[4]])
 
 
-def _with_room(nodes: Nodes, workload: Workload, running: NDArray[np.int64]) -> Nodes:
-    """At least what runs there has: who is on a node counts, whatever its object offers now."""
-    held = np.zeros((len(nodes.gpus), 3), np.int64)
-    kind = np.repeat(workload.work.kind, workload.work.members)[: len(running)]
-    for column, asked in enumerate(workload.kinds[:3]):
-        np.add.at(held[:, column], running, asked[kind])
-    cpu, memory, gpus = (np.maximum(offered, held[:, i]) for i, offered in enumerate(nodes[:3]))
-    return Nodes(cpu, memory, gpus, nodes.model)
+def _fits(nodes: Nodes, gang: Gang) -> bool:
+    """Whether a gang would fit if nothing else ran."""
+    _, (cpu, memory, gpus), members, _, _ = gang
+    kind = Kinds(*arrays([(cpu, memory, gpus, WHOLE, 0)]))
+    return too_large(nodes, kind, Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), np.array([members]))) < 0
 
 
 def data(one: Future) -> dict[str, Any]:
     """For programs."""
-    card = one.outcome.card(one.scene.nodes)
+    card = one.outcome.card(one.scene.nodes) if one.outcome is not None else None
     starts = [{"gang": name, "starts_in_seconds": at} for name, at in one.starts]
     return {"what_if": one.scene.name, "policy": one.policy, "waiting": starts, "card": card}

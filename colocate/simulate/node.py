@@ -94,8 +94,8 @@ def step(node: Node, state: Floats, streams: NDArray[np.uint64], i: int, grant: 
     if row[SECOND] >= row[WANTS_UNTIL]:
         _wants(state, streams, i)
     curve, at = node.demand[int(row[ROW])], row[SECOND] / SLOT_SECONDS
-    slot = int(at) % curve.size
-    wished = curve[slot] + (at - math.floor(at)) * (curve[(slot + 1) % curve.size] - curve[slot])
+    slot = int(at) % (curve.size - 1)  # the last is where the first begins anew
+    wished = curve[slot] + (at - math.floor(at)) * (curve[slot + 1] - curve[slot])
     demand = wished * math.exp(row[DRIFT] - facts[NOISE] ** 2 / 2.0)
     used = min(demand, 1.0)
     batch = max(min(row[WANTS], grant, 1.0 - used), 0.0)

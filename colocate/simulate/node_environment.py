@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -56,6 +57,14 @@ def each(given: Any, count: int, name: str, *, counted: bool = False) -> list[in
     if len(values) != count:
         raise BadInput(f"{name}: {len(values)} values for {count} environments")
     return [None if value is None else int(value) for value in values]
+
+
+def seeded(seeds: Sequence[int | None], before: Sequence[np.random.Generator]) -> list[np.random.Generator]:
+    """One that is given no seed goes on as before, as in Gymnasium."""
+    return [
+        before[i] if seed is None and before else gymnasium.utils.seeding.np_random(seed)[0]
+        for i, seed in enumerate(seeds)
+    ]
 
 
 class _Nodes:
@@ -179,7 +188,7 @@ class NodeVectorEnv(VectorEnv[Seen, NDArray[np.float32], NDArray[Any]]):
         """See gymnasium.vector.VectorEnv; one seed gives the i-th node that seed plus i."""
         if seed is not None or not self._draws:
             seeds = [None] * self.num_envs if seed is None else each(seed, self.num_envs, "seed", counted=True)
-            self._draws = [gymnasium.utils.seeding.np_random(s)[0] for s in seeds]
+            self._draws = seeded(seeds, self._draws)
         for i in range(self.num_envs):
             self._begin(i, options)
         self._over[:] = False

@@ -24,6 +24,8 @@ from colocate.simulate.workloads import Workload
 LOCAL, AUTO = "local", "auto"
 REACH_SECONDS = 5.0
 REPLY_SECONDS = 20
+MOST_PATH = 45
+"""Of Ray's own folder: what it puts below it takes 62 of a socket's 107 characters."""
 
 
 class World(NamedTuple):
@@ -105,6 +107,10 @@ def _connected(address: str, workers: int | None, folder: str) -> Any:
         raise BadInput("--ray needs Ray: pip install 'colocate[ray]'") from error
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address == LOCAL:
+        if len(folder) > MOST_PATH:
+            raise BadInput(
+                f"TMPDIR: {os.path.dirname(folder)} is too long for Ray's sockets: at most {MOST_PATH - 13} characters"
+            )
         ray.init("local", num_cpus=workers or os.cpu_count(), include_dashboard=False, _temp_dir=folder, **quiet)
         return ray
     if workers is not None:

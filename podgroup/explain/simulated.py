@@ -1,8 +1,9 @@
 """A cluster snapshot as the simulator takes it: `colocate simulate --from-cluster`. Found by `colocate.snapshots`.
 
 Nodes that take pods, with what pods without an end (services) leave of them; the gangs that run, with what is left of
-their declared runtimes; those that wait, by priority and age. Members of a gang that ask for different amounts count as
-the largest. Selectors, taints, affinity and volumes are not looked at.
+their declared runtimes; those that wait, by priority and age. Members of a gang that waits and ask for different
+amounts count as the largest; those beyond its quorum are a gang of their own behind it. Selectors, taints, affinity and
+volumes are not looked at.
 """
 
 from __future__ import annotations
@@ -68,18 +69,24 @@ def of_snapshot(content: bytes) -> Seen:
         here = [p for p in (*members.bound, *members.leaving) if p.spec.node_name in row]
         ours = [p for p in here if _ends(p)]
         for pod in here:
-            if pod not in ours:
+            if not _ends(pod):
                 at = offers[row[pod.spec.node_name]]
                 at[:] = [max(o - a, 0) for o, a in zip(at, _asks(requests_of(pod)), strict=True)]
-        if ours:
+        for asks in dict.fromkeys(_asks(requests_of(p)) for p in ours):  # members that differ end together
+            alike = [p for p in ours if _asks(requests_of(p)) == asks]
             age = snapshot.now - min(seconds_of(p.status.start_time) or snapshot.now for p in ours)
             declared = _declared(ours)
             left = max(declared - age, 1.0) if declared is not None else None
-            running.append(SeenGang(_name(key), _largest(ours), len(ours), left, [row[p.spec.node_name] for p in ours]))
-        if members.pending and len(members.pending) + len(ours) >= least.get(key, 1):
+            running.append(SeenGang(_name(key), asks, len(alike), left, [row[p.spec.node_name] for p in alike]))
+        lacks = least.get(key, 1) - members.satisfied
+        if members.pending and len(members.pending) >= lacks:
             first = min(p.metadata.creation_timestamp or "" for p in members.pending)
-            gang = SeenGang(_name(key), _largest(members.pending), len(members.pending), _declared(members.pending), [])
-            waiting.append((-members.priority, first, gang))
+            quorum = lacks if lacks > 0 else len(members.pending)
+            rest = f"{_name(key)}, {len(members.pending) - quorum} more"
+            for name, some in ((_name(key), members.pending[:quorum]), (rest, members.pending[quorum:])):
+                if some:
+                    gang = SeenGang(name, _largest(some), len(some), _declared(some), [])
+                    waiting.append((-members.priority, first, gang))
     waiting.sort(key=lambda one: one[:2])
     seen = [SeenNode(n.metadata.name, (o[0], o[1], o[2])) for n, o in zip(nodes, offers, strict=True)]
     return Seen(seen, [*running, *(gang for _, _, gang in waiting)])

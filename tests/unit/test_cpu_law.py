@@ -232,15 +232,15 @@ def test_a_burst_of_its_own_does_not_hide_what_batch_adds_later(points):
     for _ in range(7200):
         node.tick()
         harmed += points * (1.0 - math.exp(-node.share / 0.2)) > 0.21
-    assert harmed <= 0.015 * 7200, "but for the moments in which more is tried"
+    assert harmed <= 0.02 * 7200, "but for the moments in which more is tried"
 
 
 @pytest.mark.parametrize(
     ("level", "points", "reason"),
     [
         pytest.param(0.05, 0.14, "NothingSuffers", id="one that hardly waits affords all of it"),
-        pytest.param(0.15, 0.13, "CausedByBatch", id="one that waits half of it by itself affords less"),
-        pytest.param(0.4, 0.09, "CausedByBatch", id="one that waits long by itself affords a quarter"),
+        pytest.param(0.18, 0.16, "CausedByBatch", id="one that waits as long by itself affords less"),
+        pytest.param(0.4, 0.12, "CausedByBatch", id="one that waits long by itself affords half"),
         pytest.param(0.4, 0.02, "NotCausedByBatch", id="which batch keeps to"),
     ],
 )

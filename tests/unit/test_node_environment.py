@@ -110,6 +110,15 @@ def test_what_cannot_be_is_said(changes, said):
         NodeEnv(**changes)
 
 
+def test_one_that_is_given_no_seed_goes_on_as_before():
+    def twice():
+        many = NodeVectorEnv(3, episode_seconds=5)
+        many.reset(seed=1)
+        return many.reset(seed=[None, 2, 3])[0]
+
+    assert (twice() == twice()).all()
+
+
 def test_an_episode_can_begin_at_a_second_of_the_day():
     env = NodeEnv()
     seen, _ = env.reset(seed=1, options={"second": 6 * 3600})

@@ -318,10 +318,23 @@ def test_the_jobs_of_a_nodes_own_records_did_what_was_recorded(tmp_path):
     assert found.kinds.cpu_milli[found.work.kind].tolist() == [2000, 500, 500]
 
 
+@pytest.mark.parametrize("series", [{}, {"dt": 1.0, "job": 3}, 7])
+def test_a_line_that_is_no_record_is_named(series, tmp_path):
+    line = {"time": 1.0, "sequence": 1, "snapshot": {}, "plan": {}, "series": series}
+    (tmp_path / "records-1.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(BadInput, match="record 1: it is none of the agent's"):
+        read_jobs(tmp_path, fleet(1))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         pytest.param("6459,6524,3,4,2,Terminated,50,0.25\n1,2\n", "line 2: 2 values, but 8 columns", id="cut off"),
+        pytest.param(
+            "creation_time,deletion_time,scheduled_time,num_gpu,gpu_milli,cpu_milli,memory_mib\n0,9,1,2,500,1,1\n",
+            "line 2, gpu_milli: 500: a part is of one GPU",
+            id="parts of two in openb",
+        ),
         pytest.param("9,6,3,4,2,Terminated,50,0.25\n", "line 1, end: it is before the start", id="ends too soon"),
         pytest.param("submit_seconds\n1\n", "has no column duration_seconds", id="a column lacks"),
         pytest.param(

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from colocate.errors import BadInput
 from colocate.simulate import rounds, traces
 from colocate.simulate.reproduce import Cell, in_order
 
@@ -77,6 +78,8 @@ def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]
             took[policy] += float((end - submit).sum())
             waited[policy] += float((end - submit - run).sum())
     count = sum(len(found) for found in jobs.values())
+    if not count:
+        raise BadInput(f"{folder / JOBS} has no job of October or November 2017 in a virtual cluster of {there}")
     for metric, label, sums in (("jct_avg", "completion", took), ("que_avg", "waiting", waited)):
         ours = {policy: value / count for policy, value in sums.items()}
         yield from (cell._replace(name=f"{label}: {cell.name}") for cell in in_order(published[metric], ours))

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from colocate.errors import BadInput
 from colocate.simulate import rounds, traces
 from colocate.simulate.reproduce import Cell, in_order, needs
 
@@ -167,7 +168,11 @@ def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]
     kinds = [kind for _, _, kind in read]
     run = np.array([seconds for _, seconds, _ in read])
     jobs = rounds.Runs(np.array([s for s, _, _ in read]), run, run, np.array([k.gpus for k in kinds], np.int64))
-    ours = {}
+    ours, known = {}, {*ORDERS, *SHARING}
+    if unknown := published.keys() - known:
+        raise BadInput(
+            f"{there / 'testbed_job_results.csv.gz'}, policy: {min(unknown)!r} is none of {', '.join(sorted(known))}"
+        )
     for policy in published:
         say(policy)
         if policy in SHARING:
