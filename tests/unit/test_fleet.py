@@ -18,7 +18,7 @@ from tests import make
 
 COMPILED = fleet.compiled()
 SPEC = PolicySpec()
-LIVES, LOOKS = 1500, 70
+LIVES, LOOKS = 600, 70
 
 
 def near(found, wanted):

@@ -266,7 +266,7 @@ class Easy:
         return float("inf")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     slots=st.integers(2, 6),
     stream=st.lists(
