@@ -57,7 +57,7 @@ from podgroup.solve.question import Trial, classes_of
 from podgroup.state.cluster import Cluster
 
 EXAMPLES, PODS_ASKED = 42, 25
-"""2,100 pairs of a cluster and a pod."""
+"""1,050 pairs of a cluster and a pod."""
 HOMES = {"one": {"team": "a"}, "two": {"team": "b"}}
 ZONE, HOST, SIZE = "topology.kubernetes.io/zone", "kubernetes.io/hostname", "size"
 GPU = "nvidia.com/gpu"
