@@ -5,9 +5,7 @@ An average alone hides who pays for it: waits are told for each size of gang (se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from colocate.model.statistics import ratio_interval
 from colocate.simulate.fleet import DISCIPLINES, Run, simulate
 from colocate.simulate.placement import WHOLE, Nodes
+from colocate.simulate.threads import side_by_side
 from colocate.simulate.workloads import Workload
 
 Floats = NDArray[np.float64]
@@ -152,10 +151,9 @@ def run_all(
         policy, number, part = task
         return one_run(nodes, workload, policy, part, seed + number)
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
-        for outcome in threads.map(one, tasks):
-            found.append(outcome)
-            say(len(found), len(tasks))
+    for outcome in side_by_side(one, tasks, workers):
+        found.append(outcome)
+        say(len(found), len(tasks))
     return found
 
 

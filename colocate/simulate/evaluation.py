@@ -12,9 +12,7 @@ worth.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +27,7 @@ from colocate.model.needs import DAY_SLOTS, Needs, look, slots_of
 from colocate.model.statistics import Interval, difference_interval
 from colocate.policy.schema import PolicySpec
 from colocate.simulate.colocation import FREE, KOORDLET, OURS, SLOT_SECONDS, Rules, Tasks, Told, World, run
+from colocate.simulate.threads import side_by_side
 from colocate.simulate.traces import filled, lines, table
 
 Floats = NDArray[np.float64]
@@ -345,11 +344,10 @@ def play_all(
         return [play(arm, fleet, spec) for arm in arms]
 
     found: dict[str, list[Result]] = {arm: [] for arm in arms}
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
-        for done, results in enumerate(threads.map(one, seeds), start=1):
-            for arm, result in zip(arms, results, strict=True):
-                found[arm].append(result)
-            say(done, len(seeds))
+    for done, results in enumerate(side_by_side(one, seeds, workers), start=1):
+        for arm, result in zip(arms, results, strict=True):
+            found[arm].append(result)
+        say(done, len(seeds))
     return found
 
 

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from colocate.errors import BadInput, HostUnfit
 from colocate.simulate.compare import one_run, windows
 from colocate.simulate.placement import Nodes
+from colocate.simulate.threads import side_by_side
 from colocate.simulate.workloads import Workload
 
 LOCAL, AUTO = "local", "auto"
@@ -62,9 +62,8 @@ def card(world: World, point: Point, window_jobs: int | None) -> dict[str, Any]:
 def here(
     worlds: Sequence[World], todo: Sequence[Point], window_jobs: int | None, workers: int | None
 ) -> Iterator[dict[str, Any]]:
-    """In threads: the kernels let go of the interpreter."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
-        yield from threads.map(lambda point: card(worlds[point.world], point, window_jobs), todo)
+    """In threads."""
+    yield from side_by_side(lambda point: card(worlds[point.world], point, window_jobs), todo, workers)
 
 
 def over_ray(

@@ -14,6 +14,7 @@ import yaml
 
 from colocate.cli.main import build_parser, main
 from colocate.cli.simulate_sweep import seeds_of
+from colocate.simulate.threads import side_by_side
 from podgroup.api import POD_GROUP_LABEL
 from podgroup.explain.manifests import Manifest, pods_of
 
@@ -46,6 +47,26 @@ def test_every_policy_has_every_seed_on_every_fleet_and_trace(jobs, capfd):
     firsts = [run["first_job"] for run in four["runs"]]
     assert firsts[:4] == firsts[4:], "policies are compared on the same windows"
     assert (five["nodes"], five["comparisons"][0]["windows"]) == ("9x8", len(set(firsts)))
+
+
+def test_whoever_interrupts_does_not_wait_for_what_runs():
+    """Ctrl-C in the middle of simulations that take minutes ends the command at once."""
+    code = """
+import os, signal, sys, threading, time
+from colocate.simulate.threads import side_by_side
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    list(side_by_side(lambda _: time.sleep(60), [1, 2, 3], 2))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 130
+
+
+def test_side_by_side_keeps_the_order_and_raises_the_first_error():
+    assert list(side_by_side(lambda n: n * n, range(50), 4)) == [n * n for n in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(lambda n: 1 // n, [1, 0, 2], 2))
 
 
 def test_two_seeds_that_draw_the_same_window_count_once(jobs, capsys):

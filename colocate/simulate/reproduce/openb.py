@@ -8,10 +8,8 @@ points.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.placement import Nodes, arrivals, place, typical_shares
 from colocate.simulate.reproduce import Cell
+from colocate.simulate.threads import side_by_side
 
 SOURCE = "Weng and others, Beware of Fragmentation, USENIX ATC 2023 (hkust-adsl/kubernetes-scheduler-simulator)"
 POINTS = 0.4
@@ -61,16 +60,15 @@ def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]
             raise BadInput(f"{row.place}, sc_policy: {row.text('sc_policy')!r} is no policy of the table")
         published[key].append(row.number("130"))
     lists: dict[str, traces.Pods] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the kernels let go of the interpreter
-        for (workload, policy), values in published.items():
-            say(f"{workload}, {policy}")
-            if workload not in lists:
-                lists = {workload: traces.openb_pods(there / "pods" / f"{workload}.csv.gz", models)}
+    for (workload, policy), values in published.items():
+        say(f"{workload}, {policy}")
+        if workload not in lists:
+            lists = {workload: traces.openb_pods(there / "pods" / f"{workload}.csv.gz", models)}
 
-            def one(seed: int, pods: traces.Pods = lists[workload], named: str = NAMES[policy]) -> float:
-                return 100.0 * allocated(nodes, pods, named, seed)
+        def one(seed: int, pods: traces.Pods = lists[workload], named: str = NAMES[policy]) -> float:
+            return 100.0 * allocated(nodes, pods, named, seed)
 
-            found, mean = list(threads.map(one, MANY if policy in OF_MANY else FEW)), float(np.mean(values))
-            ours = float(np.mean(found))
-            detail = f"ours {min(found):.2f} to {max(found):.2f}, theirs {min(values):.2f} to {max(values):.2f}"
-            yield Cell(f"{workload} {policy}", mean, ours, abs(ours - mean) <= POINTS, detail)
+        found, mean = list(side_by_side(one, MANY if policy in OF_MANY else FEW)), float(np.mean(values))
+        ours = float(np.mean(found))
+        detail = f"ours {min(found):.2f} to {max(found):.2f}, theirs {min(values):.2f} to {max(values):.2f}"
+        yield Cell(f"{workload} {policy}", mean, ours, abs(ours - mean) <= POINTS, detail)
