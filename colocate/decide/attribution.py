@@ -58,6 +58,7 @@ from colocate.decide.evidence import (
     SILENT,
     VARIANCE,
     WAITED,
+    WAITING,
     N,
     Row,
     Rows,
@@ -100,6 +101,8 @@ LOST_SECONDS = 600.0
 LEAST_REQUESTS, LEAST_REQUESTS_TO_GROW = 20.0, 100.0
 WHOLE_EVERY_SECONDS = 120.0
 """How often the first off phase of a question is a whole one."""
+DOUBTED_SECONDS = 20.0
+"""How long an acquittal holds of whom suffers still: it may be a burst of its own that hides what batch adds."""
 MOST_HOLD_SECONDS = 240.0
 HOLD_PER_FAILED_SECOND = 30.0
 STEP = 3.0
@@ -341,10 +344,13 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
 
 
 def _suffers(rows: Rows, seen: Rows) -> bool:
-    """Whether a service that batch was found to harm suffers still; BestEffort may wait for itself."""
+    """Whether a service that waits, and that batch was found to harm, suffers still.
+
+    BestEffort may wait for itself. Of late requests batch may add the more the more there are: a burst hides less.
+    """
     found = False
     for i in range(len(rows)):
-        found = found or (rows[i][ASKED] == 2.0 and rows[i][RISEN] > 0.0 and seen[i][KIND] != DISPLACED)
+        found = found or (rows[i][ASKED] == 2.0 and rows[i][RISEN] > 0.0 and seen[i][KIND] == WAITING)
     return found
 
 
@@ -403,15 +409,13 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
                 _taken_back(node, rows, inputs, start)
                 return CAUSED, i
     if node[GRANT] == UNLIMITED and node[ELSEWHERE] <= 0.0:
-        if _suffers(rows, seen):  # as it did without batch when that was seen last: no acquittal without a fresh look
-            for row in rows:
-                row[ASKED] = min(row[ASKED], 1.0)
-            _first_off(node, rows, inputs, start)
-            return ASKED_NOW, who
+        suffers = _suffers(rows, seen)
         for row in rows:
             if row[ASKED] == 2.0:
                 felt, _ = felt_in(row)
                 clear(row, start, felt)
+                if suffers:  # as it did without batch when that was seen last, which may have been a burst of its own
+                    row[CLEARED_UNTIL] = start + DOUBTED_SECONDS
         node[HOLD] = inputs[HOLD_SECONDS]
         _open(node, rows, start)
         return NOT_CAUSED, who

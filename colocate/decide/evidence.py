@@ -62,8 +62,6 @@ ALARM_LEVEL, HARM_LEVEL = 0.002, 0.02
 """A share of requests beyond the target is believed to be over its budget, or more than without batch, if chance gives
 it less often than this. The first is looked for all the time, so that chance has many occasions."""
 NEAR_SECONDS = 1.0
-OWN_RATIO = 0.5
-"""Of what a service may wait: so much it may wait by itself before batch may add less, and so much batch always may."""
 LEAST_DISPLACED_CORES = 0.015
 MOST_DISPLACED_RATIO = 0.25
 """Of BestEffort's CPU, however much batch would have to give up."""
@@ -112,18 +110,9 @@ def over_budget(count: float, total: float) -> bool:
 def harm(kind: float, off: float, inputs: Row) -> float:
     """What batch may add to a subject that feels `off` without it.
 
-    Of a service that waits by itself it may add less: by what is beyond half of the limit, down to half of it.
     Of BestEffort's CPU batch may take more where it would have to give up far more: nobody promised BestEffort
     anything, so a core of batch for a hundredth of one is no bargain.
     """
-    if kind == WAITING:
-        most = inputs[PRESSURE_RATIO]
-        return min(max((1.0 + OWN_RATIO) * most - off, OWN_RATIO * most), most)
-    return scale(kind, off, inputs)
-
-
-def scale(kind: float, off: float, inputs: Row) -> float:
-    """What batch may add at most: what noise and patience are measured by, so that neither shrinks with `harm`."""
     if kind == WAITING:
         return inputs[PRESSURE_RATIO]
     if kind == LATENCY:
@@ -140,7 +129,7 @@ def weigh(kind: float, row: Row, inputs: Row) -> None:
         return
     off = row[OFF_SUM] / max(row[OFF], 1.0)
     limit = harm(kind, off, inputs)
-    expected = 2.0 * (0.2 * scale(kind, off, inputs)) ** 2
+    expected = 2.0 * (0.2 * limit) ** 2
     if kind == LATENCY:  # the sampling error of shares of so many requests a phase, a quarter more for bursts
         phases = row[ON] + row[OFF]
         share = (row[ON_SUM] + row[OFF_SUM]) / phases
@@ -210,7 +199,7 @@ def take_in(row: Row, seen: Row, inputs: Row) -> None:
 
 def _still_cleared(row: Row, kind: float, count: float, exposure: float, step: float, inputs: Row) -> None:
     """An acquittal ends when the level rises by what batch may add: Page's cumulative sum of the excess."""
-    limit = scale(kind, row[CLEARED_AT], inputs)
+    limit = harm(kind, row[CLEARED_AT], inputs)
     level = count / exposure
     if kind == LATENCY:
         low = min(max(row[CLEARED_AT], 0.5 * ERROR_BUDGET_RATIO), 1.0 - 1e-6)
@@ -236,7 +225,7 @@ def fold(row: Row, kind: float, on: bool, inputs: Row) -> None:
             row[ASKED] = 0.0
         return
     if row[ON] + row[OFF] >= 1.0:
-        limit = scale(kind, row[OFF_SUM] / max(row[OFF], 1.0), inputs)
+        limit = harm(kind, row[OFF_SUM] / max(row[OFF], 1.0), inputs)
         added = felt - row[LAST] if on else row[LAST] - felt
         if kind != LATENCY:  # one leap of its own must not decide
             added = min(max(added, -MOST_CHANGE * limit), MOST_CHANGE * limit)
