@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def ray_cluster(folder):
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
