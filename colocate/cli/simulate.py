@@ -14,9 +14,10 @@ from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, comparisons, known_policies, run_all, windows
 from colocate.simulate.day import made_day
 from colocate.simulate.fleet import too_large
+from colocate.simulate.placement import Nodes
 from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
-from colocate.simulate.workloads import check, read_jobs, read_nodes
+from colocate.simulate.workloads import Workload, check, read_jobs, read_nodes
 
 HOUR = 3600.0
 DEMO_NODES, DEMO_POLICIES = "100x8", ("native", "coscheduling", "packing", "shortest-first")
@@ -78,6 +79,15 @@ def named_policies(text: str) -> list[str]:
     return policies
 
 
+def jobs_for(nodes: Nodes, file: str, window_jobs: int | None) -> Workload:
+    """The jobs of a trace, of which each fits these nodes when they are empty. Raises BadInput."""
+    workload = read_jobs(Path(file), nodes)
+    check(nodes, workload, too_large)
+    if window_jobs is not None and window_jobs > len(workload.where):
+        raise BadInput(f"--window-jobs: {window_jobs} are more than the {len(workload.where)} jobs of {file}")
+    return workload
+
+
 def simulate_command(options: argparse.Namespace) -> int:
     """Exit 1 where jobs never start under some policy. Raises BadInput."""
     if options.from_cluster:
@@ -87,17 +97,13 @@ def simulate_command(options: argparse.Namespace) -> int:
             raise BadInput(f"{name} is about a cluster: name its snapshot with --from-cluster")
     if options.nodes is None or options.jobs is None:
         raise BadInput("--nodes and --jobs are needed, or --from-cluster")
-    policies, known = named_policies(options.policy or "native,packing"), known_policies()
+    policies = named_policies(options.policy or "native,packing")
     page = check_file("--file", options.file, [options.nodes, options.jobs]) if options.file else None
     nodes = read_nodes(options.nodes)
-    workload = read_jobs(Path(options.jobs), nodes)
-    check(nodes, workload, too_large)
-    jobs = len(workload.work.submit)
-    if options.window_jobs is not None and options.window_jobs > jobs:
-        raise BadInput(f"--window-jobs: {options.window_jobs} are more than the {jobs} jobs of {options.jobs}")
+    workload = jobs_for(nodes, options.jobs, options.window_jobs)
     if options.windows is not None and options.window_jobs is None:
         raise BadInput("--windows: say with --window-jobs how many jobs a window has")
-    parts = windows(jobs, options.windows or 10, options.window_jobs, options.seed)
+    parts = windows(len(workload.where), options.windows or 10, options.window_jobs, options.seed)
     if options.window_jobs is not None and len(parts) < (options.windows or 10):
         print(f"only {len(parts)} different windows of {options.window_jobs} jobs are there", file=sys.stderr)
     began = time.perf_counter()
@@ -110,7 +116,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     data |= {"runs": cards, "comparisons": compared}
     if page is not None:
         about = f"{Path(options.jobs).name} on {data['nodes']} nodes with {data['gpus']} GPUs, seed {options.seed}"
-        _write(page, about, data, outcomes, known)
+        _write(page, about, data, outcomes)
     if options.output in DATA_FORMS:
         print_data(data, options.output)
     else:
@@ -241,12 +247,11 @@ def _write(
     about: str,
     data: dict[str, Any],
     outcomes: Sequence[Outcome],
-    policies: Mapping[str, str],
 ) -> None:
     from colocate.report.charts import Series, line_chart
     from colocate.simulate.page import PageTable, write_page
 
-    cards, compared = data["runs"], data["comparisons"]
+    cards, compared, known = data["runs"], data["comparisons"], known_policies()
     tables = [
         PageTable("Policies", CARD, card_rows(cards), "Simulated. GPUs are told from the first arrival to the last.")
     ]
@@ -255,7 +260,7 @@ def _write(
         PageTable(
             "What the policies are",
             ("policy", ""),
-            [(n, policies[n]) for n in dict.fromkeys(c["policy"] for c in cards)],
+            [(n, known[n]) for n in dict.fromkeys(c["policy"] for c in cards)],
         )
     )
     first = outcomes[0].window
@@ -278,7 +283,7 @@ def demo(options: argparse.Namespace) -> int:
     data = {"nodes": len(nodes.gpus), "gpus": int(nodes.gpus.sum()), "seed": options.seed}
     data |= {"runs": cards, "comparisons": []}
     about = f"SIMULATED: {len(workload.where)} made-up jobs on {DEMO_NODES} GPUs, seed {options.seed}"
-    _write(page, about, data, outcomes, known_policies())
+    _write(page, about, data, outcomes)
     if options.output in DATA_FORMS:
         print_data(data, options.output)
         return 0

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
-from colocate.cli.simulate import CARD, card_rows, comparison_texts, named_policies
+from colocate.cli.simulate import CARD, card_rows, comparison_texts, jobs_for, named_policies
 from colocate.errors import BadInput
 from colocate.simulate.compare import comparisons
-from colocate.simulate.fleet import too_large
 from colocate.simulate.sweep import World, sweep
-from colocate.simulate.workloads import check, read_jobs, read_nodes
+from colocate.simulate.workloads import read_nodes
 
 SEEDS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 MOST_SEEDS = 10_000
@@ -46,12 +44,7 @@ def command(options: argparse.Namespace) -> int:
     for fleet in options.nodes:
         nodes = read_nodes(fleet)
         for jobs in options.jobs:
-            workload = read_jobs(Path(jobs), nodes)
-            check(nodes, workload, too_large)
-            if options.window_jobs is not None and options.window_jobs > len(workload.where):
-                raise BadInput(
-                    f"--window-jobs: {options.window_jobs} are more than the {len(workload.where)} jobs of {jobs}"
-                )
+            workload = jobs_for(nodes, jobs, options.window_jobs)
             worlds.append(World((fleet, jobs), nodes, workload))
     if len({world.names for world in worlds}) < len(worlds):
         raise BadInput("--nodes, --jobs: one is named twice")

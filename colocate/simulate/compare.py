@@ -6,6 +6,7 @@ An average alone hides who pays for it: waits are told for each size of gang (se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ def known_policies() -> dict[str, str]:
     return found | {name: point.load().__doc__ or "" for name, point in _others().items()}
 
 
+@cache
 def _others() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="colocate.simulate")}
 
@@ -142,10 +144,7 @@ def run_all(
 ) -> list[Outcome]:
     """Each policy on each window, in that order with any number of workers: the kernels let go of the interpreter."""
     tasks = [(policy, number, part) for policy in policies for number, part in enumerate(parts)]
-    known, found = _others(), list[Outcome]()
-    for policy in policies:
-        if policy in known:
-            known[policy].load()  # once, before threads want it
+    found = list[Outcome]()
 
     def one(task: tuple[str, int, Window]) -> Outcome:
         policy, number, part = task

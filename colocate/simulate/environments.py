@@ -176,8 +176,7 @@ class QueueVectorEnv(VectorEnv[Seen, NDArray[np.int64], NDArray[Any]]):
         `options={"first": [...]}` begins each pool's episode with that job. Raises BadInput of another number of them.
         """
         if seed is not None or not self._draws:
-            seeds = [None] * self.num_envs if seed is None else each(seed, self.num_envs, "seed", counted=True)
-            self._draws = seeded(seeds, self._draws)
+            self._draws = seeded(seed, self.num_envs, self._draws)
         given = (options or {}).get("first")
         firsts = [None] * self.num_envs if given is None else each(given, self.num_envs, "options, first")
         for i, first in enumerate(firsts):

@@ -59,11 +59,14 @@ def each(given: Any, count: int, name: str, *, counted: bool = False) -> list[in
     return [None if value is None else int(value) for value in values]
 
 
-def seeded(seeds: Sequence[int | None], before: Sequence[np.random.Generator]) -> list[np.random.Generator]:
-    """One that is given no seed goes on as before, as in Gymnasium."""
+def seeded(
+    seed: int | list[int | None] | None, count: int, before: Sequence[np.random.Generator]
+) -> list[np.random.Generator]:
+    """Of each environment; one that is given no seed goes on as before, as in Gymnasium. Raises BadInput."""
+    seeds = [None] * count if seed is None else each(seed, count, "seed", counted=True)
     return [
-        before[i] if seed is None and before else gymnasium.utils.seeding.np_random(seed)[0]
-        for i, seed in enumerate(seeds)
+        before[i] if its is None and before else gymnasium.utils.seeding.np_random(its)[0]
+        for i, its in enumerate(seeds)
     ]
 
 
@@ -187,8 +190,7 @@ class NodeVectorEnv(VectorEnv[Seen, NDArray[np.float32], NDArray[Any]]):
     ) -> tuple[Seen, dict[str, Any]]:
         """See gymnasium.vector.VectorEnv; one seed gives the i-th node that seed plus i."""
         if seed is not None or not self._draws:
-            seeds = [None] * self.num_envs if seed is None else each(seed, self.num_envs, "seed", counted=True)
-            self._draws = seeded(seeds, self._draws)
+            self._draws = seeded(seed, self.num_envs, self._draws)
         for i in range(self.num_envs):
             self._begin(i, options)
         self._over[:] = False

@@ -142,15 +142,12 @@ def _reach(address: str) -> None:
         raise BadInput(f"--ray: who answers at {address} is no Ray, or does not let us in: {mend}") from error
 
 
-Say = Callable[[int, int], None]
-
-
 def sweep(
     worlds: Sequence[World],
     policies: Sequence[str],
     seeds: Sequence[int],
     window_jobs: int | None,
-    say: Say,
+    say: Callable[[int, int], None],
     *,
     ray: str | None = None,
     workers: int | None = None,

@@ -14,13 +14,12 @@ from typing import NamedTuple
 from colocate.objects import Pod
 from colocate.units import seconds_of
 from podgroup.explain.snapshot import load
-from podgroup.queue.runtimes import RUNTIME
+from podgroup.queue.runtimes import RUNTIME, declared_seconds
 from podgroup.state.gangs import POD, gang_key, is_group, sort_members
 from podgroup.state.shape import amounts, requests_of
 
 GPU = "nvidia.com/gpu"
 MIB = 1 << 20
-MOST_DIGITS = 9
 Asks = tuple[int, int, int]
 """Millicores, MiB and GPUs."""
 
@@ -103,8 +102,7 @@ def _ends(pod: Pod) -> bool:
 
 
 def _declared(pods: list[Pod]) -> float | None:
-    texts = [p.metadata.annotations.get(RUNTIME, "") for p in pods]
-    known = [float(t) for t in texts if t.isdecimal() and len(t) <= MOST_DIGITS]
+    known = [seconds for pod in pods if (seconds := declared_seconds(pod)) is not None]
     return max(known) if len(known) == len(pods) else None
 
 

@@ -39,7 +39,8 @@ class Known(NamedTuple):
     """Families of which a pod has taken longer than it declared."""
 
 
-def _declared(pod: Pod) -> float | None:
+def declared_seconds(pod: Pod) -> float | None:
+    """How long a pod says that it will run; None: it does not, or says what is no number."""
     text = pod.metadata.annotations.get(RUNTIME, "")
     return float(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else None
 
@@ -70,7 +71,7 @@ def _learn(cluster: Cluster, now: float) -> Steps[Known]:
         if pod.status.phase == "Succeeded" and ended:
             took = max((seconds_of(ended) or 0.0) - began, 0.0)
             found.took.setdefault(family(pod), []).append(took)
-        declared = _declared(pod)
+        declared = declared_seconds(pod)
         if declared is not None and took > declared + OVERRUN_SECONDS:
             found.overran.add(family(pod))
     return found
@@ -78,7 +79,7 @@ def _learn(cluster: Cluster, now: float) -> Steps[Known]:
 
 def runtime(pod: Pod, known: Known) -> Interval | None:
     """(least, most) seconds that a pod takes in all; None if nothing is known."""
-    declared = _declared(pod)
+    declared = declared_seconds(pod)
     if declared is not None and (not family(pod) or family(pod) not in known.overran):
         return declared, declared
     before = known.took.get(family(pod), [])
