@@ -73,6 +73,23 @@ def _name(job: int) -> str:
     return f"j{job:09d}"
 
 
+class OutagesLike(Protocol):
+    """Nodes that fail and are repaired (see colocate.simulate.fleet.Outages)."""
+
+    at: Floats
+    node: Ints
+    down: NDArray[np.bool_]
+    restart: float
+
+    def saved(self, worked: float, left: float) -> float:
+        """Of so many seconds of work, of so many that were left, those that are not lost."""
+        ...
+
+
+Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float]
+"""The columns of colocate.simulate.fleet.Run."""
+
+
 class Simulation:
     """One run: the cluster, its queue, and who is where."""
 
@@ -82,15 +99,25 @@ class Simulation:
             raise BadInput("--policy ours: a job asks for a part of a GPU, which the controller does not hand out")
         self.kinds, self.work, self.declared = kinds, work, declared
         self.gpus, self.busy = kinds.gpus[work.kind] * work.members, 0
+        self.offered: list[Node] = []
         self.cluster = Cluster()
         self.queue = Queue(Settings(), place_in_turn=place_in_turn)
         for i, (cpu, memory, gpus) in enumerate(zip(nodes.cpu_milli, nodes.memory_mib, nodes.gpus, strict=True)):
             offered: Quantities = {"cpu": f"{cpu}m", "memory": f"{memory}Mi", "pods": "1000000", GPU: str(gpus)}
             meta = ObjectMeta(name=f"n{i}", labels={"kubernetes.io/hostname": f"n{i}"})
-            self.cluster.set_node(Node(metadata=meta, status=NodeStatus(allocatable=offered)))
+            self.offered.append(Node(metadata=meta, status=NodeStatus(allocatable=offered)))
+            self.cluster.set_node(self.offered[-1])
         self.first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
         self.node = np.full(self.first[-1], -1, np.int64)
-        self.start = np.full(len(work.submit), np.nan)
+        self.start, self.end = np.full(len(work.submit), np.nan), np.full(len(work.submit), np.nan)
+        self.left, self.began = work.run.astype(float), np.zeros(len(work.submit))
+        self.over: dict[int, float] = {}
+        """When each job that runs will end."""
+        self.down: set[int] = set()
+        self.restart = self.lost = 0.0
+        self.again: set[int] = set()
+        self.restarts = self.waiting = 0
+        self.usable = int(nodes.gpus.sum())
         self.free = np.stack([nodes.cpu_milli, nodes.memory_mib, nodes.gpus], axis=1)
         self.dirty: set[str] = set()
         self.ends: list[tuple[float, int]] = []
@@ -100,13 +127,15 @@ class Simulation:
         k = self.work.kind[job]
         return np.array([self.kinds.cpu_milli[k], self.kinds.memory_mib[k], self.kinds.gpus[k]], np.int64)
 
-    def _arrive(self, job: int, now: float) -> None:
+    def _arrive(self, job: int, now: float, created: float | None = None) -> None:
+        """`created`: its PodGroup has been there since then, and only its pods are new."""
         name, cpu_memory_gpus = _name(job), self._asks(job)
         texts = zip(("cpu", "memory", GPU), ("m", "Mi", ""), cpu_memory_gpus, strict=True)
         requests: Quantities = {resource: f"{amount}{unit}" for resource, unit, amount in texts if amount}
-        notes = {RUNTIME: str(int(np.ceil(self.work.run[job])))} if self.declared else {}
+        notes = {RUNTIME: str(int(np.ceil(self._takes(job))))} if self.declared else {}
         owner = [OwnerReference(kind="Job", name=name, uid=name, controller=True)]
-        meta = ObjectMeta(name=name, namespace=NAMESPACE, creation_timestamp=time_text(now))
+        made = time_text(now if created is None else created)
+        meta = ObjectMeta(name=name, namespace=NAMESPACE, creation_timestamp=made)
         spec = PodGroupSpec(min_member=int(self.work.members[job]))
         self.cluster.groups[f"{NAMESPACE}/{name}"] = PodGroup(metadata=meta, spec=spec)
         for p in range(self.first[job], self.first[job + 1]):
@@ -123,8 +152,14 @@ class Simulation:
             pod_spec = PodSpec(scheduler_name="colocate", containers=containers)
             self.cluster.set_pod(Pod(metadata=its, spec=pod_spec, status=PodStatus(phase="Pending")))
         self.dirty.add(f"{NAMESPACE}/{name}")
+        self.waiting += 1
 
-    def _end(self, job: int) -> None:
+    def _takes(self, job: int) -> float:
+        """Seconds, once it is placed."""
+        return float(self.left[job]) + (self.restart if job in self.again else 0.0)
+
+    def _leave(self, job: int) -> str:
+        """It has nothing any more; its key."""
         key = f"{NAMESPACE}/{_name(job)}"
         for p in range(self.first[job], self.first[job + 1]):
             self.cluster.remove_pod(f"{p}")
@@ -133,6 +168,30 @@ class Simulation:
         self.cluster.groups.pop(key, None)
         self.cluster.remove_plan(key)
         self.dirty.add(key)
+        del self.over[job]
+        return key
+
+    def _fail(self, node: int, now: float, outages: OutagesLike) -> None:
+        """A node is gone, and with it every job that has a member there."""
+        self.down.add(node)
+        for job in sorted(self.over):
+            if node not in self.node[self.first[job] : self.first[job + 1]]:
+                continue
+            self._leave(job)
+            had = now - float(self.began[job])
+            worked = max(had - (self.restart if job in self.again else 0.0), 0.0)
+            saved = outages.saved(worked, float(self.left[job]))
+            self.left[job] -= saved
+            self.lost += float(self.gpus[job]) * (had - saved)
+            self.restarts += 1
+            self.again.add(job)
+            self._arrive(job, now, float(self.work.submit[job]))
+        spec = msgspec.structs.replace(self.offered[node].spec, unschedulable=True)
+        self.cluster.set_node(msgspec.structs.replace(self.offered[node], spec=spec))
+
+    def _repair(self, node: int) -> None:
+        self.down.discard(node)
+        self.cluster.set_node(self.offered[node])
 
     def _bind(self, key: str, placed: list[tuple[str, str]], now: float, *, there: bool = False) -> None:
         """Pods (by uid) to nodes. Raises RuntimeError of what no fleet could carry out: a defect of the policy.
@@ -144,7 +203,7 @@ class Simulation:
             p, i = int(uid), int(where[1:])
             self.node[p] = i
             self.free[i] -= self._asks(job)
-            if (self.free[i] < 0).any() and not there:
+            if ((self.free[i] < 0).any() or i in self.down) and not there:
                 raise RuntimeError(f"ours puts {key} on {where}, which has no room for it")
             pod = self.cluster.pods[uid]
             spec = msgspec.structs.replace(pod.spec, node_name=where)
@@ -156,9 +215,12 @@ class Simulation:
         began = GangPlanSpec(began=time_text(now), min_member=int(self.work.members[job]))
         plan = GangPlan(metadata=meta, spec=began, status=GangPlanStatus(phase="Running"))
         self.cluster.set_plan(key, plan)
-        self.start[job] = now
+        if job not in self.again:
+            self.start[job] = now
         self.busy += int(self.gpus[job])
-        heapq.heappush(self.ends, (now + float(self.work.run[job]), job))
+        self.waiting -= 1
+        self.began[job], self.over[job] = now, now + self._takes(job)
+        heapq.heappush(self.ends, (self.over[job], job))
         self.dirty.add(key)
 
     def _decide(self, now: float) -> None:
@@ -183,45 +245,70 @@ class Simulation:
             self._bind(f"{NAMESPACE}/{_name(job)}", placed, began, there=True)
         return jobs
 
-    def run(self, arrived: int = 0) -> tuple[Floats, float, float, int, Ints]:
-        """When each job starts; GPU seconds that jobs ran, and held for nothing; cycles; and the node of each pod.
-
-        The first `arrived` jobs are there already.
-        """
+    def run(self, arrived: int = 0, outages: OutagesLike | None = None) -> Found:
+        """Until nothing happens any more. The first `arrived` jobs are there already."""
         work, jobs, now = self.work, len(self.work.submit), 0.0
-        busy_area, first, last = 0.0, float(work.submit[0]), float(work.submit[-1])
-        while arrived < jobs or self.ends:
+        busy_area, idle_area, first, last = 0.0, 0.0, float(work.submit[0]), float(work.submit[-1])
+        outage, troubles = 0, 0 if outages is None else len(outages.at)
+        self.restart = outages.restart if outages is not None else 0.0
+        while arrived < jobs or self.ends or (self.waiting and outage < troubles):
             then = self.ends[0][0] if self.ends else np.inf
             then = min(then, float(work.submit[arrived])) if arrived < jobs else then
+            if outages is not None and outage < troubles:
+                then = min(then, float(outages.at[outage]))
             look = self.queue.next_look(now)
             then = then if look is None else min(then, now + look)
-            busy_area += self.busy * max(min(then, last) - max(now, first), 0.0)
+            passed = max(min(then, last) - max(now, first), 0.0)
+            busy_area += self.busy * passed
+            idle_area += (self.usable - self.busy) * passed if self.waiting else 0.0
             now = then
             while self.ends and self.ends[0][0] <= now:
-                _, job = heapq.heappop(self.ends)
-                self._end(job)
+                at, job = heapq.heappop(self.ends)
+                if self.over.get(job) == at:  # else it was stopped before
+                    self._leave(job)
+                    self.end[job] = now
+                    self.lost += self.restart * float(self.gpus[job]) * (job in self.again)
+            while outages is not None and outage < troubles and outages.at[outage] <= now:
+                node = int(outages.node[outage])
+                if outages.down[outage]:
+                    self._fail(node, now, outages)
+                    self.usable -= int(self.free[node, 2])
+                else:
+                    self._repair(node)
+                    self.usable += int(self.free[node, 2])
+                outage += 1
             while arrived < jobs and work.submit[arrived] <= now:
                 self._arrive(arrived, now)
                 arrived += 1
             self._decide(now)
-        return self.start, busy_area, 0.0, self.cycles, self.node
+        return (self.start, busy_area, 0.0, self.cycles, self.node, self.end, self.lost, self.restarts, idle_area)
 
 
 def ours(
-    nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int, running: Ints | None = None
-) -> tuple[Floats, float, float, int, Ints]:
+    nodes: NodesLike,
+    kinds: KindsLike,
+    work: WorkLike,
+    seed: int,
+    running: Ints | None = None,
+    outages: OutagesLike | None = None,
+) -> Found:
     """the controller's own queue and solver: all or none, in order of arrival, room is kept for gangs that wait"""
     del seed  # nothing is drawn
-    return _run(Simulation(nodes, kinds, work, declared=False), running)
+    return _run(Simulation(nodes, kinds, work, declared=False), running, outages)
 
 
 def ours_declared(
-    nodes: NodesLike, kinds: KindsLike, work: WorkLike, seed: int, running: Ints | None = None
-) -> tuple[Floats, float, float, int, Ints]:
+    nodes: NodesLike,
+    kinds: KindsLike,
+    work: WorkLike,
+    seed: int,
+    running: Ints | None = None,
+    outages: OutagesLike | None = None,
+) -> Found:
     """the same, and each job declares how long it runs, truly: who is over in time is started past one that waits"""
     del seed
-    return _run(Simulation(nodes, kinds, work, declared=True), running)
+    return _run(Simulation(nodes, kinds, work, declared=True), running, outages)
 
 
-def _run(simulation: Simulation, running: Ints | None) -> tuple[Floats, float, float, int, Ints]:
-    return simulation.run(simulation.resume(running) if running is not None else 0)
+def _run(simulation: Simulation, running: Ints | None, outages: OutagesLike | None) -> Found:
+    return simulation.run(simulation.resume(running) if running is not None else 0, outages)

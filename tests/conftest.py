@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from colocate.errors import HostUnfit
 from colocate.localcluster.image import fresh_image
 from tools import image
+
+settings.register_profile("untimed", deadline=None)  # time is measured in benchmarks, and this machine may be busy
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -308,6 +308,22 @@ def _add_reports(add: Add) -> None:
     table_form(replay)
 
 
+def _add_conditions(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mtbf", type=duration, help="nodes fail, each after so long in the mean (720h)")
+    command.add_argument("--repair", type=duration, help="with --mtbf: until it is back (default 1h)")
+    command.add_argument(
+        "--checkpoint", type=duration, help="with --mtbf: jobs save their work so often (default: never)"
+    )
+    command.add_argument(
+        "--restart", type=duration, help="with --mtbf: until a job that begins again works (default 0s)"
+    )
+    command.add_argument(
+        "--gpu-watts",
+        metavar="IDLE:BUSY",
+        help="tell the energy: watts of a GPU that no job runs on, and of one that one does",
+    )
+
+
 def _add_simulation(add: Add) -> None:
     fleet = add(
         "simulate", "colocate.cli.simulate:simulate_command", "What policies would make of jobs on a fleet of nodes"
@@ -316,7 +332,7 @@ def _add_simulation(add: Add) -> None:
     fleet.add_argument(
         "--jobs",
         metavar="FILE",
-        help="a trace: plain CSV, SWF, Philly's, openb's, Alibaba's, or records of the agent (also .gz, .parquet)",
+        help="a trace: plain CSV, SWF, Philly's, openb's, Alibaba's, Azure's, records of an agent (.gz, .parquet too)",
     )
     fleet.add_argument(
         "--policy",
@@ -345,6 +361,7 @@ def _add_simulation(add: Add) -> None:
         "--window-jobs", type=positive, help="jobs of a window: the trace is not taken whole, but in parts"
     )
     fleet.add_argument("--windows", type=positive, help="how many (default 10)")
+    _add_conditions(fleet)
     fleet.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
     fleet.add_argument("--file", help="an HTML page with tables and a timeline")
     table_form(fleet)
@@ -358,6 +375,7 @@ def _add_simulation(add: Add) -> None:
     many.add_argument("--policy", default="native,packing", help="as for simulate (default native,packing)")
     many.add_argument("--seeds", default="1-10", metavar="1-10", help="of windows and ties (default 1-10)")
     many.add_argument("--window-jobs", type=positive, help="each seed takes another window of so many jobs")
+    _add_conditions(many)
     many.add_argument(
         "--ray",
         metavar="local|auto|HOST:PORT",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
-from colocate.simulate.compare import Outcome, comparisons, known_policies, run_all, windows
+from colocate.simulate.compare import Conditions, Outcome, comparisons, known_policies, run_all, windows
 from colocate.simulate.day import made_day
-from colocate.simulate.fleet import too_large
+from colocate.simulate.fleet import Trouble, too_large
 from colocate.simulate.placement import Nodes
 from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
@@ -88,6 +89,30 @@ def jobs_for(nodes: Nodes, file: str, window_jobs: int | None) -> Workload:
     return workload
 
 
+def conditions_of(options: argparse.Namespace) -> Conditions:
+    """--mtbf and what belongs to it, and --gpu-watts. Raises BadInput."""
+    given = {name: getattr(options, name) for name in ("repair", "checkpoint", "restart")}
+    said = {name: value for name, value in given.items() if value is not None}
+    if options.mtbf is None:
+        if said:
+            raise BadInput(f"--{next(iter(said))}: say with --mtbf how often a node fails")
+        trouble = None
+    else:
+        for name, value in (("mtbf", options.mtbf), ("checkpoint", said.get("checkpoint", 1.0))):
+            if value < 1.0:
+                raise BadInput(f"--{name}: {value:g} s are less than a second")
+        trouble = Trouble(options.mtbf, **said)
+    if options.gpu_watts is None:
+        return Conditions(trouble)
+    try:
+        idle, busy = (float(part) for part in options.gpu_watts.split(":"))
+    except ValueError:
+        idle, busy = math.nan, math.nan
+    if not 0.0 <= idle <= busy < math.inf:
+        raise BadInput(f"--gpu-watts: {options.gpu_watts!r} is not IDLE:BUSY, watts of a GPU, as in 30:250")
+    return Conditions(trouble, (idle, busy))
+
+
 def simulate_command(options: argparse.Namespace) -> int:
     """Exit 1 where jobs never start under some policy. Raises BadInput."""
     if options.from_cluster:
@@ -97,7 +122,7 @@ def simulate_command(options: argparse.Namespace) -> int:
             raise BadInput(f"{name} is about a cluster: name its snapshot with --from-cluster")
     if options.nodes is None or options.jobs is None:
         raise BadInput("--nodes and --jobs are needed, or --from-cluster")
-    policies = named_policies(options.policy or "native,packing")
+    policies, conditions = named_policies(options.policy or "native,packing"), conditions_of(options)
     page = check_file("--file", options.file, [options.nodes, options.jobs]) if options.file else None
     nodes = read_nodes(options.nodes)
     workload = jobs_for(nodes, options.jobs, options.window_jobs)
@@ -107,7 +132,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     if options.window_jobs is not None and len(parts) < (options.windows or 10):
         print(f"only {len(parts)} different windows of {options.window_jobs} jobs are there", file=sys.stderr)
     began = time.perf_counter()
-    outcomes = run_all(nodes, workload, policies, parts, options.seed, _say, options.workers)
+    outcomes = run_all(nodes, workload, policies, parts, options.seed, _say, options.workers, conditions)
     end_status()
     seconds = time.perf_counter() - began
     cards = [outcome.card(nodes) | {"first_job": outcome.window.first} for outcome in outcomes]
@@ -132,8 +157,8 @@ def _of_cluster(options: argparse.Namespace) -> int:
     """Exit 1 where somebody never starts. Raises BadInput."""
     from colocate.simulate.from_cluster import Future, data, future, scenes
 
-    for name in ("nodes", "jobs", "window_jobs", "windows", "file"):
-        if getattr(options, name):
+    for name in ("nodes", "jobs", "window_jobs", "windows", "file", *CONDITIONS):
+        if getattr(options, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')}: not with --from-cluster")
     every, found = scenes(Path(options.from_cluster), options.what_if), list[Future]()
     # The controller goes by what is declared, where it is.
@@ -172,36 +197,55 @@ def _say(done: int, of: int) -> None:
     status(f"{done} of {of} simulations")
 
 
-CARD = ("policy", "JCT mean", "p50", "p99", "wait mean", "p99", "GPUs allocated", "held idle", "never")
+CONDITIONS = ("mtbf", "repair", "checkpoint", "restart", "gpu_watts")
+"""Options of simulate and sweep."""
 
 
-def card_rows(cards: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One row a policy, of several windows the means."""
+class Column(NamedTuple):
+    """Of the report card."""
+
+    head: str
+    keys: tuple[str, ...]
+    form: Callable[[float], str]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+COLUMNS = (
+    Column("JCT mean", ("jct_seconds", "mean"), _seconds),
+    Column("p50", ("jct_seconds", "p50"), _seconds),
+    Column("p99", ("jct_seconds", "p99"), _seconds),
+    Column("wait mean", ("wait_seconds", "mean"), _seconds),
+    Column("p99", ("wait_seconds", "p99"), _seconds),
+    Column("slowdown", ("bounded_slowdown", "mean"), lambda value: f"{value:,.1f}"),
+    Column("GPUs allocated", ("gpu_allocation",), _share),
+    Column("held idle", ("gpu_held_idle",), _share),
+    Column("free, others wait", ("gpu_idle_while_waiting",), _share),
+    Column("restarts", ("restarts",), lambda value: f"{value:,.0f}"),
+    Column("work redone", ("work_redone",), _share),
+    Column("GPU energy", ("gpu_kwh",), lambda value: f"{value:,.0f} kWh"),
+)
+
+
+def card_table(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads, and one row a policy, of several windows the means."""
+    columns = [column for column in COLUMNS if column.keys[0] in cards[0]]
     rows = []
     for policy in dict.fromkeys(card["policy"] for card in cards):
-        mine = [card for card in cards if card["policy"] == policy]
-
-        def mean(*keys: str, mine: list[dict[str, Any]] = mine) -> float | None:
-            values = [card[keys[0]][keys[1]] if len(keys) > 1 else card[keys[0]] for card in mine]
+        mine, row = [card for card in cards if card["policy"] == policy], [policy]
+        for column in columns:
+            values = [card[column.keys[0]] for card in mine]
+            values = [value[column.keys[1]] for value in values] if len(column.keys) > 1 else values
             known = [value for value in values if value is not None]
-            return sum(known) / len(known) if known else None
-
-        seconds = [mean(*key) for key in CARD_SECONDS]
-        shares = [mean("gpu_allocation"), mean("gpu_held_idle")]
-        never = sum(card["never_started"] for card in mine)
-        texts = ["-" if value is None else f"{value:,.0f} s" for value in seconds]
-        texts += ["-" if value is None else f"{value:.1%}" for value in shares]
-        rows.append((policy, *texts, str(never)))
-    return rows
-
-
-CARD_SECONDS = (
-    ("jct_seconds", "mean"),
-    ("jct_seconds", "p50"),
-    ("jct_seconds", "p99"),
-    ("wait_seconds", "mean"),
-    ("wait_seconds", "p99"),
-)
+            row.append(column.form(sum(known) / len(known)) if known else "-")
+        rows.append((*row, str(sum(card["never_started"] for card in mine))))
+    return ("policy", *(column.head for column in columns), "never"), rows
 
 
 def _size_rows(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -235,7 +279,7 @@ def comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
 
 
 def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], parts: int) -> None:
-    print_table(CARD, card_rows(cards), title=f"means of {parts} windows" if parts > 1 else "")
+    print_table(*card_table(cards), title=f"means of {parts} windows" if parts > 1 else "")
     print()
     print_table(*_size_rows(cards))
     for text in comparison_texts(compared):
@@ -252,9 +296,7 @@ def _write(
     from colocate.simulate.page import PageTable, write_page
 
     cards, compared, known = data["runs"], data["comparisons"], known_policies()
-    tables = [
-        PageTable("Policies", CARD, card_rows(cards), "Simulated. GPUs are told from the first arrival to the last.")
-    ]
+    tables = [PageTable("Policies", *card_table(cards), "Simulated. GPUs are told from the first arrival to the last.")]
     tables.append(PageTable("Who waits", *_size_rows(cards), "By the GPUs of all members of a job."))
     tables.append(
         PageTable(

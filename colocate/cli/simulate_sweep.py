@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from colocate.cli.output import DATA_FORMS, end_status, print_data, print_table, status
-from colocate.cli.simulate import CARD, card_rows, comparison_texts, jobs_for, named_policies
+from colocate.cli.simulate import card_table, comparison_texts, conditions_of, jobs_for, named_policies
 from colocate.errors import BadInput
 from colocate.simulate.compare import comparisons
 from colocate.simulate.sweep import World, sweep
@@ -40,12 +40,12 @@ def seeds_of(text: str) -> list[int]:
 def command(options: argparse.Namespace) -> int:
     """Exit 1 where jobs never start under some policy. Raises BadInput."""
     policies, seeds = named_policies(options.policy), seeds_of(options.seeds)
-    worlds = []
+    worlds, conditions = list[World](), conditions_of(options)
     for fleet in options.nodes:
         nodes = read_nodes(fleet)
         for jobs in options.jobs:
             workload = jobs_for(nodes, jobs, options.window_jobs)
-            worlds.append(World((fleet, jobs), nodes, workload))
+            worlds.append(World((fleet, jobs), nodes, workload, conditions))
     if len({world.names for world in worlds}) < len(worlds):
         raise BadInput("--nodes, --jobs: one is named twice")
     runs = sweep(worlds, policies, seeds, options.window_jobs, _say, ray=options.ray, workers=options.workers)
@@ -66,7 +66,7 @@ def command(options: argparse.Namespace) -> int:
     else:
         for one in found:
             cards = [run["card"] for run in one["runs"]]
-            print_table(CARD, card_rows(cards), title=f"{one['jobs']} on {one['nodes']}, means of {len(seeds)} seeds")
+            print_table(*card_table(cards), title=f"{one['jobs']} on {one['nodes']}, means of {len(seeds)} seeds")
             print("\n".join(comparison_texts(one["comparisons"])))
     return int(any(run["card"]["never_started"] for run in runs))
 

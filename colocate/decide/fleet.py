@@ -49,7 +49,7 @@ def compiled(cores: tuple[tuple[types.ModuleType, tuple[str, ...]], ...] = CORES
         space = {**vars(module), **found}
         for name, function in _callees_first(mine):
             plain = types.FunctionType(function.__code__, space, name, function.__defaults__)
-            found[name] = space[name] = numba.njit(nogil=True)(plain)
+            found[name] = space[name] = numba.njit(nogil=True, error_model="numpy")(plain)
     return found
 
 
@@ -80,9 +80,19 @@ CPU_US, PRESSURE_US, THROTTLED_US, STALL_US, WORKING_SET, OWN_LIMIT, FROZEN, WIS
 )
 # What is told of a node each tick.
 NOW, DAY_SECONDS, BUSY_US, AVAILABLE_BYTES, IDLE_CPUS, IN_FORCE, NODE = range(7)
-# What is remembered of a workload beside its histograms.
-(AT, LAST_CPU, LAST_PRESSURE, LAST_THROTTLED, LAST_STALL, WAITED, USED, SMOOTH, HIGHEST_CPU, HIGHEST_MEMORY, LOWEST_CPU,
- LOWEST_MEMORY, DEADLINE, KILLED, SINCE, KEPT) = range(16)  # fmt: skip
+# What is remembered of a workload: this, how its histograms and its day are, and their weights.
+(AT, LAST_CPU, LAST_PRESSURE, LAST_THROTTLED, LAST_STALL, WAITED, USED, SMOOTH, AHEAD_PEAK,
+ DEADLINE, KILLED, SINCE, KEPT) = range(13)  # fmt: skip
+# What is remembered of a histogram beside its weights, which are to be multiplied by SCALE: all of them, those below
+# the bucket of the quantile, that bucket, and the one that was added to last.
+SCALE, TOTAL, BELOW, QUANTILE, LAST, HISTOGRAM = range(6)
+ABOUT_CPU, ABOUT_MEMORY, SEASON = KEPT, KEPT + HISTOGRAM, KEPT + 2 * HISTOGRAM
+CPU_WEIGHTS = SEASON + model.SLOTS
+MEMORY_WEIGHTS = CPU_WEIGHTS + histogram.CPU_BOUNDS_CORES.size
+STATE = MEMORY_WEIGHTS + histogram.MEMORY_BOUNDS_BYTES.size
+LEAST_SCALE = 1e-9
+# What fades, and how far in so many seconds: mostly the same for everybody.
+OF_SECONDS, OF_CPU, OF_MEMORY, OF_RISE, OF_FALL, FADED = range(6)
 # What is remembered of a node beside the law's row.
 LAST_AT, LAST_BUSY, RUNG, RUNG_SINCE, PRESSED, ALLOWED, SLOT, SETTLED, VICTIM, NODE_KEPT = range(10)
 # VICTIM: 1 + the job whose eviction the memory law asked for, 0: none.
@@ -106,101 +116,124 @@ class Decisions(NamedTuple):
     """(n, jobs): of `eviction`."""
 
 
-@numba.njit(nogil=True)
-def _quantile(weights: Floats, bounds: Floats, lowest: int, highest: int, q: float) -> float:
-    """`model.reference.histogram_quantile` of one row, whose buckets outside of these two are empty."""
-    total = 0.0
-    for j in range(lowest, highest + 1):
-        total += weights[j]
-    if total <= 0.0:
-        return math.nan
-    wanted, running = total * q, 0.0
-    for j in range(lowest, highest + 1):
-        running += weights[j]
-        if running >= wanted:
-            return float(bounds[j])
-    return float(bounds[highest])
+# Arrays and indices are passed, no rows: each view would be counted in and out, which takes longer than all the rest.
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, error_model="numpy")
 def _add(
-    weights: Floats, bounds: Floats, lowest: int, highest: int, value: float, seconds: float, left: float
-) -> tuple[int, int]:
-    """`model.reference.histogram_add` of one row; the lowest and the highest bucket in use (lowest > highest: none)."""
-    for j in range(lowest, highest + 1):
-        weights[j] *= left
-    column: Any = min(np.searchsorted(bounds, value), bounds.size - 1)
-    weights[column] += seconds
-    return min(lowest, int(column)), max(highest, int(column))
+    state: Floats, i: int, j: int, about: int, weights: int, bounds: Floats, value: float, seconds: float, left: float
+) -> None:
+    """`model.reference.histogram_add` of one row; that the others fade is remembered as one number."""
+    scale = state[i, j, about + SCALE] * left
+    if scale < LEAST_SCALE:
+        for k in range(bounds.size):
+            state[i, j, weights + k] *= scale
+        state[i, j, about + TOTAL] *= scale
+        state[i, j, about + BELOW] *= scale
+        scale = 1.0
+    column = int(state[i, j, about + LAST])
+    while column > 0 and bounds[column - 1] >= value:
+        column -= 1
+    while column < bounds.size - 1 and bounds[column] < value:
+        column += 1
+    added = seconds / scale
+    state[i, j, weights + column] += added
+    state[i, j, about + SCALE], state[i, j, about + LAST] = scale, column
+    state[i, j, about + TOTAL] += added
+    if column < state[i, j, about + QUANTILE]:
+        state[i, j, about + BELOW] += added
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, error_model="numpy")
+def _quantile(state: Floats, i: int, j: int, about: int, weights: int, bounds: Floats, q: float) -> float:
+    """`model.reference.histogram_quantile` of one row, from where it was last; always the same `q`."""
+    if state[i, j, about + TOTAL] <= 0.0:
+        return math.nan
+    wanted, column, below = (
+        state[i, j, about + TOTAL] * q,
+        int(state[i, j, about + QUANTILE]),
+        state[i, j, about + BELOW],
+    )
+    while column > 0 and below >= wanted:
+        column -= 1
+        below -= state[i, j, weights + column]
+    while column < bounds.size - 1 and below + state[i, j, weights + column] < wanted:
+        below += state[i, j, weights + column]
+        column += 1
+    state[i, j, about + QUANTILE], state[i, j, about + BELOW] = column, below if column > 0 else 0.0
+    return float(bounds[column])
+
+
+@numba.njit(nogil=True, error_model="numpy")
 def _rate(now: float, before: float, seconds: float) -> float:
     return (now - before) / seconds if now >= before and seconds > 0.0 else math.nan
 
 
-@numba.njit(nogil=True)
-def _forecast_row(
-    kept: Floats,
+@numba.njit(nogil=True, error_model="numpy")
+def _forecast(
+    i: int,
+    j: int,
+    state: Floats,
     told: Floats,
-    cpu: Floats,
-    mem: Floats,
-    season: Floats,
     at: float,
     slot: int,
     entered: bool,
     cpu_bounds: Floats,
     memory_bounds: Floats,
+    faded: Floats,
 ) -> tuple[float, float, float, float]:
     """One workload now and soon: (cores, peak cores, peak bytes, stalled share); NaN where it is not known."""
-    seconds = at - kept[AT] if kept[AT] > 0.0 else 0.0
-    cores = _rate(told[CPU_US], kept[LAST_CPU], seconds) / 1e6
-    waits = _rate(told[PRESSURE_US], kept[LAST_PRESSURE], seconds) / 1e6
-    held = _rate(told[THROTTLED_US], kept[LAST_THROTTLED], seconds) / 1e6
-    stalled = _rate(told[STALL_US], kept[LAST_STALL], seconds) / 1e6
+    seconds = at - state[i, j, AT] if state[i, j, AT] > 0.0 else 0.0
+    cores = _rate(told[i, j, CPU_US], state[i, j, LAST_CPU], seconds) / 1e6
+    waits = _rate(told[i, j, PRESSURE_US], state[i, j, LAST_PRESSURE], seconds) / 1e6
+    held = _rate(told[i, j, THROTTLED_US], state[i, j, LAST_THROTTLED], seconds) / 1e6
+    stalled = _rate(told[i, j, STALL_US], state[i, j, LAST_STALL], seconds) / 1e6
     if not math.isnan(waits):
-        kept[WAITED] += min(max(waits - (0.0 if math.isnan(held) else held), 0.0), 1.0) * seconds
+        state[i, j, WAITED] += min(max(waits - (0.0 if math.isnan(held) else held), 0.0), 1.0) * seconds
     if entered:
-        season[slot] *= model.SEASON_KEPT_A_DAY
+        state[i, j, SEASON + slot] *= model.SEASON_KEPT_A_DAY
+        state[i, j, AHEAD_PEAK] = -1.0
+        for ahead in range(1, model.AHEAD + 1):
+            then = state[i, j, SEASON + (slot + ahead) % model.SLOTS]
+            if not math.isnan(then):
+                state[i, j, AHEAD_PEAK] = max(state[i, j, AHEAD_PEAK], then)
+    if seconds != faded[OF_SECONDS]:
+        faded[OF_SECONDS] = seconds
+        faded[OF_CPU] = 2.0 ** (-seconds / histogram.CPU_HALF_LIFE_SECONDS)
+        faded[OF_MEMORY] = 2.0 ** (-seconds / histogram.MEMORY_HALF_LIFE_SECONDS)
+        faded[OF_RISE] = 1.0 - math.exp(-seconds / model.RISE_SECONDS)
+        faded[OF_FALL] = 1.0 - math.exp(-seconds / model.FALL_SECONDS)
+    smooth = state[i, j, SMOOTH]
     if not math.isnan(cores):
-        kept[USED] += cores * seconds
-        left = 2.0 ** (-seconds / histogram.CPU_HALF_LIFE_SECONDS)
-        low, high = int(kept[LOWEST_CPU]), int(kept[HIGHEST_CPU])
-        kept[LOWEST_CPU], kept[HIGHEST_CPU] = _add(cpu, cpu_bounds, low, high, cores, seconds, left)
-        if math.isnan(kept[SMOOTH]):
-            kept[SMOOTH] = cores
-        else:
-            constant = model.RISE_SECONDS if cores > kept[SMOOTH] else model.FALL_SECONDS
-            kept[SMOOTH] += (1.0 - math.exp(-seconds / constant)) * (cores - kept[SMOOTH])
-    if seconds > 0.0:
-        left = 2.0 ** (-seconds / histogram.MEMORY_HALF_LIFE_SECONDS)
-        low, high = int(kept[LOWEST_MEMORY]), int(kept[HIGHEST_MEMORY])
-        kept[LOWEST_MEMORY], kept[HIGHEST_MEMORY] = _add(
-            mem, memory_bounds, low, high, told[WORKING_SET], seconds, left
+        state[i, j, USED] += cores * seconds
+        _add(state, i, j, ABOUT_CPU, CPU_WEIGHTS, cpu_bounds, cores, seconds, faded[OF_CPU])
+        smooth = (
+            cores if math.isnan(smooth) else smooth + faded[OF_RISE if cores > smooth else OF_FALL] * (cores - smooth)
         )
-    if not math.isnan(kept[SMOOTH]):
-        season[slot] = max(season[slot], kept[SMOOTH]) if not math.isnan(season[slot]) else kept[SMOOTH]
-    best = _quantile(cpu, cpu_bounds, int(kept[LOWEST_CPU]), int(kept[HIGHEST_CPU]), 0.95)
-    best = -1.0 if math.isnan(best) else best
-    for ahead in range(model.AHEAD + 1):
-        best = max(best, season[(slot + ahead) % model.SLOTS]) if season[(slot + ahead) % model.SLOTS] > best else best
-    best = max(best, kept[SMOOTH])
-    memory_peak = _quantile(mem, memory_bounds, int(kept[LOWEST_MEMORY]), int(kept[HIGHEST_MEMORY]), 0.98)
-    most = told[WORKING_SET] if math.isnan(memory_peak) else max(memory_peak, told[WORKING_SET])
-    kept[AT], kept[LAST_CPU], kept[LAST_PRESSURE] = at, told[CPU_US], told[PRESSURE_US]
-    kept[LAST_THROTTLED], kept[LAST_STALL] = told[THROTTLED_US], told[STALL_US]
+        state[i, j, SMOOTH] = smooth
+    if seconds > 0.0:
+        _add(
+            state, i, j, ABOUT_MEMORY, MEMORY_WEIGHTS, memory_bounds, told[i, j, WORKING_SET], seconds, faded[OF_MEMORY]
+        )
+    best = _quantile(state, i, j, ABOUT_CPU, CPU_WEIGHTS, cpu_bounds, 0.95)
+    best = max(-1.0 if math.isnan(best) else best, state[i, j, AHEAD_PEAK])
+    if not math.isnan(smooth):
+        known = state[i, j, SEASON + slot]
+        state[i, j, SEASON + slot] = smooth if math.isnan(known) else max(known, smooth)
+        best = max(best, state[i, j, SEASON + slot])
+    memory_peak = _quantile(state, i, j, ABOUT_MEMORY, MEMORY_WEIGHTS, memory_bounds, 0.98)
+    most = told[i, j, WORKING_SET] if math.isnan(memory_peak) else max(memory_peak, told[i, j, WORKING_SET])
+    state[i, j, AT], state[i, j, LAST_CPU], state[i, j, LAST_PRESSURE] = at, told[i, j, CPU_US], told[i, j, PRESSURE_US]
+    state[i, j, LAST_THROTTLED], state[i, j, LAST_STALL] = told[i, j, THROTTLED_US], told[i, j, STALL_US]
     return cores, (math.nan if best < 0.0 else best * model.MARGIN), most * model.MARGIN, stalled
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, error_model="numpy")
 def _step_nodes(
     policy: Floats,
     told: Floats,
     of_node: Floats,
-    kept: Floats,
-    cpu: Floats,
-    mem: Floats,
-    season: Floats,
+    state: Floats,
     node: Floats,
     law: Floats,
     subjects: Floats,
@@ -214,7 +247,7 @@ def _step_nodes(
     done: NDArray[np.int64],
 ) -> None:
     n, w = told.shape[0], told.shape[1]
-    stalls = np.zeros(services)
+    stalls, faded = np.zeros(services), np.full(FADED, -1.0)
     seen, inputs = np.zeros((services, evidence.SUBJECT_INPUTS)), np.zeros(evidence.NODE_INPUTS)
     for i in range(n):
         at = of_node[i, NOW]
@@ -224,8 +257,17 @@ def _step_nodes(
         used = peak = batch = peak_bytes = service_bytes = batch_bytes = 0.0
         presses = False
         for j in range(w):
-            cores, most, most_bytes, stalled = _forecast_row(
-                kept[i, j], told[i, j], cpu[i, j], mem[i, j], season[i, j], at, slot, entered, cpu_bounds, memory_bounds
+            cores, most, most_bytes, stalled = _forecast(
+                i,
+                j,
+                state,
+                told,
+                at,
+                slot,
+                entered,
+                cpu_bounds,
+                memory_bounds,
+                faded,
             )
             cores = 0.0 if math.isnan(cores) else cores
             if j < services:
@@ -245,8 +287,8 @@ def _step_nodes(
         latency = policy[LATENCY] > 0.0
         for j in range(services):
             seen[j, evidence.KIND] = evidence.LATENCY if latency else evidence.WAITING
-            seen[j, evidence.SEEN_AT], seen[j, evidence.SEEN_WAITED] = at, kept[i, j, WAITED]
-            seen[j, evidence.SEEN_T] = told[i, j, LATE] if latency else kept[i, j, WAITED]
+            seen[j, evidence.SEEN_AT], seen[j, evidence.SEEN_WAITED] = at, state[i, j, WAITED]
+            seen[j, evidence.SEEN_T] = told[i, j, LATE] if latency else state[i, j, WAITED]
             seen[j, evidence.SEEN_N] = told[i, j, REQUESTS] if latency else at
             if subjects[i, j, evidence.WINDOW] == 0.0:
                 _NEW_SUBJECT(subjects[i, j], seen[j], policy[WINDOW])
@@ -272,7 +314,7 @@ def _step_nodes(
             )
         leaving, gone = False, False
         for j in range(w - services):
-            row = kept[i, services + j]
+            row = state[i, services + j]
             if row[DEADLINE] > 0.0:
                 over = told[i, services + j, WORKING_SET] <= 0.0 or (
                     row[KILLED] > 0.0 and at >= row[KILLED] + eviction.KILLING_SECONDS
@@ -299,7 +341,7 @@ def _step_nodes(
         victim = _victim(told[i], services) if presses and rung == 4 and not leaving else -1
         node[i, VICTIM] = victim + 1 if victim >= 0 else node[i, VICTIM]
         for j in range(w - services):
-            row, frozen = kept[i, services + j], told[i, services + j, FROZEN] > 0.0
+            row, frozen = state[i, services + j], told[i, services + j, FROZEN] > 0.0
             wished = j == victim or told[i, services + j, WISHED] > 0.0
             alive = told[i, services + j, WORKING_SET] > 0.0
             act, row[DEADLINE], row[KILLED] = _PROCEED(
@@ -329,13 +371,10 @@ class Batch:
     ) -> None:
         w = services + jobs
         self.services = services
-        self.kept = np.zeros((nodes, w, KEPT))
-        self.kept[:, :, SMOOTH] = np.nan
-        self.kept[:, :, SINCE] = self.kept[:, :, HIGHEST_CPU] = self.kept[:, :, HIGHEST_MEMORY] = -1.0
-        self.kept[:, :, LOWEST_CPU] = self.kept[:, :, LOWEST_MEMORY] = histogram.MEMORY_BOUNDS_BYTES.size
-        self.cpu = np.zeros((nodes, w, histogram.CPU_BOUNDS_CORES.size))
-        self.memory = np.zeros((nodes, w, histogram.MEMORY_BOUNDS_BYTES.size))
-        self.season = np.full((nodes, w, model.SLOTS), np.nan)
+        self.state = np.zeros((nodes, w, STATE))
+        self.state[:, :, [SMOOTH, *range(SEASON, SEASON + model.SLOTS)]] = np.nan
+        self.state[:, :, SINCE] = -1.0
+        self.state[:, :, [ABOUT_CPU + SCALE, ABOUT_MEMORY + SCALE]] = 1.0
         self.node = np.zeros((nodes, NODE_KEPT))
         self.node[:, RUNG] = self.node[:, SLOT] = -1.0
         self.law = np.zeros((nodes, attribution.NODE_STATE))
@@ -365,7 +404,7 @@ class Batch:
     def step(self, told: Floats, of_node: Floats) -> Decisions:
         """One look at every node: `told` (n, w, WORKLOAD), `of_node` (n, NODE). The next overwrites the answer."""
         _step_nodes(
-            self.policy, told, of_node, self.kept, self.cpu, self.memory, self.season, self.node, self.law,
+            self.policy, told, of_node, self.state, self.node, self.law,
             self.subjects, self.services, histogram.CPU_BOUNDS_CORES, histogram.MEMORY_BOUNDS_BYTES, *self.decisions,
         )  # fmt: skip
         return self.decisions

@@ -212,7 +212,7 @@ def felt_of(
     return alone, beside
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, error_model="numpy")  # else each division may raise, which costs more than the rest
 def _second(
     second: int, wished: Floats, of_nodes: Floats, world: Floats, nodes: Floats, told: Floats, looks: Floats,
     sums: Floats,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.model.statistics import ratio_interval
-from colocate.simulate.fleet import DISCIPLINES, Run, simulate
+from colocate.simulate.fleet import DISCIPLINES, NO_OUTAGES, Outages, Run, Trouble, simulate
 from colocate.simulate.placement import WHOLE, Nodes
 from colocate.simulate.threads import side_by_side
 from colocate.simulate.workloads import Workload
@@ -32,6 +32,8 @@ CLASSES = (
 )
 """Of jobs: by at most so many thousandths of GPUs."""
 LARGER = "more than 16"
+SHORT_SECONDS = 10.0
+"""Of bounded slowdowns: who runs for less is taken to run so long (Feitelson, JSSPP 2001)."""
 POINTS = 200
 """Of a timeline."""
 
@@ -45,6 +47,18 @@ def known_policies() -> dict[str, str]:
 @cache
 def _others() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="colocate.simulate")}
+
+
+class Conditions(NamedTuple):
+    """What is not the same everywhere."""
+
+    trouble: Trouble | None = None
+    """Nodes fail."""
+    gpu_watts: tuple[float, float] | None = None
+    """Of a GPU that no job runs on, and of one that a job runs on."""
+
+
+USUAL = Conditions()
 
 
 class Window(NamedTuple):
@@ -80,28 +94,43 @@ class Outcome(NamedTuple):
     window: Window
     run: Run
     work: Workload
+    conditions: Conditions = USUAL
 
     def card(self, nodes: Nodes) -> dict[str, Any]:
         """The report card. Seconds and shares; deterministic."""
         work, run = self.work.work, self.run
-        ran = ~np.isnan(run.start)
-        wait = (run.start - work.submit)[ran]
-        jct = wait + work.run[ran]
+        ran = ~np.isnan(run.end)
+        wait, jct = (run.start - work.submit)[ran], (run.end - work.submit)[ran]
         span = float(work.submit[-1] - work.submit[0])
         capacity = float(nodes.gpus.sum()) * span
-        ends = (run.start + work.run)[ran]
-        return {
+        card: dict[str, Any] = {
             "policy": self.policy,
             "jobs": len(ran),
             "never_started": int((~ran).sum()),
             "jct_seconds": _summary(jct),
             "wait_seconds": _summary(wait),
-            "makespan_seconds": round(float(ends.max() - work.submit[0]), 3) if ran.any() else None,
+            "bounded_slowdown": _summary(np.maximum(jct / np.maximum(work.run[ran], SHORT_SECONDS), 1.0)),
+            "makespan_seconds": round(float(run.end[ran].max() - work.submit[0]), 3) if ran.any() else None,
             "gpu_allocation": round(run.busy_gpu_seconds / capacity, 6) if capacity else None,
             "gpu_held_idle": round(run.held_gpu_seconds / capacity, 6) if capacity else None,
+            "gpu_idle_while_waiting": round(run.idle_gpu_seconds / capacity, 6) if capacity else None,
             "decisions": int(run.decisions),
             "wait_seconds_by_size": self._by_size(wait, ran),
         }
+        if self.conditions.trouble is not None:
+            asked = float((self._gpus() * work.run)[ran].sum())
+            card["restarts"] = int(run.restarts)
+            card["work_redone"] = round(run.lost_gpu_seconds / asked, 6) if asked else None
+        if self.conditions.gpu_watts is not None:
+            idle, busy = self.conditions.gpu_watts
+            joules = idle * (capacity - run.busy_gpu_seconds) + busy * run.busy_gpu_seconds
+            card["gpu_kwh"] = round(joules / 3.6e6, 3)
+        return card
+
+    def _gpus(self) -> Floats:
+        """Of each job, with all its members."""
+        each = (self.work.kinds.gpus * self.work.kinds.gpu_milli)[self.work.work.kind] / WHOLE
+        return np.asarray(each * self.work.work.members, dtype=np.float64)
 
     def _by_size(self, wait: Floats, ran: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
         size, found = classes(self.work), {}
@@ -113,13 +142,12 @@ class Outcome(NamedTuple):
         return found
 
     def timeline(self) -> list[tuple[float, float]]:
-        """(hours, GPUs of jobs that run) at POINTS moments from the first arrival to the last one."""
-        work, ran = self.work.work, ~np.isnan(self.run.start)
-        gpus = ((self.work.kinds.gpus * self.work.kinds.gpu_milli)[work.kind] / WHOLE * work.members)[ran]
-        start = self.run.start[ran]
+        """(hours, GPUs of jobs that have begun and are not over) at POINTS moments from first to last arrival."""
+        work, ran = self.work.work, ~np.isnan(self.run.end)
+        gpus, start, ends = self._gpus()[ran], self.run.start[ran], self.run.end[ran]
         began = work.submit[0]
         times = np.linspace(began, work.submit[-1], POINTS)
-        order, ends = np.argsort(start), start + work.run[ran]
+        order = np.argsort(start)
         by_end = np.argsort(ends)
         begun = np.concatenate(([0.0], np.cumsum(gpus[order])))[np.searchsorted(start[order], times, "right")]
         over = np.concatenate(([0.0], np.cumsum(gpus[by_end])))[np.searchsorted(ends[by_end], times, "right")]
@@ -141,6 +169,7 @@ def run_all(
     seed: int,
     say: Callable[[int, int], None],
     workers: int | None = None,
+    conditions: Conditions = USUAL,
 ) -> list[Outcome]:
     """Each policy on each window, in that order with any number of workers: the kernels let go of the interpreter."""
     tasks = [(policy, number, part) for policy in policies for number, part in enumerate(parts)]
@@ -148,7 +177,7 @@ def run_all(
 
     def one(task: tuple[str, int, Window]) -> Outcome:
         policy, number, part = task
-        return one_run(nodes, workload, policy, part, seed + number)
+        return one_run(nodes, workload, policy, part, seed + number, conditions)
 
     for outcome in side_by_side(one, tasks, workers):
         found.append(outcome)
@@ -156,17 +185,27 @@ def run_all(
     return found
 
 
-def one_run(nodes: Nodes, workload: Workload, policy: str, part: Window, seed: int) -> Outcome:
+def one_run(
+    nodes: Nodes, workload: Workload, policy: str, part: Window, seed: int, conditions: Conditions = USUAL
+) -> Outcome:
     """One policy on one window."""
-    chosen = workload.part(part.first, part.first + part.jobs)
-    return Outcome(policy, part, known_run(policy, nodes, chosen, seed), chosen)
+    chosen, trouble = workload.part(part.first, part.first + part.jobs), conditions.trouble
+    outages = NO_OUTAGES if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work, seed)
+    return Outcome(policy, part, known_run(policy, nodes, chosen, seed, None, outages), chosen, conditions)
 
 
-def known_run(policy: str, nodes: Nodes, workload: Workload, seed: int, running: Ints | None = None) -> Run:
+def known_run(
+    policy: str,
+    nodes: Nodes,
+    workload: Workload,
+    seed: int,
+    running: Ints | None = None,
+    outages: Outages = NO_OUTAGES,
+) -> Run:
     """By the name of a policy; `running`: the nodes of the pods of the first jobs, which are there already."""
     if policy in DISCIPLINES:
-        return simulate(nodes, workload.kinds, workload.work, DISCIPLINES[policy], seed, running)
-    return Run(*_others()[policy].load()(nodes, workload.kinds, workload.work, seed, running))
+        return simulate(nodes, workload.kinds, workload.work, DISCIPLINES[policy], seed, running, outages)
+    return Run(*_others()[policy].load()(nodes, workload.kinds, workload.work, seed, running, outages))
 
 
 def comparisons(every: Sequence[dict[str, Any]], policies: Sequence[str]) -> list[dict[str, Any]]:

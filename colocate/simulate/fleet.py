@@ -3,6 +3,9 @@
 What happens at once is in the order of kube-scheduler's events: who ends gives back, then who comes is queued, then
 those that wait are looked at in their order. Unlike it, a pod that did not fit is looked at again at once when
 something ends (its backoff is at most ten seconds), and binding takes no time.
+
+Where a node fails, each job with a member there loses all members and what it did since its last checkpoint, and waits
+again: a gang at its old place in the queue (its PodGroup is the same), pods of no gang behind (they are new ones).
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from colocate.simulate.placement import (
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 NEVER = 1 << 40
+BUSY, HELD, IDLE, LOST = range(4)
+USABLE = 2
 
 
 class Work(NamedTuple):
@@ -81,11 +86,32 @@ DISCIPLINES = {
 }
 
 
+class Outages(NamedTuple):
+    """Nodes that fail and are repaired, in the order of time, and what that costs jobs."""
+
+    at: Floats
+    """Seconds, as of Work.submit."""
+    node: Ints
+    down: NDArray[np.bool_]
+    """It fails; else it is back."""
+    checkpoint: float
+    """Seconds of work between two of a job; infinite: it has none."""
+    restart: float
+    """Seconds until a job that begins again works."""
+
+    def saved(self, worked: float, left: float) -> float:
+        """Of so many seconds of work since a job began, of so many that it had left, those that are not lost."""
+        return float(_saved(worked, left, self.checkpoint))
+
+
+NO_OUTAGES = Outages(np.empty(0), np.empty(0, np.int64), np.empty(0, np.bool_), np.inf, 0.0)
+
+
 class Run(NamedTuple):
     """What became of the jobs."""
 
     start: Floats
-    """Seconds; NaN of those that never started."""
+    """Seconds; NaN of those that never started. Of one that began again, the first time."""
     busy_gpu_seconds: float
     """Of GPUs of jobs that ran, from the first arrival to the last one."""
     held_gpu_seconds: float
@@ -93,7 +119,44 @@ class Run(NamedTuple):
     decisions: int
     """How often a node was looked for."""
     node: Ints
-    """Of each pod, the pods of a job in a row; -1: nowhere."""
+    """Of each pod, the pods of a job in a row, where it was last; -1: nowhere."""
+    end: Floats
+    """Seconds; NaN of those that never ended."""
+    lost_gpu_seconds: float
+    """Of GPUs, for work that was done again and for beginning again."""
+    restarts: int
+    idle_gpu_seconds: float
+    """Of GPUs that nobody had while some job waited, from the first arrival to the last one."""
+
+
+class Trouble(NamedTuple):
+    """How often nodes fail, and what it costs; seconds."""
+
+    mtbf: float
+    """Of a node, the mean time from its repair to its next failure."""
+    repair: float = 3600.0
+    checkpoint: float = np.inf
+    restart: float = 0.0
+
+    def drawn(self, nodes: int, work: Work, seed: int) -> Outages:
+        """Exponential times between failures, as long as the jobs arrive and the longest runs, twice over.
+
+        The same for the same seed, whatever the policy.
+        """
+        rng = np.random.default_rng((seed, 1))
+        first = float(work.submit[0])
+        until = first + 2.0 * (float(work.submit[-1]) - first + float(work.run.max()))
+        rows: list[tuple[float, int, bool]] = []
+        for node in range(nodes):
+            at = first + rng.exponential(self.mtbf)
+            while at < until:
+                rows += [(at, node, True), (at + self.repair, node, False)]
+                at += self.repair + rng.exponential(self.mtbf)
+        rows.sort()
+        times = np.array([at for at, _, _ in rows], dtype=np.float64)
+        which = np.array([node for _, node, _ in rows], dtype=np.int64)
+        down = np.array([is_down for _, _, is_down in rows], dtype=np.bool_)
+        return Outages(times, which, down, self.checkpoint, self.restart)
 
 
 def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
@@ -109,7 +172,13 @@ def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
 
 
 def simulate(
-    nodes: Nodes, kinds: Kinds, work: Work, discipline: Discipline, seed: int, running: Ints | None = None
+    nodes: Nodes,
+    kinds: Kinds,
+    work: Work,
+    discipline: Discipline,
+    seed: int,
+    running: Ints | None = None,
+    outages: Outages = NO_OUTAGES,
 ) -> Run:
     """Until nothing happens any more. The same for the same seed.
 
@@ -134,9 +203,21 @@ def simulate(
     pods = Pods(first, np.full(first[-1], -1, np.int64), np.zeros(first[-1], np.int64), np.zeros(len(first), np.int64))
     there = np.empty(0, np.int64) if running is None else running
     pods.node[: len(there)] = there
-    key = work.run if discipline.shortest else work.submit
-    found = _simulate(board, pods, work, key, policy, discipline.gang, discipline.strict, seed & 0x3FFFFFFF, len(there))
-    return Run(*found, pods.node)
+    rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest)
+    play = _played(board, pods, work, rule, outages)
+    decisions = _simulate(play, seed & 0x3FFFFFFF, len(there))
+    busy, held, idle, lost = (float(area) / WHOLE for area in play.areas)
+    restarts = int(play.progress.again.sum())
+    return Run(play.start, busy, held, decisions, pods.node, play.end, lost, restarts, idle)
+
+
+class Rule(NamedTuple):
+    """A Discipline, compiled."""
+
+    policy: int
+    gang: bool
+    strict: bool
+    shortest: bool
 
 
 class Board(NamedTuple):
@@ -168,69 +249,224 @@ class Pods(NamedTuple):
     """(jobs + 1,) how many of each job are."""
 
 
-@numba.njit(cache=True, nogil=True)
-def _simulate(
-    board: Board, pods: Pods, work: Work, key: Floats, policy: int, gang: bool, strict: bool, lot: int, there: int
-) -> tuple[Floats, float, float, int]:
-    jobs = work.submit.size
-    start = np.full(jobs, np.nan)
-    waiting, count = np.empty(jobs, np.int64), 0
-    too_many = np.full(board.kinds.gpus.size, NEVER)
+class Progress(NamedTuple):
+    """How far each job is; one array each."""
+
+    key: Floats
+    """The queue is in its order."""
+    left: Floats
+    """Seconds of work."""
+    began: Floats
+    """Seconds: when it began last."""
+    over: Floats
+    """Seconds: when it will end; NaN of one that does not run."""
+    again: Ints
+    """How often it was stopped."""
+
+
+class Play(NamedTuple):
+    """All that a run goes by and changes."""
+
+    board: Board
+    pods: Pods
+    work: Work
+    progress: Progress
+    rule: Rule
+    outages: Outages
+    waiting: Ints
+    """Jobs in their order; as many as `count` says."""
+    too_many: Ints
     """Of each kind, so many pods at once fit nowhere since something was given back last."""
+    gpus: Ints
+    """Thousandths: busy, held, and of nodes that have not failed."""
+    areas: Floats
+    """Thousandths of GPUs times seconds: busy, held, idle, lost."""
+    start: Floats
+    end: Floats
+
+
+def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) -> Play:
+    jobs = len(work.submit)
+    key = (work.run if rule.shortest else work.submit).copy()
+    progress = Progress(key, work.run.copy(), np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs, np.int64))
+    gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
+    too_many = np.full(len(board.kinds.gpus), NEVER)
+    start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
+    waiting = np.empty(jobs, np.int64)
+    return Play(board, pods, work, progress, rule, outages, waiting, too_many, gpus, np.zeros(4), start, end)
+
+
+@numba.njit(cache=True, nogil=True)
+def _simulate(play: Play, lot: int, there: int) -> int:
+    """How often a node was looked for."""
+    pods, work, outages, gpus, areas = play.pods, play.work, play.outages, play.gpus, play.areas
+    jobs, count = work.submit.size, 0
     ends = [(0.0, 0) for _ in range(0)]
-    arrived, now, busy, held, busy_area, held_area = 0, 0.0, 0, 0, 0.0, 0.0
-    cursor, decisions, last = 0, 0, work.submit[jobs - 1]
+    arrived, now, cursor, decisions, last, outage = 0, 0.0, 0, 0, work.submit[jobs - 1], 0
     while arrived < jobs and pods.first[arrived] < there:
-        _resume(board, pods, work.kind[arrived], arrived)
-        start[arrived] = work.submit[0]
-        heapq.heappush(ends, (work.submit[0] + work.run[arrived], arrived))
-        busy += _size(board.kinds, work.kind[arrived]) * work.members[arrived]
+        _resume(play, ends, arrived)
         arrived += 1
-    while arrived < jobs or ends:
+    while arrived < jobs or ends or (count > 0 and outage < outages.at.size):
         then = ends[0][0] if ends else np.inf
-        if arrived < jobs:
-            then = min(then, work.submit[arrived])
+        then = min(then, work.submit[arrived]) if arrived < jobs else then
+        then = min(then, outages.at[outage]) if outage < outages.at.size else then
         passed = max(min(then, last) - max(now, work.submit[0]), 0.0)
-        busy_area, held_area, now = busy_area + busy * passed, held_area + held * passed, then
-        freed = False
+        areas[BUSY] += gpus[BUSY] * passed
+        areas[HELD] += gpus[HELD] * passed
+        areas[IDLE] += (gpus[USABLE] - gpus[BUSY] - gpus[HELD]) * passed * (count > 0)
+        now, freed = then, False
         while ends and ends[0][0] <= now:
-            _, j = heapq.heappop(ends)
-            _take_back(board, pods, work.kind[j], j)
-            busy -= _size(board.kinds, work.kind[j]) * work.members[j]
-            freed = True
+            at, j = heapq.heappop(ends)
+            if at == play.progress.over[j]:  # else it was stopped before
+                _end(play, j, now)
+                freed = True
         came, before = count, count
+        while outage < outages.at.size and outages.at[outage] <= now:
+            count = _outage(play, outage, now, arrived, count)
+            outage += 1
+            freed = True
         while arrived < jobs and work.submit[arrived] <= now:
-            came = min(came, _insert(waiting, count, arrived, key))
+            came = min(came, _insert(play.waiting, count, arrived, play.progress.key))
             count, arrived = count + 1, arrived + 1
         if freed:
-            too_many[:] = NEVER
+            play.too_many[:] = NEVER
         begin = 0 if freed else came  # for who waited before nothing has changed
-        if strict and not freed and before > 0:
+        if play.rule.strict and not freed and before > 0:
             begin = count
-        kept = begin
-        for w in range(begin, count):
-            j = waiting[w]
-            had = pods.placed[j]
-            if (work.members[j] if gang else 1) < too_many[work.kind[j]]:  # a call would cost more than that
-                cursor, lot, looked = _look(board, pods, work, j, policy, gang, too_many, cursor, lot)
-                decisions += looked
-            size = _size(board.kinds, work.kind[j])
-            if not gang:
-                held += size * (pods.placed[j] - had)
-            if pods.placed[j] == work.members[j]:
-                start[j] = now
-                heapq.heappush(ends, (now + work.run[j], j))
-                busy += size * work.members[j]
-                held -= 0 if gang else size * work.members[j]
+        count, cursor, lot, looked = _pass(play, ends, begin, count, now, cursor, lot)
+        decisions += looked
+    return decisions
+
+
+@numba.njit(cache=True, nogil=True)
+def _pass(
+    play: Play, ends: list[tuple[float, int]], begin: int, count: int, now: float, cursor: int, lot: int
+) -> tuple[int, int, int, int]:
+    """Start who can, of those that wait from one on; how many wait then, the cursor, the lot, and nodes looked for."""
+    pods, work, rule, waiting = play.pods, play.work, play.rule, play.waiting
+    kept, decisions = begin, 0
+    for w in range(begin, count):
+        j = waiting[w]
+        k, had = work.kind[j], pods.placed[j]
+        if (work.members[j] if rule.gang else 1) < play.too_many[k]:  # a call would cost more than that
+            cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, rule.gang, play.too_many, cursor, lot)
+            decisions += looked
+        size = _size(play.board.kinds, k)
+        if not rule.gang:
+            play.gpus[HELD] += size * (pods.placed[j] - had)
+        if pods.placed[j] == work.members[j]:
+            _begin(play, ends, j, now)
+            play.gpus[HELD] -= 0 if rule.gang else size * work.members[j]
+            continue
+        left = count if rule.strict else w + 1  # nobody is looked at past one that waits
+        for later in range(w, left):
+            waiting[kept] = waiting[later]
+            kept += 1
+        if rule.strict:
+            break
+    return kept, cursor, lot, decisions
+
+
+@numba.njit(cache=True, nogil=True)
+def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
+    """All its members are placed."""
+    progress, restart = play.progress, 0.0
+    if progress.again[job] == 0:
+        play.start[job] = now
+    else:
+        restart = play.outages.restart
+    progress.began[job], progress.over[job] = now, now + restart + progress.left[job]
+    heapq.heappush(ends, (progress.over[job], job))
+    play.gpus[BUSY] += _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
+
+
+@numba.njit(cache=True, nogil=True)
+def _stop(play: Play, job: int) -> None:
+    """It has nothing any more; where its pods were stays known."""
+    _take_back(play.board, play.pods, play.work.kind[job], job)
+    play.pods.placed[job], play.progress.over[job] = 0, np.nan
+    play.gpus[BUSY] -= _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
+
+
+@numba.njit(cache=True, nogil=True)
+def _end(play: Play, job: int, now: float) -> None:
+    _stop(play, job)
+    play.end[job] = now
+    if play.progress.again[job] > 0:
+        size = _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
+        play.areas[LOST] += play.outages.restart * size
+
+
+@numba.njit(cache=True, nogil=True)
+def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> int:
+    """A node fails, or is back; how many jobs wait then."""
+    board, i = play.board, play.outages.node[outage]
+    board.version[i] += 1
+    sign = 1
+    if play.outages.down[outage]:
+        sign = -1
+        for j in range(arrived):
+            if not _is_on(play.pods, j, i):
                 continue
-            left = count if strict else w + 1  # nobody is looked at past one that waits
-            for later in range(w, left):
-                waiting[kept] = waiting[later]
-                kept += 1
-            if strict:
-                break
-        count = kept
-    return start, busy_area / WHOLE, held_area / WHOLE, decisions
+            if np.isnan(play.progress.over[j]):  # it waits for its other members
+                play.gpus[HELD] -= _size(board.kinds, play.work.kind[j]) * _lose(
+                    board, play.pods, play.work.kind[j], j, i
+                )
+                continue
+            _stop(play, j)
+            _fall_back(play, j, now)
+            _insert(play.waiting, count, j, play.progress.key)
+            count += 1
+    board.state.cpu[i] += sign * NEVER
+    play.gpus[USABLE] += sign * board.nodes.gpus[i] * WHOLE
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _fall_back(play: Play, job: int, now: float) -> None:
+    """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
+    progress, outages = play.progress, play.outages
+    had = now - progress.began[job]
+    worked = max(had - (outages.restart if progress.again[job] > 0 else 0.0), 0.0)
+    saved = _saved(worked, progress.left[job], outages.checkpoint)
+    progress.left[job] -= saved
+    progress.again[job] += 1
+    if play.rule.shortest:
+        progress.key[job] = progress.left[job]
+    elif not play.rule.gang:
+        progress.key[job] = now
+    play.areas[LOST] += _size(play.board.kinds, play.work.kind[job]) * play.work.members[job] * (had - saved)
+
+
+@numba.njit(cache=True, nogil=True)
+def _saved(worked: float, left: float, checkpoint: float) -> float:
+    return min(worked // checkpoint * checkpoint, left) if checkpoint < np.inf else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_on(pods: Pods, job: int, node: int) -> bool:
+    """Whether a member of it is there."""
+    found = False
+    for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
+        found |= pods.node[p] == node
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _lose(board: Board, pods: Pods, k: int, job: int, node: int) -> int:
+    """The members there of a job that waits for the rest, which are placed anew; how many they are."""
+    p, lost = pods.first[job], 0
+    while p < pods.first[job] + pods.placed[job]:
+        if pods.node[p] != node:
+            p += 1
+            continue
+        give_back(board.kinds, board.state, node, k, pods.mask[p])
+        pods.placed[job] -= 1
+        last = pods.first[job] + pods.placed[job]
+        pods.node[p], pods.mask[p] = pods.node[last], pods.mask[last]
+        pods.node[last] = -1
+        lost += 1
+    return lost
 
 
 @numba.njit(cache=True, nogil=True)
@@ -250,13 +486,15 @@ def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _resume(board: Board, pods: Pods, k: int, job: int) -> None:
+def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     """A job whose pods are on their nodes already."""
+    board, pods, k = play.board, play.pods, play.work.kind[job]
     for p in range(pods.first[job], pods.first[job + 1]):
         i = pods.node[p]
         pods.mask[p] = take(board.kinds, board.state, board.nodes.gpus[i], i, k, 0, BEST_FIT, 0)
         board.version[i] += 1
         pods.placed[job] += 1
+    _begin(play, ends, job, play.work.submit[0])
 
 
 @numba.njit(cache=True, nogil=True)

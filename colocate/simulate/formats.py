@@ -4,6 +4,7 @@
     SWF              *.swf (Parallel Workloads Archive): a processor is a member with one CPU
     Philly           timestamp,duration,num_gpus (msr-fiddle/philly-traces, flattened)
     openb            creation_time,deletion_time,scheduled_time,... (Alibaba cluster-trace-gpu-v2023)
+    Azure LLM        TIMESTAMP,ContextTokens,GeneratedTokens (Azure LLM inference traces 2023): a request each
     Alibaba v2017    batch_task.csv, 8 columns, with names or without (cluster-trace-v2017)
     Alibaba v2018    batch_task.csv, 9 columns without names (cluster-trace-v2018)
     records          a state directory of the agent, or a file of its records: what the jobs of a node used
@@ -25,6 +26,8 @@ from colocate.simulate.placement import MOST_GPUS, WHOLE
 INSTANCES = 100
 STATES = frozenset(("Ready", "Waiting", "Running", "Terminated", "Failed", "Cancelled", "Interrupted"))
 """Of a task of Alibaba's."""
+CONTEXT_TOKEN_SECONDS, GENERATED_TOKEN_SECONDS = 0.0002, 0.04
+"""Made up: the traces of Azure do not say how long a request took. One at a time on a GPU."""
 GONE_SECONDS = 60.0
 """A job of that name that is seen again so long after is another."""
 
@@ -127,9 +130,16 @@ def _openb(row: traces.Row) -> Job | None:
     return Job(came, run, 1, gpus, milli, row.whole("cpu_milli"), row.whole("memory_mib"), row.place)
 
 
+def _request(row: traces.Row) -> Job:
+    context, generated = row.whole("ContextTokens"), row.whole("GeneratedTokens")
+    seconds = context * CONTEXT_TOKEN_SECONDS + generated * GENERATED_TOKEN_SECONDS
+    return Job(row.moment("TIMESTAMP").timestamp(), seconds, 1, 1, WHOLE, 0, 0, row.place)
+
+
 KNOWN: tuple[tuple[tuple[str, ...], Callable[[traces.Row], Job | None]], ...] = (
     (("timestamp", "duration", "num_gpus"), _philly),
     (("creation_time", "deletion_time", "scheduled_time", "num_gpu", "gpu_milli", "cpu_milli", "memory_mib"), _openb),
+    (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _request),
 )
 
 

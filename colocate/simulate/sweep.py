@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from colocate.errors import BadInput, HostUnfit
-from colocate.simulate.compare import one_run, windows
+from colocate.simulate.compare import USUAL, Conditions, one_run, windows
 from colocate.simulate.placement import Nodes
 from colocate.simulate.threads import side_by_side
 from colocate.simulate.workloads import Workload
@@ -35,6 +35,7 @@ class World(NamedTuple):
     """Of the fleet and of the jobs, as they were given."""
     nodes: Nodes
     workload: Workload
+    conditions: Conditions = USUAL
 
 
 class Point(NamedTuple):
@@ -54,9 +55,15 @@ def points(worlds: int, policies: Sequence[str], seeds: Sequence[int]) -> list[P
 def card(world: World, point: Point, window_jobs: int | None) -> dict[str, Any]:
     """What became of one."""
     [part] = windows(len(world.workload.where), 1, window_jobs, point.seed)
-    found = one_run(world.nodes, world.workload, point.policy, part, point.seed).card(world.nodes)
+    outcome = one_run(world.nodes, world.workload, point.policy, part, point.seed, world.conditions)
     fleet, jobs = world.names
-    return {"nodes": fleet, "jobs": jobs, "seed": point.seed, "first_job": part.first} | {"card": found}
+    return {
+        "nodes": fleet,
+        "jobs": jobs,
+        "seed": point.seed,
+        "first_job": part.first,
+        "card": outcome.card(world.nodes),
+    }
 
 
 def here(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 Task = TypeVar("Task")
 Found = TypeVar("Found")
+LOOK_SECONDS = 0.5
+"""A signal that arrives just before a wait begins is heard when that ends."""
 
 
 def side_by_side(one: Callable[[Task], Found], tasks: Sequence[Task], workers: int | None = None) -> Iterator[Found]:
@@ -33,6 +35,8 @@ def side_by_side(one: Callable[[Task], Found], tasks: Sequence[Task], workers: i
         threading.Thread(target=work, daemon=True).start()
     try:
         for each in promised:
+            while not each.done():
+                wait([each], LOOK_SECONDS)
             yield each.result()
     finally:
         over.set()

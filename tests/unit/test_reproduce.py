@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from colocate.cli.main import main
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.reproduce import TABLES, openb, pollux, reproduce, rlscheduler
+from colocate.simulate.reproduce import TABLES, openb, pollux, reproduce, rlscheduler, sia
 
 FOLDER = Path(os.environ.get(traces.ENVIRONMENT) or "/nowhere")
 
@@ -56,6 +59,52 @@ def test_the_order_of_helios_is_as_it_was_published():
     table = reproduce("helios", FOLDER, lambda _: None)
     assert (table.passed, len(table.cells)) == (6, 6)
     assert table.cells[0].name == "completion: SRTF before SJF"
+
+
+@needs("sia-sosp23")
+@needs("pollux-osdi21")
+def test_forty_jobs_are_complete_sooner_under_sia_than_under_gavel_and_no_gpu_is_given_twice():
+    models, mean = sia.read_models(FOLDER), {}
+    for name, make in sia.POLICIES.items():
+        policy = make()
+        jobs = sia.read_jobs(FOLDER, models, ("rate_10", "workload-1"), elastic=policy.elastic)[:40]
+        decide = policy.decide
+
+        def checked(jobs, now, decide=decide):
+            after, used = decide(jobs, now), Counter[tuple[int, int]]()
+            for where in after.values():
+                for node, count in where.nodes:
+                    used[where.kind, node] += count
+            assert set(after) <= {job.name for job in jobs}
+            assert all(count <= sia.KINDS[kind].node_gpus for (kind, _), count in used.items())
+            return after
+
+        vars(policy)["decide"] = checked
+        if isinstance(policy, sia.Pollux):
+            policy.GENERATIONS = 5
+        sia.simulate(jobs, policy)
+        mean[name] = sia.hours(jobs)[0]
+    assert mean["Sia"] < mean["Gavel"]
+    assert mean["Pollux"] < mean["Gavel"]
+
+
+SIZES = st.sampled_from([1, 2, 4, 8, 16, 24])
+
+
+@given(kind=st.sampled_from([1, 2]), rounds=st.lists(st.lists(SIZES, max_size=8), min_size=1, max_size=4))
+def test_what_sia_hands_out_finds_its_nodes_and_who_keeps_its_size_where_all_fits_stays(kind, rounds):
+    before: dict[str, sia.Where] = {}
+    for sizes in rounds:
+        wanted, left = {}, sia.KINDS[kind].gpus
+        for number, size in enumerate(sizes):
+            if size <= left:
+                wanted[str(number)] = size
+                left -= size
+        after = sia.settled(kind, wanted, before)
+        assert {name: sum(where.placement) for name, where in after.items()} == wanted
+        if wanted == {name: sum(where.placement) for name, where in before.items()}:
+            assert after == before
+        before = after
 
 
 @pytest.mark.slow

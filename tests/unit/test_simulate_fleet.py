@@ -244,6 +244,13 @@ def jobs(tmp_path):
             [(0, 60, 1, 1), (5, 30, 1, 1)],
             id="times with their offsets",
         ),
+        pytest.param(
+            "a.csv",
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,5000,100\n"
+            "2023-11-16 18:15:50.9951690,0,50\n",
+            [(0, 5, 1, 1), (4, 2, 1, 1)],
+            id="requests of Azure's LLMs",
+        ),
         pytest.param("a.swf", "1 7 -1 20 2 -1 -1 3 -1 -1 1 -1 -1 -1 0 -1 -1 -1\n", [(0, 20, 3, 0)], id="swf"),
         pytest.param(
             "batch_task.csv",

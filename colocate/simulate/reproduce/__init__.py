@@ -21,6 +21,7 @@ TABLES = {
     "openb-fgd": ("openb", 102),
     "muri": ("muri", 5),
     "helios": ("helios", 6),
+    "sia": ("sia", 12),
 }
 """By name, the module, and how many cells were published."""
 

@@ -217,13 +217,18 @@ def packed(kept: dict[str, list[int]], new: Iterable[tuple[str, int]]) -> dict[s
             free[node] -= 1
     placed = dict(kept)
     for name, count in new:
-        placed[name] = []
-        while len(placed[name]) < count:
-            best = free.index(max(free))
-            taken = min(free[best], count - len(placed[name]))
-            placed[name] += [best] * taken
-            free[best] -= taken
+        placed[name] = [node for node, taken in spread(free, count) for _ in range(taken)]
     return placed
+
+
+def spread(free: list[int], count: int) -> Iterator[tuple[int, int]]:
+    """(a node, GPUs taken from it) until there are so many: of what is free, the node with most first."""
+    while count:
+        best = free.index(max(free))
+        taken = min(free[best], count)
+        yield best, taken
+        free[best] -= taken
+        count -= taken
 
 
 class Optimus:

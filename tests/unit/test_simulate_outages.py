@@ -1,0 +1,175 @@
+"""Nodes that fail: work since the last checkpoint is lost, nothing else, and energy is power times time."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colocate.cli.main import main
+from colocate.simulate.compare import Conditions, known_run, run_all, windows
+from colocate.simulate.fleet import DISCIPLINES, NO_OUTAGES, Outages, Trouble
+from colocate.simulate.workloads import Workload
+from tests.unit.test_simulate_fleet import GPUS, ROWS, arrived, fleet, work_of
+
+INFINITE = np.inf
+GANGS = [*(name for name, discipline in DISCIPLINES.items() if discipline.gang), "ours", "ours-declared"]
+
+
+def outages(*rows, checkpoint=INFINITE, restart=0.0):
+    """(when, node, whether it fails) of each."""
+    at, node, down = (np.array(column) for column in zip(*rows, strict=True))
+    return Outages(at.astype(float), node.astype(np.int64), down.astype(np.bool_), checkpoint, restart)
+
+
+def ran(policy, nodes, kinds, work, trouble):
+    workload = Workload(work, kinds, tuple(str(i) for i in range(len(work.submit))))
+    return known_run(policy, fleet(nodes), workload, 3, None, trouble)
+
+
+@pytest.mark.parametrize("policy", [*DISCIPLINES, "ours", "ours-declared"])
+@pytest.mark.parametrize(
+    ("checkpoint", "restart", "end", "lost"),
+    [
+        pytest.param(INFINITE, 0, 170, 60, id="without checkpoints all is done again"),
+        pytest.param(25, 0, 120, 10, id="since the last checkpoint"),
+        pytest.param(25, 5, 125, 15, id="and beginning again takes time"),
+        pytest.param(1, 0, 110, 0, id="a checkpoint at that moment loses nothing"),
+    ],
+)
+def test_a_job_whose_node_fails_does_again_what_was_not_saved(policy, checkpoint, restart, end, lost):
+    """One node, down from 60 to 70; a second job waits for the first and never sees it fail."""
+    kinds, work = work_of((0, 100, 2, 2), (200, 10, 1, 1))
+    trouble = outages((60, 0, True), (70, 0, False), checkpoint=checkpoint, restart=restart)
+    run = ran(policy, 1, kinds, work, trouble)
+    assert run.start.tolist() == [0, 200]
+    assert run.end.tolist() == [end, 210]
+    assert (run.restarts, run.lost_gpu_seconds) == (1, lost * GPUS)
+    assert run.busy_gpu_seconds == (100 + lost) * GPUS
+    assert run.idle_gpu_seconds == 0, "a node that has failed has no GPUs that could be had"
+
+
+@pytest.mark.parametrize("policy", [*DISCIPLINES, "ours"])
+def test_a_gang_stops_whole_where_one_of_its_members_is_hit_and_the_other_node_is_used(policy):
+    kinds, work = work_of((0, 50, 2, 4), (0, 30, 1, 1), (300, 1, 1, 1))
+    run = ran(policy, 3, kinds, work, outages((20, 0, True), (1000, 0, False)))
+    hit = [start == 0 and end > 50 for start, end in zip(run.start[:2], run.end[:2], strict=True)]
+    assert sum(hit) == run.restarts == 1, "node 0 had one of both"
+    assert set(run.node[:2]) == {1, 2} or not hit[0]
+    assert (run.end < 1000).all()
+
+
+@pytest.mark.parametrize("policy", ["native", "coscheduling", "packing"])
+def test_who_is_hit_keeps_its_place_where_its_gang_is_known_and_is_new_where_it_is_not(policy):
+    kinds, work = work_of((0, 100, 1, 4), (1, 10, 1, 4), (500, 1, 1, 1))
+    run = ran(policy, 1, kinds, work, outages((50, 0, True), (60, 0, False)))
+    assert run.end.tolist() == ([170, 70, 501] if policy == "native" else [160, 170, 501])
+
+
+def test_what_a_gang_holds_on_a_node_that_fails_is_placed_anew():
+    """Pod by pod: it holds two GPUs of node 0 or 1 and lacks the rest; then both it and the node's jobs begin anew."""
+    kinds, work = work_of((0, 40, 1, 4), (1, 10, 2, 4), (500, 1, 1, 1))
+    for node in (0, 1):
+        run = ran("native-packed", 2, kinds, work, outages((20, node, True), (30, node, False)))
+        assert not np.isnan(run.end).any()
+        assert run.held_gpu_seconds > 0
+        assert run.busy_gpu_seconds == pytest.approx(40 * 4 + 10 * 8 + run.lost_gpu_seconds)
+
+
+TROUBLES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=6)
+
+
+@settings(max_examples=150)
+@given(
+    rows=ROWS,
+    drawn=TROUBLES,
+    policy=st.sampled_from(GANGS),
+    checkpoint=st.sampled_from([1.0, 3.0, INFINITE]),
+    restart=st.sampled_from([0.0, 2.0]),
+)
+def test_every_gang_ends_and_what_ran_is_what_was_asked_for_and_what_was_lost(rows, drawn, policy, checkpoint, restart):
+    events, free_at = [], dict.fromkeys(range(3), 0)
+    for gap, node, down in drawn:
+        at = free_at[node] + gap
+        events += [(at, node, True), (at + down, node, False)]
+        free_at[node] = at + down + 1
+    kinds, work = arrived([*rows, (100_000, 1, 1, 1)])
+    run = ran(policy, 3, kinds, work, outages(*sorted(events), checkpoint=checkpoint, restart=restart))
+    again = ran(policy, 3, kinds, work, outages(*sorted(events), checkpoint=checkpoint, restart=restart))
+    assert np.array_equal(run.end, again.end)
+    assert (run.end >= run.start + work.run).all()
+    gpus = kinds.gpus[work.kind] * work.members
+    asked = float((work.run * gpus)[:-1].sum())
+    assert run.busy_gpu_seconds == pytest.approx(asked + run.lost_gpu_seconds)
+    if checkpoint == 1.0 and restart == 0.0 and all(float(t).is_integer() for t in run.start):
+        assert run.lost_gpu_seconds == 0.0, "everything happens at whole seconds"
+    if not run.restarts:
+        assert run.lost_gpu_seconds == 0.0
+        assert np.allclose(run.end, run.start + work.run)
+
+
+def test_failures_are_the_same_for_every_policy_and_as_often_as_was_said():
+    _, work = work_of((0, 1, 1, 1), (1_000_000, 1, 1, 1))
+    drawn = Trouble(10_000.0, repair=100.0).drawn(50, work, 7)
+    assert np.array_equal(drawn.at, Trouble(10_000.0, repair=100.0).drawn(50, work, 7).at)
+    assert (np.diff(drawn.at) >= 0).all()
+    assert drawn.down.sum() == pytest.approx(50 * 2_000_000 / 10_100, rel=0.03)
+    for node in range(50):
+        mine = drawn.node == node
+        assert (drawn.down[mine] == np.resize([True, False], mine.sum())).all()
+        assert np.diff(drawn.at[mine])[::2] == pytest.approx(100.0)
+    assert not len(Trouble(1e12).drawn(3, work, 1).at)
+
+
+def test_the_report_says_what_failures_cost_and_what_energy_was_drawn(tmp_path, capsys):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("submit_seconds,duration_seconds,gpus\n" + "".join(f"{i * 600},7200,4\n" for i in range(300)))
+    given = ["simulate", "--nodes", "8x8", "--jobs", str(jobs), "--policy", "native,ours", "--mtbf", "24h"]
+    given += ["--checkpoint", "30m", "--restart", "1m", "--gpu-watts", "30:250"]
+    assert main([*given, "-o", "json"]) == 0
+    cards = json.loads(capsys.readouterr().out)["runs"]
+    for card in cards:
+        assert card["restarts"] > 10
+        assert 0.0 < card["work_redone"] < 0.1
+        hours, busy = 299 * 600 / 3600, card["gpu_allocation"]
+        assert card["gpu_kwh"] == pytest.approx(64 * hours * (30 + 220 * busy) / 1000, rel=1e-3)
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert "work redone" in said
+    assert "kWh" in said
+
+
+def test_without_failures_nothing_is_told_of_them():
+    kinds, work = work_of((0, 10, 1, 1), (5, 10, 1, 1))
+    workload = Workload(work, kinds, ("a", "b"))
+    [one] = run_all(fleet(1), workload, ["packing"], windows(2, 1, None, 1), 1, lambda *_: None)
+    assert one.run.restarts == 0
+    assert "restarts" not in one.card(fleet(1))
+    [other] = run_all(
+        fleet(1), workload, ["packing"], windows(2, 1, None, 1), 1, lambda *_: None, None, Conditions(Trouble(1e12))
+    )
+    assert other.card(fleet(1)) == one.card(fleet(1)) | {"restarts": 0, "work_redone": 0.0}
+    assert len(NO_OUTAGES.at) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["--repair", "1h"], "--repair: say with --mtbf how often a node fails", id="no failures"),
+        pytest.param(["--mtbf", "10ms"], "--mtbf: 0.01 s are less than a second", id="it fails without end"),
+        pytest.param(["--mtbf", "1h", "--checkpoint", "0s"], "--checkpoint: 0 s are less", id="without end"),
+        pytest.param(["--gpu-watts", "250"], "--gpu-watts: '250' is not IDLE:BUSY", id="one number"),
+        pytest.param(["--gpu-watts", "250:30"], "--gpu-watts: '250:30' is not IDLE:BUSY", id="the wrong way round"),
+        pytest.param(["--gpu-watts", "nan:30"], "--gpu-watts: 'nan:30' is not IDLE:BUSY", id="no number"),
+        pytest.param(["--from-cluster", "x.json", "--mtbf", "1h"], "--mtbf: not with --from-cluster", id="a cluster"),
+    ],
+)
+def test_what_makes_no_sense_is_said(arguments, said, capsys, tmp_path):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("submit_seconds,duration_seconds,gpus\n0,1,1\n")
+    base = [] if "--from-cluster" in arguments else ["--nodes", "1x1", "--jobs", str(jobs)]
+    assert main(["simulate", *base, *arguments]) == 2
+    assert said in capsys.readouterr().err
