@@ -149,7 +149,8 @@ def _end(tasks: Floats, left: Ints, running: Ints, groups: Floats, counts: Ints,
             running[task] -= count
             counts[ENDED] += running[task] == 0 and left[task] == 0
         else:
-            groups[kept] = groups[k]
+            if kept < k:
+                groups[kept] = groups[k]
             kept += 1
     counts[RECORDS] = kept
 
