@@ -6,6 +6,7 @@ Lentz's continued fraction for the regularized incomplete beta function (Numeric
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
@@ -38,6 +39,7 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
     return 1.0 - value if mirrored else value
 
 
+@lru_cache(maxsize=1024)
 def student_quantile(probability: float, freedom: float) -> float:
     """The quantile of Student's t distribution for 0.5 <= probability < 1, by bisection."""
     low, high = 0.0, 1e6

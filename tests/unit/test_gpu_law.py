@@ -107,7 +107,7 @@ def test_4_where_there_is_room_for_everything_nothing_is_ever_written():
 def test_5_nothing_is_cried_without_batch_on_the_card():
     """At a target so near that a plain p99 of ten seconds is past it now and then."""
     world = vision(1.15)
-    beside(world, asynchronous(), 3600)
+    beside(world, asynchronous(), 1800)
     assert set(world.verdicts) <= {"Learning", "CannotProtect"}
 
 
