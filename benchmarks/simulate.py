@@ -3,40 +3,53 @@
 queue: decisions a second, of scores that never change and of a trained priority. steps: of 256 environments at once.
 placement: pods a second onto the 1,213 GPU nodes of openb. philly: seconds for two months of jobs. exact: seconds for
 all tables of `colocate reproduce` that are to be exact. colocated: seconds for a day of 600 nodes with services and
-batch under the agent's laws, a second a step, from one hour of it. nodes: how placement's rate falls with more nodes.
+batch under the agent's laws, a second a step, from one hour of it. nodes, jobs, queue: how the rate falls with more
+nodes (pods a second), a longer trace, and more jobs that wait at once (jobs a second); results/simulate-growth.html
+plots it. ray: how much longer a sweep takes over a Ray with two workers than in two threads, once Ray runs.
 Each round does everything forwards and then backwards; everything has been compiled before.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Runs, bar, reference_loop
+from benchmarks.common import RESULTS, Runs, bar, reference_loop
 from colocate.errors import BadInput
 from colocate.policy.schema import PolicySpec
+from colocate.report.charts import Series, line_chart
 from colocate.simulate import traces
 from colocate.simulate.colocation import run as run_world
 from colocate.simulate.environments import QueueVectorEnv
 from colocate.simulate.episodes import new_pools, rated
 from colocate.simulate.evaluation import OURS_ARM, Assumptions, Size, make_fleet, prepared
 from colocate.simulate.fleet import DISCIPLINES, simulate
+from colocate.simulate.node_environment import NodeVectorEnv
+from colocate.simulate.page import write_page
 from colocate.simulate.placement import Nodes, arrivals, place, typical_shares
 from colocate.simulate.queue import started
 from colocate.simulate.reproduce import reproduce
 from colocate.simulate.reproduce.openb import ARRIVED
+from colocate.simulate.sweep import World, on_ray, points, sweep
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 
 ROUNDS, WINDOW, POOLS, STEPS = 3, 1024, 256, 200
 WEIGHTS = np.array([1.8, 1.0, -0.5, -0.5, 0.3, 1.1, 0.0, -1.5])
-MORE_NODES = (100, 1_000, 10_000)
-BARS = {"queue": 1e6, "trained": 1e6, "steps": 1e6, "placement": 1e5, "philly": 1.0, "exact": 60.0, "colocated": 60.0}
+MORE_NODES, MORE_JOBS, MORE_WAITING = (100, 1_000, 10_000), (4_000, 16_000, 64_000), (100, 1_000, 10_000)
+RAY_SEEDS = tuple(range(1, 41))
+BARS = {"queue": 1e6, "trained": 1e6, "steps": 1e6, "placement": 1e5, "philly": 1.0, "exact": 60.0, "colocated": 60.0,
+        "ray": 1.1}  # fmt: skip
 EXACT = ("rlscheduler", "pollux-tiresias", "pollux-optimus")
+UNITS = {"philly": "s", "exact": "s", "colocated": "s", "ray": "times"}
+"""What is better the less it is."""
 Arm = Callable[[], float]
 
 
@@ -64,6 +77,8 @@ def _arms(folder: Path) -> dict[str, Arm]:
     windows, pools = [jobs.part(int(f), int(f) + WINDOW) for f in firsts], new_pools(1, WINDOW)
     many = QueueVectorEnv(POOLS, jobs, size=256, slots=32)
     many.reset(seed=1)
+    governed = NodeVectorEnv(POOLS)
+    governed.reset(seed=1)
     nodes, models = traces.openb_nodes(folder / "openb-2023" / "nodes_gpu_node.csv.gz")
     pods = traces.openb_pods(folder / "openb-2023" / "pods" / "default.csv.gz", models)
     come = arrivals(pods.kinds, pods.kind_of, ARRIVED * int(nodes.gpus.sum()) * 1000, 42)
@@ -78,10 +93,15 @@ def _arms(folder: Path) -> dict[str, Arm]:
         for _ in range(STEPS):
             many.step(np.zeros(POOLS, np.int64))
 
+    def governed_steps() -> None:
+        for _ in range(STEPS):
+            governed.step(np.full(POOLS, 0.5, np.float32))
+
     arms: dict[str, Arm] = {
         "queue": lambda: _rate(len(firsts) * WINDOW, queue),
         "trained": lambda: _rate(len(firsts) * WINDOW, lambda: rated(pools, jobs, 256, firsts, WEIGHTS, True)),
-        "steps": lambda: _rate(POOLS * STEPS, steps),
+        "steps Queue": lambda: _rate(POOLS * STEPS, steps),
+        "steps Node": lambda: _rate(POOLS * STEPS, governed_steps),
         "exact": lambda: _seconds(lambda: [reproduce(name, folder, lambda _: None) for name in EXACT]),
     }
     for policy in ("native", "best-fit", "fgd"):
@@ -102,7 +122,41 @@ def _arms(folder: Path) -> dict[str, Arm]:
         arms[f"nodes {count}"] = lambda n=larger: _rate(  # type: ignore[misc]
             len(come), lambda: place(n, pods.kinds, come, "best-fit", 1)
         )
+    for count in MORE_JOBS:
+        part = two_months.part(0, count)
+        arms[f"jobs {count}"] = lambda w=part: _played(fleet, w)  # type: ignore[misc]
+    for count in MORE_WAITING:
+        part = two_months.part(0, count)
+        at_once = part._replace(work=part.work._replace(submit=np.zeros(count)))
+        arms[f"queue {count}"] = lambda w=at_once: _played(fleet, w)  # type: ignore[misc]
+    sweeping = World(("64x8", "philly"), fleet, two_months)
+    arms["ray"] = lambda: _over_ray(sweeping)
     return arms
+
+
+def _played(fleet: Nodes, part: Workload) -> float:
+    return _rate(len(part.where), lambda: simulate(fleet, part.kinds, part.work, DISCIPLINES["packing"], 1))
+
+
+def _over_ray(world: World) -> float:
+    """Seconds over Ray to seconds in threads, two at once; the mean of both orders, once Ray's workers are there."""
+    import ray
+
+    def seconds(address: str | None) -> float:
+        return _seconds(lambda: sweep([world], ["packing"], RAY_SEEDS, 20_000, lambda *_: None, ray=address, workers=2))
+
+    def there() -> float:
+        todo = points(1, ["packing"], RAY_SEEDS)
+        return _seconds(lambda: list(on_ray(ray, [world], todo, 20_000)))
+
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ray.init("local", num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level=logging.ERROR)
+        try:
+            there()
+            here, over, again, at_last = seconds(None), there(), there(), seconds(None)
+        finally:
+            ray.shutdown()
+    return (over + again) / (here + at_last)
 
 
 def measure(runs: Runs) -> None:
@@ -123,6 +177,22 @@ def measure(runs: Runs) -> None:
         runs.add(round=index, **reference, found=found)
 
 
+def _plot(rounds: list[dict[str, Any]]) -> None:
+    lines = []
+    for kind, name in (("nodes", "pods, by nodes"), ("jobs", "jobs, by jobs"), ("queue", "jobs, by jobs that wait")):
+        middle = {
+            float(arm.split()[1]): statistics.median(value for r in rounds for value in r["found"][arm])
+            for arm in rounds[0]["found"]
+            if arm.split()[0] == kind
+        }
+        lines.append(Series(name, [(count, 1e6 / rate) for count, rate in sorted(middle.items())]))
+    chart = line_chart("What one takes", lines, "nodes, jobs", "microseconds", log_x=True, log_y=True)
+    about = (
+        f"Medians of {len(rounds)} rounds on one core; best fit on openb's pods, packing of Philly's jobs on 64 nodes"
+    )
+    write_page(RESULTS / "simulate-growth.html", "How the simulator's cost grows", about, "", [], [(chart, "")])
+
+
 def run(_full: bool) -> list[str]:
     """Measure what is missing, and judge."""
     if not os.environ.get(traces.ENVIRONMENT):
@@ -137,13 +207,14 @@ def run(_full: bool) -> list[str]:
     for name in rounds[0]["found"]:
         values = [value for r in rounds for value in r["found"][name]]
         middle, kind = statistics.median(values), name.split()[0]
-        seconds = kind in ("philly", "exact", "colocated")
+        less = kind in UNITS
         text = f"simulate {name} (of {len(values)}, {min(values):,.3g} to {max(values):,.3g})"
         if kind not in BARS:
             lines.append(f"          {text}: {middle:,.0f} a second")
             continue
-        good = middle <= BARS[kind] if seconds else middle >= BARS[kind]
-        lines.append(bar(text, "PASS" if good else "FAIL", middle, BARS[kind], "s" if seconds else "a second"))
+        good = middle <= BARS[kind] if less else middle >= BARS[kind]
+        lines.append(bar(text, "PASS" if good else "FAIL", middle, BARS[kind], UNITS.get(kind, "a second")))
+    _plot(rounds)
     reference = statistics.median(v for r in rounds for v in (r["reference"], r["reference_after"]))
     lines.append(f"          simulate, beside a reference loop of {1e3 * reference:.1f} ms")
     return lines

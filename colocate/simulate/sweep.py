@@ -83,12 +83,19 @@ def over_ray(
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         ray = _connected(address, workers, folder)
         try:
-            run = ray.remote(max_retries=3)(_of_bytes)
-            # As bytes: arrays in Ray's store are read-only, and each other kind of array would be compiled anew.
-            stored = [ray.put(pickle.dumps(world)) for world in worlds]
-            yield from _in_turn(ray, [run.remote(stored[p.world], p, window_jobs) for p in todo])
+            yield from on_ray(ray, worlds, todo, window_jobs)
         finally:
             ray.shutdown()
+
+
+def on_ray(
+    ray: Any, worlds: Sequence[World], todo: Sequence[Point], window_jobs: int | None
+) -> Iterator[dict[str, Any]]:
+    """The same on a Ray that this process is connected with."""
+    run = ray.remote(max_retries=3)(_of_bytes)
+    # As bytes: arrays in Ray's store are read-only, and each other kind of array would be compiled anew.
+    stored = [ray.put(pickle.dumps(world)) for world in worlds]
+    yield from _in_turn(ray, [run.remote(stored[p.world], p, window_jobs) for p in todo])
 
 
 def _of_bytes(world: bytes, point: Point, window_jobs: int | None) -> dict[str, Any]:
