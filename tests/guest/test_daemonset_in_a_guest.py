@@ -23,6 +23,7 @@ from tools.guest import HOST, lacks, systemd_lacks
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.rare,  # on this machine's own kubelet it runs each time; emulated, its image alone takes minutes
     pytest.mark.skipif(bool(lacks()), reason=f"a guest lacks {lacks()}"),
     pytest.mark.skipif(bool(image.lacks()), reason=f"the container image needs {image.lacks()}"),
 ]
@@ -111,7 +112,7 @@ class Cluster:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(False, id="cgroupfs driver", marks=pytest.mark.rare),
+        pytest.param(False, id="cgroupfs driver"),
         pytest.param(
             True,
             id="systemd driver",

@@ -26,7 +26,7 @@ while os.read(read, 1):
     os.write(write, b"x")
 """
 SECONDS = 2.0
-QUIET_ROUNDS = 6
+QUIET_ROUNDS = int(6 * PATIENCE)
 
 
 def _shares(node, group):
