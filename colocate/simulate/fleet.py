@@ -296,7 +296,7 @@ def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) 
     return Play(board, pods, work, progress, rule, outages, waiting, too_many, gpus, np.zeros(4), start, end)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _simulate(play: Play, lot: int, there: int) -> int:
     """How often a node was looked for."""
     pods, work, outages, gpus, areas = play.pods, play.work, play.outages, play.gpus, play.areas
@@ -338,7 +338,7 @@ def _simulate(play: Play, lot: int, there: int) -> int:
     return decisions
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _pass(
     play: Play, ends: list[tuple[float, int]], begin: int, count: int, now: float, cursor: int, lot: int
 ) -> tuple[int, int, int, int]:
@@ -367,7 +367,7 @@ def _pass(
     return kept, cursor, lot, decisions
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
     """All its members are placed."""
     progress, restart = play.progress, 0.0
@@ -380,7 +380,7 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
     play.gpus[BUSY] += _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _stop(play: Play, job: int) -> None:
     """It has nothing any more; where its pods were stays known."""
     _take_back(play.board, play.pods, play.work.kind[job], job)
@@ -388,7 +388,7 @@ def _stop(play: Play, job: int) -> None:
     play.gpus[BUSY] -= _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _end(play: Play, job: int, now: float) -> None:
     _stop(play, job)
     play.end[job] = now
@@ -397,7 +397,7 @@ def _end(play: Play, job: int, now: float) -> None:
         play.areas[LOST] += play.outages.restart * size
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> int:
     """A node fails, or is back; how many jobs wait then."""
     board, i = play.board, play.outages.node[outage]
@@ -422,7 +422,7 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
@@ -438,12 +438,12 @@ def _fall_back(play: Play, job: int, now: float) -> None:
     play.areas[LOST] += _size(play.board.kinds, play.work.kind[job]) * play.work.members[job] * (had - saved)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _saved(worked: float, left: float, checkpoint: float) -> float:
     return min(worked // checkpoint * checkpoint, left) if checkpoint < np.inf else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _is_on(pods: Pods, job: int, node: int) -> bool:
     """Whether a member of it is there."""
     found = False
@@ -452,7 +452,7 @@ def _is_on(pods: Pods, job: int, node: int) -> bool:
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _lose(board: Board, pods: Pods, k: int, job: int, node: int) -> int:
     """The members there of a job that waits for the rest, which are placed anew; how many they are."""
     p, lost = pods.first[job], 0
@@ -469,12 +469,12 @@ def _lose(board: Board, pods: Pods, k: int, job: int, node: int) -> int:
     return lost
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _size(kinds: Kinds, k: int) -> int:
     return kinds.gpus[k] * kinds.gpu_milli[k]  # type: ignore[no-any-return]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
     """Queue a job behind all of no greater key; its place."""
     at = count
@@ -485,7 +485,7 @@ def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
     return at
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     """A job whose pods are on their nodes already."""
     board, pods, k = play.board, play.pods, play.work.kind[job]
@@ -497,7 +497,7 @@ def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     _begin(play, ends, job, play.work.submit[0])
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
     """What the placed members of a job have."""
     for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
@@ -505,7 +505,7 @@ def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
         board.version[pods.node[p]] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _look(
     board: Board, pods: Pods, work: Work, j: int, policy: int, gang: bool, too_many: Ints, cursor: int, lot: int
 ) -> tuple[int, int, int]:
@@ -532,7 +532,7 @@ def _look(
     return cursor, lot, looked
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _best(board: Board, policy: int, k: int, cursor: int, lot: int) -> tuple[int, int]:
     """The node for a pod of a kind, below 0 where none fits; and how far the next search begins from here."""
     n, score = board.version.size, board.score[k]

@@ -64,6 +64,8 @@ class State(NamedTuple):
     """(nodes, CLASSES), how many pods of each class of GPU demand are there."""
     counted: Ints
     """(nodes, 2), CPU and memory that pods ask for, as kube-scheduler counts those that ask for nothing."""
+    fragmented: Floats
+    """(nodes,) of free GPUs, in thousandths, what a typical pod could not use; NaN: not worked out since a change."""
 
 
 class Typical(NamedTuple):
@@ -125,7 +127,8 @@ def empty(nodes: Nodes) -> State:
     left = np.zeros((count, MOST_GPUS), np.int64)
     left[np.arange(MOST_GPUS) < nodes.gpus[:, None]] = WHOLE
     classes, counted = np.zeros((count, CLASSES), np.int64), np.zeros((count, 2), np.int64)
-    return State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, classes, counted)
+    unknown = np.full(count, np.nan)
+    return State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, classes, counted, unknown)
 
 
 def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
@@ -141,7 +144,7 @@ def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
     return shares
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _place(
     nodes: Nodes, kinds: Kinds, state: State, typical: Typical, pods: Ints, policy: int, rank: Ints, lots: Ints
 ) -> tuple[Ints, Ints]:
@@ -182,13 +185,13 @@ def _place(
     return where, allocated
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def ranked(points: float, nodes: int, rank: int) -> float:
     """A score by which of equals the node of the least rank is the greatest; below 0 is what does not fit."""
     return points if points < 0.0 else points * nodes + nodes - rank
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
     """The best of so many nodes that fit, from one on, equals by lot; and how many were visited."""
     best, best_score, ties, feasible = -1, -1.0, 0, 0
@@ -211,7 +214,7 @@ def drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
     return best, score.size
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def feasible_to_find(nodes: int) -> int:
     """Of how many nodes that fit kube-scheduler is content (schedule_one.go, numFeasibleNodesToFind)."""
     if nodes < 100:
@@ -219,16 +222,17 @@ def feasible_to_find(nodes: int) -> int:
     return max(nodes * max(50 - nodes // 125, 5) // 100, 100)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, policy: int, lot: int) -> int:
     """Give a pod what it asks for of a node that fits; its GPUs, a bit each."""
     num, milli, mask = kinds.gpus[k], kinds.gpu_milli[k], 0
+    state.fragmented[i] = np.nan
     state.cpu[i] -= kinds.cpu_milli[k]
     state.memory[i] -= kinds.memory_mib[k]
     state.classes[i, _class_of(num, milli)] += 1
     _count(kinds, state, i, k, 1)
     if num == 1 and milli < WHOLE:
-        at = device if policy == FGD else _device(state.left[i], gpus, milli, policy, lot)
+        at = device if policy == FGD else _device(state.left, i, gpus, milli, policy, lot)
         state.left[i, at] -= milli
         return 1 << at
     for g in range(gpus):
@@ -239,16 +243,17 @@ def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, pol
     return mask
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _count(kinds: Kinds, state: State, i: int, k: int, sign: int) -> None:
     cpu, memory = kinds.cpu_milli[k], kinds.memory_mib[k]
     state.counted[i, 0] += sign * (cpu if cpu > 0 else COUNTED_CPU_MILLI)
     state.counted[i, 1] += sign * (memory if memory > 0 else COUNTED_MEMORY_MIB)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
     """What a pod was given."""
+    state.fragmented[i] = np.nan
     state.cpu[i] += kinds.cpu_milli[k]
     state.memory[i] += kinds.memory_mib[k]
     state.classes[i, _class_of(kinds.gpus[k], kinds.gpu_milli[k])] -= 1
@@ -258,23 +263,23 @@ def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
             state.left[i, g] += kinds.gpu_milli[k]
 
 
-@numba.njit(cache=True, nogil=True)
-def _device(left: Ints, gpus: int, milli: int, policy: int, lot: int) -> int:
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _device(left: Ints, i: int, gpus: int, milli: int, policy: int, lot: int) -> int:
     """The GPU for a part of one: the tightest, or any where the policy does not choose."""
     best, least, seen = -1, 1 << 30, 0
     for g in range(gpus):
-        if left[g] < milli:
+        if left[i, g] < milli:
             continue
         seen += 1
         if policy in (RANDOM, NATIVE):
             if (lot // 7) % seen == 0:  # each of them with the same chance
                 best = g
-        elif left[g] < least:
-            best, least = g, left[g]
+        elif left[i, g] < least:
+            best, least = g, left[i, g]
     return best
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int) -> tuple[float, int]:
     """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
     if not _fits(nodes, kinds, state, i, k):
@@ -286,7 +291,7 @@ def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int
     return _score(nodes, kinds, state, policy, i, k), -1
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
     if state.cpu[i] < kinds.cpu_milli[k] or state.memory[i] < kinds.memory_mib[k]:
         return False
@@ -300,62 +305,71 @@ def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
     return fit >= kinds.gpus[k]  # type: ignore[no-any-return]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _fgd(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, i: int, k: int) -> tuple[float, int]:
-    gpus, model, num, milli = nodes.gpus[i], nodes.model[i], kinds.gpus[k], kinds.gpu_milli[k]
-    before = _fragmented(kinds, typical, state.cpu[i], state.left[i], gpus, model)
-    cpu, after = state.cpu[i] - kinds.cpu_milli[k], state.left[i].copy()
+    gpus, num, milli, left = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k], state.left
+    cpu = state.cpu[i]
+    if np.isnan(state.fragmented[i]):
+        state.fragmented[i] = _fragmented(nodes, kinds, typical, left, i, cpu)
+    before, cpu = state.fragmented[i], cpu - kinds.cpu_milli[k]
     if num != 1 or milli == WHOLE:
-        need = num
+        need, taken = num, 0
+        for g in range(gpus):  # as if it were there, and then back
+            if need > 0 and left[i, g] == WHOLE:
+                left[i, g], taken, need = 0, taken | 1 << g, need - 1
+        points = _points(before - _fragmented(nodes, kinds, typical, left, i, cpu))
         for g in range(gpus):
-            if need > 0 and after[g] == WHOLE:
-                after[g] = 0
-                need -= 1
-        return _points(before - _fragmented(kinds, typical, cpu, after, gpus, model)), -1
+            left[i, g] += WHOLE * ((taken >> g) & 1)
+        return points, -1
     best, device = -1.0, -1
     for g in range(gpus):
-        if after[g] < milli:
+        if left[i, g] < milli:
             continue
-        after[g] -= milli
-        points = _points(before - _fragmented(kinds, typical, cpu, after, gpus, model))
-        after[g] += milli
+        alike = False
+        for other in range(g):
+            alike |= left[i, other] == left[i, g]
+        if alike:  # as good as the one before
+            continue
+        left[i, g] -= milli
+        points = _points(before - _fragmented(nodes, kinds, typical, left, i, cpu))
+        left[i, g] += milli
         if points > best:
             best, device = points, g
     return best, device
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _points(gained: float) -> float:
     return float(np.floor(100.0 / (1.0 + np.exp(-gained / WHOLE))))
 
 
-@numba.njit(cache=True, nogil=True)
-def _fragmented(kinds: Kinds, typical: Typical, cpu: int, left: Ints, gpus: int, model: int) -> float:
-    """What of a node's free GPUs, in thousandths, a typical pod could not use."""
-    total = 0
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _fragmented(nodes: Nodes, kinds: Kinds, typical: Typical, left: Ints, i: int, cpu: int) -> float:
+    """What of a node's free GPUs, in thousandths, a typical pod could not use; `cpu` is what is free of its CPUs."""
+    gpus, model, total = nodes.gpus[i], nodes.model[i], 0
     for g in range(gpus):
-        total += left[g]
+        total += left[i, g]
     found = 0.0
-    for k in typical.kinds:
+    for t in range(typical.kinds.size):
+        k = typical.kinds[t]
         fits, small = 0, 0
         for g in range(gpus):
-            if left[g] >= kinds.gpu_milli[k]:
-                fits += 1
-            else:
-                small += left[g]
+            free = left[i, g]
+            fits += free >= kinds.gpu_milli[k]
+            small += free * (free < kinds.gpu_milli[k])
         allowed = kinds.models[k] == 0 or (kinds.models[k] >> model) & 1
         useless = kinds.gpus[k] == 0 or not allowed or cpu < kinds.cpu_milli[k] or fits < kinds.gpus[k]
         found += typical.shares[k] * (total if useless else small)
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _class_of(num: int, milli: int) -> int:
     """Of GPU demand: none, a part of one, or how many."""
     return 0 if num == 0 else 1 if milli < WHOLE else 1 + num
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _packing(left: Ints, gpus: int, idle: int, num: int, milli: int) -> float:
     """GPUs in use before idle ones of a node in use before idle nodes."""
     if idle == gpus:
@@ -371,7 +385,7 @@ def _packing(left: Ints, gpus: int, idle: int, num: int, milli: int) -> float:
     return float(max(100 - spare // 10, 100 // 2))
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _clustering(classes: Ints, mine: int, free: int) -> float:
     """Pods of one class of GPU demand together: alone, among others, on an idle node, among others only."""
     others = 0
@@ -381,7 +395,7 @@ def _clustering(classes: Ints, mine: int, free: int) -> float:
     return float(25 * (int(LARGEST_GPU_MILLI) - free) // int(LARGEST_GPU_MILLI) + tier)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def native_points(
     pod: tuple[int, int], used: tuple[int, int], counted: tuple[int, int], every: tuple[int, int]
 ) -> tuple[int, int]:
@@ -406,7 +420,7 @@ def native_points(
     return (least // weights if weights > 0 else 0), balanced
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
     """100 less half of how far the shares of CPU and memory are apart; 100 of a node that has but one of them."""
     if every[0] <= 0 or every[1] <= 0:
@@ -415,7 +429,7 @@ def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
     return int((1.0 - apart) * 100.0)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int) -> float:
     gpus, num, milli = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k]
     c, free, idle = kinds.cpu_milli[k], 0, 0
@@ -443,7 +457,7 @@ def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int
     return float(least + balanced)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def offers(nodes: Nodes, kinds: Kinds, state: State, k: int, seen: NDArray[np.float32]) -> None:
     """What a pod of a kind would make of each node, a row each of OFFER numbers from 0 to 1; 0 where it does not fit.
 
@@ -461,7 +475,7 @@ def offers(nodes: Nodes, kinds: Kinds, state: State, k: int, seen: NDArray[np.fl
             whole += state.left[i, g] == WHOLE
         shared = 0
         if kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE:
-            at = _device(state.left[i], gpus, kinds.gpu_milli[k], BEST_FIT, 0)
+            at = _device(state.left, i, gpus, kinds.gpu_milli[k], BEST_FIT, 0)
             shared = state.left[i, at] - kinds.gpu_milli[k]
             whole -= state.left[i, at] == WHOLE
         else:

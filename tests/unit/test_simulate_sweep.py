@@ -54,6 +54,7 @@ def test_whoever_interrupts_does_not_wait_for_what_runs():
     """Ctrl-C in the middle of simulations that take minutes ends the command at once."""
     code = """
 import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs in the background of a script ignores it
 from colocate.simulate.threads import side_by_side
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
