@@ -22,7 +22,7 @@ GANGS = [*(name for name, discipline in DISCIPLINES.items() if discipline.gang),
 def outages(*rows, checkpoint=INFINITE, restart=0.0):
     """(when, node, whether it fails) of each."""
     at, node, down = (np.array(column) for column in zip(*rows, strict=True))
-    return Outages(at.astype(float), node.astype(np.int64), down.astype(np.bool_), checkpoint, restart)
+    return Outages(at.astype(float), node.astype(np.int64), down.astype(np.bool_), float(checkpoint), float(restart))
 
 
 def ran(policy, nodes, kinds, work, trouble):
