@@ -3,7 +3,7 @@
 queue: decisions a second, of scores that never change and of a trained priority. steps: of 256 environments at once.
 placement: pods a second onto the 1,213 GPU nodes of openb. philly: seconds for two months of jobs. exact: seconds for
 all tables of `colocate reproduce` that are to be exact. colocated: seconds for a day of 600 nodes with services and
-batch under the agent's laws, a second a step, from one hour of it. nodes, jobs, queue: how the rate falls with more
+batch under the agent's laws, a second a step, from one hour of it. nodes, jobs, waiting: how the rate falls with more
 nodes (pods a second), a longer trace, and more jobs that wait at once (jobs a second); results/simulate-growth.html
 plots it. ray: how much longer a sweep takes over a Ray with two workers than in two threads, once Ray runs.
 Each round does everything forwards and then backwards; everything has been compiled before.
@@ -128,7 +128,7 @@ def _arms(folder: Path) -> dict[str, Arm]:
     for count in MORE_WAITING:
         part = two_months.part(0, count)
         at_once = part._replace(work=part.work._replace(submit=np.zeros(count)))
-        arms[f"queue {count}"] = lambda w=at_once: _played(fleet, w)  # type: ignore[misc]
+        arms[f"waiting {count}"] = lambda w=at_once: _played(fleet, w)  # type: ignore[misc]
     sweeping = World(("64x8", "philly"), fleet, two_months)
     arms["ray"] = lambda: _over_ray(sweeping)
     return arms
@@ -142,8 +142,8 @@ def _over_ray(world: World) -> float:
     """Seconds over Ray to seconds in threads, two at once; the mean of both orders, once Ray's workers are there."""
     import ray
 
-    def seconds(address: str | None) -> float:
-        return _seconds(lambda: sweep([world], ["packing"], RAY_SEEDS, 20_000, lambda *_: None, ray=address, workers=2))
+    def in_threads() -> float:
+        return _seconds(lambda: sweep([world], ["packing"], RAY_SEEDS, 20_000, lambda *_: None, workers=2))
 
     def there() -> float:
         todo = points(1, ["packing"], RAY_SEEDS)
@@ -153,7 +153,7 @@ def _over_ray(world: World) -> float:
         ray.init("local", num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level=logging.ERROR)
         try:
             there()
-            here, over, again, at_last = seconds(None), there(), there(), seconds(None)
+            here, over, again, at_last = in_threads(), there(), there(), in_threads()
         finally:
             ray.shutdown()
     return (over + again) / (here + at_last)
@@ -179,11 +179,11 @@ def measure(runs: Runs) -> None:
 
 def _plot(rounds: list[dict[str, Any]]) -> None:
     lines = []
-    for kind, name in (("nodes", "pods, by nodes"), ("jobs", "jobs, by jobs"), ("queue", "jobs, by jobs that wait")):
+    for kind, name in (("nodes", "pods, by nodes"), ("jobs", "jobs, by jobs"), ("waiting", "jobs, by jobs that wait")):
         middle = {
             float(arm.split()[1]): statistics.median(value for r in rounds for value in r["found"][arm])
             for arm in rounds[0]["found"]
-            if arm.split()[0] == kind
+            if arm.startswith(f"{kind} ")
         }
         lines.append(Series(name, [(count, 1e6 / rate) for count, rate in sorted(middle.items())]))
     chart = line_chart("What one takes", lines, "nodes, jobs", "microseconds", log_x=True, log_y=True)

@@ -80,13 +80,14 @@ class OutagesLike(Protocol):
     node: Ints
     down: NDArray[np.bool_]
     restart: float
+    until: float
 
     def saved(self, worked: float, left: float) -> float:
         """Of so many seconds of work, of so many that were left, those that are not lost."""
         ...
 
 
-Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float]
+Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float, bool]
 """The columns of colocate.simulate.fleet.Run."""
 
 
@@ -178,7 +179,7 @@ class Simulation:
             if node not in self.node[self.first[job] : self.first[job + 1]]:
                 continue
             self._leave(job)
-            had = now - float(self.began[job])
+            had = max(now - float(self.began[job]), 0.0)
             worked = max(had - (self.restart if job in self.again else 0.0), 0.0)
             saved = outages.saved(worked, float(self.left[job]))
             self.left[job] -= saved
@@ -250,7 +251,8 @@ class Simulation:
         work, jobs, now = self.work, len(self.work.submit), 0.0
         busy_area, idle_area, first, last = 0.0, 0.0, float(work.submit[0]), float(work.submit[-1])
         outage, troubles = 0, 0 if outages is None else len(outages.at)
-        self.restart = outages.restart if outages is not None else 0.0
+        self.restart, until = (outages.restart, outages.until) if outages is not None else (0.0, np.inf)
+        cut = False
         while arrived < jobs or self.ends or (self.waiting and outage < troubles):
             then = self.ends[0][0] if self.ends else np.inf
             then = min(then, float(work.submit[arrived])) if arrived < jobs else then
@@ -258,6 +260,9 @@ class Simulation:
                 then = min(then, float(outages.at[outage]))
             look = self.queue.next_look(now)
             then = then if look is None else min(then, now + look)
+            if then > until:
+                cut = True
+                break
             passed = max(min(then, last) - max(now, first), 0.0)
             busy_area += self.busy * passed
             idle_area += (self.usable - self.busy) * passed if self.waiting else 0.0
@@ -281,7 +286,9 @@ class Simulation:
                 self._arrive(arrived, now)
                 arrived += 1
             self._decide(now)
-        return (self.start, busy_area, 0.0, self.cycles, self.node, self.end, self.lost, self.restarts, idle_area)
+        cut = cut or (self.waiting > 0 and until < np.inf)
+        areas = (busy_area, 0.0)
+        return (self.start, *areas, self.cycles, self.node, self.end, self.lost, self.restarts, idle_area, cut)
 
 
 def ours(

@@ -320,7 +320,7 @@ def _add_conditions(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gpu-watts",
         metavar="IDLE:BUSY",
-        help="tell the energy: watts of a GPU that no job runs on, and of one that one does",
+        help="tell the energy: watts of a GPU that no job has, and of one that jobs have whole",
     )
 
 

@@ -307,9 +307,11 @@ def _write(
     )
     first = outcomes[0].window
     lines = [Series(o.policy, o.timeline()) for o in outcomes if o.window == first]
-    charts = (
-        [(line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window.")] if data["gpus"] else []
-    )
+    charts = []
+    if data["gpus"] and not any(
+        outcome.run.restarts for outcome in outcomes
+    ):  # who was stopped is not told from when on
+        charts.append((line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window."))
     write_page(page, "A fleet, simulated", about, "; ".join(comparison_texts(compared)), tables, charts)
 
 

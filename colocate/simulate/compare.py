@@ -142,7 +142,7 @@ class Outcome(NamedTuple):
         return found
 
     def timeline(self) -> list[tuple[float, float]]:
-        """(hours, GPUs of jobs that have begun and are not over) at POINTS moments from first to last arrival."""
+        """(hours, GPUs of jobs that run) at POINTS moments from the first arrival to the last one; of no restarts."""
         work, ran = self.work.work, ~np.isnan(self.run.end)
         gpus, start, ends = self._gpus()[ran], self.run.start[ran], self.run.end[ran]
         began = work.submit[0]
@@ -190,8 +190,12 @@ def one_run(
 ) -> Outcome:
     """One policy on one window."""
     chosen, trouble = workload.part(part.first, part.first + part.jobs), conditions.trouble
-    outages = NO_OUTAGES if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work, seed)
-    return Outcome(policy, part, known_run(policy, nodes, chosen, seed, None, outages), chosen, conditions)
+    known = [NO_OUTAGES] if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work, seed)
+    for outages in known:
+        run = known_run(policy, nodes, chosen, seed, None, outages)
+        if not run.cut:
+            break
+    return Outcome(policy, part, run, chosen, conditions)
 
 
 def known_run(

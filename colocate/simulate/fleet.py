@@ -4,19 +4,22 @@ What happens at once is in the order of kube-scheduler's events: who ends gives 
 those that wait are looked at in their order. Unlike it, a pod that did not fit is looked at again at once when
 something ends (its backoff is at most ten seconds), and binding takes no time.
 
-Where a node fails, each job with a member there loses all members and what it did since its last checkpoint, and waits
-again: a gang at its old place in the queue (its PodGroup is the same), pods of no gang behind (they are new ones).
+Where a node fails, each job that runs with a member there loses all members and what it did since its last checkpoint,
+and waits again: a gang at its old place in the queue (its PodGroup is the same), pods of no gang behind (they are new
+ones). A job that holds members while it waits for the rest loses those that are there.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from colocate.errors import BadInput
 from colocate.simulate.placement import (
     BEST_FIT,
     FGD,
@@ -41,6 +44,7 @@ from colocate.simulate.placement import (
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 NEVER = 1 << 40
+MOST_FAILURES, FAILURES_AT_A_TIME = 100_000, 8
 BUSY, HELD, IDLE, LOST = range(4)
 USABLE = 2
 
@@ -98,13 +102,15 @@ class Outages(NamedTuple):
     """Seconds of work between two of a job; infinite: it has none."""
     restart: float
     """Seconds until a job that begins again works."""
+    until: float
+    """What fails later is not known: there the simulation ends."""
 
     def saved(self, worked: float, left: float) -> float:
         """Of so many seconds of work since a job began, of so many that it had left, those that are not lost."""
         return float(_saved(worked, left, self.checkpoint))
 
 
-NO_OUTAGES = Outages(np.empty(0), np.empty(0, np.int64), np.empty(0, np.bool_), np.inf, 0.0)
+NO_OUTAGES = Outages(np.empty(0), np.empty(0, np.int64), np.empty(0, np.bool_), np.inf, 0.0, np.inf)
 
 
 class Run(NamedTuple):
@@ -127,6 +133,8 @@ class Run(NamedTuple):
     restarts: int
     idle_gpu_seconds: float
     """Of GPUs that nobody had while some job waited, from the first arrival to the last one."""
+    cut: bool
+    """It ended where failures are not known any more."""
 
 
 class Trouble(NamedTuple):
@@ -138,25 +146,42 @@ class Trouble(NamedTuple):
     checkpoint: float = np.inf
     restart: float = 0.0
 
-    def drawn(self, nodes: int, work: Work, seed: int) -> Outages:
-        """Exponential times between failures, as long as the jobs arrive and the longest runs, twice over.
+    def drawn(self, nodes: int, work: Work, seed: int) -> Iterator[Outages]:
+        """Exponential times between failures, for longer and longer, until MOST_FAILURES are known.
 
-        The same for the same seed, whatever the policy.
+        First for as long as the jobs arrive and the longest of them runs. The same for the same seed, whatever the
+        policy; what is known for longer begins alike. Raises BadInput where there are too many at once.
         """
-        rng = np.random.default_rng((seed, 1))
         first = float(work.submit[0])
-        until = first + 2.0 * (float(work.submit[-1]) - first + float(work.run.max()))
-        rows: list[tuple[float, int, bool]] = []
+        seconds = max(float(work.submit[-1]) - first + float(work.run.max()), 1.0)
+        each = nodes / (self.mtbf + self.repair)
+        if seconds * each > MOST_FAILURES:
+            text = f"{nodes} nodes fail {seconds * each:,.0f} times while the jobs arrive and the longest of them runs"
+            raise BadInput(f"--mtbf: {text}; at most {MOST_FAILURES:,}")
+        while True:
+            yield self._until(nodes, first, seconds, seed)
+            if seconds * each >= MOST_FAILURES:
+                return
+            seconds = min(4.0 * seconds, MOST_FAILURES / each)
+
+    def _until(self, nodes: int, first: float, seconds: float, seed: int) -> Outages:
+        times, which = [], []
         for node in range(nodes):
-            at = first + rng.exponential(self.mtbf)
-            while at < until:
-                rows += [(at, node, True), (at + self.repair, node, False)]
-                at += self.repair + rng.exponential(self.mtbf)
-        rows.sort()
-        times = np.array([at for at, _, _ in rows], dtype=np.float64)
-        which = np.array([node for _, node, _ in rows], dtype=np.int64)
-        down = np.array([is_down for _, _, is_down in rows], dtype=np.bool_)
-        return Outages(times, which, down, self.checkpoint, self.restart)
+            rng, at, mine = np.random.default_rng((seed, node)), 0.0, [np.empty(0)]
+            while at < seconds:  # as many at a time, so that what is known for longer begins alike
+                down = at + np.cumsum(rng.exponential(self.mtbf, FAILURES_AT_A_TIME) + self.repair) - self.repair
+                mine.append(down)
+                at = float(down[-1]) + self.repair
+            fails = np.concatenate(mine)
+            fails = fails[fails < seconds]
+            times.append(np.stack([fails, fails + self.repair], axis=1).ravel())
+            which.append(np.full(2 * len(fails), node))
+        at_all, of = np.concatenate(times), np.concatenate(which).astype(np.int64)
+        order = np.argsort(at_all, kind="stable")  # of one node and moment it fails first, and is back then
+        down_all = np.arange(len(at_all)) % 2 == 0
+        return Outages(
+            first + at_all[order], of[order], down_all[order], self.checkpoint, self.restart, first + seconds
+        )
 
 
 def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
@@ -205,10 +230,10 @@ def simulate(
     pods.node[: len(there)] = there
     rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest)
     play = _played(board, pods, work, rule, outages)
-    decisions = _simulate(play, seed & 0x3FFFFFFF, len(there))
+    decisions, cut = _simulate(play, seed & 0x3FFFFFFF, len(there))
     busy, held, idle, lost = (float(area) / WHOLE for area in play.areas)
     restarts = int(play.progress.again.sum())
-    return Run(play.start, busy, held, decisions, pods.node, play.end, lost, restarts, idle)
+    return Run(play.start, busy, held, decisions, pods.node, play.end, lost, restarts, idle, bool(cut))
 
 
 class Rule(NamedTuple):
@@ -297,8 +322,8 @@ def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) 
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _simulate(play: Play, lot: int, there: int) -> int:
-    """How often a node was looked for."""
+def _simulate(play: Play, lot: int, there: int) -> tuple[int, bool]:
+    """How often a node was looked for, and whether it was cut short."""
     pods, work, outages, gpus, areas = play.pods, play.work, play.outages, play.gpus, play.areas
     jobs, count = work.submit.size, 0
     ends = [(0.0, 0) for _ in range(0)]
@@ -310,6 +335,8 @@ def _simulate(play: Play, lot: int, there: int) -> int:
         then = ends[0][0] if ends else np.inf
         then = min(then, work.submit[arrived]) if arrived < jobs else then
         then = min(then, outages.at[outage]) if outage < outages.at.size else then
+        if then > outages.until:
+            return decisions, True
         passed = max(min(then, last) - max(now, work.submit[0]), 0.0)
         areas[BUSY] += gpus[BUSY] * passed
         areas[HELD] += gpus[HELD] * passed
@@ -335,7 +362,7 @@ def _simulate(play: Play, lot: int, there: int) -> int:
             begin = count
         count, cursor, lot, looked = _pass(play, ends, begin, count, now, cursor, lot)
         decisions += looked
-    return decisions
+    return decisions, count > 0 and outages.until < np.inf
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -408,10 +435,16 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
         for j in range(arrived):
             if not _is_on(play.pods, j, i):
                 continue
-            if np.isnan(play.progress.over[j]):  # it waits for its other members
-                play.gpus[HELD] -= _size(board.kinds, play.work.kind[j]) * _lose(
-                    board, play.pods, play.work.kind[j], j, i
-                )
+            if np.isnan(play.progress.over[j]):  # it waits for its other members, and now for these
+                size = _size(board.kinds, play.work.kind[j])
+                play.gpus[HELD] -= size * _lose(board, play.pods, play.work.kind[j], j, i)
+                at = 0
+                while play.waiting[at] != j:
+                    at += 1
+                for later in range(at, count - 1):
+                    play.waiting[later] = play.waiting[later + 1]
+                play.progress.key[j] = now
+                _insert(play.waiting, count - 1, j, play.progress.key)
                 continue
             _stop(play, j)
             _fall_back(play, j, now)
@@ -426,7 +459,7 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
 def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
-    had = now - progress.began[job]
+    had = max(now - progress.began[job], 0.0)
     worked = max(had - (outages.restart if progress.again[job] > 0 else 0.0), 0.0)
     saved = _saved(worked, progress.left[job], outages.checkpoint)
     progress.left[job] -= saved
@@ -476,9 +509,9 @@ def _size(kinds: Kinds, k: int) -> int:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
-    """Queue a job behind all of no greater key; its place."""
+    """Queue a job behind all of a lesser key, and of the same key behind who came before; its place."""
     at = count
-    while at > 0 and key[waiting[at - 1]] > key[job]:
+    while at > 0 and (key[waiting[at - 1]] > key[job] or (key[waiting[at - 1]] == key[job] and waiting[at - 1] > job)):
         waiting[at] = waiting[at - 1]
         at -= 1
     waiting[at] = job

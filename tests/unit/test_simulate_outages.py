@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.cli.main import main
-from colocate.simulate.compare import Conditions, known_run, run_all, windows
+from colocate.simulate.compare import Conditions, known_run, one_run, run_all, windows
 from colocate.simulate.fleet import DISCIPLINES, NO_OUTAGES, Outages, Trouble
 from colocate.simulate.workloads import Workload
 from tests.unit.test_simulate_fleet import GPUS, ROWS, arrived, fleet, work_of
@@ -22,7 +23,9 @@ GANGS = [*(name for name, discipline in DISCIPLINES.items() if discipline.gang),
 def outages(*rows, checkpoint=INFINITE, restart=0.0):
     """(when, node, whether it fails) of each."""
     at, node, down = (np.array(column) for column in zip(*rows, strict=True))
-    return Outages(at.astype(float), node.astype(np.int64), down.astype(np.bool_), float(checkpoint), float(restart))
+    return Outages(
+        at.astype(float), node.astype(np.int64), down.astype(np.bool_), float(checkpoint), float(restart), INFINITE
+    )
 
 
 def ran(policy, nodes, kinds, work, trouble):
@@ -111,17 +114,76 @@ def test_every_gang_ends_and_what_ran_is_what_was_asked_for_and_what_was_lost(ro
         assert np.allclose(run.end, run.start + work.run)
 
 
-def test_failures_are_the_same_for_every_policy_and_as_often_as_was_said():
+def test_failures_are_as_often_as_was_said_and_what_is_known_for_longer_begins_alike():
     _, work = work_of((0, 1, 1, 1), (1_000_000, 1, 1, 1))
-    drawn = Trouble(10_000.0, repair=100.0).drawn(50, work, 7)
-    assert np.array_equal(drawn.at, Trouble(10_000.0, repair=100.0).drawn(50, work, 7).at)
-    assert (np.diff(drawn.at) >= 0).all()
-    assert drawn.down.sum() == pytest.approx(50 * 2_000_000 / 10_100, rel=0.03)
-    for node in range(50):
-        mine = drawn.node == node
-        assert (drawn.down[mine] == np.resize([True, False], mine.sum())).all()
-        assert np.diff(drawn.at[mine])[::2] == pytest.approx(100.0)
-    assert not len(Trouble(1e12).drawn(3, work, 1).at)
+    known = list(islice(Trouble(10_000.0, repair=100.0).drawn(50, work, 7), 2))
+    for drawn, longer in zip(known, [*known[1:], known[-1]], strict=True):
+        same = longer.at < drawn.until
+        assert np.array_equal(drawn.at[drawn.at < drawn.until], longer.at[same])
+        assert np.array_equal(drawn.node[drawn.at < drawn.until], longer.node[same])
+        assert (np.diff(drawn.at) >= 0).all()
+        assert drawn.down.sum() == pytest.approx(50 * drawn.until / 10_100, rel=0.05)
+        for node in range(50):
+            mine = drawn.node == node
+            assert (drawn.down[mine] == np.resize([True, False], mine.sum())).all()
+            assert np.diff(drawn.at[mine])[::2] == pytest.approx(100.0)
+    assert known[1].until > 3 * known[0].until
+    assert not len(next(Trouble(1e12).drawn(3, work, 1)).at)
+
+
+def long_job(policy, mtbf, runs=30):
+    """One of ten hours on one node, without a checkpoint."""
+    kinds, work = work_of((0, 36_000, 1, 4))
+    workload, part = Workload(work, kinds, ("a",)), windows(1, 1, None, 1)[0]
+    return [
+        one_run(fleet(1), workload, policy, part, seed, Conditions(Trouble(mtbf, repair=60.0)))
+        for seed in range(1, runs + 1)
+    ]
+
+
+@pytest.mark.parametrize("policy", ["packing", "ours"])
+def test_nodes_fail_as_long_as_jobs_run(policy):
+    """A job of length r is done after mtbf (e^(r / mtbf) - 1) in the mean, and the repairs: longer than any horizon."""
+    ends = [float(outcome.run.end[0]) for outcome in long_job(policy, 18_000.0)]
+    assert np.mean(ends) == pytest.approx(18_000 * (np.exp(2) - 1) + (np.exp(2) - 1) * 60, rel=0.45)
+    assert max(ends) > 3 * 36_000
+
+
+def test_who_can_never_be_done_between_failures_is_said_never_to_end():
+    outcome = long_job("packing", 400.0, runs=1)[0]
+    card = outcome.card(fleet(1))
+    assert (card["never_started"], card["jct_seconds"]["mean"]) == (1, None)
+    assert card["restarts"] > 10_000
+
+
+def test_more_failures_than_can_be_played_are_refused(tmp_path, capsys):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("submit_seconds,duration_seconds\n0,1\n5000000,1\n")
+    assert main(["simulate", "--nodes", "1x8", "--jobs", str(jobs), "--mtbf", "1s", "--repair", "0s"]) == 2
+    assert "--mtbf: 1 nodes fail 5,000,001 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", [*DISCIPLINES, "ours", "ours-declared"])
+def test_a_node_that_is_back_at_once_is_lost_to_nobody(policy):
+    kinds, work = work_of(*((i, 50, 1, 2) for i in range(40)))
+    workload, part = Workload(work, kinds, tuple(map(str, range(40)))), windows(40, 1, None, 1)[0]
+    outcome = one_run(fleet(2), workload, policy, part, 3, Conditions(Trouble(100.0, repair=0.0, checkpoint=5.0)))
+    assert not np.isnan(outcome.run.end).any()
+    assert outcome.run.restarts > 5
+    assert outcome.run.idle_gpu_seconds >= 0
+
+
+@pytest.mark.parametrize("policy", ["coscheduling", "fifo", "packing", "fgd", "ours"])
+def test_who_came_at_the_same_moment_keeps_the_order_of_the_trace(policy):
+    kinds, work = work_of(*((0, 100, 1, 4) for _ in range(3)))
+    assert ran(policy, 1, kinds, work, outages((50, 0, True), (60, 0, False))).end.tolist() == [160, 260, 360]
+
+
+def test_pod_by_pod_who_loses_what_it_held_is_behind_who_waited():
+    """Node 0 or 1 is held by a job that lacks the other; it fails, and a job that waited takes it once it is back."""
+    kinds, work = work_of((0, 100, 1, 4), (1, 10, 2, 4), (2, 10, 1, 4))
+    runs = [ran("native-packed", 2, kinds, work, outages((20, node, True), (30, node, False))) for node in (0, 1)]
+    assert [100, 30] in [run.start.tolist()[1:] for run in runs]
 
 
 def test_the_report_says_what_failures_cost_and_what_energy_was_drawn(tmp_path, capsys):

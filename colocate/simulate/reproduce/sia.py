@@ -140,7 +140,7 @@ class Job(pollux.Job):
         if where is None:
             self.place(())
             return
-        self.moves += 1
+        self.moves += self.most > 0  # the first time is none
         self.most = max(self.most, sum(where.placement))
         self.application = self.model.applications[where.kind]
         self.place(where.placement)
