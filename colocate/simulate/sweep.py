@@ -6,12 +6,15 @@ same with one process, many, and Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -124,19 +127,30 @@ def _connected(address: str, workers: int | None, folder: str) -> Any:
             raise BadInput(
                 f"TMPDIR: {os.path.dirname(folder)} is too long for Ray's sockets: at most {MOST_PATH - 13} characters"
             )
-        ray.init("local", num_cpus=workers or os.cpu_count(), include_dashboard=False, _temp_dir=folder, **quiet)
+        with _our_signals():
+            ray.init("local", num_cpus=workers or os.cpu_count(), include_dashboard=False, _temp_dir=folder, **quiet)
         return ray
     if workers is not None:
         raise BadInput("--workers: a Ray cluster has its own; with --ray it is for `local` only")
     if address != AUTO:
         _reach(address)
     try:
-        ray.init(address, **quiet)
+        with _our_signals():
+            ray.init(address, **quiet)
     except Exception as error:
         raise BadInput(
             f"--ray: no Ray at {address}: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
     return ray
+
+
+@contextlib.contextmanager
+def _our_signals() -> Iterator[None]:
+    """Ray ends a process at SIGTERM itself, with the number of the signal as its exit code."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
 
 
 def _reach(address: str) -> None:

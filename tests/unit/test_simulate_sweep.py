@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,41 @@ def test_ray_gives_the_same_bytes_as_one_process(jobs, tmp_path, tmp_path_factor
     assert out("--ray", "local", "--workers", "2") == expected
     with ray_cluster(f"/tmp/ray-{os.getpid()}") as address:  # the path of a socket is short
         assert out("--ray", address) == expected
+
+
+@pytest.mark.slow
+def test_whoever_ends_a_sweep_over_ray_is_told_by_what_it_ended(jobs, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray (the extra `ray`) is not installed")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    short = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # the path of a socket is short
+    command = [
+        sys.executable,
+        "-m",
+        "colocate.cli.main",
+        "sweep",
+        "--nodes",
+        "8x8",
+        "--jobs",
+        jobs,
+        "--seeds",
+        "1-9999",
+    ]
+    try:
+        process = subprocess.Popen(
+            [*command, "--ray", "local", "--workers", "1"],
+            env={**os.environ, "TMPDIR": str(short)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 120
+        while not list(short.glob("ray-*/session_2*/logs/worker-*")):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
