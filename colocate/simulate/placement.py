@@ -370,28 +370,33 @@ def _class_of(num: int, milli: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _packing(left: Ints, gpus: int, idle: int, num: int, milli: int) -> float:
+def _packing(left: Ints, i: int, gpus: int, idle: int, num: int, milli: int) -> float:
     """GPUs in use before idle ones of a node in use before idle nodes."""
     if idle == gpus:
         return float(max(100 // 3 - idle, idle))
-    need, opened, spare = num, 0, 0
-    for g in np.argsort(left[:gpus], kind="mergesort"):
-        if need > 0 and left[g] >= milli:
-            need -= 1
-            opened += left[g] == WHOLE
-            spare += left[g] * 100 // WHOLE
+    chosen, opened, spare = 0, 0, 0
+    for _ in range(num):  # the tightest of those that are left
+        best = -1
+        for g in range(gpus):
+            if not (chosen >> g) & 1 and left[i, g] >= milli and (best < 0 or left[i, g] < left[i, best]):
+                best = g
+        if best < 0:
+            break
+        chosen |= 1 << best
+        opened += left[i, best] == WHOLE
+        spare += left[i, best] * 100 // WHOLE
     if opened > 0:
         return float(max(100 // 2 - opened, 100 // 3))
     return float(max(100 - spare // 10, 100 // 2))
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _clustering(classes: Ints, mine: int, free: int) -> float:
+def _clustering(classes: Ints, i: int, mine: int, free: int) -> float:
     """Pods of one class of GPU demand together: alone, among others, on an idle node, among others only."""
     others = 0
-    for k in range(1, classes.size):
-        others += k != mine and classes[k] > 0
-    tier = (75 if others == 0 else 50) if classes[mine] > 0 else (25 if others == 0 else 0)
+    for k in range(1, CLASSES):
+        others += k != mine and classes[i, k] > 0
+    tier = (75 if others == 0 else 50) if classes[i, mine] > 0 else (25 if others == 0 else 0)
     return float(25 * (int(LARGEST_GPU_MILLI) - free) // int(LARGEST_GPU_MILLI) + tier)
 
 
@@ -447,9 +452,9 @@ def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int
     if policy == MOST_ALLOCATED:
         return float((gpus * WHOLE - free + asked) * 100 // max(gpus * WHOLE, 1))
     if policy == PACKING:
-        return _packing(state.left[i], gpus, idle, num, milli) if num > 0 else 0.0
+        return _packing(state.left, i, gpus, idle, num, milli) if num > 0 else 0.0
     if policy == CLUSTERING:
-        return _clustering(state.classes[i], _class_of(num, milli), free) if num > 0 else 0.0
+        return _clustering(state.classes, i, _class_of(num, milli), free) if num > 0 else 0.0
     every = (nodes.cpu_milli[i], nodes.memory_mib[i])
     used = (every[0] - state.cpu[i], every[1] - state.memory[i])
     counted = (state.counted[i, 0], state.counted[i, 1])
