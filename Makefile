@@ -11,7 +11,7 @@ help:
 	@echo "make demo             set up, then show co-location on this machine's own cgroups (about two minutes)"
 	@echo "make test             set up, then run the quick tests of every suite whose prerequisites exist"
 	@echo "make test-slow        the slow tests: cgroup v2 in a virtual machine, a controller that dies at every write"
-	@echo "make test-rare        what nearly says the same again and takes half an hour: kubelet and the manifests on v2, more gangs at every write"
+	@echo "make test-rare        what nearly says the same again and takes half an hour: kubelet and the manifests on v2, more gangs at every write, all of openb"
 	@echo "make test-operators   unmodified operators (MPIJob, RayCluster, PyTorchJob, JobSet, LeaderWorkerSet, Kueue) against the controller; builds them once (Go, minutes each)"
 	@echo "make image            the container image, without a registry or a daemon (Debian packages: mmdebstrap)"
 	@echo "make lint             ruff, mypy --strict, import-linter"
@@ -39,7 +39,7 @@ test-slow: $(STAMP)
 	@$(BIN)/python -m tests.run --slow
 
 test-rare: $(STAMP)
-	@$(BIN)/python -m pytest -q -ra -m rare tests/guest tests/cluster
+	@$(BIN)/python -m pytest -q -ra -m rare tests/guest tests/cluster tests/unit
 
 test-operators: $(STAMP)
 	@$(BIN)/python -m tools.operators && $(BIN)/python -m pytest -q -ra tests/operators

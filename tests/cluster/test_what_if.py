@@ -142,7 +142,7 @@ async def one_state(world: World, seed: int, led: Controller) -> str:
 
 @pytest.mark.parametrize(
     "states",
-    [pytest.param(12, id="twelve states"), pytest.param(50, id="fifty states", marks=pytest.mark.slow)],
+    [pytest.param(12, id="twelve states"), pytest.param(30, id="thirty states", marks=pytest.mark.slow)],
 )
 async def test_what_is_said_is_what_happens(world: World, states: int) -> None:
     outcomes: dict[str, int] = {}

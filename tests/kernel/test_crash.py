@@ -32,7 +32,7 @@ from colocate.policy.schema import (
 from colocate.snapshot import Latency, Objective
 from tests.kernel.conftest import HOG, PATIENCE
 
-MOMENTS = 200 if PATIENCE == 1 else 10
+MOMENTS = 100 if PATIENCE == 1 else 10
 FILES = (
     *("cpu.shares", "cpu.weight", "cpu.idle", "cpu.cfs_quota_us", "cpu.max", "memory.limit_in_bytes", "memory.max"),
     *("memory.high", "freezer.state", "cgroup.freeze", "cgroup.subtree_control", "cpuset.cpus"),

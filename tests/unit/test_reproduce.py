@@ -107,8 +107,21 @@ def test_what_sia_hands_out_finds_its_nodes_and_who_keeps_its_size_where_all_fit
         before = after
 
 
+EXTREMES = ("default", "cpu250", "gpushare100", "gpuspec33", "multigpu50")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TABLES)
+@needs("openb-2023")
+def test_what_fgd_and_five_others_hand_out_of_five_workloads_is_as_it_was_published():
+    found = list(openb.cells("openb-fgd", FOLDER, lambda _: None, EXTREMES))
+    assert [cell for cell in found if not cell.passed] == []
+    assert len(found) == 6 * len(EXTREMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.rare] * (name == "openb-fgd")) for name in TABLES]
+)
 def test_every_cell_is_as_it_was_published(name):
     if not FOLDER.is_dir():
         pytest.skip(f"{traces.ENVIRONMENT}, the folder of the traces, is unset")

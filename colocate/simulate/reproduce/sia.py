@@ -397,7 +397,7 @@ class Pollux:
     """
 
     seconds, elastic = 60, True
-    POPULATION, GENERATIONS = 100, 30
+    POPULATION, GENERATIONS = 100, 10
     """The artifact has 100 generations; the population is kept from round to round."""
 
     def __init__(self, seed: int = 0) -> None:
