@@ -55,7 +55,7 @@ SUITES = {
 QUICK = ((("unit 1 of 2",), ("unit 2 of 2",), ("cluster", "browser")), (("kernel",),))
 """Turns, each with lanes that run side by side: what measures this machine's own CPUs has them for itself. A part of
 a suite is every so many of its files."""
-SLOW = ((("guest",), ("cluster", "browser"), ("unit",)), (("kernel",),))
+SLOW = ((("guest",), ("unit",)), (("cluster", "browser"),), (("kernel",),))
 NOTHING_COLLECTED = 5
 """pytest's exit code where no test is chosen."""
 

@@ -205,7 +205,7 @@ async def one_write(
     return reached, refused
 
 
-RARE = ("T2", "T4", "T6", "T9")
+RARE = ("T1", "T2", "T4", "T6", "T9")
 """What they write is written in the others too."""
 
 

@@ -47,8 +47,8 @@ def test_doctor_finds_a_tier_possible(guest):
         pytest.param("test_memory.py", 400, id="memory is given back"),
         pytest.param("test_long_waits.py", 200, id="long waits are told from short ones"),
         pytest.param("test_agent_on_a_kernel.py", 700, id="the agent and its command line"),
-        pytest.param("test_bad_moments.py", 300, id="bad moments"),
-        pytest.param("test_hung_and_restarted.py", 300, id="hung and restarted agents"),
+        pytest.param("test_bad_moments.py", 300, id="bad moments", marks=pytest.mark.rare),
+        pytest.param("test_hung_and_restarted.py", 300, id="hung and restarted agents", marks=pytest.mark.rare),
     ],
 )
 def test_what_differs_by_layout_is_right_on_v2(guest, file, seconds):
