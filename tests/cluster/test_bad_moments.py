@@ -159,7 +159,8 @@ async def test_a_node_of_250_pods_is_governed_as_any_other(
         later = told_by_agent("status")
         assert later["ticks"] - status["ticks"] >= 16
         assert not later.get("problems"), later
-        await world.api.request("DELETE", path_of(PODS, world.namespace), {"gracePeriodSeconds": 0})
+        grace = {"gracePeriodSeconds": 0}
+        await world.api.request("DELETE", path_of(PODS, world.namespace), grace, timeout_seconds=300.0)  # one by one
 
         async def only_the_tier() -> bool:
             return not any(processes_below(port, main, joined(tier, f"pod{uid}")) for uid in uids.values())

@@ -156,7 +156,7 @@ def test_the_demonstration_shows_the_table_and_leaves_the_node_as_it_was(archive
         pytest.skip(f"a real kubelet needs {missing}")
     command = [sys.executable, "-m", "colocate.cli.main", "demo", "kubernetes", "--image", str(archive)]
     ran = subprocess.run(
-        [*command, "--seconds", "3", "-o", "json"], cwd=tmp_path, capture_output=True, text=True, timeout=400
+        [*command, "--seconds", "6", "-o", "json"], cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
