@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, Runs, bar, reference_loop
 from colocate.errors import BadInput
@@ -89,19 +90,14 @@ def _arms(folder: Path) -> dict[str, Arm]:
         for window in windows:
             started(window, window.request, 256, backfill=True)
 
-    def steps() -> None:
-        for _ in range(STEPS):
-            many.step(np.zeros(POOLS, np.int64))
-
-    def governed_steps() -> None:
-        for _ in range(STEPS):
-            governed.step(np.full(POOLS, 0.5, np.float32))
+    def steps(env: QueueVectorEnv | NodeVectorEnv, actions: NDArray[Any]) -> float:
+        return _rate(POOLS * STEPS, lambda: [env.step(actions) for _ in range(STEPS)])
 
     arms: dict[str, Arm] = {
         "queue": lambda: _rate(len(firsts) * WINDOW, queue),
         "trained": lambda: _rate(len(firsts) * WINDOW, lambda: rated(pools, jobs, 256, firsts, WEIGHTS, True)),
-        "steps Queue": lambda: _rate(POOLS * STEPS, steps),
-        "steps Node": lambda: _rate(POOLS * STEPS, governed_steps),
+        "steps Queue": lambda: steps(many, np.zeros(POOLS, np.int64)),
+        "steps Node": lambda: steps(governed, np.full(POOLS, 0.5, np.float32)),
         "exact": lambda: _seconds(lambda: [reproduce(name, folder, lambda _: None) for name in EXACT]),
     }
     for policy in ("native", "best-fit", "fgd"):

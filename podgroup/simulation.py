@@ -7,6 +7,8 @@ the clock is the simulation's. Found by the entry points `colocate.simulate`.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -82,8 +84,8 @@ class OutagesLike(Protocol):
     restart: float
     until: float
 
-    def saved(self, worked: float, left: float) -> float:
-        """Of so many seconds of work, of so many that were left, those that are not lost."""
+    def saved(self, had: float, again: bool, left: float) -> float:
+        """Of a job that had its GPUs for so long and so much work left, the seconds of work that are not lost."""
         ...
 
 
@@ -116,8 +118,9 @@ class Simulation:
         """When each job that runs will end."""
         self.down: set[int] = set()
         self.restart = self.lost = 0.0
-        self.again: set[int] = set()
-        self.restarts = self.waiting = 0
+        self.again = Counter[int]()
+        """How often each job was stopped."""
+        self.waiting = 0
         self.usable = int(nodes.gpus.sum())
         self.free = np.stack([nodes.cpu_milli, nodes.memory_mib, nodes.gpus], axis=1)
         self.dirty: set[str] = set()
@@ -180,19 +183,19 @@ class Simulation:
                 continue
             self._leave(job)
             had = max(now - float(self.began[job]), 0.0)
-            worked = max(had - (self.restart if job in self.again else 0.0), 0.0)
-            saved = outages.saved(worked, float(self.left[job]))
+            saved = outages.saved(had, job in self.again, float(self.left[job]))
             self.left[job] -= saved
             self.lost += float(self.gpus[job]) * (had - saved)
-            self.restarts += 1
-            self.again.add(job)
+            self.again[job] += 1
             self._arrive(job, now, float(self.work.submit[job]))
         spec = msgspec.structs.replace(self.offered[node].spec, unschedulable=True)
         self.cluster.set_node(msgspec.structs.replace(self.offered[node], spec=spec))
+        self.usable -= int(self.free[node, 2])
 
     def _repair(self, node: int) -> None:
         self.down.discard(node)
         self.cluster.set_node(self.offered[node])
+        self.usable += int(self.free[node, 2])
 
     def _bind(self, key: str, placed: list[tuple[str, str]], now: float, *, there: bool = False) -> None:
         """Pods (by uid) to nodes. Raises RuntimeError of what no fleet could carry out: a defect of the policy.
@@ -277,45 +280,42 @@ class Simulation:
                 node = int(outages.node[outage])
                 if outages.down[outage]:
                     self._fail(node, now, outages)
-                    self.usable -= int(self.free[node, 2])
                 else:
                     self._repair(node)
-                    self.usable += int(self.free[node, 2])
                 outage += 1
             while arrived < jobs and work.submit[arrived] <= now:
                 self._arrive(arrived, now)
                 arrived += 1
             self._decide(now)
         cut = cut or (self.waiting > 0 and until < np.inf)
-        areas = (busy_area, 0.0)
-        return (self.start, *areas, self.cycles, self.node, self.end, self.lost, self.restarts, idle_area, cut)
+        held, restarts = 0.0, self.again.total()
+        return self.start, busy_area, held, self.cycles, self.node, self.end, self.lost, restarts, idle_area, cut
 
 
-def ours(
-    nodes: NodesLike,
-    kinds: KindsLike,
-    work: WorkLike,
-    seed: int,
-    running: Ints | None = None,
-    outages: OutagesLike | None = None,
-) -> Found:
-    """the controller's own queue and solver: all or none, in order of arrival, room is kept for gangs that wait"""
-    del seed  # nothing is drawn
-    return _run(Simulation(nodes, kinds, work, declared=False), running, outages)
+def _policy(about: str, *, declared: bool) -> Callable[..., Found]:
+    """One that `colocate simulate` finds by its entry point, and tells about."""
+
+    def policy(
+        nodes: NodesLike,
+        kinds: KindsLike,
+        work: WorkLike,
+        seed: int,
+        running: Ints | None = None,
+        outages: OutagesLike | None = None,
+    ) -> Found:
+        del seed  # nothing is drawn
+        simulation = Simulation(nodes, kinds, work, declared=declared)
+        return simulation.run(simulation.resume(running) if running is not None else 0, outages)
+
+    policy.__doc__ = about
+    return policy
 
 
-def ours_declared(
-    nodes: NodesLike,
-    kinds: KindsLike,
-    work: WorkLike,
-    seed: int,
-    running: Ints | None = None,
-    outages: OutagesLike | None = None,
-) -> Found:
-    """the same, and each job declares how long it runs, truly: who is over in time is started past one that waits"""
-    del seed
-    return _run(Simulation(nodes, kinds, work, declared=True), running, outages)
-
-
-def _run(simulation: Simulation, running: Ints | None, outages: OutagesLike | None) -> Found:
-    return simulation.run(simulation.resume(running) if running is not None else 0, outages)
+ours = _policy(
+    "the controller's own queue and solver: all or none, in order of arrival, room is kept for gangs that wait",
+    declared=False,
+)
+ours_declared = _policy(
+    "the same, and each job declares how long it runs, truly: who is over in time is started past one that waits",
+    declared=True,
+)

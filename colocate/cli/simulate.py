@@ -14,7 +14,8 @@ from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, 
 from colocate.errors import BadInput
 from colocate.simulate.compare import Conditions, Outcome, comparisons, known_policies, run_all, windows
 from colocate.simulate.day import made_day
-from colocate.simulate.fleet import Trouble, too_large
+from colocate.simulate.fleet import too_large
+from colocate.simulate.outages import Trouble
 from colocate.simulate.placement import Nodes
 from colocate.simulate.reproduce import TABLES, Table, reproduce
 from colocate.simulate.traces import folder
@@ -308,9 +309,8 @@ def _write(
     first = outcomes[0].window
     lines = [Series(o.policy, o.timeline()) for o in outcomes if o.window == first]
     charts = []
-    if data["gpus"] and not any(
-        outcome.run.restarts for outcome in outcomes
-    ):  # who was stopped is not told from when on
+    stopped = any(outcome.run.restarts for outcome in outcomes)  # when they stood is not told
+    if data["gpus"] and not stopped:
         charts.append((line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window."))
     write_page(page, "A fleet, simulated", about, "; ".join(comparison_texts(compared)), tables, charts)
 

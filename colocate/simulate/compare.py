@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.model.statistics import ratio_interval
-from colocate.simulate.fleet import DISCIPLINES, NO_OUTAGES, Outages, Run, Trouble, simulate
+from colocate.simulate.fleet import DISCIPLINES, Run, simulate
+from colocate.simulate.outages import NO_OUTAGES, Outages, Trouble
 from colocate.simulate.placement import WHOLE, Nodes
 from colocate.simulate.threads import side_by_side
 from colocate.simulate.workloads import Workload
@@ -190,7 +191,9 @@ def one_run(
 ) -> Outcome:
     """One policy on one window."""
     chosen, trouble = workload.part(part.first, part.first + part.jobs), conditions.trouble
-    known = [NO_OUTAGES] if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work, seed)
+    known = (
+        [NO_OUTAGES] if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work.submit, chosen.work.run, seed)
+    )
     for outages in known:
         run = known_run(policy, nodes, chosen, seed, None, outages)
         if not run.cut:

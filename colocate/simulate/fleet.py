@@ -12,14 +12,12 @@ ones). A job that holds members while it waits for the rest loses those that are
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.errors import BadInput
+from colocate.simulate.outages import NO_OUTAGES, Outages, saved
 from colocate.simulate.placement import (
     BEST_FIT,
     FGD,
@@ -35,6 +33,7 @@ from colocate.simulate.placement import (
     empty,
     feasible_to_find,
     give_back,
+    kernel,
     ranked,
     rate,
     take,
@@ -44,7 +43,6 @@ from colocate.simulate.placement import (
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 NEVER = 1 << 40
-MOST_FAILURES, FAILURES_AT_A_TIME = 100_000, 8
 BUSY, HELD, IDLE, LOST = range(4)
 USABLE = 2
 
@@ -90,29 +88,6 @@ DISCIPLINES = {
 }
 
 
-class Outages(NamedTuple):
-    """Nodes that fail and are repaired, in the order of time, and what that costs jobs."""
-
-    at: Floats
-    """Seconds, as of Work.submit."""
-    node: Ints
-    down: NDArray[np.bool_]
-    """It fails; else it is back."""
-    checkpoint: float
-    """Seconds of work between two of a job; infinite: it has none."""
-    restart: float
-    """Seconds until a job that begins again works."""
-    until: float
-    """What fails later is not known: there the simulation ends."""
-
-    def saved(self, worked: float, left: float) -> float:
-        """Of so many seconds of work since a job began, of so many that it had left, those that are not lost."""
-        return float(_saved(worked, left, self.checkpoint))
-
-
-NO_OUTAGES = Outages(np.empty(0), np.empty(0, np.int64), np.empty(0, np.bool_), np.inf, 0.0, np.inf)
-
-
 class Run(NamedTuple):
     """What became of the jobs."""
 
@@ -135,53 +110,6 @@ class Run(NamedTuple):
     """Of GPUs that nobody had while some job waited, from the first arrival to the last one."""
     cut: bool
     """It ended where failures are not known any more."""
-
-
-class Trouble(NamedTuple):
-    """How often nodes fail, and what it costs; seconds."""
-
-    mtbf: float
-    """Of a node, the mean time from its repair to its next failure."""
-    repair: float = 3600.0
-    checkpoint: float = np.inf
-    restart: float = 0.0
-
-    def drawn(self, nodes: int, work: Work, seed: int) -> Iterator[Outages]:
-        """Exponential times between failures, for longer and longer, until MOST_FAILURES are known.
-
-        First for as long as the jobs arrive and the longest of them runs. The same for the same seed, whatever the
-        policy; what is known for longer begins alike. Raises BadInput where there are too many at once.
-        """
-        first = float(work.submit[0])
-        seconds = max(float(work.submit[-1]) - first + float(work.run.max()), 1.0)
-        each = nodes / (self.mtbf + self.repair)
-        if seconds * each > MOST_FAILURES:
-            text = f"{nodes} nodes fail {seconds * each:,.0f} times while the jobs arrive and the longest of them runs"
-            raise BadInput(f"--mtbf: {text}; at most {MOST_FAILURES:,}")
-        while True:
-            yield self._until(nodes, first, seconds, seed)
-            if seconds * each >= MOST_FAILURES:
-                return
-            seconds = min(4.0 * seconds, MOST_FAILURES / each)
-
-    def _until(self, nodes: int, first: float, seconds: float, seed: int) -> Outages:
-        times, which = [], []
-        for node in range(nodes):
-            rng, at, mine = np.random.default_rng((seed, node)), 0.0, [np.empty(0)]
-            while at < seconds:  # as many at a time, so that what is known for longer begins alike
-                down = at + np.cumsum(rng.exponential(self.mtbf, FAILURES_AT_A_TIME) + self.repair) - self.repair
-                mine.append(down)
-                at = float(down[-1]) + self.repair
-            fails = np.concatenate(mine)
-            fails = fails[fails < seconds]
-            times.append(np.stack([fails, fails + self.repair], axis=1).ravel())
-            which.append(np.full(2 * len(fails), node))
-        at_all, of = np.concatenate(times), np.concatenate(which).astype(np.int64)
-        order = np.argsort(at_all, kind="stable")  # of one node and moment it fails first, and is back then
-        down_all = np.arange(len(at_all)) % 2 == 0
-        return Outages(
-            first + at_all[order], of[order], down_all[order], self.checkpoint, self.restart, first + seconds
-        )
 
 
 def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
@@ -321,7 +249,7 @@ def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) 
     return Play(board, pods, work, progress, rule, outages, waiting, too_many, gpus, np.zeros(4), start, end)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _simulate(play: Play, lot: int, there: int) -> tuple[int, bool]:
     """How often a node was looked for, and whether it was cut short."""
     pods, work, outages, gpus, areas = play.pods, play.work, play.outages, play.gpus, play.areas
@@ -365,7 +293,7 @@ def _simulate(play: Play, lot: int, there: int) -> tuple[int, bool]:
     return decisions, count > 0 and outages.until < np.inf
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _pass(
     play: Play, ends: list[tuple[float, int]], begin: int, count: int, now: float, cursor: int, lot: int
 ) -> tuple[int, int, int, int]:
@@ -394,7 +322,7 @@ def _pass(
     return kept, cursor, lot, decisions
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
     """All its members are placed."""
     progress, restart = play.progress, 0.0
@@ -404,27 +332,26 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
         restart = play.outages.restart
     progress.began[job], progress.over[job] = now, now + restart + progress.left[job]
     heapq.heappush(ends, (progress.over[job], job))
-    play.gpus[BUSY] += _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
+    play.gpus[BUSY] += _gpus(play, job)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _stop(play: Play, job: int) -> None:
     """It has nothing any more; where its pods were stays known."""
     _take_back(play.board, play.pods, play.work.kind[job], job)
     play.pods.placed[job], play.progress.over[job] = 0, np.nan
-    play.gpus[BUSY] -= _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
+    play.gpus[BUSY] -= _gpus(play, job)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _end(play: Play, job: int, now: float) -> None:
     _stop(play, job)
     play.end[job] = now
     if play.progress.again[job] > 0:
-        size = _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]
-        play.areas[LOST] += play.outages.restart * size
+        play.areas[LOST] += play.outages.restart * _gpus(play, job)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> int:
     """A node fails, or is back; how many jobs wait then."""
     board, i = play.board, play.outages.node[outage]
@@ -436,18 +363,14 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
             if not _is_on(play.pods, j, i):
                 continue
             if np.isnan(play.progress.over[j]):  # it waits for its other members, and now for these
-                size = _size(board.kinds, play.work.kind[j])
-                play.gpus[HELD] -= size * _lose(board, play.pods, play.work.kind[j], j, i)
-                at = 0
-                while play.waiting[at] != j:
-                    at += 1
-                for later in range(at, count - 1):
-                    play.waiting[later] = play.waiting[later + 1]
+                play.gpus[HELD] -= _size(board.kinds, play.work.kind[j]) * _lose(
+                    board, play.pods, play.work.kind[j], j, i
+                )
+                count = _remove(play.waiting, count, j)
                 play.progress.key[j] = now
-                _insert(play.waiting, count - 1, j, play.progress.key)
-                continue
-            _stop(play, j)
-            _fall_back(play, j, now)
+            else:
+                _stop(play, j)
+                _fall_back(play, j, now)
             _insert(play.waiting, count, j, play.progress.key)
             count += 1
     board.state.cpu[i] += sign * NEVER
@@ -455,28 +378,22 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
     return count
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
     had = max(now - progress.began[job], 0.0)
-    worked = max(had - (outages.restart if progress.again[job] > 0 else 0.0), 0.0)
-    saved = _saved(worked, progress.left[job], outages.checkpoint)
-    progress.left[job] -= saved
+    kept = saved(outages, had, progress.again[job] > 0, progress.left[job])
+    progress.left[job] -= kept
     progress.again[job] += 1
     if play.rule.shortest:
         progress.key[job] = progress.left[job]
     elif not play.rule.gang:
         progress.key[job] = now
-    play.areas[LOST] += _size(play.board.kinds, play.work.kind[job]) * play.work.members[job] * (had - saved)
+    play.areas[LOST] += _gpus(play, job) * (had - kept)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
-def _saved(worked: float, left: float, checkpoint: float) -> float:
-    return min(worked // checkpoint * checkpoint, left) if checkpoint < np.inf else 0.0
-
-
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _is_on(pods: Pods, job: int, node: int) -> bool:
     """Whether a member of it is there."""
     found = False
@@ -485,7 +402,7 @@ def _is_on(pods: Pods, job: int, node: int) -> bool:
     return found
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _lose(board: Board, pods: Pods, k: int, job: int, node: int) -> int:
     """The members there of a job that waits for the rest, which are placed anew; how many they are."""
     p, lost = pods.first[job], 0
@@ -502,12 +419,29 @@ def _lose(board: Board, pods: Pods, k: int, job: int, node: int) -> int:
     return lost
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _size(kinds: Kinds, k: int) -> int:
     return kinds.gpus[k] * kinds.gpu_milli[k]  # type: ignore[no-any-return]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
+def _gpus(play: Play, job: int) -> int:
+    """Of all its members, in thousandths."""
+    return _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]  # type: ignore[no-any-return]
+
+
+@kernel()
+def _remove(waiting: Ints, count: int, job: int) -> int:
+    """A job out of the queue; how many wait then."""
+    kept = 0
+    for w in range(count):
+        if waiting[w] != job:
+            waiting[kept] = waiting[w]
+            kept += 1
+    return kept
+
+
+@kernel()
 def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
     """Queue a job behind all of a lesser key, and of the same key behind who came before; its place."""
     at = count
@@ -518,7 +452,7 @@ def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
     return at
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     """A job whose pods are on their nodes already."""
     board, pods, k = play.board, play.pods, play.work.kind[job]
@@ -530,7 +464,7 @@ def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     _begin(play, ends, job, play.work.submit[0])
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
     """What the placed members of a job have."""
     for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
@@ -538,7 +472,7 @@ def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
         board.version[pods.node[p]] += 1
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _look(
     board: Board, pods: Pods, work: Work, j: int, policy: int, gang: bool, too_many: Ints, cursor: int, lot: int
 ) -> tuple[int, int, int]:
@@ -565,7 +499,7 @@ def _look(
     return cursor, lot, looked
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _best(board: Board, policy: int, k: int, cursor: int, lot: int) -> tuple[int, int]:
     """The node for a pod of a kind, below 0 where none fits; and how far the next search begins from here."""
     n, score = board.version.size, board.score[k]

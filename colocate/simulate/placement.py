@@ -10,6 +10,7 @@ the nodes that fit, ties by lot), which looks at no GPU; `most-allocated` scores
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numba
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+kernel = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
+"""A compiled function that lets go of the interpreter, and whose divisions are not checked."""
 MOST_GPUS, WHOLE = 8, 1000
 """GPUs of a node, and thousandths of one."""
 POLICIES = ("random", "dot-product", "clustering", "packing", "best-fit", "fgd", "native", "most-allocated")
@@ -144,7 +147,7 @@ def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
     return shares
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _place(
     nodes: Nodes, kinds: Kinds, state: State, typical: Typical, pods: Ints, policy: int, rank: Ints, lots: Ints
 ) -> tuple[Ints, Ints]:
@@ -185,13 +188,13 @@ def _place(
     return where, allocated
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(inline="always")
 def ranked(points: float, nodes: int, rank: int) -> float:
     """A score by which of equals the node of the least rank is the greatest; below 0 is what does not fit."""
     return points if points < 0.0 else points * nodes + nodes - rank
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
     """The best of so many nodes that fit, from one on, equals by lot; and how many were visited."""
     best, best_score, ties, feasible = -1, -1.0, 0, 0
@@ -214,7 +217,7 @@ def drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
     return best, score.size
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def feasible_to_find(nodes: int) -> int:
     """Of how many nodes that fit kube-scheduler is content (schedule_one.go, numFeasibleNodesToFind)."""
     if nodes < 100:
@@ -222,7 +225,7 @@ def feasible_to_find(nodes: int) -> int:
     return max(nodes * max(50 - nodes // 125, 5) // 100, 100)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, policy: int, lot: int) -> int:
     """Give a pod what it asks for of a node that fits; its GPUs, a bit each."""
     num, milli, mask = kinds.gpus[k], kinds.gpu_milli[k], 0
@@ -243,14 +246,14 @@ def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, pol
     return mask
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _count(kinds: Kinds, state: State, i: int, k: int, sign: int) -> None:
     cpu, memory = kinds.cpu_milli[k], kinds.memory_mib[k]
     state.counted[i, 0] += sign * (cpu if cpu > 0 else COUNTED_CPU_MILLI)
     state.counted[i, 1] += sign * (memory if memory > 0 else COUNTED_MEMORY_MIB)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
     """What a pod was given."""
     state.fragmented[i] = np.nan
@@ -263,7 +266,7 @@ def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
             state.left[i, g] += kinds.gpu_milli[k]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _device(left: Ints, i: int, gpus: int, milli: int, policy: int, lot: int) -> int:
     """The GPU for a part of one: the tightest, or any where the policy does not choose."""
     best, least, seen = -1, 1 << 30, 0
@@ -279,7 +282,7 @@ def _device(left: Ints, i: int, gpus: int, milli: int, policy: int, lot: int) ->
     return best
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(inline="always")
 def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int) -> tuple[float, int]:
     """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
     if not _fits(nodes, kinds, state, i, k):
@@ -291,7 +294,7 @@ def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int
     return _score(nodes, kinds, state, policy, i, k), -1
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(inline="always")
 def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
     if state.cpu[i] < kinds.cpu_milli[k] or state.memory[i] < kinds.memory_mib[k]:
         return False
@@ -305,7 +308,7 @@ def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
     return fit >= kinds.gpus[k]  # type: ignore[no-any-return]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(inline="always")
 def _fgd(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, i: int, k: int) -> tuple[float, int]:
     gpus, num, milli, left = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k], state.left
     cpu = state.cpu[i]
@@ -338,12 +341,12 @@ def _fgd(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, i: int, k: 
     return best, device
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _points(gained: float) -> float:
     return float(np.floor(100.0 / (1.0 + np.exp(-gained / WHOLE))))
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _fragmented(nodes: Nodes, kinds: Kinds, typical: Typical, left: Ints, i: int, cpu: int) -> float:
     """What of a node's free GPUs, in thousandths, a typical pod could not use; `cpu` is what is free of its CPUs."""
     gpus, model, total = nodes.gpus[i], nodes.model[i], 0
@@ -363,13 +366,13 @@ def _fragmented(nodes: Nodes, kinds: Kinds, typical: Typical, left: Ints, i: int
     return found
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _class_of(num: int, milli: int) -> int:
     """Of GPU demand: none, a part of one, or how many."""
     return 0 if num == 0 else 1 if milli < WHOLE else 1 + num
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _packing(left: Ints, i: int, gpus: int, idle: int, num: int, milli: int) -> float:
     """GPUs in use before idle ones of a node in use before idle nodes."""
     if idle == gpus:
@@ -390,7 +393,7 @@ def _packing(left: Ints, i: int, gpus: int, idle: int, num: int, milli: int) -> 
     return float(max(100 - spare // 10, 100 // 2))
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _clustering(classes: Ints, i: int, mine: int, free: int) -> float:
     """Pods of one class of GPU demand together: alone, among others, on an idle node, among others only."""
     others = 0
@@ -400,7 +403,7 @@ def _clustering(classes: Ints, i: int, mine: int, free: int) -> float:
     return float(25 * (int(LARGEST_GPU_MILLI) - free) // int(LARGEST_GPU_MILLI) + tier)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def native_points(
     pod: tuple[int, int], used: tuple[int, int], counted: tuple[int, int], every: tuple[int, int]
 ) -> tuple[int, int]:
@@ -425,7 +428,7 @@ def native_points(
     return (least // weights if weights > 0 else 0), balanced
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
     """100 less half of how far the shares of CPU and memory are apart; 100 of a node that has but one of them."""
     if every[0] <= 0 or every[1] <= 0:
@@ -434,7 +437,7 @@ def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
     return int((1.0 - apart) * 100.0)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(inline="always")
 def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int) -> float:
     gpus, num, milli = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k]
     c, free, idle = kinds.cpu_milli[k], 0, 0
@@ -462,7 +465,7 @@ def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int
     return float(least + balanced)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def offers(nodes: Nodes, kinds: Kinds, state: State, k: int, seen: NDArray[np.float32]) -> None:
     """What a pod of a kind would make of each node, a row each of OFFER numbers from 0 to 1; 0 where it does not fit.
 

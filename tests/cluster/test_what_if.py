@@ -153,4 +153,4 @@ async def test_what_is_said_is_what_happens(world: World, states: int) -> None:
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         await world.clear()
     assert {"Start", "Wait"} <= outcomes.keys(), outcomes
-    assert states <= 12 or outcomes.get("Preempt", 0) >= 3, outcomes
+    assert states <= 12 or "Preempt" in outcomes, outcomes

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from colocate.cli.main import main
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.reproduce import TABLES, openb, pollux, reproduce, rlscheduler, sia
+from colocate.simulate.reproduce import TABLES, kinds, openb, pollux, reproduce, rlscheduler, sia
+from colocate.simulate.reproduce.genetic import Pollux
 
 FOLDER = Path(os.environ.get(traces.ENVIRONMENT) or "/nowhere")
 
@@ -64,10 +65,10 @@ def test_the_order_of_helios_is_as_it_was_published():
 @needs("sia-sosp23")
 @needs("pollux-osdi21")
 def test_two_dozen_jobs_are_complete_sooner_under_sia_than_under_gavel_and_no_gpu_is_given_twice():
-    models, mean = sia.read_models(FOLDER), {}
+    models, mean = kinds.read_models(FOLDER), {}
     for name, make in sia.POLICIES.items():
         policy = make()
-        jobs = sia.read_jobs(FOLDER, models, ("rate_10", "workload-1"), elastic=policy.elastic)[:24]
+        jobs = kinds.read_jobs(FOLDER, models, ("rate_10", "workload-1"), elastic=policy.elastic)[:24]
         decide = policy.decide
 
         def checked(jobs, now, decide=decide):
@@ -76,14 +77,14 @@ def test_two_dozen_jobs_are_complete_sooner_under_sia_than_under_gavel_and_no_gp
                 for node, count in where.nodes:
                     used[where.kind, node] += count
             assert set(after) <= {job.name for job in jobs}
-            assert all(count <= sia.KINDS[kind].node_gpus for (kind, _), count in used.items())
+            assert all(count <= kinds.KINDS[kind].node_gpus for (kind, _), count in used.items())
             return after
 
         vars(policy)["decide"] = checked
-        if isinstance(policy, sia.Pollux):
+        if isinstance(policy, Pollux):
             policy.GENERATIONS = 3
-        sia.simulate(jobs, policy)
-        mean[name] = sia.hours(jobs)[0]
+        kinds.simulate(jobs, policy)
+        mean[name] = sia.figures(jobs)[0]
     assert mean["Sia"] < mean["Gavel"]
     assert mean["Pollux"] < mean["Gavel"]
 
@@ -93,14 +94,14 @@ SIZES = st.sampled_from([1, 2, 4, 8, 16, 24])
 
 @given(kind=st.sampled_from([1, 2]), rounds=st.lists(st.lists(SIZES, max_size=8), min_size=1, max_size=4))
 def test_what_sia_hands_out_finds_its_nodes_and_who_keeps_its_size_where_all_fits_stays(kind, rounds):
-    before: dict[str, sia.Where] = {}
+    before: dict[str, kinds.Where] = {}
     for sizes in rounds:
-        wanted, left = {}, sia.KINDS[kind].gpus
+        wanted, left = {}, kinds.KINDS[kind].gpus
         for number, size in enumerate(sizes):
             if size <= left:
                 wanted[str(number)] = size
                 left -= size
-        after = sia.settled(kind, wanted, before)
+        after = kinds.settled(kind, wanted, before)
         assert {name: sum(where.placement) for name, where in after.items()} == wanted
         if wanted == {name: sum(where.placement) for name, where in before.items()}:
             assert after == before

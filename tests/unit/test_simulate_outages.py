@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from colocate.cli.main import main
 from colocate.simulate.compare import Conditions, known_run, one_run, run_all, windows
-from colocate.simulate.fleet import DISCIPLINES, NO_OUTAGES, Outages, Trouble
+from colocate.simulate.fleet import DISCIPLINES
+from colocate.simulate.outages import NO_OUTAGES, Outages, Trouble
 from colocate.simulate.workloads import Workload
 from tests.unit.test_simulate_fleet import GPUS, ROWS, arrived, fleet, work_of
 
@@ -116,7 +117,7 @@ def test_every_gang_ends_and_what_ran_is_what_was_asked_for_and_what_was_lost(ro
 
 def test_failures_are_as_often_as_was_said_and_what_is_known_for_longer_begins_alike():
     _, work = work_of((0, 1, 1, 1), (1_000_000, 1, 1, 1))
-    known = list(islice(Trouble(10_000.0, repair=100.0).drawn(50, work, 7), 2))
+    known = list(islice(Trouble(10_000.0, repair=100.0).drawn(50, work.submit, work.run, 7), 2))
     for drawn, longer in zip(known, [*known[1:], known[-1]], strict=True):
         same = longer.at < drawn.until
         assert np.array_equal(drawn.at[drawn.at < drawn.until], longer.at[same])
@@ -128,7 +129,7 @@ def test_failures_are_as_often_as_was_said_and_what_is_known_for_longer_begins_a
             assert (drawn.down[mine] == np.resize([True, False], mine.sum())).all()
             assert np.diff(drawn.at[mine])[::2] == pytest.approx(100.0)
     assert known[1].until > 3 * known[0].until
-    assert not len(next(Trouble(1e12).drawn(3, work, 1)).at)
+    assert not len(next(Trouble(1e12).drawn(3, work.submit, work.run, 1)).at)
 
 
 def long_job(policy, mtbf, runs=30):

@@ -1,4 +1,4 @@
-"""The genetic search of Pollux (OSDI 2021, section 4.2) over who has how many GPUs on which of equal nodes.
+"""Pollux (OSDI 2021, section 4.2): a genetic search over who has how many GPUs on which of equal nodes.
 
 `state`, `base`: GPUs of a job on a node, shape (jobs, nodes); `base` is how it is. `curves`: a job's speedup by nodes
 and GPUs, shape (jobs, nodes + 1, GPUs + 1). `moved`: what a speedup is multiplied by where it is moved. `most`: GPUs
@@ -7,13 +7,99 @@ that a job may have.
 
 from __future__ import annotations
 
-import numba
+from collections import defaultdict
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
+from colocate.simulate.placement import kernel
+from colocate.simulate.reproduce.kinds import ALL_GPUS, KINDS, Job, Where
+
+Floats = NDArray[np.float64]
 NODE_GPUS = 4
+"""Pollux knows one kind of node: those of 8 are two to it."""
+VIRTUAL = tuple(
+    (number, node)
+    for number, kind in enumerate(KINDS)
+    for node in range(kind.nodes)
+    for _ in range(kind.node_gpus // NODE_GPUS)
+)
+"""Of each of its nodes the kind, and which node of that."""
 
 
-@numba.njit(cache=True, nogil=True)
+class Pollux:
+    """A genetic search for the best power mean (p = -1) of the jobs' speedups over a fair share; at most one
+    distributed job on a node; no regard to kinds (Pollux, section 4.2). A job with GPUs of several kinds uses those of
+    the kind that it has most of.
+    """
+
+    seconds, elastic = 60, True
+    POPULATION, GENERATIONS = 100, 10
+    """The artifact has 100 generations; the population is kept from round to round."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+        self._population = np.zeros((0, 0, len(VIRTUAL)), dtype=np.int64)
+        self._names: list[str] = []
+        self._curves: dict[tuple[str, int], Floats] = {}
+        self._most: dict[str, int] = {}
+
+    def decide(self, jobs: Sequence[Job], now: float) -> dict[str, Where]:
+        """See Policy."""
+        if not jobs:
+            return {}
+        jobs = sorted(jobs, key=lambda job: job.gpu_seconds)
+        old = {name: row for row, name in enumerate(self._names)}
+        kept = np.zeros((len(self._population), len(jobs), len(VIRTUAL)), dtype=np.int64)
+        for row, job in enumerate(jobs):
+            if job.name in old:
+                kept[:, row] = self._population[:, old[job.name]]
+        base = kept[0] if len(kept) else np.zeros((len(jobs), len(VIRTUAL)), dtype=np.int64)
+        fair = max(1, ALL_GPUS // len(jobs))
+        curves = np.array([self._curve(job) for job in jobs])
+        for row in range(len(jobs)):
+            share = curves[row, -(-fair // NODE_GPUS), fair]
+            curves[row] /= share if share > 0 else max(curves[row, 1, 1], 1e-9)
+        moved = np.array([job.worth_moving(now) for job in jobs])
+        most = np.array([min(max(1, 2 * self._most.get(job.name, 0)), ALL_GPUS) for job in jobs], dtype=np.int64)
+        seed = int(self._random.integers(1 << 31))
+        self._population = search(kept, base, curves, moved, most, self.POPULATION, self.GENERATIONS, seed)
+        self._names = [job.name for job in jobs]
+        after = {}
+        for job, row in zip(jobs, self._population[0], strict=True):
+            self._most[job.name] = max(self._most.get(job.name, 0), int(row.sum()))
+            if where := _on_one(row):
+                after[job.name] = where
+        return after
+
+    def _curve(self, job: Job) -> Floats:
+        """Goodput by how many virtual nodes and GPUs, as on the slowest kind; 0: impossible."""
+        key = job.model.name, job.epoch
+        if key not in self._curves:
+            curve = np.zeros((len(VIRTUAL) + 1, ALL_GPUS + 1))
+            for nodes in range(1, len(VIRTUAL) + 1):
+                for gpus in range(nodes, NODE_GPUS * nodes + 1):
+                    each, more = divmod(gpus, nodes)
+                    placement = (each,) * (nodes - more) + (each + 1,) * more
+                    curve[nodes, gpus] = job.model.goodput[0].best(placement, job.epoch)
+            self._curves[key] = curve
+        return self._curves[key]
+
+
+def _on_one(row: NDArray[np.int64]) -> Where | None:
+    """GPUs of several kinds: only those of the kind with most."""
+    counts: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for (kind, node), count in zip(VIRTUAL, row.tolist(), strict=True):
+        if count:
+            counts[kind][node] += count
+    if not counts:
+        return None
+    kind = max(counts, key=lambda k: (sum(counts[k].values()), k))
+    return Where(kind, tuple(sorted(counts[kind].items())))
+
+
+@kernel()
 def _repair(state, most):  # type: ignore[no-untyped-def]
     """No more than a job may have, one distributed job on a node, no node above its GPUs; random who loses."""
     jobs, nodes = state.shape
@@ -42,7 +128,7 @@ def _repair(state, most):  # type: ignore[no-untyped-def]
             free -= state[job, node]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _utility(state, base, curves, moved):  # type: ignore[no-untyped-def]
     """The power mean of the speedups, p = -1."""
     jobs, nodes = state.shape
@@ -61,7 +147,7 @@ def _utility(state, base, curves, moved):  # type: ignore[no-untyped-def]
     return jobs / total
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def _mutated(state, base, most):  # type: ignore[no-untyped-def]
     """Some jobs as they were, some elements none, some grown into what is free."""
     jobs, nodes = state.shape
@@ -83,7 +169,7 @@ def _mutated(state, base, most):  # type: ignore[no-untyped-def]
     _repair(state, most)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel()
 def search(kept, base, curves, moved, most, population, generations, seed):  # type: ignore[no-untyped-def]
     """The population after so many generations, the best first."""
     np.random.seed(seed)

@@ -83,6 +83,11 @@ class Application:
             self._steps[key] = self._look_up(placement, local)
         return self._steps[key]
 
+    def seconds(self, placement: tuple[int, ...], local: int, accumulated: int) -> float:
+        """An update of the model, with so many steps before it that are not synchronized."""
+        step, sync = self.step_seconds(placement, local)
+        return step + (step - sync) * accumulated
+
     def _look_up(self, placement: tuple[int, ...], local: int) -> tuple[float, float]:
         known = self._by_placement.get("".join(map(str, placement)))
         if known is not None:
@@ -145,11 +150,11 @@ class Job:
         """Progress a second, in this epoch."""
         if self._goodput[0] != self.epoch:
             app, count = self.application, sum(self.placement) * (self._accumulated + 1)
-            step, sync = app.step_seconds(self.placement, self._atomic)
+            seconds = app.seconds(self.placement, self._atomic, self._accumulated)
             sqr, var = app.gradients(count * self._atomic, self.epoch)
             scale = count * self._atomic / app.init_batch
             gain = (var + sqr) / (var / scale + sqr)
-            self._goodput = self.epoch, gain / (step + (step - sync) * self._accumulated)
+            self._goodput = self.epoch, gain / seconds
         return self._goodput[1]
 
     def step(self, now: float, seconds: float) -> None:
@@ -231,6 +236,12 @@ def spread(free: list[int], count: int) -> Iterator[tuple[int, int]]:
         count -= taken
 
 
+def fewest_nodes(gpus: int, node_gpus: int) -> tuple[int, ...]:
+    """GPUs of each of as few nodes as possible."""
+    whole, rest = divmod(gpus, node_gpus)
+    return (node_gpus,) * whole + ((rest,) if rest else ())
+
+
 class Optimus:
     """One GPU more to whoever gains most time by it, by an oracle of step times."""
 
@@ -271,11 +282,9 @@ class Optimus:
     def _step(self, job: Job, replicas: int) -> float:
         key = (job.application.name, job.batch, replicas)
         if key not in self._seconds:
-            atomic, accumulated = job.application.batches(job.batch, replicas)
-            whole, rest = divmod(replicas, NODE_GPUS)
-            placement = (NODE_GPUS,) * whole + ((rest,) if rest else ())
-            step, sync = job.application.step_seconds(placement, atomic)
-            self._seconds[key] = step + (step - sync) * accumulated
+            self._seconds[key] = job.application.seconds(
+                fewest_nodes(replicas, NODE_GPUS), *job.application.batches(job.batch, replicas)
+            )
         return self._seconds[key]
 
 
@@ -310,15 +319,18 @@ def _runs(nodes: list[int]) -> Iterator[list[int]]:
         yield run
 
 
+def profile(file: Path, part: str, *of: str) -> dict[tuple[str, ...], list[traces.Row]]:
+    """The rows of a part of PROFILES, by their columns `of`. Raises BadInput."""
+    found: dict[tuple[str, ...], list[traces.Row]] = defaultdict(list)
+    for row in traces.table(file, (*of, *PROFILES[part])):
+        found[tuple(row.text(column) for column in of)].append(row)
+    return found
+
+
 def read_applications(there: Path) -> dict[str, Application]:
     """The six models, by name. Raises BadInput."""
-    parts = []
-    for part, columns in PROFILES.items():
-        found: dict[str, list[traces.Row]] = defaultdict(list)
-        for row in traces.table(there / f"profile_{part}.csv.gz", ("application", *columns)):
-            found[row.text("application")].append(row)
-        parts.append(found)
-    return {name: Application(name, *(part[name] for part in parts)) for name in MOST_EPOCHS}
+    parts = [profile(there / f"profile_{part}.csv.gz", part, "application") for part in PROFILES]
+    return {name: Application(name, *(part[(name,)] for part in parts)) for name in MOST_EPOCHS}
 
 
 def cells(name: str, folder: Path, say: Callable[[str], None]) -> Iterator[Cell]:
