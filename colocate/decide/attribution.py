@@ -36,6 +36,7 @@ from colocate.decide.evidence import (
     IDLE_CPUS,
     IN_FORCE,
     KIND,
+    LAST,
     LATENCY,
     LEAST_SECONDS,
     LEVEL,
@@ -48,6 +49,7 @@ from colocate.decide.evidence import (
     ON,
     ON_SUM,
     OPEN_BATCH_CORES,
+    PRESSURE_RATIO,
     QUESTION_SECONDS,
     RAIL_CORES,
     RISEN,
@@ -82,14 +84,15 @@ from colocate.decide.evidence import (
 #   TRIED_ELSEWHERE          whether that was tried since the last question; PHASES counts, so that lengths can be drawn
 #   WHOLE, WHOLE_AT          this question asks whole ones; when the last whole first phase was
 #   OPEN_CORES, OPEN_AT      what batch uses when nothing limits it, and when that was seen
+#   PATIENCE, SPENT_AT       seconds for which batch may still yield to bursts, and when that was reckoned last
 (MODE, UNTIL, MARK, GRANT, BEFORE, HOLD, PHASES, ELSEWHERE, TRIED_ELSEWHERE, WHOLE, WHOLE_AT, REASON, WHO, SINCE,
- OPEN_CORES, OPEN_AT, NODE_STATE) = range(17)  # fmt: skip
-OPEN, ASKING_OFF, ASKING_ON, HELD, TRYING = 0.0, 1.0, 2.0, 3.0, 4.0
+ OPEN_CORES, OPEN_AT, PATIENCE, SPENT_AT, NODE_STATE) = range(19)  # fmt: skip
+OPEN, ASKING_OFF, ASKING_ON, HELD, TRYING, YIELDING = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 UNLIMITED = -1.0
 """Of a grant: none in force."""
 
 # Why it is as it is.
-NOTHING_SUFFERS, BATCH_IDLE, NOT_CAUSED, ASKED_NOW, CAUSED, TRYING_MORE, SIGNAL_LOST = range(7)
+NOTHING_SUFFERS, BATCH_IDLE, NOT_CAUSED, ASKED_NOW, CAUSED, TRYING_MORE, SIGNAL_LOST, BURSTS = range(8)
 
 ODDS = math.log(19.0)
 UNDECIDED = 0.5
@@ -104,6 +107,10 @@ WHOLE_EVERY_SECONDS = 120.0
 DOUBTED_SECONDS = 20.0
 """How long an acquittal holds of whom suffers still: it may be a burst of its own that hides what batch adds."""
 MOST_HOLD_SECONDS = 240.0
+PATIENCE_RATIO, LEAST_PATIENCE_SECONDS, MOST_PATIENCE_SECONDS = 0.01, 20.0, 600.0
+"""Such a share of all time batch yields to what services wait by themselves, at most so long: who always waits by itself
+must not starve it. With less than the least it is asked."""
+AFTER_BURST_SECONDS = 60.0
 HOLD_PER_FAILED_SECOND = 30.0
 STEP = 3.0
 NOISE_CORES = 0.1
@@ -115,7 +122,7 @@ def new_node(node: Row, hold_seconds: float) -> None:
     for i in range(NODE_STATE):
         node[i] = 0.0
     node[GRANT], node[BEFORE], node[HOLD], node[WHO] = UNLIMITED, UNLIMITED, hold_seconds, -1.0
-    node[WHOLE_AT] = NEVER
+    node[WHOLE_AT] = node[SPENT_AT] = NEVER
 
 
 def _length(node: Row, inputs: Row) -> float:
@@ -166,6 +173,40 @@ def _open(node: Row, rows: Rows, start: float) -> None:
     _go(node, rows, OPEN, UNLIMITED, start, 0.0)
 
 
+def _bursting(rows: Rows, seen: Rows, inputs: Row) -> int:
+    """A service that waits too much; -1 if none."""
+    for i in range(len(rows)):
+        if seen[i][KIND] == WAITING and rows[i][LEVEL] > inputs[PRESSURE_RATIO]:
+            return i
+    return -1
+
+
+def _acquitted(node: Row, rows: Rows, seen: Rows, inputs: Row, start: float) -> None:
+    """Open; but batch does not add to what a service waits in a burst of its own, as long as there is patience."""
+    node[HOLD] = inputs[HOLD_SECONDS]
+    _open(node, rows, start)
+    if node[PATIENCE] >= LEAST_PATIENCE_SECONDS and _bursting(rows, seen, inputs) >= 0:
+        _go(node, rows, YIELDING, inputs[FLOOR_CORES], start, AFTER_BURST_SECONDS)
+
+
+def _while_yielding(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
+    now, who = inputs[NOW], _bursting(rows, seen, inputs)
+    over = who < 0 and now >= node[UNTIL] - 1e-6
+    if who >= 0:
+        node[UNTIL] = now + AFTER_BURST_SECONDS
+    if not over and node[PATIENCE] > 0.0:
+        return BURSTS, who
+    for i in range(len(rows)):
+        if over and seen[i][KIND] == WAITING:  # what was said of batch in that burst holds no longer
+            rows[i][CLEARED_UNTIL] = NEVER
+    condemned = _worst(rows, 2.0)
+    if condemned >= 0:
+        _go(node, rows, HELD, inputs[FLOOR_CORES], now, inputs[QUESTION_SECONDS])
+        return CAUSED, condemned
+    _open(node, rows, now)
+    return _while_open(node, rows, inputs)
+
+
 def _hold(node: Row, rows: Rows, grant: float, start: float, failed_seconds: float) -> None:
     """Stay with a grant for the hold, which doubles with each failure; a slow one may not be repeated soon."""
     seconds = max(node[HOLD], HOLD_PER_FAILED_SECOND * failed_seconds)
@@ -195,10 +236,12 @@ def _measured(rows: Rows, seen: Rows, now: float, until: float, least_requests: 
 
 def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
     """The end of an off phase: condemn, or open and compare."""
-    until, condemned, asked = node[UNTIL], False, False
+    until, condemned, asked, bursts = node[UNTIL], False, False, True
     for i in range(len(rows)):
         row = rows[i]
         fold(row, seen[i][KIND], False, inputs)
+        suffers = seen[i][KIND] == WAITING and row[LAST] > inputs[PRESSURE_RATIO]
+        bursts = bursts and (row[ASKED] == 0.0 or (suffers and row[ON] == 0.0))
         if row[ASKED] > 0.0 and (
             (row[CERTAINTY] >= ODDS and (row[ON] >= 2.0 or seen[i][KIND] == DISPLACED))
             or (asked_enough(row, seen[i][KIND], inputs) and row[CERTAINTY] > UNDECIDED)
@@ -215,6 +258,9 @@ def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
         if node[WHOLE] > 0.0:  # harm that outlasts batch costs more each time that more is tried
             node[HOLD] = max(node[HOLD], 2.0 * inputs[HOLD_SECONDS])
         _hold(node, rows, inputs[FLOOR_CORES], until, 0.0)
+        return
+    if bursts and node[PATIENCE] >= LEAST_PATIENCE_SECONDS:
+        _go(node, rows, YIELDING, inputs[FLOOR_CORES], until, AFTER_BURST_SECONDS)
         return
     node[PHASES] += 1.0
     _go(node, rows, ASKING_ON, UNLIMITED, until, _length(node, inputs))
@@ -245,8 +291,7 @@ def _after_on(node: Row, rows: Rows, seen: Rows, inputs: Row, at: float) -> None
         _first_off(node, rows, inputs, at)
         return
     if not left:
-        node[HOLD] = inputs[HOLD_SECONDS]
-        _open(node, rows, at)
+        _acquitted(node, rows, seen, inputs, at)
         return
     node[PHASES] += 1.0
     _go(node, rows, ASKING_OFF, inputs[FLOOR_CORES], at, _length(node, inputs))
@@ -317,7 +362,10 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
     who = _worst(rows, 2.0)
     for i in range(len(rows)):
         row = rows[i]
-        if row[FROM_AT] == NEVER and row[AT] > node[SINCE]:
+        # What it waits without batch is what it waited lately: a burst that is over since is no measure.
+        lately = node[UNTIL] - inputs[HOLD_SECONDS]
+        aged = at_floor and seen[i][KIND] == WAITING and row[FROM_AT] < lately <= row[AT]
+        if row[AT] > node[SINCE] and (row[FROM_AT] == NEVER or aged):
             begin_measuring(row)
         if at_floor or row[ALARMED] == 0.0:
             continue
@@ -334,6 +382,9 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
         node[ELSEWHERE] = 0.0
         _go(node, rows, HELD, floor, now, inputs[QUESTION_SECONDS])
         return CAUSED, who
+    if node[PATIENCE] >= LEAST_PATIENCE_SECONDS and at_floor and _bursting(rows, seen, inputs) >= 0:
+        _go(node, rows, YIELDING, floor, now, AFTER_BURST_SECONDS)
+        return BURSTS, _bursting(rows, seen, inputs)
     if at_floor:  # what is felt without batch today is what more is measured against
         for row in rows:
             felt, exposure = felt_in(row)
@@ -416,8 +467,7 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
                 clear(row, start, felt)
                 if suffers:  # as it did without batch when that was seen last, which may have been a burst of its own
                     row[CLEARED_UNTIL] = start + DOUBTED_SECONDS
-        node[HOLD] = inputs[HOLD_SECONDS]
-        _open(node, rows, start)
+        _acquitted(node, rows, seen, inputs, start)
         return NOT_CAUSED, who
     if node[ELSEWHERE] > 0.0:
         _hold(node, rows, UNLIMITED, start, 0.0)
@@ -465,12 +515,21 @@ def _note_open(node: Row, inputs: Row) -> None:
     inputs[OPEN_BATCH_CORES] = node[OPEN_CORES]
 
 
+def _spend(node: Row, inputs: Row) -> None:
+    """Patience grows with time, and goes while batch yields."""
+    passed = inputs[NOW] - node[SPENT_AT] if node[SPENT_AT] != NEVER else 0.0
+    node[SPENT_AT] = inputs[NOW]
+    change = PATIENCE_RATIO * passed - (passed if node[MODE] == YIELDING else 0.0)
+    node[PATIENCE] = min(max(node[PATIENCE] + change, 0.0), MOST_PATIENCE_SECONDS)
+
+
 def step(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
     """One look: `node` and `rows` (one a subject) are changed in place, `seen` (one a subject) and `inputs` are read.
 
     Returns the reason's code and the index of the subject to name, -1 for none.
     """
     _note_open(node, inputs)
+    _spend(node, inputs)
     for i in range(len(rows)):
         take_in(rows[i], seen[i], inputs)
     lost = _lost(rows, seen, inputs[NOW])
@@ -490,6 +549,8 @@ def step(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
         reason, who = _while_asking(node, rows, seen, inputs)
     elif node[MODE] == HELD:
         reason, who = _while_held(node, rows, seen, inputs)
+    elif node[MODE] == YIELDING:
+        reason, who = _while_yielding(node, rows, seen, inputs)
     else:
         reason, who = _while_trying(node, rows, seen, inputs)
     node[REASON], node[WHO] = reason, who

@@ -26,7 +26,7 @@ from colocate.units import cores_of_cpu_max, cpu_max, format_cpulist
 LAW = "cpu"
 LOOK_AGAIN_SECONDS = 0.5
 """While batch is tried beside a service that may be harmed."""
-MODES = ("open", "asking, at the floor", "asking, open", "held", "trying more")
+MODES = ("open", "asking, at the floor", "asking, open", "held", "trying more", "yielding")
 REASONS = {
     pulse.NOTHING_SUFFERS: "NothingSuffers",
     pulse.BATCH_IDLE: "NotCausedByBatch",
@@ -35,6 +35,7 @@ REASONS = {
     pulse.CAUSED: "CausedByBatch",
     pulse.TRYING_MORE: "TryingMore",
     pulse.SIGNAL_LOST: "SignalLost",
+    pulse.BURSTS: "YieldsToBurst",
 }
 WAITING, LONG_WAITS, LATENCY, DISPLACED = "waiting", "long waits", "latency", "displaced"
 _KINDS = {
@@ -341,6 +342,9 @@ def _message(view: View, state: CpuState, code: int, subject: Subject | None, ro
     if code == pulse.SIGNAL_LOST:
         name = subject.workload.name
         return f"{name} has not answered since it was past its target or asked about: batch stays at its floor"
+    if code == pulse.BURSTS:
+        patience = f"for {state.node[pulse.PATIENCE]:.0f} s at most"
+        return f"{feels} by its own doing: batch adds nothing to that until it is over, {patience}"
     if code == pulse.BATCH_IDLE:
         return f"{feels}, but batch hardly runs ({forecast.batch_cores:.2f} cores)" + _others(forecast)
     if code == pulse.NOT_CAUSED and not _in_force(view.snapshot, forecast, spec.cpu.floor) and not row[evidence.ON]:

@@ -62,6 +62,8 @@ ALARM_LEVEL, HARM_LEVEL = 0.002, 0.02
 """A share of requests beyond the target is believed to be over its budget, or more than without batch, if chance gives
 it less often than this. The first is looked for all the time, so that chance has many occasions."""
 NEAR_SECONDS = 1.0
+LEAST_ROOM_RATIO = 0.25
+"""Of what a service may wait, what batch may add to one that waits nearly as much by itself: less cannot be measured."""
 LEAST_DISPLACED_CORES = 0.015
 MOST_DISPLACED_RATIO = 0.25
 """Of BestEffort's CPU, however much batch would have to give up."""
@@ -110,11 +112,13 @@ def over_budget(count: float, total: float) -> bool:
 def harm(kind: float, off: float, inputs: Row) -> float:
     """What batch may add to a subject that feels `off` without it.
 
+    To who waits more by itself than it may batch may add as much again: it is not what hurts there.
     Of BestEffort's CPU batch may take more where it would have to give up far more: nobody promised BestEffort
     anything, so a core of batch for a hundredth of one is no bargain.
     """
     if kind == WAITING:
-        return inputs[PRESSURE_RATIO]
+        most = inputs[PRESSURE_RATIO]
+        return most if off >= most else max(most - max(off, 0.0), LEAST_ROOM_RATIO * most)
     if kind == LATENCY:
         return ERROR_BUDGET_RATIO + max(off, 0.0) / 3.0
     bargain = min(inputs[BESTEFFORT_RATIO] * inputs[OPEN_BATCH_CORES], MOST_DISPLACED_RATIO * abs(off))

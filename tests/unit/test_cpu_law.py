@@ -218,6 +218,59 @@ def test_the_guilty_is_kept_small_and_harm_is_taken_back_at_the_first_look(node)
     assert node.work - before < 0.6 * node.wants * 540
 
 
+@pytest.mark.parametrize(
+    ("alone", "added", "reason"),
+    [
+        pytest.param(0.10, 0.08, "NothingSuffers", id="within its limit beside batch"),
+        pytest.param(0.14, 0.09, "CausedByBatch", id="within its limit without batch alone"),
+        pytest.param(0.30, 0.09, "NotCausedByBatch", id="beyond its limit anyway"),
+    ],
+)
+def test_batch_does_not_push_a_service_over_its_limit(alone, added, reason):
+    node = Node({"web": adds(alone, added)})
+    node.look()
+    reasons = node.run(120)
+    assert reasons[-1] in (reason, "TryingMore")
+    assert reason in reasons
+    beyond = sum(alone + added * (1.0 if g is None else g / node.wants) > 0.2 for _, g in node.grants[30:])
+    assert alone >= 0.2 or beyond <= 0.1 * len(node.grants)
+
+
+def one_burst(begins, ends, level=0.4):
+    return lambda t, share: (level if begins <= t < ends else 0.05) + 0.05 * share
+
+
+def test_batch_adds_nothing_to_a_burst_of_a_services_own_once_there_is_patience():
+    node = Node({"web": one_burst(20000.0, 20120.0)})
+    node.look()
+    node.run(20000)
+    assert node.grant is None, "nothing suffers yet"
+    before = node.work
+    reasons = node.run(180)
+    assert (node.work - before) / node.wants < 6.0, "seconds, of a burst of two minutes and a minute after it"
+    assert "YieldsToBurst" in reasons
+    node.run(10)
+    assert node.grant is None, "and then it has everything again"
+    assert any("by its own doing" in message for message in node.messages)
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        pytest.param(own(0.5), id="always"),
+        pytest.param(lambda t, _: 0.5 if t % 600 < 300 else 0.05, id="five minutes of ten"),
+        pytest.param(lambda t, _: 0.5 if t % 100 < 50 else 0.05, id="most of a minute, again and again"),
+    ],
+)
+def test_a_service_that_waits_by_itself_again_and_again_does_not_starve_batch(waits):
+    node = Node({"web": waits})
+    node.look()
+    reasons = node.run(4 * 3600.0)
+    yielded = reasons.count("YieldsToBurst")
+    assert 0 < yielded <= 0.011 * 4 * 3600
+    assert node.work / node.wants / (4 * 3600) >= 0.9
+
+
 def bursts(points, level=0.05, every=397.0, lasts=130.0, own_points=0.3):
     """A service with bursts of its own doing; batch adds most of it by a part of what it may use (caches fill)."""
     return lambda t, share: level + own_points * (t % every < lasts) + points * (1.0 - math.exp(-share / 0.2))
