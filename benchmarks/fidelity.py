@@ -36,7 +36,7 @@ def jobs_of(round_number: int) -> Workload:
     run = np.exp(draws.uniform(np.log(LEAST), np.log(MOST), JOBS)).round(1)
     members = draws.choice(SIZES, JOBS, p=SHARES)
     work = Work(submit - submit[0], run, np.zeros(JOBS, np.int64), members.astype(np.int64))
-    return Workload(work, Kinds(*arrays([(100, 64, 1, WHOLE, 0)])), tuple(f"job{i:03}" for i in range(JOBS)))
+    return Workload(work, Kinds(*arrays([(100, 64, 1, WHOLE, 0, 0)])), tuple(f"job{i:03}" for i in range(JOBS)))
 
 
 def simulated(workload: Workload) -> tuple[float, float]:

@@ -59,6 +59,7 @@ class KindsLike(Protocol):
     memory_mib: Ints
     gpus: Ints
     gpu_milli: Ints
+    priority: Ints
 
 
 class WorkLike(Protocol):
@@ -76,7 +77,7 @@ def _name(job: int) -> str:
 
 
 class OutagesLike(Protocol):
-    """Nodes that fail and are repaired (see colocate.simulate.fleet.Outages)."""
+    """Nodes that fail, and what being stopped costs (see colocate.simulate.outages.Outages)."""
 
     at: Floats
     node: Ints
@@ -96,7 +97,9 @@ Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float, bool]
 class Simulation:
     """One run: the cluster, its queue, and who is where."""
 
-    def __init__(self, nodes: NodesLike, kinds: KindsLike, work: WorkLike, *, declared: bool) -> None:
+    def __init__(
+        self, nodes: NodesLike, kinds: KindsLike, work: WorkLike, outages: OutagesLike | None = None, *, declared: bool
+    ) -> None:
         """`declared`: jobs say how long they will run. Raises BadInput of a request for a part of a GPU."""
         if ((kinds.gpu_milli < WHOLE) & (kinds.gpus > 0)).any():
             raise BadInput("--policy ours: a job asks for a part of a GPU, which the controller does not hand out")
@@ -117,7 +120,7 @@ class Simulation:
         self.over: dict[int, float] = {}
         """When each job that runs will end."""
         self.down: set[int] = set()
-        self.restart = self.lost = 0.0
+        self.outages, self.restart, self.lost = outages, 0.0 if outages is None else outages.restart, 0.0
         self.again = Counter[int]()
         """How often each job was stopped."""
         self.waiting = 0
@@ -153,7 +156,8 @@ class Simulation:
                 owner_references=owner,
             )
             containers = [Container(resources=Resources(requests=requests))]
-            pod_spec = PodSpec(scheduler_name="colocate", containers=containers)
+            priority = int(self.kinds.priority[self.work.kind[job]])
+            pod_spec = PodSpec(scheduler_name="colocate", containers=containers, priority=priority)
             self.cluster.set_pod(Pod(metadata=its, spec=pod_spec, status=PodStatus(phase="Pending")))
         self.dirty.add(f"{NAMESPACE}/{name}")
         self.waiting += 1
@@ -175,19 +179,23 @@ class Simulation:
         del self.over[job]
         return key
 
-    def _fail(self, node: int, now: float, outages: OutagesLike) -> None:
+    def _stop(self, job: int, now: float) -> None:
+        """It loses its members and what was not saved, and waits again; its PodGroup is the same."""
+        self._leave(job)
+        had, saved = max(now - float(self.began[job]), 0.0), 0.0
+        if self.outages is not None:
+            saved = self.outages.saved(had, job in self.again, float(self.left[job]))
+        self.left[job] -= saved
+        self.lost += float(self.gpus[job]) * (had - saved)
+        self.again[job] += 1
+        self._arrive(job, now, float(self.work.submit[job]))
+
+    def _fail(self, node: int, now: float) -> None:
         """A node is gone, and with it every job that has a member there."""
         self.down.add(node)
         for job in sorted(self.over):
-            if node not in self.node[self.first[job] : self.first[job + 1]]:
-                continue
-            self._leave(job)
-            had = max(now - float(self.began[job]), 0.0)
-            saved = outages.saved(had, job in self.again, float(self.left[job]))
-            self.left[job] -= saved
-            self.lost += float(self.gpus[job]) * (had - saved)
-            self.again[job] += 1
-            self._arrive(job, now, float(self.work.submit[job]))
+            if node in self.node[self.first[job] : self.first[job + 1]]:
+                self._stop(job, now)
         spec = msgspec.structs.replace(self.offered[node].spec, unschedulable=True)
         self.cluster.set_node(msgspec.structs.replace(self.offered[node], spec=spec))
         self.usable -= int(self.free[node, 2])
@@ -236,6 +244,12 @@ class Simulation:
                 raise RuntimeError(f"ours cannot decide {key}") from error
             for start in decided.starts:
                 self._bind(start.key, [(member.uid, node) for member, node in start.placed], now)
+            for eviction in decided.evictions:
+                uids = [pod.metadata.uid for pod in eviction.preemption.victims]
+                for uid in uids:  # they go at once, and are made anew by those names
+                    self.queue.victims.spared(uid)
+                for job in sorted({int(np.searchsorted(self.first, int(uid), "right")) - 1 for uid in uids}):
+                    self._stop(job, now)
             if not self.dirty:
                 return
         raise RuntimeError("ours does not come to rest")
@@ -249,13 +263,12 @@ class Simulation:
             self._bind(f"{NAMESPACE}/{_name(job)}", placed, began, there=True)
         return jobs
 
-    def run(self, arrived: int = 0, outages: OutagesLike | None = None) -> Found:
+    def run(self, arrived: int = 0) -> Found:
         """Until nothing happens any more. The first `arrived` jobs are there already."""
-        work, jobs, now = self.work, len(self.work.submit), 0.0
+        work, jobs, now, outages = self.work, len(self.work.submit), 0.0, self.outages
         busy_area, idle_area, first, last = 0.0, 0.0, float(work.submit[0]), float(work.submit[-1])
         outage, troubles = 0, 0 if outages is None else len(outages.at)
-        self.restart, until = (outages.restart, outages.until) if outages is not None else (0.0, np.inf)
-        cut = False
+        until, cut = np.inf if outages is None else outages.until, False
         while arrived < jobs or self.ends or (self.waiting and outage < troubles):
             then = self.ends[0][0] if self.ends else np.inf
             then = min(then, float(work.submit[arrived])) if arrived < jobs else then
@@ -279,7 +292,7 @@ class Simulation:
             while outages is not None and outage < troubles and outages.at[outage] <= now:
                 node = int(outages.node[outage])
                 if outages.down[outage]:
-                    self._fail(node, now, outages)
+                    self._fail(node, now)
                 else:
                     self._repair(node)
                 outage += 1
@@ -304,8 +317,8 @@ def _policy(about: str, *, declared: bool) -> Callable[..., Found]:
         outages: OutagesLike | None = None,
     ) -> Found:
         del seed  # nothing is drawn
-        simulation = Simulation(nodes, kinds, work, declared=declared)
-        return simulation.run(simulation.resume(running) if running is not None else 0, outages)
+        simulation = Simulation(nodes, kinds, work, outages, declared=declared)
+        return simulation.run(simulation.resume(running) if running is not None else 0)
 
     policy.__doc__ = about
     return policy

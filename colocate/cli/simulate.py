@@ -91,18 +91,15 @@ def jobs_for(nodes: Nodes, file: str, window_jobs: int | None) -> Workload:
 
 
 def conditions_of(options: argparse.Namespace) -> Conditions:
-    """--mtbf and what belongs to it, and --gpu-watts. Raises BadInput."""
-    given = {name: getattr(options, name) for name in ("repair", "checkpoint", "restart")}
+    """--mtbf, what it costs to be stopped, and --gpu-watts. Raises BadInput."""
+    given = {name: getattr(options, name) for name in ("mtbf", "repair", "checkpoint", "restart")}
     said = {name: value for name, value in given.items() if value is not None}
-    if options.mtbf is None:
-        if said:
-            raise BadInput(f"--{next(iter(said))}: say with --mtbf how often a node fails")
-        trouble = None
-    else:
-        for name, value in (("mtbf", options.mtbf), ("checkpoint", said.get("checkpoint", 1.0))):
-            if value < 1.0:
-                raise BadInput(f"--{name}: {value:g} s are less than a second")
-        trouble = Trouble(options.mtbf, **said)
+    if "repair" in said and "mtbf" not in said:
+        raise BadInput("--repair: say with --mtbf how often a node fails")
+    for name in ("mtbf", "checkpoint"):
+        if said.get(name, 1.0) < 1.0:
+            raise BadInput(f"--{name}: {said[name]:g} s are less than a second")
+    trouble = Trouble(**said) if said else None
     if options.gpu_watts is None:
         return Conditions(trouble)
     try:
@@ -249,20 +246,23 @@ def card_table(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple
     return ("policy", *(column.head for column in columns), "never"), rows
 
 
-def _size_rows(cards: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Mean waits by size of job, a column a policy."""
+def _wait_rows(cards: list[dict[str, Any]], by: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Mean waits by `size` or `priority` of jobs, a column a policy."""
+    key = f"wait_seconds_by_{by}"
     policies = list(dict.fromkeys(card["policy"] for card in cards))
     rows = []
-    for size in dict.fromkeys(size for card in cards for size in card["wait_seconds_by_size"]):
+    for size in dict.fromkeys(size for card in cards for size in card[key]):
         row = [size]
         for policy in policies:
-            means = [
-                card["wait_seconds_by_size"].get(size, {}).get("mean") for card in cards if card["policy"] == policy
-            ]
+            means = [card[key].get(size, {}).get("mean") for card in cards if card["policy"] == policy]
             known = [value for value in means if value is not None]
             row.append(f"{sum(known) / len(known):,.0f} s" if known else "-")
         rows.append(tuple(row))
-    return ("mean wait by GPUs", *policies), rows
+    return ("mean wait by GPUs" if by == "size" else "mean wait by priority", *policies), rows
+
+
+def _told_by(cards: list[dict[str, Any]]) -> list[str]:
+    return [by for by in ("size", "priority") if f"wait_seconds_by_{by}" in cards[0]]
 
 
 def comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
@@ -281,8 +281,9 @@ def comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
 
 def _print_cards(cards: list[dict[str, Any]], compared: list[dict[str, Any]], parts: int) -> None:
     print_table(*card_table(cards), title=f"means of {parts} windows" if parts > 1 else "")
-    print()
-    print_table(*_size_rows(cards))
+    for by in _told_by(cards):
+        print()
+        print_table(*_wait_rows(cards, by))
     for text in comparison_texts(compared):
         print(text)
 
@@ -298,7 +299,8 @@ def _write(
 
     cards, compared, known = data["runs"], data["comparisons"], known_policies()
     tables = [PageTable("Policies", *card_table(cards), "Simulated. GPUs are told from the first arrival to the last.")]
-    tables.append(PageTable("Who waits", *_size_rows(cards), "By the GPUs of all members of a job."))
+    about_by = {"size": "By the GPUs of all members of a job.", "priority": "By the priority of a job."}
+    tables += [PageTable("Who waits", *_wait_rows(cards, by), about_by[by]) for by in _told_by(cards)]
     tables.append(
         PageTable(
             "What the policies are",

@@ -108,8 +108,8 @@ DOUBTED_SECONDS = 20.0
 """How long an acquittal holds of whom suffers still: it may be a burst of its own that hides what batch adds."""
 MOST_HOLD_SECONDS = 240.0
 PATIENCE_RATIO, LEAST_PATIENCE_SECONDS, MOST_PATIENCE_SECONDS = 0.01, 20.0, 600.0
-"""Such a share of all time batch yields to what services wait by themselves, at most so long: who always waits by itself
-must not starve it. With less than the least it is asked."""
+"""Such a share of all time batch yields to what services wait by themselves, at most so long: who always waits by
+itself must not starve it. With less than the least it is asked."""
 AFTER_BURST_SECONDS = 60.0
 HOLD_PER_FAILED_SECOND = 30.0
 STEP = 3.0

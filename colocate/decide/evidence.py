@@ -63,7 +63,7 @@ ALARM_LEVEL, HARM_LEVEL = 0.002, 0.02
 it less often than this. The first is looked for all the time, so that chance has many occasions."""
 NEAR_SECONDS = 1.0
 LEAST_ROOM_RATIO = 0.25
-"""Of what a service may wait, what batch may add to one that waits nearly as much by itself: less cannot be measured."""
+"""Of what a service may wait: what batch may add to one that waits as much by itself. Less cannot be measured."""
 LEAST_DISPLACED_CORES = 0.015
 MOST_DISPLACED_RATIO = 0.25
 """Of BestEffort's CPU, however much batch would have to give up."""

@@ -54,9 +54,11 @@ class Conditions(NamedTuple):
     """What is not the same everywhere."""
 
     trouble: Trouble | None = None
-    """Nodes fail."""
+    """Nodes fail, or jobs are stopped for more important ones."""
     gpu_watts: tuple[float, float] | None = None
     """Of a GPU that no job runs on, and of one that a job runs on."""
+    priorities: bool = False
+    """Jobs differ in them."""
 
 
 USUAL = Conditions()
@@ -116,8 +118,12 @@ class Outcome(NamedTuple):
             "gpu_held_idle": round(run.held_gpu_seconds / capacity, 6) if capacity else None,
             "gpu_idle_while_waiting": round(run.idle_gpu_seconds / capacity, 6) if capacity else None,
             "decisions": int(run.decisions),
-            "wait_seconds_by_size": self._by_size(wait, ran),
+            "wait_seconds_by_size": self._by(classes(self.work), [*(name for _, name in CLASSES), LARGER], wait, ran),
         }
+        if self.conditions.priorities:
+            priority = self.work.kinds.priority[work.kind]
+            names = [str(value) for value in np.unique(priority)[::-1]]
+            card["wait_seconds_by_priority"] = self._by(priority.astype(str), names, wait, ran)
         if self.conditions.trouble is not None:
             asked = float((self._gpus() * work.run)[ran].sum())
             card["restarts"] = int(run.restarts)
@@ -133,10 +139,13 @@ class Outcome(NamedTuple):
         each = (self.work.kinds.gpus * self.work.kinds.gpu_milli)[self.work.work.kind] / WHOLE
         return np.asarray(each * self.work.work.members, dtype=np.float64)
 
-    def _by_size(self, wait: Floats, ran: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
-        size, found = classes(self.work), {}
-        for name in [*(name for _, name in CLASSES), LARGER]:
-            here, started = size == name, (size == name)[ran]
+    def _by(
+        self, label: NDArray[np.str_], names: Sequence[str], wait: Floats, ran: NDArray[np.bool_]
+    ) -> dict[str, dict[str, Any]]:
+        """The waits of jobs of each label, in this order."""
+        found = {}
+        for name in names:
+            here, started = label == name, (label == name)[ran]
             if here.any():
                 never = int((here & ~ran).sum())
                 found[name] = {"jobs": int(here.sum()), "never_started": never, **_summary(wait[started])}
@@ -190,6 +199,8 @@ def one_run(
     nodes: Nodes, workload: Workload, policy: str, part: Window, seed: int, conditions: Conditions = USUAL
 ) -> Outcome:
     """One policy on one window."""
+    if len(np.unique(workload.kinds.priority)) > 1:
+        conditions = conditions._replace(trouble=conditions.trouble or Trouble(), priorities=True)
     chosen, trouble = workload.part(part.first, part.first + part.jobs), conditions.trouble
     known = (
         [NO_OUTAGES] if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work.submit, chosen.work.run, seed)

@@ -42,7 +42,12 @@ def made_day(gpus: int, seed: int) -> Workload:
     per = np.minimum(asked, MOST_GPUS)
     widths, kind = np.unique(per, return_inverse=True)
     kinds = Kinds(
-        widths * CPU_MILLI_OF_GPU, widths * MEMORY_MIB_OF_GPU, widths, np.full(len(widths), WHOLE), 0 * widths
+        widths * CPU_MILLI_OF_GPU,
+        widths * MEMORY_MIB_OF_GPU,
+        widths,
+        np.full(len(widths), WHOLE),
+        0 * widths,
+        0 * widths,
     )
     work = Work(np.sort(come), run, kind.astype(np.int64), asked // per)
     return Workload(work, kinds, tuple(f"job {i}" for i in range(len(asked))))

@@ -21,6 +21,7 @@ from colocate.simulate.outages import NO_OUTAGES, Outages, saved
 from colocate.simulate.placement import (
     BEST_FIT,
     FGD,
+    MOST_ALLOCATED,
     NATIVE,
     POLICIES,
     RANDOM,
@@ -39,6 +40,7 @@ from colocate.simulate.placement import (
     take,
     typical_shares,
 )
+from colocate.simulate.preemption import Lesser, nominate
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -156,7 +158,8 @@ def simulate(
     pods = Pods(first, np.full(first[-1], -1, np.int64), np.zeros(first[-1], np.int64), np.zeros(len(first), np.int64))
     there = np.empty(0, np.int64) if running is None else running
     pods.node[: len(there)] = there
-    rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest)
+    preempts = policy in (NATIVE, MOST_ALLOCATED) and not discipline.gang and len(np.unique(kinds.priority)) > 1
+    rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest, preempts)
     play = _played(board, pods, work, rule, outages)
     decisions, cut = _simulate(play, seed & 0x3FFFFFFF, len(there))
     busy, held, idle, lost = (float(area) / WHOLE for area in play.areas)
@@ -171,6 +174,8 @@ class Rule(NamedTuple):
     gang: bool
     strict: bool
     shortest: bool
+    preempts: bool
+    """A pod that fits nowhere takes the place of less important ones."""
 
 
 class Board(NamedTuple):
@@ -206,7 +211,7 @@ class Progress(NamedTuple):
     """How far each job is; one array each."""
 
     key: Floats
-    """The queue is in its order."""
+    """Of equal priorities the queue is in its order."""
     left: Floats
     """Seconds of work."""
     began: Floats
@@ -275,51 +280,114 @@ def _simulate(play: Play, lot: int, there: int) -> tuple[int, bool]:
             if at == play.progress.over[j]:  # else it was stopped before
                 _end(play, j, now)
                 freed = True
-        came, before = count, count
+        came = count
         while outage < outages.at.size and outages.at[outage] <= now:
             count = _outage(play, outage, now, arrived, count)
             outage += 1
             freed = True
         while arrived < jobs and work.submit[arrived] <= now:
-            came = min(came, _insert(play.waiting, count, arrived, play.progress.key))
+            came = min(came, _insert(play, count, arrived))
             count, arrived = count + 1, arrived + 1
         if freed:
             play.too_many[:] = NEVER
         begin = 0 if freed else came  # for who waited before nothing has changed
-        if play.rule.strict and not freed and before > 0:
+        if play.rule.strict and not freed and came > 0:
             begin = count
-        count, cursor, lot, looked = _pass(play, ends, begin, count, now, cursor, lot)
-        decisions += looked
+        again = True
+        while again:  # where somebody was stopped there may be room for others
+            count, cursor, lot, looked, again = _pass(play, ends, begin, count, now, cursor, lot)
+            decisions += looked
+            begin = 0
     return decisions, count > 0 and outages.until < np.inf
 
 
 @kernel()
 def _pass(
     play: Play, ends: list[tuple[float, int]], begin: int, count: int, now: float, cursor: int, lot: int
-) -> tuple[int, int, int, int]:
-    """Start who can, of those that wait from one on; how many wait then, the cursor, the lot, and nodes looked for."""
+) -> tuple[int, int, int, int, bool]:
+    """Start who can, of those that wait from one on.
+
+    How many wait then, the cursor, the lot, nodes looked for, and whether somebody was stopped for somebody.
+    """
     pods, work, rule, waiting = play.pods, play.work, play.rule, play.waiting
-    kept, decisions = begin, 0
-    for w in range(begin, count):
+    w, kept, decisions, stopped = begin, begin, 0, False
+    while w < count:
         j = waiting[w]
         k, had = work.kind[j], pods.placed[j]
         if (work.members[j] if rule.gang else 1) < play.too_many[k]:  # a call would cost more than that
             cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, rule.gang, play.too_many, cursor, lot)
             decisions += looked
+            while rule.preempts and pods.placed[j] < work.members[j]:
+                node, count, lot = _preempt(play, ends, count, j, now, lot)
+                if node < 0:
+                    break
+                stopped = True
+                _put(play.board, pods, k, j, node, -1, rule.policy, lot)
+                decisions += 1
         size = _size(play.board.kinds, k)
         if not rule.gang:
             play.gpus[HELD] += size * (pods.placed[j] - had)
+        w += 1
         if pods.placed[j] == work.members[j]:
             _begin(play, ends, j, now)
             play.gpus[HELD] -= 0 if rule.gang else size * work.members[j]
             continue
-        left = count if rule.strict else w + 1  # nobody is looked at past one that waits
-        for later in range(w, left):
+        left = count if rule.strict else w  # nobody is looked at past one that waits
+        for later in range(w - 1, left):
             waiting[kept] = waiting[later]
             kept += 1
         if rule.strict:
             break
-    return kept, cursor, lot, decisions
+    return kept, cursor, lot, decisions, stopped
+
+
+@kernel()
+def _preempt(
+    play: Play, ends: list[tuple[float, int]], count: int, job: int, now: float, lot: int
+) -> tuple[int, int, int]:
+    """Stop who has to make room for a member of a job: the node (-1: none), how many wait then, and the lot."""
+    board, pods = play.board, play.pods
+    lesser = _lesser(play, ends, count, job, now)
+    if lesser.pod.size == 0:
+        return -1, count, lot
+    lot = (lot * 1103515245 + 12345) & 0x3FFFFFFF
+    start = lot % board.version.size
+    node, victims = nominate(board.nodes, board.kinds, board.state, play.work.kind[job], start, lesser)
+    for v in victims[::-1]:  # of a job from its last pod on, which the last takes the place of
+        j = lesser.job[v]
+        if pods.placed[j] == 0:
+            continue  # with another victim of the same job
+        count = _taken_from(play, count, j, lesser.pod[v], node, now)
+    if node >= 0:
+        play.too_many[:] = NEVER
+    return node, count, lot
+
+
+@kernel()
+def _lesser(play: Play, ends: list[tuple[float, int]], count: int, job: int, now: float) -> Lesser:
+    """The placed pods of all jobs of a lower priority."""
+    pods, priority, size = play.pods, _priority(play, job), 0
+    jobs = [0 for _ in range(0)]
+    for at, j in ends:
+        if at == play.progress.over[j] and _priority(play, j) < priority:
+            jobs.append(j)
+            size += pods.placed[j]
+    for w in range(count):
+        j = play.waiting[w]
+        if pods.placed[j] > 0 and j != job and _priority(play, j) < priority:
+            jobs.append(j)
+            size += pods.placed[j]
+    head, rows, began = np.full(play.board.version.size, -1), np.empty((5, size), np.int64), np.empty(size)
+    at = 0
+    for j in jobs:
+        for p in range(pods.first[j], pods.first[j] + pods.placed[j]):
+            i = pods.node[p]
+            rows[0, at], rows[1, at], rows[2, at], rows[3, at], rows[4, at] = (
+                head[i], p, j, play.work.kind[j], pods.mask[p],
+            )  # fmt: skip
+            began[at] = now if np.isnan(play.progress.over[j]) else play.progress.began[j]
+            head[i], at = at, at + 1
+    return Lesser(head, rows[0], rows[1], rows[2], rows[3], rows[4], began)
 
 
 @kernel()
@@ -362,20 +430,28 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
         for j in range(arrived):
             if not _is_on(play.pods, j, i):
                 continue
-            if np.isnan(play.progress.over[j]):  # it waits for its other members, and now for these
-                play.gpus[HELD] -= _size(board.kinds, play.work.kind[j]) * _lose(
-                    board, play.pods, play.work.kind[j], j, i
-                )
-                count = _remove(play.waiting, count, j)
-                play.progress.key[j] = now
-            else:
-                _stop(play, j)
-                _fall_back(play, j, now)
-            _insert(play.waiting, count, j, play.progress.key)
-            count += 1
+            count = _taken_from(play, count, j, -1, i, now)
     board.state.cpu[i] += sign * NEVER
     play.gpus[USABLE] += sign * board.nodes.gpus[i] * WHOLE
     return count
+
+
+@kernel()
+def _taken_from(play: Play, count: int, job: int, pod: int, node: int, now: float) -> int:
+    """A job loses a pod, or (-1) all that it has on a node; how many wait then.
+
+    Who runs is stopped, who waits for the rest of its members waits for these too.
+    """
+    if np.isnan(play.progress.over[job]):
+        k = play.work.kind[job]
+        play.gpus[HELD] -= _size(play.board.kinds, k) * _lose(play.board, play.pods, k, job, pod, node)
+        count = _remove(play.waiting, count, job)
+        play.progress.key[job] = now
+    else:
+        _stop(play, job)
+        _fall_back(play, job, now)
+    _insert(play, count, job)
+    return count + 1
 
 
 @kernel()
@@ -403,11 +479,11 @@ def _is_on(pods: Pods, job: int, node: int) -> bool:
 
 
 @kernel()
-def _lose(board: Board, pods: Pods, k: int, job: int, node: int) -> int:
-    """The members there of a job that waits for the rest, which are placed anew; how many they are."""
+def _lose(board: Board, pods: Pods, k: int, job: int, pod: int, node: int) -> int:
+    """The members there of a job that waits for the rest (or one of them), placed anew; how many they are."""
     p, lost = pods.first[job], 0
     while p < pods.first[job] + pods.placed[job]:
-        if pods.node[p] != node:
+        if pods.node[p] != node or pod not in (-1, p):
             p += 1
             continue
         give_back(board.kinds, board.state, node, k, pods.mask[p])
@@ -442,14 +518,30 @@ def _remove(waiting: Ints, count: int, job: int) -> int:
 
 
 @kernel()
-def _insert(waiting: Ints, count: int, job: int, key: Floats) -> int:
-    """Queue a job behind all of a lesser key, and of the same key behind who came before; its place."""
-    at = count
-    while at > 0 and (key[waiting[at - 1]] > key[job] or (key[waiting[at - 1]] == key[job] and waiting[at - 1] > job)):
+def _insert(play: Play, count: int, job: int) -> int:
+    """Queue a job behind all that go first; its place."""
+    waiting, at = play.waiting, count
+    while at > 0 and _first(play, job, waiting[at - 1]):
         waiting[at] = waiting[at - 1]
         at -= 1
     waiting[at] = job
     return at
+
+
+@kernel()
+def _first(play: Play, one: int, other: int) -> bool:
+    """Whether a job goes before another: of a higher priority, else of a lesser key, else who came first."""
+    mine, its = _priority(play, one), _priority(play, other)
+    if mine != its:
+        return mine > its
+    if play.progress.key[one] != play.progress.key[other]:
+        return play.progress.key[one] < play.progress.key[other]  # type: ignore[no-any-return]
+    return one < other
+
+
+@kernel()
+def _priority(play: Play, job: int) -> int:
+    return play.board.kinds.priority[play.work.kind[job]]  # type: ignore[no-any-return]
 
 
 @kernel()
@@ -491,12 +583,18 @@ def _look(
                 pods.node[pods.first[j] : pods.first[j] + pods.placed[j]] = -1
                 pods.placed[j] = 0
             break
-        p, gpus = pods.first[j] + pods.placed[j], board.nodes.gpus[best]
-        pods.node[p] = best
-        pods.mask[p] = take(board.kinds, board.state, gpus, best, k, board.device[k, best], policy, lot)
-        board.version[best] += 1
-        pods.placed[j] += 1
+        _put(board, pods, k, j, best, board.device[k, best], policy, lot)
     return cursor, lot, looked
+
+
+@kernel()
+def _put(board: Board, pods: Pods, k: int, job: int, node: int, device: int, policy: int, lot: int) -> None:
+    """The next member of a job onto a node."""
+    p = pods.first[job] + pods.placed[job]
+    pods.node[p] = node
+    pods.mask[p] = take(board.kinds, board.state, board.nodes.gpus[node], node, k, device, policy, lot)
+    board.version[node] += 1
+    pods.placed[job] += 1
 
 
 @kernel()

@@ -1,6 +1,6 @@
 """The formats that traces of jobs come in, told apart by their columns. Errors name the row and the field.
 
-    plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib]
+    plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib,priority]
     SWF              *.swf (Parallel Workloads Archive): a processor is a member with one CPU
     Philly           timestamp,duration,num_gpus (msr-fiddle/philly-traces, flattened)
     openb            creation_time,deletion_time,scheduled_time,... (Alibaba cluster-trace-gpu-v2023)
@@ -28,6 +28,8 @@ STATES = frozenset(("Ready", "Waiting", "Running", "Terminated", "Failed", "Canc
 """Of a task of Alibaba's."""
 CONTEXT_TOKEN_SECONDS, GENERATED_TOKEN_SECONDS = 0.0002, 0.04
 """Made up: the traces of Azure do not say how long a request took. One at a time on a GPU."""
+MOST_PRIORITY = 1_000_000_000
+"""Of a PriorityClass of users."""
 GONE_SECONDS = 60.0
 """A job of that name that is seen again so long after is another."""
 
@@ -44,6 +46,8 @@ class Job(NamedTuple):
     memory_mib: int
     where: str
     """File and line."""
+    priority: int = 0
+    """The greater goes first."""
 
 
 def jobs_of(path: Path, node_memory_mib: int) -> Iterator[Job]:
@@ -91,7 +95,17 @@ def _of_table(path: Path, node_memory_mib: int) -> Iterator[Job]:
             yield job
 
 
-PLAIN = ("submit_seconds", "duration_seconds", "name", "members", "gpus", "gpu_milli", "cpu_milli", "memory_mib")
+PLAIN = (
+    "submit_seconds",
+    "duration_seconds",
+    "name",
+    "members",
+    "gpus",
+    "gpu_milli",
+    "cpu_milli",
+    "memory_mib",
+    "priority",
+)
 
 
 def _seconds(row: traces.Row, column: str, least: float = 0.0) -> float:
@@ -107,7 +121,8 @@ def _plain(row: traces.Row) -> Job:
         raise BadInput(f"{row.place}, gpu_milli: {milli}: a part of one GPU is 1 to {WHOLE}, with gpus 1")
     submit, run = _seconds(row, "submit_seconds", -traces.MOST), _seconds(row, "duration_seconds")
     cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
-    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place)
+    priority = whole("priority", 0, -MOST_PRIORITY, MOST_PRIORITY)
+    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place, priority)
 
 
 def _philly(row: traces.Row) -> Job:

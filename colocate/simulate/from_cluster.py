@@ -97,7 +97,7 @@ def future(scene: Scene, policy: str, otherwise_seconds: float, seed: int) -> Fu
     kinds: dict[tuple[int, ...], int] = {}
     rows, running = [], list[int]()
     for _, (cpu, memory, gpus), members, seconds, there in possible:
-        kind = kinds.setdefault((cpu, memory, gpus, WHOLE, 0), len(kinds))
+        kind = kinds.setdefault((cpu, memory, gpus, WHOLE, 0, 0), len(kinds))
         rows.append((0.0, otherwise_seconds if seconds is None else seconds, kind, members))
         running += there
     if not rows:
@@ -114,7 +114,7 @@ def future(scene: Scene, policy: str, otherwise_seconds: float, seed: int) -> Fu
 def _fits(nodes: Nodes, gang: Gang) -> bool:
     """Whether a gang would fit if nothing else ran."""
     _, (cpu, memory, gpus), members, _, _ = gang
-    kind = Kinds(*arrays([(cpu, memory, gpus, WHOLE, 0)]))
+    kind = Kinds(*arrays([(cpu, memory, gpus, WHOLE, 0, 0)]))
     return too_large(nodes, kind, Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), np.array([members]))) < 0
 
 

@@ -50,10 +50,10 @@ def saved(outages: Outages, had: float, again: bool, left: float) -> float:
 
 
 class Trouble(NamedTuple):
-    """How often nodes fail, and what it costs; seconds."""
+    """How often nodes fail, and what it costs jobs to be stopped; seconds."""
 
-    mtbf: float
-    """Of a node, the mean time from its repair to its next failure."""
+    mtbf: float = np.inf
+    """Of a node, the mean time from its repair to its next failure; infinite: none fails."""
     repair: float = 3600.0
     checkpoint: float = np.inf
     restart: float = 0.0
@@ -68,6 +68,9 @@ class Trouble(NamedTuple):
         """
         first = float(submit[0])
         seconds = max(float(submit[-1]) - first + float(run.max()), 1.0)
+        if self.mtbf == np.inf:
+            yield NO_OUTAGES._replace(checkpoint=self.checkpoint, restart=self.restart)
+            return
         each = nodes / (self.mtbf + self.repair)
         if seconds * each > MOST_FAILURES:
             text = f"{nodes} nodes fail {seconds * each:,.0f} times while the jobs arrive and the longest of them runs"

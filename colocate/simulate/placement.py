@@ -54,6 +54,8 @@ class Kinds(NamedTuple):
     """Of each GPU."""
     models: Ints
     """The GPU models that may be, a bit each; 0: any."""
+    priority: Ints
+    """The greater goes first."""
 
 
 class State(NamedTuple):
@@ -256,14 +258,25 @@ def _count(kinds: Kinds, state: State, i: int, k: int, sign: int) -> None:
 @kernel()
 def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
     """What a pod was given."""
+    _hand(kinds, state, i, k, mask, 1)
+
+
+@kernel()
+def take_again(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
+    """What a pod was given, and gave back."""
+    _hand(kinds, state, i, k, mask, -1)
+
+
+@kernel()
+def _hand(kinds: Kinds, state: State, i: int, k: int, mask: int, sign: int) -> None:
     state.fragmented[i] = np.nan
-    state.cpu[i] += kinds.cpu_milli[k]
-    state.memory[i] += kinds.memory_mib[k]
-    state.classes[i, _class_of(kinds.gpus[k], kinds.gpu_milli[k])] -= 1
-    _count(kinds, state, i, k, -1)
+    state.cpu[i] += sign * kinds.cpu_milli[k]
+    state.memory[i] += sign * kinds.memory_mib[k]
+    state.classes[i, _class_of(kinds.gpus[k], kinds.gpu_milli[k])] -= sign
+    _count(kinds, state, i, k, -sign)
     for g in range(MOST_GPUS):
         if (mask >> g) & 1:
-            state.left[i, g] += kinds.gpu_milli[k]
+            state.left[i, g] += sign * kinds.gpu_milli[k]
 
 
 @kernel()
@@ -285,7 +298,7 @@ def _device(left: Ints, i: int, gpus: int, milli: int, policy: int, lot: int) ->
 @kernel(inline="always")
 def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int) -> tuple[float, int]:
     """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
-    if not _fits(nodes, kinds, state, i, k):
+    if not fits(nodes, kinds, state, i, k):
         return -1.0, -1
     if policy == RANDOM:
         return 0.0, -1
@@ -295,7 +308,8 @@ def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int
 
 
 @kernel(inline="always")
-def _fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
+def fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
+    """Whether a node has what a kind of pod asks for."""
     if state.cpu[i] < kinds.cpu_milli[k] or state.memory[i] < kinds.memory_mib[k]:
         return False
     if kinds.gpus[k] == 0:
@@ -475,7 +489,7 @@ def offers(nodes: Nodes, kinds: Kinds, state: State, k: int, seen: NDArray[np.fl
     asked = kinds.gpus[k] * kinds.gpu_milli[k]
     seen[:] = 0.0
     for i in range(nodes.gpus.size):
-        if not _fits(nodes, kinds, state, i, k):
+        if not fits(nodes, kinds, state, i, k):
             continue
         free, whole, gpus = 0, 0, nodes.gpus[i]
         for g in range(gpus):

@@ -250,7 +250,7 @@ def openb_pods(path: Path, models: Sequence[str]) -> Pods:
         allowed = sum(1 << models.index(m) for m in asked if m in models)
         if any(asked) and not allowed:
             allowed = 1 << ONLY_ELSEWHERE
-        kind = (row.whole("cpu_milli"), row.whole("memory_mib"), gpus, milli, allowed)
+        kind = (row.whole("cpu_milli"), row.whole("memory_mib"), gpus, milli, allowed, 0)
         kind_of.append(kinds.setdefault(kind, len(kinds)))
     if not kinds:
         raise BadInput(f"{path} has no pods")

@@ -114,7 +114,9 @@ def read_jobs(path: Path, nodes: Nodes) -> Workload:
         raise BadInput(f"{path} has no jobs")
     jobs.sort(key=lambda job: job.submit)
     kinds: dict[tuple[int, ...], int] = {}
-    kind_of = [kinds.setdefault((j.cpu_milli, j.memory_mib, j.gpus, j.gpu_milli, 0), len(kinds)) for j in jobs]
+    kind_of = [
+        kinds.setdefault((j.cpu_milli, j.memory_mib, j.gpus, j.gpu_milli, 0, j.priority), len(kinds)) for j in jobs
+    ]
     submit = np.array([j.submit for j in jobs])
     work = Work(
         submit - submit[0],

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from colocate.kube.client import NODES, PODS, Api, path_of
+from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.localcluster.controlplane import ControlPlane
 from colocate.objects import Pod
 from colocate.simulate.placement import (
@@ -30,6 +30,8 @@ from colocate.simulate.placement import (
     rate,
     take,
 )
+from colocate.simulate.preemption import Lesser, nominate
+from colocate.units import time_text
 
 LINE = re.compile(r'schedule_one\.go:\d+\] "([^"]+)" pod="default/([^"]+)"(.*)')
 POINTS = re.compile(r'plugin="NodeResources(?:Fit|BalancedAllocation)" node="([^"]+)" score=(\d+)')
@@ -85,7 +87,8 @@ async def offer(api: Api, name: str, cpu: int, memory: int, gpus: int) -> None:
     await api.request("POST", NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "status": status})
 
 
-async def ask(api: Api, name: str, cpu: int, memory: int, gpus: int) -> None:
+async def ask(api: Api, name: str, cpu: int, memory: int, gpus: int, **more: Any) -> None:
+    """`more`: of the pod's spec."""
     asked = {"cpu": f"{cpu}m", "memory": f"{memory}Mi", GPU: str(gpus)}
     asked = {k: v for k, v in asked.items() if v not in ("0m", "0Mi", "0")}
     resources = {"requests": asked, "limits": {k: v for k, v in asked.items() if k == GPU}}
@@ -97,9 +100,23 @@ async def ask(api: Api, name: str, cpu: int, memory: int, gpus: int) -> None:
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {"name": name},
-            "spec": spec | {"terminationGracePeriodSeconds": 0},
+            "spec": spec | {"terminationGracePeriodSeconds": 0} | more,
         },
     )
+
+
+async def placed(api: Api, name: str, began: int) -> str:
+    """Where a pod is once it is somewhere; there it has begun at a second of ours."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        pod = next(p for p in await api.all(Pod, PODS) if p.metadata.name == name)
+        if pod.spec.node_name:
+            status = {"status": {"startTime": time_text(1.7e9 + began), "phase": "Running"}}
+            path = path_of(PODS, "default", name, "status")
+            await api.request("PATCH", path, status, content_type=MERGE)
+            return pod.spec.node_name
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"kube-scheduler has not placed {name}")
 
 
 async def all_decided(api: Api, count: int) -> None:
@@ -174,7 +191,7 @@ async def compare(plane: ControlPlane, rng: random.Random, number: int, nodes: i
 
     offered = Nodes(column(made, 0), column(made, 1), column(made, 2), np.zeros(nodes, np.int64))
     zeros, ones = np.zeros(len(kinds), np.int64), np.ones(len(kinds), np.int64)
-    wanted = Kinds(column(kinds, 0), column(kinds, 1), column(kinds, 2), WHOLE * ones, zeros)
+    wanted = Kinds(column(kinds, 0), column(kinds, 1), column(kinds, 2), WHOLE * ones, zeros, zeros)
     with log.open() as file:
         return replayed(offered, names, wanted, {f"p{number}-{p}": k for p, k in enumerate(asked)}, file)
 
@@ -195,3 +212,109 @@ async def test_five_thousand_decisions_over_random_clusters(scheduler: ControlPl
         nodes = rng.choice((12, 25, 40, 70, 110, 140))
         compared += await compare(scheduler, rng, 1000 + compared, nodes, rng.randint(150, 400))
     assert compared >= 5000
+
+
+class Bound(NamedTuple):
+    """A pod of the test of preemption."""
+
+    name: str
+    node: int
+    kind: int
+    began: int
+
+
+def chosen(
+    nodes: Nodes, kinds: Kinds, there: list[Bound], k: int, only: int | None = None
+) -> tuple[int, list[str], tuple[int, int, int]]:
+    """By ours: the node (of one alone), the victims, and how important they are."""
+    state, cards = empty(nodes), {}
+    for pod in there:
+        cards[pod.name] = take(kinds, state, int(nodes.gpus[pod.node]), pod.node, pod.kind, -1, NATIVE, 0)
+    lower = [pod for pod in there if kinds.priority[pod.kind] < kinds.priority[k]]
+    head, after = np.full(len(nodes.gpus), -1), np.full(len(lower), -1)
+    for at, pod in enumerate(lower):
+        if only in (None, pod.node):
+            after[at], head[pod.node] = head[pod.node], at
+    numbers, kind = np.arange(len(lower)), np.array([pod.kind for pod in lower], np.int64)
+    mask = np.array([cards[pod.name] for pod in lower], np.int64)
+    began = np.array([float(pod.began) for pod in lower])
+    node, victims = nominate(nodes, kinds, state, k, 0, Lesser(head, after, numbers, numbers, kind, mask, began))
+    gone = [lower[v] for v in victims]
+    importance = [int(kinds.priority[pod.kind]) for pod in gone]
+    latest = min((pod.began for pod in gone if kinds.priority[pod.kind] == max(importance)), default=0)
+    rank = (max(importance, default=0), sum(importance) + (len(gone) << 31), -latest)
+    return node, sorted(pod.name for pod in gone), rank
+
+
+async def preemptions(plane: ControlPlane, rng: random.Random, number: int, nodes: int, decisions: int) -> int:
+    """How many pods took the place of others on a full cluster of its own."""
+    shapes = [(rng.choice((4000, 8000)), rng.choice((8192, 16384)), rng.choice((0, 2, 4))) for _ in range(nodes)]
+    offered = Nodes(*(np.array(column, np.int64) for column in zip(*((*shape, 0) for shape in shapes), strict=True)))
+    rows = [
+        (rng.choice((500, 1000, 2000)), rng.choice((512, 2048, 4096)), rng.choice((0, 0, 1, 2)), WHOLE, 0, priority)
+        for priority in (0, 0, 0, 10, 10, 20, 1000)
+    ]
+    kinds = Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+    names = [f"t{number}-{i}" for i in range(nodes)]
+    there: list[Bound] = []
+    compared = 0
+    async with Api.connect(str(plane.kubeconfig())) as api:
+        for priority in sorted({row[5] for row in rows}):
+            body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "value": priority}
+            body["metadata"] = {"name": f"t{number}-{priority}"}
+            await api.request("POST", "/apis/scheduling.k8s.io/v1/priorityclasses", body)
+        for name, shape in zip(names, shapes, strict=True):
+            await offer(api, name, *shape)
+        state = empty(offered)
+        typical = Typical(np.zeros(0, np.int64), np.zeros(len(rows)))
+        for i in range(nodes):  # until it is full
+            for at in range(12):
+                k = rng.randrange(len(rows) - 1)
+                if rate(offered, kinds, state, typical, NATIVE, i, k)[0] < 0:
+                    continue
+                take(kinds, state, int(offered.gpus[i]), i, k, -1, NATIVE, 0)
+                pod = Bound(f"l{number}-{i}-{at}", i, k, rng.randrange(1000))
+                there.append(pod)
+                class_ = f"t{number}-{rows[k][5]}"
+                await ask(api, pod.name, *rows[k][:3], nodeName=names[i], priorityClassName=class_)
+                await placed(api, pod.name, pod.began)
+        plane.start_scheduler()
+        try:
+            for step in range(decisions):
+                k = rng.choice((3, 4, 5, 6))
+                if any(rate(offered, kinds, state, typical, NATIVE, i, k)[0] >= 0 for i in range(nodes)):
+                    continue
+                best, _, least = chosen(offered, kinds, there, k)
+                if best < 0:
+                    continue
+                name = f"h{number}-{step}"
+                await ask(api, name, *rows[k][:3], priorityClassName=f"t{number}-{rows[k][5]}")
+                where = names.index(await placed(api, name, 2000 + step))
+                left = {p.metadata.name for p in await api.all(Pod, PODS)}
+                gone = sorted(pod.name for pod in there if pod.name not in left)
+                _, victims, rank = chosen(offered, kinds, there, k, where)
+                assert gone == victims, (number, step)
+                assert rank == least, (number, step)
+                there = [pod for pod in there if pod.name in left] + [Bound(name, where, k, 2000 + step)]
+                state = empty(offered)
+                for pod in there:
+                    take(kinds, state, int(offered.gpus[pod.node]), pod.node, pod.kind, -1, NATIVE, 0)
+                compared += 1
+        finally:
+            plane.end("kube-scheduler")
+        for p in await api.all(Pod, PODS):
+            await api.request("DELETE", path_of(PODS, "default", p.metadata.name))
+        for name in names:
+            await api.request("DELETE", path_of(NODES, "", name))
+    return compared
+
+
+@pytest.mark.parametrize(
+    "decisions", [pytest.param(20, id="twenty"), pytest.param(150, id="a hundred and fifty", marks=pytest.mark.slow)]
+)
+async def test_the_native_scheduler_stops_whom_the_real_one_stops(scheduler: ControlPlane, decisions: int) -> None:
+    rng, compared, number = random.Random(decisions), 0, 0
+    while compared < decisions:
+        found = await preemptions(scheduler, rng, 1000 * decisions + number, rng.choice((4, 6, 9)), 24)
+        assert found, "a round in which nobody is stopped says nothing"
+        compared, number = compared + found, number + 1

@@ -37,7 +37,7 @@ def work_of(*rows):
     ones = np.ones(len(kinds), np.int64)
     submit, run, members, gpus = (np.array(column) for column in zip(*rows, strict=True))
     work = Work(submit.astype(float), run.astype(float), np.searchsorted(asks, gpus), members.astype(np.int64))
-    return Kinds(0 * ones, 0 * ones, asks, 1000 * ones, 0 * ones), work
+    return Kinds(0 * ones, 0 * ones, asks, 1000 * ones, 0 * ones, 0 * ones), work
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, GPUS)), min_size=1)

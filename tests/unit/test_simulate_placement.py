@@ -27,7 +27,7 @@ def nodes_of(*rows):
 
 def kinds_of(*rows):
     """(milli CPU, MiB, GPUs, milli of each, models) each."""
-    return Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+    return Kinds(*(np.array(column, np.int64) for column in zip(*((*row, 0) for row in rows), strict=True)))
 
 
 NODES = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 8), st.integers(0, 2)), min_size=1)
@@ -68,7 +68,7 @@ def test_a_pod_waits_only_where_no_node_has_room_for_it(nodes, kinds, data, poli
     kind = data.draw(st.integers(0, len(kinds.gpus) - 1))
     alone = np.array([kind], np.int64)
     found = place(nodes, kinds, alone, policy, 1, typical_shares(alone, kinds)).node[0]
-    c, m, num, _, ok = (int(column[kind]) for column in kinds)
+    c, m, num, _, ok, _ = (int(column[kind]) for column in kinds)
     fits = [
         nodes.cpu_milli[i] >= c
         and nodes.memory_mib[i] >= m

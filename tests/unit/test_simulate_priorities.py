@@ -1,0 +1,206 @@
+"""Jobs of different priorities: whom kube-scheduler stops for whom, that ours stops whole gangs, and what is lost."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colocate.cli.main import main
+from colocate.simulate.compare import known_run
+from colocate.simulate.fleet import DISCIPLINES, Work
+from colocate.simulate.outages import NO_OUTAGES
+from colocate.simulate.placement import BEST_FIT, Kinds, Nodes, empty, take
+from colocate.simulate.preemption import Lesser, nominate
+from colocate.simulate.workloads import Workload
+from tests.unit.test_simulate_fleet import GPUS, fleet, used_at
+
+PREEMPTING = ("native", "native-packed", "ours", "ours-declared")
+
+
+def ran(policy, nodes, *rows, checkpoint=np.inf, restart=0.0):
+    """(submit, run, members, GPUs of each, priority) of each job."""
+    kinds: dict[tuple[int, int], int] = {}
+    kind = [kinds.setdefault((row[3], row[4]), len(kinds)) for row in rows]
+    gpus, priority = (np.array(column, np.int64) for column in zip(*kinds, strict=True))
+    submit, run, members = (np.array([row[i] for row in rows]) for i in range(3))
+    work = Work(submit.astype(float), run.astype(float), np.array(kind, np.int64), members.astype(np.int64))
+    asks = Kinds(0 * gpus, 0 * gpus, gpus, 1000 + 0 * gpus, 0 * gpus, priority)
+    outages = NO_OUTAGES._replace(checkpoint=float(checkpoint), restart=float(restart))
+    names = tuple(str(i) for i in range(len(rows)))
+    return asks, work, known_run(policy, fleet(nodes), Workload(work, asks, names), 3, None, outages)
+
+
+@pytest.mark.parametrize("policy", PREEMPTING)
+@pytest.mark.parametrize(
+    ("checkpoint", "restart", "end", "lost"),
+    [
+        pytest.param(np.inf, 0, 170, 60, id="all is done again"),
+        pytest.param(25, 5, 125, 15, id="since the last checkpoint, and beginning again takes time"),
+    ],
+)
+def test_a_more_important_job_takes_the_place_of_a_less_important_one(policy, checkpoint, restart, end, lost):
+    _, _, run = ran(policy, 1, (0, 100, 1, 4, 0), (60, 10, 2, 2, 5), checkpoint=checkpoint, restart=restart)
+    assert run.start.tolist() == [0, 60]
+    assert run.end.tolist() == [end, 70]
+    assert (run.restarts, run.lost_gpu_seconds) == (1, lost * GPUS)
+
+
+@pytest.mark.parametrize("policy", [*DISCIPLINES, "ours", "ours-declared"])
+def test_the_more_important_waits_before_the_less_important(policy):
+    _, _, run = ran(policy, 1, (0, 100, 1, 4, 9), (1, 10, 1, 4, 0), (2, 20, 1, 4, 3), (3, 5, 1, 4, 3))
+    by_length = policy == "shortest-first"
+    assert run.start.tolist() == ([0, 125, 105, 100] if by_length else [0, 125, 100, 120])
+
+
+@pytest.mark.parametrize("policy", PREEMPTING)
+def test_equals_are_not_stopped_and_nobody_is_for_nothing(policy):
+    _, _, run = ran(policy, 2, (0, 50, 1, 4, 1), (0, 50, 1, 4, 5), (10, 10, 1, 4, 1), (10, 10, 2, 4, 5))
+    assert run.restarts == (1 if policy.startswith("native") else 0), "ours stops nobody: the gang would not fit anyway"
+    assert run.start[2] >= 50, "who is as important as who runs waits"
+
+
+def test_native_stops_for_a_part_of_a_gang_that_cannot_start_and_ours_does_not():
+    """Two nodes; on one runs who is more important. Pod by pod a place is made free that then is held idle."""
+    rows = (0, 100, 1, 4, 9), (0, 100, 1, 4, 0), (10, 10, 2, 4, 5)
+    _, _, native = ran("native", 2, *rows)
+    _, _, ours = ran("ours", 2, *rows)
+    assert (native.restarts, ours.restarts) == (1, 0)
+    assert native.end.tolist() == [100, 210, 110]
+    assert ours.end.tolist() == [100, 100, 110]
+
+
+def test_ours_stops_a_gang_whole_and_native_a_job_that_loses_a_member():
+    rows = (0, 100, 2, 4, 0), (50, 10, 1, 4, 1)
+    for policy in PREEMPTING:
+        _, _, run = ran(policy, 2, *rows)
+        assert run.end.tolist() == [160, 60], policy
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, GPUS), st.sampled_from([-2, 0, 0, 7])
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=200)
+@given(
+    rows=ROWS,
+    policy=st.sampled_from([*DISCIPLINES, "ours", "ours-declared"]),
+    checkpoint=st.sampled_from([1.0, 3.0, np.inf]),
+    restart=st.sampled_from([0.0, 2.0]),
+)
+def test_what_ran_is_what_was_asked_for_and_what_was_lost(rows, policy, checkpoint, restart):
+    times = np.cumsum([gap for gap, *_ in rows])
+    jobs = [*((int(t), *rest) for t, (_, *rest) in zip(times, rows, strict=True)), (100_000, 1, 1, 1, 0)]
+    kinds, work, run = ran(policy, 3, *jobs, checkpoint=checkpoint, restart=restart)
+    _, _, again = ran(policy, 3, *jobs, checkpoint=checkpoint, restart=restart)
+    assert np.array_equal(run.end, again.end, equal_nan=True)
+    over = ~np.isnan(run.end)
+    assert policy.startswith("native") or over.all(), "only who holds a part may wait for ever"
+    assert (run.end >= run.start + work.run)[over].all()
+    gpus = kinds.gpus[work.kind] * work.members
+    if (run.end[:-1] <= 100_000).all():  # else pods that hold a part waited until the last job stopped some
+        asked = float((work.run * gpus)[:-1].sum())
+        assert run.busy_gpu_seconds == pytest.approx(asked + run.lost_gpu_seconds)
+    if policy not in PREEMPTING:
+        assert not run.restarts
+    if not run.restarts:
+        for at in run.start[over]:
+            assert used_at(run, kinds, work, 3, at).max() <= GPUS
+        assert run.lost_gpu_seconds == 0.0
+
+
+def reference(free, pods, cpu, priority):
+    """DefaultPreemption in a few plain lines: node -> victims; `pods` are (node, CPU, priority, began) each."""
+    found = {}
+    for node, spare in enumerate(free):
+        lower = [i for i, pod in enumerate(pods) if pod[0] == node and pod[2] < priority]
+        lower.sort(key=lambda i: (-pods[i][2], pods[i][3], i))
+        left, gone = spare + sum(pods[i][1] for i in lower), []
+        if not lower or left < cpu:
+            continue
+        for i in lower:
+            if left - pods[i][1] >= cpu:
+                left -= pods[i][1]
+            else:
+                gone.append(i)
+        found[node] = gone
+    return found
+
+
+PODS = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(-2, 3), st.integers(0, 3)), min_size=1, max_size=14
+)
+
+
+@settings(max_examples=300)
+@given(
+    pods=PODS,
+    free=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    wanted=st.integers(1, 9),
+    start=st.integers(0, 3),
+)
+def test_the_node_and_the_victims_are_kube_schedulers(pods, free, wanted, start):
+    """Every node is a candidate where there are fewer than a hundred."""
+    mine = 2
+    free = [min(left, wanted - 1) for left in free]  # it fits nowhere
+    taken = [sum(pod[1] for pod in pods if pod[0] == node) for node in range(4)]
+    zero = np.zeros(4, np.int64)
+    nodes = Nodes(np.array(free) + np.array(taken), zero + 1, zero, zero)
+    rows = [(pod[1], 0, 0, 1000, 0, pod[2]) for pod in pods] + [(wanted, 0, 0, 1000, 0, mine)]
+    kinds = Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+    state = empty(nodes)
+    for k, pod in enumerate(pods):
+        take(kinds, state, 0, pod[0], k, 0, BEST_FIT, 0)
+    lower = [k for k, pod in enumerate(pods) if pod[2] < mine]
+    head, after = np.full(4, -1), np.full(len(lower), -1)
+    for at, k in enumerate(lower):
+        after[at], head[pods[k][0]] = head[pods[k][0]], at
+    numbers = np.array(lower, np.int64)
+    began = np.array([float(pods[k][3]) for k in lower])
+    before = [column.copy() for column in state[:5]]
+    lesser = Lesser(head, after, numbers, numbers, numbers, 0 * numbers, began)
+    node, victims = nominate(nodes, kinds, state, len(pods), start, lesser)
+    for was, now in zip(before, state[:5], strict=True):
+        assert np.array_equal(was, now), "nobody has gone yet"
+    known = reference(free, pods, wanted, mine)
+    if not known:
+        assert node == -1
+        return
+
+    def rank(of):
+        gone = [pods[i] for i in known[of]]
+        highest = max(pod[2] for pod in gone)
+        return highest, sum(pod[2] + (1 << 31) for pod in gone), -min(pod[3] for pod in gone if pod[2] == highest)
+
+    assert sorted(numbers[victims]) == sorted(known[node])
+    assert rank(node) == min(rank(of) for of in known)
+
+
+def test_waits_are_told_by_priority(tmp_path, capsys):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("submit_seconds,duration_seconds,gpus,priority\n0,100,8,0\n10,50,8,1000\n20,5,8,\n")
+    told = ["simulate", "--nodes", "1x8", "--jobs", str(jobs), "--policy", "native,packing"]
+    assert main([*told, "-o", "json", "--restart", "10s"]) == 0
+    native, packing = json.loads(capsys.readouterr().out)["runs"]
+    assert native["wait_seconds_by_priority"]["1000"]["mean"] == 0.0
+    assert packing["wait_seconds_by_priority"]["1000"]["mean"] == 90.0
+    assert (native["restarts"], packing["restarts"]) == (1, 0)
+    assert native["work_redone"] == pytest.approx((10 + 10) / 155, abs=1e-6)
+    assert main(told) == 0
+    assert "mean wait by priority" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["high", "1e12", "0.5", "nan"])
+def test_a_priority_is_a_whole_number(tmp_path, capsys, text):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text(f"submit_seconds,duration_seconds,priority\n0,100,{text}\n")
+    assert main(["simulate", "--nodes", "1x8", "--jobs", str(jobs)]) == 2
+    assert "line 2, priority" in capsys.readouterr().err
