@@ -137,7 +137,7 @@ def test_fgd_goes_where_fragmentation_grows_least(nodes, kinds):
     found = int(place(nodes, kinds, np.array([pod], np.int64), "fgd", 5, typical).node[0])
     scores = {}
     for i in range(len(nodes.gpus)):
-        c, m, num, milli, ok = (int(column[pod]) for column in kinds)
+        c, m, num, milli, ok, _ = (int(column[pod]) for column in kinds)
         room = nodes.cpu_milli[i] >= c and nodes.memory_mib[i] >= m and nodes.gpus[i] >= num
         if not room or (num and ok and not ok >> nodes.model[i] & 1):
             continue
