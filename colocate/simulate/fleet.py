@@ -47,6 +47,8 @@ Ints = NDArray[np.int64]
 NEVER = 1 << 40
 BUSY, HELD, IDLE, LOST = range(4)
 USABLE = 2
+BINDS_A_SECOND, BINDS_AT_ONCE = 50.0, 100.0
+"""kube-scheduler's client (clientConnection: qps, burst): pods beyond these are bound later."""
 
 
 class Work(NamedTuple):
@@ -158,8 +160,9 @@ def simulate(
     pods = Pods(first, np.full(first[-1], -1, np.int64), np.zeros(first[-1], np.int64), np.zeros(len(first), np.int64))
     there = np.empty(0, np.int64) if running is None else running
     pods.node[: len(there)] = there
-    preempts = policy in (NATIVE, MOST_ALLOCATED) and not discipline.gang and len(np.unique(kinds.priority)) > 1
-    rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest, preempts)
+    binds = policy in (NATIVE, MOST_ALLOCATED)
+    preempts = binds and not discipline.gang and len(np.unique(kinds.priority)) > 1
+    rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest, binds, preempts)
     play = _played(board, pods, work, rule, outages)
     decisions, cut = _simulate(play, seed & 0x3FFFFFFF, len(there))
     busy, held, idle, lost = (float(area) / WHOLE for area in play.areas)
@@ -174,6 +177,8 @@ class Rule(NamedTuple):
     gang: bool
     strict: bool
     shortest: bool
+    binds: bool
+    """By kube-scheduler's client, which does not bind as fast as pods can come."""
     preempts: bool
     """A pod that fits nowhere takes the place of less important ones."""
 
@@ -220,6 +225,8 @@ class Progress(NamedTuple):
     """Seconds: when it will end; NaN of one that does not run."""
     again: Ints
     """How often it was stopped."""
+    bound: Floats
+    """Seconds: when the last of its pods that are placed is bound."""
 
 
 class Play(NamedTuple):
@@ -239,6 +246,8 @@ class Play(NamedTuple):
     """Thousandths: busy, held, and of nodes that have not failed."""
     areas: Floats
     """Thousandths of GPUs times seconds: busy, held, idle, lost."""
+    binder: Floats
+    """(1,) seconds: until when its client's tokens are spent."""
     start: Floats
     end: Floats
 
@@ -246,12 +255,14 @@ class Play(NamedTuple):
 def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) -> Play:
     jobs = len(work.submit)
     key = (work.run if rule.shortest else work.submit).copy()
-    progress = Progress(key, work.run.copy(), np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs, np.int64))
+    began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
+    progress = Progress(key, work.run.copy(), began, over, np.zeros(jobs, np.int64), bound)
     gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
     too_many = np.full(len(board.kinds.gpus), NEVER)
     start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
     waiting = np.empty(jobs, np.int64)
-    return Play(board, pods, work, progress, rule, outages, waiting, too_many, gpus, np.zeros(4), start, end)
+    areas, binder = np.zeros(4), np.full(1, -np.inf)
+    return Play(board, pods, work, progress, rule, outages, waiting, too_many, gpus, areas, binder, start, end)
 
 
 @kernel()
@@ -325,6 +336,8 @@ def _pass(
                 _put(play.board, pods, k, j, node, -1, rule.policy, lot)
                 decisions += 1
         size = _size(play.board.kinds, k)
+        if rule.binds and pods.placed[j] > had:
+            play.progress.bound[j] = _bound(play, now, pods.placed[j] - had)
         if not rule.gang:
             play.gpus[HELD] += size * (pods.placed[j] - had)
         w += 1
@@ -392,15 +405,26 @@ def _lesser(play: Play, ends: list[tuple[float, int]], count: int, job: int, now
 
 @kernel()
 def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
-    """All its members are placed."""
+    """All its members are placed; it runs once the last is bound."""
     progress, restart = play.progress, 0.0
+    runs, last = max(now, progress.bound[job]), play.work.submit[-1]
     if progress.again[job] == 0:
-        play.start[job] = now
+        play.start[job] = runs
     else:
         restart = play.outages.restart
-    progress.began[job], progress.over[job] = now, now + restart + progress.left[job]
+    progress.began[job], progress.over[job] = runs, runs + restart + progress.left[job]
     heapq.heappush(ends, (progress.over[job], job))
     play.gpus[BUSY] += _gpus(play, job)
+    held = (min(runs, last) - min(now, last)) * _gpus(play, job)
+    play.areas[BUSY] -= held
+    play.areas[HELD] += held
+
+
+@kernel()
+def _bound(play: Play, now: float, pods: int) -> float:
+    """When so many pods more are bound that are placed now: tokens that are refilled (client-go's flowcontrol)."""
+    play.binder[0] = max(play.binder[0], now - BINDS_AT_ONCE / BINDS_A_SECOND) + pods / BINDS_A_SECOND
+    return max(now, play.binder[0])  # type: ignore[no-any-return]
 
 
 @kernel()

@@ -534,3 +534,17 @@ def test_philly_waits_as_in_an_independent_simulator(jobs):
         run = simulate(read_nodes("64x8"), workload.kinds, workload.work, DISCIPLINES[policy], 1)
         jct = float((run.start + workload.work.run - workload.work.submit).mean())
         assert jct == pytest.approx(published, rel=off), policy
+
+
+@pytest.mark.parametrize("policy", [*DISCIPLINES])
+def test_kube_schedulers_client_binds_fifty_pods_a_second_beyond_a_hundred_at_once(policy):
+    kinds, work = work_of(*[(0, 100, 1, 1)] * 300, (1000, 5, 2, 1))
+    run = simulate(fleet(100), kinds, work, DISCIPLINES[policy], 1)
+    if not policy.startswith(("native", "coscheduling")):
+        assert not run.start[:300].any()
+        return
+    assert run.start[:300] == pytest.approx([max(i - 99, 0) / 50 for i in range(300)])
+    assert run.end[:300] == pytest.approx(run.start[:300] + 100)
+    assert run.start[300] == 1000, "a burst is there again"
+    assert run.held_gpu_seconds == pytest.approx(run.start[:300].sum())
+    assert run.busy_gpu_seconds == pytest.approx(300 * 100)
