@@ -36,7 +36,7 @@ from podgroup.queue.runtimes import RUNTIME
 from podgroup.solve.sequence import place_in_turn
 from podgroup.state.cluster import Cluster
 
-GPU, NAMESPACE = "nvidia.com/gpu", "sim"
+GPU, RACK, NAMESPACE = "nvidia.com/gpu", "topology.kubernetes.io/rack", "sim"
 WHOLE = 1000
 MOST_CYCLES = 100
 """In one moment: a queue that decides more has not come to rest."""
@@ -50,6 +50,7 @@ class NodesLike(Protocol):
     cpu_milli: Ints
     memory_mib: Ints
     gpus: Ints
+    rack: Ints
 
 
 class KindsLike(Protocol):
@@ -69,6 +70,7 @@ class WorkLike(Protocol):
     run: Floats
     kind: Ints
     members: Ints
+    across: Floats
 
 
 def _name(job: int) -> str:
@@ -85,7 +87,7 @@ class OutagesLike(Protocol):
     restart: float
     until: float
 
-    def saved(self, had: float, again: bool, left: float) -> float:
+    def saved(self, had: float, again: bool, left: float, pace: float) -> float:
         """Of a job that had its GPUs for so long and so much work left, the seconds of work that are not lost."""
         ...
 
@@ -110,12 +112,16 @@ class Simulation:
         self.queue = Queue(Settings(), place_in_turn=place_in_turn)
         for i, (cpu, memory, gpus) in enumerate(zip(nodes.cpu_milli, nodes.memory_mib, nodes.gpus, strict=True)):
             offered: Quantities = {"cpu": f"{cpu}m", "memory": f"{memory}Mi", "pods": "1000000", GPU: str(gpus)}
-            meta = ObjectMeta(name=f"n{i}", labels={"kubernetes.io/hostname": f"n{i}"})
+            labels = {"kubernetes.io/hostname": f"n{i}"}
+            if (nodes.rack != nodes.rack[0]).any():
+                labels[RACK] = f"r{nodes.rack[i]}"
+            meta = ObjectMeta(name=f"n{i}", labels=labels)
             self.offered.append(Node(metadata=meta, status=NodeStatus(allocatable=offered)))
             self.cluster.set_node(self.offered[-1])
         self.first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
         self.node = np.full(self.first[-1], -1, np.int64)
         self.start, self.end = np.full(len(work.submit), np.nan), np.full(len(work.submit), np.nan)
+        self.rack, self.pace = nodes.rack, np.ones(len(work.submit))
         self.left, self.began = work.run.astype(float), np.zeros(len(work.submit))
         self.over: dict[int, float] = {}
         """When each job that runs will end."""
@@ -164,7 +170,7 @@ class Simulation:
 
     def _takes(self, job: int) -> float:
         """Seconds, once it is placed."""
-        return float(self.left[job]) + (self.restart if job in self.again else 0.0)
+        return float(self.left[job] * self.pace[job]) + (self.restart if job in self.again else 0.0)
 
     def _leave(self, job: int) -> str:
         """It has nothing any more; its key."""
@@ -184,9 +190,10 @@ class Simulation:
         self._leave(job)
         had, saved = max(now - float(self.began[job]), 0.0), 0.0
         if self.outages is not None:
-            saved = self.outages.saved(had, job in self.again, float(self.left[job]))
+            saved = self.outages.saved(had, job in self.again, float(self.left[job]), float(self.pace[job]))
         self.left[job] -= saved
-        self.lost += float(self.gpus[job]) * (had - saved)
+        self.lost += float(self.gpus[job]) * (had - saved * float(self.pace[job]))
+        self.pace[job] = 1.0  # as long as it is nowhere
         self.again[job] += 1
         self._arrive(job, now, float(self.work.submit[job]))
 
@@ -229,6 +236,8 @@ class Simulation:
         self.cluster.set_plan(key, plan)
         if job not in self.again:
             self.start[job] = now
+        racks = self.rack[self.node[self.first[job] : self.first[job + 1]]]
+        self.pace[job] = self.work.across[job] if (racks != racks[0]).any() else 1.0
         self.busy += int(self.gpus[job])
         self.waiting -= 1
         self.began[job], self.over[job] = now, now + self._takes(job)

@@ -312,10 +312,10 @@ def _add_conditions(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mtbf", type=duration, help="nodes fail, each after so long in the mean (720h)")
     command.add_argument("--repair", type=duration, help="with --mtbf: until it is back (default 1h)")
     command.add_argument(
-        "--checkpoint", type=duration, help="with --mtbf: jobs save their work so often (default: never)"
+        "--checkpoint", type=duration, help="jobs save their work so often (default: never), where some are stopped"
     )
     command.add_argument(
-        "--restart", type=duration, help="with --mtbf: until a job that begins again works (default 0s)"
+        "--restart", type=duration, help="until a job that was stopped works when it begins again (default 0s)"
     )
     command.add_argument(
         "--gpu-watts",
@@ -361,6 +361,12 @@ def _add_simulation(add: Add) -> None:
         "--window-jobs", type=positive, help="jobs of a window: the trace is not taken whole, but in parts"
     )
     fleet.add_argument("--windows", type=positive, help="how many (default 10)")
+    fleet.add_argument(
+        "--across-racks",
+        type=float,
+        metavar="TIMES",
+        help="jobs run so many times as long where their members are in more than one rack (of --nodes FILE)",
+    )
     _add_conditions(fleet)
     fleet.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
     fleet.add_argument("--file", help="an HTML page with tables and a timeline")

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
 from colocate.simulate.compare import Conditions, Outcome, comparisons, known_policies, run_all, windows
 from colocate.simulate.day import made_day
 from colocate.simulate.fleet import too_large
+from colocate.simulate.formats import MOST_ACROSS
 from colocate.simulate.outages import Trouble
 from colocate.simulate.placement import Nodes
 from colocate.simulate.reproduce import TABLES, Table, reproduce
@@ -124,6 +127,8 @@ def simulate_command(options: argparse.Namespace) -> int:
     page = check_file("--file", options.file, [options.nodes, options.jobs]) if options.file else None
     nodes = read_nodes(options.nodes)
     workload = jobs_for(nodes, options.jobs, options.window_jobs)
+    if options.across_racks is not None:
+        workload = _slower_across_racks(workload, options.across_racks, nodes)
     if options.windows is not None and options.window_jobs is None:
         raise BadInput("--windows: say with --window-jobs how many jobs a window has")
     parts = windows(len(workload.where), options.windows or 10, options.window_jobs, options.seed)
@@ -151,11 +156,21 @@ def simulate_command(options: argparse.Namespace) -> int:
     return int(any(card["never_started"] for card in cards))
 
 
+def _slower_across_racks(workload: Workload, times: float, nodes: Nodes) -> Workload:
+    """Of every job with several members. Raises BadInput."""
+    if not 1.0 <= times <= MOST_ACROSS:
+        raise BadInput(f"--across-racks: {times:g} is not from 1 to {MOST_ACROSS:g}: so many times as long a job runs")
+    if (nodes.rack == nodes.rack[0]).all():
+        raise BadInput("--across-racks: --nodes has no racks: give its groups `rack: N`, the nodes of one rack")
+    across = np.where(workload.work.members > 1, times, 1.0)
+    return workload._replace(work=workload.work._replace(across=across))
+
+
 def _of_cluster(options: argparse.Namespace) -> int:
     """Exit 1 where somebody never starts. Raises BadInput."""
     from colocate.simulate.from_cluster import Future, data, future, scenes
 
-    for name in ("nodes", "jobs", "window_jobs", "windows", "file", *CONDITIONS):
+    for name in ("nodes", "jobs", "window_jobs", "windows", "file", "across_racks", *CONDITIONS):
         if getattr(options, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')}: not with --from-cluster")
     every, found = scenes(Path(options.from_cluster), options.what_if), list[Future]()

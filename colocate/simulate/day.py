@@ -49,5 +49,5 @@ def made_day(gpus: int, seed: int) -> Workload:
         0 * widths,
         0 * widths,
     )
-    work = Work(np.sort(come), run, kind.astype(np.int64), asked // per)
+    work = Work(np.sort(come), run, kind.astype(np.int64), asked // per, np.ones(len(run)))
     return Workload(work, kinds, tuple(f"job {i}" for i in range(len(asked))))

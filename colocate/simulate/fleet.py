@@ -61,6 +61,8 @@ class Work(NamedTuple):
     kind: Ints
     """Of each of its pods."""
     members: Ints
+    across: Floats
+    """So many times as long it runs where its members are in more than one rack."""
 
 
 class Discipline(NamedTuple):
@@ -122,7 +124,7 @@ def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
     np.maximum.at(most, work.kind, work.members)
     for kind in np.flatnonzero(most):  # where its largest job fits the others do
         alone = Kinds(*(column[kind : kind + 1] for column in kinds))
-        one = Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), most[kind : kind + 1])
+        one = Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), most[kind : kind + 1], np.ones(1))
         if np.isnan(simulate(nodes, alone, one, DISCIPLINES["packing"], 0).start[0]):
             return int(np.flatnonzero((work.kind == kind) & (work.members == most[kind]))[0])
     return -1
@@ -227,6 +229,8 @@ class Progress(NamedTuple):
     """How often it was stopped."""
     bound: Floats
     """Seconds: when the last of its pods that are placed is bound."""
+    pace: Floats
+    """Seconds that a second of its work takes, where it is now."""
 
 
 class Play(NamedTuple):
@@ -256,7 +260,7 @@ def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) 
     jobs = len(work.submit)
     key = (work.run if rule.shortest else work.submit).copy()
     began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
-    progress = Progress(key, work.run.copy(), began, over, np.zeros(jobs, np.int64), bound)
+    progress = Progress(key, work.run.copy(), began, over, np.zeros(jobs, np.int64), bound, np.ones(jobs))
     gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
     too_many = np.full(len(board.kinds.gpus), NEVER)
     start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
@@ -412,12 +416,23 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
         play.start[job] = runs
     else:
         restart = play.outages.restart
-    progress.began[job], progress.over[job] = runs, runs + restart + progress.left[job]
+    progress.pace[job] = play.work.across[job] if _is_spread(play, job) else 1.0
+    progress.began[job], progress.over[job] = runs, runs + restart + progress.left[job] * progress.pace[job]
     heapq.heappush(ends, (progress.over[job], job))
     play.gpus[BUSY] += _gpus(play, job)
     held = (min(runs, last) - min(now, last)) * _gpus(play, job)
     play.areas[BUSY] -= held
     play.areas[HELD] += held
+
+
+@kernel()
+def _is_spread(play: Play, job: int) -> bool:
+    """Whether its members are in more than one rack."""
+    pods, rack = play.pods, play.board.nodes.rack
+    first, spread = pods.first[job], False
+    for p in range(first + 1, pods.first[job + 1]):
+        spread |= rack[pods.node[p]] != rack[pods.node[first]]
+    return spread
 
 
 @kernel()
@@ -483,14 +498,14 @@ def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
     had = max(now - progress.began[job], 0.0)
-    kept = saved(outages, had, progress.again[job] > 0, progress.left[job])
+    kept = saved(outages, had, progress.again[job] > 0, progress.left[job], progress.pace[job])
     progress.left[job] -= kept
     progress.again[job] += 1
     if play.rule.shortest:
         progress.key[job] = progress.left[job]
     elif not play.rule.gang:
         progress.key[job] = now
-    play.areas[LOST] += _gpus(play, job) * (had - kept)
+    play.areas[LOST] += _gpus(play, job) * (had - kept * progress.pace[job])
 
 
 @kernel()

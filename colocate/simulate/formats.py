@@ -1,6 +1,7 @@
 """The formats that traces of jobs come in, told apart by their columns. Errors name the row and the field.
 
-    plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib,priority]
+    plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib,priority,
+                     across_racks]
     SWF              *.swf (Parallel Workloads Archive): a processor is a member with one CPU
     Philly           timestamp,duration,num_gpus (msr-fiddle/philly-traces, flattened)
     openb            creation_time,deletion_time,scheduled_time,... (Alibaba cluster-trace-gpu-v2023)
@@ -30,6 +31,7 @@ CONTEXT_TOKEN_SECONDS, GENERATED_TOKEN_SECONDS = 0.0002, 0.04
 """Made up: the traces of Azure do not say how long a request took. One at a time on a GPU."""
 MOST_PRIORITY = 1_000_000_000
 """Of a PriorityClass of users."""
+MOST_ACROSS = 1000.0
 GONE_SECONDS = 60.0
 """A job of that name that is seen again so long after is another."""
 
@@ -48,6 +50,8 @@ class Job(NamedTuple):
     """File and line."""
     priority: int = 0
     """The greater goes first."""
+    across: float = 1.0
+    """So many times as long it runs where its members are in more than one rack."""
 
 
 def jobs_of(path: Path, node_memory_mib: int) -> Iterator[Job]:
@@ -105,6 +109,7 @@ PLAIN = (
     "cpu_milli",
     "memory_mib",
     "priority",
+    "across_racks",
 )
 
 
@@ -122,7 +127,8 @@ def _plain(row: traces.Row) -> Job:
     submit, run = _seconds(row, "submit_seconds", -traces.MOST), _seconds(row, "duration_seconds")
     cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
     priority = whole("priority", 0, -MOST_PRIORITY, MOST_PRIORITY)
-    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place, priority)
+    across = row.number("across_racks", least=1.0, most=MOST_ACROSS) if row.values.get("across_racks") else 1.0
+    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place, priority, across)
 
 
 def _philly(row: traces.Row) -> Job:

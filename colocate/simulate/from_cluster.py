@@ -45,7 +45,7 @@ def scenes(path: Path, changes: Sequence[str]) -> list[Scene]:
     if not readers:
         raise BadInput("--from-cluster: nothing that is installed reads snapshots of a cluster")
     seen = readers[0](content)
-    rows = [(*node.offers, 0) for node in seen.nodes]
+    rows = [(*node.offers, 0, 0) for node in seen.nodes]
     if not rows:
         raise BadInput(f"--from-cluster: {path} has no node that takes pods")
     if max(row[2] for row in rows) > MOST_GPUS:
@@ -104,7 +104,9 @@ def future(scene: Scene, policy: str, otherwise_seconds: float, seed: int) -> Fu
         return Future(scene, policy, None, [(gang[0], None) for gang in scene.gangs])
     submit, run, kind_of, members_of = (np.array(column) for column in zip(*rows, strict=True))
     names = tuple(gang[0] for gang in possible)
-    workload = Workload(Work(submit, run.astype(float), kind_of, members_of), Kinds(*arrays(kinds)), names)
+    workload = Workload(
+        Work(submit, run.astype(float), kind_of, members_of, np.ones(len(run))), Kinds(*arrays(kinds)), names
+    )
     found = known_run(policy, scene.nodes, workload, seed, np.array(running, np.int64))
     outcome = Outcome(policy, Window(0, len(rows)), found, workload)
     times = {n: None if np.isnan(at) else round(float(at), 3) for n, at in zip(names, found.start, strict=True)}
@@ -115,7 +117,10 @@ def _fits(nodes: Nodes, gang: Gang) -> bool:
     """Whether a gang would fit if nothing else ran."""
     _, (cpu, memory, gpus), members, _, _ = gang
     kind = Kinds(*arrays([(cpu, memory, gpus, WHOLE, 0, 0)]))
-    return too_large(nodes, kind, Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), np.array([members]))) < 0
+    return (
+        too_large(nodes, kind, Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), np.array([members]), np.ones(1)))
+        < 0
+    )
 
 
 def data(one: Future) -> dict[str, Any]:

@@ -31,21 +31,21 @@ class Outages(NamedTuple):
     until: float
     """What fails later is not known: there the simulation ends."""
 
-    def saved(self, had: float, again: bool, left: float) -> float:
+    def saved(self, had: float, again: bool, left: float, pace: float) -> float:
         """See `saved`."""
-        return float(saved(self, had, again, left))
+        return float(saved(self, had, again, left, pace))
 
 
 NO_OUTAGES = Outages(np.empty(0), np.empty(0, np.int64), np.empty(0, np.bool_), np.inf, 0.0, np.inf)
 
 
 @kernel()
-def saved(outages: Outages, had: float, again: bool, left: float) -> float:
+def saved(outages: Outages, had: float, again: bool, left: float, pace: float) -> float:
     """Of a job that had its GPUs for so long and so much work left, the seconds of work that are not lost.
 
-    `again`: it had been stopped before, so that it first began again.
+    `again`: it had been stopped before, so that it first began again. A second of work takes `pace` seconds.
     """
-    worked = max(had - (outages.restart if again else 0.0), 0.0)
+    worked = max(had - (outages.restart if again else 0.0), 0.0) / pace
     return min(worked // outages.checkpoint * outages.checkpoint, left) if outages.checkpoint < np.inf else 0.0
 
 

@@ -42,6 +42,7 @@ class Nodes(NamedTuple):
     gpus: Ints
     model: Ints
     """A number below 63."""
+    rack: Ints
 
 
 class Kinds(NamedTuple):

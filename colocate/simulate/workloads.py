@@ -38,7 +38,8 @@ class Workload(NamedTuple):
         """The jobs from one to before another, and their kinds."""
         at = slice(first, last)
         kept, kind = np.unique(self.work.kind[at], return_inverse=True)
-        work = Work(self.work.submit[at], self.work.run[at], kind.astype(np.int64), self.work.members[at])
+        whole = self.work
+        work = Work(whole.submit[at], whole.run[at], kind.astype(np.int64), whole.members[at], whole.across[at])
         return Workload(work, Kinds(*(column[kept] for column in self.kinds)), self.where[at])
 
 
@@ -53,7 +54,7 @@ def read_nodes(given: str) -> Nodes:
             raise BadInput(f"--nodes: {given}: {gpus} GPUs of one node, at most {MOST_GPUS}")
         ones = np.ones(count, np.int64)
         size = max(gpus, 1)
-        return Nodes(ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU, ones * gpus, 0 * ones)
+        return Nodes(ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU, ones * gpus, 0 * ones, 0 * ones)
     path = Path(given)
     if not given or len(given) > 4096 or not os.path.exists(path):  # of any text, however strange
         raise BadInput(f"--nodes: {given[:80]} is neither a file nor NODESxGPUS, as in 64x8")
@@ -69,6 +70,8 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: str
     count: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] = 1
     gpus: Annotated[int, msgspec.Meta(ge=0, le=MOST_GPUS)] = 0
+    rack: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] | None = None
+    """So many of them are in one rack, of this group alone; None: all that say none are in one."""
 
 
 class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,9 +88,9 @@ def _nodes_of_yaml(path: Path) -> Nodes:
     try:
         fleet = msgspec.convert(yaml.load(path.read_text(), StrictLoader), FleetFile)
     except (OSError, UnicodeDecodeError, *NOT_YAML, msgspec.ValidationError) as error:
-        mend = "groups under nodes:, as {count: 4, cpu: 64, memory: 512Gi, gpus: 8}"
+        mend = "groups under nodes:, as {count: 4, cpu: 64, memory: 512Gi, gpus: 8, rack: 2}"
         raise BadInput(f"--nodes: {path}: {error} ({mend})") from error
-    rows = []
+    rows, racks = [], 1
     for number, group in enumerate(fleet.nodes):
         try:
             memory = parse_bytes(group.memory) >> 20
@@ -95,7 +98,12 @@ def _nodes_of_yaml(path: Path) -> Nodes:
             memory = 0
         if memory < 1:
             raise BadInput(f"--nodes: {path}: $.nodes[{number}].memory: {group.memory!r} is no size as 512Gi")
-        rows += [(1000 * group.cpu, memory, group.gpus, 0)] * group.count
+        size = group.rack or group.count
+        rows += [
+            (1000 * group.cpu, memory, group.gpus, 0, racks + i // size if group.rack else 0)
+            for i in range(group.count)
+        ]
+        racks += -(-group.count // size)
     return Nodes(*arrays(rows))
 
 
@@ -123,6 +131,7 @@ def read_jobs(path: Path, nodes: Nodes) -> Workload:
         np.array([j.run for j in jobs]),
         np.array(kind_of, np.int64),
         np.array([j.members for j in jobs], np.int64),
+        np.array([j.across for j in jobs]),
     )
     return Workload(work, Kinds(*arrays(kinds)), tuple(job.where for job in jobs))
 

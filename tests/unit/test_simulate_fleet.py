@@ -36,7 +36,13 @@ def work_of(*rows):
     asks = np.array(kinds, np.int64)
     ones = np.ones(len(kinds), np.int64)
     submit, run, members, gpus = (np.array(column) for column in zip(*rows, strict=True))
-    work = Work(submit.astype(float), run.astype(float), np.searchsorted(asks, gpus), members.astype(np.int64))
+    work = Work(
+        submit.astype(float),
+        run.astype(float),
+        np.searchsorted(asks, gpus),
+        members.astype(np.int64),
+        np.ones(len(run)),
+    )
     return Kinds(0 * ones, 0 * ones, asks, 1000 * ones, 0 * ones, 0 * ones), work
 
 
@@ -152,7 +158,7 @@ def test_a_part_of_a_gpu_is_no_request_for_the_controller():
 @pytest.mark.parametrize("policy", sorted(DISCIPLINES))
 def test_nodes_larger_than_those_of_the_papers_are_used(policy):
     """A score below 0 is what does not fit: best fit's was so on an idle node of 192 CPUs."""
-    nodes = Nodes(*(np.array(c, np.int64) for c in ((64000, 384000), (1 << 19, 1 << 21), (8, 8), (0, 0))))
+    nodes = Nodes(*(np.array(c, np.int64) for c in ((64000, 384000), (1 << 19, 1 << 21), (8, 8), (0, 0), (0, 0))))
     kinds, work = work_of(*((i, 1000, 1, 1) for i in range(16)))
     assert too_large(nodes, kinds, work) == -1
     run = simulate(nodes, kinds, work, DISCIPLINES[policy], 1)

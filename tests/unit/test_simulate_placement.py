@@ -22,7 +22,7 @@ from colocate.simulate.placement import (
 
 def nodes_of(*rows):
     """(milli CPU, MiB, GPUs, model) each."""
-    return Nodes(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+    return Nodes(*(np.array(column, np.int64) for column in zip(*((*row, 0) for row in rows), strict=True)))
 
 
 def kinds_of(*rows):

@@ -27,7 +27,9 @@ def ran(policy, nodes, *rows, checkpoint=np.inf, restart=0.0):
     kind = [kinds.setdefault((row[3], row[4]), len(kinds)) for row in rows]
     gpus, priority = (np.array(column, np.int64) for column in zip(*kinds, strict=True))
     submit, run, members = (np.array([row[i] for row in rows]) for i in range(3))
-    work = Work(submit.astype(float), run.astype(float), np.array(kind, np.int64), members.astype(np.int64))
+    work = Work(
+        submit.astype(float), run.astype(float), np.array(kind, np.int64), members.astype(np.int64), np.ones(len(rows))
+    )
     asks = Kinds(0 * gpus, 0 * gpus, gpus, 1000 + 0 * gpus, 0 * gpus, priority)
     outages = NO_OUTAGES._replace(checkpoint=float(checkpoint), restart=float(restart))
     names = tuple(str(i) for i in range(len(rows)))
@@ -153,7 +155,7 @@ def test_the_node_and_the_victims_are_kube_schedulers(pods, free, wanted, start)
     free = [min(left, wanted - 1) for left in free]  # it fits nowhere
     taken = [sum(pod[1] for pod in pods if pod[0] == node) for node in range(4)]
     zero = np.zeros(4, np.int64)
-    nodes = Nodes(np.array(free) + np.array(taken), zero + 1, zero, zero)
+    nodes = Nodes(np.array(free) + np.array(taken), zero + 1, zero, zero, zero)
     rows = [(pod[1], 0, 0, 1000, 0, pod[2]) for pod in pods] + [(wanted, 0, 0, 1000, 0, mine)]
     kinds = Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
     state = empty(nodes)

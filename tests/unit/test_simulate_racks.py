@@ -1,0 +1,95 @@
+"""Jobs whose members are in several racks run for longer: what of that a policy avoids."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from colocate.cli.main import main
+from colocate.simulate.compare import known_run
+from colocate.simulate.fleet import DISCIPLINES
+from colocate.simulate.outages import NO_OUTAGES
+from colocate.simulate.placement import Nodes
+from colocate.simulate.workloads import Workload
+from tests.unit.test_simulate_fleet import fleet, work_of
+
+
+def racks(*numbers):
+    return fleet(len(numbers))._replace(rack=np.array(numbers, np.int64))
+
+
+def ran(policy, nodes, *rows, across=2.0, outages=NO_OUTAGES):
+    kinds, work = work_of(*rows)
+    work = work._replace(across=np.full(len(rows), across))
+    return known_run(policy, nodes, Workload(work, kinds, tuple(str(i) for i in range(len(rows)))), 3, None, outages)
+
+
+@pytest.mark.parametrize("policy", [*DISCIPLINES, "ours", "ours-declared"])
+@pytest.mark.parametrize(
+    ("nodes", "job", "end"),
+    [
+        pytest.param((1, 2), (0, 100, 2, 4), 200, id="in two racks, for there is no other place"),
+        pytest.param((1, 1), (0, 100, 2, 4), 100, id="in one rack"),
+        pytest.param((0, 0), (0, 100, 2, 4), 100, id="where no racks are known"),
+        pytest.param((1, 2), (0, 100, 1, 4), 100, id="a single member"),
+    ],
+)
+def test_a_job_over_racks_runs_for_longer(policy, nodes, job, end):
+    assert ran(policy, racks(*nodes), job).end.tolist() == [end]
+
+
+@pytest.mark.parametrize("checkpoint", [1.0, 10.0])
+@pytest.mark.parametrize("policy", ["packing", "ours"])
+def test_work_that_was_saved_is_counted_as_work(policy, checkpoint):
+    """Half of the work is done when a node fails after 100 s, of which none is lost."""
+    stops = NO_OUTAGES._replace(
+        at=np.array([100.0, 150.0]), node=np.zeros(2, np.int64), down=np.array([True, False]), checkpoint=checkpoint
+    )
+    run = ran(policy, racks(1, 2), (0, 100, 2, 4), outages=stops)
+    assert run.end.tolist() == [250]
+    assert run.lost_gpu_seconds == 0
+
+
+def test_ours_keeps_gangs_in_racks_which_kube_scheduler_does_not_know():
+    """Sixteen nodes in four racks, and gangs of two nodes and four, one after the other."""
+    rows = [(200 * i, 90, 2 + 2 * (i % 2), 4) for i in range(40)]
+    nodes = racks(*np.arange(16) % 4 + 1)
+    ours, native = (ran(policy, nodes, *rows) for policy in ("ours", "coscheduling"))
+    assert (ours.end - ours.start).tolist() == [90.0] * 40
+    assert (native.end - native.start).mean() > 120.0
+
+
+def test_racks_in_the_file_of_the_fleet(tmp_path, capsys):
+    nodes, jobs = tmp_path / "fleet.yaml", tmp_path / "jobs.csv"
+    groups = "{count: 3, cpu: 8, memory: 1Gi, gpus: 8, rack: 2}", "{count: 2, cpu: 8, memory: 1Gi}"
+    nodes.write_text("nodes:\n" + "".join(f"- {group}\n" for group in groups))
+    from colocate.simulate.workloads import read_nodes
+
+    assert isinstance(read_nodes(str(nodes)), Nodes)
+    assert read_nodes(str(nodes)).rack.tolist() == [1, 1, 2, 0, 0]
+    jobs.write_text("submit_seconds,duration_seconds,members,gpus,across_racks\n0,100,3,8,1.5\n")
+    told = ["simulate", "--nodes", str(nodes), "--jobs", str(jobs), "--policy", "packing", "-o", "json"]
+    assert main(told) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["jct_seconds"]["mean"] == 150.0
+    assert main([*told, "--across-racks", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["jct_seconds"]["mean"] == 300.0
+
+
+@pytest.mark.parametrize(
+    ("groups", "column", "more", "named"),
+    [
+        pytest.param("{cpu: 8, memory: 1Gi, gpus: 8, rack: 0}", "1", (), "rack", id="racks of no nodes"),
+        pytest.param("{cpu: 8, memory: 1Gi, gpus: 8}", "0.5", (), "line 2, across_racks", id="faster across racks"),
+        pytest.param("{cpu: 8, memory: 1Gi, gpus: 8}", "1", ("2",), "has no racks", id="without racks"),
+        pytest.param("{count: 2, cpu: 8, memory: 1Gi, gpus: 8, rack: 1}", "1", ("nan",), "nan is not", id="no number"),
+    ],
+)
+def test_what_cannot_be_is_named(tmp_path, capsys, groups, column, more, named):
+    nodes, jobs = tmp_path / "fleet.yaml", tmp_path / "jobs.csv"
+    nodes.write_text(f"nodes:\n- {groups}\n")
+    jobs.write_text(f"submit_seconds,duration_seconds,gpus,across_racks\n0,100,1,{column}\n")
+    options = ["--across-racks", *more] if more else []
+    assert main(["simulate", "--nodes", str(nodes), "--jobs", str(jobs), *options]) == 2
+    assert named in capsys.readouterr().err
