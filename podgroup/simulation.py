@@ -258,7 +258,8 @@ class Simulation:
                 for uid in uids:  # they go at once, and are made anew by those names
                     self.queue.victims.spared(uid)
                 for job in sorted({int(np.searchsorted(self.first, int(uid), "right")) - 1 for uid in uids}):
-                    self._stop(job, now)
+                    if job in self.over:  # two gangs may ask for the same
+                        self._stop(job, now)
             if not self.dirty:
                 return
         raise RuntimeError("ours does not come to rest")

@@ -185,8 +185,11 @@ def _acquitted(node: Row, rows: Rows, seen: Rows, inputs: Row, start: float) -> 
     """Open; but batch does not add to what a service waits in a burst of its own, as long as there is patience."""
     node[HOLD] = inputs[HOLD_SECONDS]
     _open(node, rows, start)
-    if node[PATIENCE] >= LEAST_PATIENCE_SECONDS and _bursting(rows, seen, inputs) >= 0:
-        _go(node, rows, YIELDING, inputs[FLOOR_CORES], start, AFTER_BURST_SECONDS)
+    for i in range(len(rows)):
+        off = rows[i][OFF_SUM] / max(rows[i][OFF], 1.0)
+        if seen[i][KIND] == WAITING and off > inputs[PRESSURE_RATIO] and node[PATIENCE] >= LEAST_PATIENCE_SECONDS:
+            _go(node, rows, YIELDING, inputs[FLOOR_CORES], start, AFTER_BURST_SECONDS)
+            return
 
 
 def _while_yielding(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, int]:
@@ -349,6 +352,8 @@ def _while_asking(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
         if now >= node[UNTIL] - 1e-6 and enough:
             late = now - node[UNTIL] >= NEAR_SECONDS
             _after_on(node, rows, seen, inputs, now if late else node[UNTIL])
+    if node[MODE] == YIELDING:
+        return BURSTS, _bursting(rows, seen, inputs)
     if node[MODE] == HELD:
         return CAUSED, _worst(rows, 2.0)
     if node[MODE] == OPEN:
@@ -468,7 +473,7 @@ def _while_trying(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, 
                 if suffers:  # as it did without batch when that was seen last, which may have been a burst of its own
                     row[CLEARED_UNTIL] = start + DOUBTED_SECONDS
         _acquitted(node, rows, seen, inputs, start)
-        return NOT_CAUSED, who
+        return (NOT_CAUSED, who) if node[MODE] == OPEN else (BURSTS, _bursting(rows, seen, inputs))
     if node[ELSEWHERE] > 0.0:
         _hold(node, rows, UNLIMITED, start, 0.0)
         return CAUSED, who
@@ -519,7 +524,8 @@ def _spend(node: Row, inputs: Row) -> None:
     """Patience grows with time, and goes while batch yields."""
     passed = inputs[NOW] - node[SPENT_AT] if node[SPENT_AT] != NEVER else 0.0
     node[SPENT_AT] = inputs[NOW]
-    change = PATIENCE_RATIO * passed - (passed if node[MODE] == YIELDING else 0.0)
+    yields = node[MODE] == YIELDING and inputs[IN_FORCE] > 0.0
+    change = PATIENCE_RATIO * passed - (passed if yields else 0.0)
     node[PATIENCE] = min(max(node[PATIENCE] + change, 0.0), MOST_PATIENCE_SECONDS)
 
 

@@ -337,12 +337,17 @@ def _message(view: View, state: CpuState, code: int, subject: Subject | None, ro
                 if services
                 else "no service: the class alone protects"
             )
+        if code == pulse.BURSTS:
+            left = max(state.node[pulse.UNTIL] - view.now, 0.0)
+            return f"a service was in a burst of its own: batch stays at its floor for {left:.0f} s more"
         return f"{MODES[int(state.node[pulse.MODE])]}: nobody suffers any more"
     feels, left = subject.feels(), max(state.node[pulse.UNTIL] - view.now, 0.0)
     if code == pulse.SIGNAL_LOST:
         name = subject.workload.name
         return f"{name} has not answered since it was past its target or asked about: batch stays at its floor"
     if code == pulse.BURSTS:
+        if not _in_force(view.snapshot, forecast, spec.cpu.floor):
+            return f"{feels}, a burst of its own; batch was to add nothing to that, but the floor is not in force"
         patience = f"for {state.node[pulse.PATIENCE]:.0f} s at most"
         return f"{feels} by its own doing: batch adds nothing to that until it is over, {patience}"
     if code == pulse.BATCH_IDLE:

@@ -62,8 +62,9 @@ ALARM_LEVEL, HARM_LEVEL = 0.002, 0.02
 """A share of requests beyond the target is believed to be over its budget, or more than without batch, if chance gives
 it less often than this. The first is looked for all the time, so that chance has many occasions."""
 NEAR_SECONDS = 1.0
-LEAST_ROOM_RATIO = 0.25
-"""Of what a service may wait: what batch may add to one that waits as much by itself. Less cannot be measured."""
+LEAST_ROOM_RATIO = 0.5
+"""Of what a service may wait: what batch may add to one that waits as much by itself. With a quarter, services with
+short bursts of their own starved batch: in a second without batch their room is measured too small."""
 LEAST_DISPLACED_CORES = 0.015
 MOST_DISPLACED_RATIO = 0.25
 """Of BestEffort's CPU, however much batch would have to give up."""
@@ -112,7 +113,7 @@ def over_budget(count: float, total: float) -> bool:
 def harm(kind: float, off: float, inputs: Row) -> float:
     """What batch may add to a subject that feels `off` without it.
 
-    To who waits more by itself than it may batch may add as much again: it is not what hurts there.
+    To one that waits more by itself than it may batch may add as much again: it is not what hurts there.
     Of BestEffort's CPU batch may take more where it would have to give up far more: nobody promised BestEffort
     anything, so a core of batch for a hundredth of one is no bargain.
     """
@@ -258,6 +259,8 @@ def harmed(row: Row, kind: float, inputs: Row) -> bool:
     limit = harm(kind, off, inputs)
     if kind != LATENCY:  # who varies much by itself is not judged by one moment
         limit = max(limit, 2.0 * math.sqrt(row[VARIANCE]))
+    if kind == WAITING:  # nor is who has little room: a phase tells
+        limit = max(limit, inputs[PRESSURE_RATIO])
     if felt <= off + limit:
         return False
     if kind == LATENCY:

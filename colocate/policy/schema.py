@@ -109,8 +109,8 @@ class CpuPolicy(Spec, frozen=True):
     """How long a grant stands before more is tried, after batch was found to harm; doubles with each, to 4 minutes."""
     pressure: Percent = 20.0
     """The share of time in which a service may wait for a CPU before batch is asked. Up to it batch may add to what the
-    service waits by itself, a quarter of it at least; to one that waits more by itself, as much again. Of a service
-    that waits half of that or more, only waits of a millisecond or more count."""
+    service waits by itself, half of it at least; to one that waits more by itself, as much again. Of a service that
+    waits half of that or more, only waits of a millisecond or more count."""
     best_effort_waits: Percent = 5.0
     """The share of time in which BestEffort may wait for a CPU before batch is asked, and of its CPU use that batch may
     take away."""

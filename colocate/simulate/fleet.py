@@ -384,9 +384,10 @@ def _preempt(
 def _lesser(play: Play, ends: list[tuple[float, int]], count: int, job: int, now: float) -> Lesser:
     """The placed pods of all jobs of a lower priority."""
     pods, priority, size = play.pods, _priority(play, job), 0
-    jobs = [0 for _ in range(0)]
-    for at, j in ends:
-        if at == play.progress.over[j] and _priority(play, j) < priority:
+    jobs, known = [0 for _ in range(0)], np.zeros(pods.placed.size, np.bool_)
+    for at, j in ends:  # who was stopped and began again may end when it would have ended: once is enough
+        if at == play.progress.over[j] and not known[j] and _priority(play, j) < priority:
+            known[j] = True
             jobs.append(j)
             size += pods.placed[j]
     for w in range(count):
@@ -500,7 +501,15 @@ def _fall_back(play: Play, job: int, now: float) -> None:
     had = max(now - progress.began[job], 0.0)
     kept = saved(outages, had, progress.again[job] > 0, progress.left[job], progress.pace[job])
     progress.left[job] -= kept
-    progress.again[job] += 1
+    if now < progress.began[job]:  # not all of its pods were bound: it has not begun
+        last = play.work.submit[-1]
+        early = (min(progress.began[job], last) - min(now, last)) * _gpus(play, job)
+        play.areas[BUSY] += early
+        play.areas[HELD] -= early
+    if now < progress.began[job] and progress.again[job] == 0:
+        play.start[job] = np.nan
+    else:
+        progress.again[job] += 1
     if play.rule.shortest:
         progress.key[job] = progress.left[job]
     elif not play.rule.gang:

@@ -1,6 +1,7 @@
 """The CPU law over its whole life: a node of functions of time, stepped at any pace, as `decide_cpu` sees it."""
 
 import math
+import random
 from collections.abc import Callable
 
 import msgspec
@@ -252,6 +253,31 @@ def test_batch_adds_nothing_to_a_burst_of_a_services_own_once_there_is_patience(
     node.run(10)
     assert node.grant is None, "and then it has everything again"
     assert any("by its own doing" in message for message in node.messages)
+
+
+def flickering(low, high, lasts, every, *, jitter=True):
+    """Bursts of its own, one in each period, at a place that is drawn."""
+
+    def waits(t, _share):
+        at = random.Random(int(t // every)).uniform(0.0, every - lasts) if jitter else 0.0
+        return high if at <= t % every < at + lasts else low
+
+    return waits
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        pytest.param(flickering(0.18, 0.8, 3.0, 7.5), id="three seconds of seven and a half"),
+        pytest.param(flickering(0.05, 0.3, 1.5, 3.0), id="a second and a half of three"),
+        pytest.param(flickering(0.14, 0.8, 0.5, 4.0, jitter=False), id="half a second of four"),
+    ],
+)
+def test_short_bursts_of_a_services_own_do_not_starve_batch(waits):
+    node = Node({"web": waits})
+    node.look()
+    node.run(2 * 3600.0)
+    assert node.work / node.wants / (2 * 3600) >= 0.85
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,71 @@ def test_a_priority_is_a_whole_number(tmp_path, capsys, text):
     jobs.write_text(f"submit_seconds,duration_seconds,priority\n0,100,{text}\n")
     assert main(["simulate", "--nodes", "1x8", "--jobs", str(jobs)]) == 2
     assert "line 2, priority" in capsys.readouterr().err
+
+
+def fleet_of(*cpus):
+    ones = np.ones(len(cpus), np.int64)
+    return Nodes(np.array(cpus, np.int64), ones, 0 * ones, 0 * ones, 0 * ones)
+
+
+def on_cpus(policy, nodes, *rows, checkpoint=np.inf):
+    """(submit, run, CPU, priority) of each job."""
+    kinds: dict[tuple[int, int], int] = {}
+    kind = np.array([kinds.setdefault(row[2:], len(kinds)) for row in rows], np.int64)
+    cpu, priority = (np.array(column, np.int64) for column in zip(*kinds, strict=True))
+    submit, run = (np.array([float(row[i]) for row in rows]) for i in range(2))
+    work = Work(submit, run, kind, np.ones(len(rows), np.int64), np.ones(len(rows)))
+    asks = Kinds(cpu, 0 * cpu, 0 * cpu, 1000 + 0 * cpu, 0 * cpu, priority)
+    names, outages = tuple(str(i) for i in range(len(rows))), NO_OUTAGES._replace(checkpoint=checkpoint)
+    return known_run(policy, nodes, Workload(work, asks, names), 3, None, outages)
+
+
+def test_who_was_stopped_at_a_checkpoint_and_began_again_at_once_is_there_once():
+    """It then ends when it would have ended; counted twice, its going would make room for twice as much."""
+    rows = (0, 200, 4, 9), (0, 100, 4, 0), (10, 0, 4, 5), (20, 50, 8, 5)
+    run = on_cpus("native", fleet_of(8), *rows, checkpoint=10.0)
+    assert run.start[3] >= 200, "beside the more important job there are four CPUs"
+    assert run.end.tolist() == [200, 100, 10, 250]
+
+
+ON_CPUS = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 20), st.sampled_from([2, 4, 8]), st.sampled_from([0, 5, 9])),
+    min_size=2,
+    max_size=25,
+)
+
+
+@settings(max_examples=200)
+@given(rows=ON_CPUS, policy=st.sampled_from(PREEMPTING), cpus=st.lists(st.just(8), min_size=1, max_size=3))
+def test_no_node_runs_more_than_it_has_though_jobs_are_stopped(rows, policy, cpus):
+    """Jobs are saved at each second, so that a job ran on its last node from when what was left of it began."""
+    times = np.cumsum([gap for gap, *_ in rows])
+    jobs = [(int(t), *rest) for t, (_, *rest) in zip(times, rows, strict=True)]
+    run = on_cpus(policy, fleet_of(*cpus), *jobs, checkpoint=1.0)
+    assert (run.end - run.start >= [row[1] for row in jobs]).all()
+    work = sum(row[1] * row[2] for row in jobs)
+    assert run.end.max() - times[0] >= work / sum(cpus) - 1e-9, "no more is done at once than there is"
+    last = max(jobs, key=lambda row: row[3])
+    most = [i for i, row in enumerate(jobs) if row[3] == last[3]]
+    for at in run.start[most]:  # the most important are never stopped
+        used = np.zeros(len(cpus))
+        for i in most:
+            used[run.node[i]] += jobs[i][2] * (run.start[i] <= at < run.end[i])
+        assert used.max() <= 8
+
+
+def test_who_is_stopped_before_its_last_pod_is_bound_has_not_begun():
+    """A thousand pods at once take 18 s to be bound, and after a second a more important thousand come."""
+    rows = (0, 1, 1000, 1, 0), (1, 100, 1000, 1, 5), (500, 1, 1, 1, 5)
+    _, _, run = ran("native", 250, *rows, restart=60.0)
+    assert run.start[0] == pytest.approx(run.end[1] + 18)
+    assert run.end[0] == run.start[0] + 1, "and has nothing to begin again"
+    assert (run.restarts, run.lost_gpu_seconds) == (0, 0.0)
+    assert run.busy_gpu_seconds == pytest.approx(1000 * 1 + 1000 * 100)
+
+
+def test_two_gangs_that_want_the_same_one_stopped_stop_it_once():
+    rows = (0, 100, 15, 1, 0), (4, 5, 4, 2, 7), (4, 6, 3, 3, 7)
+    _, _, run = ran("ours", 5, *rows)
+    assert run.restarts == 1
+    assert run.end.max() >= 100
