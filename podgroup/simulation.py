@@ -35,6 +35,7 @@ from podgroup.queue.queue import Queue
 from podgroup.queue.runtimes import RUNTIME
 from podgroup.solve.sequence import place_in_turn
 from podgroup.state.cluster import Cluster
+from podgroup.state.gangs import gang_key
 
 GPU, RACK, NAMESPACE = "nvidia.com/gpu", "topology.kubernetes.io/rack", "sim"
 WHOLE = 1000
@@ -76,6 +77,10 @@ class WorkLike(Protocol):
 def _name(job: int) -> str:
     """By which the queue orders who came in the same second."""
     return f"j{job:09d}"
+
+
+def _job(key: str) -> int:
+    return int(key.rpartition("/j")[2])
 
 
 class OutagesLike(Protocol):
@@ -217,7 +222,7 @@ class Simulation:
 
         `there`: they are on them already, whatever the nodes offer now.
         """
-        job = int(key.rpartition("/j")[2])
+        job = _job(key)
         for uid, where in placed:
             p, i = int(uid), int(where[1:])
             self.node[p] = i
@@ -254,10 +259,10 @@ class Simulation:
             for start in decided.starts:
                 self._bind(start.key, [(member.uid, node) for member, node in start.placed], now)
             for eviction in decided.evictions:
-                uids = [pod.metadata.uid for pod in eviction.preemption.victims]
-                for uid in uids:  # they go at once, and are made anew by those names
-                    self.queue.victims.spared(uid)
-                for job in sorted({int(np.searchsorted(self.first, int(uid), "right")) - 1 for uid in uids}):
+                victims = eviction.preemption.victims
+                for pod in victims:  # they go at once, and are made anew by those names
+                    self.queue.victims.spared(pod.metadata.uid)
+                for job in sorted({_job(gang_key(pod)) for pod in victims}):
                     if job in self.over:  # two gangs may ask for the same
                         self._stop(job, now)
             if not self.dirty:

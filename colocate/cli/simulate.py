@@ -214,6 +214,13 @@ CONDITIONS = ("mtbf", "repair", "checkpoint", "restart", "gpu_watts")
 """Options of simulate and sweep."""
 
 
+WAITS = {
+    "size": ("GPUs", "By the GPUs of all members of a job."),
+    "priority": ("priority", "By the priority of a job."),
+}
+"""What waits are told by: its name, and a note."""
+
+
 class Column(NamedTuple):
     """Of the report card."""
 
@@ -273,11 +280,11 @@ def _wait_rows(cards: list[dict[str, Any]], by: str) -> tuple[tuple[str, ...], l
             known = [value for value in means if value is not None]
             row.append(f"{sum(known) / len(known):,.0f} s" if known else "-")
         rows.append(tuple(row))
-    return ("mean wait by GPUs" if by == "size" else "mean wait by priority", *policies), rows
+    return (f"mean wait by {WAITS[by][0]}", *policies), rows
 
 
 def _told_by(cards: list[dict[str, Any]]) -> list[str]:
-    return [by for by in ("size", "priority") if f"wait_seconds_by_{by}" in cards[0]]
+    return [by for by in WAITS if f"wait_seconds_by_{by}" in cards[0]]
 
 
 def comparison_texts(compared: list[dict[str, Any]]) -> list[str]:
@@ -314,8 +321,7 @@ def _write(
 
     cards, compared, known = data["runs"], data["comparisons"], known_policies()
     tables = [PageTable("Policies", *card_table(cards), "Simulated. GPUs are told from the first arrival to the last.")]
-    about_by = {"size": "By the GPUs of all members of a job.", "priority": "By the priority of a job."}
-    tables += [PageTable("Who waits", *_wait_rows(cards, by), about_by[by]) for by in _told_by(cards)]
+    tables += [PageTable("Who waits", *_wait_rows(cards, by), WAITS[by][1]) for by in _told_by(cards)]
     tables.append(
         PageTable(
             "What the policies are",

@@ -181,14 +181,21 @@ def _bursting(rows: Rows, seen: Rows, inputs: Row) -> int:
     return -1
 
 
+def _yields(node: Row, rows: Rows, inputs: Row, start: float) -> bool:
+    """Batch stays at its floor until a service's burst has been over for a while; not without patience."""
+    if node[PATIENCE] < LEAST_PATIENCE_SECONDS:
+        return False
+    _go(node, rows, YIELDING, inputs[FLOOR_CORES], start, AFTER_BURST_SECONDS)
+    return True
+
+
 def _acquitted(node: Row, rows: Rows, seen: Rows, inputs: Row, start: float) -> None:
     """Open; but batch does not add to what a service waits in a burst of its own, as long as there is patience."""
     node[HOLD] = inputs[HOLD_SECONDS]
     _open(node, rows, start)
     for i in range(len(rows)):
         off = rows[i][OFF_SUM] / max(rows[i][OFF], 1.0)
-        if seen[i][KIND] == WAITING and off > inputs[PRESSURE_RATIO] and node[PATIENCE] >= LEAST_PATIENCE_SECONDS:
-            _go(node, rows, YIELDING, inputs[FLOOR_CORES], start, AFTER_BURST_SECONDS)
+        if seen[i][KIND] == WAITING and off > inputs[PRESSURE_RATIO] and _yields(node, rows, inputs, start):
             return
 
 
@@ -262,8 +269,7 @@ def _after_off(node: Row, rows: Rows, seen: Rows, inputs: Row) -> None:
             node[HOLD] = max(node[HOLD], 2.0 * inputs[HOLD_SECONDS])
         _hold(node, rows, inputs[FLOOR_CORES], until, 0.0)
         return
-    if bursts and node[PATIENCE] >= LEAST_PATIENCE_SECONDS:
-        _go(node, rows, YIELDING, inputs[FLOOR_CORES], until, AFTER_BURST_SECONDS)
+    if bursts and _yields(node, rows, inputs, until):
         return
     node[PHASES] += 1.0
     _go(node, rows, ASKING_ON, UNLIMITED, until, _length(node, inputs))
@@ -387,9 +393,9 @@ def _while_held(node: Row, rows: Rows, seen: Rows, inputs: Row) -> tuple[int, in
         node[ELSEWHERE] = 0.0
         _go(node, rows, HELD, floor, now, inputs[QUESTION_SECONDS])
         return CAUSED, who
-    if node[PATIENCE] >= LEAST_PATIENCE_SECONDS and at_floor and _bursting(rows, seen, inputs) >= 0:
-        _go(node, rows, YIELDING, floor, now, AFTER_BURST_SECONDS)
-        return BURSTS, _bursting(rows, seen, inputs)
+    bursting = _bursting(rows, seen, inputs) if at_floor else -1
+    if bursting >= 0 and _yields(node, rows, inputs, now):
+        return BURSTS, bursting
     if at_floor:  # what is felt without batch today is what more is measured against
         for row in rows:
             felt, exposure = felt_in(row)

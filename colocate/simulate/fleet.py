@@ -40,7 +40,7 @@ from colocate.simulate.placement import (
     take,
     typical_shares,
 )
-from colocate.simulate.preemption import Lesser, nominate
+from colocate.simulate.preemption import Lesser, by_node, nominate
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -333,7 +333,7 @@ def _pass(
             cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, rule.gang, play.too_many, cursor, lot)
             decisions += looked
             while rule.preempts and pods.placed[j] < work.members[j]:
-                node, count, lot = _preempt(play, ends, count, j, now, lot)
+                node, count, lot = _preempt(play, count, j, now, lot)
                 if node < 0:
                     break
                 stopped = True
@@ -359,15 +359,18 @@ def _pass(
 
 
 @kernel()
-def _preempt(
-    play: Play, ends: list[tuple[float, int]], count: int, job: int, now: float, lot: int
-) -> tuple[int, int, int]:
+def _next(lot: int) -> int:
+    return (lot * 1103515245 + 12345) & 0x3FFFFFFF
+
+
+@kernel()
+def _preempt(play: Play, count: int, job: int, now: float, lot: int) -> tuple[int, int, int]:
     """Stop who has to make room for a member of a job: the node (-1: none), how many wait then, and the lot."""
     board, pods = play.board, play.pods
-    lesser = _lesser(play, ends, count, job, now)
+    lesser = _lesser(play, job, now)
     if lesser.pod.size == 0:
         return -1, count, lot
-    lot = (lot * 1103515245 + 12345) & 0x3FFFFFFF
+    lot = _next(lot)
     start = lot % board.version.size
     node, victims = nominate(board.nodes, board.kinds, board.state, play.work.kind[job], start, lesser)
     for v in victims[::-1]:  # of a job from its last pod on, which the last takes the place of
@@ -381,31 +384,23 @@ def _preempt(
 
 
 @kernel()
-def _lesser(play: Play, ends: list[tuple[float, int]], count: int, job: int, now: float) -> Lesser:
+def _lesser(play: Play, job: int, now: float) -> Lesser:
     """The placed pods of all jobs of a lower priority."""
     pods, priority, size = play.pods, _priority(play, job), 0
-    jobs, known = [0 for _ in range(0)], np.zeros(pods.placed.size, np.bool_)
-    for at, j in ends:  # who was stopped and began again may end when it would have ended: once is enough
-        if at == play.progress.over[j] and not known[j] and _priority(play, j) < priority:
-            known[j] = True
+    jobs = [0 for _ in range(0)]
+    for j in range(play.work.submit.size):
+        if pods.placed[j] > 0 and _priority(play, j) < priority:
             jobs.append(j)
             size += pods.placed[j]
-    for w in range(count):
-        j = play.waiting[w]
-        if pods.placed[j] > 0 and j != job and _priority(play, j) < priority:
-            jobs.append(j)
-            size += pods.placed[j]
-    head, rows, began = np.full(play.board.version.size, -1), np.empty((5, size), np.int64), np.empty(size)
-    at = 0
+    node, pod, job_of = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
+    began, at = np.empty(size), 0
     for j in jobs:
         for p in range(pods.first[j], pods.first[j] + pods.placed[j]):
-            i = pods.node[p]
-            rows[0, at], rows[1, at], rows[2, at], rows[3, at], rows[4, at] = (
-                head[i], p, j, play.work.kind[j], pods.mask[p],
-            )  # fmt: skip
+            node[at], pod[at], job_of[at] = pods.node[p], p, j
             began[at] = now if np.isnan(play.progress.over[j]) else play.progress.began[j]
-            head[i], at = at, at + 1
-    return Lesser(head, rows[0], rows[1], rows[2], rows[3], rows[4], began)
+            at += 1
+    head, after = by_node(play.board.version.size, node)
+    return Lesser(head, after, pod, job_of, play.work.kind[job_of], pods.mask[pod], began)
 
 
 @kernel()
@@ -468,9 +463,8 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
     if play.outages.down[outage]:
         sign = -1
         for j in range(arrived):
-            if not _is_on(play.pods, j, i):
-                continue
-            count = _taken_from(play, count, j, -1, i, now)
+            if _is_on(play.pods, j, i):
+                count = _taken_from(play, count, j, -1, i, now)
     board.state.cpu[i] += sign * NEVER
     play.gpus[USABLE] += sign * board.nodes.gpus[i] * WHOLE
     return count
@@ -621,7 +615,7 @@ def _look(
     asked = wanted if gang else 1
     while pods.placed[j] < wanted and asked < too_many[k]:
         looked += 1
-        lot = (lot * 1103515245 + 12345) & 0x3FFFFFFF
+        lot = _next(lot)
         best, visited = _best(board, policy, k, cursor, lot)
         cursor = (cursor + visited) % board.version.size
         if best < 0:

@@ -40,6 +40,15 @@ class Lesser(NamedTuple):
 
 
 @kernel()
+def by_node(nodes: int, node: Ints) -> tuple[Ints, Ints]:
+    """Of pods on these nodes `head` and `after` of Lesser."""
+    head, after = np.full(nodes, -1), np.empty(node.size, np.int64)
+    for at in range(node.size):
+        after[at], head[node[at]] = head[node[at]], at
+    return head, after
+
+
+@kernel()
 def nominate(nodes: Nodes, kinds: Kinds, state: State, k: int, start: int, lesser: Lesser) -> tuple[int, Ints]:
     """The node for a pod of a kind that fits nowhere, and its victims, by their numbers in `lesser`; -1: none."""
     count, found, best = nodes.gpus.size, 0, -1

@@ -24,13 +24,14 @@ from colocate.simulate.placement import (
     WHOLE,
     Kinds,
     Nodes,
+    State,
     Typical,
     empty,
     feasible_to_find,
     rate,
     take,
 )
-from colocate.simulate.preemption import Lesser, nominate
+from colocate.simulate.preemption import Lesser, by_node, nominate
 from colocate.units import time_text
 
 LINE = re.compile(r'schedule_one\.go:\d+\] "([^"]+)" pod="default/([^"]+)"(.*)')
@@ -225,18 +226,22 @@ class Bound(NamedTuple):
     began: int
 
 
+def filled(nodes: Nodes, kinds: Kinds, there: list[Bound]) -> tuple[State, dict[str, int]]:
+    """What these pods leave, and the GPUs of each."""
+    state = empty(nodes)
+    cards = {
+        pod.name: take(kinds, state, int(nodes.gpus[pod.node]), pod.node, pod.kind, -1, NATIVE, 0) for pod in there
+    }
+    return state, cards
+
+
 def chosen(
     nodes: Nodes, kinds: Kinds, there: list[Bound], k: int, only: int | None = None
 ) -> tuple[int, list[str], tuple[int, int, int]]:
     """By ours: the node (of one alone), the victims, and how important they are."""
-    state, cards = empty(nodes), {}
-    for pod in there:
-        cards[pod.name] = take(kinds, state, int(nodes.gpus[pod.node]), pod.node, pod.kind, -1, NATIVE, 0)
-    lower = [pod for pod in there if kinds.priority[pod.kind] < kinds.priority[k]]
-    head, after = np.full(len(nodes.gpus), -1), np.full(len(lower), -1)
-    for at, pod in enumerate(lower):
-        if only in (None, pod.node):
-            after[at], head[pod.node] = head[pod.node], at
+    state, cards = filled(nodes, kinds, there)
+    lower = [p for p in there if kinds.priority[p.kind] < kinds.priority[k] and only in (None, p.node)]
+    head, after = by_node(len(nodes.gpus), np.array([pod.node for pod in lower], np.int64))
     numbers, kind = np.arange(len(lower)), np.array([pod.kind for pod in lower], np.int64)
     mask = np.array([cards[pod.name] for pod in lower], np.int64)
     began = np.array([float(pod.began) for pod in lower])
@@ -298,9 +303,7 @@ async def preemptions(plane: ControlPlane, rng: random.Random, number: int, node
                 assert gone == victims, (number, step)
                 assert rank == least, (number, step)
                 there = [pod for pod in there if pod.name in left] + [Bound(name, where, k, 2000 + step)]
-                state = empty(offered)
-                for pod in there:
-                    take(kinds, state, int(offered.gpus[pod.node]), pod.node, pod.kind, -1, NATIVE, 0)
+                state, _ = filled(offered, kinds, there)
                 compared += 1
         finally:
             plane.end("kube-scheduler")

@@ -14,7 +14,7 @@ from colocate.simulate.compare import known_run
 from colocate.simulate.fleet import DISCIPLINES, Work
 from colocate.simulate.outages import NO_OUTAGES
 from colocate.simulate.placement import BEST_FIT, Kinds, Nodes, empty, take
-from colocate.simulate.preemption import Lesser, nominate
+from colocate.simulate.preemption import Lesser, by_node, nominate
 from colocate.simulate.workloads import Workload
 from tests.unit.test_simulate_fleet import GPUS, fleet, used_at
 
@@ -162,9 +162,7 @@ def test_the_node_and_the_victims_are_kube_schedulers(pods, free, wanted, start)
     for k, pod in enumerate(pods):
         take(kinds, state, 0, pod[0], k, 0, BEST_FIT, 0)
     lower = [k for k, pod in enumerate(pods) if pod[2] < mine]
-    head, after = np.full(4, -1), np.full(len(lower), -1)
-    for at, k in enumerate(lower):
-        after[at], head[pods[k][0]] = head[pods[k][0]], at
+    head, after = by_node(4, np.array([pods[k][0] for k in lower], np.int64))
     numbers = np.array(lower, np.int64)
     began = np.array([float(pods[k][3]) for k in lower])
     before = [column.copy() for column in state[:5]]
