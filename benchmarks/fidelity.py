@@ -18,7 +18,8 @@ from benchmarks.gang_live import OURS, PLAYED, Live, fresh, scheduler_of
 from colocate.errors import HostUnfit
 from colocate.simulate.compare import known_run
 from colocate.simulate.fleet import Work
-from colocate.simulate.placement import WHOLE, Kinds, Nodes, arrays
+from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.scores import WHOLE
 from colocate.simulate.workloads import Workload
 
 ROUNDS, NODES, NODE_GPUS = 3, 8, 8

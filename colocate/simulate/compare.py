@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from colocate.model.statistics import ratio_interval
 from colocate.simulate.fleet import DISCIPLINES, Run, simulate
 from colocate.simulate.outages import NO_OUTAGES, Outages, Trouble
-from colocate.simulate.placement import WHOLE, Nodes
+from colocate.simulate.placement import Nodes
+from colocate.simulate.scores import WHOLE
 from colocate.simulate.threads import side_by_side
 from colocate.simulate.workloads import Workload
 

@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from colocate.simulate.fleet import Work
-from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds
+from colocate.simulate.placement import Kinds
+from colocate.simulate.scores import MOST_GPUS, WHOLE
 from colocate.simulate.workloads import Workload
 
 JOBS_OF_GPUS = {1: 76_627, 2: 1_818, 4: 1_870, 8: 1_643, 16: 199, 32: 67}

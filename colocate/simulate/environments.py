@@ -20,8 +20,9 @@ from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.episodes import FEATURES, QUEUED, STARTED, begin, choose, looks, new_pools, observe, step_all
 from colocate.simulate.node_environment import NodeEnv, NodeVectorEnv, each, seeded
-from colocate.simulate.placement import BEST_FIT, OFFER, WHOLE, Nodes, arrivals, empty, offers, take
+from colocate.simulate.placement import OFFER, Nodes, arrivals, ask_of, empty, offers, take
 from colocate.simulate.queue import Jobs
+from colocate.simulate.scores import BEST_FIT, WHOLE
 
 QUEUE, PLACEMENT, NODE = "Colocate/Queue-v0", "Colocate/Placement-v0", "Colocate/Node-v0"
 SLOTS, EPISODE_JOBS, SIZE = 128, 256, 256
@@ -240,7 +241,7 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
     def _advance(self) -> bool:
         """To the next pod that fits somewhere; False: there is none."""
         while self._next < len(self._come):
-            offers(self._nodes, self._pods.kinds, self._state, self._come[self._next], self._seen)
+            offers(self._state, ask_of(self._pods.kinds, self._come[self._next]), self._seen)
             if self._seen[:, 0].any():
                 return True
             self._next += 1
@@ -273,7 +274,7 @@ class PlacementEnv(gymnasium.Env[Seen, np.int64]):
             raise gymnasium.error.ResetNeeded("step after the last pod, or before reset")
         i, k, reward = int(action), self._come[self._next], 0.0
         if 0 <= i < len(self._seen) and self._seen[i, 0]:
-            take(self._pods.kinds, self._state, int(self._nodes.gpus[i]), i, k, -1, BEST_FIT, 0)
+            take(self._state, i, ask_of(self._pods.kinds, k), -1, BEST_FIT, 0)
             reward = float(self._milli[k]) / self._capacity
         else:
             self._invalid += 1

@@ -19,28 +19,18 @@ from numpy.typing import NDArray
 
 from colocate.simulate.outages import NO_OUTAGES, Outages, saved
 from colocate.simulate.placement import (
-    BEST_FIT,
-    FGD,
-    MOST_ALLOCATED,
-    NATIVE,
-    POLICIES,
-    RANDOM,
-    WHOLE,
+    Board,
     Kinds,
     Nodes,
-    State,
-    Typical,
-    drawn,
-    empty,
-    feasible_to_find,
+    ask_of,
+    best_node,
     give_back,
-    kernel,
-    ranked,
-    rate,
+    new_board,
     take,
     typical_shares,
 )
 from colocate.simulate.preemption import Lesser, by_node, nominate
+from colocate.simulate.scores import BEST_FIT, CPU, FGD, MOST_ALLOCATED, NATIVE, POLICIES, WHOLE, kernel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -144,20 +134,9 @@ def simulate(
     The fleet is empty, but for `running`: the nodes of all pods of the first jobs, which began at the first arrival.
     """
     rng = np.random.default_rng(seed)
-    policy, count = POLICIES.index(discipline.placement), len(nodes.cpu_milli)
-    shares = typical_shares(work.kind, kinds) if policy == FGD else np.zeros(len(kinds.cpu_milli))
-    rows = (len(kinds.cpu_milli), count)
-    board = Board(
-        nodes,
-        kinds,
-        empty(nodes),
-        Typical(np.flatnonzero(shares).astype(np.int64), shares),
-        np.zeros(count, np.int64),
-        np.full(rows, -1, np.int64),
-        np.empty(rows),
-        np.zeros(rows, np.int64),
-        rng.permutation(count).astype(np.int64),
-    )
+    policy = POLICIES.index(discipline.placement)
+    shares = typical_shares(work.kind, kinds) if policy == FGD else None
+    board = new_board(nodes, kinds, shares, rng)
     first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
     pods = Pods(first, np.full(first[-1], -1, np.int64), np.zeros(first[-1], np.int64), np.zeros(len(first), np.int64))
     there = np.empty(0, np.int64) if running is None else running
@@ -183,23 +162,6 @@ class Rule(NamedTuple):
     """By kube-scheduler's client, which does not bind as fast as pods can come."""
     preempts: bool
     """A pod that fits nowhere takes the place of less important ones."""
-
-
-class Board(NamedTuple):
-    """The fleet, and what is known of where a pod of each kind would go best: scores hold until a node changes."""
-
-    nodes: Nodes
-    kinds: Kinds
-    state: State
-    typical: Typical
-    version: Ints
-    """(nodes,) how often each has changed."""
-    known: Ints
-    """(kinds, nodes) of which version of the node the score is."""
-    score: Floats
-    device: Ints
-    rank: Ints
-    """(nodes,) of equals the least is taken."""
 
 
 class Pods(NamedTuple):
@@ -372,7 +334,7 @@ def _preempt(play: Play, count: int, job: int, now: float, lot: int) -> tuple[in
         return -1, count, lot
     lot = _next(lot)
     start = lot % board.version.size
-    node, victims = nominate(board.nodes, board.kinds, board.state, play.work.kind[job], start, lesser)
+    node, victims = nominate(board.kinds, board.state, play.work.kind[job], start, lesser)
     for v in victims[::-1]:  # of a job from its last pod on, which the last takes the place of
         j = lesser.job[v]
         if pods.placed[j] == 0:
@@ -465,7 +427,7 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
         for j in range(arrived):
             if _is_on(play.pods, j, i):
                 count = _taken_from(play, count, j, -1, i, now)
-    board.state.cpu[i] += sign * NEVER
+    board.state.nodes[i, CPU] += sign * NEVER
     play.gpus[USABLE] += sign * board.nodes.gpus[i] * WHOLE
     return count
 
@@ -528,7 +490,7 @@ def _lose(board: Board, pods: Pods, k: int, job: int, pod: int, node: int) -> in
         if pods.node[p] != node or pod not in (-1, p):
             p += 1
             continue
-        give_back(board.kinds, board.state, node, k, pods.mask[p])
+        give_back(board.state, node, ask_of(board.kinds, k), pods.mask[p])
         pods.placed[job] -= 1
         last = pods.first[job] + pods.placed[job]
         pods.node[p], pods.mask[p] = pods.node[last], pods.mask[last]
@@ -592,7 +554,7 @@ def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     board, pods, k = play.board, play.pods, play.work.kind[job]
     for p in range(pods.first[job], pods.first[job + 1]):
         i = pods.node[p]
-        pods.mask[p] = take(board.kinds, board.state, board.nodes.gpus[i], i, k, 0, BEST_FIT, 0)
+        pods.mask[p] = take(board.state, i, ask_of(board.kinds, k), 0, BEST_FIT, 0)
         board.version[i] += 1
         pods.placed[job] += 1
     _begin(play, ends, job, play.work.submit[0])
@@ -602,7 +564,7 @@ def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
 def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
     """What the placed members of a job have."""
     for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
-        give_back(board.kinds, board.state, pods.node[p], k, pods.mask[p])
+        give_back(board.state, pods.node[p], ask_of(board.kinds, k), pods.mask[p])
         board.version[pods.node[p]] += 1
 
 
@@ -616,8 +578,7 @@ def _look(
     while pods.placed[j] < wanted and asked < too_many[k]:
         looked += 1
         lot = _next(lot)
-        best, visited = _best(board, policy, k, cursor, lot)
-        cursor = (cursor + visited) % board.version.size
+        best, cursor = best_node(board, policy, k, cursor, lot)
         if best < 0:
             too_many[k] = asked
             if gang:  # all or none
@@ -634,23 +595,6 @@ def _put(board: Board, pods: Pods, k: int, job: int, node: int, device: int, pol
     """The next member of a job onto a node."""
     p = pods.first[job] + pods.placed[job]
     pods.node[p] = node
-    pods.mask[p] = take(board.kinds, board.state, board.nodes.gpus[node], node, k, device, policy, lot)
+    pods.mask[p] = take(board.state, node, ask_of(board.kinds, k), device, policy, lot)
     board.version[node] += 1
     pods.placed[job] += 1
-
-
-@kernel()
-def _best(board: Board, policy: int, k: int, cursor: int, lot: int) -> tuple[int, int]:
-    """The node for a pod of a kind, below 0 where none fits; and how far the next search begins from here."""
-    n, score = board.version.size, board.score[k]
-    lottery = policy in (NATIVE, RANDOM)
-    for i in range(n):
-        if board.known[k, i] != board.version[i]:
-            board.known[k, i] = board.version[i]
-            points, board.device[k, i] = rate(board.nodes, board.kinds, board.state, board.typical, policy, i, k)
-            score[i] = points if lottery else ranked(points, n, board.rank[i])
-    if lottery:
-        best, visited = drawn(score, cursor, feasible_to_find(n) if policy == NATIVE else n, lot)
-        return best, visited if policy == NATIVE else 0
-    best = int(np.argmax(score))
-    return (best if score[best] >= 0.0 else -1), 0

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.placement import MOST_GPUS, WHOLE
+from colocate.simulate.scores import MOST_GPUS, WHOLE
 
 INSTANCES = 100
 STATES = frozenset(("Ready", "Waiting", "Running", "Terminated", "Failed", "Cancelled", "Interrupted"))

@@ -13,7 +13,8 @@ import numpy as np
 from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, Window, known_run
 from colocate.simulate.fleet import Work, too_large
-from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes, arrays
+from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.scores import MOST_GPUS, WHOLE
 from colocate.simulate.workloads import MOST_NODES, Workload, read_nodes
 from colocate.units import parse_duration
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.errors import BadInput
-from colocate.simulate.placement import kernel
+from colocate.simulate.scores import kernel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

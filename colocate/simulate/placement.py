@@ -1,7 +1,7 @@
 """Pods onto nodes with shared GPUs, one after the other: filters and scores, compiled.
 
-A node's score for a kind of pod is kept until the node changes. Policies: see POLICIES; `fgd` is the gradient of
-fragmentation (Weng and others, USENIX ATC 2023, 4.2), `native` what kube-scheduler 1.36 does by default
+A node's score for a kind of pod is kept until the node changes. Policies: see `scores.POLICIES`; `fgd` is the gradient
+of fragmentation (Weng and others, USENIX ATC 2023, 4.2), `native` what kube-scheduler 1.36 does by default
 (NodeResourcesFit's LeastAllocated and NodeResourcesBalancedAllocation over CPU and memory, whole points, a sample of
 the nodes that fit, ties by lot), which looks at no GPU; `most-allocated` scores GPUs as operators configure it.
 `native` is compared with the real one in tests/cluster.
@@ -10,28 +10,44 @@ the nodes that fit, ties by lot), which looks at no GPU; `most-allocated` scores
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-kernel = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
-"""A compiled function that lets go of the interpreter, and whose divisions are not checked."""
-MOST_GPUS, WHOLE = 8, 1000
-"""GPUs of a node, and thousandths of one."""
-POLICIES = ("random", "dot-product", "clustering", "packing", "best-fit", "fgd", "native", "most-allocated")
-RANDOM, DOT, CLUSTERING, PACKING, BEST_FIT, FGD, NATIVE, MOST_ALLOCATED = range(len(POLICIES))
-CLASSES, OFFER = 16, 8
-COUNTED_CPU_MILLI, COUNTED_MEMORY_MIB = 100, 200
-"""What kube-scheduler takes a pod to ask for that asks for none (util/pod_resources.go)."""
-LARGEST_CPU_MILLI, LARGEST_GPU_MILLI = 128_000.0, 8_000.0
-"""Of a node: what best fit and the dot product measure by."""
-ABOVE = 1e9
-"""Added to scores that would be negative on larger nodes than those: below 0 is what does not fit."""
+from colocate.simulate.scores import (
+    ALL_CPU,
+    ALL_MEMORY,
+    BEST_FIT,
+    CLASS,
+    COLUMNS,
+    COUNTED_CPU,
+    COUNTED_CPU_MILLI,
+    COUNTED_MEMORY,
+    COUNTED_MEMORY_MIB,
+    CPU,
+    FGD,
+    GPUS,
+    LEFT,
+    MEMORY,
+    MODEL,
+    MOST_GPUS,
+    NATIVE,
+    POLICIES,
+    RANDOM,
+    WHOLE,
+    Ask,
+    Floats,
+    Ints,
+    Typical,
+    class_of,
+    device_for,
+    fits,
+    kernel,
+    rate,
+)
+
+OFFER = 8
 
 
 class Nodes(NamedTuple):
@@ -60,25 +76,29 @@ class Kinds(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is free of each node."""
+    """The nodes, and what is free of them."""
 
-    cpu: Ints
-    memory: Ints
-    left: Ints
-    """(nodes, 8), thousandths of each GPU."""
-    classes: Ints
-    """(nodes, CLASSES), how many pods of each class of GPU demand are there."""
-    counted: Ints
-    """(nodes, 2), CPU and memory that pods ask for, as kube-scheduler counts those that ask for nothing."""
+    nodes: Ints
+    """(nodes, COLUMNS), see `scores`."""
     fragmented: Floats
     """(nodes,) of free GPUs, in thousandths, what a typical pod could not use; NaN: not worked out since a change."""
 
 
-class Typical(NamedTuple):
-    """The kinds of pods by which fragmentation is measured, and the share of each kind."""
+class Board(NamedTuple):
+    """The fleet, and what is known of where a pod of each kind would go best: scores hold until a node changes."""
 
-    kinds: Ints
-    shares: Floats
+    nodes: Nodes
+    kinds: Kinds
+    state: State
+    typical: Typical
+    version: Ints
+    """(nodes,) how often each has changed."""
+    known: Ints
+    """(kinds, nodes) of which version of the node the score is."""
+    score: Floats
+    device: Ints
+    rank: Ints
+    """(nodes,) of equals the least is taken."""
 
 
 class Outcome(NamedTuple):
@@ -95,19 +115,15 @@ def arrays(rows: Iterable[Sequence[int]]) -> Iterator[Ints]:
     return (np.array(column, np.int64) for column in zip(*rows, strict=True))
 
 
-def place(nodes: Nodes, kinds: Kinds, pods: Ints, policy: str, seed: int, typical: Floats | None = None) -> Outcome:
+def place(nodes: Nodes, kinds: Kinds, pods: Ints, policy: str, seed: int, shares: Floats | None = None) -> Outcome:
     """Place pods, numbers of their kinds, in their order; none departs.
 
-    `typical`: for `fgd`, the share of each kind in the workload, 0 for those that do not count (see `typical_shares`).
+    `shares`: for `fgd`, of each kind in the workload, 0 for those that do not count (see `typical_shares`).
     """
     rng = np.random.default_rng(seed)
-    count = len(nodes.cpu_milli)
-    rank = rng.permutation(count).astype(np.int64)
+    board = new_board(nodes, kinds, shares, rng)
     lots = rng.integers(0, 1 << 30, size=len(pods))
-    shares = np.zeros(len(kinds.cpu_milli)) if typical is None else typical
-    state = empty(nodes)
-    counted = Typical(np.flatnonzero(shares).astype(np.int64), shares)
-    return Outcome(*_place(nodes, kinds, state, counted, pods, POLICIES.index(policy), rank, lots))
+    return Outcome(*_place(board, pods, POLICIES.index(policy), lots))
 
 
 def arrivals(kinds: Kinds, kind_of: Ints, gpu_milli: float, seed: int) -> Ints:
@@ -127,14 +143,29 @@ def arrivals(kinds: Kinds, kind_of: Ints, gpu_milli: float, seed: int) -> Ints:
     return np.array(order, np.int64)
 
 
+def new_board(nodes: Nodes, kinds: Kinds, shares: Floats | None, rng: np.random.Generator) -> Board:
+    """An empty fleet of which nothing is known yet; `shares` as `place` has them."""
+    rows = (len(kinds.cpu_milli), len(nodes.cpu_milli))
+    rank = rng.permutation(rows[1]).astype(np.int64)
+    known, score, device = np.full(rows, -1, np.int64), np.empty(rows), np.zeros(rows, np.int64)
+    version = np.zeros(rows[1], np.int64)
+    return Board(nodes, kinds, empty(nodes), _typical(kinds, shares), version, known, score, device, rank)
+
+
+def _typical(kinds: Kinds, shares: Floats | None) -> Typical:
+    counted = np.empty(0, np.int64) if shares is None else np.flatnonzero(shares)
+    asks = np.stack([column[counted] for column in kinds[: len(Ask._fields)]], axis=1)
+    return Typical(asks, np.empty(0) if shares is None else shares[counted])
+
+
 def empty(nodes: Nodes) -> State:
     """Nodes on which nothing is."""
-    count = len(nodes.cpu_milli)
-    left = np.zeros((count, MOST_GPUS), np.int64)
-    left[np.arange(MOST_GPUS) < nodes.gpus[:, None]] = WHOLE
-    classes, counted = np.zeros((count, CLASSES), np.int64), np.zeros((count, 2), np.int64)
-    unknown = np.full(count, np.nan)
-    return State(nodes.cpu_milli.copy(), nodes.memory_mib.copy(), left, classes, counted, unknown)
+    table = np.zeros((len(nodes.cpu_milli), COLUMNS), np.int64)
+    table[:, CPU] = table[:, ALL_CPU] = nodes.cpu_milli
+    table[:, MEMORY] = table[:, ALL_MEMORY] = nodes.memory_mib
+    table[:, GPUS], table[:, MODEL] = nodes.gpus, nodes.model
+    table[:, LEFT:CLASS] = WHOLE * (np.arange(MOST_GPUS) < nodes.gpus[:, None])
+    return State(table, np.full(len(table), np.nan))
 
 
 def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
@@ -151,73 +182,63 @@ def typical_shares(kind_of: Ints, kinds: Kinds, cover: float = 0.95) -> Floats:
 
 
 @kernel()
-def _place(
-    nodes: Nodes, kinds: Kinds, state: State, typical: Typical, pods: Ints, policy: int, rank: Ints, lots: Ints
-) -> tuple[Ints, Ints]:
-    n = nodes.cpu_milli.size
-    score = np.empty((kinds.gpus.size, n))
-    """One row for each kind: the best is the greatest, and -1 fits not. Of equals the node of the least rank."""
-    device = np.zeros(score.shape, np.int64)
-    current = np.full(kinds.gpus.size, -1, np.int64)
-    """Of each row, up to which change it is so."""
-    changed, changes = np.empty(pods.size, np.int64), 0
+def ask_of(kinds: Kinds, k: int) -> Ask:
+    """What a pod of a kind asks for."""
+    return Ask(kinds.cpu_milli[k], kinds.memory_mib[k], kinds.gpus[k], kinds.gpu_milli[k], kinds.models[k])
+
+
+@kernel()
+def _place(board: Board, pods: Ints, policy: int, lots: Ints) -> tuple[Ints, Ints]:
+    used, cursor = 0, 0
     where, allocated = np.full(pods.size, -1, np.int64), np.zeros(pods.size, np.int64)
-    rated = np.full(n, -1, np.int64)
-    used, start = 0, 0
-    lottery = policy in (NATIVE, RANDOM)
-    wanted = feasible_to_find(n) if policy == NATIVE else n
     for p in range(pods.size):
         k = pods[p]
-        for step in range(n if current[k] < 0 else changes - current[k]):
-            i = step if current[k] < 0 else changed[current[k] + step]
-            if rated[i] == p:
-                continue  # it has changed more than once
-            rated[i] = p
-            points, device[k, i] = rate(nodes, kinds, state, typical, policy, i, k)
-            score[k, i] = points if lottery else ranked(points, n, rank[i])
-        current[k] = changes
-        if lottery:
-            best, visited = drawn(score[k], start, wanted, lots[p])
-            start = (start + visited) % n if policy == NATIVE else 0
-        else:
-            best = int(np.argmax(score[k]))
-        if best >= 0 and score[k, best] >= 0.0:
+        best, cursor = best_node(board, policy, k, cursor, lots[p])
+        if best >= 0:
+            ask = ask_of(board.kinds, k)
             where[p] = best
-            changed[changes] = best
-            changes += 1
-            take(kinds, state, nodes.gpus[best], best, k, device[k, best], policy, lots[p])
-            used += kinds.gpus[k] * kinds.gpu_milli[k]
+            take(board.state, best, ask, board.device[k, best], policy, lots[p])
+            board.version[best] += 1
+            used += ask.gpus * ask.milli
         allocated[p] = used
     return where, allocated
 
 
-@kernel(inline="always")
-def ranked(points: float, nodes: int, rank: int) -> float:
-    """A score by which of equals the node of the least rank is the greatest; below 0 is what does not fit."""
-    return points if points < 0.0 else points * nodes + nodes - rank
-
-
 @kernel()
-def drawn(score: Floats, start: int, wanted: int, lot: int) -> tuple[int, int]:
-    """The best of so many nodes that fit, from one on, equals by lot; and how many were visited."""
-    best, best_score, ties, feasible = -1, -1.0, 0, 0
-    for step in range(score.size):
-        i = start + step
-        if i >= score.size:
-            i -= score.size
-        if score[i] < 0.0:
-            continue
-        feasible += 1
-        if score[i] > best_score:
-            best, best_score, ties = i, score[i], 1
-        elif score[i] == best_score:
-            ties += 1
-            lot = (lot * 1103515245 + 12345) & 0x3FFFFFFF
-            if (lot >> 8) % ties == 0:
-                best = i
-        if feasible >= wanted:
-            return best, step + 1
-    return best, score.size
+def best_node(board: Board, policy: int, k: int, cursor: int, lot: int) -> tuple[int, int]:
+    """The node for a pod of a kind, -1 where none fits; and where the next search begins."""
+    nodes, fragmented, typical, rank = board.state.nodes, board.state.fragmented, board.typical, board.rank
+    version, known, score, device = board.version, board.known[k], board.score[k], board.device[k]
+    n, ask = version.size, ask_of(board.kinds, k)
+    if policy not in (NATIVE, RANDOM):
+        for i in range(n):
+            if known[i] != version[i]:
+                known[i] = version[i]
+                points, device[i] = rate(nodes, fragmented, typical, policy, i, ask)
+                score[i] = points if points < 0.0 else points * n + n - rank[i]
+        best = int(np.argmax(score))
+        return (best if score[best] >= 0.0 else -1), cursor
+    start, wanted = (cursor, feasible_to_find(n)) if policy == NATIVE else (0, n)
+    most, ties, feasible, step = -1.0, 0, 0, 0
+    while step < n and feasible < wanted:  # who is not looked at is not rated
+        i = start + step if start + step < n else start + step - n
+        step += 1
+        if known[i] != version[i]:
+            known[i] = version[i]
+            score[i], device[i] = rate(nodes, fragmented, typical, policy, i, ask)
+        points = score[i]
+        ties = ties * (points <= most) + (points >= max(most, 0.0))
+        most = max(most, points)
+        feasible += points >= 0.0
+    cursor = (start + step) % n if policy == NATIVE else 0
+    left = (lot >> 8) % ties if ties > 0 else 0
+    for at in range(step if ties > 0 else 0):  # of equals one by lot
+        i = start + at if start + at < n else start + at - n
+        if score[i] == most:
+            if left == 0:
+                return i, cursor
+            left -= 1
+    return -1, cursor
 
 
 @kernel()
@@ -229,283 +250,72 @@ def feasible_to_find(nodes: int) -> int:
 
 
 @kernel()
-def take(kinds: Kinds, state: State, gpus: int, i: int, k: int, device: int, policy: int, lot: int) -> int:
+def take(state: State, i: int, ask: Ask, device: int, policy: int, lot: int) -> int:
     """Give a pod what it asks for of a node that fits; its GPUs, a bit each."""
-    num, milli, mask = kinds.gpus[k], kinds.gpu_milli[k], 0
-    state.fragmented[i] = np.nan
-    state.cpu[i] -= kinds.cpu_milli[k]
-    state.memory[i] -= kinds.memory_mib[k]
-    state.classes[i, _class_of(num, milli)] += 1
-    _count(kinds, state, i, k, 1)
-    if num == 1 and milli < WHOLE:
-        at = device if policy == FGD else _device(state.left, i, gpus, milli, policy, lot)
-        state.left[i, at] -= milli
-        return 1 << at
-    for g in range(gpus):
-        if num > 0 and state.left[i, g] == WHOLE:
-            state.left[i, g] = 0
-            mask |= 1 << g
-            num -= 1
+    num, mask = ask.gpus, 0
+    if num == 1 and ask.milli < WHOLE:
+        mask = 1 << (device if policy == FGD else device_for(state.nodes, i, ask.milli, policy, lot))
+    else:
+        for g in range(state.nodes[i, GPUS]):
+            if num > 0 and state.nodes[i, LEFT + g] == WHOLE:
+                mask |= 1 << g
+                num -= 1
+    _hand(state, i, ask, mask, -1)
     return mask
 
 
 @kernel()
-def _count(kinds: Kinds, state: State, i: int, k: int, sign: int) -> None:
-    cpu, memory = kinds.cpu_milli[k], kinds.memory_mib[k]
-    state.counted[i, 0] += sign * (cpu if cpu > 0 else COUNTED_CPU_MILLI)
-    state.counted[i, 1] += sign * (memory if memory > 0 else COUNTED_MEMORY_MIB)
-
-
-@kernel()
-def give_back(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
+def give_back(state: State, i: int, ask: Ask, mask: int) -> None:
     """What a pod was given."""
-    _hand(kinds, state, i, k, mask, 1)
+    _hand(state, i, ask, mask, 1)
 
 
 @kernel()
-def take_again(kinds: Kinds, state: State, i: int, k: int, mask: int) -> None:
+def take_again(state: State, i: int, ask: Ask, mask: int) -> None:
     """What a pod was given, and gave back."""
-    _hand(kinds, state, i, k, mask, -1)
+    _hand(state, i, ask, mask, -1)
 
 
 @kernel()
-def _hand(kinds: Kinds, state: State, i: int, k: int, mask: int, sign: int) -> None:
+def _hand(state: State, i: int, ask: Ask, mask: int, sign: int) -> None:
+    node = state.nodes[i]
     state.fragmented[i] = np.nan
-    state.cpu[i] += sign * kinds.cpu_milli[k]
-    state.memory[i] += sign * kinds.memory_mib[k]
-    state.classes[i, _class_of(kinds.gpus[k], kinds.gpu_milli[k])] -= sign
-    _count(kinds, state, i, k, -sign)
+    node[CPU] += sign * ask.cpu
+    node[MEMORY] += sign * ask.memory
+    node[COUNTED_CPU] -= sign * (ask.cpu if ask.cpu > 0 else COUNTED_CPU_MILLI)
+    node[COUNTED_MEMORY] -= sign * (ask.memory if ask.memory > 0 else COUNTED_MEMORY_MIB)
+    node[CLASS + class_of(ask)] -= sign
     for g in range(MOST_GPUS):
         if (mask >> g) & 1:
-            state.left[i, g] += sign * kinds.gpu_milli[k]
+            node[LEFT + g] += sign * ask.milli
 
 
 @kernel()
-def _device(left: Ints, i: int, gpus: int, milli: int, policy: int, lot: int) -> int:
-    """The GPU for a part of one: the tightest, or any where the policy does not choose."""
-    best, least, seen = -1, 1 << 30, 0
-    for g in range(gpus):
-        if left[i, g] < milli:
-            continue
-        seen += 1
-        if policy in (RANDOM, NATIVE):
-            if (lot // 7) % seen == 0:  # each of them with the same chance
-                best = g
-        elif left[i, g] < least:
-            best, least = g, left[i, g]
-    return best
-
-
-@kernel(inline="always")
-def rate(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, policy: int, i: int, k: int) -> tuple[float, int]:
-    """A node's score for a kind of pod, below 0 where it does not fit; and the GPU that is meant, where one is."""
-    if not fits(nodes, kinds, state, i, k):
-        return -1.0, -1
-    if policy == RANDOM:
-        return 0.0, -1
-    if policy == FGD:
-        return _fgd(nodes, kinds, state, typical, i, k)
-    return _score(nodes, kinds, state, policy, i, k), -1
-
-
-@kernel(inline="always")
-def fits(nodes: Nodes, kinds: Kinds, state: State, i: int, k: int) -> bool:
-    """Whether a node has what a kind of pod asks for."""
-    if state.cpu[i] < kinds.cpu_milli[k] or state.memory[i] < kinds.memory_mib[k]:
-        return False
-    if kinds.gpus[k] == 0:
-        return True
-    if kinds.models[k] != 0 and not (kinds.models[k] >> nodes.model[i]) & 1:
-        return False
-    fit = 0
-    for g in range(nodes.gpus[i]):
-        fit += state.left[i, g] >= kinds.gpu_milli[k]
-    return fit >= kinds.gpus[k]  # type: ignore[no-any-return]
-
-
-@kernel(inline="always")
-def _fgd(nodes: Nodes, kinds: Kinds, state: State, typical: Typical, i: int, k: int) -> tuple[float, int]:
-    gpus, num, milli, left = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k], state.left
-    cpu = state.cpu[i]
-    if np.isnan(state.fragmented[i]):
-        state.fragmented[i] = _fragmented(nodes, kinds, typical, left, i, cpu)
-    before, cpu = state.fragmented[i], cpu - kinds.cpu_milli[k]
-    if num != 1 or milli == WHOLE:
-        need, taken = num, 0
-        for g in range(gpus):  # as if it were there, and then back
-            if need > 0 and left[i, g] == WHOLE:
-                left[i, g], taken, need = 0, taken | 1 << g, need - 1
-        points = _points(before - _fragmented(nodes, kinds, typical, left, i, cpu))
-        for g in range(gpus):
-            left[i, g] += WHOLE * ((taken >> g) & 1)
-        return points, -1
-    best, device = -1.0, -1
-    for g in range(gpus):
-        if left[i, g] < milli:
-            continue
-        alike = False
-        for other in range(g):
-            alike |= left[i, other] == left[i, g]
-        if alike:  # as good as the one before
-            continue
-        left[i, g] -= milli
-        points = _points(before - _fragmented(nodes, kinds, typical, left, i, cpu))
-        left[i, g] += milli
-        if points > best:
-            best, device = points, g
-    return best, device
-
-
-@kernel()
-def _points(gained: float) -> float:
-    return float(np.floor(100.0 / (1.0 + np.exp(-gained / WHOLE))))
-
-
-@kernel()
-def _fragmented(nodes: Nodes, kinds: Kinds, typical: Typical, left: Ints, i: int, cpu: int) -> float:
-    """What of a node's free GPUs, in thousandths, a typical pod could not use; `cpu` is what is free of its CPUs."""
-    gpus, model, total = nodes.gpus[i], nodes.model[i], 0
-    for g in range(gpus):
-        total += left[i, g]
-    found = 0.0
-    for t in range(typical.kinds.size):
-        k = typical.kinds[t]
-        fits, small = 0, 0
-        for g in range(gpus):
-            free = left[i, g]
-            fits += free >= kinds.gpu_milli[k]
-            small += free * (free < kinds.gpu_milli[k])
-        allowed = kinds.models[k] == 0 or (kinds.models[k] >> model) & 1
-        useless = kinds.gpus[k] == 0 or not allowed or cpu < kinds.cpu_milli[k] or fits < kinds.gpus[k]
-        found += typical.shares[k] * (total if useless else small)
-    return found
-
-
-@kernel()
-def _class_of(num: int, milli: int) -> int:
-    """Of GPU demand: none, a part of one, or how many."""
-    return 0 if num == 0 else 1 if milli < WHOLE else 1 + num
-
-
-@kernel()
-def _packing(left: Ints, i: int, gpus: int, idle: int, num: int, milli: int) -> float:
-    """GPUs in use before idle ones of a node in use before idle nodes."""
-    if idle == gpus:
-        return float(max(100 // 3 - idle, idle))
-    chosen, opened, spare = 0, 0, 0
-    for _ in range(num):  # the tightest of those that are left
-        best = -1
-        for g in range(gpus):
-            if not (chosen >> g) & 1 and left[i, g] >= milli and (best < 0 or left[i, g] < left[i, best]):
-                best = g
-        if best < 0:
-            break
-        chosen |= 1 << best
-        opened += left[i, best] == WHOLE
-        spare += left[i, best] * 100 // WHOLE
-    if opened > 0:
-        return float(max(100 // 2 - opened, 100 // 3))
-    return float(max(100 - spare // 10, 100 // 2))
-
-
-@kernel()
-def _clustering(classes: Ints, i: int, mine: int, free: int) -> float:
-    """Pods of one class of GPU demand together: alone, among others, on an idle node, among others only."""
-    others = 0
-    for k in range(1, CLASSES):
-        others += k != mine and classes[i, k] > 0
-    tier = (75 if others == 0 else 50) if classes[i, mine] > 0 else (25 if others == 0 else 0)
-    return float(25 * (int(LARGEST_GPU_MILLI) - free) // int(LARGEST_GPU_MILLI) + tier)
-
-
-@kernel()
-def native_points(
-    pod: tuple[int, int], used: tuple[int, int], counted: tuple[int, int], every: tuple[int, int]
-) -> tuple[int, int]:
-    """LeastAllocated and BalancedAllocation of a node for a pod, whole points as kube-scheduler has them.
-
-    All are (CPU, memory): what the pod asks for, what the pods there ask for, the same as it is counted by the first
-    score, and all of the node. The second one is of the change: 75 points where the pod leaves the balance as it is.
-    """
-    least, weights = 0, 0
-    for asked, there, whole, none in (
-        (pod[0], counted[0], every[0], COUNTED_CPU_MILLI),
-        (pod[1], counted[1], every[1], COUNTED_MEMORY_MIB),
-    ):
-        with_it = there + (asked if asked > 0 else none)
-        if whole > 0:
-            weights += 1
-            least += (whole - with_it) * 100 // whole if with_it <= whole else 0
-    balanced = 0
-    if pod[0] > 0 or pod[1] > 0:
-        after = _balance((used[0] + pod[0], used[1] + pod[1]), every)
-        balanced = 50 + (50 + after - _balance(used, every)) // 2
-    return (least // weights if weights > 0 else 0), balanced
-
-
-@kernel()
-def _balance(used: tuple[int, int], every: tuple[int, int]) -> int:
-    """100 less half of how far the shares of CPU and memory are apart; 100 of a node that has but one of them."""
-    if every[0] <= 0 or every[1] <= 0:
-        return 100
-    apart = abs(min(used[0] / every[0], 1.0) - min(used[1] / every[1], 1.0)) / 2.0
-    return int((1.0 - apart) * 100.0)
-
-
-@kernel(inline="always")
-def _score(nodes: Nodes, kinds: Kinds, state: State, policy: int, i: int, k: int) -> float:
-    gpus, num, milli = nodes.gpus[i], kinds.gpus[k], kinds.gpu_milli[k]
-    c, free, idle = kinds.cpu_milli[k], 0, 0
-    for g in range(gpus):
-        free += state.left[i, g]
-        idle += state.left[i, g] == WHOLE
-    asked = num * milli
-    if policy == BEST_FIT:
-        slack = 0.5 * (state.cpu[i] - c) / LARGEST_CPU_MILLI + 0.5 * (free - asked) / LARGEST_GPU_MILLI
-        return float(np.floor(1e6 * (1.0 - slack))) + ABOVE
-    if policy == DOT:
-        cpus = state.cpu[i] / LARGEST_CPU_MILLI * c / LARGEST_CPU_MILLI
-        gpu = free / LARGEST_GPU_MILLI * asked / LARGEST_GPU_MILLI
-        return float(np.floor(100.0 * (1.0 - (cpus + gpu) / 2.0))) + ABOVE
-    if policy == MOST_ALLOCATED:
-        return float((gpus * WHOLE - free + asked) * 100 // max(gpus * WHOLE, 1))
-    if policy == PACKING:
-        return _packing(state.left, i, gpus, idle, num, milli) if num > 0 else 0.0
-    if policy == CLUSTERING:
-        return _clustering(state.classes, i, _class_of(num, milli), free) if num > 0 else 0.0
-    every = (nodes.cpu_milli[i], nodes.memory_mib[i])
-    used = (every[0] - state.cpu[i], every[1] - state.memory[i])
-    counted = (state.counted[i, 0], state.counted[i, 1])
-    least, balanced = native_points((c, kinds.memory_mib[k]), used, counted, every)
-    return float(least + balanced)
-
-
-@kernel()
-def offers(nodes: Nodes, kinds: Kinds, state: State, k: int, seen: NDArray[np.float32]) -> None:
-    """What a pod of a kind would make of each node, a row each of OFFER numbers from 0 to 1; 0 where it does not fit.
+def offers(state: State, ask: Ask, seen: NDArray[np.float32]) -> None:
+    """What a pod would make of each node, a row each of OFFER numbers from 0 to 1; 0 where it does not fit.
 
     1; what is taken of the CPUs, of the memory and of the GPUs with it; what is left on the GPU that it would share; of
     eight GPUs those that would stay whole; the node's GPUs over eight; what the pod asks for of them.
     """
-    asked = kinds.gpus[k] * kinds.gpu_milli[k]
+    nodes, asked = state.nodes, ask.gpus * ask.milli
     seen[:] = 0.0
-    for i in range(nodes.gpus.size):
-        if not fits(nodes, kinds, state, i, k):
+    for i in range(len(nodes)):
+        if not fits(nodes, i, ask):
             continue
-        free, whole, gpus = 0, 0, nodes.gpus[i]
+        free, whole, gpus = 0, 0, nodes[i, GPUS]
         for g in range(gpus):
-            free += state.left[i, g]
-            whole += state.left[i, g] == WHOLE
+            free += nodes[i, LEFT + g]
+            whole += nodes[i, LEFT + g] == WHOLE
         shared = 0
-        if kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE:
-            at = _device(state.left, i, gpus, kinds.gpu_milli[k], BEST_FIT, 0)
-            shared = state.left[i, at] - kinds.gpu_milli[k]
-            whole -= state.left[i, at] == WHOLE
+        if ask.gpus == 1 and ask.milli < WHOLE:
+            at = device_for(nodes, i, ask.milli, BEST_FIT, 0)
+            shared = nodes[i, LEFT + at] - ask.milli
+            whole -= nodes[i, LEFT + at] == WHOLE
         else:
-            whole -= kinds.gpus[k]
+            whole -= ask.gpus
         seen[i, 0] = 1.0
-        seen[i, 1] = 1.0 - (state.cpu[i] - kinds.cpu_milli[k]) / max(nodes.cpu_milli[i], 1)
-        seen[i, 2] = 1.0 - (state.memory[i] - kinds.memory_mib[k]) / max(nodes.memory_mib[i], 1)
+        seen[i, 1] = 1.0 - (nodes[i, CPU] - ask.cpu) / max(nodes[i, ALL_CPU], 1)
+        seen[i, 2] = 1.0 - (nodes[i, MEMORY] - ask.memory) / max(nodes[i, ALL_MEMORY], 1)
         seen[i, 3] = 1.0 - (free - asked) / max(gpus * WHOLE, 1) if gpus > 0 else 0.0
         seen[i, 4] = shared / WHOLE
         seen[i, 5] = whole / MOST_GPUS

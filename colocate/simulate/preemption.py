@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.placement import Kinds, Nodes, State, fits, give_back, kernel, take_again
+from colocate.simulate.placement import Kinds, State, ask_of, give_back, take_again
+from colocate.simulate.scores import fits, kernel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -49,16 +50,16 @@ def by_node(nodes: int, node: Ints) -> tuple[Ints, Ints]:
 
 
 @kernel()
-def nominate(nodes: Nodes, kinds: Kinds, state: State, k: int, start: int, lesser: Lesser) -> tuple[int, Ints]:
+def nominate(kinds: Kinds, state: State, k: int, start: int, lesser: Lesser) -> tuple[int, Ints]:
     """The node for a pod of a kind that fits nowhere, and its victims, by their numbers in `lesser`; -1: none."""
-    count, found, best = nodes.gpus.size, 0, -1
+    count, found, best = lesser.head.size, 0, -1
     wanted = max(count * CANDIDATES_PERCENT // 100, LEAST_CANDIDATES)
     chosen, least = np.empty(0, np.int64), (0, 0, 0.0)
     for step in range(count):
         i = (start + step) % count
         if lesser.head[i] < 0:
             continue
-        victims = _victims(nodes, kinds, state, k, i, lesser)
+        victims = _victims(kinds, state, k, i, lesser)
         if victims.size == 0:
             continue
         found += 1
@@ -76,28 +77,28 @@ def nominate(nodes: Nodes, kinds: Kinds, state: State, k: int, start: int, lesse
 
 
 @kernel()
-def _victims(nodes: Nodes, kinds: Kinds, state: State, k: int, i: int, lesser: Lesser) -> Ints:
+def _victims(kinds: Kinds, state: State, k: int, i: int, lesser: Lesser) -> Ints:
     """Those of a node that have to go, the most important first; none where that would not help."""
-    size, v = 0, lesser.head[i]
+    size, v, ask = 0, lesser.head[i], ask_of(kinds, k)
     while v >= 0:
         size, v = size + 1, lesser.after[v]
     order, v = np.empty(size, np.int64), lesser.head[i]
     for at in range(size):
-        give_back(kinds, state, i, lesser.kind[v], lesser.mask[v])
+        give_back(state, i, ask_of(kinds, lesser.kind[v]), lesser.mask[v])
         slot = at
         while slot > 0 and _before(kinds, lesser, v, order[slot - 1]):
             order[slot] = order[slot - 1]
             slot -= 1
         order[slot], v = v, lesser.after[v]
-    helps, gone = fits(nodes, kinds, state, i, k), 0
+    helps, gone = fits(state.nodes, i, ask), 0
     for at in range(size):
         v = order[at]
-        take_again(kinds, state, i, lesser.kind[v], lesser.mask[v])
-        if helps and not fits(nodes, kinds, state, i, k):
-            give_back(kinds, state, i, lesser.kind[v], lesser.mask[v])
+        take_again(state, i, ask_of(kinds, lesser.kind[v]), lesser.mask[v])
+        if helps and not fits(state.nodes, i, ask):
+            give_back(state, i, ask_of(kinds, lesser.kind[v]), lesser.mask[v])
             order[gone], gone = v, gone + 1
     for at in range(gone):  # nobody has gone yet
-        take_again(kinds, state, i, lesser.kind[order[at]], lesser.mask[order[at]])
+        take_again(state, i, ask_of(kinds, lesser.kind[order[at]]), lesser.mask[order[at]])
     return order[:gone]
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colocate.errors import BadInput
-from colocate.simulate.placement import MOST_GPUS, WHOLE, Kinds, Nodes, arrays
+from colocate.simulate.placement import Kinds, Nodes, arrays
 from colocate.simulate.queue import Jobs
+from colocate.simulate.scores import MOST_GPUS, WHOLE
 
 ENVIRONMENT = "COLOCATE_TRACES"
 PARQUET = ".parquet"

@@ -15,7 +15,8 @@ from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.fleet import Work
 from colocate.simulate.formats import Job, jobs_of
-from colocate.simulate.placement import MOST_GPUS, Kinds, Nodes, arrays
+from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.scores import MOST_GPUS
 from colocate.units import parse_bytes
 
 FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")

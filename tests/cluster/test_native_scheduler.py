@@ -19,24 +19,15 @@ import pytest
 from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.localcluster.controlplane import ControlPlane
 from colocate.objects import Pod
-from colocate.simulate.placement import (
-    NATIVE,
-    WHOLE,
-    Kinds,
-    Nodes,
-    State,
-    Typical,
-    empty,
-    feasible_to_find,
-    rate,
-    take,
-)
+from colocate.simulate.placement import Kinds, Nodes, State, ask_of, empty, feasible_to_find, take
 from colocate.simulate.preemption import Lesser, by_node, nominate
+from colocate.simulate.scores import NATIVE, WHOLE, Typical, rate
 from colocate.units import time_text
 
 LINE = re.compile(r'schedule_one\.go:\d+\] "([^"]+)" pod="default/([^"]+)"(.*)')
 POINTS = re.compile(r'plugin="NodeResources(?:Fit|BalancedAllocation)" node="([^"]+)" score=(\d+)')
 NODE, GPU = re.compile(r'node="([^"]+)"'), "example.com/gpu"
+NOT_FGD = Typical(np.empty((0, 5), np.int64), np.empty(0))
 CLUSTERS = ((30, 140), (45, 140), (60, 120), (20, 160), (130, 160))
 """Nodes and pods: of more than a hundred nodes a part is looked at."""
 
@@ -131,14 +122,18 @@ async def all_decided(api: Api, count: int) -> None:
     raise AssertionError("kube-scheduler has not decided all pods")
 
 
+def points_of(state: State, kinds: Kinds, i: int, k: int) -> float:
+    return rate(state.nodes, state.fragmented, NOT_FGD, NATIVE, i, ask_of(kinds, k))[0]
+
+
 def replayed(nodes: Nodes, names: list[str], kinds: Kinds, of: dict[str, int], log: Iterator[str]) -> int:
     """How many decisions were compared."""
     found, bound = cycles(log)
-    state, typical = empty(nodes), Typical(np.zeros(0, np.int64), np.zeros(len(kinds.gpus)))
+    state = empty(nodes)
     compared, last = 0, {cycle.pod: at for at, cycle in enumerate(found)}
     for at, cycle in enumerate(found):
         k = of[cycle.pod]
-        ours = {name: rate(nodes, kinds, state, typical, NATIVE, i, k)[0] for i, name in enumerate(names)}
+        ours = {name: points_of(state, kinds, i, k) for i, name in enumerate(names)}
         fits = {name: int(points) for name, points in ours.items() if points >= 0.0}
         chosen = bound.get(cycle.pod) if last[cycle.pod] == at else None
         theirs = cycle.points
@@ -156,7 +151,7 @@ def replayed(nodes: Nodes, names: list[str], kinds: Kinds, of: dict[str, int], l
         compared += 1
         if chosen is not None:
             i = names.index(chosen)
-            take(kinds, state, int(nodes.gpus[i]), i, k, -1, NATIVE, 0)
+            take(state, i, ask_of(kinds, k), -1, NATIVE, 0)
     return compared
 
 
@@ -229,9 +224,7 @@ class Bound(NamedTuple):
 def filled(nodes: Nodes, kinds: Kinds, there: list[Bound]) -> tuple[State, dict[str, int]]:
     """What these pods leave, and the GPUs of each."""
     state = empty(nodes)
-    cards = {
-        pod.name: take(kinds, state, int(nodes.gpus[pod.node]), pod.node, pod.kind, -1, NATIVE, 0) for pod in there
-    }
+    cards = {pod.name: take(state, pod.node, ask_of(kinds, pod.kind), -1, NATIVE, 0) for pod in there}
     return state, cards
 
 
@@ -245,7 +238,7 @@ def chosen(
     numbers, kind = np.arange(len(lower)), np.array([pod.kind for pod in lower], np.int64)
     mask = np.array([cards[pod.name] for pod in lower], np.int64)
     began = np.array([float(pod.began) for pod in lower])
-    node, victims = nominate(nodes, kinds, state, k, 0, Lesser(head, after, numbers, numbers, kind, mask, began))
+    node, victims = nominate(kinds, state, k, 0, Lesser(head, after, numbers, numbers, kind, mask, began))
     gone = [lower[v] for v in victims]
     importance = [int(kinds.priority[pod.kind]) for pod in gone]
     latest = min((pod.began for pod in gone if kinds.priority[pod.kind] == max(importance)), default=0)
@@ -273,13 +266,12 @@ async def preemptions(plane: ControlPlane, rng: random.Random, number: int, node
         for name, shape in zip(names, shapes, strict=True):
             await offer(api, name, *shape)
         state = empty(offered)
-        typical = Typical(np.zeros(0, np.int64), np.zeros(len(rows)))
         for i in range(nodes):  # until it is full
             for at in range(12):
                 k = rng.randrange(len(rows) - 1)
-                if rate(offered, kinds, state, typical, NATIVE, i, k)[0] < 0:
+                if points_of(state, kinds, i, k) < 0:
                     continue
-                take(kinds, state, int(offered.gpus[i]), i, k, -1, NATIVE, 0)
+                take(state, i, ask_of(kinds, k), -1, NATIVE, 0)
                 pod = Bound(f"l{number}-{i}-{at}", i, k, rng.randrange(1000))
                 there.append(pod)
                 class_ = f"t{number}-{rows[k][5]}"
@@ -289,7 +281,7 @@ async def preemptions(plane: ControlPlane, rng: random.Random, number: int, node
         try:
             for step in range(decisions):
                 k = rng.choice((3, 4, 5, 6))
-                if any(rate(offered, kinds, state, typical, NATIVE, i, k)[0] >= 0 for i in range(nodes)):
+                if any(points_of(state, kinds, i, k) >= 0 for i in range(nodes)):
                     continue
                 best, _, least = chosen(offered, kinds, there, k)
                 if best < 0:

@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colocate.simulate.placement import (
-    POLICIES,
-    Kinds,
-    Nodes,
-    feasible_to_find,
-    native_points,
-    place,
-    typical_shares,
-)
+from colocate.simulate.placement import Kinds, Nodes, feasible_to_find, place, typical_shares
+from colocate.simulate.scores import POLICIES, native_points
 
 
 def nodes_of(*rows):

@@ -13,8 +13,9 @@ from colocate.cli.main import main
 from colocate.simulate.compare import known_run
 from colocate.simulate.fleet import DISCIPLINES, Work
 from colocate.simulate.outages import NO_OUTAGES
-from colocate.simulate.placement import BEST_FIT, Kinds, Nodes, empty, take
+from colocate.simulate.placement import Kinds, Nodes, ask_of, empty, take
 from colocate.simulate.preemption import Lesser, by_node, nominate
+from colocate.simulate.scores import BEST_FIT
 from colocate.simulate.workloads import Workload
 from tests.unit.test_simulate_fleet import GPUS, fleet, used_at
 
@@ -160,14 +161,14 @@ def test_the_node_and_the_victims_are_kube_schedulers(pods, free, wanted, start)
     kinds = Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
     state = empty(nodes)
     for k, pod in enumerate(pods):
-        take(kinds, state, 0, pod[0], k, 0, BEST_FIT, 0)
+        take(state, pod[0], ask_of(kinds, k), 0, BEST_FIT, 0)
     lower = [k for k, pod in enumerate(pods) if pod[2] < mine]
     head, after = by_node(4, np.array([pods[k][0] for k in lower], np.int64))
     numbers = np.array(lower, np.int64)
     began = np.array([float(pods[k][3]) for k in lower])
     before = [column.copy() for column in state[:5]]
     lesser = Lesser(head, after, numbers, numbers, numbers, 0 * numbers, began)
-    node, victims = nominate(nodes, kinds, state, len(pods), start, lesser)
+    node, victims = nominate(kinds, state, len(pods), start, lesser)
     for was, now in zip(before, state[:5], strict=True):
         assert np.array_equal(was, now), "nobody has gone yet"
     known = reference(free, pods, wanted, mine)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.placement import kernel
 from colocate.simulate.reproduce.kinds import ALL_GPUS, KINDS, Job, Where
+from colocate.simulate.scores import kernel
 
 Floats = NDArray[np.float64]
 NODE_GPUS = 4
