@@ -97,7 +97,7 @@ def _arms(folder: Path) -> dict[str, Arm]:
         "queue": lambda: _rate(len(firsts) * WINDOW, queue),
         "trained": lambda: _rate(len(firsts) * WINDOW, lambda: rated(pools, jobs, 256, firsts, WEIGHTS, True)),
         "steps Queue": lambda: steps(many, np.zeros(POOLS, np.int64)),
-        "steps Node": lambda: steps(governed, np.full(POOLS, 0.5, np.float32)),
+        "steps Node": lambda: steps(governed, np.full((POOLS, 1), 0.5, np.float32)),
         "exact": lambda: _seconds(lambda: [reproduce(name, folder, lambda _: None) for name in EXACT]),
     }
     for policy in ("native", "best-fit", "fgd"):
