@@ -17,7 +17,7 @@ from benchmarks.common import Runs, bar, reference_loop
 from benchmarks.gang_live import OURS, PLAYED, Live, fresh, scheduler_of
 from colocate.errors import HostUnfit
 from colocate.simulate.compare import known_run
-from colocate.simulate.fleet import Work
+from colocate.simulate.engine import Work
 from colocate.simulate.placement import Kinds, Nodes, arrays
 from colocate.simulate.scores import WHOLE
 from colocate.simulate.workloads import Workload

@@ -51,6 +51,7 @@ class NodesLike(Protocol):
     cpu_milli: Ints
     memory_mib: Ints
     gpus: Ints
+    model: Ints
     rack: Ints
 
 
@@ -92,12 +93,20 @@ class OutagesLike(Protocol):
     restart: float
     until: float
 
-    def saved(self, had: float, again: bool, left: float, pace: float) -> float:
-        """Of a job that had its GPUs for so long and so much work left, the seconds of work that are not lost."""
+    def saved(self, worked: float, left: float) -> float:
+        """Of so many seconds of work of a job that had so many left, those that are not lost when it is stopped."""
         ...
 
 
-Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float, bool]
+class PacesLike(Protocol):
+    """How fast jobs run by their GPUs (see colocate.simulate.paces.Paces)."""
+
+    def of(self, job: int, gpus: Ints) -> float:
+        """Seconds that a second of its work takes on nodes with these kinds of GPUs."""
+        ...
+
+
+Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float, bool, float]
 """The columns of colocate.simulate.fleet.Run."""
 
 
@@ -105,7 +114,14 @@ class Simulation:
     """One run: the cluster, its queue, and who is where."""
 
     def __init__(
-        self, nodes: NodesLike, kinds: KindsLike, work: WorkLike, outages: OutagesLike | None = None, *, declared: bool
+        self,
+        nodes: NodesLike,
+        kinds: KindsLike,
+        work: WorkLike,
+        outages: OutagesLike | None = None,
+        paces: PacesLike | None = None,
+        *,
+        declared: bool,
     ) -> None:
         """`declared`: jobs say how long they will run. Raises BadInput of a request for a part of a GPU."""
         if ((kinds.gpu_milli < WHOLE) & (kinds.gpus > 0)).any():
@@ -126,6 +142,7 @@ class Simulation:
         self.first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
         self.node = np.full(self.first[-1], -1, np.int64)
         self.start, self.end = np.full(len(work.submit), np.nan), np.full(len(work.submit), np.nan)
+        self.paces, self.model, self.rate, self.done = paces, nodes.model, 0.0, 0.0
         self.rack, self.pace = nodes.rack, np.ones(len(work.submit))
         self.left, self.began = work.run.astype(float), np.zeros(len(work.submit))
         self.over: dict[int, float] = {}
@@ -184,6 +201,7 @@ class Simulation:
             self.cluster.remove_pod(f"{p}")
             self.free[self.node[p]] += self._asks(job)
         self.busy -= int(self.gpus[job])
+        self.rate -= float(self.gpus[job] / self.pace[job])
         self.cluster.groups.pop(key, None)
         self.cluster.remove_plan(key)
         self.dirty.add(key)
@@ -195,7 +213,8 @@ class Simulation:
         self._leave(job)
         had, saved = max(now - float(self.began[job]), 0.0), 0.0
         if self.outages is not None:
-            saved = self.outages.saved(had, job in self.again, float(self.left[job]), float(self.pace[job]))
+            worked = max(had - (self.restart if job in self.again else 0.0), 0.0) / float(self.pace[job])
+            saved = self.outages.saved(worked, float(self.left[job]))
         self.left[job] -= saved
         self.lost += float(self.gpus[job]) * (had - saved * float(self.pace[job]))
         self.pace[job] = 1.0  # as long as it is nowhere
@@ -241,8 +260,12 @@ class Simulation:
         self.cluster.set_plan(key, plan)
         if job not in self.again:
             self.start[job] = now
-        racks = self.rack[self.node[self.first[job] : self.first[job + 1]]]
+        on = np.unique(self.node[self.first[job] : self.first[job + 1]])
+        racks = self.rack[on]
         self.pace[job] = self.work.across[job] if (racks != racks[0]).any() else 1.0
+        if self.paces is not None:
+            self.pace[job] *= self.paces.of(job, self.model[on])
+        self.rate += float(self.gpus[job] / self.pace[job])
         self.busy += int(self.gpus[job])
         self.waiting -= 1
         self.began[job], self.over[job] = now, now + self._takes(job)
@@ -296,6 +319,7 @@ class Simulation:
                 break
             passed = max(min(then, last) - max(now, first), 0.0)
             busy_area += self.busy * passed
+            self.done += self.rate * passed
             idle_area += (self.usable - self.busy) * passed if self.waiting else 0.0
             now = then
             while self.ends and self.ends[0][0] <= now:
@@ -317,7 +341,8 @@ class Simulation:
             self._decide(now)
         cut = cut or (self.waiting > 0 and until < np.inf)
         held, restarts = 0.0, self.again.total()
-        return self.start, busy_area, held, self.cycles, self.node, self.end, self.lost, restarts, idle_area, cut
+        found = self.start, busy_area, held, self.cycles, self.node, self.end, self.lost, restarts, idle_area, cut
+        return *found, self.done
 
 
 def _policy(about: str, *, declared: bool) -> Callable[..., Found]:
@@ -330,9 +355,10 @@ def _policy(about: str, *, declared: bool) -> Callable[..., Found]:
         seed: int,
         running: Ints | None = None,
         outages: OutagesLike | None = None,
+        paces: PacesLike | None = None,
     ) -> Found:
         del seed  # nothing is drawn
-        simulation = Simulation(nodes, kinds, work, outages, declared=declared)
+        simulation = Simulation(nodes, kinds, work, outages, paces, declared=declared)
         return simulation.run(simulation.resume(running) if running is not None else 0)
 
     policy.__doc__ = about

@@ -367,6 +367,17 @@ def _add_simulation(add: Add) -> None:
         metavar="TIMES",
         help="jobs run so many times as long where their members are in more than one rack (of --nodes FILE)",
     )
+    fleet.add_argument(
+        "--throughputs",
+        metavar="FILE",
+        help="jobs with a model run as fast as a table of measurements says, by their GPUs and by who shares these",
+    )
+    fleet.add_argument(
+        "--share-gpus",
+        action="store_true",
+        default=None,
+        help="with --throughputs: jobs with a model and one GPU ask for half of it",
+    )
     _add_conditions(fleet)
     fleet.add_argument("--workers", type=positive, help="simulations side by side (default: one a CPU)")
     fleet.add_argument("--file", help="an HTML page with tables and a timeline")

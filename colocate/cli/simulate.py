@@ -14,15 +14,17 @@ import numpy as np
 
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
-from colocate.simulate.compare import Conditions, Outcome, comparisons, known_policies, run_all, windows
+from colocate.simulate.compare import Conditions, Measured, Outcome, comparisons, known_policies, run_all, windows
 from colocate.simulate.day import made_day
 from colocate.simulate.fleet import too_large
 from colocate.simulate.formats import MOST_ACROSS
 from colocate.simulate.outages import Trouble
-from colocate.simulate.placement import Nodes
+from colocate.simulate.paces import NO_MODEL, read_throughputs
+from colocate.simulate.placement import Kinds, Nodes
 from colocate.simulate.reproduce import TABLES, Table, reproduce
+from colocate.simulate.scores import WHOLE
 from colocate.simulate.traces import folder
-from colocate.simulate.workloads import Workload, check, read_jobs, read_nodes
+from colocate.simulate.workloads import Fleet, Workload, check, read_fleet, read_jobs, read_nodes
 
 HOUR = 3600.0
 DEMO_NODES, DEMO_POLICIES = "100x8", ("native", "coscheduling", "packing", "shortest-first")
@@ -84,9 +86,9 @@ def named_policies(text: str) -> list[str]:
     return policies
 
 
-def jobs_for(nodes: Nodes, file: str, window_jobs: int | None) -> Workload:
+def jobs_for(nodes: Nodes, file: str, window_jobs: int | None, measured: Measured | None = None) -> Workload:
     """The jobs of a trace, of which each fits these nodes when they are empty. Raises BadInput."""
-    workload = read_jobs(Path(file), nodes)
+    workload = read_jobs(Path(file), nodes, None if measured is None else measured.throughputs)
     check(nodes, workload, too_large)
     if window_jobs is not None and window_jobs > len(workload.where):
         raise BadInput(f"--window-jobs: {window_jobs} are more than the {len(workload.where)} jobs of {file}")
@@ -125,8 +127,13 @@ def simulate_command(options: argparse.Namespace) -> int:
         raise BadInput("--nodes and --jobs are needed, or --from-cluster")
     policies, conditions = named_policies(options.policy or "native,packing"), conditions_of(options)
     page = check_file("--file", options.file, [options.nodes, options.jobs]) if options.file else None
-    nodes = read_nodes(options.nodes)
-    workload = jobs_for(nodes, options.jobs, options.window_jobs)
+    fleet = read_fleet(options.nodes)
+    nodes, measured = fleet.nodes, _measured(options, fleet)
+    workload = jobs_for(nodes, options.jobs, options.window_jobs, measured)
+    if measured is not None:
+        workload = _shared(workload) if options.share_gpus else workload
+        measured.paces(workload)  # what is wrong is said now
+        conditions = conditions._replace(measured=measured)
     if options.across_racks is not None:
         workload = _slower_across_racks(workload, options.across_racks, nodes)
     if options.windows is not None and options.window_jobs is None:
@@ -156,6 +163,39 @@ def simulate_command(options: argparse.Namespace) -> int:
     return int(any(card["never_started"] for card in cards))
 
 
+def _measured(options: argparse.Namespace, fleet: Fleet) -> Measured | None:
+    """--throughputs, for the GPUs of a fleet. Raises BadInput."""
+    if options.throughputs is None:
+        if options.share_gpus:
+            raise BadInput("--share-gpus: what that costs says a table of throughputs: --throughputs")
+        return None
+    throughputs = read_throughputs(Path(options.throughputs))
+    for number in np.unique(fleet.nodes.model[fleet.nodes.gpus > 0]):
+        name, known = fleet.gpus[number] if number < len(fleet.gpus) else "", ", ".join(throughputs.gpus)
+        if name not in throughputs.gpus:
+            said = f"{name!r} is none of the GPUs" if name else "what its GPUs are is not said"
+            mend = f"as in 64x8:{throughputs.gpus[0]}, or `gpu: {throughputs.gpus[0]}` of a group"
+            raise BadInput(f"--nodes: {said}: {options.throughputs} has {known} ({mend})")
+    with_gpus = fleet.nodes.gpus > 0
+    if not with_gpus.any():
+        raise BadInput("--throughputs: --nodes has no GPUs")
+    return Measured(throughputs, fleet.gpus)
+
+
+def _shared(workload: Workload) -> Workload:
+    """Who has a model, one member and one GPU asks for half of it. Raises BadInput where nobody does."""
+    kinds, work = workload.kinds, workload.work
+    whole = (kinds.gpus == 1) & (kinds.gpu_milli == WHOLE)
+    share = whole[work.kind] & (workload.model != NO_MODEL) & (work.members == 1)
+    if not share.any():
+        raise BadInput("--share-gpus: no job with a model has one member with one GPU")
+    chosen = np.unique(work.kind[share])
+    more = Kinds(*(np.concatenate([column, column[chosen]]) for column in kinds))
+    more.gpu_milli[len(kinds.gpus) :] = WHOLE // 2
+    kind = np.where(share, len(kinds.gpus) + np.searchsorted(chosen, work.kind), work.kind)
+    return workload._replace(kinds=more, work=work._replace(kind=kind))
+
+
 def _slower_across_racks(workload: Workload, times: float, nodes: Nodes) -> Workload:
     """Of every job with several members. Raises BadInput."""
     if not 1.0 <= times <= MOST_ACROSS:
@@ -170,7 +210,7 @@ def _of_cluster(options: argparse.Namespace) -> int:
     """Exit 1 where somebody never starts. Raises BadInput."""
     from colocate.simulate.from_cluster import Future, data, future, scenes
 
-    for name in ("nodes", "jobs", "window_jobs", "windows", "file", "across_racks", *CONDITIONS):
+    for name in (*OF_TRACES, *CONDITIONS):
         if getattr(options, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')}: not with --from-cluster")
     every, found = scenes(Path(options.from_cluster), options.what_if), list[Future]()
@@ -210,6 +250,8 @@ def _say(done: int, of: int) -> None:
     status(f"{done} of {of} simulations")
 
 
+OF_TRACES = ("nodes", "jobs", "window_jobs", "windows", "file", "across_racks", "throughputs", "share_gpus")
+"""Options that are about a trace, not a cluster."""
 CONDITIONS = ("mtbf", "repair", "checkpoint", "restart", "gpu_watts")
 """Options of simulate and sweep."""
 
@@ -245,6 +287,7 @@ COLUMNS = (
     Column("p99", ("wait_seconds", "p99"), _seconds),
     Column("slowdown", ("bounded_slowdown", "mean"), lambda value: f"{value:,.1f}"),
     Column("GPUs allocated", ("gpu_allocation",), _share),
+    Column("effective", ("gpu_effective",), _share),
     Column("held idle", ("gpu_held_idle",), _share),
     Column("free, others wait", ("gpu_idle_while_waiting",), _share),
     Column("restarts", ("restarts",), lambda value: f"{value:,.0f}"),

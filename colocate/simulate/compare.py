@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from colocate.model.statistics import ratio_interval
 from colocate.simulate.fleet import DISCIPLINES, Run, simulate
 from colocate.simulate.outages import NO_OUTAGES, Outages, Trouble
+from colocate.simulate.paces import NO_PACES, Paces, Throughputs
 from colocate.simulate.placement import Nodes
 from colocate.simulate.scores import WHOLE
 from colocate.simulate.threads import side_by_side
@@ -51,6 +52,20 @@ def _others() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="colocate.simulate")}
 
 
+class Measured(NamedTuple):
+    """How fast jobs run by their GPUs, and beside whom."""
+
+    throughputs: Throughputs
+    gpus: tuple[str, ...]
+    """What the nodes' GPUs are called, by the numbers of their models."""
+
+    def paces(self, workload: Workload) -> Paces:
+        """Of its jobs. Raises BadInput of what was not measured."""
+        work, kinds = workload.work, workload.kinds
+        shares = (kinds.gpu_milli < WHOLE)[work.kind]
+        return self.throughputs.paces(self.gpus, workload.model, work.members * kinds.gpus[work.kind], shares)
+
+
 class Conditions(NamedTuple):
     """What is not the same everywhere."""
 
@@ -60,6 +75,7 @@ class Conditions(NamedTuple):
     """Of a GPU that no job runs on, and of one that a job runs on."""
     priorities: bool = False
     """Jobs differ in them."""
+    measured: Measured | None = None
 
 
 USUAL = Conditions()
@@ -129,6 +145,8 @@ class Outcome(NamedTuple):
             asked = float((self._gpus() * work.run)[ran].sum())
             card["restarts"] = int(run.restarts)
             card["work_redone"] = round(run.lost_gpu_seconds / asked, 6) if asked else None
+        if self.conditions.measured is not None:
+            card["gpu_effective"] = round(run.done_gpu_seconds / capacity, 6) if capacity else None
         if self.conditions.gpu_watts is not None:
             idle, busy = self.conditions.gpu_watts
             joules = idle * (capacity - run.busy_gpu_seconds) + busy * run.busy_gpu_seconds
@@ -206,8 +224,9 @@ def one_run(
     known = (
         [NO_OUTAGES] if trouble is None else trouble.drawn(len(nodes.gpus), chosen.work.submit, chosen.work.run, seed)
     )
+    paces = NO_PACES if conditions.measured is None else conditions.measured.paces(chosen)
     for outages in known:
-        run = known_run(policy, nodes, chosen, seed, None, outages)
+        run = known_run(policy, nodes, chosen, seed, None, outages, paces)
         if not run.cut:
             break
     return Outcome(policy, part, run, chosen, conditions)
@@ -220,11 +239,12 @@ def known_run(
     seed: int,
     running: Ints | None = None,
     outages: Outages = NO_OUTAGES,
+    paces: Paces = NO_PACES,
 ) -> Run:
     """By the name of a policy; `running`: the nodes of the pods of the first jobs, which are there already."""
     if policy in DISCIPLINES:
-        return simulate(nodes, workload.kinds, workload.work, DISCIPLINES[policy], seed, running, outages)
-    return Run(*_others()[policy].load()(nodes, workload.kinds, workload.work, seed, running, outages))
+        return simulate(nodes, workload.kinds, workload.work, DISCIPLINES[policy], seed, running, outages, paces)
+    return Run(*_others()[policy].load()(nodes, workload.kinds, workload.work, seed, running, outages, paces))
 
 
 def comparisons(every: Sequence[dict[str, Any]], policies: Sequence[str]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from colocate.simulate.fleet import Work
+from colocate.simulate.engine import Work
 from colocate.simulate.placement import Kinds
 from colocate.simulate.scores import MOST_GPUS, WHOLE
 from colocate.simulate.workloads import Workload

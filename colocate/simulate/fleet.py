@@ -1,58 +1,25 @@
-"""Jobs on a fleet of nodes over time: in which order, all members of a gang or pod by pod, and onto which nodes.
-
-What happens at once is in the order of kube-scheduler's events: who ends gives back, then who comes is queued, then
-those that wait are looked at in their order. Unlike it, a pod that did not fit is looked at again at once when
-something ends (its backoff is at most ten seconds), and binding takes no time.
-
-Where a node fails, each job that runs with a member there loses all members and what it did since its last checkpoint,
-and waits again: a gang at its old place in the queue (its PodGroup is the same), pods of no gang behind (they are new
-ones). A job that holds members while it waits for the rest loses those that are there.
-"""
+"""Jobs on a fleet of nodes over time: in which order, all members of a gang or pod by pod, and onto which nodes."""
 
 from __future__ import annotations
 
-import heapq
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.outages import NO_OUTAGES, Outages, saved
+from colocate.simulate.engine import DONE, Rule, Work, new_play, simulated
+from colocate.simulate.outages import NO_OUTAGES, Outages
+from colocate.simulate.paces import NO_PACES, Paces
 from colocate.simulate.placement import (
-    Board,
     Kinds,
     Nodes,
-    ask_of,
-    best_node,
-    give_back,
     new_board,
-    take,
     typical_shares,
 )
-from colocate.simulate.preemption import Lesser, by_node, nominate
-from colocate.simulate.scores import BEST_FIT, CPU, FGD, MOST_ALLOCATED, NATIVE, POLICIES, WHOLE, kernel
+from colocate.simulate.scores import FGD, MOST_ALLOCATED, NATIVE, POLICIES, WHOLE
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-NEVER = 1 << 40
-BUSY, HELD, IDLE, LOST = range(4)
-USABLE = 2
-BINDS_A_SECOND, BINDS_AT_ONCE = 50.0, 100.0
-"""kube-scheduler's client (clientConnection: qps, burst): pods beyond these are bound later."""
-
-
-class Work(NamedTuple):
-    """Jobs by their arrival; one array each."""
-
-    submit: Floats
-    """Seconds."""
-    run: Floats
-    """Seconds, once all its members are placed."""
-    kind: Ints
-    """Of each of its pods."""
-    members: Ints
-    across: Floats
-    """So many times as long it runs where its members are in more than one rack."""
 
 
 class Discipline(NamedTuple):
@@ -106,6 +73,9 @@ class Run(NamedTuple):
     """Of GPUs that nobody had while some job waited, from the first arrival to the last one."""
     cut: bool
     """It ended where failures are not known any more."""
+    done_gpu_seconds: float
+    """What the work of jobs was worth, from the first arrival to the last one: the GPU-seconds that it would have taken
+    each of them alone on the best GPUs."""
 
 
 def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
@@ -128,6 +98,7 @@ def simulate(
     seed: int,
     running: Ints | None = None,
     outages: Outages = NO_OUTAGES,
+    paces: Paces = NO_PACES,
 ) -> Run:
     """Until nothing happens any more. The same for the same seed.
 
@@ -137,464 +108,13 @@ def simulate(
     policy = POLICIES.index(discipline.placement)
     shares = typical_shares(work.kind, kinds) if policy == FGD else None
     board = new_board(nodes, kinds, shares, rng)
-    first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
-    pods = Pods(first, np.full(first[-1], -1, np.int64), np.zeros(first[-1], np.int64), np.zeros(len(first), np.int64))
     there = np.empty(0, np.int64) if running is None else running
-    pods.node[: len(there)] = there
     binds = policy in (NATIVE, MOST_ALLOCATED)
     preempts = binds and not discipline.gang and len(np.unique(kinds.priority)) > 1
     rule = Rule(policy, discipline.gang, discipline.strict, discipline.shortest, binds, preempts)
-    play = _played(board, pods, work, rule, outages)
-    decisions, cut = _simulate(play, seed & 0x3FFFFFFF, len(there))
-    busy, held, idle, lost = (float(area) / WHOLE for area in play.areas)
-    restarts = int(play.progress.again.sum())
-    return Run(play.start, busy, held, decisions, pods.node, play.end, lost, restarts, idle, bool(cut))
-
-
-class Rule(NamedTuple):
-    """A Discipline, compiled."""
-
-    policy: int
-    gang: bool
-    strict: bool
-    shortest: bool
-    binds: bool
-    """By kube-scheduler's client, which does not bind as fast as pods can come."""
-    preempts: bool
-    """A pod that fits nowhere takes the place of less important ones."""
-
-
-class Pods(NamedTuple):
-    """The members of all jobs, those of a job in a row."""
-
-    first: Ints
-    """(jobs + 1,)."""
-    node: Ints
-    mask: Ints
-    """Its GPUs there, a bit each."""
-    placed: Ints
-    """(jobs + 1,) how many of each job are."""
-
-
-class Progress(NamedTuple):
-    """How far each job is; one array each."""
-
-    key: Floats
-    """Of equal priorities the queue is in its order."""
-    left: Floats
-    """Seconds of work."""
-    began: Floats
-    """Seconds: when it began last."""
-    over: Floats
-    """Seconds: when it will end; NaN of one that does not run."""
-    again: Ints
-    """How often it was stopped."""
-    bound: Floats
-    """Seconds: when the last of its pods that are placed is bound."""
-    pace: Floats
-    """Seconds that a second of its work takes, where it is now."""
-
-
-class Play(NamedTuple):
-    """All that a run goes by and changes."""
-
-    board: Board
-    pods: Pods
-    work: Work
-    progress: Progress
-    rule: Rule
-    outages: Outages
-    waiting: Ints
-    """Jobs in their order; as many as `count` says."""
-    too_many: Ints
-    """Of each kind, so many pods at once fit nowhere since something was given back last."""
-    gpus: Ints
-    """Thousandths: busy, held, and of nodes that have not failed."""
-    areas: Floats
-    """Thousandths of GPUs times seconds: busy, held, idle, lost."""
-    binder: Floats
-    """(1,) seconds: until when its client's tokens are spent."""
-    start: Floats
-    end: Floats
-
-
-def _played(board: Board, pods: Pods, work: Work, rule: Rule, outages: Outages) -> Play:
-    jobs = len(work.submit)
-    key = (work.run if rule.shortest else work.submit).copy()
-    began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
-    progress = Progress(key, work.run.copy(), began, over, np.zeros(jobs, np.int64), bound, np.ones(jobs))
-    gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
-    too_many = np.full(len(board.kinds.gpus), NEVER)
-    start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
-    waiting = np.empty(jobs, np.int64)
-    areas, binder = np.zeros(4), np.full(1, -np.inf)
-    return Play(board, pods, work, progress, rule, outages, waiting, too_many, gpus, areas, binder, start, end)
-
-
-@kernel()
-def _simulate(play: Play, lot: int, there: int) -> tuple[int, bool]:
-    """How often a node was looked for, and whether it was cut short."""
-    pods, work, outages, gpus, areas = play.pods, play.work, play.outages, play.gpus, play.areas
-    jobs, count = work.submit.size, 0
-    ends = [(0.0, 0) for _ in range(0)]
-    arrived, now, cursor, decisions, last, outage = 0, 0.0, 0, 0, work.submit[jobs - 1], 0
-    while arrived < jobs and pods.first[arrived] < there:
-        _resume(play, ends, arrived)
-        arrived += 1
-    while arrived < jobs or ends or (count > 0 and outage < outages.at.size):
-        then = ends[0][0] if ends else np.inf
-        then = min(then, work.submit[arrived]) if arrived < jobs else then
-        then = min(then, outages.at[outage]) if outage < outages.at.size else then
-        if then > outages.until:
-            return decisions, True
-        passed = max(min(then, last) - max(now, work.submit[0]), 0.0)
-        areas[BUSY] += gpus[BUSY] * passed
-        areas[HELD] += gpus[HELD] * passed
-        areas[IDLE] += (gpus[USABLE] - gpus[BUSY] - gpus[HELD]) * passed * (count > 0)
-        now, freed = then, False
-        while ends and ends[0][0] <= now:
-            at, j = heapq.heappop(ends)
-            if at == play.progress.over[j]:  # else it was stopped before
-                _end(play, j, now)
-                freed = True
-        came = count
-        while outage < outages.at.size and outages.at[outage] <= now:
-            count = _outage(play, outage, now, arrived, count)
-            outage += 1
-            freed = True
-        while arrived < jobs and work.submit[arrived] <= now:
-            came = min(came, _insert(play, count, arrived))
-            count, arrived = count + 1, arrived + 1
-        if freed:
-            play.too_many[:] = NEVER
-        begin = 0 if freed else came  # for who waited before nothing has changed
-        if play.rule.strict and not freed and came > 0:
-            begin = count
-        again = True
-        while again:  # where somebody was stopped there may be room for others
-            count, cursor, lot, looked, again = _pass(play, ends, begin, count, now, cursor, lot)
-            decisions += looked
-            begin = 0
-    return decisions, count > 0 and outages.until < np.inf
-
-
-@kernel()
-def _pass(
-    play: Play, ends: list[tuple[float, int]], begin: int, count: int, now: float, cursor: int, lot: int
-) -> tuple[int, int, int, int, bool]:
-    """Start who can, of those that wait from one on.
-
-    How many wait then, the cursor, the lot, nodes looked for, and whether somebody was stopped for somebody.
-    """
-    pods, work, rule, waiting = play.pods, play.work, play.rule, play.waiting
-    w, kept, decisions, stopped = begin, begin, 0, False
-    while w < count:
-        j = waiting[w]
-        k, had = work.kind[j], pods.placed[j]
-        if (work.members[j] if rule.gang else 1) < play.too_many[k]:  # a call would cost more than that
-            cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, rule.gang, play.too_many, cursor, lot)
-            decisions += looked
-            while rule.preempts and pods.placed[j] < work.members[j]:
-                node, count, lot = _preempt(play, count, j, now, lot)
-                if node < 0:
-                    break
-                stopped = True
-                _put(play.board, pods, k, j, node, -1, rule.policy, lot)
-                decisions += 1
-        size = _size(play.board.kinds, k)
-        if rule.binds and pods.placed[j] > had:
-            play.progress.bound[j] = _bound(play, now, pods.placed[j] - had)
-        if not rule.gang:
-            play.gpus[HELD] += size * (pods.placed[j] - had)
-        w += 1
-        if pods.placed[j] == work.members[j]:
-            _begin(play, ends, j, now)
-            play.gpus[HELD] -= 0 if rule.gang else size * work.members[j]
-            continue
-        left = count if rule.strict else w  # nobody is looked at past one that waits
-        for later in range(w - 1, left):
-            waiting[kept] = waiting[later]
-            kept += 1
-        if rule.strict:
-            break
-    return kept, cursor, lot, decisions, stopped
-
-
-@kernel()
-def _next(lot: int) -> int:
-    return (lot * 1103515245 + 12345) & 0x3FFFFFFF
-
-
-@kernel()
-def _preempt(play: Play, count: int, job: int, now: float, lot: int) -> tuple[int, int, int]:
-    """Stop who has to make room for a member of a job: the node (-1: none), how many wait then, and the lot."""
-    board, pods = play.board, play.pods
-    lesser = _lesser(play, job, now)
-    if lesser.pod.size == 0:
-        return -1, count, lot
-    lot = _next(lot)
-    start = lot % board.version.size
-    node, victims = nominate(board.kinds, board.state, play.work.kind[job], start, lesser)
-    for v in victims[::-1]:  # of a job from its last pod on, which the last takes the place of
-        j = lesser.job[v]
-        if pods.placed[j] == 0:
-            continue  # with another victim of the same job
-        count = _taken_from(play, count, j, lesser.pod[v], node, now)
-    if node >= 0:
-        play.too_many[:] = NEVER
-    return node, count, lot
-
-
-@kernel()
-def _lesser(play: Play, job: int, now: float) -> Lesser:
-    """The placed pods of all jobs of a lower priority."""
-    pods, priority, size = play.pods, _priority(play, job), 0
-    jobs = [0 for _ in range(0)]
-    for j in range(play.work.submit.size):
-        if pods.placed[j] > 0 and _priority(play, j) < priority:
-            jobs.append(j)
-            size += pods.placed[j]
-    node, pod, job_of = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
-    began, at = np.empty(size), 0
-    for j in jobs:
-        for p in range(pods.first[j], pods.first[j] + pods.placed[j]):
-            node[at], pod[at], job_of[at] = pods.node[p], p, j
-            began[at] = now if np.isnan(play.progress.over[j]) else play.progress.began[j]
-            at += 1
-    head, after = by_node(play.board.version.size, node)
-    return Lesser(head, after, pod, job_of, play.work.kind[job_of], pods.mask[pod], began)
-
-
-@kernel()
-def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
-    """All its members are placed; it runs once the last is bound."""
-    progress, restart = play.progress, 0.0
-    runs, last = max(now, progress.bound[job]), play.work.submit[-1]
-    if progress.again[job] == 0:
-        play.start[job] = runs
-    else:
-        restart = play.outages.restart
-    progress.pace[job] = play.work.across[job] if _is_spread(play, job) else 1.0
-    progress.began[job], progress.over[job] = runs, runs + restart + progress.left[job] * progress.pace[job]
-    heapq.heappush(ends, (progress.over[job], job))
-    play.gpus[BUSY] += _gpus(play, job)
-    held = (min(runs, last) - min(now, last)) * _gpus(play, job)
-    play.areas[BUSY] -= held
-    play.areas[HELD] += held
-
-
-@kernel()
-def _is_spread(play: Play, job: int) -> bool:
-    """Whether its members are in more than one rack."""
-    pods, rack = play.pods, play.board.nodes.rack
-    first, spread = pods.first[job], False
-    for p in range(first + 1, pods.first[job + 1]):
-        spread |= rack[pods.node[p]] != rack[pods.node[first]]
-    return spread
-
-
-@kernel()
-def _bound(play: Play, now: float, pods: int) -> float:
-    """When so many pods more are bound that are placed now: tokens that are refilled (client-go's flowcontrol)."""
-    play.binder[0] = max(play.binder[0], now - BINDS_AT_ONCE / BINDS_A_SECOND) + pods / BINDS_A_SECOND
-    return max(now, play.binder[0])  # type: ignore[no-any-return]
-
-
-@kernel()
-def _stop(play: Play, job: int) -> None:
-    """It has nothing any more; where its pods were stays known."""
-    _take_back(play.board, play.pods, play.work.kind[job], job)
-    play.pods.placed[job], play.progress.over[job] = 0, np.nan
-    play.gpus[BUSY] -= _gpus(play, job)
-
-
-@kernel()
-def _end(play: Play, job: int, now: float) -> None:
-    _stop(play, job)
-    play.end[job] = now
-    if play.progress.again[job] > 0:
-        play.areas[LOST] += play.outages.restart * _gpus(play, job)
-
-
-@kernel()
-def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> int:
-    """A node fails, or is back; how many jobs wait then."""
-    board, i = play.board, play.outages.node[outage]
-    board.version[i] += 1
-    sign = 1
-    if play.outages.down[outage]:
-        sign = -1
-        for j in range(arrived):
-            if _is_on(play.pods, j, i):
-                count = _taken_from(play, count, j, -1, i, now)
-    board.state.nodes[i, CPU] += sign * NEVER
-    play.gpus[USABLE] += sign * board.nodes.gpus[i] * WHOLE
-    return count
-
-
-@kernel()
-def _taken_from(play: Play, count: int, job: int, pod: int, node: int, now: float) -> int:
-    """A job loses a pod, or (-1) all that it has on a node; how many wait then.
-
-    Who runs is stopped, who waits for the rest of its members waits for these too.
-    """
-    if np.isnan(play.progress.over[job]):
-        k = play.work.kind[job]
-        play.gpus[HELD] -= _size(play.board.kinds, k) * _lose(play.board, play.pods, k, job, pod, node)
-        count = _remove(play.waiting, count, job)
-        play.progress.key[job] = now
-    else:
-        _stop(play, job)
-        _fall_back(play, job, now)
-    _insert(play, count, job)
-    return count + 1
-
-
-@kernel()
-def _fall_back(play: Play, job: int, now: float) -> None:
-    """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
-    progress, outages = play.progress, play.outages
-    had = max(now - progress.began[job], 0.0)
-    kept = saved(outages, had, progress.again[job] > 0, progress.left[job], progress.pace[job])
-    progress.left[job] -= kept
-    if now < progress.began[job]:  # not all of its pods were bound: it has not begun
-        last = play.work.submit[-1]
-        early = (min(progress.began[job], last) - min(now, last)) * _gpus(play, job)
-        play.areas[BUSY] += early
-        play.areas[HELD] -= early
-    if now < progress.began[job] and progress.again[job] == 0:
-        play.start[job] = np.nan
-    else:
-        progress.again[job] += 1
-    if play.rule.shortest:
-        progress.key[job] = progress.left[job]
-    elif not play.rule.gang:
-        progress.key[job] = now
-    play.areas[LOST] += _gpus(play, job) * (had - kept * progress.pace[job])
-
-
-@kernel()
-def _is_on(pods: Pods, job: int, node: int) -> bool:
-    """Whether a member of it is there."""
-    found = False
-    for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
-        found |= pods.node[p] == node
-    return found
-
-
-@kernel()
-def _lose(board: Board, pods: Pods, k: int, job: int, pod: int, node: int) -> int:
-    """The members there of a job that waits for the rest (or one of them), placed anew; how many they are."""
-    p, lost = pods.first[job], 0
-    while p < pods.first[job] + pods.placed[job]:
-        if pods.node[p] != node or pod not in (-1, p):
-            p += 1
-            continue
-        give_back(board.state, node, ask_of(board.kinds, k), pods.mask[p])
-        pods.placed[job] -= 1
-        last = pods.first[job] + pods.placed[job]
-        pods.node[p], pods.mask[p] = pods.node[last], pods.mask[last]
-        pods.node[last] = -1
-        lost += 1
-    return lost
-
-
-@kernel()
-def _size(kinds: Kinds, k: int) -> int:
-    return kinds.gpus[k] * kinds.gpu_milli[k]  # type: ignore[no-any-return]
-
-
-@kernel()
-def _gpus(play: Play, job: int) -> int:
-    """Of all its members, in thousandths."""
-    return _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]  # type: ignore[no-any-return]
-
-
-@kernel()
-def _remove(waiting: Ints, count: int, job: int) -> int:
-    """A job out of the queue; how many wait then."""
-    kept = 0
-    for w in range(count):
-        if waiting[w] != job:
-            waiting[kept] = waiting[w]
-            kept += 1
-    return kept
-
-
-@kernel()
-def _insert(play: Play, count: int, job: int) -> int:
-    """Queue a job behind all that go first; its place."""
-    waiting, at = play.waiting, count
-    while at > 0 and _first(play, job, waiting[at - 1]):
-        waiting[at] = waiting[at - 1]
-        at -= 1
-    waiting[at] = job
-    return at
-
-
-@kernel()
-def _first(play: Play, one: int, other: int) -> bool:
-    """Whether a job goes before another: of a higher priority, else of a lesser key, else who came first."""
-    mine, its = _priority(play, one), _priority(play, other)
-    if mine != its:
-        return mine > its
-    if play.progress.key[one] != play.progress.key[other]:
-        return play.progress.key[one] < play.progress.key[other]  # type: ignore[no-any-return]
-    return one < other
-
-
-@kernel()
-def _priority(play: Play, job: int) -> int:
-    return play.board.kinds.priority[play.work.kind[job]]  # type: ignore[no-any-return]
-
-
-@kernel()
-def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
-    """A job whose pods are on their nodes already."""
-    board, pods, k = play.board, play.pods, play.work.kind[job]
-    for p in range(pods.first[job], pods.first[job + 1]):
-        i = pods.node[p]
-        pods.mask[p] = take(board.state, i, ask_of(board.kinds, k), 0, BEST_FIT, 0)
-        board.version[i] += 1
-        pods.placed[job] += 1
-    _begin(play, ends, job, play.work.submit[0])
-
-
-@kernel()
-def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
-    """What the placed members of a job have."""
-    for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
-        give_back(board.state, pods.node[p], ask_of(board.kinds, k), pods.mask[p])
-        board.version[pods.node[p]] += 1
-
-
-@kernel()
-def _look(
-    board: Board, pods: Pods, work: Work, j: int, policy: int, gang: bool, too_many: Ints, cursor: int, lot: int
-) -> tuple[int, int, int]:
-    """Place what a job still lacks, as far as that goes; the cursor, the lot, and how often a node was looked for."""
-    k, wanted, looked = work.kind[j], work.members[j], 0
-    asked = wanted if gang else 1
-    while pods.placed[j] < wanted and asked < too_many[k]:
-        looked += 1
-        lot = _next(lot)
-        best, cursor = best_node(board, policy, k, cursor, lot)
-        if best < 0:
-            too_many[k] = asked
-            if gang:  # all or none
-                _take_back(board, pods, k, j)
-                pods.node[pods.first[j] : pods.first[j] + pods.placed[j]] = -1
-                pods.placed[j] = 0
-            break
-        _put(board, pods, k, j, best, board.device[k, best], policy, lot)
-    return cursor, lot, looked
-
-
-@kernel()
-def _put(board: Board, pods: Pods, k: int, job: int, node: int, device: int, policy: int, lot: int) -> None:
-    """The next member of a job onto a node."""
-    p = pods.first[job] + pods.placed[job]
-    pods.node[p] = node
-    pods.mask[p] = take(board.state, node, ask_of(board.kinds, k), device, policy, lot)
-    board.version[node] += 1
-    pods.placed[job] += 1
+    play = new_play(board, work, rule, outages, paces)
+    play.pods.node[: len(there)] = there
+    decisions, cut = simulated(play, seed & 0x3FFFFFFF, len(there))
+    busy, held, idle, lost = (float(area) / WHOLE for area in play.areas[:DONE])
+    restarts, done = int(play.progress.again.sum()), float(play.areas[DONE])
+    return Run(play.start, busy, held, decisions, play.pods.node, play.end, lost, restarts, idle, bool(cut), done)

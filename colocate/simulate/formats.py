@@ -1,11 +1,12 @@
 """The formats that traces of jobs come in, told apart by their columns. Errors name the row and the field.
 
     plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib,priority,
-                     across_racks]
+                     across_racks,model]
     SWF              *.swf (Parallel Workloads Archive): a processor is a member with one CPU
     Philly           timestamp,duration,num_gpus (msr-fiddle/philly-traces, flattened)
     openb            creation_time,deletion_time,scheduled_time,... (Alibaba cluster-trace-gpu-v2023)
     Azure LLM        TIMESTAMP,ContextTokens,GeneratedTokens (Azure LLM inference traces 2023): a request each
+    Gavel            job_type,scale_factor,total_steps,arrival_time_s (Gavel, OSDI 2020): needs its throughputs
     Alibaba v2017    batch_task.csv, 8 columns, with names or without (cluster-trace-v2017)
     Alibaba v2018    batch_task.csv, 9 columns without names (cluster-trace-v2018)
     records          a state directory of the agent, or a file of its records: what the jobs of a node used
@@ -52,6 +53,10 @@ class Job(NamedTuple):
     """The greater goes first."""
     across: float = 1.0
     """So many times as long it runs where its members are in more than one rack."""
+    model: str = ""
+    """What it trains, of a table of throughputs."""
+    steps: float | None = None
+    """Of its work, where `run` is not said."""
 
 
 def jobs_of(path: Path, node_memory_mib: int) -> Iterator[Job]:
@@ -110,6 +115,7 @@ PLAIN = (
     "memory_mib",
     "priority",
     "across_racks",
+    "model",
 )
 
 
@@ -128,7 +134,17 @@ def _plain(row: traces.Row) -> Job:
     cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
     priority = whole("priority", 0, -MOST_PRIORITY, MOST_PRIORITY)
     across = row.number("across_racks", least=1.0, most=MOST_ACROSS) if row.values.get("across_racks") else 1.0
-    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place, priority, across)
+    model = row.values.get("model") or ""
+    if model and not gpus:
+        raise BadInput(f"{row.place}, gpus: a job with a model runs on GPUs")
+    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place, priority, across, model)
+
+
+def _gavel(row: traces.Row) -> Job:
+    """A worker is a member with a GPU."""
+    come, steps = _seconds(row, "arrival_time_s"), row.number("total_steps", least=0.0, most=traces.MOST)
+    workers = row.whole("scale_factor", least=1, most=traces.MOST_MEMBERS)
+    return Job(come, 0.0, workers, 1, WHOLE, 0, 0, row.place, model=row.text("job_type"), steps=steps)
 
 
 def _philly(row: traces.Row) -> Job:
@@ -161,6 +177,7 @@ KNOWN: tuple[tuple[tuple[str, ...], Callable[[traces.Row], Job | None]], ...] = 
     (("timestamp", "duration", "num_gpus"), _philly),
     (("creation_time", "deletion_time", "scheduled_time", "num_gpu", "gpu_milli", "cpu_milli", "memory_mib"), _openb),
     (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _request),
+    (("job_type", "scale_factor", "total_steps", "arrival_time_s"), _gavel),
 )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, Window, known_run
-from colocate.simulate.fleet import Work, too_large
+from colocate.simulate.engine import Work
+from colocate.simulate.fleet import too_large
 from colocate.simulate.placement import Kinds, Nodes, arrays
 from colocate.simulate.scores import MOST_GPUS, WHOLE
 from colocate.simulate.workloads import MOST_NODES, Workload, read_nodes
@@ -105,9 +106,8 @@ def future(scene: Scene, policy: str, otherwise_seconds: float, seed: int) -> Fu
         return Future(scene, policy, None, [(gang[0], None) for gang in scene.gangs])
     submit, run, kind_of, members_of = (np.array(column) for column in zip(*rows, strict=True))
     names = tuple(gang[0] for gang in possible)
-    workload = Workload(
-        Work(submit, run.astype(float), kind_of, members_of, np.ones(len(run))), Kinds(*arrays(kinds)), names
-    )
+    work = Work(submit, run.astype(float), kind_of, members_of, np.ones(len(run)))
+    workload = Workload(work, Kinds(*arrays(kinds)), names)
     found = known_run(policy, scene.nodes, workload, seed, np.array(running, np.int64))
     outcome = Outcome(policy, Window(0, len(rows)), found, workload)
     times = {n: None if np.isnan(at) else round(float(at), 3) for n, at in zip(names, found.start, strict=True)}

@@ -31,21 +31,17 @@ class Outages(NamedTuple):
     until: float
     """What fails later is not known: there the simulation ends."""
 
-    def saved(self, had: float, again: bool, left: float, pace: float) -> float:
+    def saved(self, worked: float, left: float) -> float:
         """See `saved`."""
-        return float(saved(self, had, again, left, pace))
+        return float(saved(self, worked, left))
 
 
 NO_OUTAGES = Outages(np.empty(0), np.empty(0, np.int64), np.empty(0, np.bool_), np.inf, 0.0, np.inf)
 
 
 @kernel()
-def saved(outages: Outages, had: float, again: bool, left: float, pace: float) -> float:
-    """Of a job that had its GPUs for so long and so much work left, the seconds of work that are not lost.
-
-    `again`: it had been stopped before, so that it first began again. A second of work takes `pace` seconds.
-    """
-    worked = max(had - (outages.restart if again else 0.0), 0.0) / pace
+def saved(outages: Outages, worked: float, left: float) -> float:
+    """Of so many seconds of work of a job that had so many left, those that are not lost when it is stopped."""
     return min(worked // outages.checkpoint * outages.checkpoint, left) if outages.checkpoint < np.inf else 0.0
 
 

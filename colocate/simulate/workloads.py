@@ -13,14 +13,15 @@ import numpy as np
 
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.fleet import Work
+from colocate.simulate.engine import Work
 from colocate.simulate.formats import Job, jobs_of
+from colocate.simulate.paces import NO_MODEL, NO_PACES, Ints, Throughputs
 from colocate.simulate.placement import Kinds, Nodes, arrays
 from colocate.simulate.scores import MOST_GPUS
 from colocate.units import parse_bytes
 
-FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
-MOST_NODES, MOST_CPUS = 200_000, 100_000
+FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})(?::([A-Za-z0-9][A-Za-z0-9._-]{0,62}))?")
+MOST_NODES, MOST_CPUS, MOST_KINDS = 200_000, 100_000, 62
 CPU_MILLI_OF_GPU, MEMORY_MIB_OF_GPU = 8_000, 65_536
 """Of a node that is given by its GPUs alone: what no job of a trace of GPUs is short of."""
 LARGEST_SCORES = 40_000_000
@@ -34,6 +35,8 @@ class Workload(NamedTuple):
     kinds: Kinds
     where: tuple[str, ...]
     """Of each job, file and line."""
+    model: Ints = NO_PACES.row
+    """Of each job, in the table of throughputs; NO_MODEL: none. Empty: of no job."""
 
     def part(self, first: int, last: int) -> Workload:
         """The jobs from one to before another, and their kinds."""
@@ -41,11 +44,27 @@ class Workload(NamedTuple):
         kept, kind = np.unique(self.work.kind[at], return_inverse=True)
         whole = self.work
         work = Work(whole.submit[at], whole.run[at], kind.astype(np.int64), whole.members[at], whole.across[at])
-        return Workload(work, Kinds(*(column[kept] for column in self.kinds)), self.where[at])
+        return Workload(work, Kinds(*(column[kept] for column in self.kinds)), self.where[at], self.model[at])
+
+
+class Fleet(NamedTuple):
+    """Nodes, and what their GPUs are called."""
+
+    nodes: Nodes
+    gpus: tuple[str, ...]
+    """By the numbers of their models; "": it was not said."""
 
 
 def read_nodes(given: str) -> Nodes:
-    """`64x8`, nodes times GPUs; or a YAML file with `nodes:`, or a CSV of openb's columns. Raises BadInput."""
+    """The nodes of `read_fleet`. Raises BadInput."""
+    return read_fleet(given).nodes
+
+
+def read_fleet(given: str) -> Fleet:
+    """`64x8` or `64x8:v100`, nodes times GPUs; or a YAML file with `nodes:`, or a CSV of openb's columns.
+
+    Raises BadInput.
+    """
     short = FLEET.fullmatch(given)
     if short is not None:
         count, gpus = int(short[1]), int(short[2])
@@ -55,13 +74,15 @@ def read_nodes(given: str) -> Nodes:
             raise BadInput(f"--nodes: {given}: {gpus} GPUs of one node, at most {MOST_GPUS}")
         ones = np.ones(count, np.int64)
         size = max(gpus, 1)
-        return Nodes(ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU, ones * gpus, 0 * ones, 0 * ones)
+        cpu, memory = ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU
+        return Fleet(Nodes(cpu, memory, ones * gpus, 0 * ones, 0 * ones), (short[3] or "",))
     path = Path(given)
     if not given or len(given) > 4096 or not os.path.exists(path):  # of any text, however strange
-        raise BadInput(f"--nodes: {given[:80]} is neither a file nor NODESxGPUS, as in 64x8")
+        raise BadInput(f"--nodes: {given[:80]} is neither a file nor NODESxGPUS, as in 64x8 or 64x8:v100")
     if path.suffix in (".yaml", ".yml"):
         return _nodes_of_yaml(path)
-    return traces.openb_nodes(path)[0]
+    nodes, models = traces.openb_nodes(path)
+    return Fleet(nodes, tuple(models))
 
 
 class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +94,8 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpus: Annotated[int, msgspec.Meta(ge=0, le=MOST_GPUS)] = 0
     rack: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] | None = None
     """So many of them are in one rack, of this group alone; None: all that say none are in one."""
+    gpu: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """What its GPUs are called, as a table of throughputs calls them."""
 
 
 class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +104,7 @@ class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nodes: Annotated[list[NodeGroup], msgspec.Meta(min_length=1)]
 
 
-def _nodes_of_yaml(path: Path) -> Nodes:
+def _nodes_of_yaml(path: Path) -> Fleet:
     import yaml
 
     from colocate.policy.file import NOT_YAML, StrictLoader
@@ -92,6 +115,9 @@ def _nodes_of_yaml(path: Path) -> Nodes:
         mend = "groups under nodes:, as {count: 4, cpu: 64, memory: 512Gi, gpus: 8, rack: 2}"
         raise BadInput(f"--nodes: {path}: {error} ({mend})") from error
     rows, racks = [], 1
+    names = [*dict.fromkeys(group.gpu for group in fleet.nodes)]
+    if len(names) > MOST_KINDS:
+        raise BadInput(f"--nodes: {path}: {len(names)} kinds of GPUs, at most {MOST_KINDS}")
     for number, group in enumerate(fleet.nodes):
         try:
             memory = parse_bytes(group.memory) >> 20
@@ -101,21 +127,21 @@ def _nodes_of_yaml(path: Path) -> Nodes:
             raise BadInput(f"--nodes: {path}: $.nodes[{number}].memory: {group.memory!r} is no size as 512Gi")
         size = group.rack or group.count
         rows += [
-            (1000 * group.cpu, memory, group.gpus, 0, racks + i // size if group.rack else 0)
+            (1000 * group.cpu, memory, group.gpus, names.index(group.gpu), racks + i // size if group.rack else 0)
             for i in range(group.count)
         ]
         racks += -(-group.count // size)
-    return Nodes(*arrays(rows))
+    return Fleet(Nodes(*arrays(rows)), tuple(names))
 
 
-def read_jobs(path: Path, nodes: Nodes) -> Workload:
+def read_jobs(path: Path, nodes: Nodes, throughputs: Throughputs | None = None) -> Workload:
     """Jobs of a trace (see formats); a member that asks for more GPUs than a node has becomes whole nodes.
 
-    Raises BadInput.
+    Without `throughputs` nobody has a model. Raises BadInput.
     """
     jobs, pods = list[Job](), 0
     for job in jobs_of(path, int(nodes.memory_mib.max())):
-        jobs.append(_in_nodes(job, max(int(nodes.gpus.max()), 1)))
+        jobs.append(_in_nodes(_timed(job, throughputs), max(int(nodes.gpus.max()), 1)))
         pods += jobs[-1].members
         if pods > traces.MOST_PODS:
             raise BadInput(f"{job.where}: more than {traces.MOST_PODS} members of all jobs")
@@ -134,7 +160,20 @@ def read_jobs(path: Path, nodes: Nodes) -> Workload:
         np.array([j.members for j in jobs], np.int64),
         np.array([j.across for j in jobs]),
     )
-    return Workload(work, Kinds(*arrays(kinds)), tuple(job.where for job in jobs))
+    model = NO_PACES.row
+    if throughputs is not None:
+        model = np.array([throughputs.number(j.model, j.where) if j.model else NO_MODEL for j in jobs], np.int64)
+    return Workload(work, Kinds(*arrays(kinds)), tuple(job.where for job in jobs), model)
+
+
+def _timed(job: Job, throughputs: Throughputs | None) -> Job:
+    """Of one that says its steps: how long these take. Raises BadInput."""
+    if job.steps is None:
+        return job
+    if throughputs is None:
+        raise BadInput(f"{job.where}, total_steps: how long they take says a table of throughputs: --throughputs")
+    model = throughputs.number(job.model, job.where)
+    return job._replace(run=job.steps / throughputs.best(model, job.members * job.gpus))
 
 
 def _in_nodes(job: Job, node_gpus: int) -> Job:

@@ -17,7 +17,8 @@ from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.compare import classes, comparisons, run_all, windows
 from colocate.simulate.day import made_day
-from colocate.simulate.fleet import DISCIPLINES, Run, Work, simulate, too_large
+from colocate.simulate.engine import Work
+from colocate.simulate.fleet import DISCIPLINES, Run, simulate, too_large
 from colocate.simulate.placement import Kinds, Nodes
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 from podgroup.simulation import Simulation
@@ -393,7 +394,7 @@ def test_what_is_wrong_with_jobs_is_said_with_its_line_and_column(jobs, text, sa
         pytest.param(
             "nodes: [{cpu: 8}]", r"memory.*\$.nodes\[0\]|\$.nodes\[0\].*memory|missing.*memory", id="no memory"
         ),
-        pytest.param("nodes: [{cpu: 8, memory: 1Gi, gpu: 1}]", "unknown field `gpu`", id="an unknown field"),
+        pytest.param("nodes: [{cpu: 8, memory: 1Gi, card: 1}]", "unknown field `card`", id="an unknown field"),
         pytest.param("nodes: [{cpu: 8, memory: 1Gi, gpus: 9}]", r"\$.nodes\[0\].gpus", id="more GPUs than eight"),
         pytest.param("nodes: [{cpu: 8, memory: lots}]", r"nodes\[0\].memory: 'lots' is no size", id="no size"),
         pytest.param("nodes: [", "--nodes", id="no YAML"),

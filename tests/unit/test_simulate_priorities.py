@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from colocate.cli.main import main
 from colocate.simulate.compare import known_run
-from colocate.simulate.fleet import DISCIPLINES, Work
+from colocate.simulate.engine import Work
+from colocate.simulate.fleet import DISCIPLINES
 from colocate.simulate.outages import NO_OUTAGES
 from colocate.simulate.placement import Kinds, Nodes, ask_of, empty, take
 from colocate.simulate.preemption import Lesser, by_node, nominate

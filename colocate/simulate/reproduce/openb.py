@@ -37,7 +37,7 @@ NAMES = {
     "FGD": "fgd",
 }
 OF_MANY = {"Random", "DotProd", "GpuClustering", "GpuPacking"}
-"""Those that draw lots, or whose means are close to the bar: their own noise is to be small beside the published one's."""
+"""Those that draw lots, or whose means are close to the bar: their own noise is to be small beside the published."""
 Ints = NDArray[np.int64]
 
 
