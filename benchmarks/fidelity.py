@@ -35,15 +35,15 @@ def jobs_of(round_number: int) -> Workload:
     draws = np.random.default_rng(round_number)
     submit = np.sort(draws.uniform(0.0, ARRIVE_SECONDS, JOBS)).round(1)
     run = np.exp(draws.uniform(np.log(LEAST), np.log(MOST), JOBS)).round(1)
-    members = draws.choice(SIZES, JOBS, p=SHARES)
-    work = Work(submit - submit[0], run, np.zeros(JOBS, np.int64), members.astype(np.int64), np.ones(len(run)))
+    members = draws.choice(SIZES, JOBS, p=SHARES).astype(np.int64)
+    work = Work(submit - submit[0], run, np.zeros(JOBS, np.int64), members, members, np.ones((JOBS, 2)))
     return Workload(work, Kinds(*arrays([(100, 64, 1, WHOLE, 0, 0)])), tuple(f"job{i:03}" for i in range(JOBS)))
 
 
 def simulated(workload: Workload) -> tuple[float, float]:
     """(mean completion time, makespan), seconds."""
     ones = np.ones(NODES, np.int64)
-    nodes = Nodes(ones * 128_000, ones * (512 << 10), ones * NODE_GPUS, 0 * ones, 0 * ones)
+    nodes = Nodes(ones * 128_000, ones * (512 << 10), ones * NODE_GPUS, 0 * ones, 0 * ones, 0 * ones)
     end = known_run(POLICY, nodes, workload, 1).start + workload.work.run
     return float((end - workload.work.submit).mean()), float(end.max())
 

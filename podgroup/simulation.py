@@ -37,7 +37,8 @@ from podgroup.solve.sequence import place_in_turn
 from podgroup.state.cluster import Cluster
 from podgroup.state.gangs import gang_key
 
-GPU, RACK, NAMESPACE = "nvidia.com/gpu", "topology.kubernetes.io/rack", "sim"
+GPU, RACK, BLOCK = "nvidia.com/gpu", "topology.kubernetes.io/rack", "topology.kubernetes.io/zone"
+NAMESPACE = "sim"
 WHOLE = 1000
 MOST_CYCLES = 100
 """In one moment: a queue that decides more has not come to rest."""
@@ -53,6 +54,7 @@ class NodesLike(Protocol):
     gpus: Ints
     model: Ints
     rack: Ints
+    block: Ints
 
 
 class KindsLike(Protocol):
@@ -72,6 +74,7 @@ class WorkLike(Protocol):
     run: Floats
     kind: Ints
     members: Ints
+    least: Ints
     across: Floats
 
 
@@ -110,6 +113,38 @@ Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float, bool, 
 """The columns of colocate.simulate.fleet.Run."""
 
 
+class Running(msgspec.Struct):
+    """A job that runs: from when, on what, and how fast. Seconds."""
+
+    pods: list[int]
+    gpus: int
+    began: float
+    since: float
+    """From then on it works at this pace."""
+    pace: float
+    """What a second of its work takes."""
+    over: float
+    done: float = 0.0
+    """Of its work, until `since`."""
+    spent: float = 0.0
+    """Times GPUs, until `spent_at`."""
+    spent_at: float = 0.0
+    paused: float = 0.0
+    """Times GPUs, in which it began again."""
+
+    def worked(self, now: float) -> float:
+        """Of its work."""
+        return self.done + max(now - self.since, 0.0) / self.pace
+
+    def lost(self, now: float, kept: float) -> float:
+        """Of all that its GPUs spent on it, times GPUs, what was not spent on the work that is kept."""
+        if not self.done and not self.spent:
+            return self.gpus * (max(now - self.began, 0.0) - kept * self.pace)
+        total = self.spent + self.gpus * max(now - self.spent_at, 0.0)
+        pauses = self.paused - self.gpus * max(self.since - now, 0.0)
+        return total - kept / self.worked(now) * (total - pauses) if kept else total
+
+
 class Simulation:
     """One run: the cluster, its queue, and who is where."""
 
@@ -127,7 +162,7 @@ class Simulation:
         if ((kinds.gpu_milli < WHOLE) & (kinds.gpus > 0)).any():
             raise BadInput("--policy ours: a job asks for a part of a GPU, which the controller does not hand out")
         self.kinds, self.work, self.declared = kinds, work, declared
-        self.gpus, self.busy = kinds.gpus[work.kind] * work.members, 0
+        self.each, self.busy = kinds.gpus[work.kind], 0
         self.offered: list[Node] = []
         self.cluster = Cluster()
         self.queue = Queue(Settings(), place_in_turn=place_in_turn)
@@ -136,6 +171,8 @@ class Simulation:
             labels = {"kubernetes.io/hostname": f"n{i}"}
             if (nodes.rack != nodes.rack[0]).any():
                 labels[RACK] = f"r{nodes.rack[i]}"
+            if (nodes.block != nodes.block[0]).any():
+                labels[BLOCK] = f"b{nodes.block[i]}"
             meta = ObjectMeta(name=f"n{i}", labels=labels)
             self.offered.append(Node(metadata=meta, status=NodeStatus(allocatable=offered)))
             self.cluster.set_node(self.offered[-1])
@@ -143,10 +180,8 @@ class Simulation:
         self.node = np.full(self.first[-1], -1, np.int64)
         self.start, self.end = np.full(len(work.submit), np.nan), np.full(len(work.submit), np.nan)
         self.paces, self.model, self.rate, self.done = paces, nodes.model, 0.0, 0.0
-        self.rack, self.pace = nodes.rack, np.ones(len(work.submit))
-        self.left, self.began = work.run.astype(float), np.zeros(len(work.submit))
-        self.over: dict[int, float] = {}
-        """When each job that runs will end."""
+        self.rack, self.block, self.left = nodes.rack, nodes.block, work.run.astype(float)
+        self.running: dict[int, Running] = {}
         self.down: set[int] = set()
         self.outages, self.restart, self.lost = outages, 0.0 if outages is None else outages.restart, 0.0
         self.again = Counter[int]()
@@ -164,69 +199,86 @@ class Simulation:
 
     def _arrive(self, job: int, now: float, created: float | None = None) -> None:
         """`created`: its PodGroup has been there since then, and only its pods are new."""
-        name, cpu_memory_gpus = _name(job), self._asks(job)
-        texts = zip(("cpu", "memory", GPU), ("m", "Mi", ""), cpu_memory_gpus, strict=True)
-        requests: Quantities = {resource: f"{amount}{unit}" for resource, unit, amount in texts if amount}
-        notes = {RUNTIME: str(int(np.ceil(self._takes(job))))} if self.declared else {}
-        owner = [OwnerReference(kind="Job", name=name, uid=name, controller=True)]
-        made = time_text(now if created is None else created)
+        name, made = _name(job), time_text(now if created is None else created)
         meta = ObjectMeta(name=name, namespace=NAMESPACE, creation_timestamp=made)
-        spec = PodGroupSpec(min_member=int(self.work.members[job]))
+        spec = PodGroupSpec(min_member=int(self.work.least[job]))
         self.cluster.groups[f"{NAMESPACE}/{name}"] = PodGroup(metadata=meta, spec=spec)
         for p in range(self.first[job], self.first[job + 1]):
-            its = ObjectMeta(
-                name=f"p{p}",
-                namespace=NAMESPACE,
-                uid=f"{p}",
-                creation_timestamp=time_text(now),
-                labels={POD_GROUP_LABEL: name},
-                annotations=notes,
-                owner_references=owner,
-            )
-            containers = [Container(resources=Resources(requests=requests))]
-            priority = int(self.kinds.priority[self.work.kind[job]])
-            pod_spec = PodSpec(scheduler_name="colocate", containers=containers, priority=priority)
-            self.cluster.set_pod(Pod(metadata=its, spec=pod_spec, status=PodStatus(phase="Pending")))
+            self._make(job, p, now)
         self.dirty.add(f"{NAMESPACE}/{name}")
         self.waiting += 1
 
-    def _takes(self, job: int) -> float:
-        """Seconds, once it is placed."""
-        return float(self.left[job] * self.pace[job]) + (self.restart if job in self.again else 0.0)
+    def _make(self, job: int, p: int, now: float) -> None:
+        """One of its pods, which waits."""
+        name, cpu_memory_gpus = _name(job), self._asks(job)
+        texts = zip(("cpu", "memory", GPU), ("m", "Mi", ""), cpu_memory_gpus, strict=True)
+        requests: Quantities = {resource: f"{amount}{unit}" for resource, unit, amount in texts if amount}
+        its = ObjectMeta(
+            name=f"p{p}",
+            namespace=NAMESPACE,
+            uid=f"{p}",
+            creation_timestamp=time_text(now),
+            labels={POD_GROUP_LABEL: name},
+            annotations={RUNTIME: str(int(np.ceil(self._takes(job))))} if self.declared else {},
+            owner_references=[OwnerReference(kind="Job", name=name, uid=name, controller=True)],
+        )
+        containers = [Container(resources=Resources(requests=requests))]
+        priority = int(self.kinds.priority[self.work.kind[job]])
+        spec = PodSpec(scheduler_name="colocate", containers=containers, priority=priority)
+        self.cluster.set_pod(Pod(metadata=its, spec=spec, status=PodStatus(phase="Pending")))
 
-    def _leave(self, job: int) -> str:
-        """It has nothing any more; its key."""
-        key = f"{NAMESPACE}/{_name(job)}"
+    def _takes(self, job: int) -> float:
+        """Seconds, once all of it is placed, where its GPUs and racks do not make it slower."""
+        return float(self.left[job]) + (self.restart if job in self.again else 0.0)
+
+    def _leave(self, job: int) -> None:
+        """It has nothing any more."""
+        key, ran = f"{NAMESPACE}/{_name(job)}", self.running.pop(job)
         for p in range(self.first[job], self.first[job + 1]):
             self.cluster.remove_pod(f"{p}")
-            self.free[self.node[p]] += self._asks(job)
-        self.busy -= int(self.gpus[job])
-        self.rate -= float(self.gpus[job] / self.pace[job])
+        self._release(job, ran, ran.pods)
         self.cluster.groups.pop(key, None)
         self.cluster.remove_plan(key)
         self.dirty.add(key)
-        del self.over[job]
-        return key
 
-    def _stop(self, job: int, now: float) -> None:
-        """It loses its members and what was not saved, and waits again; its PodGroup is the same."""
-        self._leave(job)
-        had, saved = max(now - float(self.began[job]), 0.0), 0.0
+    def _release(self, job: int, ran: Running, pods: list[int]) -> None:
+        """It does not run, and these give back what they have."""
+        for p in pods:
+            self.free[self.node[p]] += self._asks(job)
+        self.busy -= ran.gpus
+        self.rate -= self._rate(job, ran)
+
+    def _rate(self, job: int, ran: Running) -> float:
+        """GPU-seconds of work a second."""
+        return float(self.each[job] * self.work.members[job]) / ran.pace
+
+    def _lose(self, job: int, pods: list[int], now: float) -> None:
+        """It loses members, and what was not saved. It goes on with the others if these are enough, or waits again."""
+        ran, saved = self.running[job], 0.0
         if self.outages is not None:
-            worked = max(had - (self.restart if job in self.again else 0.0), 0.0) / float(self.pace[job])
-            saved = self.outages.saved(worked, float(self.left[job]))
+            saved = self.outages.saved(ran.worked(now), float(self.left[job]))
         self.left[job] -= saved
-        self.lost += float(self.gpus[job]) * (had - saved * float(self.pace[job]))
-        self.pace[job] = 1.0  # as long as it is nowhere
+        self.lost += ran.lost(now, saved)
         self.again[job] += 1
-        self._arrive(job, now, float(self.work.submit[job]))
+        left = [p for p in ran.pods if p not in pods]
+        if len(left) < self.work.least[job]:
+            self._leave(job)
+            self._arrive(job, now, float(self.work.submit[job]))  # its PodGroup is the same
+            return
+        self._release(job, self.running.pop(job), pods)
+        for p in pods:
+            self.cluster.remove_pod(f"{p}")
+            self._make(job, p, now)
+        self.dirty.add(f"{NAMESPACE}/{_name(job)}")
+        self._begin(job, left, now)
 
     def _fail(self, node: int, now: float) -> None:
-        """A node is gone, and with it every job that has a member there."""
+        """A node is gone, and with it the members there."""
         self.down.add(node)
-        for job in sorted(self.over):
-            if node in self.node[self.first[job] : self.first[job + 1]]:
-                self._stop(job, now)
+        for job in sorted(self.running):
+            there = [p for p in self.running[job].pods if self.node[p] == node]
+            if there:
+                self._lose(job, there, now)
         spec = msgspec.structs.replace(self.offered[node].spec, unschedulable=True)
         self.cluster.set_node(msgspec.structs.replace(self.offered[node], spec=spec))
         self.usable -= int(self.free[node, 2])
@@ -252,25 +304,54 @@ class Simulation:
             spec = msgspec.structs.replace(pod.spec, node_name=where)
             status = PodStatus(phase="Running", start_time=time_text(now))
             self.cluster.set_pod(msgspec.structs.replace(pod, spec=spec, status=status))
-        if len(placed) != self.work.members[job]:
-            raise RuntimeError(f"ours starts {key} with {len(placed)} of {self.work.members[job]} members")
+        pods = [int(uid) for uid, _ in placed]
+        self.dirty.add(key)
+        if job in self.running:
+            self._grow(job, pods, now)
+            return
+        if len(pods) < self.work.least[job]:
+            raise RuntimeError(f"ours starts {key} with {len(pods)} of {self.work.least[job]} members")
         meta = ObjectMeta(name=_name(job), namespace=NAMESPACE, uid=f"plan-{job}")
-        began = GangPlanSpec(began=time_text(now), min_member=int(self.work.members[job]))
+        began = GangPlanSpec(began=time_text(now), min_member=int(self.work.least[job]))
         plan = GangPlan(metadata=meta, spec=began, status=GangPlanStatus(phase="Running"))
         self.cluster.set_plan(key, plan)
         if job not in self.again:
             self.start[job] = now
-        on = np.unique(self.node[self.first[job] : self.first[job + 1]])
-        racks = self.rack[on]
-        self.pace[job] = self.work.across[job] if (racks != racks[0]).any() else 1.0
-        if self.paces is not None:
-            self.pace[job] *= self.paces.of(job, self.model[on])
-        self.rate += float(self.gpus[job] / self.pace[job])
-        self.busy += int(self.gpus[job])
         self.waiting -= 1
-        self.began[job], self.over[job] = now, now + self._takes(job)
-        heapq.heappush(self.ends, (self.over[job], job))
-        self.dirty.add(key)
+        self._begin(job, pods, now)
+
+    def _pace(self, job: int, pods: list[int]) -> float:
+        on = np.unique(self.node[pods])
+        racks, blocks = (bool((level[on] != level[on[0]]).any()) for level in (self.rack, self.block))
+        pace = float(self.work.across[job, int(blocks)]) if racks or blocks else 1.0
+        if self.paces is not None:
+            pace *= self.paces.of(job, self.model[on])
+        return pace * float(self.work.members[job] / len(pods))
+
+    def _begin(self, job: int, pods: list[int], now: float) -> None:
+        gpus, pace = int(self.each[job]) * len(pods), self._pace(job, pods)
+        restart = self.restart if job in self.again else 0.0
+        since, paused = now + restart, restart * gpus
+        over = now + (float(self.left[job]) * pace + restart)
+        self.running[job] = ran = Running(pods, gpus, now, since, pace, over, spent_at=now, paused=paused)
+        self.busy += gpus
+        self.rate += self._rate(job, ran)
+        heapq.heappush(self.ends, (over, job))
+
+    def _grow(self, job: int, pods: list[int], now: float) -> None:
+        """More of its members are there: all begin again together, from where they are."""
+        ran, added = self.running[job], int(self.each[job]) * len(pods)
+        since = max(ran.since, now)
+        resumes = max(since, now + self.restart)
+        ran.spent += ran.gpus * (now - ran.spent_at)
+        ran.done, ran.spent_at = ran.worked(now), now
+        self.rate -= self._rate(job, ran)
+        ran.pods, ran.gpus, self.busy = [*ran.pods, *pods], ran.gpus + added, self.busy + added
+        ran.paused += added * (since - now) + (resumes - since) * ran.gpus
+        ran.since, ran.pace = resumes, self._pace(job, ran.pods)
+        self.rate += self._rate(job, ran)
+        ran.over = resumes + max(float(self.left[job]) - ran.done, 0.0) * ran.pace
+        heapq.heappush(self.ends, (ran.over, job))
 
     def _decide(self, now: float) -> None:
         """Until nothing more is decided."""
@@ -286,8 +367,10 @@ class Simulation:
                 for pod in victims:  # they go at once, and are made anew by those names
                     self.queue.victims.spared(pod.metadata.uid)
                 for job in sorted({_job(gang_key(pod)) for pod in victims}):
-                    if job in self.over:  # two gangs may ask for the same
-                        self._stop(job, now)
+                    gone = [int(pod.metadata.uid) for pod in victims if _job(gang_key(pod)) == job]
+                    gone = [p for p in gone if job in self.running and p in self.running[job].pods]
+                    if gone:  # two gangs may ask for the same
+                        self._lose(job, gone, now)
             if not self.dirty:
                 return
         raise RuntimeError("ours does not come to rest")
@@ -324,10 +407,10 @@ class Simulation:
             now = then
             while self.ends and self.ends[0][0] <= now:
                 at, job = heapq.heappop(self.ends)
-                if self.over.get(job) == at:  # else it was stopped before
+                if job in self.running and self.running[job].over == at:  # else it was stopped before
+                    self.lost += self.running[job].paused
                     self._leave(job)
                     self.end[job] = now
-                    self.lost += self.restart * float(self.gpus[job]) * (job in self.again)
             while outages is not None and outage < troubles and outages.at[outage] <= now:
                 node = int(outages.node[outage])
                 if outages.down[outage]:

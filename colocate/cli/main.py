@@ -368,6 +368,12 @@ def _add_simulation(add: Add) -> None:
         help="jobs run so many times as long where their members are in more than one rack (of --nodes FILE)",
     )
     fleet.add_argument(
+        "--across-blocks",
+        type=float,
+        metavar="TIMES",
+        help="the same of blocks of racks (default: as across racks)",
+    )
+    fleet.add_argument(
         "--throughputs",
         metavar="FILE",
         help="jobs with a model run as fast as a table of measurements says, by their GPUs and by who shares these",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colocate.cli.output import DATA_FORMS, check_file, end_status, print_data, print_table, status
 from colocate.errors import BadInput
@@ -134,8 +135,10 @@ def simulate_command(options: argparse.Namespace) -> int:
         workload = _shared(workload) if options.share_gpus else workload
         measured.paces(workload)  # what is wrong is said now
         conditions = conditions._replace(measured=measured)
-    if options.across_racks is not None:
-        workload = _slower_across_racks(workload, options.across_racks, nodes)
+    for level, name in enumerate(("rack", "block")):
+        times = getattr(options, f"across_{name}s")
+        if times is not None:
+            workload = _slower_across(workload, level, name, times, getattr(nodes, name))
     if options.windows is not None and options.window_jobs is None:
         raise BadInput("--windows: say with --window-jobs how many jobs a window has")
     parts = windows(len(workload.where), options.windows or 10, options.window_jobs, options.seed)
@@ -196,13 +199,19 @@ def _shared(workload: Workload) -> Workload:
     return workload._replace(kinds=more, work=work._replace(kind=kind))
 
 
-def _slower_across_racks(workload: Workload, times: float, nodes: Nodes) -> Workload:
-    """Of every job with several members. Raises BadInput."""
+def _slower_across(workload: Workload, level: int, name: str, times: float, where: NDArray[np.int64]) -> Workload:
+    """Every job with several members, across racks (0) or blocks (1) of them. Raises BadInput."""
     if not 1.0 <= times <= MOST_ACROSS:
-        raise BadInput(f"--across-racks: {times:g} is not from 1 to {MOST_ACROSS:g}: so many times as long a job runs")
-    if (nodes.rack == nodes.rack[0]).all():
-        raise BadInput("--across-racks: --nodes has no racks: give its groups `rack: N`, the nodes of one rack")
-    across = np.where(workload.work.members > 1, times, 1.0)
+        raise BadInput(
+            f"--across-{name}s: {times:g} is not from 1 to {MOST_ACROSS:g}: so many times as long a job runs"
+        )
+    if (where == where[0]).all():
+        text = f"--nodes has no {name}s: give its groups `{name}: N`, the nodes of one {name}"
+        raise BadInput(f"--across-{name}s: {text}")
+    across = workload.work.across.copy()
+    across[:, level:] = np.where(workload.work.members > 1, times, 1.0)[:, None]
+    if (across[:, 0] > across[:, 1]).any():
+        raise BadInput(f"--across-{name}s: {times:g} is less than across racks, which those across blocks are, too")
     return workload._replace(work=workload.work._replace(across=across))
 
 
@@ -250,7 +259,8 @@ def _say(done: int, of: int) -> None:
     status(f"{done} of {of} simulations")
 
 
-OF_TRACES = ("nodes", "jobs", "window_jobs", "windows", "file", "across_racks", "throughputs", "share_gpus")
+OF_PACES = ("across_racks", "across_blocks", "throughputs", "share_gpus")
+OF_TRACES = ("nodes", "jobs", "window_jobs", "windows", "file", *OF_PACES)
 """Options that are about a trace, not a cluster."""
 CONDITIONS = ("mtbf", "repair", "checkpoint", "restart", "gpu_watts")
 """Options of simulate and sweep."""
@@ -375,8 +385,9 @@ def _write(
     first = outcomes[0].window
     lines = [Series(o.policy, o.timeline()) for o in outcomes if o.window == first]
     charts = []
-    stopped = any(outcome.run.restarts for outcome in outcomes)  # when they stood is not told
-    if data["gpus"] and not stopped:
+    # When jobs stood, grew or shrank is not told.
+    told = not any(o.run.restarts or (o.work.work.least < o.work.work.members).any() for o in outcomes)
+    if data["gpus"] and told:
         charts.append((line_chart("GPUs of jobs that run", lines, "hours", "GPUs"), "Of the first window."))
     write_page(page, "A fleet, simulated", about, "; ".join(comparison_texts(compared)), tables, charts)
 

@@ -50,5 +50,5 @@ def made_day(gpus: int, seed: int) -> Workload:
         0 * widths,
         0 * widths,
     )
-    work = Work(np.sort(come), run, kind.astype(np.int64), asked // per, np.ones(len(run)))
+    work = Work(np.sort(come), run, kind.astype(np.int64), asked // per, asked // per, np.ones((len(run), 2)))
     return Workload(work, kinds, tuple(f"job {i}" for i in range(len(asked))))

@@ -49,8 +49,17 @@ class Work(NamedTuple):
     kind: Ints
     """Of each of its pods."""
     members: Ints
+    least: Ints
+    """With so many members it runs: as many times slower as fewer are there than all; the others follow."""
     across: Floats
-    """So many times as long it runs where its members are in more than one rack."""
+    """(jobs, 2): so many times as long it runs where its members are in more than one rack, and in more than one block
+    of racks."""
+
+
+def one_job(members: int) -> Work:
+    """Which comes at once and takes a second."""
+    all_of_them = np.full(1, members, np.int64)
+    return Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), all_of_them, all_of_them, np.ones((1, 2)))
 
 
 class Rule(NamedTuple):
@@ -106,6 +115,11 @@ class Progress(NamedTuple):
     """Seconds: from when it works at this pace."""
     done: Floats
     """Seconds of work since it began last, until then."""
+    spent: Floats
+    """Thousandths of GPUs times seconds since it began last, until `spent_at`; 0 where it has not grown since."""
+    spent_at: Floats
+    paused: Floats
+    """The same, in which it began again."""
 
 
 class Play(NamedTuple):
@@ -148,8 +162,8 @@ def new_play(board: Board, work: Work, rule: Rule, outages: Outages, paces: Pace
     pods = Pods(first, none, np.zeros(first[-1], np.int64), placed, job, head, chain, chain.copy())
     key = (work.run if rule.shortest else work.submit).copy()
     began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
-    again, ones = np.zeros(jobs, np.int64), np.ones(jobs)
-    progress = Progress(key, work.run.copy(), began, over, again, bound, ones, np.zeros(jobs), np.zeros(jobs))
+    again, ones, zeros = np.zeros(jobs, np.int64), np.ones(jobs), (np.zeros(jobs) for _ in range(5))
+    progress = Progress(key, work.run.copy(), began, over, again, bound, ones, *zeros)
     gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
     too_many = np.full(len(board.kinds.gpus), NEVER)
     start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
@@ -184,11 +198,12 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
         while ends and ends[0][0] <= now:
             at, j = heapq.heappop(ends)
             if at == play.progress.over[j]:  # else it was stopped before
+                count = _remove(play, count, j)
                 _end(play, j, now)
                 freed = True
         came = count
         while outage < outages.at.size and outages.at[outage] <= now:
-            count = _outage(play, outage, now, arrived, count)
+            count = _outage(play, ends, outage, now, arrived, count)
             outage += 1
             freed = True
         while arrived < jobs and work.submit[arrived] <= now:
@@ -197,7 +212,7 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
         if freed:
             play.too_many[:] = NEVER
         begin = 0 if freed else came  # for who waited before nothing has changed
-        if play.rule.strict and not freed and came > 0:
+        if play.rule.strict and not freed and _anybody(play, came):
             begin = count
         again = True
         while again:  # where somebody was stopped there may be room for others
@@ -221,32 +236,37 @@ def _pass(
     w, kept, decisions, stopped = begin, begin, 0, False
     while w < count:
         j = waiting[w]
-        k, had = work.kind[j], pods.placed[j]
-        if (work.members[j] if rule.gang else 1) < play.too_many[k]:  # a call would cost more than that
-            cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, rule.gang, play.too_many, cursor, lot)
+        k, had, runs = work.kind[j], pods.placed[j], not np.isnan(play.progress.over[j])
+        least = work.least[j] if rule.gang and not runs else 1
+        if least < play.too_many[k]:  # a call would cost more than that
+            cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, least, play.too_many, cursor, lot)
             decisions += looked
             while rule.preempts and pods.placed[j] < work.members[j]:
-                node, count, lot = _preempt(play, count, j, now, lot)
+                node, count, lot = _preempt(play, ends, count, j, now, lot)
                 if node < 0:
                     break
                 stopped = True
                 _put(play.board, pods, k, j, node, -1, rule.policy, lot)
                 decisions += 1
-        size = _size(play.board.kinds, k)
-        if rule.binds and pods.placed[j] > had:
-            play.progress.bound[j] = _bound(play, now, pods.placed[j] - had)
-        if not rule.gang:
-            play.gpus[HELD] += size * (pods.placed[j] - had)
+        more = pods.placed[j] - had
+        if rule.binds and more > 0:
+            play.progress.bound[j] = _bound(play, now, more)
+        if runs and more > 0:
+            _grow(play, ends, j, more, now)
+        elif not runs and pods.placed[j] >= work.least[j]:
+            play.gpus[HELD] -= 0 if rule.gang else _size(play.board.kinds, k) * had
+            _begin(play, ends, j, now)
+            runs = True
+        elif not runs and not rule.gang:
+            play.gpus[HELD] += _size(play.board.kinds, k) * more
         w += 1
         if pods.placed[j] == work.members[j]:
-            _begin(play, ends, j, now)
-            play.gpus[HELD] -= 0 if rule.gang else size * work.members[j]
             continue
-        left = count if rule.strict else w  # nobody is looked at past one that waits
-        for later in range(w - 1, left):
+        nobody_past = rule.strict and not runs
+        for later in range(w - 1, count if nobody_past else w):
             waiting[kept] = waiting[later]
             kept += 1
-        if rule.strict:
+        if nobody_past:
             break
     return kept, cursor, lot, decisions, stopped
 
@@ -257,7 +277,9 @@ def _next(lot: int) -> int:
 
 
 @kernel()
-def _preempt(play: Play, count: int, job: int, now: float, lot: int) -> tuple[int, int, int]:
+def _preempt(
+    play: Play, ends: list[tuple[float, int]], count: int, job: int, now: float, lot: int
+) -> tuple[int, int, int]:
     """Stop who has to make room for a member of a job: the node (-1: none), how many wait then, and the lot."""
     board, pods = play.board, play.pods
     lesser = _lesser(play, job, now)
@@ -270,7 +292,7 @@ def _preempt(play: Play, count: int, job: int, now: float, lot: int) -> tuple[in
         j = lesser.job[v]
         if pods.placed[j] == 0:
             continue  # with another victim of the same job
-        count = _taken_from(play, count, j, lesser.pod[v], node, now)
+        count = _taken_from(play, ends, count, j, lesser.pod[v], node, now)
     if node >= 0:
         play.too_many[:] = NEVER
     return node, count, lot
@@ -298,7 +320,7 @@ def _lesser(play: Play, job: int, now: float) -> Lesser:
 
 @kernel()
 def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
-    """All its members are placed; it runs once the last is bound."""
+    """As many of its members are placed as it needs; it runs once the last is bound."""
     progress, restart = play.progress, 0.0
     runs, last = max(now, progress.bound[job]), play.work.submit[-1]
     if progress.again[job] == 0:
@@ -307,6 +329,7 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
         restart = play.outages.restart
     progress.pace[job], progress.began[job] = _pace(play, job), runs
     progress.since[job], progress.done[job] = runs + restart, 0.0
+    progress.spent[job], progress.spent_at[job], progress.paused[job] = 0.0, runs, restart * _gpus(play, job)
     progress.over[job] = progress.since[job] + progress.left[job] * progress.pace[job]
     play.rate[0] += _rate(play, job)
     _touch(play, job)
@@ -321,15 +344,19 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
 def _pace(play: Play, job: int) -> float:
     """Seconds that a second of a job's work takes where its members are; infinite beside who leaves it no memory."""
     pods, nodes, paces = play.pods, play.board.nodes, play.paces
-    first, spread, racks = pods.first[job], False, False
-    for p in range(first + 1, pods.first[job + 1]):
+    first, spread, racks, blocks = pods.first[job], False, False, False
+    last = first + pods.placed[job]
+    for p in range(first + 1, last):
         spread |= pods.node[p] != pods.node[first]
         racks |= nodes.rack[pods.node[p]] != nodes.rack[pods.node[first]]
-    found = play.work.across[job] if racks else 1.0
+        blocks |= nodes.block[pods.node[p]] != nodes.block[pods.node[first]]
+    found = play.work.across[job, 1 if blocks else 0] if blocks or racks else 1.0
+    if last < pods.first[job + 1]:
+        found *= play.work.members[job] / pods.placed[job]
     if paces.row.size == 0 or paces.row[job] == NO_MODEL:
         return found
     slowest = 0.0
-    for p in range(first, pods.first[job + 1]):
+    for p in range(first, last):
         alone = paces.alone[paces.row[job], nodes.model[pods.node[p]], int(spread)]
         slowest = max(slowest, alone * _beside(play, job, p))
     return found * slowest
@@ -365,7 +392,7 @@ def _is_partial(play: Play, job: int) -> bool:
 def _touch(play: Play, job: int) -> None:
     """Who shares a GPU with it may have another pace."""
     if play.paces.row.size > 0 and _is_partial(play, job):
-        for p in range(play.pods.first[job], play.pods.first[job + 1]):
+        for p in range(play.pods.first[job], play.pods.first[job] + play.pods.placed[job]):
             play.touched[play.pods.node[p]] = True
 
 
@@ -381,28 +408,42 @@ def _repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
             if np.isnan(progress.over[job]):
                 continue
             pace = _pace(play, job)
-            if pace == progress.pace[job]:
-                continue
-            play.rate[0] -= _rate(play, job)
-            progress.done[job] = _worked(progress, job, now)
-            progress.since[job], progress.pace[job] = max(progress.since[job], now), pace
-            play.rate[0] += _rate(play, job)
-            left = max(progress.left[job] - progress.done[job], 0.0)
-            progress.over[job] = progress.since[job] + left * pace if left > 0.0 else progress.since[job]
-            if progress.over[job] < np.inf:
-                heapq.heappush(ends, (progress.over[job], job))
+            if pace != progress.pace[job]:
+                _goes_on(play, ends, job, now, max(progress.since[job], now), pace)
+
+
+@kernel()
+def _goes_on(play: Play, ends: list[tuple[float, int]], job: int, now: float, since: float, pace: float) -> None:
+    """At another pace, from a moment on."""
+    progress = play.progress
+    play.rate[0] -= _rate(play, job)
+    progress.done[job] = _worked(progress, job, now)
+    progress.since[job], progress.pace[job] = since, pace
+    play.rate[0] += _rate(play, job)
+    left = max(progress.left[job] - progress.done[job], 0.0)
+    progress.over[job] = since + left * pace if left > 0.0 else since
+    if progress.over[job] < np.inf:
+        heapq.heappush(ends, (progress.over[job], job))
+
+
+@kernel()
+def _grow(play: Play, ends: list[tuple[float, int]], job: int, more: int, now: float) -> None:
+    """More of its members are there: all begin again together, from where they are."""
+    progress, added = play.progress, _size(play.board.kinds, play.work.kind[job]) * more
+    then, since = max(now, progress.spent_at[job]), max(progress.since[job], now)
+    progress.spent[job] += (_gpus(play, job) - added) * (then - progress.spent_at[job])
+    progress.spent_at[job] = then
+    resumes = max(since, now + play.outages.restart)
+    progress.paused[job] += added * (since - now) + (resumes - since) * _gpus(play, job)
+    _goes_on(play, ends, job, now, resumes, _pace(play, job))
+    _touch(play, job)
+    play.gpus[BUSY] += added
 
 
 @kernel()
 def _worked(progress: Progress, job: int, now: float) -> float:
     """Seconds of its work since it began last."""
     return progress.done[job] + max(now - progress.since[job], 0.0) / progress.pace[job]  # type: ignore[no-any-return]
-
-
-@kernel()
-def _restarted(play: Play, job: int, had: float) -> float:
-    """Of the seconds that it had its GPUs, those in which it began again."""
-    return min(had, play.outages.restart) if play.progress.again[job] > 0 else 0.0
 
 
 @kernel()
@@ -422,9 +463,16 @@ def _bound(play: Play, now: float, pods: int) -> float:
 def _stop(play: Play, job: int) -> None:
     """It has nothing any more; where its pods were stays known."""
     _take_back(play.board, play.pods, play.work.kind[job], job)
+    _release(play, job)
+    play.pods.placed[job] = 0
+
+
+@kernel()
+def _release(play: Play, job: int) -> None:
+    """It does not run any more."""
     play.rate[0] -= _rate(play, job)
     _touch(play, job)
-    play.pods.placed[job], play.progress.over[job] = 0, np.nan
+    play.progress.over[job] = np.nan
     play.gpus[BUSY] -= _gpus(play, job)
 
 
@@ -432,12 +480,11 @@ def _stop(play: Play, job: int) -> None:
 def _end(play: Play, job: int, now: float) -> None:
     _stop(play, job)
     play.end[job] = now
-    if play.progress.again[job] > 0:
-        play.areas[LOST] += play.outages.restart * _gpus(play, job)
+    play.areas[LOST] += play.progress.paused[job]
 
 
 @kernel()
-def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> int:
+def _outage(play: Play, ends: list[tuple[float, int]], outage: int, now: float, arrived: int, count: int) -> int:
     """A node fails, or is back; how many jobs wait then."""
     board, i = play.board, play.outages.node[outage]
     board.version[i] += 1
@@ -445,27 +492,36 @@ def _outage(play: Play, outage: int, now: float, arrived: int, count: int) -> in
     if play.outages.down[outage]:
         sign = -1
         for j in range(arrived):
-            if _is_on(play.pods, j, i):
-                count = _taken_from(play, count, j, -1, i, now)
+            if _on(play.pods, j, i) > 0:
+                count = _taken_from(play, ends, count, j, -1, i, now)
     board.state.nodes[i, CPU] += sign * NEVER
     play.gpus[USABLE] += sign * board.nodes.gpus[i] * WHOLE
     return count
 
 
 @kernel()
-def _taken_from(play: Play, count: int, job: int, pod: int, node: int, now: float) -> int:
+def _taken_from(
+    play: Play, ends: list[tuple[float, int]], count: int, job: int, pod: int, node: int, now: float
+) -> int:
     """A job loses a pod, or (-1) all that it has on a node; how many wait then.
 
-    Who runs is stopped, who waits for the rest of its members waits for these too.
+    Who runs goes on with the members that are left, if these are enough, else it is stopped; who waits for the rest of
+    its members waits for these too.
     """
+    board, pods, k, key = play.board, play.pods, play.work.kind[job], play.progress.key[job]
+    count = _remove(play, count, job)
     if np.isnan(play.progress.over[job]):
-        k = play.work.kind[job]
-        play.gpus[HELD] -= _size(play.board.kinds, k) * _lose(play.board, play.pods, k, job, pod, node)
-        count = _remove(play.waiting, count, job)
+        play.gpus[HELD] -= _size(board.kinds, k) * _lose(board, pods, k, job, pod, node)
         play.progress.key[job] = now
-    else:
-        _stop(play, job)
+    elif pods.placed[job] - (1 if pod >= 0 else _on(pods, job, node)) >= play.work.least[job]:
         _fall_back(play, job, now)
+        _release(play, job)
+        _lose(board, pods, k, job, pod, node)
+        _begin(play, ends, job, now)
+        play.progress.key[job] = key
+    else:
+        _fall_back(play, job, now)
+        _stop(play, job)
     _insert(play, count, job)
     return count + 1
 
@@ -474,13 +530,13 @@ def _taken_from(play: Play, count: int, job: int, pod: int, node: int, now: floa
 def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
-    had = max(now - progress.began[job], 0.0)
-    worked = _worked(progress, job, now)
+    had, worked = max(now - progress.began[job], 0.0), _worked(progress, job, now)
     kept = saved(outages, worked, progress.left[job])
-    # Where its pace has changed, the time that what is kept took is its part of all.
-    took = (
-        kept * progress.pace[job] if progress.done[job] == 0.0 else kept / worked * (had - _restarted(play, job, had))
-    )
+    lost = _gpus(play, job) * (had - kept * progress.pace[job])
+    if progress.done[job] > 0.0 or progress.spent[job] > 0.0:  # of all that it took to work, the part that is kept
+        lost = progress.spent[job] + _gpus(play, job) * max(now - progress.spent_at[job], 0.0)
+        pauses = progress.paused[job] - _gpus(play, job) * max(progress.since[job] - now, 0.0)
+        lost -= kept / worked * (lost - pauses) if kept > 0.0 else 0.0
     progress.left[job] -= kept
     if now < progress.began[job]:  # not all of its pods were bound: it has not begun
         last = play.work.submit[-1]
@@ -495,15 +551,15 @@ def _fall_back(play: Play, job: int, now: float) -> None:
         progress.key[job] = progress.left[job]
     elif not play.rule.gang:
         progress.key[job] = now
-    play.areas[LOST] += _gpus(play, job) * (had - took)
+    play.areas[LOST] += lost
 
 
 @kernel()
-def _is_on(pods: Pods, job: int, node: int) -> bool:
-    """Whether a member of it is there."""
-    found = False
+def _on(pods: Pods, job: int, node: int) -> int:
+    """How many of its members are there."""
+    found = 0
     for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
-        found |= pods.node[p] == node
+        found += pods.node[p] == node
     return found
 
 
@@ -535,14 +591,16 @@ def _size(kinds: Kinds, k: int) -> int:
 
 @kernel()
 def _gpus(play: Play, job: int) -> int:
-    """Of all its members, in thousandths."""
-    return _size(play.board.kinds, play.work.kind[job]) * play.work.members[job]  # type: ignore[no-any-return]
+    """Of its members that are placed, in thousandths."""
+    return _size(play.board.kinds, play.work.kind[job]) * play.pods.placed[job]  # type: ignore[no-any-return]
 
 
 @kernel()
-def _remove(waiting: Ints, count: int, job: int) -> int:
-    """A job out of the queue; how many wait then."""
-    kept = 0
+def _remove(play: Play, count: int, job: int) -> int:
+    """A job out of the queue, if it is there; how many wait then."""
+    waiting, kept = play.waiting, 0
+    if play.pods.placed[job] == play.work.members[job]:
+        return count
     for w in range(count):
         if waiting[w] != job:
             waiting[kept] = waiting[w]
@@ -559,6 +617,15 @@ def _insert(play: Play, count: int, job: int) -> int:
         at -= 1
     waiting[at] = job
     return at
+
+
+@kernel()
+def _anybody(play: Play, count: int) -> bool:
+    """Whether one of so many that wait does not run yet."""
+    found = False
+    for w in range(count):
+        found |= np.isnan(play.progress.over[play.waiting[w]])
+    return found
 
 
 @kernel()
@@ -628,18 +695,23 @@ def _take_back(board: Board, pods: Pods, k: int, job: int) -> None:
 
 @kernel()
 def _look(
-    board: Board, pods: Pods, work: Work, j: int, policy: int, gang: bool, too_many: Ints, cursor: int, lot: int
+    board: Board, pods: Pods, work: Work, j: int, policy: int, least: int, too_many: Ints, cursor: int, lot: int
 ) -> tuple[int, int, int]:
-    """Place what a job still lacks, as far as that goes; the cursor, the lot, and how often a node was looked for."""
-    k, wanted, looked = work.kind[j], work.members[j], 0
-    asked = wanted if gang else 1
-    while pods.placed[j] < wanted and asked < too_many[k]:
+    """Place what a job still lacks, as far as that goes; the cursor, the lot, and how often a node was looked for.
+
+    Of fewer than `least` at once none is.
+    """
+    k, looked, had = work.kind[j], 0, pods.placed[j]
+    while pods.placed[j] < work.members[j]:
+        asked = least if pods.placed[j] - had < least else 1
+        if asked >= too_many[k]:
+            break
         looked += 1
         lot = _next(lot)
         best, cursor = best_node(board, policy, k, cursor, lot)
         if best < 0:
             too_many[k] = asked
-            if gang:  # all or none
+            if asked > 1:  # all of them or none
                 _take_back(board, pods, k, j)
                 pods.node[pods.first[j] : pods.first[j] + pods.placed[j]] = -1
                 pods.placed[j] = 0

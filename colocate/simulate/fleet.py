@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.engine import DONE, Rule, Work, new_play, simulated
+from colocate.simulate.engine import DONE, Rule, Work, new_play, one_job, simulated
 from colocate.simulate.outages import NO_OUTAGES, Outages
 from colocate.simulate.paces import NO_PACES, Paces
 from colocate.simulate.placement import (
@@ -81,12 +81,12 @@ class Run(NamedTuple):
 def too_large(nodes: Nodes, kinds: Kinds, work: Work) -> int:
     """A job that does not even fit an empty fleet; -1 if all do."""
     most = np.zeros(len(kinds.gpus), np.int64)
-    np.maximum.at(most, work.kind, work.members)
+    np.maximum.at(most, work.kind, work.least)
     for kind in np.flatnonzero(most):  # where its largest job fits the others do
         alone = Kinds(*(column[kind : kind + 1] for column in kinds))
-        one = Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), most[kind : kind + 1], np.ones(1))
+        one = one_job(int(most[kind]))
         if np.isnan(simulate(nodes, alone, one, DISCIPLINES["packing"], 0).start[0]):
-            return int(np.flatnonzero((work.kind == kind) & (work.members == most[kind]))[0])
+            return int(np.flatnonzero((work.kind == kind) & (work.least == most[kind]))[0])
     return -1
 
 

@@ -1,7 +1,7 @@
 """The formats that traces of jobs come in, told apart by their columns. Errors name the row and the field.
 
     plain            submit_seconds,duration_seconds[,name,members,gpus,gpu_milli,cpu_milli,memory_mib,priority,
-                     across_racks,model]
+                     across_racks,across_blocks,model,min_members]
     SWF              *.swf (Parallel Workloads Archive): a processor is a member with one CPU
     Philly           timestamp,duration,num_gpus (msr-fiddle/philly-traces, flattened)
     openb            creation_time,deletion_time,scheduled_time,... (Alibaba cluster-trace-gpu-v2023)
@@ -51,10 +51,12 @@ class Job(NamedTuple):
     """File and line."""
     priority: int = 0
     """The greater goes first."""
-    across: float = 1.0
-    """So many times as long it runs where its members are in more than one rack."""
+    across: tuple[float, float] = (1.0, 1.0)
+    """So many times as long it runs where its members are in more than one rack, and block of racks."""
     model: str = ""
     """What it trains, of a table of throughputs."""
+    least: int = 0
+    """With so many members it runs, the slower; 0: with all."""
     steps: float | None = None
     """Of its work, where `run` is not said."""
 
@@ -115,7 +117,9 @@ PLAIN = (
     "memory_mib",
     "priority",
     "across_racks",
+    "across_blocks",
     "model",
+    "min_members",
 )
 
 
@@ -133,11 +137,14 @@ def _plain(row: traces.Row) -> Job:
     submit, run = _seconds(row, "submit_seconds", -traces.MOST), _seconds(row, "duration_seconds")
     cpu, memory = whole("cpu_milli", 0, most=traces.MOST), whole("memory_mib", 0, most=traces.MOST)
     priority = whole("priority", 0, -MOST_PRIORITY, MOST_PRIORITY)
-    across = row.number("across_racks", least=1.0, most=MOST_ACROSS) if row.values.get("across_racks") else 1.0
+    racks = row.number("across_racks", least=1.0, most=MOST_ACROSS) if row.values.get("across_racks") else 1.0
+    blocks = row.number("across_blocks", least=racks, most=MOST_ACROSS) if row.values.get("across_blocks") else racks
     model = row.values.get("model") or ""
     if model and not gpus:
         raise BadInput(f"{row.place}, gpus: a job with a model runs on GPUs")
-    return Job(submit, run, whole("members", 1, 1), gpus, milli, cpu, memory, row.place, priority, across, model)
+    members = whole("members", 1, 1)
+    least = whole("min_members", 0, 1, members)
+    return Job(submit, run, members, gpus, milli, cpu, memory, row.place, priority, (racks, blocks), model, least)
 
 
 def _gavel(row: traces.Row) -> Job:

@@ -12,7 +12,7 @@ import numpy as np
 
 from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, Window, known_run
-from colocate.simulate.engine import Work
+from colocate.simulate.engine import Work, one_job
 from colocate.simulate.fleet import too_large
 from colocate.simulate.placement import Kinds, Nodes, arrays
 from colocate.simulate.scores import MOST_GPUS, WHOLE
@@ -106,7 +106,7 @@ def future(scene: Scene, policy: str, otherwise_seconds: float, seed: int) -> Fu
         return Future(scene, policy, None, [(gang[0], None) for gang in scene.gangs])
     submit, run, kind_of, members_of = (np.array(column) for column in zip(*rows, strict=True))
     names = tuple(gang[0] for gang in possible)
-    work = Work(submit, run.astype(float), kind_of, members_of, np.ones(len(run)))
+    work = Work(submit, run.astype(float), kind_of, members_of, members_of, np.ones((len(run), 2)))
     workload = Workload(work, Kinds(*arrays(kinds)), names)
     found = known_run(policy, scene.nodes, workload, seed, np.array(running, np.int64))
     outcome = Outcome(policy, Window(0, len(rows)), found, workload)
@@ -118,10 +118,7 @@ def _fits(nodes: Nodes, gang: Gang) -> bool:
     """Whether a gang would fit if nothing else ran."""
     _, (cpu, memory, gpus), members, _, _ = gang
     kind = Kinds(*arrays([(cpu, memory, gpus, WHOLE, 0, 0)]))
-    return (
-        too_large(nodes, kind, Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), np.array([members]), np.ones(1)))
-        < 0
-    )
+    return too_large(nodes, kind, one_job(members)) < 0
 
 
 def data(one: Future) -> dict[str, Any]:

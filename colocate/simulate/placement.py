@@ -59,6 +59,8 @@ class Nodes(NamedTuple):
     model: Ints
     """A number below 63."""
     rack: Ints
+    block: Ints
+    """Of racks: what is below one switch of aggregation."""
 
 
 class Kinds(NamedTuple):

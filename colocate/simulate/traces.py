@@ -236,7 +236,7 @@ def openb_nodes(path: Path) -> tuple[Nodes, list[str]]:
 
     model = column(lambda row: models.index(row.text("model")) if row.text("model") else ONLY_ELSEWHERE)
     cpu, memory = column(lambda r: r.whole("cpu_milli")), column(lambda r: r.whole("memory_mib"))
-    return Nodes(cpu, memory, np.array(gpus, np.int64), model, 0 * cpu), models
+    return Nodes(cpu, memory, np.array(gpus, np.int64), model, 0 * cpu, 0 * cpu), models
 
 
 def openb_pods(path: Path, models: Sequence[str]) -> Pods:

@@ -24,6 +24,8 @@ FLEET = re.compile(r"([0-9]{1,9})x([0-9]{1,9})(?::([A-Za-z0-9][A-Za-z0-9._-]{0,6
 MOST_NODES, MOST_CPUS, MOST_KINDS = 200_000, 100_000, 62
 CPU_MILLI_OF_GPU, MEMORY_MIB_OF_GPU = 8_000, 65_536
 """Of a node that is given by its GPUs alone: what no job of a trace of GPUs is short of."""
+CLOS = ("ip", "PSW", "ASW")
+"""Of Alibaba's lingjun 2023: hosts of a Clos network."""
 LARGEST_SCORES = 40_000_000
 """Kinds of pods times nodes: a score and its age are kept of each, a gigabyte in all."""
 
@@ -43,7 +45,8 @@ class Workload(NamedTuple):
         at = slice(first, last)
         kept, kind = np.unique(self.work.kind[at], return_inverse=True)
         whole = self.work
-        work = Work(whole.submit[at], whole.run[at], kind.astype(np.int64), whole.members[at], whole.across[at])
+        its = (whole.members[at], whole.least[at], whole.across[at])
+        work = Work(whole.submit[at], whole.run[at], kind.astype(np.int64), *its)
         return Workload(work, Kinds(*(column[kept] for column in self.kinds)), self.where[at], self.model[at])
 
 
@@ -61,7 +64,8 @@ def read_nodes(given: str) -> Nodes:
 
 
 def read_fleet(given: str) -> Fleet:
-    """`64x8` or `64x8:v100`, nodes times GPUs; or a YAML file with `nodes:`, or a CSV of openb's columns.
+    """`64x8` or `64x8:v100`, nodes times GPUs; or a YAML file with `nodes:`, or a CSV of openb's
+    columns, or of the hosts of lingjun's Clos network.
 
     Raises BadInput.
     """
@@ -75,14 +79,27 @@ def read_fleet(given: str) -> Fleet:
         ones = np.ones(count, np.int64)
         size = max(gpus, 1)
         cpu, memory = ones * size * CPU_MILLI_OF_GPU, ones * size * MEMORY_MIB_OF_GPU
-        return Fleet(Nodes(cpu, memory, ones * gpus, 0 * ones, 0 * ones), (short[3] or "",))
+        return Fleet(Nodes(cpu, memory, ones * gpus, *3 * (0 * ones,)), (short[3] or "",))
     path = Path(given)
     if not given or len(given) > 4096 or not os.path.exists(path):  # of any text, however strange
         raise BadInput(f"--nodes: {given[:80]} is neither a file nor NODESxGPUS, as in 64x8 or 64x8:v100")
     if path.suffix in (".yaml", ".yml"):
         return _nodes_of_yaml(path)
+    if traces.columns(path).issuperset(CLOS):
+        return Fleet(_clos(path), ("",))
     nodes, models = traces.openb_nodes(path)
     return Fleet(nodes, tuple(models))
+
+
+def _clos(path: Path) -> Nodes:
+    """Hosts with eight GPUs below a switch each, these below switches of aggregation. Raises BadInput."""
+    hosts = [(row.text("PSW"), row.text("ASW")) for row in traces.table(path, CLOS)]
+    if not hosts:
+        raise BadInput(f"{path} has no hosts")
+    racks = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    blocks = {block: number for number, block in enumerate(dict.fromkeys(block for block, _ in hosts))}
+    cpu, memory = MOST_GPUS * CPU_MILLI_OF_GPU, MOST_GPUS * MEMORY_MIB_OF_GPU
+    return Nodes(*arrays((cpu, memory, MOST_GPUS, 0, racks[host], blocks[host[0]]) for host in hosts))
 
 
 class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +111,8 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpus: Annotated[int, msgspec.Meta(ge=0, le=MOST_GPUS)] = 0
     rack: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] | None = None
     """So many of them are in one rack, of this group alone; None: all that say none are in one."""
+    block: Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)] | None = None
+    """So many of them are in one block of racks, likewise."""
     gpu: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """What its GPUs are called, as a table of throughputs calls them."""
 
@@ -114,7 +133,7 @@ def _nodes_of_yaml(path: Path) -> Fleet:
     except (OSError, UnicodeDecodeError, *NOT_YAML, msgspec.ValidationError) as error:
         mend = "groups under nodes:, as {count: 4, cpu: 64, memory: 512Gi, gpus: 8, rack: 2}"
         raise BadInput(f"--nodes: {path}: {error} ({mend})") from error
-    rows, racks = [], 1
+    rows, racks, blocks = [], 1, 1
     names = [*dict.fromkeys(group.gpu for group in fleet.nodes)]
     if len(names) > MOST_KINDS:
         raise BadInput(f"--nodes: {path}: {len(names)} kinds of GPUs, at most {MOST_KINDS}")
@@ -125,12 +144,22 @@ def _nodes_of_yaml(path: Path) -> Fleet:
             memory = 0
         if memory < 1:
             raise BadInput(f"--nodes: {path}: $.nodes[{number}].memory: {group.memory!r} is no size as 512Gi")
-        size = group.rack or group.count
+        size, wide = group.rack or group.count, group.block or group.count
+        if group.block and (not group.rack or group.block % group.rack):
+            text = f"$.nodes[{number}].block: {group.block} is no multiple of its rack: whole racks make a block"
+            raise BadInput(f"--nodes: {path}: {text}")
         rows += [
-            (1000 * group.cpu, memory, group.gpus, names.index(group.gpu), racks + i // size if group.rack else 0)
+            (
+                1000 * group.cpu,
+                memory,
+                group.gpus,
+                names.index(group.gpu),
+                racks + i // size if group.rack else 0,
+                blocks + i // wide if group.block else 0,
+            )
             for i in range(group.count)
         ]
-        racks += -(-group.count // size)
+        racks, blocks = racks - (-group.count // size), blocks - (-group.count // wide)
     return Fleet(Nodes(*arrays(rows)), tuple(names))
 
 
@@ -158,6 +187,7 @@ def read_jobs(path: Path, nodes: Nodes, throughputs: Throughputs | None = None) 
         np.array([j.run for j in jobs]),
         np.array(kind_of, np.int64),
         np.array([j.members for j in jobs], np.int64),
+        np.array([j.least or j.members for j in jobs], np.int64),
         np.array([j.across for j in jobs]),
     )
     model = NO_PACES.row
@@ -182,7 +212,9 @@ def _in_nodes(job: Job, node_gpus: int) -> Job:
         return job
     parts = -(-job.gpus // node_gpus)
     cpu, memory = -(-job.cpu_milli // parts), -(-job.memory_mib // parts)
-    return job._replace(members=job.members * parts, gpus=node_gpus, cpu_milli=cpu, memory_mib=memory)
+    return job._replace(
+        members=job.members * parts, least=job.least * parts, gpus=node_gpus, cpu_milli=cpu, memory_mib=memory
+    )
 
 
 def check(nodes: Nodes, workload: Workload, too_large: Callable[[Nodes, Kinds, Work], int]) -> None:
@@ -193,7 +225,7 @@ def check(nodes: Nodes, workload: Workload, too_large: Callable[[Nodes, Kinds, W
     at = too_large(nodes, workload.kinds, workload.work)
     if at >= 0:
         asks = {name: int(column[workload.work.kind[at]]) for name, column in workload.kinds._asdict().items()}
-        members = int(workload.work.members[at])
+        members = int(workload.work.least[at])
         each = f"{asks['gpus']} GPUs, {asks['cpu_milli']} m CPU, {asks['memory_mib']} MiB each"
         largest = f"{nodes.gpus.max()} GPUs, {nodes.cpu_milli.max()} m CPU, {nodes.memory_mib.max()} MiB"
         has = f"{len(nodes.gpus)} nodes of at most {largest}, {nodes.gpus.sum()} GPUs in all"

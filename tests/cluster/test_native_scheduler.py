@@ -19,7 +19,7 @@ import pytest
 from colocate.kube.client import MERGE, NODES, PODS, Api, path_of
 from colocate.localcluster.controlplane import ControlPlane
 from colocate.objects import Pod
-from colocate.simulate.placement import Kinds, Nodes, State, ask_of, empty, feasible_to_find, take
+from colocate.simulate.placement import Kinds, Nodes, State, arrays, ask_of, empty, feasible_to_find, take
 from colocate.simulate.preemption import Lesser, by_node, nominate
 from colocate.simulate.scores import NATIVE, WHOLE, Typical, rate
 from colocate.units import time_text
@@ -185,9 +185,7 @@ async def compare(plane: ControlPlane, rng: random.Random, number: int, nodes: i
     def column(rows: list[tuple[int, int, int]], i: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.array([row[i] for row in rows], np.int64)
 
-    offered = Nodes(
-        column(made, 0), column(made, 1), column(made, 2), np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
-    )
+    offered = Nodes(column(made, 0), column(made, 1), column(made, 2), *3 * (np.zeros(nodes, np.int64),))
     zeros, ones = np.zeros(len(kinds), np.int64), np.ones(len(kinds), np.int64)
     wanted = Kinds(column(kinds, 0), column(kinds, 1), column(kinds, 2), WHOLE * ones, zeros, zeros)
     with log.open() as file:
@@ -249,7 +247,7 @@ def chosen(
 async def preemptions(plane: ControlPlane, rng: random.Random, number: int, nodes: int, decisions: int) -> int:
     """How many pods took the place of others on a full cluster of its own."""
     shapes = [(rng.choice((4000, 8000)), rng.choice((8192, 16384)), rng.choice((0, 2, 4))) for _ in range(nodes)]
-    offered = Nodes(*(np.array(column, np.int64) for column in zip(*((*shape, 0, 0) for shape in shapes), strict=True)))
+    offered = Nodes(*arrays([(*shape, 0, 0, 0) for shape in shapes]))
     rows = [
         (rng.choice((500, 1000, 2000)), rng.choice((512, 2048, 4096)), rng.choice((0, 0, 1, 2)), WHOLE, 0, priority)
         for priority in (0, 0, 0, 10, 10, 20, 1000)

@@ -19,7 +19,7 @@ from colocate.simulate.compare import classes, comparisons, run_all, windows
 from colocate.simulate.day import made_day
 from colocate.simulate.engine import Work
 from colocate.simulate.fleet import DISCIPLINES, Run, simulate, too_large
-from colocate.simulate.placement import Kinds, Nodes
+from colocate.simulate.placement import Kinds, Nodes, arrays
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 from podgroup.simulation import Simulation
 from tests.unit.test_reproduce import FOLDER, needs
@@ -37,13 +37,9 @@ def work_of(*rows):
     asks = np.array(kinds, np.int64)
     ones = np.ones(len(kinds), np.int64)
     submit, run, members, gpus = (np.array(column) for column in zip(*rows, strict=True))
-    work = Work(
-        submit.astype(float),
-        run.astype(float),
-        np.searchsorted(asks, gpus),
-        members.astype(np.int64),
-        np.ones(len(run)),
-    )
+    members = members.astype(np.int64)
+    kind = np.searchsorted(asks, gpus)
+    work = Work(submit.astype(float), run.astype(float), kind, members, members, np.ones((len(run), 2)))
     return Kinds(0 * ones, 0 * ones, asks, 1000 * ones, 0 * ones, 0 * ones), work
 
 
@@ -159,7 +155,7 @@ def test_a_part_of_a_gpu_is_no_request_for_the_controller():
 @pytest.mark.parametrize("policy", sorted(DISCIPLINES))
 def test_nodes_larger_than_those_of_the_papers_are_used(policy):
     """A score below 0 is what does not fit: best fit's was so on an idle node of 192 CPUs."""
-    nodes = Nodes(*(np.array(c, np.int64) for c in ((64000, 384000), (1 << 19, 1 << 21), (8, 8), (0, 0), (0, 0))))
+    nodes = Nodes(*arrays([(64000, 1 << 19, 8, 0, 0, 0), (384000, 1 << 21, 8, 0, 0, 0)]))
     kinds, work = work_of(*((i, 1000, 1, 1) for i in range(16)))
     assert too_large(nodes, kinds, work) == -1
     run = simulate(nodes, kinds, work, DISCIPLINES[policy], 1)

@@ -146,7 +146,7 @@ def test_who_starts_at_once_is_who_the_controller_would_start(rows, taken_cpus):
     taken = cluster(nodes, pods, [*groups, group("old", 1)])
     controllers = {v.gang for v in decide(taken) if v.outcome == "Start"}
     seen = of_snapshot(msgspec.json.encode(taken))
-    scene = Scene(AS_IS, Nodes(*arrays([(*n.offers, 0, 0) for n in seen.nodes])), [(*g,) for g in seen.gangs])
+    scene = Scene(AS_IS, Nodes(*arrays([(*n.offers, 0, 0, 0) for n in seen.nodes])), [(*g,) for g in seen.gangs])
     ours = {name for name, at in future(scene, "ours", 60.0, 1).starts if at == 0.0}
     assert ours == controllers
 

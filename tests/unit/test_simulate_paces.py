@@ -69,7 +69,7 @@ def ran(throughputs, nodes, rows, policy="packing", outages=NO_OUTAGES):
     submit, run = (np.array([float(row[i]) for row in rows]) for i in range(2))
     members = np.array([row[2] for row in rows], np.int64)
     model = np.array([throughputs.models.index(row[5]) if row[5] else NO_MODEL for row in rows], np.int64)
-    work = Work(submit, run, kind, members, np.ones(len(rows)))
+    work = Work(submit, run, kind, members, members, np.ones((len(rows), 2)))
     paces = throughputs.paces(fleet.gpus, model, members * gpus[kind], (milli < 1000)[kind])
     return known_run(policy, fleet.nodes, Workload(work, kinds, ("",) * len(rows), model), 3, None, outages, paces)
 

@@ -29,8 +29,9 @@ def ran(policy, nodes, *rows, checkpoint=np.inf, restart=0.0):
     kind = [kinds.setdefault((row[3], row[4]), len(kinds)) for row in rows]
     gpus, priority = (np.array(column, np.int64) for column in zip(*kinds, strict=True))
     submit, run, members = (np.array([row[i] for row in rows]) for i in range(3))
+    members = members.astype(np.int64)
     work = Work(
-        submit.astype(float), run.astype(float), np.array(kind, np.int64), members.astype(np.int64), np.ones(len(rows))
+        submit.astype(float), run.astype(float), np.array(kind, np.int64), members, members, np.ones((len(rows), 2))
     )
     asks = Kinds(0 * gpus, 0 * gpus, gpus, 1000 + 0 * gpus, 0 * gpus, priority)
     outages = NO_OUTAGES._replace(checkpoint=float(checkpoint), restart=float(restart))
@@ -157,7 +158,7 @@ def test_the_node_and_the_victims_are_kube_schedulers(pods, free, wanted, start)
     free = [min(left, wanted - 1) for left in free]  # it fits nowhere
     taken = [sum(pod[1] for pod in pods if pod[0] == node) for node in range(4)]
     zero = np.zeros(4, np.int64)
-    nodes = Nodes(np.array(free) + np.array(taken), zero + 1, zero, zero, zero)
+    nodes = Nodes(np.array(free) + np.array(taken), zero + 1, zero, zero, zero, zero)
     rows = [(pod[1], 0, 0, 1000, 0, pod[2]) for pod in pods] + [(wanted, 0, 0, 1000, 0, mine)]
     kinds = Kinds(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
     state = empty(nodes)
@@ -209,7 +210,7 @@ def test_a_priority_is_a_whole_number(tmp_path, capsys, text):
 
 def fleet_of(*cpus):
     ones = np.ones(len(cpus), np.int64)
-    return Nodes(np.array(cpus, np.int64), ones, 0 * ones, 0 * ones, 0 * ones)
+    return Nodes(np.array(cpus, np.int64), ones, 0 * ones, 0 * ones, 0 * ones, 0 * ones)
 
 
 def on_cpus(policy, nodes, *rows, checkpoint=np.inf):
@@ -218,7 +219,7 @@ def on_cpus(policy, nodes, *rows, checkpoint=np.inf):
     kind = np.array([kinds.setdefault(row[2:], len(kinds)) for row in rows], np.int64)
     cpu, priority = (np.array(column, np.int64) for column in zip(*kinds, strict=True))
     submit, run = (np.array([float(row[i]) for row in rows]) for i in range(2))
-    work = Work(submit, run, kind, np.ones(len(rows), np.int64), np.ones(len(rows)))
+    work = Work(submit, run, kind, *2 * (np.ones(len(rows), np.int64),), np.ones((len(rows), 2)))
     asks = Kinds(cpu, 0 * cpu, 0 * cpu, 1000 + 0 * cpu, 0 * cpu, priority)
     names, outages = tuple(str(i) for i in range(len(rows))), NO_OUTAGES._replace(checkpoint=checkpoint)
     return known_run(policy, nodes, Workload(work, asks, names), 3, None, outages)
