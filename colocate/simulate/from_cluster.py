@@ -47,7 +47,7 @@ def scenes(path: Path, changes: Sequence[str]) -> list[Scene]:
     if not readers:
         raise BadInput("--from-cluster: nothing that is installed reads snapshots of a cluster")
     seen = readers[0](content)
-    rows = [(*node.offers, 0, 0) for node in seen.nodes]
+    rows = [(*node.offers, 0, 0, 0) for node in seen.nodes]
     if not rows:
         raise BadInput(f"--from-cluster: {path} has no node that takes pods")
     if max(row[2] for row in rows) > MOST_GPUS:
