@@ -121,6 +121,7 @@ class Outcome(NamedTuple):
         work, run = self.work.work, self.run
         ran = ~np.isnan(run.end)
         wait, jct = (run.start - work.submit)[ran], (run.end - work.submit)[ran]
+        slowdown = np.maximum(jct / np.maximum(work.run[ran], SHORT_SECONDS), 1.0)
         span = float(work.submit[-1] - work.submit[0])
         capacity = float(nodes.gpus.sum()) * span
         card: dict[str, Any] = {
@@ -129,7 +130,8 @@ class Outcome(NamedTuple):
             "never_started": int((~ran).sum()),
             "jct_seconds": _summary(jct),
             "wait_seconds": _summary(wait),
-            "bounded_slowdown": _summary(np.maximum(jct / np.maximum(work.run[ran], SHORT_SECONDS), 1.0)),
+            "bounded_slowdown": _summary(slowdown),
+            "fairness": round(fairness(slowdown), 6) if ran.any() else None,
             "makespan_seconds": round(float(run.end[ran].max() - work.submit[0]), 3) if ran.any() else None,
             "gpu_allocation": round(run.busy_gpu_seconds / capacity, 6) if capacity else None,
             "gpu_held_idle": round(run.held_gpu_seconds / capacity, 6) if capacity else None,
@@ -181,6 +183,11 @@ class Outcome(NamedTuple):
         begun = np.concatenate(([0.0], np.cumsum(gpus[order])))[np.searchsorted(start[order], times, "right")]
         over = np.concatenate(([0.0], np.cumsum(gpus[by_end])))[np.searchsorted(ends[by_end], times, "right")]
         return [(float(t - began) / 3600.0, float(g)) for t, g in zip(times, begun - over, strict=True)]
+
+
+def fairness(slowdown: Floats) -> float:
+    """Jain's index: 1 where all are slowed down alike, 1/n where one of n is alone (Jain, Chiu and Hawe, 1984)."""
+    return float(slowdown.sum() ** 2 / (len(slowdown) * (slowdown**2).sum()))
 
 
 def _summary(values: Floats) -> dict[str, float | None]:

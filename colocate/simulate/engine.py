@@ -322,7 +322,7 @@ def _lesser(play: Play, job: int, now: float) -> Lesser:
 def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
     """As many of its members are placed as it needs; it runs once the last is bound."""
     progress, restart = play.progress, 0.0
-    runs, last = max(now, progress.bound[job]), play.work.submit[-1]
+    runs = max(now, progress.bound[job])
     if progress.again[job] == 0:
         play.start[job] = runs
     else:
@@ -335,9 +335,17 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
     _touch(play, job)
     heapq.heappush(ends, (progress.over[job], job))
     play.gpus[BUSY] += _gpus(play, job)
-    held = (min(runs, last) - min(now, last)) * _gpus(play, job)
-    play.areas[BUSY] -= held
-    play.areas[HELD] += held
+    _held(play, job, now, _gpus(play, job))
+
+
+@kernel()
+def _held(play: Play, job: int, now: float, gpus: int) -> None:
+    """Until the last of its pods is bound its GPUs do nothing."""
+    began, last = play.progress.began[job], play.work.submit[-1]
+    if now < began:
+        idle = (min(began, last) - min(now, last)) * gpus
+        play.areas[BUSY] -= idle
+        play.areas[HELD] += idle
 
 
 @kernel()
@@ -438,6 +446,7 @@ def _grow(play: Play, ends: list[tuple[float, int]], job: int, more: int, now: f
     _goes_on(play, ends, job, now, resumes, _pace(play, job))
     _touch(play, job)
     play.gpus[BUSY] += added
+    _held(play, job, now, added)
 
 
 @kernel()
@@ -538,11 +547,7 @@ def _fall_back(play: Play, job: int, now: float) -> None:
         pauses = progress.paused[job] - _gpus(play, job) * max(progress.since[job] - now, 0.0)
         lost -= kept / worked * (lost - pauses) if kept > 0.0 else 0.0
     progress.left[job] -= kept
-    if now < progress.began[job]:  # not all of its pods were bound: it has not begun
-        last = play.work.submit[-1]
-        early = (min(progress.began[job], last) - min(now, last)) * _gpus(play, job)
-        play.areas[BUSY] += early
-        play.areas[HELD] -= early
+    _held(play, job, now, -_gpus(play, job))
     if now < progress.began[job] and progress.again[job] == 0:
         play.start[job] = np.nan
     else:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from colocate.cli.main import main
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.compare import classes, comparisons, run_all, windows
+from colocate.simulate.compare import classes, comparisons, fairness, run_all, windows
 from colocate.simulate.day import made_day
 from colocate.simulate.engine import Work
 from colocate.simulate.fleet import DISCIPLINES, Run, simulate, too_large
@@ -160,6 +160,18 @@ def test_nodes_larger_than_those_of_the_papers_are_used(policy):
     assert too_large(nodes, kinds, work) == -1
     run = simulate(nodes, kinds, work, DISCIPLINES[policy], 1)
     assert run.start.tolist() == work.submit.tolist()
+
+
+@pytest.mark.parametrize(
+    ("slowdowns", "index"),
+    [
+        pytest.param([3.0] * 4, 1.0, id="all alike"),
+        pytest.param([1.0, 3.0], 0.8, id="one waits thrice as long"),
+        pytest.param([1.0] * 3 + [1e9], 0.25, id="one pays for all"),
+    ],
+)
+def test_how_alike_jobs_are_slowed_down(slowdowns, index):
+    assert fairness(np.array(slowdowns)) == pytest.approx(index)
 
 
 def test_a_policy_under_which_jobs_never_start_is_not_praised_for_it():
