@@ -20,7 +20,7 @@ def nodes_of(*rows):
 
 def kinds_of(*rows):
     """(milli CPU, MiB, GPUs, milli of each, models) each."""
-    return Kinds(*(np.array(column, np.int64) for column in zip(*((*row, 0, 0) for row in rows), strict=True)))
+    return Kinds(*(np.array(column, np.int64) for column in zip(*((*row, 0) for row in rows), strict=True)))
 
 
 NODES = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 8), st.integers(0, 2)), min_size=1)
