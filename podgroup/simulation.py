@@ -68,7 +68,7 @@ class KindsLike(Protocol):
 
 
 class WorkLike(Protocol):
-    """Columns of jobs (see colocate.simulate.fleet.Work)."""
+    """Columns of jobs (see colocate.simulate.engine.Work)."""
 
     submit: Floats
     run: Floats
@@ -114,11 +114,10 @@ Found = tuple[Floats, float, float, int, Ints, Floats, float, int, float, bool, 
 
 
 class Running(msgspec.Struct):
-    """A job that runs: from when, on what, and how fast. Seconds."""
+    """A job that runs: on what, and how fast. Seconds."""
 
     pods: list[int]
     gpus: int
-    began: float
     since: float
     """From then on it works at this pace."""
     pace: float
@@ -126,23 +125,27 @@ class Running(msgspec.Struct):
     over: float
     done: float = 0.0
     """Of its work, until `since`."""
+    told: float = 0.0
+    """The part of it that is in the sum of all work."""
     spent: float = 0.0
     """Times GPUs, until `spent_at`."""
     spent_at: float = 0.0
     paused: float = 0.0
     """Times GPUs, in which it began again."""
 
-    def worked(self, now: float) -> float:
-        """Of its work."""
-        return self.done + max(now - self.since, 0.0) / self.pace
+    def put_down(self, now: float, last: float) -> float:
+        """What it has done until now; the part of it until `last`."""
+        if now <= self.since:
+            return 0.0
+        told = max(min(now, last) - self.since, 0.0) / self.pace
+        self.done, self.since, self.told = self.done + (now - self.since) / self.pace, now, self.told + told
+        return told
 
     def lost(self, now: float, kept: float) -> float:
-        """Of all that its GPUs spent on it, times GPUs, what was not spent on the work that is kept."""
-        if not self.done and not self.spent:
-            return self.gpus * (max(now - self.began, 0.0) - kept * self.pace)
+        """Of all that its GPUs spent on its work, times GPUs, what was not spent on the part that is kept."""
         total = self.spent + self.gpus * max(now - self.spent_at, 0.0)
         pauses = self.paused - self.gpus * max(self.since - now, 0.0)
-        return total - kept / self.worked(now) * (total - pauses) if kept else total
+        return total - kept / self.done * (total - pauses) if kept else total
 
 
 class Simulation:
@@ -179,7 +182,7 @@ class Simulation:
         self.first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
         self.node = np.full(self.first[-1], -1, np.int64)
         self.start, self.end = np.full(len(work.submit), np.nan), np.full(len(work.submit), np.nan)
-        self.paces, self.model, self.rate, self.done = paces, nodes.model, 0.0, 0.0
+        self.paces, self.model, self.done = paces, nodes.model, 0.0
         self.rack, self.block, self.left = nodes.rack, nodes.block, work.run.astype(float)
         self.running: dict[int, Running] = {}
         self.down: set[int] = set()
@@ -246,19 +249,25 @@ class Simulation:
         for p in pods:
             self.free[self.node[p]] += self._asks(job)
         self.busy -= ran.gpus
-        self.rate -= self._rate(job, ran)
 
-    def _rate(self, job: int, ran: Running) -> float:
-        """GPU-seconds of work a second."""
-        return float(self.each[job] * self.work.members[job]) / ran.pace
+    def _put_down(self, job: int, now: float) -> None:
+        """What it has done until now."""
+        told = self.running[job].put_down(now, float(self.work.submit[-1]))
+        self.done += self._worth(job) * told
+
+    def _worth(self, job: int) -> float:
+        """GPUs that a second of its work takes."""
+        return float(self.each[job] * self.work.members[job])
 
     def _lose(self, job: int, pods: list[int], now: float) -> None:
         """It loses members, and what was not saved. It goes on with the others if these are enough, or waits again."""
         ran, saved = self.running[job], 0.0
+        self._put_down(job, now)
         if self.outages is not None:
-            saved = self.outages.saved(ran.worked(now), float(self.left[job]))
+            saved = self.outages.saved(ran.done, float(self.left[job]))
         self.left[job] -= saved
         self.lost += ran.lost(now, saved)
+        self.done -= self._worth(job) * max(ran.told - saved, 0.0)
         self.again[job] += 1
         left = [p for p in ran.pods if p not in pods]
         if len(left) < self.work.least[job]:
@@ -333,25 +342,25 @@ class Simulation:
         restart = self.restart if job in self.again else 0.0
         since, paused = now + restart, restart * gpus
         over = now + (float(self.left[job]) * pace + restart)
-        self.running[job] = ran = Running(pods, gpus, now, since, pace, over, spent_at=now, paused=paused)
+        self.running[job] = Running(pods, gpus, since, pace, over, spent_at=now, paused=paused)
         self.busy += gpus
-        self.rate += self._rate(job, ran)
         heapq.heappush(self.ends, (over, job))
 
     def _grow(self, job: int, pods: list[int], now: float) -> None:
         """More of its members are there: all begin again together, from where they are."""
         ran, added = self.running[job], int(self.each[job]) * len(pods)
-        since = max(ran.since, now)
-        resumes = max(since, now + self.restart)
-        ran.spent += ran.gpus * (now - ran.spent_at)
-        ran.done, ran.spent_at = ran.worked(now), now
-        self.rate -= self._rate(job, ran)
+        self._put_down(job, now)
+        ran.spent, ran.spent_at = ran.spent + ran.gpus * (now - ran.spent_at), now
         ran.pods, ran.gpus, self.busy = [*ran.pods, *pods], ran.gpus + added, self.busy + added
-        ran.paused += added * (since - now) + (resumes - since) * ran.gpus
+        resumes = max(ran.since, now + self.restart)
+        ran.paused += added * max(ran.since - now, 0.0) + (resumes - max(ran.since, now)) * ran.gpus
         ran.since, ran.pace = resumes, self._pace(job, ran.pods)
-        self.rate += self._rate(job, ran)
         ran.over = resumes + max(float(self.left[job]) - ran.done, 0.0) * ran.pace
         heapq.heappush(self.ends, (ran.over, job))
+
+    def _is_end(self, at: float, job: int) -> bool:
+        """Else it was stopped since, or has another pace."""
+        return job in self.running and self.running[job].over == at
 
     def _decide(self, now: float) -> None:
         """Until nothing more is decided."""
@@ -402,12 +411,12 @@ class Simulation:
                 break
             passed = max(min(then, last) - max(now, first), 0.0)
             busy_area += self.busy * passed
-            self.done += self.rate * passed
             idle_area += (self.usable - self.busy) * passed if self.waiting else 0.0
             now = then
             while self.ends and self.ends[0][0] <= now:
                 at, job = heapq.heappop(self.ends)
-                if job in self.running and self.running[job].over == at:  # else it was stopped before
+                if self._is_end(at, job):
+                    self._put_down(job, now)
                     self.lost += self.running[job].paused
                     self._leave(job)
                     self.end[job] = now
@@ -422,6 +431,10 @@ class Simulation:
                 self._arrive(arrived, now)
                 arrived += 1
             self._decide(now)
+            while self.ends and not self._is_end(*self.ends[0]):
+                heapq.heappop(self.ends)
+        for job in self.running:
+            self._put_down(job, now)
         cut = cut or (self.waiting > 0 and until < np.inf)
         held, restarts = 0.0, self.again.total()
         found = self.start, busy_area, held, self.cycles, self.node, self.end, self.lost, restarts, idle_area, cut

@@ -209,7 +209,9 @@ def _slower_across(workload: Workload, level: int, name: str, times: float, wher
         text = f"--nodes has no {name}s: give its groups `{name}: N`, the nodes of one {name}"
         raise BadInput(f"--across-{name}s: {text}")
     across = workload.work.across.copy()
-    across[:, level:] = np.where(workload.work.members > 1, times, 1.0)[:, None]
+    across[:, level] = np.where(workload.work.members > 1, times, 1.0)
+    if level == 0:
+        across[:, 1] = across.max(axis=1)
     if (across[:, 0] > across[:, 1]).any():
         raise BadInput(f"--across-{name}s: {times:g} is less than across racks, which those across blocks are, too")
     return workload._replace(work=workload.work._replace(across=across))

@@ -4,9 +4,10 @@ What happens at once is in the order of kube-scheduler's events: who ends gives 
 those that wait are looked at in their order. Unlike it, a pod that did not fit is looked at again at once when
 something ends (its backoff is at most ten seconds).
 
-Where a node fails, each job that runs with a member there loses all members and what it did since its last checkpoint,
-and waits again: a gang at its old place in the queue (its PodGroup is the same), pods of no gang behind (they are new
-ones). A job that holds members while it waits for the rest loses those that are there.
+Where a node fails, each job that runs with a member there loses what it did since its last checkpoint. It goes on with
+the members that are left, if these are enough; else it loses all and waits again: a gang at its old place in the queue
+(its PodGroup is the same), pods of no gang behind (they are new ones). A job that holds members while it waits for the
+rest loses those that are there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from colocate.simulate.placement import (
     take,
 )
 from colocate.simulate.preemption import Lesser, by_node, nominate
-from colocate.simulate.scores import BEST_FIT, CPU, WHOLE, kernel
+from colocate.simulate.scores import BEST_FIT, CPU, MOST_GPUS, WHOLE, kernel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -84,13 +85,13 @@ class Pods(NamedTuple):
     mask: Ints
     """Its GPUs there, a bit each."""
     placed: Ints
-    """(jobs + 1,) how many of each job are."""
+    """(jobs,) how many of each are."""
     job: Ints
     """Of each. Empty, as the three after it, where nobody slows anybody down."""
     head: Ints
-    """(nodes,) the first pod there with a part of a GPU; -1: none."""
+    """(GPUs of all nodes, MOST_GPUS each) the first pod with a part of it; -1: none."""
     after: Ints
-    """(pods,) the next on its node; -1: none."""
+    """(pods,) the next on its GPU; -1: none."""
     before: Ints
 
 
@@ -115,11 +116,15 @@ class Progress(NamedTuple):
     """Seconds: from when it works at this pace."""
     done: Floats
     """Seconds of work since it began last, until then."""
+    told: Floats
+    """The part of them that is in areas[DONE]."""
     spent: Floats
-    """Thousandths of GPUs times seconds since it began last, until `spent_at`; 0 where it has not grown since."""
+    """Thousandths of GPUs times seconds since it began last, until `spent_at`."""
     spent_at: Floats
     paused: Floats
     """The same, in which it began again."""
+    stalled: NDArray[np.bool_]
+    """It does nothing, for who was there before leaves it no memory of a GPU."""
 
 
 class Play(NamedTuple):
@@ -133,7 +138,11 @@ class Play(NamedTuple):
     outages: Outages
     paces: Paces
     touched: NDArray[np.bool_]
-    """(nodes,) with parts of GPUs that were taken or given back at this moment."""
+    """(GPUs of all nodes,) of which parts were taken or given back at this moment."""
+    those: Ints
+    """Their numbers; the first is how many they are."""
+    seen: NDArray[np.bool_]
+    """(jobs,) that are looked at now."""
     waiting: Ints
     """Jobs in their order; as many as `count` says."""
     too_many: Ints
@@ -141,9 +150,8 @@ class Play(NamedTuple):
     gpus: Ints
     """Thousandths: busy, held, and of nodes that have not failed."""
     areas: Floats
-    """Thousandths of GPUs times seconds: busy, held, idle, lost; and what the work done was worth, in GPU-seconds."""
-    rate: Floats
-    """(1,) GPU-seconds of work that are done in a second now."""
+    """Thousandths of GPUs times seconds: busy, held, idle, lost; and the GPU-seconds that the work is worth that is not
+    lost."""
     binder: Floats
     """(1,) seconds: until when its client's tokens are spent."""
     start: Floats
@@ -156,20 +164,24 @@ def new_play(board: Board, work: Work, rule: Rule, outages: Outages, paces: Pace
     first = np.concatenate(([0], np.cumsum(work.members))).astype(np.int64)
     none, linked = np.full(first[-1], -1, np.int64), len(paces.row) > 0
     job = np.repeat(np.arange(jobs), work.members) if linked else np.empty(0, np.int64)
-    head = np.full(nodes if linked else 0, -1, np.int64)
+    slots = nodes * MOST_GPUS if linked else 0
+    head = np.full(slots, -1, np.int64)
     chain = np.full(len(job), -1, np.int64)
-    placed = np.zeros(len(first), np.int64)
+    placed = np.zeros(jobs, np.int64)
     pods = Pods(first, none, np.zeros(first[-1], np.int64), placed, job, head, chain, chain.copy())
     key = (work.run if rule.shortest else work.submit).copy()
     began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
-    again, ones, zeros = np.zeros(jobs, np.int64), np.ones(jobs), (np.zeros(jobs) for _ in range(5))
-    progress = Progress(key, work.run.copy(), began, over, again, bound, ones, *zeros)
+    again, pace, stalled = np.zeros(jobs, np.int64), np.ones(jobs), np.zeros(jobs, np.bool_)
+    since, done, told, spent, spent_at, paused = (np.zeros(jobs) for _ in range(6))
+    clock = (bound, pace, since, done, told, spent, spent_at, paused, stalled)
+    progress = Progress(key, work.run.copy(), began, over, again, *clock)
     gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
     too_many = np.full(len(board.kinds.gpus), NEVER)
     start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
     waiting = np.empty(jobs, np.int64)
-    areas, rate, binder = np.zeros(DONE + 1), np.zeros(1), np.full(1, -np.inf)
-    rest = (paces, np.zeros(nodes, np.bool_), waiting, too_many, gpus, areas, rate, binder, start, end)
+    areas, binder = np.zeros(DONE + 1), np.full(1, -np.inf)
+    marks = np.zeros(slots, np.bool_), np.zeros(slots + 1, np.int64), np.zeros(jobs, np.bool_)
+    rest = (paces, *marks, waiting, too_many, gpus, areas, binder, start, end)
     return Play(board, pods, work, progress, rule, outages, *rest)
 
 
@@ -183,17 +195,20 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
     while arrived < jobs and pods.first[arrived] < there:
         _resume(play, ends, arrived)
         arrived += 1
+    _repace(play, ends, work.submit[0])
     while arrived < jobs or ends or (count > 0 and outage < outages.at.size):
         then = ends[0][0] if ends else np.inf
         then = min(then, work.submit[arrived]) if arrived < jobs else then
         then = min(then, outages.at[outage]) if outage < outages.at.size else then
         if then > outages.until:
+            for j in range(arrived):
+                if not np.isnan(play.progress.over[j]):
+                    _put_down(play, j, now)
             return decisions, True
         passed = max(min(then, last) - max(now, work.submit[0]), 0.0)
         areas[BUSY] += gpus[BUSY] * passed
         areas[HELD] += gpus[HELD] * passed
-        areas[DONE] += play.rate[0] * passed
-        areas[IDLE] += (gpus[USABLE] - gpus[BUSY] - gpus[HELD]) * passed * (count > 0)
+        areas[IDLE] += (gpus[USABLE] - gpus[BUSY] - gpus[HELD]) * passed * _anybody(play, count)
         now, freed = then, False
         while ends and ends[0][0] <= now:
             at, j = heapq.heappop(ends)
@@ -219,8 +234,9 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
             count, cursor, lot, looked, again = _pass(play, ends, begin, count, now, cursor, lot)
             decisions += looked
             begin = 0
-        if play.paces.row.size > 0:
-            _repace(play, ends, now)
+        _repace(play, ends, now)
+        while ends and ends[0][0] != play.progress.over[ends[0][1]]:  # it was stopped since, or has another pace
+            heapq.heappop(ends)
     return decisions, count > 0 and outages.until < np.inf
 
 
@@ -327,15 +343,13 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
         play.start[job] = runs
     else:
         restart = play.outages.restart
-    progress.pace[job], progress.began[job] = _pace(play, job), runs
-    progress.since[job], progress.done[job] = runs + restart, 0.0
+    progress.stalled[job], progress.began[job] = False, runs
+    progress.since[job], progress.done[job], progress.told[job] = runs + restart, 0.0, 0.0
     progress.spent[job], progress.spent_at[job], progress.paused[job] = 0.0, runs, restart * _gpus(play, job)
-    progress.over[job] = progress.since[job] + progress.left[job] * progress.pace[job]
-    play.rate[0] += _rate(play, job)
-    _touch(play, job)
-    heapq.heappush(ends, (progress.over[job], job))
     play.gpus[BUSY] += _gpus(play, job)
     _held(play, job, now, _gpus(play, job))
+    _touch(play, job)
+    _goes_on(play, ends, job, _pace(play, job))
 
 
 @kernel()
@@ -372,93 +386,148 @@ def _pace(play: Play, job: int) -> float:
 
 @kernel()
 def _beside(play: Play, job: int, p: int) -> float:
-    """So many times as long it takes because of those that share its member's GPU."""
+    """So many times as long it takes because of those that share its member's GPU; infinite: it has no memory there.
+
+    Who was there before has it, and who has none does not slow down the others.
+    """
     pods, progress, paces = play.pods, play.progress, play.paces
+    if not _is_partial(play.board.kinds, play.work.kind[job]):
+        return 1.0
     gpu, found = play.board.nodes.model[pods.node[p]], 1.0
-    q = pods.head[pods.node[p]]
+    q = pods.head[_slot(pods, p)]
     while q >= 0:
         other = pods.job[q]
-        runs = other != job and paces.row[other] != NO_MODEL and not np.isnan(progress.over[other])
-        if runs and pods.mask[q] & pods.mask[p] and _is_partial(play, job):
+        if q != p and paces.row[other] != NO_MODEL and not (np.isnan(progress.over[other]) or progress.stalled[other]):
             times = paces.pair[gpu, paces.model[job], paces.model[other]]
-            first = (progress.began[other], other) < (progress.began[job], job)
             if times < np.inf:
                 found *= times
-            elif first:  # it has no memory until the other is gone, and does not hinder it
+            elif other == job:  # they take turns
+                found *= 2.0
+            elif (progress.began[other], other) < (progress.began[job], job):
                 return np.inf
         q = pods.after[q]
     return found
 
 
 @kernel()
-def _is_partial(play: Play, job: int) -> bool:
-    k = play.work.kind[job]
-    return play.board.kinds.gpus[k] == 1 and play.board.kinds.gpu_milli[k] < WHOLE  # type: ignore[no-any-return]
+def _is_partial(kinds: Kinds, k: int) -> bool:
+    return kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE  # type: ignore[no-any-return]
+
+
+@kernel()
+def _slot(pods: Pods, p: int) -> int:
+    """The number of the GPU that a pod has a part of."""
+    gpu = 0
+    while not (pods.mask[p] >> gpu) & 1:
+        gpu += 1
+    return pods.node[p] * MOST_GPUS + gpu  # type: ignore[no-any-return]
 
 
 @kernel()
 def _touch(play: Play, job: int) -> None:
     """Who shares a GPU with it may have another pace."""
-    if play.paces.row.size > 0 and _is_partial(play, job):
+    if play.pods.head.size > 0 and _is_partial(play.board.kinds, play.work.kind[job]):
         for p in range(play.pods.first[job], play.pods.first[job] + play.pods.placed[job]):
-            play.touched[play.pods.node[p]] = True
+            slot = _slot(play.pods, p)
+            if not play.touched[slot]:
+                play.touched[slot] = True
+                play.those[0] += 1
+                play.those[play.those[0]] = slot
 
 
 @kernel()
 def _repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
-    """Who shares a GPU on a node where somebody came or went goes on at the pace that it has now."""
-    pods, progress = play.pods, play.progress
-    for i in np.flatnonzero(play.touched):
-        play.touched[i] = False
-        p = pods.head[i]
+    """Who shares a GPU of which somebody took or gave back a part goes on at the pace that it has now."""
+    pods, progress, those = play.pods, play.progress, play.those
+    jobs, at = [0 for _ in range(0)], 1
+    while at <= (those[0] if pods.head.size > 0 else 0):
+        p, at = pods.head[those[at]], at + 1
         while p >= 0:
             job, p = pods.job[p], pods.after[p]
-            if np.isnan(progress.over[job]):
-                continue
-            pace = _pace(play, job)
-            if pace != progress.pace[job]:
-                _goes_on(play, ends, job, now, max(progress.since[job], now), pace)
+            if not play.seen[job] and not np.isnan(progress.over[job]):
+                play.seen[job] = True
+                jobs.append(job)
+    changes = True
+    while changes:  # who has memory depends on those that were there before, and ends with the first
+        changes = False
+        for i in range(len(jobs)):
+            stalled = _pace(play, jobs[i]) == np.inf
+            if stalled != progress.stalled[jobs[i]]:
+                progress.stalled[jobs[i]], changes = stalled, True
+                _affected(play, jobs, jobs[i])
+    for job in jobs:
+        play.seen[job] = False
+        pace = _pace(play, job)
+        if pace != progress.pace[job]:
+            _put_down(play, job, now)
+            _goes_on(play, ends, job, pace)
+    for at in range(1, those[0] + 1 if pods.head.size > 0 else 0):
+        play.touched[those[at]] = False
+    those[0] = 0
 
 
 @kernel()
-def _goes_on(play: Play, ends: list[tuple[float, int]], job: int, now: float, since: float, pace: float) -> None:
-    """At another pace, from a moment on."""
+def _affected(play: Play, jobs: list[int], job: int) -> None:
+    """Those that share any GPU with a job are looked at, too."""
+    pods = play.pods
+    for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
+        q = pods.head[_slot(pods, p)]
+        while q >= 0:
+            other, q = pods.job[q], pods.after[q]
+            if not play.seen[other] and not np.isnan(play.progress.over[other]):
+                play.seen[other] = True
+                jobs.append(other)
+
+
+@kernel()
+def _put_down(play: Play, job: int, now: float) -> None:
+    """What it has done until now, at the pace that it had."""
+    progress, last = play.progress, play.work.submit[-1]
+    since, pace = progress.since[job], progress.pace[job]
+    if now > since:
+        progress.done[job] += (now - since) / pace
+        told = max(min(now, last) - since, 0.0) / pace
+        progress.told[job] += told
+        play.areas[DONE] += _worth(play, job) * told
+        progress.since[job] = now
+
+
+@kernel()
+def _worth(play: Play, job: int) -> int:
+    """GPUs that a second of its work takes alone, those that it has a part of as if they were its own."""
+    return play.board.kinds.gpus[play.work.kind[job]] * play.work.members[job]  # type: ignore[no-any-return]
+
+
+@kernel()
+def _goes_on(play: Play, ends: list[tuple[float, int]], job: int, pace: float) -> None:
+    """At a pace, from `since` on."""
     progress = play.progress
-    play.rate[0] -= _rate(play, job)
-    progress.done[job] = _worked(progress, job, now)
-    progress.since[job], progress.pace[job] = since, pace
-    play.rate[0] += _rate(play, job)
     left = max(progress.left[job] - progress.done[job], 0.0)
-    progress.over[job] = since + left * pace if left > 0.0 else since
-    if progress.over[job] < np.inf:
+    progress.pace[job], progress.over[job] = pace, np.inf
+    if pace < np.inf:
+        progress.over[job] = progress.since[job] + left * pace
         heapq.heappush(ends, (progress.over[job], job))
 
 
 @kernel()
 def _grow(play: Play, ends: list[tuple[float, int]], job: int, more: int, now: float) -> None:
-    """More of its members are there: all begin again together, from where they are."""
+    """More of its members are there: all begin again together, from where they are.
+
+    Who joins is taken to be bound at once.
+    """
     progress, added = play.progress, _size(play.board.kinds, play.work.kind[job]) * more
-    then, since = max(now, progress.spent_at[job]), max(progress.since[job], now)
+    then, began = max(now, progress.spent_at[job]), progress.began[job]
+    _put_down(play, job, now)
     progress.spent[job] += (_gpus(play, job) - added) * (then - progress.spent_at[job])
     progress.spent_at[job] = then
-    resumes = max(since, now + play.outages.restart)
-    progress.paused[job] += added * (since - now) + (resumes - since) * _gpus(play, job)
-    _goes_on(play, ends, job, now, resumes, _pace(play, job))
-    _touch(play, job)
+    resumes = max(progress.since[job], now + play.outages.restart)
+    progress.paused[job] += added * max(progress.since[job] - max(now, began), 0.0)
+    progress.paused[job] += (resumes - max(progress.since[job], now)) * _gpus(play, job)
+    progress.since[job] = resumes
     play.gpus[BUSY] += added
     _held(play, job, now, added)
-
-
-@kernel()
-def _worked(progress: Progress, job: int, now: float) -> float:
-    """Seconds of its work since it began last."""
-    return progress.done[job] + max(now - progress.since[job], 0.0) / progress.pace[job]  # type: ignore[no-any-return]
-
-
-@kernel()
-def _rate(play: Play, job: int) -> float:
-    """GPU-seconds of work that it does in a second, of GPUs that it shares as if they were its own."""
-    return play.board.kinds.gpus[play.work.kind[job]] * play.work.members[job] / play.progress.pace[job]  # type: ignore[no-any-return]
+    _touch(play, job)
+    _goes_on(play, ends, job, _pace(play, job))
 
 
 @kernel()
@@ -479,7 +548,6 @@ def _stop(play: Play, job: int) -> None:
 @kernel()
 def _release(play: Play, job: int) -> None:
     """It does not run any more."""
-    play.rate[0] -= _rate(play, job)
     _touch(play, job)
     play.progress.over[job] = np.nan
     play.gpus[BUSY] -= _gpus(play, job)
@@ -487,6 +555,7 @@ def _release(play: Play, job: int) -> None:
 
 @kernel()
 def _end(play: Play, job: int, now: float) -> None:
+    _put_down(play, job, now)
     _stop(play, job)
     play.end[job] = now
     play.areas[LOST] += play.progress.paused[job]
@@ -517,17 +586,18 @@ def _taken_from(
     Who runs goes on with the members that are left, if these are enough, else it is stopped; who waits for the rest of
     its members waits for these too.
     """
-    board, pods, k, key = play.board, play.pods, play.work.kind[job], play.progress.key[job]
+    board, pods, k, again = play.board, play.pods, play.work.kind[job], play.progress.again[job]
     count = _remove(play, count, job)
     if np.isnan(play.progress.over[job]):
         play.gpus[HELD] -= _size(board.kinds, k) * _lose(board, pods, k, job, pod, node)
         play.progress.key[job] = now
     elif pods.placed[job] - (1 if pod >= 0 else _on(pods, job, node)) >= play.work.least[job]:
+        at_once = now == play.progress.began[job] and again > 0  # as another a moment ago
         _fall_back(play, job, now)
+        play.progress.again[job] -= at_once
         _release(play, job)
         _lose(board, pods, k, job, pod, node)
         _begin(play, ends, job, now)
-        play.progress.key[job] = key
     else:
         _fall_back(play, job, now)
         _stop(play, job)
@@ -539,13 +609,14 @@ def _taken_from(
 def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
-    had, worked = max(now - progress.began[job], 0.0), _worked(progress, job, now)
+    _put_down(play, job, now)
+    worked = progress.done[job]
     kept = saved(outages, worked, progress.left[job])
-    lost = _gpus(play, job) * (had - kept * progress.pace[job])
-    if progress.done[job] > 0.0 or progress.spent[job] > 0.0:  # of all that it took to work, the part that is kept
-        lost = progress.spent[job] + _gpus(play, job) * max(now - progress.spent_at[job], 0.0)
-        pauses = progress.paused[job] - _gpus(play, job) * max(progress.since[job] - now, 0.0)
-        lost -= kept / worked * (lost - pauses) if kept > 0.0 else 0.0
+    # Of all that its GPUs spent on the work, the part that is kept.
+    lost = progress.spent[job] + _gpus(play, job) * max(now - progress.spent_at[job], 0.0)
+    pauses = progress.paused[job] - _gpus(play, job) * max(progress.since[job] - max(now, progress.began[job]), 0.0)
+    lost -= kept / worked * (lost - pauses) if kept > 0.0 else 0.0
+    play.areas[DONE] -= _worth(play, job) * max(progress.told[job] - kept, 0.0)
     progress.left[job] -= kept
     _held(play, job, now, -_gpus(play, job))
     if now < progress.began[job] and progress.again[job] == 0:
@@ -570,7 +641,7 @@ def _on(pods: Pods, job: int, node: int) -> int:
 
 @kernel()
 def _lose(board: Board, pods: Pods, k: int, job: int, pod: int, node: int) -> int:
-    """The members there of a job that waits for the rest (or one of them), placed anew; how many they are."""
+    """A job gives up its members there, or one of them; how many they are. Its last ones take their places."""
     p, lost = pods.first[job], 0
     while p < pods.first[job] + pods.placed[job]:
         if pods.node[p] != node or pod not in (-1, p):
@@ -602,7 +673,7 @@ def _gpus(play: Play, job: int) -> int:
 
 @kernel()
 def _remove(play: Play, count: int, job: int) -> int:
-    """A job out of the queue, if it is there; how many wait then."""
+    """A job out of the queue, where it is as long as it lacks members; how many wait then."""
     waiting, kept = play.waiting, 0
     if play.pods.placed[job] == play.work.members[job]:
         return count
@@ -627,10 +698,10 @@ def _insert(play: Play, count: int, job: int) -> int:
 @kernel()
 def _anybody(play: Play, count: int) -> bool:
     """Whether one of so many that wait does not run yet."""
-    found = False
-    for w in range(count):
-        found |= np.isnan(play.progress.over[play.waiting[w]])
-    return found
+    w = 0
+    while w < count and not np.isnan(play.progress.over[play.waiting[w]]):
+        w += 1
+    return w < count
 
 
 @kernel()
@@ -663,28 +734,24 @@ def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
 
 
 @kernel()
-def _is_linked(board: Board, pods: Pods, k: int) -> bool:
-    return pods.head.size > 0 and board.kinds.gpus[k] == 1 and board.kinds.gpu_milli[k] < WHOLE
-
-
-@kernel()
 def _link(board: Board, pods: Pods, k: int, p: int) -> None:
-    """A pod with a part of a GPU is on its node."""
-    if _is_linked(board, pods, k):
-        head = pods.head[pods.node[p]]
-        pods.after[p], pods.before[p], pods.head[pods.node[p]] = head, -1, p
+    """A pod has a part of a GPU."""
+    if pods.head.size > 0 and _is_partial(board.kinds, k):
+        slot = _slot(pods, p)
+        head = pods.head[slot]
+        pods.after[p], pods.before[p], pods.head[slot] = head, -1, p
         if head >= 0:
             pods.before[head] = p
 
 
 @kernel()
 def _unlink(board: Board, pods: Pods, k: int, p: int) -> None:
-    """It is there no more."""
-    if _is_linked(board, pods, k):
+    """It has it no more."""
+    if pods.head.size > 0 and _is_partial(board.kinds, k):
         if pods.before[p] >= 0:
             pods.after[pods.before[p]] = pods.after[p]
         else:
-            pods.head[pods.node[p]] = pods.after[p]
+            pods.head[_slot(pods, p)] = pods.after[p]
         if pods.after[p] >= 0:
             pods.before[pods.after[p]] = pods.before[p]
 

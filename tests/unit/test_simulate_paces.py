@@ -111,6 +111,20 @@ def ran(throughputs, nodes, rows, policy="packing", outages=NO_OUTAGES):
             "1x1:v100", [(0, 100, 1, 1, 250, "a")] * 3, [400, 400, 400], id="of three each as by each of the two"
         ),
         pytest.param("1x1:v100", [(0, 0, 1, 1, 500, "a"), (0, 100, 1, 1, 500, "a")], [0, 100], id="no work"),
+        pytest.param(
+            "1x1:v100",
+            [(0, 100, 1, 1, 500, "a"), (10, 0, 1, 1, 500, "c")],
+            [100, 100],
+            id="no work, and no memory to do it",
+        ),
+        # c waits for the first a; the second a, beside it, is slowed down by the first alone until 120
+        pytest.param(
+            "1x1:v100",
+            [(0, 100, 1, 1, 300, "a"), (10, 10, 1, 1, 300, "c"), (20, 50, 1, 1, 300, "a")],
+            [150, 160, 120],
+            id="who has no memory slows nobody down",
+        ),
+        pytest.param("1x1:v100", [(0, 100, 2, 1, 500, "b")], [2 * 100 * 4 / 3], id="two members on one GPU"),
     ],
 )
 @pytest.mark.parametrize("policy", [*DISCIPLINES, "ours"])
@@ -130,6 +144,39 @@ def test_what_the_work_of_a_shared_gpu_was_worth(throughputs):
     run = ran(throughputs, "1x1:v100", rows)
     assert run.done_gpu_seconds == pytest.approx(105)
     assert run.busy_gpu_seconds == pytest.approx(100)
+
+
+def test_what_a_job_without_memory_waited_for_its_work_is_lost_with_it(throughputs):
+    """`c` has no memory for 100 s, and works for 50 of which 40 are saved: of 150 s on its half a fifth is lost."""
+    stops = NO_OUTAGES._replace(
+        at=np.array([150.0, 200.0]), node=np.zeros(2, np.int64), down=np.array([True, False]), checkpoint=20.0
+    )
+    run = ran(throughputs, "1x1:v100", [(0, 100, 1, 1, 500, "a"), (0, 100, 1, 1, 500, "c")], outages=stops)
+    assert run.end == pytest.approx([100, 260])
+    assert run.lost_gpu_seconds == pytest.approx(0.5 * 150 / 5)
+
+
+@pytest.mark.parametrize("policy", ["packing", "ours"])
+def test_a_simulation_in_which_all_are_over_is_not_cut(throughputs, policy):
+    """It grows at 100 s, so that it ends at 150 and not at 200: what happens from 180 on is not known."""
+    fleet, ends = read_fleet("1x4"), NO_OUTAGES._replace(until=180.0)
+    zero, members = np.zeros(2, np.int64), np.array([2, 4], np.int64)
+    kinds = Kinds(zero[:1], zero[:1], zero[:1] + 1, zero[:1] + 1000, zero[:1], zero[:1])
+    work = Work(np.zeros(2), np.full(2, 100.0), zero, members, zero + 2, np.ones((2, 2)))
+    run = known_run(policy, fleet.nodes, Workload(work, kinds, ("", "")), 3, None, ends)
+    assert run.end == pytest.approx([100, 150])
+    assert not run.cut
+
+
+def test_work_is_worth_nothing_while_it_begins_again_or_is_not_bound(throughputs):
+    rows = [(0, 1, 1, 1, 1000, "a")] * 1000 + [(5000, 1, 1, 1, 1000, "a")]
+    run = ran(throughputs, "125x8:v100", rows, "native")
+    assert run.done_gpu_seconds == pytest.approx(1000)
+    stops = NO_OUTAGES._replace(at=np.array([50.0, 60.0]), node=np.zeros(2, np.int64), down=np.array([True, False]))
+    one = [(0, 100, 1, 1, 1000, "a"), (5000, 1, 1, 1, 1000, "a")]
+    for policy in ("packing", "ours"):
+        run = ran(throughputs, "1x1:v100", one, policy, stops._replace(restart=1000.0))
+        assert (run.done_gpu_seconds, run.end[0]) == (pytest.approx(100), 1160)
 
 
 def test_of_a_job_whose_pace_changed_what_is_saved_is_a_part_of_the_time_it_took(throughputs):
@@ -157,22 +204,21 @@ def test_the_work_that_is_done_is_what_was_asked_for(throughputs, jobs, nodes, m
     rows = [(at, run, 1, 1, milli, model) for (at, run, model) in sorted(jobs)]
     found = ran(throughputs, f"{nodes}x1:v100", rows, policy)
     assert not np.isnan(found.end).any()
-    moments = sorted({*found.start, *found.end})
     done = np.zeros(len(rows))
-    for then, until in itertools.pairwise(moments):
+    for then, until in itertools.pairwise(sorted({*found.start, *found.end})):
         middle = (then + until) / 2
-        for j, (_, _, _, _, _, model) in enumerate(rows):
-            if not found.start[j] < middle < found.end[j]:
-                continue
+        there = sorted(np.flatnonzero((found.start < middle) & (middle < found.end)), key=lambda j: (found.start[j], j))
+        working: list[int] = []
+        for j in there:  # who was there before has memory
+            beside = [k for k in working if found.node[k] == found.node[j] and rows[j][5] and rows[k][5]]
+            if all(TIMES[rows[j][5] + rows[k][5]] < INF for k in beside):
+                working.append(j)
+        for j in working:
+            model = rows[j][5]
             pace = BEST[model] / {"a": 10, "b": 4, "c": 2}[model] if model else 1.0
-            for k, (*_, other) in enumerate(rows):
-                beside = found.start[k] < middle < found.end[k] and found.node[k] == found.node[j] and k != j
-                if not (beside and model and other):
-                    continue
-                if TIMES[model + other] < INF:
-                    pace *= TIMES[model + other]
-                elif (found.start[k], k) < (found.start[j], j):
-                    pace = INF
+            for k in working:
+                if k != j and found.node[k] == found.node[j] and model and rows[k][5]:
+                    pace *= TIMES[model + rows[k][5]]
             done[j] += (until - then) / pace
     assert done == pytest.approx([row[1] for row in rows])
 

@@ -136,6 +136,9 @@ def test_hosts_of_a_clos_network_and_groups_in_blocks(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["runs"][0]["jct_seconds"]["mean"] == 200.0
     assert main([*told, "--policy", "packing", "--across-racks", "1.2"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["jct_seconds"]["mean"] == 120.0
+    (tmp_path / "jobs.csv").write_text("submit_seconds,duration_seconds,members,gpus,across_blocks\n0,100,5,8,3\n")
+    assert main([*told, "--policy", "packing", "--across-racks", "1.2"]) == 0, "what a job says itself stands"
+    assert json.loads(capsys.readouterr().out)["runs"][0]["jct_seconds"]["mean"] == 300.0
 
 
 @pytest.mark.parametrize(
