@@ -207,7 +207,8 @@ def test_the_work_that_is_done_is_what_was_asked_for(throughputs, jobs, nodes, m
     done = np.zeros(len(rows))
     for then, until in itertools.pairwise(sorted({*found.start, *found.end})):
         middle = (then + until) / 2
-        there = sorted(np.flatnonzero((found.start < middle) & (middle < found.end)), key=lambda j: (found.start[j], j))
+        runs = (int(j) for j in np.flatnonzero((found.start < middle) & (middle < found.end)))
+        there = sorted(runs, key=lambda j: (found.start[j], j))
         working: list[int] = []
         for j in there:  # who was there before has memory
             beside = [k for k in working if found.node[k] == found.node[j] and rows[j][5] and rows[k][5]]
