@@ -1,6 +1,6 @@
 """Random fleets and jobs, and what has to hold at every moment of their simulation.
 
-With NUMBA_DISABLE_JIT=1, so that the engine is plain Python that can be looked at: `python -m tests.simulate_moments N`.
+With NUMBA_DISABLE_JIT=1, so that the engine is plain Python, which can be looked at: `-m tests.simulate_moments N`.
 """
 
 from __future__ import annotations
