@@ -104,8 +104,8 @@ class OutagesLike(Protocol):
 class PacesLike(Protocol):
     """How fast jobs run by their GPUs (see colocate.simulate.paces.Paces)."""
 
-    def of(self, job: int, gpus: Ints) -> float:
-        """Seconds that a second of its work takes on nodes with these kinds of GPUs."""
+    def of(self, job: int, more: int, gpus: Ints) -> float | None:
+        """Seconds that a second of its work takes on nodes with these kinds of GPUs; None: it is not said."""
         ...
 
 
@@ -163,7 +163,8 @@ class Simulation:
     ) -> None:
         """`declared`: jobs say how long they will run. Raises BadInput of a request for a part of a GPU."""
         if ((kinds.gpu_milli < WHOLE) & (kinds.gpus > 0)).any():
-            raise BadInput("--policy ours: a job asks for a part of a GPU, which the controller does not hand out")
+            text = "a job asks for a part of a GPU, which the controller does not hand out"
+            raise BadInput(f"--policy ours: {text} (leave out gpu_milli and --share-gpus, or take another policy)")
         self.kinds, self.work, self.declared = kinds, work, declared
         self.each, self.busy = kinds.gpus[work.kind], 0
         self.offered: list[Node] = []
@@ -333,9 +334,9 @@ class Simulation:
         on = np.unique(self.node[pods])
         racks, blocks = (bool((level[on] != level[on[0]]).any()) for level in (self.rack, self.block))
         pace = float(self.work.across[job, int(blocks)]) if racks or blocks else 1.0
-        if self.paces is not None:
-            pace *= self.paces.of(job, self.model[on])
-        return pace * float(self.work.members[job] / len(pods))
+        more = len(pods) - int(self.work.least[job])
+        slower = None if self.paces is None else self.paces.of(job, more, self.model[on])
+        return pace * (float(self.work.members[job] / len(pods)) if slower is None else slower)
 
     def _begin(self, job: int, pods: list[int], now: float) -> None:
         gpus, pace = int(self.each[job]) * len(pods), self._pace(job, pods)

@@ -21,7 +21,7 @@ from colocate.simulate.scores import CLASS, CPU, LEFT, MOST_GPUS, WHOLE
 
 LATE = 1e6
 """When the last job comes: areas are told until then."""
-MOST_PASSES = 20_000
+MOST_PASSES, MOST_MEMBERS = 20_000, 5
 passes = list[float]()
 """Of this simulation, when."""
 _pass = engine._pass
@@ -102,7 +102,7 @@ def drawn(seed: int) -> tuple[Nodes, Kinds, Work, Outages, Paces]:
     priority = draw.integers(0, 3, kinds) * int(draw.random() < 0.5)
     asks = Kinds(draw.choice([0, 1000, 3000], kinds), 0 * gpus, gpus, milli, 0 * gpus, priority)
     submit = np.cumsum(draw.integers(0, 8, jobs)).astype(float)
-    submit, members = np.append(submit - submit[0], LATE), np.append(draw.integers(1, 6, jobs), 1)
+    submit, members = np.append(submit - submit[0], LATE), np.append(draw.integers(1, MOST_MEMBERS + 1, jobs), 1)
     run, kind = np.append(draw.integers(0, 25, jobs).astype(float), 0.0), draw.integers(0, kinds, jobs + 1)
     least = np.minimum(draw.integers(1, 6, jobs + 1), members) if draw.random() < 0.7 else members
     work = Work(submit, run, kind, members, least, np.ones((jobs + 1, 2)))
@@ -118,7 +118,8 @@ def drawn(seed: int) -> tuple[Nodes, Kinds, Work, Outages, Paces]:
         pair = draw.choice([1.0, 1.25, 2.0, np.inf], (sorts, 3, 3))
         pair = np.where(np.isinf(pair) | np.isinf(pair.transpose(0, 2, 1)), np.inf, pair)
         model = np.where(gpus[kind] == 0, NO_MODEL, draw.integers(-1, 3, jobs + 1))
-        paces = Paces(model, model, draw.choice([1.0, 1.5, 2.0], (3, sorts, 2)), pair)
+        row = np.where(model == NO_MODEL, NO_MODEL, MOST_MEMBERS * model)
+        paces = Paces(row, model, draw.choice([1.0, 1.5, 2.0], (MOST_MEMBERS * 3, sorts, 2)), pair)
     return nodes, asks, work, outages, paces
 
 

@@ -132,6 +132,8 @@ def simulate_command(options: argparse.Namespace) -> int:
     nodes, measured = fleet.nodes, _measured(options, fleet)
     workload = jobs_for(nodes, options.jobs, options.window_jobs, measured)
     if measured is not None:
+        if (workload.model == NO_MODEL).all():
+            raise BadInput(f"--throughputs: no job of {options.jobs} says its model")
         workload = _shared(workload) if options.share_gpus else workload
         measured.paces(workload)  # what is wrong is said now
         conditions = conditions._replace(measured=measured)
@@ -213,7 +215,9 @@ def _slower_across(workload: Workload, level: int, name: str, times: float, wher
     if level == 0:
         across[:, 1] = across.max(axis=1)
     if (across[:, 0] > across[:, 1]).any():
-        raise BadInput(f"--across-{name}s: {times:g} is less than across racks, which those across blocks are, too")
+        place = workload.where[int(np.argmax(across[:, 0] > across[:, 1]))]
+        text = f"{times:g} is less than across racks, which those across blocks are, too ({place})"
+        raise BadInput(f"--across-{name}s: {text}")
     return workload._replace(work=workload.work._replace(across=across))
 
 

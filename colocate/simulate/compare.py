@@ -62,8 +62,8 @@ class Measured(NamedTuple):
     def paces(self, workload: Workload) -> Paces:
         """Of its jobs. Raises BadInput of what was not measured."""
         work, kinds = workload.work, workload.kinds
-        shares = (kinds.gpu_milli < WHOLE)[work.kind]
-        return self.throughputs.paces(self.gpus, workload.model, work.members * kinds.gpus[work.kind], shares)
+        each, part = kinds.gpus[work.kind], (kinds.gpu_milli < WHOLE)[work.kind]
+        return self.throughputs.paces(self.gpus, workload.model, each, work.least, work.members, part)
 
 
 class Conditions(NamedTuple):
@@ -210,6 +210,7 @@ def run_all(
     """Each policy on each window, in that order with any number of workers: the kernels let go of the interpreter."""
     tasks = [(policy, number, part) for policy in policies for number, part in enumerate(parts)]
     found = list[Outcome]()
+    say(0, len(tasks))  # the first use compiles, which takes a while
 
     def one(task: tuple[str, int, Window]) -> Outcome:
         policy, number, part = task

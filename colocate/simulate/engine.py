@@ -123,6 +123,8 @@ class Progress(NamedTuple):
     spent_at: Floats
     paused: Floats
     """The same, in which it began again."""
+    stood: Floats
+    """The same, in which it stood still for want of memory."""
     stalled: NDArray[np.bool_]
     """It does nothing, for who was there before leaves it no memory of a GPU."""
 
@@ -172,8 +174,8 @@ def new_play(board: Board, work: Work, rule: Rule, outages: Outages, paces: Pace
     key = (work.run if rule.shortest else work.submit).copy()
     began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
     again, pace, stalled = np.zeros(jobs, np.int64), np.ones(jobs), np.zeros(jobs, np.bool_)
-    since, done, told, spent, spent_at, paused = (np.zeros(jobs) for _ in range(6))
-    clock = (bound, pace, since, done, told, spent, spent_at, paused, stalled)
+    since, done, told, spent, spent_at, paused, stood = (np.zeros(jobs) for _ in range(7))
+    clock = (bound, pace, since, done, told, spent, spent_at, paused, stood, stalled)
     progress = Progress(key, work.run.copy(), began, over, again, *clock)
     gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
     too_many = np.full(len(board.kinds.gpus), NEVER)
@@ -203,7 +205,7 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
         if then > outages.until:
             for j in range(arrived):
                 if not np.isnan(play.progress.over[j]):
-                    _put_down(play, j, now)
+                    _put_down(play, j, now, _gpus(play, j))
             return decisions, True
         passed = max(min(then, last) - max(now, work.submit[0]), 0.0)
         areas[BUSY] += gpus[BUSY] * passed
@@ -343,7 +345,7 @@ def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> N
         play.start[job] = runs
     else:
         restart = play.outages.restart
-    progress.stalled[job], progress.began[job] = False, runs
+    progress.stalled[job], progress.stood[job], progress.began[job] = False, 0.0, runs
     progress.since[job], progress.done[job], progress.told[job] = runs + restart, 0.0, 0.0
     progress.spent[job], progress.spent_at[job], progress.paused[job] = 0.0, runs, restart * _gpus(play, job)
     play.gpus[BUSY] += _gpus(play, job)
@@ -373,13 +375,12 @@ def _pace(play: Play, job: int) -> float:
         racks |= nodes.rack[pods.node[p]] != nodes.rack[pods.node[first]]
         blocks |= nodes.block[pods.node[p]] != nodes.block[pods.node[first]]
     found = play.work.across[job, 1 if blocks else 0] if blocks or racks else 1.0
-    if last < pods.first[job + 1]:
-        found *= play.work.members[job] / pods.placed[job]
     if paces.row.size == 0 or paces.row[job] == NO_MODEL:
-        return found
+        return found * play.work.members[job] / pods.placed[job] if last < pods.first[job + 1] else found
+    row = paces.row[job] + pods.placed[job] - play.work.least[job]
     slowest = 0.0
     for p in range(first, last):
-        alone = paces.alone[paces.row[job], nodes.model[pods.node[p]], int(spread)]
+        alone = paces.alone[row, nodes.model[pods.node[p]], int(spread)]
         slowest = max(slowest, alone * _beside(play, job, p))
     return found * slowest
 
@@ -393,16 +394,16 @@ def _beside(play: Play, job: int, p: int) -> float:
     pods, progress, paces = play.pods, play.progress, play.paces
     if not _is_partial(play.board.kinds, play.work.kind[job]):
         return 1.0
-    gpu, found = play.board.nodes.model[pods.node[p]], 1.0
+    gpu, found = play.board.nodes.model[pods.node[p]], 1.0  # and what each of the others alone would cost
     q = pods.head[_slot(pods, p)]
     while q >= 0:
         other = pods.job[q]
         if q != p and paces.row[other] != NO_MODEL and not (np.isnan(progress.over[other]) or progress.stalled[other]):
             times = paces.pair[gpu, paces.model[job], paces.model[other]]
             if times < np.inf:
-                found *= times
+                found += times - 1.0
             elif other == job:  # they take turns
-                found *= 2.0
+                found += 1.0
             elif (progress.began[other], other) < (progress.began[job], job):
                 return np.inf
         q = pods.after[q]
@@ -459,7 +460,7 @@ def _repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
         play.seen[job] = False
         pace = _pace(play, job)
         if pace != progress.pace[job]:
-            _put_down(play, job, now)
+            _put_down(play, job, now, _gpus(play, job))
             _goes_on(play, ends, job, pace)
     for at in range(1, those[0] + 1 if pods.head.size > 0 else 0):
         play.touched[those[at]] = False
@@ -480,14 +481,15 @@ def _affected(play: Play, jobs: list[int], job: int) -> None:
 
 
 @kernel()
-def _put_down(play: Play, job: int, now: float) -> None:
-    """What it has done until now, at the pace that it had."""
+def _put_down(play: Play, job: int, now: float, gpus: int) -> None:
+    """What it has done until now, at the pace and with the GPUs that it had."""
     progress, last = play.progress, play.work.submit[-1]
     since, pace = progress.since[job], progress.pace[job]
     if now > since:
         progress.done[job] += (now - since) / pace
         told = max(min(now, last) - since, 0.0) / pace
         progress.told[job] += told
+        progress.stood[job] += gpus * (now - since) if pace == np.inf else 0.0
         play.areas[DONE] += _worth(play, job) * told
         progress.since[job] = now
 
@@ -517,7 +519,7 @@ def _grow(play: Play, ends: list[tuple[float, int]], job: int, more: int, now: f
     """
     progress, added = play.progress, _size(play.board.kinds, play.work.kind[job]) * more
     then, began = max(now, progress.spent_at[job]), progress.began[job]
-    _put_down(play, job, now)
+    _put_down(play, job, now, _gpus(play, job) - added)
     progress.spent[job] += (_gpus(play, job) - added) * (then - progress.spent_at[job])
     progress.spent_at[job] = then
     resumes = max(progress.since[job], now + play.outages.restart)
@@ -555,7 +557,7 @@ def _release(play: Play, job: int) -> None:
 
 @kernel()
 def _end(play: Play, job: int, now: float) -> None:
-    _put_down(play, job, now)
+    _put_down(play, job, now, _gpus(play, job))
     _stop(play, job)
     play.end[job] = now
     play.areas[LOST] += play.progress.paused[job]
@@ -609,11 +611,11 @@ def _taken_from(
 def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
-    _put_down(play, job, now)
+    _put_down(play, job, now, _gpus(play, job))
     worked = progress.done[job]
     kept = saved(outages, worked, progress.left[job])
     # Of all that its GPUs spent on the work, the part that is kept.
-    lost = progress.spent[job] + _gpus(play, job) * max(now - progress.spent_at[job], 0.0)
+    lost = progress.spent[job] + _gpus(play, job) * max(now - progress.spent_at[job], 0.0) - progress.stood[job]
     pauses = progress.paused[job] - _gpus(play, job) * max(progress.since[job] - max(now, progress.began[job]), 0.0)
     lost -= kept / worked * (lost - pauses) if kept > 0.0 else 0.0
     play.areas[DONE] -= _worth(play, job) * max(progress.told[job] - kept, 0.0)
@@ -657,6 +659,8 @@ def _lose(board: Board, pods: Pods, k: int, job: int, pod: int, node: int) -> in
             _link(board, pods, k, p)
         pods.node[last] = -1
         lost += 1
+        if pod >= 0:
+            break  # another may be in its place now
     return lost
 
 

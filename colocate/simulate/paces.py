@@ -4,8 +4,9 @@ A table of throughputs has, for kinds of GPUs and models (what a job trains), th
 other model on one GPU: as Gavel's (Narayanan and others, OSDI 2020), whose columns are COLUMNS. A job's seconds of work
 are those that it takes alone, on one node, on the GPUs on which its model is fastest.
 
-What is assumed beyond what was measured: more workers than were measured are as much faster as they are more; of three
-or more on one GPU each is slowed down as by each of the others alone.
+What is assumed beyond what was measured: more workers than were measured are as much faster as they are more, on
+several nodes as fast as on one where only that was measured; of three or more on one GPU each loses to all the others
+the sum of what it would lose to each alone, so that equal ones that take turns in pairs take turns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from colocate.simulate import traces
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 COLUMNS = ("gpu_type", "consolidated", "model", "scale_factor", "co_model", "co_scale_factor", "throughput")
 MOST_MODELS, MOST_WORKERS = 1000, 100_000
 NO_MODEL = NO_GPU = -1
@@ -31,7 +33,8 @@ class Paces(NamedTuple):
     """Of the jobs of a workload on a fleet, as the engine wants it: times as long as their work says."""
 
     row: Ints
-    """(jobs,) of `alone`; NO_MODEL: as fast everywhere, and nobody beside it is slower. Empty: nobody is."""
+    """(jobs,) of `alone`, for as few members as are enough; those for more stand behind it. NO_MODEL: as fast
+    everywhere, and nobody beside it is slower. Empty: nobody is."""
     model: Ints
     """(jobs,)."""
     alone: Floats
@@ -39,11 +42,12 @@ class Paces(NamedTuple):
     pair: Floats
     """(kinds of nodes' GPUs, models, models): the first beside the second; infinite: not both fit into its memory."""
 
-    def of(self, job: int, gpus: Ints) -> float:
-        """Of a job whose members are on nodes with these kinds of GPUs, one for each node, and shares none."""
+    def of(self, job: int, more: int, gpus: Ints) -> float | None:
+        """Of a job with so many more members than are enough, on nodes with these kinds of GPUs, one for each node, of
+        which it shares none; None: it has no model."""
         if not len(self.row) or self.row[job] == NO_MODEL:
-            return 1.0
-        return float(self.alone[self.row[job], gpus, int(len(gpus) > 1)].max())
+            return None
+        return float(self.alone[self.row[job] + more, gpus, int(len(gpus) > 1)].max())
 
 
 NO_PACES = Paces(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 0, 2)), np.empty((0, 0, 0)))
@@ -85,24 +89,32 @@ class Throughputs(NamedTuple):
             raise BadInput(f"{place}: {model!r} is no model of {self.path}, such as {self.models[0]!r}")
         return self.models.index(model)
 
-    def paces(self, gpus: Sequence[str], model: Ints, workers: Ints, shares: NDArray[np.bool_]) -> Paces:
+    def paces(self, gpus: Sequence[str], model: Ints, each: Ints, least: Ints, members: Ints, part: Bools) -> Paces:
         """For nodes whose GPUs are called so, by their numbers; who is not in the table is of nodes without any.
 
-        Of each job its model, its workers, and whether it asks for parts of GPUs. Raises BadInput of what was not
-        measured.
+        Of each job its model, the GPUs of each member, how many members are enough and how many are all, and whether
+        they ask for parts of GPUs. Raises BadInput of what was not measured.
         """
         there = [self.gpus.index(name) if name in self.gpus else NO_GPU for name in gpus]
-        asked, row = np.unique(np.stack([model, workers], axis=1), axis=0, return_inverse=True)
-        alone = np.ones((len(asked), len(there), 2))
-        for i, (m, count) in enumerate(asked):
-            if m != NO_MODEL:
-                alone[i] = self.best(m, count) / self.steps(m, count)[there]
-                missing = np.isnan(alone[i, :, 0]) & (np.array(there) != NO_GPU)
+        jobs = np.stack([model, each, least, members], axis=1)
+        asked, which = np.unique(jobs[model != NO_MODEL], axis=0, return_inverse=True)
+        first, rows = [], list[Floats]()
+        for m, one, fewest, most in asked:
+            first.append(len(rows))
+            best = self.best(m, most * one)
+            for count in range(fewest, most + 1):
+                rows.append(best / self.steps(m, count * one)[there])
+                missing = np.isnan(rows[-1][:, 0]) & (np.array(there) != NO_GPU)
                 if missing.any():
-                    name = gpus[int(np.argmax(missing))]
-                    text = f"nothing was measured of {self.models[m]!r} with {count} workers on {name}"
-                    raise BadInput(f"{self.path}: {text}, which the fleet has")
-        known = np.unique(model[shares & (model != NO_MODEL)])
+                    text = f"{self.models[m]!r} with {count * one} workers on {gpus[int(np.argmax(missing))]}"
+                    raise BadInput(f"{self.path}: nothing was measured of {text}, which the fleet has")
+        row = np.full(len(model), NO_MODEL)
+        row[model != NO_MODEL] = np.array(first, np.int64)[which.ravel()]
+        alone = np.array(rows) if rows else np.ones((0, len(there), 2))
+        return Paces(row, model, alone, self._pairs(gpus, there, np.unique(model[part & (model != NO_MODEL)])))
+
+    def _pairs(self, gpus: Sequence[str], there: Sequence[int], known: Ints) -> Floats:
+        """Of the models of those that ask for parts of GPUs."""
         pair = np.full((len(there), len(self.models), len(self.models)), np.nan)
         for g, t in enumerate(there):
             for m in known if t != NO_GPU else ():
@@ -113,14 +125,14 @@ class Throughputs(NamedTuple):
                     raise BadInput(f"{self.path}: {text}, and jobs share GPUs")
                 with np.errstate(divide="ignore"):
                     pair[g, m, known] = np.maximum(self.steps(m, 1)[t, 0] / beside, 1.0)
-        row = np.where(model == NO_MODEL, NO_MODEL, row.ravel())
-        return Paces(row.astype(np.int64), model, alone, pair)
+        return np.where(np.isinf(pair) | np.isinf(pair.transpose(0, 2, 1)), np.inf, pair)
 
 
 def read_throughputs(path: Path) -> Throughputs:
     """A CSV (.gz, .parquet) with COLUMNS. Raises BadInput."""
     alone: dict[tuple[str, int, str, int], float] = {}
     pair: dict[tuple[str, str, str], float] = {}
+    places: dict[tuple[object, ...], str] = {}
     for row in traces.table(path, COLUMNS):
         gpu, model, other = (row.text(name).strip() for name in ("gpu_type", "model", "co_model"))
         for name, value in (("gpu_type", gpu), ("model", model)):
@@ -128,6 +140,9 @@ def read_throughputs(path: Path) -> Throughputs:
                 raise BadInput(f"{row.place}, {name}: it is empty")
         together, workers = row.whole("consolidated", most=1), row.whole("scale_factor", least=1, most=MOST_WORKERS)
         steps = row.number("throughput", least=0.0, most=traces.MOST)
+        before = places.setdefault((gpu, model, other, together, workers), row.place)
+        if before != row.place:
+            raise BadInput(f"{row.place}: the same was measured as in {before}")
         if not other and steps > 0.0:  # none: it does not fit there, as if it had not been measured
             alone[model, workers, gpu, 1 - together] = steps
         elif other and together and workers == 1:

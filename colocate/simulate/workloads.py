@@ -146,7 +146,7 @@ def _nodes_of_yaml(path: Path) -> Fleet:
             raise BadInput(f"--nodes: {path}: $.nodes[{number}].memory: {group.memory!r} is no size as 512Gi")
         size, wide = group.rack or group.count, group.block or group.count
         if group.block and (not group.rack or group.block % group.rack):
-            text = f"$.nodes[{number}].block: {group.block} is no multiple of its rack: whole racks make a block"
+            text = f"$.nodes[{number}].block: {group.block} is no multiple of its `rack`: whole racks make a block"
             raise BadInput(f"--nodes: {path}: {text}")
         rows += [
             (
@@ -201,7 +201,7 @@ def _timed(job: Job, throughputs: Throughputs | None) -> Job:
     if job.steps is None:
         return job
     if throughputs is None:
-        raise BadInput(f"{job.where}, total_steps: how long they take says a table of throughputs: --throughputs")
+        raise BadInput(f"{job.where}, total_steps: how long they take says a table: colocate simulate --throughputs")
     model = throughputs.number(job.model, job.where)
     return job._replace(run=job.steps / throughputs.best(model, job.members * job.gpus))
 

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.cli.main import main
+from colocate.simulate import engine
 from colocate.simulate.compare import known_run
 from colocate.simulate.fleet import DISCIPLINES
 from colocate.simulate.outages import NO_OUTAGES
-from colocate.simulate.placement import arrays
+from colocate.simulate.paces import NO_PACES
+from colocate.simulate.placement import arrays, new_board
+from colocate.simulate.scores import BEST_FIT, CLASS, LEFT, WHOLE
 from colocate.simulate.workloads import Workload
 from tests.unit.test_simulate_fleet import GPUS, fleet, work_of
 
@@ -108,6 +111,24 @@ def test_gpus_are_idle_while_somebody_waits_only_where_somebody_has_not_begun(po
     run = ran(policy, 1, (0, 100, 2, 3, 1), (1000, 1, 1, 1, 1))
     assert run.end[0] == 200
     assert run.idle_gpu_seconds == 0
+
+
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_only_the_member_whose_place_is_taken_goes(member):
+    """Of three on one node; the last takes its place, not its fate."""
+    kinds, work = work_of((0, 100, 3, 1))
+    board = new_board(fleet(1, 4), kinds, None, np.random.default_rng(1))
+    rule = engine.Rule(BEST_FIT, gang=False, strict=False, shortest=False, binds=False, preempts=True)
+    play = engine.new_play(board, work, rule, NO_OUTAGES, NO_PACES)
+    for _ in range(3):
+        engine._put(board, play.pods, 0, 0, 0, -1, BEST_FIT, 0)
+    masks = set(play.pods.mask.tolist())
+    gone = int(play.pods.mask[member])
+    assert engine._lose(board, play.pods, 0, 0, member, 0) == 1
+    assert play.pods.placed[0] == 2
+    assert set(play.pods.mask[:2].tolist()) == masks - {gone}
+    assert play.pods.node.tolist() == [0, 0, -1]
+    assert board.state.nodes[0, LEFT:CLASS].sum() == 2 * WHOLE
 
 
 @pytest.mark.parametrize("policy", ["native", "ours"])

@@ -59,7 +59,7 @@ def written(path, rows):
 
 
 def ran(throughputs, nodes, rows, policy="packing", outages=NO_OUTAGES):
-    """(submit, run, members, GPUs of each, thousandths of each, model) of each job."""
+    """(submit, run, members, GPUs of each, thousandths of each, model[, members that are enough]) of each job."""
     fleet = read_fleet(nodes)
     asks = sorted({row[3:5] for row in rows})
     zero = np.zeros(len(asks), np.int64)
@@ -69,8 +69,9 @@ def ran(throughputs, nodes, rows, policy="packing", outages=NO_OUTAGES):
     submit, run = (np.array([float(row[i]) for row in rows]) for i in range(2))
     members = np.array([row[2] for row in rows], np.int64)
     model = np.array([throughputs.models.index(row[5]) if row[5] else NO_MODEL for row in rows], np.int64)
-    work = Work(submit, run, kind, members, members, np.ones((len(rows), 2)))
-    paces = throughputs.paces(fleet.gpus, model, members * gpus[kind], (milli < 1000)[kind])
+    least = np.array([row[6] if len(row) > 6 else row[2] for row in rows], np.int64)
+    work = Work(submit, run, kind, members, least, np.ones((len(rows), 2)))
+    paces = throughputs.paces(fleet.gpus, model, gpus[kind], least, members, (milli < 1000)[kind])
     return known_run(policy, fleet.nodes, Workload(work, kinds, ("",) * len(rows), model), 3, None, outages, paces)
 
 
@@ -108,7 +109,13 @@ def ran(throughputs, nodes, rows, policy="packing", outages=NO_OUTAGES):
             id="who has no model slows nobody down",
         ),
         pytest.param(
-            "1x1:v100", [(0, 100, 1, 1, 250, "a")] * 3, [400, 400, 400], id="of three each as by each of the two"
+            "1x1:v100", [(0, 100, 1, 1, 250, "a")] * 3, [300, 300, 300], id="three that take turns in pairs take turns"
+        ),
+        pytest.param(
+            "1x3:v100", [(0, 100, 4, 1, 1000, "a", 1)], [100], id="three of four: all that was measured of one"
+        ),
+        pytest.param(
+            "1x1:v100", [(0, 100, 4, 1, 1000, "a", 1)], [300], id="one of four, of which all are thrice as fast"
         ),
         pytest.param("1x1:v100", [(0, 0, 1, 1, 500, "a"), (0, 100, 1, 1, 500, "a")], [0, 100], id="no work"),
         pytest.param(
@@ -146,14 +153,14 @@ def test_what_the_work_of_a_shared_gpu_was_worth(throughputs):
     assert run.busy_gpu_seconds == pytest.approx(100)
 
 
-def test_what_a_job_without_memory_waited_for_its_work_is_lost_with_it(throughputs):
-    """`c` has no memory for 100 s, and works for 50 of which 40 are saved: of 150 s on its half a fifth is lost."""
+def test_what_a_job_stood_still_without_memory_is_not_lost(throughputs):
+    """`c` has no memory for 100 s, and works for 50 of which 40 are saved: of these, on its half, a fifth is lost."""
     stops = NO_OUTAGES._replace(
         at=np.array([150.0, 200.0]), node=np.zeros(2, np.int64), down=np.array([True, False]), checkpoint=20.0
     )
     run = ran(throughputs, "1x1:v100", [(0, 100, 1, 1, 500, "a"), (0, 100, 1, 1, 500, "c")], outages=stops)
     assert run.end == pytest.approx([100, 260])
-    assert run.lost_gpu_seconds == pytest.approx(0.5 * 150 / 5)
+    assert run.lost_gpu_seconds == pytest.approx(0.5 * 50 / 5)
 
 
 @pytest.mark.parametrize("policy", ["packing", "ours"])
@@ -177,6 +184,14 @@ def test_work_is_worth_nothing_while_it_begins_again_or_is_not_bound(throughputs
     for policy in ("packing", "ours"):
         run = ran(throughputs, "1x1:v100", one, policy, stops._replace(restart=1000.0))
         assert (run.done_gpu_seconds, run.end[0]) == (pytest.approx(100), 1160)
+
+
+def test_who_does_not_fit_beside_another_does_not_the_other_way_round(tmp_path):
+    rows = [("v100", 1, m, 1, "", "", 4) for m in "ab"] + [("v100", 1, m, 1, m, 1, 2) for m in "ab"]
+    rows += [("v100", 1, "a", 1, "b", 1, 0), ("v100", 1, "b", 1, "a", 1, 2)]
+    table = read_throughputs(written(tmp_path / "table.csv", rows))
+    run = ran(table, "1x1:v100", [(0, 100, 1, 1, 500, "a"), (10, 100, 1, 1, 500, "b")])
+    assert run.end == pytest.approx([100, 200])
 
 
 def test_of_a_job_whose_pace_changed_what_is_saved_is_a_part_of_the_time_it_took(throughputs):
@@ -216,10 +231,11 @@ def test_the_work_that_is_done_is_what_was_asked_for(throughputs, jobs, nodes, m
                 working.append(j)
         for j in working:
             model = rows[j][5]
-            pace = BEST[model] / {"a": 10, "b": 4, "c": 2}[model] if model else 1.0
+            pace, lost = BEST[model] / {"a": 10, "b": 4, "c": 2}[model] if model else 1.0, 0.0
             for k in working:
                 if k != j and found.node[k] == found.node[j] and model and rows[k][5]:
-                    pace *= TIMES[model + rows[k][5]]
+                    lost += TIMES[model + rows[k][5]] - 1.0
+            pace *= 1.0 + lost
             done[j] += (until - then) / pace
     assert done == pytest.approx([row[1] for row in rows])
 
@@ -236,6 +252,11 @@ def test_the_work_that_is_done_is_what_was_asked_for(throughputs, jobs, nodes, m
         pytest.param([("v100", 1, "a", 1, "", "", -1)], "line 2, throughput: '-1' is not", id="backwards"),
         pytest.param([("v100", 1, "a", 1, "", "", "nan")], "line 2, throughput: 'nan' is not", id="no number"),
         pytest.param([("v100", 1, "a", 1, "b", 1, 1)], "nobody runs alone", id="pairs alone"),
+        pytest.param(
+            [("v100", 1, "a", 1, "", "", 1), ("v100", 1, "a", 1, "", "", 2)],
+            "line 3: the same was measured as in .*line 2",
+            id="twice",
+        ),
         pytest.param([], "nobody runs alone", id="nothing"),
     ],
 )
@@ -261,8 +282,13 @@ STEPS = "job_type,scale_factor,total_steps,arrival_time_s\n"
             "2x1:k80", PLAIN + "0,1,1,500,a\n", [], "'a' beside 'a' was not measured on k80", id="an unknown pair"
         ),
         pytest.param(
-            "2x1:v100", PLAIN + "0,1,1,,\n", ["--share-gpus"], "--share-gpus: no job with a model", id="nobody shares"
+            "2x1:v100",
+            PLAIN + "0,1,1,500,b\n",
+            ["--share-gpus"],
+            "--share-gpus: no job with a model",
+            id="nobody shares",
         ),
+        pytest.param("2x1:v100", PLAIN + "0,1,1,,\n", [], "no job of .* says its model", id="none"),
         pytest.param("2x1:v100", STEPS + "d,1,10,0\n", [], "line 2: 'd' is no model of", id="another model's steps"),
     ],
 )

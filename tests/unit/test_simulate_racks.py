@@ -144,13 +144,13 @@ def test_hosts_of_a_clos_network_and_groups_in_blocks(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("group", "more", "said"),
     [
-        pytest.param("rack: 2, block: 3", [], "$.nodes[0].block: 3 is no multiple of its rack", id="half a rack"),
-        pytest.param("block: 2", [], "$.nodes[0].block: 2 is no multiple of its rack", id="no racks"),
+        pytest.param("rack: 2, block: 3", [], "$.nodes[0].block: 3 is no multiple of its `rack`", id="half a rack"),
+        pytest.param("block: 2", [], "$.nodes[0].block: 2 is no multiple of its `rack`", id="no racks"),
         pytest.param("rack: 2", ["--across-blocks", "2"], "--nodes has no blocks", id="no blocks"),
         pytest.param(
             "rack: 1, block: 2",
             ["--across-racks", "2", "--across-blocks", "1.5"],
-            "--across-blocks: 1.5 is less than across racks",
+            "across racks, which those across blocks are, too (/",
             id="faster across blocks",
         ),
     ],
