@@ -47,7 +47,7 @@ def check(play: Play, ends: list[tuple[float, int]], count: int, now: float) -> 
     cpu, gpus = board.nodes.cpu_milli.copy(), np.zeros(2, np.int64)
     waits = []
     for job in range(len(work.submit)):
-        k, runs = work.kind[job], not np.isnan(progress.over[job])
+        k, runs = work.kind[job], not np.isnan(progress[job, engine.OVER])
         for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
             cpu[pods.node[p]] -= board.kinds.cpu_milli[k]
             mine = [g for g in range(MOST_GPUS) if (pods.mask[p] >> g) & 1]
@@ -56,9 +56,9 @@ def check(play: Play, ends: list[tuple[float, int]], count: int, now: float) -> 
         gpus[BUSY if runs else HELD] += engine._size(board.kinds, k) * pods.placed[job]
         if runs:
             assert pods.placed[job] >= work.least[job]
-            assert progress.pace[job] == engine._pace(play, job)
-            assert progress.over[job] == np.inf or (progress.over[job], job) in ends
-            assert progress.over[job] >= now
+            assert progress[job, engine.PACE] == engine._pace(play, job)
+            assert progress[job, engine.OVER] == np.inf or (progress[job, engine.OVER], job) in ends
+            assert progress[job, engine.OVER] >= now
         if work.submit[job] <= now and np.isnan(play.end[job]) and pods.placed[job] < work.members[job]:
             waits.append(job)
     down = board.state.nodes[:, CPU] < -engine.NEVER // 2
@@ -70,7 +70,7 @@ def check(play: Play, ends: list[tuple[float, int]], count: int, now: float) -> 
     assert sorted(queue) == waits
     assert not any(engine._first(play, later, sooner) for sooner, later in itertools.pairwise(queue))
     for job in queue:
-        runs, k = not np.isnan(progress.over[job]), work.kind[job]
+        runs, k = not np.isnan(progress[job, engine.OVER]), work.kind[job]
         needs = work.least[job] if play.rule.gang and not runs else 1
         assert room(play, k, cpu - down * engine.NEVER, free) < needs, "who could begin or grow has done so"
         if play.rule.strict and not runs:

@@ -63,6 +63,20 @@ def one_job(members: int) -> Work:
     return Work(np.zeros(1), np.ones(1), np.zeros(1, np.int64), all_of_them, all_of_them, np.ones((1, 2)))
 
 
+# How far a job is, one row each; times in seconds.
+#   KEY                  of equal priorities the queue is in its order
+#   WORK_LEFT, AGAIN     of its work when it began last, and how often it was stopped
+#   BOUND, BEGAN, OVER   when the last of its pods that are placed is bound, when it began last, and will end: infinite
+#                        where it stands still, NaN where it does not run
+#   PACE, SINCE          what a second of its work takes, where it is now, and from when on
+#   WORKED, TOLD         of its work since it began last, until then; and the part of that which is in areas[DONE]
+#   SPENT, SPENT_AT      thousandths of GPUs times seconds since it began last, until then
+#   PAUSED, STOOD        the same, in which it began again, and in which it stood still for want of memory
+#   STALLED              1 where it does, for who was there before leaves it no memory of a GPU
+(KEY, WORK_LEFT, AGAIN, BOUND, BEGAN, OVER, PACE, SINCE, WORKED, TOLD, SPENT, SPENT_AT, PAUSED, STOOD,
+ STALLED) = range(15)  # fmt: skip
+
+
 class Rule(NamedTuple):
     """A Discipline, compiled."""
 
@@ -95,47 +109,14 @@ class Pods(NamedTuple):
     before: Ints
 
 
-class Progress(NamedTuple):
-    """How far each job is; one array each."""
-
-    key: Floats
-    """Of equal priorities the queue is in its order."""
-    left: Floats
-    """Seconds of work."""
-    began: Floats
-    """Seconds: when it began last."""
-    over: Floats
-    """Seconds: when it will end; NaN of one that does not run."""
-    again: Ints
-    """How often it was stopped."""
-    bound: Floats
-    """Seconds: when the last of its pods that are placed is bound."""
-    pace: Floats
-    """Seconds that a second of its work takes, where it is now."""
-    since: Floats
-    """Seconds: from when it works at this pace."""
-    done: Floats
-    """Seconds of work since it began last, until then."""
-    told: Floats
-    """The part of them that is in areas[DONE]."""
-    spent: Floats
-    """Thousandths of GPUs times seconds since it began last, until `spent_at`."""
-    spent_at: Floats
-    paused: Floats
-    """The same, in which it began again."""
-    stood: Floats
-    """The same, in which it stood still for want of memory."""
-    stalled: NDArray[np.bool_]
-    """It does nothing, for who was there before leaves it no memory of a GPU."""
-
-
 class Play(NamedTuple):
     """All that a run goes by and changes."""
 
     board: Board
     pods: Pods
     work: Work
-    progress: Progress
+    progress: Floats
+    """(jobs, STALLED + 1)."""
     rule: Rule
     outages: Outages
     paces: Paces
@@ -171,12 +152,9 @@ def new_play(board: Board, work: Work, rule: Rule, outages: Outages, paces: Pace
     chain = np.full(len(job), -1, np.int64)
     placed = np.zeros(jobs, np.int64)
     pods = Pods(first, none, np.zeros(first[-1], np.int64), placed, job, head, chain, chain.copy())
-    key = (work.run if rule.shortest else work.submit).copy()
-    began, over, bound = np.zeros(jobs), np.full(jobs, np.nan), np.zeros(jobs)
-    again, pace, stalled = np.zeros(jobs, np.int64), np.ones(jobs), np.zeros(jobs, np.bool_)
-    since, done, told, spent, spent_at, paused, stood = (np.zeros(jobs) for _ in range(7))
-    clock = (bound, pace, since, done, told, spent, spent_at, paused, stood, stalled)
-    progress = Progress(key, work.run.copy(), began, over, again, *clock)
+    progress = np.zeros((jobs, STALLED + 1))
+    progress[:, KEY] = work.run if rule.shortest else work.submit
+    progress[:, WORK_LEFT], progress[:, OVER], progress[:, PACE] = work.run, np.nan, 1.0
     gpus = np.array([0, 0, board.nodes.gpus.sum() * WHOLE], np.int64)
     too_many = np.full(len(board.kinds.gpus), NEVER)
     start, end = np.full(jobs, np.nan), np.full(jobs, np.nan)
@@ -197,15 +175,14 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
     while arrived < jobs and pods.first[arrived] < there:
         _resume(play, ends, arrived)
         arrived += 1
-    _repace(play, ends, work.submit[0])
+    if play.those[0] > 0:
+        _repace(play, ends, work.submit[0])
     while arrived < jobs or ends or (count > 0 and outage < outages.at.size):
         then = ends[0][0] if ends else np.inf
         then = min(then, work.submit[arrived]) if arrived < jobs else then
         then = min(then, outages.at[outage]) if outage < outages.at.size else then
         if then > outages.until:
-            for j in range(arrived):
-                if not np.isnan(play.progress.over[j]):
-                    _put_down(play, j, now, _gpus(play, j))
+            _put_all_down(play, arrived, now)
             return decisions, True
         passed = max(min(then, last) - max(now, work.submit[0]), 0.0)
         areas[BUSY] += gpus[BUSY] * passed
@@ -214,8 +191,9 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
         now, freed = then, False
         while ends and ends[0][0] <= now:
             at, j = heapq.heappop(ends)
-            if at == play.progress.over[j]:  # else it was stopped before
-                count = _remove(play, count, j)
+            if at == play.progress[j, OVER]:  # else it was stopped before
+                if pods.placed[j] < work.members[j]:
+                    count = _remove(play, count, j)
                 _end(play, j, now)
                 freed = True
         came = count
@@ -236,10 +214,24 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
             count, cursor, lot, looked, again = _pass(play, ends, begin, count, now, cursor, lot)
             decisions += looked
             begin = 0
-        _repace(play, ends, now)
-        while ends and ends[0][0] != play.progress.over[ends[0][1]]:  # it was stopped since, or has another pace
-            heapq.heappop(ends)
+        if play.those[0] > 0:
+            _repace(play, ends, now)
+        _drop_old(play.progress, ends)
     return decisions, count > 0 and outages.until < np.inf
+
+
+@kernel()
+def _drop_old(progress: Floats, ends: list[tuple[float, int]]) -> None:
+    """The next end is one: of nobody who was stopped since, or has another pace."""
+    while ends and ends[0][0] != progress[ends[0][1], OVER]:
+        heapq.heappop(ends)
+
+
+@kernel()
+def _put_all_down(play: Play, arrived: int, now: float) -> None:
+    for job in range(arrived):
+        if not np.isnan(play.progress[job, OVER]):
+            _put_down(play, job, now, _gpus(play, job))
 
 
 @kernel()
@@ -250,36 +242,35 @@ def _pass(
 
     How many wait then, the cursor, the lot, nodes looked for, and whether somebody was stopped for somebody.
     """
-    pods, work, rule, waiting = play.pods, play.work, play.rule, play.waiting
+    pods, work, rule, waiting, progress, too_many = (
+        play.pods,
+        play.work,
+        play.rule,
+        play.waiting,
+        play.progress,
+        play.too_many,
+    )
+    kind, all_of_them, enough, placed = work.kind, work.members, work.least, pods.placed
     w, kept, decisions, stopped = begin, begin, 0, False
     while w < count:
         j = waiting[w]
-        k, had, runs = work.kind[j], pods.placed[j], not np.isnan(play.progress.over[j])
-        least = work.least[j] if rule.gang and not runs else 1
-        if least < play.too_many[k]:  # a call would cost more than that
-            cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, least, play.too_many, cursor, lot)
+        k, had, runs = kind[j], placed[j], not np.isnan(progress[j, OVER])
+        least = enough[j] if rule.gang and not runs else 1
+        w += 1
+        if least < too_many[k]:  # a call would cost more than that
+            cursor, lot, looked = _look(play.board, pods, work, j, rule.policy, least, too_many, cursor, lot)
             decisions += looked
-            while rule.preempts and pods.placed[j] < work.members[j]:
+            while rule.preempts and placed[j] < all_of_them[j]:
                 node, count, lot = _preempt(play, ends, count, j, now, lot)
                 if node < 0:
                     break
                 stopped = True
                 _put(play.board, pods, k, j, node, -1, rule.policy, lot)
                 decisions += 1
-        more = pods.placed[j] - had
-        if rule.binds and more > 0:
-            play.progress.bound[j] = _bound(play, now, more)
-        if runs and more > 0:
-            _grow(play, ends, j, more, now)
-        elif not runs and pods.placed[j] >= work.least[j]:
-            play.gpus[HELD] -= 0 if rule.gang else _size(play.board.kinds, k) * had
-            _begin(play, ends, j, now)
-            runs = True
-        elif not runs and not rule.gang:
-            play.gpus[HELD] += _size(play.board.kinds, k) * more
-        w += 1
-        if pods.placed[j] == work.members[j]:
-            continue
+            _has_more(play, ends, j, had, now)
+            runs = not np.isnan(progress[j, OVER])
+            if placed[j] == all_of_them[j]:
+                continue
         nobody_past = rule.strict and not runs
         for later in range(w - 1, count if nobody_past else w):
             waiting[kept] = waiting[later]
@@ -287,6 +278,21 @@ def _pass(
         if nobody_past:
             break
     return kept, cursor, lot, decisions, stopped
+
+
+@kernel(inline="always")
+def _has_more(play: Play, ends: list[tuple[float, int]], job: int, had: int, now: float) -> None:
+    """Of so many placed members of a job, some more are by now: it begins, grows, or holds them."""
+    runs, more = not np.isnan(play.progress[job, OVER]), play.pods.placed[job] - had
+    if play.rule.binds and more > 0:
+        play.progress[job, BOUND] = _bound(play, now, more)
+    if runs and more > 0:
+        _grow(play, ends, job, more, now)
+    elif not runs and play.pods.placed[job] >= play.work.least[job]:
+        play.gpus[HELD] -= 0 if play.rule.gang else _size(play.board.kinds, play.work.kind[job]) * had
+        _begin(play, ends, job, now)
+    elif not runs and not play.rule.gang:
+        play.gpus[HELD] += _size(play.board.kinds, play.work.kind[job]) * more
 
 
 @kernel()
@@ -330,34 +336,35 @@ def _lesser(play: Play, job: int, now: float) -> Lesser:
     for j in jobs:
         for p in range(pods.first[j], pods.first[j] + pods.placed[j]):
             node[at], pod[at], job_of[at] = pods.node[p], p, j
-            began[at] = now if np.isnan(play.progress.over[j]) else play.progress.began[j]
+            began[at] = now if np.isnan(play.progress[j, OVER]) else play.progress[j, BEGAN]
             at += 1
     head, after = by_node(play.board.version.size, node)
     return Lesser(head, after, pod, job_of, play.work.kind[job_of], pods.mask[pod], began)
 
 
-@kernel()
+@kernel(inline="always")
 def _begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> None:
     """As many of its members are placed as it needs; it runs once the last is bound."""
     progress, restart = play.progress, 0.0
-    runs = max(now, progress.bound[job])
-    if progress.again[job] == 0:
+    runs = max(now, progress[job, BOUND])
+    if progress[job, AGAIN] == 0:
         play.start[job] = runs
     else:
         restart = play.outages.restart
-    progress.stalled[job], progress.stood[job], progress.began[job] = False, 0.0, runs
-    progress.since[job], progress.done[job], progress.told[job] = runs + restart, 0.0, 0.0
-    progress.spent[job], progress.spent_at[job], progress.paused[job] = 0.0, runs, restart * _gpus(play, job)
+    progress[job, STALLED], progress[job, STOOD], progress[job, BEGAN] = False, 0.0, runs
+    progress[job, SINCE], progress[job, WORKED], progress[job, TOLD] = runs + restart, 0.0, 0.0
+    progress[job, SPENT], progress[job, SPENT_AT], progress[job, PAUSED] = 0.0, runs, restart * _gpus(play, job)
     play.gpus[BUSY] += _gpus(play, job)
     _held(play, job, now, _gpus(play, job))
-    _touch(play, job)
+    if play.those.size > 1:
+        _touch(play, job)
     _goes_on(play, ends, job, _pace(play, job))
 
 
-@kernel()
+@kernel(inline="always")
 def _held(play: Play, job: int, now: float, gpus: int) -> None:
     """Until the last of its pods is bound its GPUs do nothing."""
-    began, last = play.progress.began[job], play.work.submit[-1]
+    began, last = play.progress[job, BEGAN], play.work.submit[-1]
     if now < began:
         idle = (min(began, last) - min(now, last)) * gpus
         play.areas[BUSY] -= idle
@@ -398,19 +405,23 @@ def _beside(play: Play, job: int, p: int) -> float:
     q = pods.head[_slot(pods, p)]
     while q >= 0:
         other = pods.job[q]
-        if q != p and paces.row[other] != NO_MODEL and not (np.isnan(progress.over[other]) or progress.stalled[other]):
+        if (
+            q != p
+            and paces.row[other] != NO_MODEL
+            and not (np.isnan(progress[other, OVER]) or progress[other, STALLED])
+        ):
             times = paces.pair[gpu, paces.model[job], paces.model[other]]
             if times < np.inf:
                 found += times - 1.0
             elif other == job:  # they take turns
                 found += 1.0
-            elif (progress.began[other], other) < (progress.began[job], job):
+            elif (progress[other, BEGAN], other) < (progress[job, BEGAN], job):
                 return np.inf
         q = pods.after[q]
     return found
 
 
-@kernel()
+@kernel(inline="always")
 def _is_partial(kinds: Kinds, k: int) -> bool:
     return kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE  # type: ignore[no-any-return]
 
@@ -445,7 +456,7 @@ def _repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
         p, at = pods.head[those[at]], at + 1
         while p >= 0:
             job, p = pods.job[p], pods.after[p]
-            if not play.seen[job] and not np.isnan(progress.over[job]):
+            if not play.seen[job] and not np.isnan(progress[job, OVER]):
                 play.seen[job] = True
                 jobs.append(job)
     changes = True
@@ -453,13 +464,13 @@ def _repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
         changes = False
         for i in range(len(jobs)):
             stalled = _pace(play, jobs[i]) == np.inf
-            if stalled != progress.stalled[jobs[i]]:
-                progress.stalled[jobs[i]], changes = stalled, True
+            if stalled != progress[jobs[i], STALLED]:
+                progress[jobs[i], STALLED], changes = stalled, True
                 _affected(play, jobs, jobs[i])
     for job in jobs:
         play.seen[job] = False
         pace = _pace(play, job)
-        if pace != progress.pace[job]:
+        if pace != progress[job, PACE]:
             _put_down(play, job, now, _gpus(play, job))
             _goes_on(play, ends, job, pace)
     for at in range(1, those[0] + 1 if pods.head.size > 0 else 0):
@@ -475,40 +486,40 @@ def _affected(play: Play, jobs: list[int], job: int) -> None:
         q = pods.head[_slot(pods, p)]
         while q >= 0:
             other, q = pods.job[q], pods.after[q]
-            if not play.seen[other] and not np.isnan(play.progress.over[other]):
+            if not play.seen[other] and not np.isnan(play.progress[other, OVER]):
                 play.seen[other] = True
                 jobs.append(other)
 
 
-@kernel()
+@kernel(inline="always")
 def _put_down(play: Play, job: int, now: float, gpus: int) -> None:
     """What it has done until now, at the pace and with the GPUs that it had."""
     progress, last = play.progress, play.work.submit[-1]
-    since, pace = progress.since[job], progress.pace[job]
+    since, pace = progress[job, SINCE], progress[job, PACE]
     if now > since:
-        progress.done[job] += (now - since) / pace
+        progress[job, WORKED] += (now - since) / pace
         told = max(min(now, last) - since, 0.0) / pace
-        progress.told[job] += told
-        progress.stood[job] += gpus * (now - since) if pace == np.inf else 0.0
+        progress[job, TOLD] += told
+        progress[job, STOOD] += gpus * (now - since) if pace == np.inf else 0.0
         play.areas[DONE] += _worth(play, job) * told
-        progress.since[job] = now
+        progress[job, SINCE] = now
 
 
-@kernel()
+@kernel(inline="always")
 def _worth(play: Play, job: int) -> int:
     """GPUs that a second of its work takes alone, those that it has a part of as if they were its own."""
     return play.board.kinds.gpus[play.work.kind[job]] * play.work.members[job]  # type: ignore[no-any-return]
 
 
-@kernel()
+@kernel(inline="always")
 def _goes_on(play: Play, ends: list[tuple[float, int]], job: int, pace: float) -> None:
     """At a pace, from `since` on."""
     progress = play.progress
-    left = max(progress.left[job] - progress.done[job], 0.0)
-    progress.pace[job], progress.over[job] = pace, np.inf
+    left = max(progress[job, WORK_LEFT] - progress[job, WORKED], 0.0)
+    progress[job, PACE], progress[job, OVER] = pace, np.inf
     if pace < np.inf:
-        progress.over[job] = progress.since[job] + left * pace
-        heapq.heappush(ends, (progress.over[job], job))
+        progress[job, OVER] = progress[job, SINCE] + left * pace
+        heapq.heappush(ends, (progress[job, OVER], job))
 
 
 @kernel()
@@ -518,14 +529,14 @@ def _grow(play: Play, ends: list[tuple[float, int]], job: int, more: int, now: f
     Who joins is taken to be bound at once.
     """
     progress, added = play.progress, _size(play.board.kinds, play.work.kind[job]) * more
-    then, began = max(now, progress.spent_at[job]), progress.began[job]
+    then, began = max(now, progress[job, SPENT_AT]), progress[job, BEGAN]
     _put_down(play, job, now, _gpus(play, job) - added)
-    progress.spent[job] += (_gpus(play, job) - added) * (then - progress.spent_at[job])
-    progress.spent_at[job] = then
-    resumes = max(progress.since[job], now + play.outages.restart)
-    progress.paused[job] += added * max(progress.since[job] - max(now, began), 0.0)
-    progress.paused[job] += (resumes - max(progress.since[job], now)) * _gpus(play, job)
-    progress.since[job] = resumes
+    progress[job, SPENT] += (_gpus(play, job) - added) * (then - progress[job, SPENT_AT])
+    progress[job, SPENT_AT] = then
+    resumes = max(progress[job, SINCE], now + play.outages.restart)
+    progress[job, PAUSED] += added * max(progress[job, SINCE] - max(now, began), 0.0)
+    progress[job, PAUSED] += (resumes - max(progress[job, SINCE], now)) * _gpus(play, job)
+    progress[job, SINCE] = resumes
     play.gpus[BUSY] += added
     _held(play, job, now, added)
     _touch(play, job)
@@ -539,7 +550,7 @@ def _bound(play: Play, now: float, pods: int) -> float:
     return max(now, play.binder[0])  # type: ignore[no-any-return]
 
 
-@kernel()
+@kernel(inline="always")
 def _stop(play: Play, job: int) -> None:
     """It has nothing any more; where its pods were stays known."""
     _take_back(play.board, play.pods, play.work.kind[job], job)
@@ -547,20 +558,21 @@ def _stop(play: Play, job: int) -> None:
     play.pods.placed[job] = 0
 
 
-@kernel()
+@kernel(inline="always")
 def _release(play: Play, job: int) -> None:
     """It does not run any more."""
-    _touch(play, job)
-    play.progress.over[job] = np.nan
+    if play.those.size > 1:
+        _touch(play, job)
+    play.progress[job, OVER] = np.nan
     play.gpus[BUSY] -= _gpus(play, job)
 
 
-@kernel()
+@kernel(inline="always")
 def _end(play: Play, job: int, now: float) -> None:
     _put_down(play, job, now, _gpus(play, job))
     _stop(play, job)
     play.end[job] = now
-    play.areas[LOST] += play.progress.paused[job]
+    play.areas[LOST] += play.progress[job, PAUSED]
 
 
 @kernel()
@@ -588,15 +600,15 @@ def _taken_from(
     Who runs goes on with the members that are left, if these are enough, else it is stopped; who waits for the rest of
     its members waits for these too.
     """
-    board, pods, k, again = play.board, play.pods, play.work.kind[job], play.progress.again[job]
+    board, pods, k, again = play.board, play.pods, play.work.kind[job], play.progress[job, AGAIN]
     count = _remove(play, count, job)
-    if np.isnan(play.progress.over[job]):
+    if np.isnan(play.progress[job, OVER]):
         play.gpus[HELD] -= _size(board.kinds, k) * _lose(board, pods, k, job, pod, node)
-        play.progress.key[job] = now
+        play.progress[job, KEY] = now
     elif pods.placed[job] - (1 if pod >= 0 else _on(pods, job, node)) >= play.work.least[job]:
-        at_once = now == play.progress.began[job] and again > 0  # as another a moment ago
+        at_once = now == play.progress[job, BEGAN] and again > 0  # as another a moment ago
         _fall_back(play, job, now)
-        play.progress.again[job] -= at_once
+        play.progress[job, AGAIN] -= at_once
         _release(play, job)
         _lose(board, pods, k, job, pod, node)
         _begin(play, ends, job, now)
@@ -612,23 +624,23 @@ def _fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
     progress, outages = play.progress, play.outages
     _put_down(play, job, now, _gpus(play, job))
-    worked = progress.done[job]
-    kept = saved(outages, worked, progress.left[job])
+    worked = progress[job, WORKED]
+    kept = saved(outages, worked, progress[job, WORK_LEFT])
     # Of all that its GPUs spent on the work, the part that is kept.
-    lost = progress.spent[job] + _gpus(play, job) * max(now - progress.spent_at[job], 0.0) - progress.stood[job]
-    pauses = progress.paused[job] - _gpus(play, job) * max(progress.since[job] - max(now, progress.began[job]), 0.0)
+    lost = progress[job, SPENT] + _gpus(play, job) * max(now - progress[job, SPENT_AT], 0.0) - progress[job, STOOD]
+    pauses = progress[job, PAUSED] - _gpus(play, job) * max(progress[job, SINCE] - max(now, progress[job, BEGAN]), 0.0)
     lost -= kept / worked * (lost - pauses) if kept > 0.0 else 0.0
-    play.areas[DONE] -= _worth(play, job) * max(progress.told[job] - kept, 0.0)
-    progress.left[job] -= kept
+    play.areas[DONE] -= _worth(play, job) * max(progress[job, TOLD] - kept, 0.0)
+    progress[job, WORK_LEFT] -= kept
     _held(play, job, now, -_gpus(play, job))
-    if now < progress.began[job] and progress.again[job] == 0:
+    if now < progress[job, BEGAN] and progress[job, AGAIN] == 0:
         play.start[job] = np.nan
     else:
-        progress.again[job] += 1
+        progress[job, AGAIN] += 1
     if play.rule.shortest:
-        progress.key[job] = progress.left[job]
+        progress[job, KEY] = progress[job, WORK_LEFT]
     elif not play.rule.gang:
-        progress.key[job] = now
+        progress[job, KEY] = now
     play.areas[LOST] += lost
 
 
@@ -669,7 +681,7 @@ def _size(kinds: Kinds, k: int) -> int:
     return kinds.gpus[k] * kinds.gpu_milli[k]  # type: ignore[no-any-return]
 
 
-@kernel()
+@kernel(inline="always")
 def _gpus(play: Play, job: int) -> int:
     """Of its members that are placed, in thousandths."""
     return _size(play.board.kinds, play.work.kind[job]) * play.pods.placed[job]  # type: ignore[no-any-return]
@@ -699,27 +711,27 @@ def _insert(play: Play, count: int, job: int) -> int:
     return at
 
 
-@kernel()
+@kernel(inline="always")
 def _anybody(play: Play, count: int) -> bool:
     """Whether one of so many that wait does not run yet."""
     w = 0
-    while w < count and not np.isnan(play.progress.over[play.waiting[w]]):
+    while w < count and not np.isnan(play.progress[play.waiting[w], OVER]):
         w += 1
     return w < count
 
 
-@kernel()
+@kernel(inline="always")
 def _first(play: Play, one: int, other: int) -> bool:
     """Whether a job goes before another: of a higher priority, else of a lesser key, else who came first."""
     mine, its = _priority(play, one), _priority(play, other)
     if mine != its:
         return mine > its
-    if play.progress.key[one] != play.progress.key[other]:
-        return play.progress.key[one] < play.progress.key[other]  # type: ignore[no-any-return]
+    if play.progress[one, KEY] != play.progress[other, KEY]:
+        return play.progress[one, KEY] < play.progress[other, KEY]  # type: ignore[no-any-return]
     return one < other
 
 
-@kernel()
+@kernel(inline="always")
 def _priority(play: Play, job: int) -> int:
     return play.board.kinds.priority[play.work.kind[job]]  # type: ignore[no-any-return]
 

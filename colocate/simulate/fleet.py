@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.engine import DONE, Rule, Work, new_play, one_job, simulated
+from colocate.simulate.engine import AGAIN, DONE, Rule, Work, new_play, one_job, simulated
 from colocate.simulate.outages import NO_OUTAGES, Outages
 from colocate.simulate.paces import NO_PACES, Paces
 from colocate.simulate.placement import (
@@ -116,5 +116,5 @@ def simulate(
     play.pods.node[: len(there)] = there
     decisions, cut = simulated(play, seed & 0x3FFFFFFF, len(there))
     busy, held, idle, lost = (float(area) / WHOLE for area in play.areas[:DONE])
-    restarts, done = int(play.progress.again.sum()), float(play.areas[DONE])
+    restarts, done = int(play.progress[:, AGAIN].sum()), float(play.areas[DONE])
     return Run(play.start, busy, held, decisions, play.pods.node, play.end, lost, restarts, idle, bool(cut), done)
