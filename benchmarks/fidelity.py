@@ -17,8 +17,8 @@ from benchmarks.common import Runs, bar, reference_loop
 from benchmarks.gang_live import OURS, PLAYED, Live, fresh, scheduler_of
 from colocate.errors import HostUnfit
 from colocate.simulate.compare import known_run
-from colocate.simulate.engine import Work
 from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.running import Work
 from colocate.simulate.scores import WHOLE
 from colocate.simulate.workloads import Workload
 

@@ -68,7 +68,7 @@ class KindsLike(Protocol):
 
 
 class WorkLike(Protocol):
-    """Columns of jobs (see colocate.simulate.engine.Work)."""
+    """Columns of jobs (see colocate.simulate.running.Work)."""
 
     submit: Floats
     run: Floats

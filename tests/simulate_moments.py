@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from colocate.simulate import engine
-from colocate.simulate.engine import BUSY, HELD, Play, Work
+from colocate.simulate import engine, running
 from colocate.simulate.fleet import DISCIPLINES, simulate, too_large
 from colocate.simulate.outages import NO_OUTAGES, Outages
 from colocate.simulate.paces import NO_MODEL, NO_PACES, Paces
 from colocate.simulate.placement import Kinds, Nodes
+from colocate.simulate.running import BUSY, HELD, Play, Work
 from colocate.simulate.scores import CLASS, CPU, LEFT, MOST_GPUS, WHOLE
 
 LATE = 1e6
@@ -34,7 +34,7 @@ def looked_at(play: Play, ends: list[tuple[float, int]], *rest: Any) -> Any:
     assert len(passes) < MOST_PASSES, "it comes to an end"
     if not found[4]:
         now = rest[2]
-        engine._repace(play, ends, now)
+        running.repace(play, ends, now)
         check(play, ends, found[0], now)
     return found
 
@@ -47,32 +47,32 @@ def check(play: Play, ends: list[tuple[float, int]], count: int, now: float) -> 
     cpu, gpus = board.nodes.cpu_milli.copy(), np.zeros(2, np.int64)
     waits = []
     for job in range(len(work.submit)):
-        k, runs = work.kind[job], not np.isnan(progress[job, engine.OVER])
+        k, runs = work.kind[job], not np.isnan(progress[job, running.OVER])
         for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
             cpu[pods.node[p]] -= board.kinds.cpu_milli[k]
             mine = [g for g in range(MOST_GPUS) if (pods.mask[p] >> g) & 1]
             free[pods.node[p], mine] -= board.kinds.gpu_milli[k]
             assert len(mine) == board.kinds.gpus[k]
-        gpus[BUSY if runs else HELD] += engine._size(board.kinds, k) * pods.placed[job]
+        gpus[BUSY if runs else HELD] += running.size_of(board.kinds, k) * pods.placed[job]
         if runs:
             assert pods.placed[job] >= work.least[job]
-            assert progress[job, engine.PACE] == engine._pace(play, job)
-            assert progress[job, engine.OVER] == np.inf or (progress[job, engine.OVER], job) in ends
-            assert progress[job, engine.OVER] >= now
+            assert progress[job, running.PACE] == running.pace_of(play, job)
+            assert progress[job, running.OVER] == np.inf or (progress[job, running.OVER], job) in ends
+            assert progress[job, running.OVER] >= now
         if work.submit[job] <= now and np.isnan(play.end[job]) and pods.placed[job] < work.members[job]:
             waits.append(job)
-    down = board.state.nodes[:, CPU] < -engine.NEVER // 2
+    down = board.state.nodes[:, CPU] < -running.NEVER // 2
     assert free.min() >= 0 <= cpu.min()
     assert (free == board.state.nodes[:, LEFT:CLASS]).all()
-    assert (cpu == board.state.nodes[:, CPU] + down * engine.NEVER).all()
+    assert (cpu == board.state.nodes[:, CPU] + down * running.NEVER).all()
     assert gpus.tolist() == play.gpus[:2].tolist()
     queue = play.waiting[:count].tolist()
     assert sorted(queue) == waits
     assert not any(engine._first(play, later, sooner) for sooner, later in itertools.pairwise(queue))
     for job in queue:
-        runs, k = not np.isnan(progress[job, engine.OVER]), work.kind[job]
+        runs, k = not np.isnan(progress[job, running.OVER]), work.kind[job]
         needs = work.least[job] if play.rule.gang and not runs else 1
-        assert room(play, k, cpu - down * engine.NEVER, free) < needs, "who could begin or grow has done so"
+        assert room(play, k, cpu - down * running.NEVER, free) < needs, "who could begin or grow has done so"
         if play.rule.strict and not runs:
             break
 

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from colocate.simulate.engine import Work
 from colocate.simulate.placement import Kinds
+from colocate.simulate.running import Work
 from colocate.simulate.scores import MOST_GPUS, WHOLE
 from colocate.simulate.workloads import Workload
 

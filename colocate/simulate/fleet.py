@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.engine import AGAIN, DONE, Rule, Work, new_play, one_job, simulated
+from colocate.simulate.engine import simulated
 from colocate.simulate.outages import NO_OUTAGES, Outages
 from colocate.simulate.paces import NO_PACES, Paces
 from colocate.simulate.placement import (
@@ -16,6 +16,7 @@ from colocate.simulate.placement import (
     new_board,
     typical_shares,
 )
+from colocate.simulate.running import AGAIN, DONE, Rule, Work, new_play, one_job
 from colocate.simulate.scores import FGD, MOST_ALLOCATED, NATIVE, POLICIES, WHOLE
 
 Floats = NDArray[np.float64]

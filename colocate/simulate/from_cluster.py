@@ -12,9 +12,9 @@ import numpy as np
 
 from colocate.errors import BadInput
 from colocate.simulate.compare import Outcome, Window, known_run
-from colocate.simulate.engine import Work, one_job
 from colocate.simulate.fleet import too_large
 from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.running import Work, one_job
 from colocate.simulate.scores import MOST_GPUS, WHOLE
 from colocate.simulate.workloads import MOST_NODES, Workload, read_nodes
 from colocate.units import parse_duration

@@ -13,10 +13,10 @@ import numpy as np
 
 from colocate.errors import BadInput
 from colocate.simulate import traces
-from colocate.simulate.engine import Work
 from colocate.simulate.formats import Job, jobs_of
 from colocate.simulate.paces import NO_MODEL, NO_PACES, Ints, Throughputs
 from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.running import Work
 from colocate.simulate.scores import MOST_GPUS
 from colocate.units import parse_bytes
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colocate.cli.main import main
-from colocate.simulate import engine
+from colocate.simulate import running
 from colocate.simulate.compare import known_run
 from colocate.simulate.fleet import DISCIPLINES
 from colocate.simulate.outages import NO_OUTAGES
@@ -118,13 +118,13 @@ def test_only_the_member_whose_place_is_taken_goes(member):
     """Of three on one node; the last takes its place, not its fate."""
     kinds, work = work_of((0, 100, 3, 1))
     board = new_board(fleet(1, 4), kinds, None, np.random.default_rng(1))
-    rule = engine.Rule(BEST_FIT, gang=False, strict=False, shortest=False, binds=False, preempts=True)
-    play = engine.new_play(board, work, rule, NO_OUTAGES, NO_PACES)
+    rule = running.Rule(BEST_FIT, gang=False, strict=False, shortest=False, binds=False, preempts=True)
+    play = running.new_play(board, work, rule, NO_OUTAGES, NO_PACES)
     for _ in range(3):
-        engine._put(board, play.pods, 0, 0, 0, -1, BEST_FIT, 0)
+        running.put_on(board, play.pods, 0, 0, 0, -1, BEST_FIT, 0)
     masks = set(play.pods.mask.tolist())
     gone = int(play.pods.mask[member])
-    assert engine._lose(board, play.pods, 0, 0, member, 0) == 1
+    assert running.lose(board, play.pods, 0, 0, member, 0) == 1
     assert play.pods.placed[0] == 2
     assert set(play.pods.mask[:2].tolist()) == masks - {gone}
     assert play.pods.node.tolist() == [0, 0, -1]

@@ -17,9 +17,9 @@ from colocate.errors import BadInput
 from colocate.simulate import traces
 from colocate.simulate.compare import classes, comparisons, fairness, run_all, windows
 from colocate.simulate.day import made_day
-from colocate.simulate.engine import Work
 from colocate.simulate.fleet import DISCIPLINES, Run, simulate, too_large
 from colocate.simulate.placement import Kinds, Nodes, arrays
+from colocate.simulate.running import Work
 from colocate.simulate.workloads import Workload, read_jobs, read_nodes
 from podgroup.simulation import Simulation
 from tests.unit.test_reproduce import FOLDER, needs

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from colocate.cli.main import main
 from colocate.errors import BadInput
 from colocate.simulate.compare import known_run
-from colocate.simulate.engine import Work
 from colocate.simulate.fleet import DISCIPLINES
 from colocate.simulate.outages import NO_OUTAGES
 from colocate.simulate.paces import COLUMNS, NO_MODEL, read_throughputs
 from colocate.simulate.placement import Kinds
+from colocate.simulate.running import Work
 from colocate.simulate.workloads import Workload, read_fleet
 from tests.unit.test_reproduce import FOLDER, needs
 

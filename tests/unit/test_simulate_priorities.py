@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from colocate.cli.main import main
 from colocate.simulate.compare import known_run
-from colocate.simulate.engine import Work
 from colocate.simulate.fleet import DISCIPLINES
 from colocate.simulate.outages import NO_OUTAGES
 from colocate.simulate.placement import Kinds, Nodes, ask_of, empty, take
 from colocate.simulate.preemption import Lesser, by_node, nominate
+from colocate.simulate.running import Work
 from colocate.simulate.scores import BEST_FIT
 from colocate.simulate.workloads import Workload
 from tests.unit.test_simulate_fleet import GPUS, fleet, used_at
