@@ -174,16 +174,15 @@ def _measured(options: argparse.Namespace, fleet: Fleet) -> Measured | None:
         if options.share_gpus:
             raise BadInput("--share-gpus: what that costs says a table of throughputs: --throughputs")
         return None
-    throughputs = read_throughputs(Path(options.throughputs))
-    for number in np.unique(fleet.nodes.model[fleet.nodes.gpus > 0]):
+    throughputs, with_gpus = read_throughputs(Path(options.throughputs)), fleet.nodes.gpus > 0
+    if not with_gpus.any():
+        raise BadInput("--throughputs: --nodes has no GPUs")
+    for number in np.unique(fleet.nodes.model[with_gpus]):
         name, known = fleet.gpus[number] if number < len(fleet.gpus) else "", ", ".join(throughputs.gpus)
         if name not in throughputs.gpus:
             said = f"{name!r} is none of the GPUs" if name else "what its GPUs are is not said"
             mend = f"as in 64x8:{throughputs.gpus[0]}, or `gpu: {throughputs.gpus[0]}` of a group"
             raise BadInput(f"--nodes: {said}: {options.throughputs} has {known} ({mend})")
-    with_gpus = fleet.nodes.gpus > 0
-    if not with_gpus.any():
-        raise BadInput("--throughputs: --nodes has no GPUs")
     return Measured(throughputs, fleet.gpus)
 
 

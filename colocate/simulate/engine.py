@@ -17,12 +17,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from colocate.simulate.placement import (
-    Board,
-    ask_of,
-    best_node,
-    take,
-)
+from colocate.simulate.placement import Board, best_node
 from colocate.simulate.preemption import Lesser, by_node, nominate
 from colocate.simulate.running import (
     AGAIN,
@@ -44,7 +39,6 @@ from colocate.simulate.running import (
     fall_back,
     gpus_of,
     grow,
-    link,
     lose,
     put_all_down,
     put_down,
@@ -90,8 +84,7 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
         while ends and ends[0][0] <= now:
             at, j = heapq.heappop(ends)
             if at == play.progress[j, OVER]:  # else it was stopped before
-                if pods.placed[j] < work.members[j]:
-                    count = _remove(play, count, j)
+                count = _remove(play, count, j)
                 _end(play, j, now)
                 freed = True
         came = count
@@ -104,14 +97,14 @@ def simulated(play: Play, lot: int, there: int) -> tuple[int, bool]:
             count, arrived = count + 1, arrived + 1
         if freed:
             play.too_many[:] = NEVER
-        begin = 0 if freed else came  # for who waited before nothing has changed
+        looked_from = 0 if freed else came  # for who waited before nothing has changed
         if play.rule.strict and not freed and _anybody(play, came):
-            begin = count
+            looked_from = count
         again = True
         while again:  # where somebody was stopped there may be room for others
-            count, cursor, lot, looked, again = _pass(play, ends, begin, count, now, cursor, lot)
+            count, cursor, lot, looked, again = _pass(play, ends, looked_from, count, now, cursor, lot)
             decisions += looked
-            begin = 0
+            looked_from = 0
         if play.those[0] > 0:
             repace(play, ends, now)
         _drop_old(play.progress, ends)
@@ -127,22 +120,16 @@ def _drop_old(progress: Floats, ends: list[tuple[float, int]]) -> None:
 
 @kernel()
 def _pass(
-    play: Play, ends: list[tuple[float, int]], begin: int, count: int, now: float, cursor: int, lot: int
+    play: Play, ends: list[tuple[float, int]], looked_from: int, count: int, now: float, cursor: int, lot: int
 ) -> tuple[int, int, int, int, bool]:
     """Start who can, of those that wait from one on.
 
     How many wait then, the cursor, the lot, nodes looked for, and whether somebody was stopped for somebody.
     """
-    pods, work, rule, waiting, progress, too_many = (
-        play.pods,
-        play.work,
-        play.rule,
-        play.waiting,
-        play.progress,
-        play.too_many,
-    )
+    pods, work, rule = play.pods, play.work, play.rule
+    waiting, progress, too_many = play.waiting, play.progress, play.too_many
     kind, all_of_them, enough, placed = work.kind, work.members, work.least, pods.placed
-    w, kept, decisions, stopped = begin, begin, 0, False
+    w, kept, decisions, stopped = looked_from, looked_from, 0, False
     while w < count:
         j = waiting[w]
         k, had, runs = kind[j], placed[j], not np.isnan(progress[j, OVER])
@@ -301,17 +288,17 @@ def _on(pods: Pods, job: int, node: int) -> int:
     return found
 
 
-@kernel()
+@kernel(inline="always")
 def _remove(play: Play, count: int, job: int) -> int:
     """A job out of the queue, where it is as long as it lacks members; how many wait then."""
-    waiting, kept = play.waiting, 0
-    if play.pods.placed[job] == play.work.members[job]:
-        return count
-    for w in range(count):
-        if waiting[w] != job:
-            waiting[kept] = waiting[w]
-            kept += 1
-    return kept
+    left = count
+    if play.pods.placed[job] < play.work.members[job]:
+        left = 0
+        for w in range(count):
+            if play.waiting[w] != job:
+                play.waiting[left] = play.waiting[w]
+                left += 1
+    return left
 
 
 @kernel()
@@ -353,13 +340,9 @@ def _priority(play: Play, job: int) -> int:
 @kernel()
 def _resume(play: Play, ends: list[tuple[float, int]], job: int) -> None:
     """A job whose pods are on their nodes already."""
-    board, pods, k = play.board, play.pods, play.work.kind[job]
+    pods = play.pods
     for p in range(pods.first[job], pods.first[job + 1]):
-        i = pods.node[p]
-        pods.mask[p] = take(board.state, i, ask_of(board.kinds, k), 0, BEST_FIT, 0)
-        link(board, pods, k, p)
-        board.version[i] += 1
-        pods.placed[job] += 1
+        put_on(play.board, pods, play.work.kind[job], job, pods.node[p], 0, BEST_FIT, 0)
     begin(play, ends, job, play.work.submit[0])
 
 

@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 
 from colocate.simulate.outages import Outages, saved
 from colocate.simulate.paces import NO_MODEL, Paces
-from colocate.simulate.placement import (
-    Board,
-    Kinds,
-    ask_of,
-    give_back,
-    take,
-)
+from colocate.simulate.placement import Board, Kinds, ask_of, give_back, take
 from colocate.simulate.scores import MOST_GPUS, WHOLE, kernel
 
 Floats = NDArray[np.float64]
@@ -177,8 +171,7 @@ def begin(play: Play, ends: list[tuple[float, int]], job: int, now: float) -> No
     progress[job, SPENT], progress[job, SPENT_AT], progress[job, PAUSED] = 0.0, runs, restart * gpus_of(play, job)
     play.gpus[BUSY] += gpus_of(play, job)
     _held(play, job, now, gpus_of(play, job))
-    if play.those.size > 1:
-        _touch(play, job)
+    _touch(play, job)
     _goes_on(play, ends, job, pace_of(play, job))
 
 
@@ -220,7 +213,7 @@ def _beside(play: Play, job: int, p: int) -> float:
     Who was there before has it, and who has none does not slow down the others.
     """
     pods, progress, paces = play.pods, play.progress, play.paces
-    if not _is_partial(play.board.kinds, play.work.kind[job]):
+    if not _shares(pods, play.board.kinds, play.work.kind[job]):
         return 1.0
     gpu, found = play.board.nodes.model[pods.node[p]], 1.0  # and what each of the others alone would cost
     q = pods.head[_slot(pods, p)]
@@ -243,8 +236,9 @@ def _beside(play: Play, job: int, p: int) -> float:
 
 
 @kernel(inline="always")
-def _is_partial(kinds: Kinds, k: int) -> bool:
-    return kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE  # type: ignore[no-any-return]
+def _shares(pods: Pods, kinds: Kinds, k: int) -> bool:
+    """Whether a pod of a kind has a part of a GPU, where it matters who has the others."""
+    return pods.head.size > 0 and kinds.gpus[k] == 1 and kinds.gpu_milli[k] < WHOLE
 
 
 @kernel()
@@ -256,16 +250,22 @@ def _slot(pods: Pods, p: int) -> int:
     return pods.node[p] * MOST_GPUS + gpu  # type: ignore[no-any-return]
 
 
-@kernel()
+@kernel(inline="always")
 def _touch(play: Play, job: int) -> None:
     """Who shares a GPU with it may have another pace."""
-    if play.pods.head.size > 0 and _is_partial(play.board.kinds, play.work.kind[job]):
-        for p in range(play.pods.first[job], play.pods.first[job] + play.pods.placed[job]):
-            slot = _slot(play.pods, p)
-            if not play.touched[slot]:
-                play.touched[slot] = True
-                play.those[0] += 1
-                play.those[play.those[0]] = slot
+    if _shares(play.pods, play.board.kinds, play.work.kind[job]):
+        _mark(play.pods, play.touched, play.those, job)
+
+
+@kernel()
+def _mark(pods: Pods, touched: NDArray[np.bool_], those: Ints, job: int) -> None:
+    """The GPUs that it has parts of."""
+    for p in range(pods.first[job], pods.first[job] + pods.placed[job]):
+        slot = _slot(pods, p)
+        if not touched[slot]:
+            touched[slot] = True
+            those[0] += 1
+            those[those[0]] = slot
 
 
 @kernel()
@@ -273,7 +273,7 @@ def repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
     """Who shares a GPU of which somebody took or gave back a part goes on at the pace that it has now."""
     pods, progress, those = play.pods, play.progress, play.those
     jobs, at = [0 for _ in range(0)], 1
-    while at <= (those[0] if pods.head.size > 0 else 0):
+    while at <= those[0]:
         p, at = pods.head[those[at]], at + 1
         while p >= 0:
             job, p = pods.job[p], pods.after[p]
@@ -294,7 +294,7 @@ def repace(play: Play, ends: list[tuple[float, int]], now: float) -> None:
         if pace != progress[job, PACE]:
             put_down(play, job, now, gpus_of(play, job))
             _goes_on(play, ends, job, pace)
-    for at in range(1, those[0] + 1 if pods.head.size > 0 else 0):
+    for at in range(1, those[0] + 1):
         play.touched[those[at]] = False
     those[0] = 0
 
@@ -375,8 +375,7 @@ def stop(play: Play, job: int) -> None:
 @kernel(inline="always")
 def release(play: Play, job: int) -> None:
     """It does not run any more."""
-    if play.those.size > 1:
-        _touch(play, job)
+    _touch(play, job)
     play.progress[job, OVER] = np.nan
     play.gpus[BUSY] -= gpus_of(play, job)
 
@@ -384,17 +383,17 @@ def release(play: Play, job: int) -> None:
 @kernel()
 def fall_back(play: Play, job: int, now: float) -> None:
     """To its last checkpoint, and into the queue: a gang at its old place, pods of no gang as the new ones they are."""
-    progress, outages = play.progress, play.outages
-    put_down(play, job, now, gpus_of(play, job))
+    progress, gpus = play.progress, gpus_of(play, job)
+    put_down(play, job, now, gpus)
     worked = progress[job, WORKED]
-    kept = saved(outages, worked, progress[job, WORK_LEFT])
-    gpus, later = gpus_of(play, job), max(progress[job, SINCE] - max(now, progress[job, BEGAN]), 0.0)
+    kept = saved(play.outages, worked, progress[job, WORK_LEFT])
+    later = max(progress[job, SINCE] - max(now, progress[job, BEGAN]), 0.0)
     # Of all that its GPUs spent on the work, the part that is kept.
     lost = progress[job, SPENT] + gpus * max(now - progress[job, SPENT_AT], 0.0) - progress[job, STOOD]
     lost -= kept / worked * (lost - (progress[job, PAUSED] - gpus * later)) if kept > 0.0 else 0.0
     play.areas[DONE] -= _worth(play, job) * max(progress[job, TOLD] - kept, 0.0)
     progress[job, WORK_LEFT] -= kept
-    _held(play, job, now, -gpus_of(play, job))
+    _held(play, job, now, -gpus)
     if now < progress[job, BEGAN] and progress[job, AGAIN] == 0:
         play.start[job] = np.nan
     else:
@@ -421,7 +420,7 @@ def lose(board: Board, pods: Pods, k: int, job: int, pod: int, node: int) -> int
         if last > p:
             _unlink(board, pods, k, last)
             pods.node[p], pods.mask[p] = pods.node[last], pods.mask[last]
-            link(board, pods, k, p)
+            _link(board, pods, k, p)
         pods.node[last] = -1
         lost += 1
         if pod >= 0:
@@ -442,9 +441,9 @@ def gpus_of(play: Play, job: int) -> int:
 
 
 @kernel()
-def link(board: Board, pods: Pods, k: int, p: int) -> None:
+def _link(board: Board, pods: Pods, k: int, p: int) -> None:
     """A pod has a part of a GPU."""
-    if pods.head.size > 0 and _is_partial(board.kinds, k):
+    if _shares(pods, board.kinds, k):
         slot = _slot(pods, p)
         head = pods.head[slot]
         pods.after[p], pods.before[p], pods.head[slot] = head, -1, p
@@ -455,7 +454,7 @@ def link(board: Board, pods: Pods, k: int, p: int) -> None:
 @kernel()
 def _unlink(board: Board, pods: Pods, k: int, p: int) -> None:
     """It has it no more."""
-    if pods.head.size > 0 and _is_partial(board.kinds, k):
+    if _shares(pods, board.kinds, k):
         if pods.before[p] >= 0:
             pods.after[pods.before[p]] = pods.after[p]
         else:
@@ -479,6 +478,6 @@ def put_on(board: Board, pods: Pods, k: int, job: int, node: int, device: int, p
     p = pods.first[job] + pods.placed[job]
     pods.node[p] = node
     pods.mask[p] = take(board.state, node, ask_of(board.kinds, k), device, policy, lot)
-    link(board, pods, k, p)
+    _link(board, pods, k, p)
     board.version[node] += 1
     pods.placed[job] += 1
